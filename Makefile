@@ -1,0 +1,30 @@
+# Two commands: `make demo` and `make test`. Both set up what they need.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A CPU build of torch is enough; where the package index offers only a CUDA build, that works too.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/cpu.installed
+	$(BIN)/dsvl-export demo --output demo
+
+test: check
+
+# Everything: style, types, layers, tests with coverage.
+check: $(VENV)/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest --cov --cov-report=term
+
+$(VENV)/%.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet 'torch==2.13.0'
+	$(PIP) install --quiet --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

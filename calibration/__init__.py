@@ -1,0 +1,1 @@
+"""Calibration data, observers, the scale table, quantized programs. Empty until quantization lands."""

@@ -1,0 +1,73 @@
+"""Compilers by name: modules of this package, or third parties' entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from runtimes.errors import UserError
+
+if TYPE_CHECKING:
+    from reference.trace import TracedComponent
+
+BUILT_IN = ("onnxruntime",)
+GROUP = "dsvl_export.compilers"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiler made of one component: its files (the main one first) and how."""
+
+    files: tuple[Path, ...]
+    target: str
+    dialect: str
+    tools: dict[str, str]
+
+
+class Compiler(Protocol):
+    """A module ``dsvl_export/compilers/<backend>.py``."""
+
+    PRECISIONS: tuple[str, ...]
+
+    def compile_component(
+        self,
+        traced: TracedComponent,
+        load: Callable[[str], Any],
+        folder: Path,
+        on_bytes: Callable[[int], None],
+    ) -> Compiled:
+        """Compile into ``folder``, check the result against the contract, and load it once.
+
+        Args:
+            load: gives a parameter of the component by name, as a torch tensor.
+            on_bytes: called with the bytes of weights written, for progress.
+        """
+        ...
+
+
+def compiler_names() -> list[str]:
+    """All backends that can be exported to."""
+    return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=GROUP))})
+
+
+def load_compiler(name: str) -> Compiler:
+    """The compiler of a backend.
+
+    Raises:
+        UserError: there is none of that name, or what it needs is not installed.
+    """
+    if name in BUILT_IN:
+        try:
+            return cast(Compiler, import_module(f"dsvl_export.compilers.{name}"))
+        except ImportError as error:
+            raise UserError(
+                f"Exporting to {name} needs {error.name}; run: pip install 'dsvl-export[export,{name}]'."
+            ) from error
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            return cast(Compiler, entry.load())
+    raise UserError(f"There is no backend {name!r}; there are {', '.join(compiler_names())}.")

@@ -1,0 +1,73 @@
+"""Compiler ``onnxruntime``: an ONNX file per component, checked by onnx.checker and by loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnxruntime
+from torch import Tensor
+
+from dsvl_export.compilers import Compiled
+from dsvl_export.onnx_graph.builder import element_type
+from dsvl_export.onnx_graph.dialect_ort import OrtDialect
+from dsvl_export.onnx_graph.lower import lower
+from dsvl_export.onnx_graph.writer import write_model
+from reference.trace import TracedComponent
+from runtimes.contracts import Contract, TensorSpec, updated_state
+from runtimes.onnxruntime import open_component
+from runtimes.session import SessionOptions
+
+PRECISIONS = ("fp32", "fp16")
+
+
+def compile_component(
+    traced: TracedComponent,
+    load: Callable[[str], Tensor],
+    folder: Path,
+    on_bytes: Callable[[int], None],
+) -> Compiled:
+    """Write ``<component>.onnx`` (with ``.data`` beside it above 1 GB of weights).
+
+    Raises:
+        ValueError: the written file breaks the contract.
+        UserError: ONNX Runtime cannot load it.
+    """
+    graph = lower(traced, load, OrtDialect())
+    file = folder / f"{traced.contract.component}.onnx"
+    files = write_model(graph, file, on_bytes)
+    onnx.checker.check_model(str(file), full_check=True)
+    check_contract(onnx.load(str(file), load_external_data=False), traced.contract)
+    open_component(file, traced.contract, SessionOptions())
+    tools = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    return Compiled(tuple(files), "cpu", "ort", tools)
+
+
+def check_contract(model: onnx.ModelProto, contract: Contract) -> None:
+    """The file's inputs and outputs are the contract's, in order, and no input is unused."""
+    graph = model.graph
+    updated = tuple(
+        TensorSpec(updated_state(state.name), state.dtype, state.shape, state.meaning)
+        for state in contract.states
+    )
+    for what, values, specs in (
+        ("inputs", graph.input, contract.inputs + contract.states),
+        ("outputs", graph.output, contract.outputs + updated),
+    ):
+        found = [_describe(value) for value in values]
+        expected = [(spec.name, element_type(spec.dtype), spec.shape) for spec in specs]
+        if found != expected:
+            raise ValueError(
+                f"the {what} of {contract.component} break its contract: found {found}, expected {expected}"
+            )
+    used = {name for node in graph.node for name in node.input}
+    unused = [value.name for value in graph.input if value.name not in used]
+    if unused:
+        raise ValueError(f"{contract.component} never uses its inputs {', '.join(unused)}")
+
+
+def _describe(value: onnx.ValueInfoProto) -> tuple[str, int, tuple[int | str, ...]]:
+    tensor = value.type.tensor_type
+    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return value.name, tensor.elem_type, shape

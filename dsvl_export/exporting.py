@@ -1,0 +1,195 @@
+"""Export: checkpoint → traced components → artifacts → bundle, stage by stage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dsvl_export.compilers import load_compiler
+from dsvl_export.staging import Staging
+from dsvl_export.version import __version__
+from reference.checkpoint import Checkpoint, open_checkpoint
+from reference.goldens import golden_requests, record_goldens
+from reference.session import reference_chain, write_token_embedding
+from reference.specs import preprocess_spec, prompt_spec
+from reference.trace import TRACED_COMPONENTS, component_contract, trace
+from runtimes.bundle import Artifact, Bundle, Manifest
+from runtimes.errors import UserError
+
+TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
+MAX_DEFAULT_CAPACITY = 2048
+
+
+@dataclass(frozen=True)
+class ExportProgress:
+    """What an export reports: the stage, and how far it is (units of the stage's own choosing)."""
+
+    stage: str
+    done: int = 0
+    total: int = 1
+    state: Literal["running", "finished", "reused"] = "running"
+
+
+Report = Callable[[ExportProgress], None]
+
+
+def _silent(progress: ExportProgress) -> None:
+    pass
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path,
+    backend: str = "onnxruntime",
+    precisions: Sequence[str] = ("fp32",),
+    goldens: bool = True,
+    report: Report = _silent,
+) -> Bundle:
+    """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
+
+    An interrupted export goes on where it stopped; a stage is redone only when its inputs changed.
+
+    Args:
+        checkpoint: ``tiny``, a folder or a hub id.
+        output: the bundle's folder: new, empty, an unfinished export, or a bundle to extend.
+        precisions: of the backend; each becomes a set of artifacts.
+        goldens: record the reference's outputs, which ``parity`` compares with. Needs the model in
+            memory in fp32 once.
+
+    Raises:
+        UserError: bad checkpoint, backend, precision or output folder, or a full disk.
+    """
+    compiler = load_compiler(backend)
+    for precision in precisions:
+        if precision not in compiler.PRECISIONS:
+            raise UserError(
+                f"The backend {backend} has no precision {precision!r};"
+                f" it has {', '.join(compiler.PRECISIONS)}."
+            )
+    source = open_checkpoint(str(checkpoint))
+    specs = (preprocess_spec(source), prompt_spec(source))
+    staging = Staging(Path(output).expanduser())
+    staging.open()
+    _check_same_checkpoint(staging, source)
+    try:
+        run = _Run(source, staging, report)
+        run.tokenizer()
+        run.token_embedding()
+        if goldens:
+            run.goldens()
+        for precision in precisions:
+            for component in TRACED_COMPONENTS:
+                run.component(backend, precision, component)
+    except OSError as error:
+        raise UserError(
+            f"The export stopped: {error.strerror or error} ({staging.folder});"
+            " mend that and run it again, it goes on where it stopped."
+        ) from error
+    staging.finish(_manifest(source, staging, *specs))
+    return Bundle.open(staging.folder)
+
+
+def _check_same_checkpoint(staging: Staging, source: Checkpoint) -> None:
+    for result in staging.results().values():
+        if result.get("checkpoint", source.digest) != source.digest:
+            raise UserError(f"{staging.folder} holds a bundle of another checkpoint; give another folder.")
+
+
+class _Run:
+    """The stages of one export."""
+
+    def __init__(self, source: Checkpoint, staging: Staging, report: Report) -> None:
+        self.source, self.staging, self.report = source, staging, report
+        self._inputs = {"checkpoint": source.digest, "version": __version__}
+
+    def _stage(self, name: str, build: Callable[[Path], dict[str, Any]], **inputs: str) -> None:
+        self.report(ExportProgress(name))
+        _, reused = self.staging.stage(name, {**self._inputs, **inputs}, build)
+        self.report(ExportProgress(name, 1, 1, "reused" if reused else "finished"))
+
+    def tokenizer(self) -> None:
+        def build(folder: Path) -> dict[str, Any]:
+            for file in self.source.tokenizer_files:
+                shutil.copyfile(file, folder / file.name)
+            return {"checkpoint": self.source.digest}
+
+        self._stage("tokenizer", build)
+
+    def token_embedding(self) -> None:
+        def build(folder: Path) -> dict[str, Any]:
+            write_token_embedding(self.source, folder / Path(TOKEN_EMBEDDING).name)
+            return {}
+
+        self._stage("token_embedding", build)
+
+    def goldens(self) -> None:
+        def build(folder: Path) -> dict[str, Any]:
+            total, done = len(golden_requests()), 0
+
+            def on_golden() -> None:
+                nonlocal done
+                done += 1
+                self.report(ExportProgress("goldens", done, total))
+
+            record_goldens(
+                reference_chain(self.source, self.staging.folder / TOKEN_EMBEDDING), folder, on_golden
+            )
+            return {"reference": "torch fp32", "torch": torch.__version__}
+
+        self._stage("goldens", build)
+
+    def component(self, backend: str, precision: str, component: str) -> None:
+        """Trace, lower and check one component; weights stream from the checkpoint."""
+        name = f"{backend}/{precision}/{component}"
+
+        def build(folder: Path) -> dict[str, Any]:
+            traced = trace(self.source.config, component, precision)
+            total = sum(value.numel() * value.element_size() for value in traced.program.state_dict.values())
+            done = 0
+
+            def on_bytes(count: int) -> None:
+                nonlocal done
+                done += count
+                self.report(ExportProgress(name, min(done, total), max(total, 1)))
+
+            def load(parameter: str) -> torch.Tensor:
+                return self.source.load(f"{component}.{parameter}")
+
+            compiled = load_compiler(backend).compile_component(traced, load, folder, on_bytes)
+            artifact = Artifact(
+                component, backend, precision, compiled.target, compiled.dialect,
+                tuple(f"{name}/{file.name}" for file in compiled.files),
+                {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
+            )  # fmt: skip
+            return {"artifact": asdict(artifact)}
+
+        self._stage(name, build)
+
+
+def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: Any) -> Manifest:
+    results = staging.results().values()
+    rows = [result["artifact"] for result in results if "artifact" in result]
+    artifacts = tuple(Artifact(**{**row, "files": tuple(row["files"])}) for row in rows)
+    precisions = dict.fromkeys(artifact.precision for artifact in artifacts)
+    return Manifest(
+        model=source.config.to_dict(),
+        checkpoint={"name": source.folder.name, "sha256": source.digest, "layout": source.config.layout},
+        preprocessing=preprocessing,
+        prompt=prompt,
+        token_embedding=TOKEN_EMBEDDING,
+        default_capacity=min(source.config.decoder.max_positions, MAX_DEFAULT_CAPACITY),
+        contracts={
+            precision: {
+                component: component_contract(source.config, component, precision)
+                for component in TRACED_COMPONENTS
+            }
+            for precision in precisions
+        },
+        artifacts=artifacts,
+        files=staging.files(),
+    )

@@ -1,0 +1,109 @@
+"""A small ONNX graph builder whose initializers are loaded only when the file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+Attributes = Mapping[str, Any]
+NO_ATTRIBUTES: Attributes = {}
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """A constant of the graph: dtype and shape are known, the values come when asked for."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    load: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class Graph:
+    """Nodes in execution order, initializers by name, and the operator sets in use."""
+
+    name: str
+    opset: int
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: dict[str, Initializer] = field(default_factory=dict)
+    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    _names: set[str] = field(default_factory=set)
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        name: str,
+        attributes: Attributes = NO_ATTRIBUTES,
+        outputs: Sequence[str] = (),
+        domain: str = "",
+    ) -> str:
+        """Append a node and return its first output, named like the node unless ``outputs`` says else."""
+        name = self.unique(name)
+        outputs = list(outputs) or [name]
+        self.nodes.append(
+            helper.make_node(operator, list(inputs), outputs, name=name, domain=domain, **attributes)
+        )
+        return outputs[0]
+
+    def unique(self, name: str) -> str:
+        """``name``, or ``name_2`` and so on where it is taken."""
+        candidate, count = name, 1
+        while candidate in self._names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self._names.add(candidate)
+        return candidate
+
+    def initializer(
+        self, name: str, dtype: np.dtype[Any], shape: Sequence[int], load: Callable[[], np.ndarray]
+    ) -> str:
+        """Add a lazily loaded constant once; the same name must mean the same values."""
+        if name not in self.initializers:
+            self.initializers[name] = Initializer(name, dtype, tuple(shape), load)
+        return name
+
+    def constant(self, array: np.ndarray, hint: str) -> str:
+        """A small constant, shared by all nodes that need the same values."""
+        values = "x".join(str(value) for value in array.flatten().tolist()[:8])
+        name = f"{hint}_{array.dtype}_{'x'.join(map(str, array.shape)) or 'scalar'}_{values}"
+        if array.size > 8:
+            raise ValueError(f"constant {hint} has {array.size} values; make it an initializer")
+        return self.initializer(name, array.dtype, array.shape, lambda: array)
+
+    def ints(self, *values: int) -> str:
+        return self.constant(np.array(values, dtype=np.int64), "ints")
+
+    def model(self) -> onnx.ModelProto:
+        """The model without initializers; ``write_model`` adds them."""
+        graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs)
+        domains = {node.domain for node in self.nodes} - {""}
+        imports = [helper.make_opsetid("", self.opset)]
+        imports += [helper.make_opsetid(domain, 1) for domain in sorted(domains)]
+        model = helper.make_model(graph, opset_imports=imports, producer_name="dsvl-export")
+        model.ir_version = 10
+        return model
+
+
+def element_type(dtype: np.dtype[Any] | str) -> int:
+    """ONNX's number of a numpy dtype."""
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def value_info(name: str, dtype: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, element_type(dtype), list(shape))
+
+
+__all__ = ["Graph", "Initializer", "TensorProto", "element_type", "value_info"]

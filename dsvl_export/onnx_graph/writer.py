@@ -1,0 +1,71 @@
+"""Write a graph to disk, its initializers streamed one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from dsvl_export.onnx_graph.builder import Graph, Initializer, element_type
+
+EXTERNAL_ABOVE = 1 << 30  # bytes; protobuf itself ends at 2 GiB
+ALIGNMENT = 4096  # lets runtimes map tensors straight from the file
+
+
+def write_model(
+    graph: Graph, file: Path, on_bytes: Callable[[int], None], external_above: int = EXTERNAL_ABOVE
+) -> list[Path]:
+    """Write ``file`` and, above ``external_above`` bytes of weights, ``file.data`` beside it.
+
+    Args:
+        on_bytes: called with the size of each initializer once it is written.
+
+    Returns:
+        The files written. At most one initializer is in memory with external data.
+    """
+    model = graph.model()
+    initializers = list(graph.initializers.values())
+    if sum(item.nbytes for item in initializers) <= external_above:
+        for item in initializers:
+            model.graph.initializer.append(_inline(item))
+            on_bytes(item.nbytes)
+        file.write_bytes(model.SerializeToString())
+        return [file]
+    data = file.with_name(file.name + ".data")
+    with data.open("wb") as handle:
+        for item in initializers:
+            handle.write(b"\0" * (-handle.tell() % ALIGNMENT))
+            model.graph.initializer.append(_external(item, data.name, handle.tell()))
+            handle.write(_values(item).tobytes())
+            on_bytes(item.nbytes)
+    file.write_bytes(model.SerializeToString())
+    return [file, data]
+
+
+def _values(item: Initializer) -> np.ndarray:
+    array = np.asarray(item.load(), order="C")
+    if array.dtype != item.dtype or array.shape != item.shape:
+        raise ValueError(
+            f"initializer {item.name} is {array.dtype}{list(array.shape)},"
+            f" expected {item.dtype}{list(item.shape)}"
+        )
+    return array
+
+
+def _inline(item: Initializer) -> TensorProto:
+    return helper.make_tensor(
+        item.name, element_type(item.dtype), item.shape, _values(item).tobytes(), raw=True
+    )
+
+
+def _external(item: Initializer, location: str, offset: int) -> TensorProto:
+    tensor = TensorProto(
+        name=item.name, data_type=element_type(item.dtype), dims=item.shape,
+        data_location=TensorProto.EXTERNAL,
+    )  # fmt: skip
+    for key, value in (("location", location), ("offset", offset), ("length", item.nbytes)):
+        tensor.external_data.append(onnx.StringStringEntryProto(key=key, value=str(value)))
+    return tensor

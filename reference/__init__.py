@@ -1,0 +1,1 @@
+"""The PyTorch reference model, its checkpoints and its traced components."""

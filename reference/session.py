@@ -1,0 +1,85 @@
+"""The reference model as sessions, so that the one runtime chain runs it like any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from reference.checkpoint import Checkpoint
+from reference.decoder import Decoder
+from reference.model import DeepSeekVL
+from reference.specs import preprocess_spec, prompt_spec
+from reference.trace import component_contract
+from runtimes.cache import KVCache
+from runtimes.chain import Chain
+from runtimes.contracts import Contract
+from runtimes.embedding import TokenEmbedding
+from runtimes.tokenizer import Tokenizer
+
+
+class TorchComponent:
+    """A stateless component in eager PyTorch."""
+
+    def __init__(self, module: nn.Module, contract: Contract) -> None:
+        self.contract, self._module = contract, module
+
+    @torch.inference_mode()
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors = [torch.from_numpy(inputs[spec.name]) for spec in self.contract.inputs]
+        outputs = self._module(*tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {
+            spec.name: tensor.numpy() for spec, tensor in zip(self.contract.outputs, outputs, strict=True)
+        }
+
+
+class TorchDecoder:
+    """The decoder in eager PyTorch, writing into the cache's numpy memory."""
+
+    def __init__(self, module: Decoder, contract: Contract) -> None:
+        self.contract, self._module = contract, module
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        return KVCache(self.contract.states, batch, capacity)
+
+    @torch.inference_mode()
+    def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
+        positions = cache.append(inputs_embeds.shape[1])
+        states = [torch.from_numpy(array) for array in cache.arrays]
+        rows = torch.from_numpy(np.asarray(logit_rows, dtype=np.int64))
+        embeds, places = torch.from_numpy(inputs_embeds), torch.from_numpy(positions)
+        return np.asarray(self._module(embeds, places, rows, states).numpy())
+
+
+def reference_chain(checkpoint: Checkpoint, embedding_file: Path, model: DeepSeekVL | None = None) -> Chain:
+    """The reference model in fp32 behind the runtime's chain.
+
+    Args:
+        embedding_file: the table that ``write_token_embedding`` wrote.
+        model: the loaded model; None loads it.
+    """
+    model = model or checkpoint.model()
+    config = checkpoint.config
+
+    def contract(component: str) -> Contract:
+        return component_contract(config, component, "fp32")
+
+    return Chain(
+        Tokenizer(checkpoint.tokenizer_files[0], prompt_spec(checkpoint)),
+        preprocess_spec(checkpoint),
+        TokenEmbedding(embedding_file),
+        TorchComponent(model.vision_encoder, contract("vision_encoder")),
+        TorchComponent(model.adaptor, contract("adaptor")),
+        TorchDecoder(model.decoder, contract("decoder")),
+    )
+
+
+def write_token_embedding(checkpoint: Checkpoint, file: Path) -> None:
+    """The embedding table in the checkpoint's own dtype, as ``TokenEmbedding`` reads it."""
+    table = checkpoint.load("token_embedding.weight").contiguous()
+    save_file({"token_embedding": table}, file)

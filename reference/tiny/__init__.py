@@ -1,0 +1,1 @@
+"""The bundled tiny DeepSeek-VL: how its pictures, questions and weights were made."""

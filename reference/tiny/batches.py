@@ -1,0 +1,122 @@
+"""Training batches for the tiny model; every batch follows from its stage and step alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from reference.tiny.pictures import CANVAS, COLOURS, COLUMNS, SHAPES, Scene, draw
+from reference.tiny.questions import Question, chat, image_preamble
+from runtimes.prompt import BOS, EOS, IMAGE_PLACEHOLDER, PAD, SYSTEM_PROMPT, Message, format_chat
+
+GRID = 8  # image tokens per side
+NAMES = [str(digit) for digit in range(10)] + list(SHAPES)
+# Classes of the dense heads; 0 means background.
+DENSE_HEADS = {
+    "name": len(NAMES) + 1,
+    "colour": len(COLOURS) + 1,
+    "order": len(COLUMNS) + 1,
+    "row": GRID,
+    "column": GRID,
+}
+
+
+@dataclass
+class Batch:
+    """One step's pictures, their dense targets, and conversations about them (in stage 2)."""
+
+    pixels: Tensor  # [N, 3, 128, 128] in [0, 1]
+    dense: Tensor  # [N, heads, T]
+    tokens: Tensor  # [B, S]
+    answers: Tensor  # [B, S] bool: this token belongs to an answer and is to be predicted
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """``[3, 128, 128]`` float32, as the preprocessing of a square picture does it."""
+    small = image.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
+    return np.asarray(small, dtype=np.float32).transpose(2, 0, 1) / 255
+
+
+def dense_targets(scene: Scene) -> np.ndarray:
+    """``[heads, GRID**2]``: what covers each image token's cell, and which cell is a thing's centre."""
+    cell = CANVAS / GRID
+    targets = np.zeros((len(DENSE_HEADS), GRID, GRID), dtype=np.int64)
+    centres = (np.arange(GRID) + 0.5) * cell
+    for thing in scene.digits + scene.shapes:
+        x0, y0, x1, y1 = thing.box
+        columns = (centres >= x0 - 2) & (centres <= x1 + 2)
+        rows = (centres >= y0 - 2) & (centres <= y1 + 2)
+        covered = rows[:, None] & columns[None, :]
+        middle = min(int((y0 + y1) / 2 / cell), GRID - 1), min(int((x0 + x1) / 2 / cell), GRID - 1)
+        covered[middle] = True
+        targets[0][covered] = NAMES.index(thing.name) + 1
+        targets[1][covered] = list(COLOURS).index(thing.colour) + 1
+        targets[2][middle] = thing.order + 1
+    targets[3], targets[4] = np.indices((GRID, GRID))
+    return targets.reshape(len(DENSE_HEADS), -1)
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Id of a token that the tokenizer is known to have."""
+    number = tokenizer.token_to_id(token)
+    assert number is not None, token
+    return number
+
+
+def encode_chat(tokenizer: Tokenizer, questions: list[Question], images: int) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation in the real prompt format, and which of them are answers."""
+    image_id = token_id(tokenizer, IMAGE_PLACEHOLDER)
+    ids, answers = [token_id(tokenizer, BOS)], [False]
+    for turn, question in enumerate(questions):
+        content = (image_preamble(images) if turn == 0 else "") + question.text
+        asked = format_chat([Message("user", content)], SYSTEM_PROMPT if turn == 0 else "")
+        for text, is_answer in ((asked, False), (f" {question.answer}{EOS}", True)):
+            for token in tokenizer.encode(text, add_special_tokens=False).ids:
+                count = GRID**2 if token == image_id else 1
+                ids += [token] * count
+                answers += [is_answer] * count
+    return ids, answers
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+
+class Batches(Dataset[Batch]):
+    """Batch number ``step`` of a stage: dense targets alone, or conversations as well."""
+
+    def __init__(self, stage: int, size: int, tokenizer: Tokenizer, held_out: bool = False) -> None:
+        self.stage, self.size, self.tokenizer, self.held_out = stage, size, tokenizer, held_out
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng((self.stage, step, 7))
+        images = 2 if rng.random() < 0.25 and self.stage == 2 else 1
+        drawn = [
+            draw((self.stage, step, index, int(self.held_out)), self.held_out)
+            for index in range(self.size // images * images)
+        ]
+        scenes = [scene for _, scene in drawn]
+        ids, answers = [], []
+        if self.stage == 2:
+            turns = 6 if images == 1 else 8
+            for first in range(0, len(scenes), images):
+                questions = chat(rng, scenes[first : first + images], turns)
+                row_ids, row_answers = encode_chat(self.tokenizer, questions, images)
+                ids.append(row_ids)
+                answers.append([int(answer) for answer in row_answers])
+        return Batch(
+            torch.from_numpy(np.stack([to_pixels(image) for image, _ in drawn])),
+            torch.from_numpy(np.stack([dense_targets(scene) for scene in scenes])),
+            pad(ids, token_id(self.tokenizer, PAD)) if ids else torch.zeros(0),
+            pad(answers, 0).bool() if ids else torch.zeros(0),
+        )

@@ -1,0 +1,76 @@
+"""Write the held-out set: ``python -m reference.tiny.heldout`` (500 questions, fixed seeds).
+
+Fonts and positions are those that training never uses. The pictures are stored, so that the
+figures do not depend on the fonts or the FreeType of the machine.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reference.tiny.pictures import Scene, draw
+from reference.tiny.questions import KINDS, Question, ask, image_preamble
+
+FOLDER = Path(__file__).parent / "heldout"
+QUESTIONS = 500
+SEED = 2403_05525
+
+
+def make_rows(folder: Path) -> list[dict[str, Any]]:
+    """Draw the pictures into ``folder / images`` and return one row per question.
+
+    Kinds take turns. A sixth of the questions is about one of two pictures, and a seventh of the
+    others is the second turn of a chat.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(SEED)
+    rows: list[dict[str, Any]] = []
+    picture = 0
+    while len(rows) < QUESTIONS:
+        count = 2 if rng.random() < 1 / 6 else 1
+        names = ["the picture"] if count == 1 else ["Figure 1", "Figure 2"]
+        drawn = [draw((SEED, picture + index), held_out=True) for index in range(count)]
+        scenes = [scene for _, scene in drawn]
+        which = int(rng.integers(count))
+        question = ask(rng, KINDS[len(rows) % len(KINDS)], scenes[which], names[which])
+        picture += count
+        if question is None:  # the scene has no such question; try the next picture
+            continue
+        files = []
+        for index, (image, _) in enumerate(drawn):
+            files.append(f"images/{picture - count + index:04}.png")
+            image.save(folder / files[-1], optimize=True)
+        rows.append(_row(rng, question, scenes, files))
+    return rows
+
+
+def _row(
+    rng: np.random.Generator, question: Question, scenes: list[Scene], files: list[str]
+) -> dict[str, Any]:
+    history = []
+    text, first = question.text, image_preamble(len(files))
+    if len(files) == 1 and rng.random() < 1 / 7:
+        kinds = [kind for kind in KINDS[:-1] if kind != question.kind]
+        before = next(
+            q for kind in rng.permutation(kinds) if (q := ask(rng, str(kind), scenes[0], "the picture"))
+        )
+        history = [{"role": "user", "content": first + before.text},
+                   {"role": "assistant", "content": before.answer}]  # fmt: skip
+    else:
+        text = first + text
+    return {"kind": question.kind, "images": files, "history": history, "question": text,
+            "expected": question.answer}  # fmt: skip
+
+
+def main() -> None:
+    rows = make_rows(FOLDER)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (FOLDER / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Questions and answers about rendered scenes, in the kinds that the tiny model is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from reference.tiny.pictures import COLOURS, COLUMNS, SHAPES, Scene, Thing
+
+KINDS = (
+    "number_1", "number_2", "number_3", "number_colour", "number_half", "count_all",
+    "count_colour", "shape_colour", "shape_column", "shape_at", "exists", "describe",
+)  # fmt: skip
+
+_PHRASES = {
+    "number": ("What number is in {picture}?", "Which number do you see in {picture}?", "Read the number in {picture}."),
+    "number_colour": ("What colour is the number in {picture}?", "In {picture}, which colour has the number?"),
+    "number_half": ("Is the number at the top or at the bottom of {picture}?", "Where in {picture} is the number?"),
+    "count_all": ("How many shapes are in {picture}?", "Count the shapes in {picture}."),
+    "count_colour": ("How many {colour} shapes are in {picture}?", "Count the {colour} shapes in {picture}."),
+    "shape_colour": ("What colour is the {shape} in {picture}?", "In {picture}, which colour has the {shape}?"),
+    "shape_column": ("Where in {picture} is the {shape}?", "Is the {shape} in {picture} left, middle or right?"),
+    "shape_at": ("Which shape is on the {column} in {picture}?", "What is the {column} shape in {picture}?"),
+    "exists": ("Is there any {colour} {shape} in {picture}?", "Does {picture} show any {colour} {shape}?"),
+    "describe": ("Describe {picture}.", "What do you see in {picture}?"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its only right answer."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def _phrase(rng: np.random.Generator, kind: str, **words: str) -> str:
+    return str(rng.choice(_PHRASES[kind])).format(**words)
+
+
+def _unique_shape(rng: np.random.Generator, scene: Scene) -> Thing | None:
+    names = [shape.name for shape in scene.shapes]
+    unique = [shape for shape in scene.shapes if names.count(shape.name) == 1]
+    return unique[rng.integers(len(unique))] if unique else None
+
+
+def describe(scene: Scene) -> str:
+    """All of a scene in one sentence, shapes from left to right."""
+    shapes = ", ".join(f"a {shape.colour} {shape.name}" for shape in scene.shapes)
+    return f"The {scene.number_colour} number {scene.number} at the {scene.number_half}, and {shapes}."
+
+
+def ask(rng: np.random.Generator, kind: str, scene: Scene, picture: str) -> Question | None:
+    """A question of a kind about a scene; None where the scene has no such question.
+
+    Args:
+        picture: how the text names the picture ("the picture", "Figure 2").
+    """
+    words = {"picture": picture}
+    if kind.startswith("number_") and kind[-1].isdigit():
+        if int(kind[-1]) != len(scene.number):
+            return None
+        return Question(kind, _phrase(rng, "number", **words), scene.number)
+    if kind == "number_colour":
+        answer = scene.number_colour
+    elif kind == "number_half":
+        answer = scene.number_half
+    elif kind == "count_all":
+        answer = str(len(scene.shapes))
+    elif kind == "count_colour":
+        present = [shape.colour for shape in scene.shapes]
+        words["colour"] = str(rng.choice(present if rng.random() < 0.7 else list(COLOURS)))
+        answer = str(present.count(words["colour"]))
+    elif kind in ("shape_colour", "shape_column"):
+        shape = _unique_shape(rng, scene)
+        if shape is None:
+            return None
+        words["shape"] = shape.name
+        answer = shape.colour if kind == "shape_colour" else COLUMNS[shape.order]
+    elif kind == "shape_at":
+        shape = scene.shapes[rng.integers(len(scene.shapes))]
+        words["column"] = COLUMNS[shape.order]
+        answer = shape.name
+    elif kind == "exists":
+        words["colour"], words["shape"], answer = _existence(rng, scene)
+    else:
+        answer = describe(scene)
+    return Question(kind, _phrase(rng, kind, **words), answer)
+
+
+def _existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str, str]:
+    """Half yes, half no; a no is mostly a near miss (right shape, wrong colour or the reverse)."""
+    shape = scene.shapes[rng.integers(len(scene.shapes))]
+    present = {(thing.colour, thing.name) for thing in scene.shapes}
+    if rng.random() < 0.5:
+        return shape.colour, shape.name, "yes"
+    near = [(colour, shape.name) for colour in COLOURS] + [(shape.colour, name) for name in SHAPES]
+    absent = [pair for pair in near if pair not in present]
+    colour, name = absent[rng.integers(len(absent))]
+    return colour, name, "no"
+
+
+def chat(
+    rng: np.random.Generator, scenes: list[Scene], turns: int, kinds: tuple[str, ...] = KINDS
+) -> list[Question]:
+    """Different questions about one or two pictures; a description only as the last turn.
+
+    A description before other questions would let them be answered from the text.
+    """
+    names = ["the picture"] if len(scenes) == 1 else [f"Figure {i + 1}" for i in range(len(scenes))]
+    pairs = [(kind, which) for kind in kinds for which in range(len(scenes))]
+    questions: list[Question] = []
+    for index in rng.permutation(len(pairs)):
+        kind, which = pairs[index]
+        if kind == "describe" and len(questions) < turns - 1:
+            continue
+        question = ask(rng, kind, scenes[which], names[which])
+        if question:
+            questions.append(question)
+        if len(questions) == turns:
+            break
+    return questions
+
+
+def image_preamble(images: int) -> str:
+    """The placeholders before the first question, as the original's multi-image example writes them."""
+    if images == 1:
+        return "<image_placeholder>"
+    return "".join(f"<image_placeholder> is Figure {i + 1}.\n" for i in range(images))

@@ -1,0 +1,193 @@
+"""Train the tiny checkpoint: ``python -m reference.tiny.train --output DIR`` (``--help`` for more).
+
+Stage 1 trains vision and adaptor on dense targets (what covers each image token's cell); stage 2
+trains everything on conversations and keeps the dense targets as a smaller loss. Without the first
+stage, training stays on a plateau. Interrupt it at will: the same command resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+
+from reference.checkpoint import write_original
+from reference.config import parse_config
+from reference.model import DeepSeekVL
+from reference.tiny.batches import DENSE_HEADS, Batch, Batches, token_id
+from reference.tiny.tokenizer import corpus, train_tokenizer
+from runtimes.prompt import IMAGE_PLACEHOLDER
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps, batch size and learning rates; the rate is flat, then falls to zero over ``decay``."""
+
+    number: int
+    steps: int
+    batch: int
+    matrix_rate: float  # Muon, on the hidden matrices
+    other_rate: float  # AdamW, on all else
+    decay: float
+
+
+STAGES = (Stage(1, 2400, 64, 0.02, 2e-3, 0.2), Stage(2, 3600, 48, 0.015, 2e-3, 0.4))
+DENSE_WEIGHTS = {"name": 1.0, "colour": 0.7, "order": 1.0, "row": 0.1, "column": 0.1}
+
+
+def dense_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of each dense head, background weighted 0.15, and its accuracy off the background."""
+    loss, accuracy = logits.new_zeros(()), {}
+    parts = torch.split(logits.float(), list(DENSE_HEADS.values()), dim=-1)
+    for index, ((name, classes), part) in enumerate(zip(DENSE_HEADS.items(), parts, strict=True)):
+        target = targets[:, index]
+        weight = torch.ones(classes)
+        background = 0 if name in ("name", "colour", "order") else None
+        if background is not None:
+            weight[background] = 0.15
+        loss = loss + DENSE_WEIGHTS[name] * F.cross_entropy(part.flatten(0, 1), target.flatten(), weight)
+        hits = part.argmax(-1) == target
+        accuracy[name] = float((hits[target > 0] if background == 0 else hits).float().mean())
+    return loss, accuracy
+
+
+class Trainee(nn.Module):
+    """The model with the dense heads of training."""
+
+    def __init__(self, model: DeepSeekVL, image_token_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self.image_token_id = image_token_id
+        self.dense = nn.Linear(model.config.decoder.width, sum(DENSE_HEADS.values()))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            image_embeds = self.model.encode_image(batch.pixels)  # [N, T, D]
+            loss, numbers = dense_loss(self.dense(image_embeds), batch.dense)
+            if not batch.tokens.numel():
+                return loss, numbers
+            embeds = self.model.merge(batch.tokens, image_embeds, self.image_token_id)
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward is slower with a mask
+                logits = self.model.logits(embeds)  # [B, S, V]
+        wanted = batch.answers[:, 1:]
+        predicted, target = logits[:, :-1][wanted], batch.tokens[:, 1:][wanted]
+        answer_loss = F.cross_entropy(predicted, target)
+        numbers |= {
+            "answer_loss": answer_loss.item(),
+            "token_accuracy": float((predicted.argmax(-1) == target).float().mean()),
+        }
+        return answer_loss + 0.1 * loss, numbers
+
+
+def initialise(model: DeepSeekVL) -> None:
+    """Normal(0, 0.02) weights, residual projections scaled down by depth (GPT-2's rule)."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            scaled = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight"))
+            std = 0.02 / (2 * 4) ** 0.5 if scaled else 0.02
+            if "rel_pos" not in name:
+                nn.init.normal_(parameter, std=std if parameter.dim() != 4 else parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    assert model.vision_encoder.high is not None
+    nn.init.ones_(model.vision_encoder.high.hd_alpha)
+
+
+def optimizers(trainee: Trainee, stage: Stage) -> list[torch.optim.Optimizer]:
+    """Muon (Keller Jordan, 2024) for hidden matrices, AdamW for embeddings, convolutions, norms, heads."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in trainee.named_parameters():
+        hidden = parameter.dim() == 2 and not any(
+            part in name for part in ("token_embedding", "head", "dense", "rel_pos")
+        )
+        (matrices if hidden else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=stage.matrix_rate, weight_decay=0.05, ns_steps=4),
+        torch.optim.AdamW(others, lr=stage.other_rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
+def rate_factor(stage: Stage, step: int) -> float:
+    """Warm-up over 50 steps, flat, then a linear fall over the last ``decay`` of the steps."""
+    left = (stage.steps - step) / (stage.steps * stage.decay)
+    return min(1.0, (step + 1) / 50, left)
+
+
+def run_stage(trainee: Trainee, stage: Stage, tokenizer: Tokenizer, output: Path) -> None:
+    """One stage from its last saved state to its end; appends to ``curve.jsonl``."""
+    state_file = output / f"stage{stage.number}.pt"
+    optims = optimizers(trainee, stage)
+    start = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        start = state["step"]
+        trainee.load_state_dict(state["model"])
+        for optim, saved in zip(optims, state["optimizers"], strict=True):
+            optim.load_state_dict(saved)
+    loader = DataLoader(
+        Batches(stage.number, stage.batch, tokenizer), batch_size=None,
+        sampler=range(start, stage.steps), num_workers=1, prefetch_factor=4,
+    )  # fmt: skip
+    columns = (TextColumn("stage {task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"))  # fmt: skip
+    with Progress(*columns, refresh_per_second=1) as progress:
+        task = progress.add_task("", total=stage.steps, completed=start, stage=stage.number, numbers="")
+        for step, batch in enumerate(loader, start):
+            begun = time.time()
+            for optim, rate in zip(optims, (stage.matrix_rate, stage.other_rate), strict=True):
+                for group in optim.param_groups:
+                    group["lr"] = rate * rate_factor(stage, step)
+            loss, numbers = trainee(batch)
+            for optim in optims:
+                optim.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+            for optim in optims:
+                optim.step()
+            done = step + 1
+            shown = " ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            progress.update(task, completed=done, numbers=shown)
+            if done % 20 == 0:
+                line = {"stage": stage.number, "step": done, "loss": loss.item(), **numbers,
+                        "seconds": round(time.time() - begun, 2)}  # fmt: skip
+                with (output / "curve.jsonl").open("a") as log:
+                    log.write(json.dumps(line) + "\n")
+            if done % 100 == 0 or done == stage.steps:
+                saved = {"step": done, "model": trainee.state_dict(),
+                         "optimizers": [optim.state_dict() for optim in optims]}  # fmt: skip
+                torch.save(saved, state_file.with_suffix(".tmp"))
+                state_file.with_suffix(".tmp").replace(state_file)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for the state, the curve and the checkpoint.")],
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    """Train the tiny checkpoint; about two hours on two CPU cores. Resumes where it stopped."""
+    torch.set_num_threads(threads)
+    output.mkdir(parents=True, exist_ok=True)
+    raw = json.loads((Path(__file__).parent / "config.json").read_text())
+    model = DeepSeekVL(parse_config(raw, "config.json"))
+    tokenizer = train_tokenizer(corpus(2000))
+    trainee = Trainee(model, token_id(tokenizer, IMAGE_PLACEHOLDER))
+    initialise(model)
+    for stage in STAGES:
+        run_stage(trainee, stage, tokenizer, output)
+    write_original(model, raw, tokenizer, output / "checkpoint")
+
+
+if __name__ == "__main__":
+    typer.run(main)

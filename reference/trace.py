@@ -1,0 +1,133 @@
+"""One ``torch.export.ExportedProgram`` per component, traced without its weights.
+
+Components are built with fake parameters (shapes and dtypes, no memory), so tracing the 7B costs
+what tracing ``tiny`` costs; compilers stream the values from the checkpoint later. The programs are
+high-level ATen with ``dsvl::cached_attention`` kept whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+
+from reference.config import ModelConfig
+from reference.constants import materialise_constants
+from reference.decoder import Decoder
+from reference.vision import Adaptor, VisionEncoder
+from runtimes.contracts import Contract, TensorSpec
+
+TRACED_COMPONENTS = ("vision_encoder", "adaptor", "decoder")
+PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TracedComponent:
+    """A component's program and the contract it was traced under.
+
+    The program's user inputs are the contract's inputs, then its states, in order.
+    """
+
+    program: ExportedProgram
+    contract: Contract
+
+
+def component_contract(config: ModelConfig, component: str, precision: str) -> Contract:
+    """Contract of a component; activations and states have the precision's dtype, logits float32."""
+    dtype = str(PRECISION_DTYPES[precision]).removeprefix("torch.")
+    vision, decoder = config.vision, config.decoder
+    side, tokens = vision.image_size, vision.image_tokens
+    low = TensorSpec("low_features", dtype, ("batch", tokens, vision.siglip.width), "SigLIP features")
+    features: tuple[TensorSpec, ...] = (low,)
+    if vision.sam:
+        width = vision.sam.downsample_widths[-1]
+        features = (TensorSpec("high_features", dtype, ("batch", tokens, width), "SAM features"), low)
+    if component == "vision_encoder":
+        pixels = "preprocessed RGB pixels, see the preprocessing spec"
+        return Contract(
+            component,
+            (TensorSpec("pixel_values", dtype, ("batch", 3, side, side), pixels),),
+            features,
+        )
+    if component == "adaptor":
+        shape = ("batch", tokens, decoder.width)
+        embeds = TensorSpec("image_embeds", dtype, shape, "image tokens in the decoder's width")
+        return Contract(component, features, (embeds,))
+    cache_shape = ("batch", decoder.kv_heads, "capacity", decoder.head_dim)
+    return Contract(
+        "decoder",
+        (
+            TensorSpec("inputs_embeds", dtype, ("batch", "sequence", decoder.width), "token embeddings"),
+            TensorSpec("positions", "int64", ("batch", "sequence"), "cache position of each token"),
+            TensorSpec("logit_rows", "int64", ("rows",), "rows of the sequence whose logits are wanted"),
+        ),
+        (TensorSpec("logits", "float32", ("batch", "rows", decoder.vocab_size), "next-token scores"),),
+        tuple(
+            TensorSpec(f"{kind}_cache_{layer}", dtype, cache_shape, f"{kind}s of layer {layer}")
+            for layer in range(decoder.layers)
+            for kind in ("key", "value")
+        ),
+    )
+
+
+def build_component(config: ModelConfig, component: str) -> nn.Module:
+    """A component with meta parameters and real constants."""
+    with torch.device("meta"):
+        module: nn.Module
+        if component == "vision_encoder":
+            module = VisionEncoder(config.vision)
+        elif component == "adaptor":
+            module = Adaptor(config.adaptor)
+        else:
+            module = Decoder(config.decoder)
+    materialise_constants(module)
+    return module.eval()
+
+
+def trace(config: ModelConfig, component: str, precision: str) -> TracedComponent:
+    """Trace a component under its contract, with named dims left symbolic.
+
+    Args:
+        component: one of ``TRACED_COMPONENTS`` (the token embedding is a table, not a program).
+        precision: a key of ``PRECISION_DTYPES``.
+    """
+    contract = component_contract(config, component, precision)
+    module = build_component(config, component).to(PRECISION_DTYPES[precision])
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _fake_parameters(module, mode)
+    # Distinct example sizes, so that no two symbolic dims are taken for equal.
+    sizes = {"batch": 2, "sequence": 5, "rows": 3, "capacity": 37}
+    dims = {name: Dim(name) for name in sizes}
+    with mode, torch.no_grad():
+        inputs = [_example(spec, sizes) for spec in contract.inputs]
+        states = [_example(spec, sizes) for spec in contract.states]
+        shapes: list[Any] = [_dynamic(spec, dims) for spec in contract.inputs]
+        if component == "decoder":
+            args, dynamic = (*inputs, states), (*shapes, [_dynamic(spec, dims) for spec in contract.states])
+        elif component == "adaptor":
+            args, dynamic = tuple(inputs), (tuple(shapes),)  # its features are *args
+        else:
+            args, dynamic = tuple(inputs), tuple(shapes)
+        program = torch.export.export(module, args, dynamic_shapes=dynamic)
+    return TracedComponent(program, contract)
+
+
+def _fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            with mode:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            setattr(owner, name, nn.Parameter(fake, requires_grad=False))
+
+
+def _example(spec: TensorSpec, sizes: dict[str, int]) -> Tensor:
+    shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
+    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+
+
+def _dynamic(spec: TensorSpec, dims: dict[str, Any]) -> dict[int, Any]:
+    return {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}

@@ -1,0 +1,1 @@
+"""The torch-free runtime: bundle, preprocessing, prompt, KV cache, sampling, sessions, pipeline."""

@@ -1,0 +1,32 @@
+"""Backends by name: modules of this package, or third parties' entry points."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import cast
+
+from runtimes.errors import UserError
+from runtimes.session import Backend
+
+BUILT_IN = ("onnxruntime",)
+GROUP = "dsvl_export.runtimes"
+
+
+def backend_names() -> list[str]:
+    """All backends that can be asked for."""
+    return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=GROUP))})
+
+
+def load_backend(name: str) -> Backend:
+    """The module of a backend; its own library is imported when a session is opened.
+
+    Raises:
+        UserError: there is no such backend.
+    """
+    if name in BUILT_IN:
+        return cast(Backend, import_module(f"runtimes.{name}"))
+    for entry in entry_points(group=GROUP):
+        if entry.name == name:
+            return cast(Backend, entry.load())
+    raise UserError(f"There is no backend {name!r}; there are {', '.join(backend_names())}.")

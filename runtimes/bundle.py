@@ -1,0 +1,186 @@
+"""The bundle: a folder with a manifest that names, sizes and hashes every file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from runtimes.contracts import Contract
+from runtimes.errors import UserError
+from runtimes.files import read_json, sha256_of_file
+from runtimes.preprocess import PreprocessSpec
+from runtimes.tokenizer import PromptSpec
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256 of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One component compiled for one backend: its main file first, its data files after."""
+
+    component: str
+    backend: str
+    precision: str
+    target: str
+    dialect: str
+    files: tuple[str, ...]
+    tools: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that ``manifest.json`` says; the JSON schema is ``runtimes/manifest.schema.json``."""
+
+    model: dict[str, Any]
+    checkpoint: dict[str, str]
+    preprocessing: PreprocessSpec
+    prompt: PromptSpec
+    token_embedding: str
+    default_capacity: int
+    contracts: dict[str, dict[str, Contract]]  # precision → component → contract
+    artifacts: tuple[Artifact, ...]
+    files: dict[str, FileEntry]  # path → entry, for every file but the manifest
+    parity: dict[str, Any] = field(default_factory=dict)  # backend/precision → verdict
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], where: str) -> Manifest:
+        """Inverse of ``to_dict``.
+
+        Raises:
+            UserError: a key is missing or malformed, a path leaves the bundle, or the schema
+                version is unknown.
+        """
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            raise UserError(
+                f"{where} has schema version {raw.get('schema_version')!r}, this release reads"
+                f" {SCHEMA_VERSION}; export again or use the matching dsvl-export."
+            )
+        try:
+            manifest = cls(
+                model=raw["model"],
+                checkpoint=raw["checkpoint"],
+                preprocessing=PreprocessSpec.from_dict(raw["preprocessing"]),
+                prompt=PromptSpec(**raw["prompt"]),
+                token_embedding=raw["token_embedding"],
+                default_capacity=raw["default_capacity"],
+                contracts={
+                    precision: {name: Contract.from_dict(contract) for name, contract in table.items()}
+                    for precision, table in raw["contracts"].items()
+                },
+                artifacts=tuple(
+                    Artifact(**{**item, "files": tuple(item["files"])}) for item in raw["artifacts"]
+                ),
+                files={path: FileEntry(**entry) for path, entry in raw["files"].items()},
+                parity=raw["parity"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{where} is no valid manifest: {error}.") from error
+        for path in manifest.paths():
+            parts = PurePosixPath(path).parts
+            if not parts or path.startswith("/") or "\\" in path or ":" in path or ".." in parts:
+                raise UserError(f"{where} names {path!r}, which lies outside the bundle.")
+            if path not in manifest.files:
+                raise UserError(f"{where} names {path!r} but has no size and hash for it.")
+        return manifest
+
+    def paths(self) -> Iterable[str]:
+        """Every path that the manifest names."""
+        yield from self.files
+        yield self.token_embedding
+        for artifact in self.artifacts:
+            yield from artifact.files
+
+
+class Bundle:
+    """A bundle folder, opened for reading."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Bundle:
+        """Read the manifest of a bundle.
+
+        Raises:
+            UserError: there is no bundle, or its manifest is broken.
+        """
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"There is no bundle folder {folder}.")
+        file = folder / MANIFEST
+        if not file.exists():
+            hint = (
+                "the export was interrupted; run it again"
+                if (folder / ".staging").exists()
+                else "it is no bundle"
+            )
+            raise UserError(f"{folder} has no {MANIFEST}: {hint}.")
+        return cls(folder, Manifest.from_dict(read_json(file), str(file)))
+
+    def path(self, relative: str) -> Path:
+        """Absolute path of a file of the bundle.
+
+        Raises:
+            UserError: it leaves the bundle through a link.
+        """
+        path = (self.folder / relative).resolve()
+        if not path.is_relative_to(self.folder.resolve()):
+            raise UserError(f"{relative} leads outside the bundle {self.folder}.")
+        return path
+
+    def problems(self, paths: Iterable[str] | None = None) -> list[str]:
+        """What is wrong with the files (all, or the given): missing, wrong size or wrong hash."""
+        found = []
+        for path in sorted(self.manifest.files if paths is None else set(paths)):
+            entry, file = self.manifest.files[path], self.path(path)
+            if not file.is_file():
+                found.append(f"{path} is missing")
+            elif file.stat().st_size != entry.bytes:
+                found.append(f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}")
+            elif sha256_of_file(file) != entry.sha256:
+                found.append(f"{path} has a wrong SHA-256")
+        return found
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Raise UserError where one of the files is not as the manifest says."""
+        problems = self.problems(paths)
+        if problems:
+            raise UserError(f"The bundle {self.folder} is damaged: {'; '.join(problems)}; export it again.")
+
+    def choices(self) -> list[tuple[str, str]]:
+        """The (backend, precision) pairs that the bundle holds, in order of export."""
+        return list(dict.fromkeys((item.backend, item.precision) for item in self.manifest.artifacts))
+
+    def select(self, backend: str | None, precision: str | None) -> tuple[str, str]:
+        """The pair that fits what was asked; the first where several fit.
+
+        Raises:
+            UserError: none fits; the sentence lists what there is.
+        """
+        for pair in self.choices():
+            if backend in (None, pair[0]) and precision in (None, pair[1]):
+                return pair
+        there = ", ".join(f"{name} {kind}" for name, kind in self.choices())
+        wanted = " ".join(part for part in (backend, precision) if part)
+        raise UserError(f"The bundle {self.folder} holds no {wanted}; it has {there or 'no artifacts'}.")
+
+    def artifact(self, component: str, backend: str, precision: str) -> Artifact:
+        for item in self.manifest.artifacts:
+            if (item.component, item.backend, item.precision) == (component, backend, precision):
+                return item
+        raise UserError(f"The bundle {self.folder} has no {component} for {backend} {precision}.")

@@ -1,0 +1,132 @@
+"""The KV cache: allocated once, written in place by the backend, bookkept here.
+
+The states are numpy arrays that a session binds by address; nothing here or in a session copies or
+moves them between steps. Rows of a batch may have different lengths.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from runtimes.contracts import TensorSpec
+from runtimes.errors import UserError
+
+
+class CapacityError(UserError):
+    """The sequence does not fit into the cache."""
+
+
+class KVCache:
+    """Keys and values of all layers for ``batch`` sequences of at most ``capacity`` tokens.
+
+    Args:
+        specs: the decoder contract's states; each ``[batch, Hkv, capacity, Dh]``.
+        arrays: memory to use; None allocates zeros.
+    """
+
+    def __init__(
+        self,
+        specs: tuple[TensorSpec, ...],
+        batch: int,
+        capacity: int,
+        arrays: list[np.ndarray] | None = None,
+    ) -> None:
+        self.specs, self.batch, self.capacity = specs, batch, capacity
+        self.arrays = arrays if arrays is not None else [self._zeros(spec) for spec in specs]
+        self.lengths = np.zeros(batch, dtype=np.int64)
+
+    def _zeros(self, spec: TensorSpec) -> np.ndarray:
+        sizes = {"batch": self.batch, "capacity": self.capacity}
+        shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
+        return np.zeros(shape, dtype=spec.dtype)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the longest row."""
+        return int(self.lengths.max())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    def append(self, count: int) -> np.ndarray:
+        """Claim the next ``count`` positions of every row: ``[batch, count]`` int64.
+
+        Called before the backend runs, so that no backend ever writes past the end.
+
+        Raises:
+            CapacityError: they do not fit; the cache is as before.
+        """
+        if self.length + count > self.capacity:
+            raise CapacityError(
+                f"The sequence needs {self.length + count} positions but the KV cache holds"
+                f" {self.capacity}; shorten the prompt or open the bundle with a larger capacity."
+            )
+        positions = self.lengths[:, None] + np.arange(count, dtype=np.int64)
+        self.lengths += count
+        return positions
+
+    def rewind(self, count: int) -> None:
+        """Forget the last ``count`` tokens of every row; their memory is overwritten later."""
+        if not 0 <= count <= int(self.lengths.min()):
+            raise ValueError(f"cannot rewind {count} of {self.lengths.tolist()} tokens")
+        self.lengths -= count
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.lengths[:] = 0
+
+    def fork(self) -> KVCache:
+        """An independent copy."""
+        copy = type(self)(self.specs, self.batch, self.capacity, [a.copy() for a in self.arrays])
+        copy.lengths[:] = self.lengths
+        return copy
+
+    def row(self, index: int) -> KVCache:
+        """One sequence as a cache of batch 1 that shares this cache's memory and lengths."""
+        arrays = [array[index : index + 1] for array in self.arrays]
+        view = type(self)(self.specs, 1, self.capacity, arrays)
+        view.lengths = self.lengths[index : index + 1]
+        return view
+
+    def save(self, file: Path) -> None:
+        """Write the used part as safetensors; ``load`` reads it into a cache of any capacity."""
+        used = {
+            spec.name: np.ascontiguousarray(array[:, :, : self.length])
+            for spec, array in zip(self.specs, self.arrays, strict=True)
+        }
+        save_file(used, file, metadata={"lengths": json.dumps(self.lengths.tolist())})
+
+    def load(self, file: Path) -> None:
+        """Replace the content by a saved one.
+
+        Raises:
+            UserError: the file is damaged or of another model, batch or precision.
+            CapacityError: it is longer than this cache.
+        """
+        try:
+            with safe_open(file, framework="np") as handle:
+                lengths = json.loads(handle.metadata()["lengths"])
+                saved = {name: handle.get_tensor(name) for name in handle.keys()}
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            raise UserError(f"{file} holds no saved KV cache ({error}).") from error
+        if len(lengths) != self.batch or saved.keys() != {spec.name for spec in self.specs}:
+            raise UserError(f"The KV cache in {file} is of another model or batch size.")
+        length = max(lengths)
+        if length > self.capacity:
+            raise CapacityError(
+                f"The KV cache in {file} holds {length} tokens, more than the capacity {self.capacity}."
+            )
+        for spec, array in zip(self.specs, self.arrays, strict=True):
+            part = saved[spec.name]
+            if part.dtype != array.dtype or part.shape != array[:, :, :length].shape:
+                raise UserError(
+                    f"{spec.name} in {file} is {part.dtype}{list(part.shape)}, which does not fit."
+                )
+            array[:, :, :length] = part
+        self.lengths[:] = lengths

@@ -1,0 +1,110 @@
+"""The components of a bundle chained: text and images → input embeddings → logits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtimes.cache import KVCache
+from runtimes.embedding import TokenEmbedding
+from runtimes.preprocess import ImageSource, PreprocessSpec, preprocess
+from runtimes.session import ComponentSession, DecoderSession
+from runtimes.tokenizer import Tokenizer, expand_images
+
+Key = tuple[str, int]  # ("", token id) or (image digest, index of the image token)
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """A prompt ready for the decoder: ``embeds [S, D]`` and, per position, what it stands for."""
+
+    embeds: np.ndarray
+    keys: list[Key]
+    tokens: list[int]
+
+
+class Chain:
+    """Vision encoder → adaptor → decoder, with the embeddings of recent images kept.
+
+    Args:
+        prefill_chunk: tokens per decoder call while a prompt is read; bounds the memory.
+        kept_images: image embeddings kept, by content.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        preprocessing: PreprocessSpec,
+        embedding: TokenEmbedding,
+        vision_encoder: ComponentSession,
+        adaptor: ComponentSession,
+        decoder: DecoderSession,
+        prefill_chunk: int = 512,
+        kept_images: int = 16,
+    ) -> None:
+        self.tokenizer, self.preprocessing, self.embedding = tokenizer, preprocessing, embedding
+        self.vision_encoder, self.adaptor, self.decoder = vision_encoder, adaptor, decoder
+        self.prefill_chunk, self.kept_images = prefill_chunk, kept_images
+        self.images_encoded = 0
+        self._images: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._embeds_dtype = np.dtype(decoder.contract.inputs[0].dtype)
+
+    def encode_pixels(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """``[B, 3, N, N]`` → the vision features by name."""
+        (spec,) = self.vision_encoder.contract.inputs
+        return self.vision_encoder.run({spec.name: pixels.astype(spec.dtype, copy=False)})
+
+    def adapt(self, features: dict[str, np.ndarray]) -> np.ndarray:
+        """Vision features → ``[B, T, D]`` image embeddings."""
+        (output,) = self.adaptor.contract.outputs
+        return self.adaptor.run(features)[output.name]
+
+    def encode_image(self, image: ImageSource) -> tuple[str, np.ndarray]:
+        """Digest of the preprocessed image and its ``[T, D]`` embeddings, computed once per content."""
+        pixels = preprocess(image, self.preprocessing)
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        if digest not in self._images:
+            self._images[digest] = self.adapt(self.encode_pixels(pixels[None]))[0]
+            self.images_encoded += 1
+            if len(self._images) > self.kept_images:
+                self._images.popitem(last=False)
+        self._images.move_to_end(digest)
+        return digest, self._images[digest]
+
+    def embed_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """``[S, D]`` text embeddings."""
+        return self.embedding.lookup(np.asarray(tokens, dtype=np.int64), self._embeds_dtype)
+
+    def embed_prompt(self, text: str, images: Sequence[ImageSource]) -> PromptInputs:
+        """Tokenize, encode the images and put them in their places.
+
+        Raises:
+            UserError: placeholders and images do not match, or an image cannot be read.
+        """
+        spec = self.tokenizer.spec
+        tokens = expand_images(self.tokenizer.encode(text), spec, len(images))
+        embeds = self.embed_tokens(tokens)
+        keys: list[Key] = [("", int(token)) for token in tokens]
+        slots = np.flatnonzero(tokens == spec.image_token_id).reshape(len(images), spec.image_tokens)
+        for image, places in zip(images, slots, strict=True):
+            digest, image_embeds = self.encode_image(image)
+            embeds[places] = image_embeds
+            for index, place in enumerate(places):
+                keys[place] = (digest, index)
+        return PromptInputs(embeds, keys, tokens.tolist())
+
+    def prefill(self, embeds: np.ndarray, cache: KVCache) -> np.ndarray:
+        """Read ``[S, D]`` into a one-row cache, in chunks; logits ``[V]`` after the last token."""
+        logits = np.empty(0)
+        for start in range(0, len(embeds), self.prefill_chunk):
+            chunk = embeds[None, start : start + self.prefill_chunk]
+            logits = self.decoder.decode(chunk, np.array([chunk.shape[1] - 1]), cache)[0, 0]
+        return logits
+
+    def decode_one(self, tokens: Sequence[int], cache: KVCache) -> np.ndarray:
+        """One step for every row: ``[B]`` tokens → ``[B, V]`` logits."""
+        return self.decoder.decode(self.embed_tokens(tokens)[:, None], np.array([0]), cache)[:, 0]

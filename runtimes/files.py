@@ -1,0 +1,49 @@
+"""Files: JSON with sentences for errors, hashes, and writes that leave nothing half-done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from runtimes.errors import UserError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: the file is missing, not JSON, or holds no object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"The file {file} is missing.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}.") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds a JSON {type(value).__name__}, expected an object.")
+    return value
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write indented JSON beside the file and rename, so that a reader never sees half of it."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def sha256_of_file(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in chunks."""
+    with file.open("rb") as handle:
+        digest = hashlib.sha256()
+        while chunk := handle.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,125 @@
+"""The generation loop: from the prompt's logits to a streamed answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+
+from runtimes.cache import KVCache
+from runtimes.chain import Chain
+from runtimes.sampling import GenerationOptions, Sampler
+from runtimes.tokenizer import TokenStream
+
+
+@dataclass
+class Answer:
+    """What came out, and what it took.
+
+    ``finish_reason``: ``eos``, ``stop`` (a stop string), ``length`` (max_new_tokens) or
+    ``capacity`` (the cache is full). Times are seconds.
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    first_token_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed, the first token (which is prefill) left out; 0 for a single token."""
+        spent = self.seconds - self.first_token_seconds
+        return (len(self.tokens) - 1) / spent if len(self.tokens) > 1 and spent > 0 else 0.0
+
+
+class Writer:
+    """Turns one sequence's tokens into text, and knows when the answer ends."""
+
+    def __init__(
+        self, stream: TokenStream, eos_id: int, options: GenerationOptions, prompt: Sequence[int]
+    ) -> None:
+        self.answer = Answer(prompt_tokens=len(prompt))
+        self._stream, self._eos_id, self._options = stream, eos_id, options
+        self._sampler, self._seen = Sampler(options), list(prompt)
+        self._held = ""  # text that may turn out to be the start of a stop string
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.answer.finish_reason)
+
+    def push(self, logits: np.ndarray) -> str:
+        """Pick a token from ``logits [V]``; returns the text that is now certain."""
+        token = self._sampler.pick(logits, self._seen)
+        self._seen.append(token)
+        answer = self.answer
+        answer.tokens.append(token)
+        if token == self._eos_id:
+            return self.finish("eos")
+        self._held += self._stream.push(token)
+        stops = [at for at in map(self._held.find, self._options.stop) if at >= 0]
+        if stops:
+            self._held = self._held[: min(stops)]
+            return self.finish("stop")
+        if len(answer.tokens) >= self._options.max_new_tokens:
+            return self.finish("length")
+        return self._release(len(self._held) - self._stop_prefix())
+
+    def finish(self, reason: str) -> str:
+        """End the answer; returns what was held back."""
+        self.answer.finish_reason = reason
+        return self._release(len(self._held))
+
+    def _release(self, count: int) -> str:
+        text, self._held = self._held[:count], self._held[count:]
+        if not self.answer.text:
+            text = text.lstrip()  # the space between "Assistant:" and the answer
+        self.answer.text += text
+        return text
+
+    def _stop_prefix(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max(map(len, self._options.stop), default=0)
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-size:]) for stop in self._options.stop):
+                return size
+        return 0
+
+
+def generate(
+    chain: Chain, logits: np.ndarray, cache: KVCache, writers: Sequence[Writer], started: float
+) -> Iterator[list[str]]:
+    """Decode all rows together until each has ended; yields the new text of every row per step.
+
+    Args:
+        logits: ``[B, V]`` after the prompts.
+        cache: one row per writer, the prompts already in it.
+        started: ``perf_counter()`` when the request began.
+    """
+    while True:
+        pieces = [
+            "" if writer.finished else writer.push(row) for writer, row in zip(writers, logits, strict=True)
+        ]
+        full = [row for row, writer in enumerate(writers)
+                if not writer.finished and cache.lengths[row] >= cache.capacity]  # fmt: skip
+        for row in full:
+            pieces[row] += writers[row].finish("capacity")
+        elapsed = perf_counter() - started
+        for writer in writers:
+            if len(writer.answer.tokens) == 1:
+                writer.answer.first_token_seconds = elapsed
+            if not writer.finished or writer.answer.seconds == 0:
+                writer.answer.seconds = elapsed
+        yield pieces
+        if all(writer.finished for writer in writers):
+            return
+        # A finished row is stepped along, and its step taken back.
+        finished = np.array([writer.finished for writer in writers])
+        cache.lengths[finished] = np.minimum(cache.lengths[finished], cache.capacity - 1)
+        kept = cache.lengths.copy()
+        logits = chain.decode_one([writer.answer.tokens[-1] for writer in writers], cache)
+        cache.lengths[finished] = kept[finished]

@@ -1,0 +1,96 @@
+"""Goldens: recorded inputs and outputs of the reference, stage by stage, one file per request.
+
+A Swift or C++ port can check itself against the same files: ``squares`` are the preprocessed
+images before rescaling, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from runtimes.chain import Chain
+from runtimes.errors import UserError
+
+GREEDY_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One request and what the fp32 reference made of it.
+
+    ``squares [n, N, N, 3]`` uint8, ``features`` and ``image_embeds [n, T, C]`` float32,
+    ``greedy_tokens [32]`` (not stopped at EOS), ``logits [32, V]`` float32: those of which
+    each greedy token is the argmax, the first one after prefill.
+    """
+
+    prompt: str
+    images: tuple[str, ...]
+    squares: np.ndarray
+    features: dict[str, np.ndarray]
+    image_embeds: np.ndarray
+    prompt_tokens: np.ndarray
+    greedy_tokens: np.ndarray
+    logits: np.ndarray
+
+
+def save_golden(golden: Golden, file: Path) -> None:
+    tensors = {
+        "squares": golden.squares,
+        "image_embeds": golden.image_embeds,
+        "prompt_tokens": golden.prompt_tokens,
+        "greedy_tokens": golden.greedy_tokens,
+        "logits": golden.logits,
+        **{f"features.{name}": array for name, array in golden.features.items()},
+    }
+    texts = {"prompt": golden.prompt, "images": json.dumps(golden.images)}
+    save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, file, metadata=texts)
+
+
+def load_golden(file: Path) -> Golden:
+    """Raises UserError where the file is no golden."""
+    try:
+        with safe_open(file, framework="np") as handle:
+            texts = handle.metadata()
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+        return Golden(
+            prompt=texts["prompt"],
+            images=tuple(json.loads(texts["images"])),
+            features={
+                name.removeprefix("features."): array
+                for name, array in tensors.items()
+                if name.startswith("features.")
+            },
+            **{name: array for name, array in tensors.items() if not name.startswith("features.")},
+        )
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is no golden that can be read ({error}).") from error
+
+
+def greedy_tokens(chain: Chain, embeds: np.ndarray, count: int) -> list[int]:
+    """``count`` greedy tokens after a prompt ``[S, D]``, going on past EOS."""
+    cache = chain.decoder.new_cache(1, len(embeds) + count)
+    logits = chain.prefill(embeds, cache)
+    tokens = [int(logits.argmax())]
+    while len(tokens) < count:
+        tokens.append(int(chain.decode_one([tokens[-1]], cache)[0].argmax()))
+    return tokens
+
+
+def teacher_forced(chain: Chain, embeds: np.ndarray, tokens: list[int]) -> np.ndarray:
+    """``[len(tokens), V]`` logits that predict each of ``tokens``, computed in prefill chunks.
+
+    The last chunk asks for several rows at once, which is what ``logit_rows`` is for.
+    """
+    text = chain.embed_tokens(tokens[:-1])
+    cache = chain.decoder.new_cache(1, len(embeds) + len(text))
+    if len(embeds) > 1:
+        chain.prefill(embeds[:-1], cache)
+    tail = np.concatenate([embeds[-1:], text])[None]
+    logits: np.ndarray = chain.decoder.decode(tail, np.arange(tail.shape[1]), cache)[0]
+    return logits

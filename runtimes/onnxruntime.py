@@ -1,0 +1,128 @@
+"""Backend ``onnxruntime``: ONNX files through ONNX Runtime, on CPU or CUDA-less devices' CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.cache import KVCache
+from runtimes.contracts import Contract, TensorSpec, updated_state
+from runtimes.errors import UserError
+from runtimes.session import SessionOptions
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            "The backend onnxruntime is not installed; run: pip install 'dsvl-export[onnxruntime]'."
+        ) from error
+    return onnxruntime
+
+
+def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
+    ort = _import()
+    provider = PROVIDERS.get(options.device)
+    if provider not in ort.get_available_providers():
+        # ONNX Runtime itself would fall back to the CPU without a word.
+        raise UserError(
+            f"This ONNX Runtime cannot run on {options.device!r};"
+            f" it has {', '.join(ort.get_available_providers())}."
+        )
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    if options.threads:
+        settings.intra_op_num_threads = options.threads
+    try:
+        session = ort.InferenceSession(str(file), settings, providers=[provider])
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"ONNX Runtime cannot load {file}: {reason}") from error
+    states = tuple(spec.name for spec in contract.states)
+    expected = {spec.name for spec in contract.inputs} | set(states)
+    if {item.name for item in session.get_inputs()} != expected:
+        raise UserError(f"The inputs of {file} are not those of its contract; export it again.")
+    return session
+
+
+def open_component(file: Path, contract: Contract, options: SessionOptions) -> OrtComponent:
+    return OrtComponent(_open(file, contract, options), contract)
+
+
+def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> OrtDecoder:
+    return OrtDecoder(_open(file, contract, options), contract)
+
+
+class OrtComponent:
+    """A stateless component in ONNX Runtime."""
+
+    def __init__(self, session: Any, contract: Contract) -> None:
+        self.contract, self._session = contract, session
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for spec in self.contract.inputs:
+            spec.check(inputs[spec.name])
+        names = [spec.name for spec in self.contract.outputs]
+        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+
+
+class OrtCache(KVCache):
+    """A cache with the binding that ties its memory to the session's inputs and outputs."""
+
+    binding: Any = None
+
+
+class OrtDecoder:
+    """The decoder in ONNX Runtime; cache inputs and outputs are bound to the same memory, once."""
+
+    def __init__(self, session: Any, contract: Contract) -> None:
+        self.contract, self._session = contract, session
+        (self._logits,) = contract.outputs
+
+    def new_cache(self, batch: int, capacity: int) -> OrtCache:
+        return OrtCache(self.contract.states, batch, capacity)
+
+    def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
+        if not isinstance(cache, OrtCache):
+            raise TypeError("this cache was made by another backend's session")
+        batch, length, _ = inputs_embeds.shape
+        if batch > 1 and length > 1:
+            raise ValueError("ONNX Runtime takes several tokens at once for one row only; use row()")
+        if cache.binding is None:
+            cache.binding = self._bind_states(cache)
+        feeds = {
+            "inputs_embeds": np.ascontiguousarray(inputs_embeds),
+            "positions": cache.append(length),
+            "logit_rows": np.ascontiguousarray(logit_rows, dtype=np.int64),
+        }
+        for spec in self.contract.inputs:
+            spec.check(feeds[spec.name])
+            _bind(cache.binding.bind_input, spec, feeds[spec.name])
+        logits = np.empty((batch, len(logit_rows), int(self._logits.shape[-1])), np.float32)
+        _bind(cache.binding.bind_output, self._logits, logits)
+        try:
+            self._session.run_with_iobinding(cache.binding)
+        except BaseException:
+            cache.rewind(length)  # what was claimed was not written
+            raise
+        return logits
+
+    def _bind_states(self, cache: OrtCache) -> Any:
+        binding = self._session.io_binding()
+        for spec, array in zip(self.contract.states, cache.arrays, strict=True):
+            spec.check(array)
+            _bind(binding.bind_input, spec, array)
+            updated = TensorSpec(updated_state(spec.name), spec.dtype, spec.shape, spec.meaning)
+            _bind(binding.bind_output, updated, array)
+        return binding
+
+
+def _bind(bind: Any, spec: TensorSpec, array: np.ndarray) -> None:
+    """Bind an array's own memory; the caller keeps it alive until the run is over."""
+    bind(spec.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

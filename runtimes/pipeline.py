@@ -1,0 +1,212 @@
+"""``Pipeline``: open a bundle and ask it about images. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Union
+
+import numpy as np
+
+from runtimes.backends import load_backend
+from runtimes.bundle import Bundle
+from runtimes.cache import KVCache
+from runtimes.chain import Chain, Key, PromptInputs
+from runtimes.embedding import TokenEmbedding
+from runtimes.errors import UserError
+from runtimes.generate import Answer, Writer, generate
+from runtimes.preprocess import ImageSource
+from runtimes.prompt import IMAGE_PLACEHOLDER, Message, format_chat
+from runtimes.sampling import GenerationOptions
+from runtimes.session import SessionOptions
+from runtimes.tokenizer import Tokenizer
+
+AnyMessage = Union[Message, Mapping[str, str]]
+GREEDY = GenerationOptions()
+
+
+class Pipeline:
+    """A model that answers: components of one backend and precision, and a KV cache that is reused.
+
+    The cache of the last conversation is kept: a prompt that begins like the last one (the next
+    turn of a chat, another question about the same image) prefills only what is new.
+    """
+
+    def __init__(self, chain: Chain, system_prompt: str, capacity: int) -> None:
+        self.chain, self.system_prompt, self.capacity = chain, system_prompt, capacity
+        self._cache: KVCache | None = None
+        self._keys: list[Key] = []  # what the cache holds, position by position
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path | Bundle,
+        backend: str | None = None,
+        precision: str | None = None,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        capacity: int | None = None,
+        verify: bool = True,
+    ) -> Pipeline:
+        """Open a bundle's components.
+
+        Args:
+            backend, precision: which of the bundle's artifacts; None takes the first.
+            threads: CPU threads; None lets the backend choose.
+            capacity: tokens that the KV cache holds; None takes the bundle's default.
+            verify: check the SHA-256 of what is loaded.
+
+        Raises:
+            UserError: the bundle is damaged or lacks what was asked for, or the backend is not installed.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle)
+        manifest = bundle.manifest
+        backend, precision = bundle.select(backend, precision)
+        parts = ("vision_encoder", "adaptor", "decoder")
+        artifacts = {part: bundle.artifact(part, backend, precision) for part in parts}
+        if capacity is not None and capacity < 1:
+            raise UserError(f"The capacity must be at least 1, got {capacity}.")
+        if verify:
+            paths = [path for artifact in artifacts.values() for path in artifact.files]
+            bundle.check([*paths, manifest.token_embedding, "tokenizer/tokenizer.json"])
+        module, options = load_backend(backend), SessionOptions(threads, device)
+        contracts = manifest.contracts[precision]
+        files = {part: bundle.path(artifact.files[0]) for part, artifact in artifacts.items()}
+        chain = Chain(
+            Tokenizer(bundle.path("tokenizer/tokenizer.json"), manifest.prompt),
+            manifest.preprocessing,
+            TokenEmbedding(bundle.path(manifest.token_embedding)),
+            module.open_component(files["vision_encoder"], contracts["vision_encoder"], options),
+            module.open_component(files["adaptor"], contracts["adaptor"], options),
+            module.open_decoder(files["decoder"], contracts["decoder"], options),
+        )
+        return cls(chain, manifest.prompt.system_prompt, capacity or manifest.default_capacity)
+
+    def chat(
+        self,
+        messages: Sequence[AnyMessage] | str,
+        images: Sequence[ImageSource] = (),
+        options: GenerationOptions = GREEDY,
+    ) -> Answer:
+        """Answer the last user message of a conversation.
+
+        Args:
+            messages: turns, or one question as a string. ``<image_placeholder>`` in the texts stands
+                where an image goes; without any, the images come before the first message.
+            images: one per placeholder, in order.
+
+        Raises:
+            UserError: images and placeholders do not match, or the prompt exceeds the capacity.
+        """
+        return self._last(self.stream_chat(messages, images, options))
+
+    def stream_chat(
+        self,
+        messages: Sequence[AnyMessage] | str,
+        images: Sequence[ImageSource] = (),
+        options: GenerationOptions = GREEDY,
+    ) -> Iterator[tuple[str, Answer]]:
+        """As ``chat``, yielding each new piece of text with the answer so far."""
+        return self.stream(self.format(messages, len(images)), images, options)
+
+    def format(self, messages: Sequence[AnyMessage] | str, images: int) -> str:
+        """The prompt text of a conversation, placeholders put in where there are none."""
+        if isinstance(messages, str):
+            messages = [Message("user", messages)]
+        turns = [item if isinstance(item, Message) else _message(item) for item in messages]
+        if not turns or turns[-1].role != "user":
+            raise UserError("The conversation must end with a user message.")
+        if images and not any(IMAGE_PLACEHOLDER in turn.content for turn in turns):
+            turns[0] = replace(turns[0], content=IMAGE_PLACEHOLDER * images + turns[0].content)
+        return format_chat(turns, self.system_prompt)
+
+    def generate(
+        self, prompt: str, images: Sequence[ImageSource] = (), options: GenerationOptions = GREEDY
+    ) -> Answer:
+        """Continue a raw prompt; see ``chat`` for the rest."""
+        return self._last(self.stream(prompt, images, options))
+
+    def stream(
+        self, prompt: str, images: Sequence[ImageSource] = (), options: GenerationOptions = GREEDY
+    ) -> Iterator[tuple[str, Answer]]:
+        """As ``generate``, yielding each new piece of text with the answer so far."""
+        started = perf_counter()
+        inputs = self.chain.embed_prompt(prompt, images)
+        cache, reused = self._prepare(inputs)
+        # Until the prompt is in, the cache vouches only for what it shares with the last one.
+        self._keys = inputs.keys[:reused]
+        logits = self.chain.prefill(inputs.embeds[reused:], cache)
+        self._keys = list(inputs.keys)
+        writer = self._writer(inputs, options)
+        writer.answer.reused_tokens = reused
+        for (piece,) in generate(self.chain, logits[None], cache, [writer], started):
+            written = writer.answer.tokens[: cache.length - len(inputs.keys)]
+            self._keys = inputs.keys + [("", token) for token in written]
+            yield piece, writer.answer
+
+    def generate_batch(
+        self,
+        requests: Sequence[tuple[str, Sequence[ImageSource]]],
+        options: GenerationOptions = GREEDY,
+    ) -> list[Answer]:
+        """Continue several prompts at once; the answers equal those of one prompt at a time."""
+        if not requests:
+            return []
+        started = perf_counter()
+        prompts = [self.chain.embed_prompt(text, images) for text, images in requests]
+        for inputs in prompts:
+            self._check_fits(inputs)
+        cache = self.chain.decoder.new_cache(len(prompts), self.capacity)
+        logits = [self.chain.prefill(inputs.embeds, cache.row(row)) for row, inputs in enumerate(prompts)]
+        writers = [self._writer(inputs, options) for inputs in prompts]
+        for _ in generate(self.chain, np.stack(logits), cache, writers, started):
+            pass
+        return [writer.answer for writer in writers]
+
+    def reset(self) -> None:
+        """Forget the last conversation; the cache's memory is kept."""
+        self._keys = []
+
+    def _writer(self, inputs: PromptInputs, options: GenerationOptions) -> Writer:
+        tokenizer = self.chain.tokenizer
+        return Writer(tokenizer.stream(), tokenizer.spec.eos_id, options, inputs.tokens)
+
+    def _check_fits(self, inputs: PromptInputs) -> None:
+        if len(inputs.keys) > self.capacity:
+            raise UserError(
+                f"The prompt has {len(inputs.keys)} tokens but the KV cache holds {self.capacity};"
+                " shorten it or open the bundle with a larger capacity."
+            )
+
+    def _prepare(self, inputs: PromptInputs) -> tuple[KVCache, int]:
+        """The cache, rewound to the longest beginning that it shares with the prompt, and its length.
+
+        At least one token is left to prefill, since its logits are needed.
+        """
+        self._check_fits(inputs)
+        if self._cache is None:
+            self._cache = self.chain.decoder.new_cache(1, self.capacity)
+        shared = 0
+        limit = min(len(self._keys), len(inputs.keys) - 1)
+        while shared < limit and self._keys[shared] == inputs.keys[shared]:
+            shared += 1
+        self._cache.rewind(self._cache.length - shared)
+        return self._cache, shared
+
+    @staticmethod
+    def _last(pieces: Iterator[tuple[str, Answer]]) -> Answer:
+        *_, (_, answer) = pieces
+        return answer
+
+
+def _message(raw: Mapping[str, str]) -> Message:
+    role, content = str(raw.get("role", "")).lower(), raw.get("content")
+    if role not in ("user", "assistant") or not isinstance(content, str):
+        raise UserError(
+            f"A message needs role 'user' or 'assistant' and a text as content, got {dict(raw)!r}."
+        )
+    return Message("user" if role == "user" else "assistant", content)

@@ -1,0 +1,40 @@
+"""DeepSeek-VL's prompt format, as the original's ``deepseek`` conversation template writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+IMAGE_PLACEHOLDER = "<image_placeholder>"
+SYSTEM_PROMPT = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+ROLES = {"user": "User", "assistant": "Assistant"}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn; ``<image_placeholder>`` in the text stands where an image goes."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+def format_chat(messages: Sequence[Message], system: str = SYSTEM_PROMPT) -> str:
+    """The text of a conversation, with an open ``Assistant:`` after a last user turn.
+
+    ``{system}\\n\\nUser: {text}\\n\\nAssistant: {text}<EOS>User: ...``; BOS is not part of the text.
+    """
+    text = f"{system}\n\n" if system else ""
+    for message in messages:
+        end = "\n\n" if message.role == "user" else EOS
+        text += f"{ROLES[message.role]}: {message.content.strip()}{end}"
+    if messages and messages[-1].role == "user":
+        text += f"{ROLES['assistant']}:"
+    return text

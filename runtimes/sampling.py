@@ -1,0 +1,84 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p, repetition penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtimes.errors import UserError
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to generate.
+
+    Args:
+        max_new_tokens: upper bound of the answer's length, at least 1.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set whose probability reaches p, in (0, 1].
+        repetition_penalty: logits of tokens already in the prompt or answer are divided (positive)
+            or multiplied (negative) by it (CTRL, arXiv 1909.05858); 1 is off.
+        seed: of the sampling; the same seed gives the same answer.
+        stop: strings that end the answer; they are not part of it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
+            (self.temperature >= 0, "temperature must not be negative"),
+            (self.top_k >= 0, "top_k must not be negative"),
+            (0 < self.top_p <= 1, "top_p must be in (0, 1]"),
+            (self.repetition_penalty > 0, "repetition_penalty must be positive"),
+            (all(self.stop), "stop strings must not be empty"),
+        ]
+        for holds, sentence in checks:
+            if not holds:
+                raise UserError(f"{sentence[0].upper()}{sentence[1:]}.")
+
+
+class Sampler:
+    """Picks tokens for one sequence; keeps its own random state."""
+
+    def __init__(self, options: GenerationOptions) -> None:
+        self.options = options
+        self._random = np.random.default_rng(options.seed)
+
+    def pick(self, logits: np.ndarray, seen: Sequence[int]) -> int:
+        """Next token from ``logits [V]`` float32; ``seen`` are the tokens to penalise.
+
+        Raises:
+            UserError: the logits hold NaN.
+        """
+        if np.isnan(logits).any():
+            raise UserError(
+                "The decoder gave NaN logits; the artifact or the precision is broken, run parity."
+            )
+        options = self.options
+        if options.repetition_penalty != 1 and len(seen):
+            logits = logits.copy()
+            ids = np.unique(np.asarray(seen, dtype=np.int64))
+            scores = logits[ids]
+            penalty = options.repetition_penalty
+            logits[ids] = np.where(scores > 0, scores / penalty, scores * penalty)
+        if options.temperature == 0:
+            return int(logits.argmax())
+        order = np.argsort(-logits, kind="stable")
+        if options.top_k:
+            order = order[: options.top_k]
+        scores = logits[order].astype(np.float64) / options.temperature
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        keep = int(np.searchsorted(np.cumsum(weights), options.top_p)) + 1
+        weights = weights[:keep] / weights[:keep].sum()
+        return int(order[self._random.choice(len(weights), p=weights)])
