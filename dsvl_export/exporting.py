@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from dsvl_export.compilers import load_compiler
 from dsvl_export.staging import Staging
@@ -18,7 +19,7 @@ from reference.goldens import golden_requests, record_goldens
 from reference.session import reference_chain, write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
 from reference.trace import TRACED_COMPONENTS, component_contract, trace
-from runtimes.bundle import Artifact, Bundle, Manifest
+from runtimes.bundle import MANIFEST, Artifact, Bundle, Manifest
 from runtimes.errors import UserError
 
 TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
@@ -74,9 +75,9 @@ def export(
     source = open_checkpoint(str(checkpoint))
     specs = (preprocess_spec(source), prompt_spec(source))
     staging = Staging(Path(output).expanduser())
-    staging.open()
-    _check_same_checkpoint(staging, source)
     try:
+        staging.open()
+        _check_same_checkpoint(staging, source)
         run = _Run(source, staging, report)
         run.tokenizer()
         run.token_embedding()
@@ -85,12 +86,13 @@ def export(
         for precision in precisions:
             for component in TRACED_COMPONENTS:
                 run.component(backend, precision, component)
-    except OSError as error:
+        staging.finish(_manifest(source, staging, *specs))
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"The export stopped: {error.strerror or error} ({staging.folder});"
+            f"The export stopped: {reason} ({staging.folder});"
             " mend that and run it again, it goes on where it stopped."
         ) from error
-    staging.finish(_manifest(source, staging, *specs))
     return Bundle.open(staging.folder)
 
 
@@ -192,4 +194,21 @@ def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: 
         },
         artifacts=artifacts,
         files=staging.files(),
+        parity=_kept_verdicts(staging),
     )
+
+
+def _kept_verdicts(staging: Staging) -> dict[str, Any]:
+    """Verdicts of the bundle that is extended, where neither artifacts nor goldens have changed."""
+    if not (staging.folder / MANIFEST).exists():
+        return {}
+    old, files = Bundle.open(staging.folder).manifest, staging.files()
+    return {
+        pair: verdict
+        for pair, verdict in old.parity.items()
+        if all(
+            files.get(path) == entry
+            for path, entry in old.files.items()
+            if path.startswith((f"{pair}/", "goldens/"))
+        )
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class Rung:
         difference = found.astype(np.float64) - expected.astype(np.float64)
         scale = np.sqrt(np.mean(np.square(expected.astype(np.float64))))
         error = float(np.sqrt(np.mean(np.square(difference))) / max(scale, 1e-30))
-        if not error <= self.relative_rms:
+        if math.isnan(error) or error > self.relative_rms:
             self.relative_rms, self.worst_golden = error, index
         self.max_abs = max(self.max_abs, float(np.abs(difference).max()))
         self.failed = self.failed or not error <= self.tolerance
@@ -73,7 +74,12 @@ class ParityResult:
         return not any(rung.failed for rung in self.rungs)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "verdict": "passed" if self.passed else "failed"}
+        """For JSON, which has no NaN: an error that is none becomes null."""
+        raw = asdict(self)
+        for rung in raw["rungs"]:
+            for key in ("relative_rms", "max_abs"):
+                rung[key] = rung[key] if math.isfinite(rung[key]) else None
+        return {**raw, "verdict": "passed" if self.passed else "failed"}
 
 
 def parity(

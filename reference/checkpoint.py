@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from reference.config import ModelConfig, parse_config
 from reference.constants import materialise_constants
@@ -22,6 +22,7 @@ from runtimes.errors import UserError
 from runtimes.files import read_json, sha256_of_file, sha256_of_text, write_json
 from runtimes.prompt import BOS, EOS, PAD
 
+STREAM_ABOVE = 2 << 30  # bytes of fp32 weights
 TINY = Path(__file__).parent / "tiny"
 WEIGHT_FILES = (
     "model.safetensors",
@@ -173,17 +174,46 @@ class Checkpoint:
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         return tensor.reshape(self._shapes[parameter])
 
-    def model(self, dtype: torch.dtype = torch.float32) -> DeepSeekVL:
-        """The reference model with these weights, for computing (not for export, which streams)."""
-        self.check()
+    def model(self, streamed: bool | None = None) -> DeepSeekVL:
+        """The reference model in fp32 with these weights, for computing.
+
+        Args:
+            streamed: keep the weights in the files and load each module's only while it runs, so that
+                memory does not grow with the model; None does so above ``STREAM_ABOVE`` bytes.
+        """
         with torch.device("meta"):
-            skeleton = DeepSeekVL(self.config)
-        skeleton = skeleton.to_empty(device="cpu")
-        materialise_constants(skeleton)
-        skeleton = skeleton.to(dtype)
-        for name, parameter in skeleton.named_parameters():
-            parameter.data.copy_(self.load(name))
-        return skeleton.eval().requires_grad_(False)
+            model = DeepSeekVL(self.config)
+        total = sum(4 * parameter.numel() for parameter in model.parameters())
+        if total > STREAM_ABOVE if streamed is None else streamed:
+            self._stream_into(model)
+        else:
+            model = model.to_empty(device="cpu")
+            for name, parameter in model.named_parameters():
+                parameter.data.copy_(self.load(name))
+        materialise_constants(model)
+        return model.eval().requires_grad_(False)
+
+    def _stream_into(self, model: DeepSeekVL) -> None:
+        """Hooks that give a module its own parameters before it runs and take them away after."""
+
+        def attach(module: nn.Module, prefix: str) -> None:
+            empty = dict(module.named_parameters(recurse=False))
+
+            def fill(module: nn.Module, args: Any) -> None:
+                for name in empty:
+                    value = self.load(f"{prefix}{name}").to(torch.float32)
+                    setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+            def drop(module: nn.Module, args: Any, output: Any) -> None:
+                for name, parameter in empty.items():
+                    setattr(module, name, parameter)
+
+            if empty:
+                module.register_forward_pre_hook(fill)
+                module.register_forward_hook(drop, always_call=True)
+
+        for path, module in model.named_modules():
+            attach(module, f"{path}." if path else "")
 
     @cached_property
     def digest(self) -> str:

@@ -95,8 +95,7 @@ class Decoder(ConstantModule):
     def new_cache(self, batch: int, capacity: int) -> list[Tensor]:
         """Zeroed states: keys then values of each layer, ``[batch, Hkv, capacity, Dh]``."""
         shape = (batch, self.config.kv_heads, capacity, self.config.head_dim)
-        weight = self.head.weight
-        return [weight.new_zeros(shape) for _ in range(2 * self.config.layers)]
+        return [self.cos.new_zeros(shape) for _ in range(2 * self.config.layers)]
 
     def forward(
         self, inputs_embeds: Tensor, positions: Tensor, logit_rows: Tensor, cache: list[Tensor]

@@ -1,4 +1,4 @@
-"""Backend ``onnxruntime``: ONNX files through ONNX Runtime, on CPU or CUDA-less devices' CPUs."""
+"""Backend ``onnxruntime``: ONNX files through ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
     try:
         session = ort.InferenceSession(str(file), settings, providers=[provider])
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"ONNX Runtime cannot load {file}: {reason}") from error
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"ONNX Runtime cannot load {file}: {reason}.") from error
     states = tuple(spec.name for spec in contract.states)
     expected = {spec.name for spec in contract.inputs} | set(states)
     if {item.name for item in session.get_inputs()} != expected:
@@ -69,7 +69,11 @@ class OrtComponent:
         for spec in self.contract.inputs:
             spec.check(inputs[spec.name])
         names = [spec.name for spec in self.contract.outputs]
-        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        try:
+            outputs = self._session.run(names, dict(inputs))
+        except Exception as error:  # as above
+            raise _failed(self.contract, error) from error
+        return dict(zip(names, outputs, strict=True))
 
 
 class OrtCache(KVCache):
@@ -108,8 +112,10 @@ class OrtDecoder:
         _bind(cache.binding.bind_output, self._logits, logits)
         try:
             self._session.run_with_iobinding(cache.binding)
-        except BaseException:
+        except BaseException as error:
             cache.rewind(length)  # what was claimed was not written
+            if isinstance(error, Exception):
+                raise _failed(self.contract, error) from error
             raise
         return logits
 
@@ -121,6 +127,11 @@ class OrtDecoder:
             updated = TensorSpec(updated_state(spec.name), spec.dtype, spec.shape, spec.meaning)
             _bind(binding.bind_output, updated, array)
         return binding
+
+
+def _failed(contract: Contract, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return UserError(f"ONNX Runtime failed in the {contract.component}: {reason}.")
 
 
 def _bind(bind: Any, spec: TensorSpec, array: np.ndarray) -> None:

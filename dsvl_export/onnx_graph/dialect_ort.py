@@ -8,6 +8,7 @@ from torch.fx import Node
 from dsvl_export.onnx_graph.builder import element_type
 from dsvl_export.onnx_graph.lower import Lowering, arguments, fake, numpy_dtype
 from runtimes.contracts import updated_state
+from runtimes.errors import UserError
 
 
 class OrtDialect:
@@ -38,6 +39,11 @@ class OrtDialect:
         query, key, value, positions, cos, sin, keys, values = arguments(node)
         lengths, total = self._lengths(context, context.value(positions))
         head_dim = int(fake(keys).shape[-1])
+        if head_dim % 16:
+            raise UserError(
+                f"ONNX Runtime's GroupQueryAttention needs a head size that is a multiple of 16,"
+                f" this decoder has {head_dim}."
+            )
         states = [context.value(keys), context.value(values)]
         inputs = [context.value(query), context.value(key), context.value(value), *states,
                   lengths, total, context.value(cos), context.value(sin)]  # fmt: skip

@@ -29,9 +29,10 @@ DENSE_HEADS = {
 
 @dataclass
 class Batch:
-    """One step's pictures, their dense targets, and conversations about them (in stage 2)."""
+    """One step's pictures, their dense targets, and conversations about them (not in stage 1)."""
 
-    pixels: Tensor  # [N, 3, 128, 128] in [0, 1]
+    pixels: Tensor  # [N, 3, 128, 128] in [0, 1]; empty in stage 2
+    pooled: Tensor  # [N] indices of the pool's pictures, in stage 2 only
     dense: Tensor  # [N, heads, T]
     tokens: Tensor  # [B, S]
     answers: Tensor  # [B, S] bool: this token belongs to an answer and is to be predicted
@@ -89,34 +90,62 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-class Batches(Dataset[Batch]):
-    """Batch number ``step`` of a stage: dense targets alone, or conversations as well."""
+EMPTY = torch.zeros(0)
 
-    def __init__(self, stage: int, size: int, tokenizer: Tokenizer, held_out: bool = False) -> None:
-        self.stage, self.size, self.tokenizer, self.held_out = stage, size, tokenizer, held_out
+
+class DrawnBatches(Dataset[Batch]):
+    """Freshly drawn pictures: with dense targets alone (stage 1), or conversations as well (stage 3)."""
+
+    def __init__(self, stage: int, size: int, tokenizer: Tokenizer) -> None:
+        self.stage, self.size, self.tokenizer = stage, size, tokenizer
 
     def __len__(self) -> int:
         return 1 << 30
 
     def __getitem__(self, step: int) -> Batch:
-        rng = np.random.default_rng((self.stage, step, 7))
-        images = 2 if rng.random() < 0.25 and self.stage == 2 else 1
-        drawn = [
-            draw((self.stage, step, index, int(self.held_out)), self.held_out)
-            for index in range(self.size // images * images)
-        ]
+        drawn = [draw((self.stage, step, index)) for index in range(self.size)]
         scenes = [scene for _, scene in drawn]
-        ids, answers = [], []
-        if self.stage == 2:
-            turns = 6 if images == 1 else 8
-            for first in range(0, len(scenes), images):
-                questions = chat(rng, scenes[first : first + images], turns)
-                row_ids, row_answers = encode_chat(self.tokenizer, questions, images)
-                ids.append(row_ids)
-                answers.append([int(answer) for answer in row_answers])
-        return Batch(
-            torch.from_numpy(np.stack([to_pixels(image) for image, _ in drawn])),
-            torch.from_numpy(np.stack([dense_targets(scene) for scene in scenes])),
-            pad(ids, token_id(self.tokenizer, PAD)) if ids else torch.zeros(0),
-            pad(answers, 0).bool() if ids else torch.zeros(0),
-        )
+        tokens, answers = EMPTY, EMPTY
+        if self.stage == 3:
+            rng = np.random.default_rng((self.stage, step))
+            tokens, answers = conversations(rng, scenes, self.tokenizer)
+        pixels = torch.from_numpy(np.stack([to_pixels(image) for image, _ in drawn]))
+        dense = torch.from_numpy(np.stack([dense_targets(scene) for scene in scenes]))
+        return Batch(pixels, EMPTY, dense, tokens, answers)
+
+
+class PooledBatches(Dataset[Batch]):
+    """Conversations about pictures of a pool, whose vision features are computed once (stage 2)."""
+
+    def __init__(self, scenes: list[Scene], size: int, tokenizer: Tokenizer) -> None:
+        self.scenes, self.size, self.tokenizer = scenes, size, tokenizer
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng((2, step))
+        chosen = rng.integers(len(self.scenes), size=self.size)
+        scenes = [self.scenes[index] for index in chosen]
+        dense = torch.from_numpy(np.stack([dense_targets(scene) for scene in scenes]))
+        tokens, answers = conversations(rng, scenes, self.tokenizer)
+        return Batch(EMPTY, torch.from_numpy(chosen), dense, tokens, answers)
+
+
+def conversations(
+    rng: np.random.Generator, scenes: list[Scene], tokenizer: Tokenizer
+) -> tuple[Tensor, Tensor]:
+    """Tokens and answer mask ``[B, S]`` of chats about the scenes, in order.
+
+    Two thirds of the pictures are talked about in pairs. Turns are chosen so that both kinds of chat
+    have about the same length.
+    """
+    ids, answers, first = [], [], 0
+    while first < len(scenes):
+        images = 2 if first + 1 < len(scenes) and first < len(scenes) * 2 // 3 else 1
+        questions = chat(rng, scenes[first : first + images], turns=6 if images == 2 else 9)
+        row_ids, row_answers = encode_chat(tokenizer, questions, images)
+        ids.append(row_ids)
+        answers.append([int(answer) for answer in row_answers])
+        first += images
+    return pad(ids, token_id(tokenizer, PAD)), pad(answers, 0).bool()

@@ -102,25 +102,26 @@ def _existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str, str]:
     return colour, name, "no"
 
 
-def chat(
-    rng: np.random.Generator, scenes: list[Scene], turns: int, kinds: tuple[str, ...] = KINDS
-) -> list[Question]:
-    """Different questions about one or two pictures; a description only as the last turn.
+def chat(rng: np.random.Generator, scenes: list[Scene], turns: int) -> list[Question]:
+    """Different questions about one or two pictures; every fourth chat ends with a description.
 
     A description before other questions would let them be answered from the text.
     """
     names = ["the picture"] if len(scenes) == 1 else [f"Figure {i + 1}" for i in range(len(scenes))]
-    pairs = [(kind, which) for kind in kinds for which in range(len(scenes))]
+    pairs = [(kind, which) for kind in KINDS[:-1] for which in range(len(scenes))]
+    described = rng.random() < 0.25
     questions: list[Question] = []
     for index in rng.permutation(len(pairs)):
+        if len(questions) == turns - described:
+            break
         kind, which = pairs[index]
-        if kind == "describe" and len(questions) < turns - 1:
-            continue
         question = ask(rng, kind, scenes[which], names[which])
         if question:
             questions.append(question)
-        if len(questions) == turns:
-            break
+    if described:
+        which = int(rng.integers(len(scenes)))
+        text = _phrase(rng, "describe", picture=names[which])
+        questions.append(Question("describe", text, describe(scenes[which])))
     return questions
 
 

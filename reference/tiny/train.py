@@ -1,8 +1,10 @@
 """Train the tiny checkpoint: ``python -m reference.tiny.train --output DIR`` (``--help`` for more).
 
-Stage 1 trains vision and adaptor on dense targets (what covers each image token's cell); stage 2
-trains everything on conversations and keeps the dense targets as a smaller loss. Without the first
-stage, training stays on a plateau. Interrupt it at will: the same command resumes.
+Stage 1 trains vision and adaptor on dense targets (what covers each image token's cell). Stage 2
+trains adaptor and decoder on conversations about a pool of pictures whose vision features are
+computed once. Stage 3 trains everything on fresh pictures. Without the first stage, training stays
+on a plateau; without the second, questions that relate two things (which picture, which colour and
+shape) take several times as long. Interrupt it at will: the same command resumes.
 """
 
 from __future__ import annotations
@@ -13,19 +15,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from reference.checkpoint import write_original
 from reference.config import parse_config
 from reference.model import DeepSeekVL
-from reference.tiny.batches import DENSE_HEADS, Batch, Batches, token_id
+from reference.tiny.batches import (
+    DENSE_HEADS,
+    Batch,
+    DrawnBatches,
+    PooledBatches,
+    to_pixels,
+    token_id,
+)
+from reference.tiny.pictures import Scene, draw
 from reference.tiny.tokenizer import corpus, train_tokenizer
 from runtimes.prompt import IMAGE_PLACEHOLDER
 
@@ -42,7 +59,12 @@ class Stage:
     decay: float
 
 
-STAGES = (Stage(1, 2400, 64, 0.02, 2e-3, 0.2), Stage(2, 3600, 48, 0.015, 2e-3, 0.4))
+STAGES = (
+    Stage(1, 2400, 64, 0.02, 2e-3, 0.2),
+    Stage(2, 2000, 72, 0.015, 2e-3, 0.3),
+    Stage(3, 1000, 48, 0.005, 5e-4, 0.9),
+)
+POOL = 24_000  # pictures of stage 2
 DENSE_WEIGHTS = {"name": 1.0, "colour": 0.7, "order": 1.0, "row": 0.1, "column": 0.1}
 
 
@@ -62,6 +84,29 @@ def dense_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float
     return loss, accuracy
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Pictures whose scenes and vision features (bfloat16, each ``[POOL, T, C]``) are kept."""
+
+    scenes: list[Scene]
+    features: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def fill_pool(model: DeepSeekVL) -> Pool:
+    """Draw the pool and encode it with the vision encoder as it is after stage 1."""
+    scenes: list[Scene] = []
+    parts: list[tuple[Tensor, ...]] = []
+    for first in track(range(0, POOL, 80), "encoding the pool"):
+        drawn = [draw((2, index)) for index in range(first, first + 80)]
+        scenes += [scene for _, scene in drawn]
+        pixels = torch.from_numpy(np.stack([to_pixels(image) for image, _ in drawn]))
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model.vision_encoder(pixels)
+        parts.append(tuple(part.to(torch.bfloat16) for part in features))
+    return Pool(scenes, tuple(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
 class Trainee(nn.Module):
     """The model with the dense heads of training."""
 
@@ -71,15 +116,17 @@ class Trainee(nn.Module):
         self.image_token_id = image_token_id
         self.dense = nn.Linear(model.config.decoder.width, sum(DENSE_HEADS.values()))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: Batch, pool: Pool | None) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", torch.bfloat16):
-            image_embeds = self.model.encode_image(batch.pixels)  # [N, T, D]
+            if pool is None:
+                image_embeds = self.model.encode_image(batch.pixels)  # [N, T, D]
+            else:
+                image_embeds = self.model.adaptor(*(part[batch.pooled] for part in pool.features))
             loss, numbers = dense_loss(self.dense(image_embeds), batch.dense)
             if not batch.tokens.numel():
                 return loss, numbers
             embeds = self.model.merge(batch.tokens, image_embeds, self.image_token_id)
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward is slower with a mask
-                logits = self.model.logits(embeds)  # [B, S, V]
+            logits = self.model.logits(embeds)  # [B, S, V]
         wanted = batch.answers[:, 1:]
         predicted, target = logits[:, :-1][wanted], batch.tokens[:, 1:][wanted]
         answer_loss = F.cross_entropy(predicted, target)
@@ -87,7 +134,7 @@ class Trainee(nn.Module):
             "answer_loss": answer_loss.item(),
             "token_accuracy": float((predicted.argmax(-1) == target).float().mean()),
         }
-        return answer_loss + 0.1 * loss, numbers
+        return answer_loss + 0.2 * loss, numbers
 
 
 def initialise(model: DeepSeekVL) -> None:
@@ -110,6 +157,8 @@ def optimizers(trainee: Trainee, stage: Stage) -> list[torch.optim.Optimizer]:
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in trainee.named_parameters():
+        if stage.number == 2 and "vision_encoder" in name:
+            continue
         hidden = parameter.dim() == 2 and not any(
             part in name for part in ("token_embedding", "head", "dense", "rel_pos")
         )
@@ -137,8 +186,16 @@ def run_stage(trainee: Trainee, stage: Stage, tokenizer: Tokenizer, output: Path
         trainee.load_state_dict(state["model"])
         for optim, saved in zip(optims, state["optimizers"], strict=True):
             optim.load_state_dict(saved)
+    if start >= stage.steps:
+        return
+    pool = fill_pool(trainee.model) if stage.number == 2 else None
+    batches: Dataset[Batch] = (
+        PooledBatches(pool.scenes, stage.batch, tokenizer)
+        if pool
+        else DrawnBatches(stage.number, stage.batch, tokenizer)
+    )
     loader = DataLoader(
-        Batches(stage.number, stage.batch, tokenizer), batch_size=None,
+        batches, batch_size=None,
         sampler=range(start, stage.steps), num_workers=1, prefetch_factor=4,
     )  # fmt: skip
     columns = (TextColumn("stage {task.fields[stage]}"), BarColumn(), MofNCompleteColumn(),
@@ -150,7 +207,7 @@ def run_stage(trainee: Trainee, stage: Stage, tokenizer: Tokenizer, output: Path
             for optim, rate in zip(optims, (stage.matrix_rate, stage.other_rate), strict=True):
                 for group in optim.param_groups:
                     group["lr"] = rate * rate_factor(stage, step)
-            loss, numbers = trainee(batch)
+            loss, numbers = trainee(batch, pool)
             for optim in optims:
                 optim.zero_grad()
             loss.backward()

@@ -1,0 +1,85 @@
+"""Shared fixtures: random checkpoints of both variants and layouts, and bundles exported from them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from dsvl_export.exporting import export
+from reference.checkpoint import TINY, Checkpoint, open_checkpoint
+from reference.model import DeepSeekVL
+from reference.tiny.pictures import draw
+from runtimes.bundle import Bundle
+from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
+
+torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class OraclePair:
+    """A transformers model and our reference loaded from the checkpoint that it saved."""
+
+    oracle: transformers.PreTrainedModel
+    model: DeepSeekVL
+    checkpoint: Checkpoint
+
+
+def _pair(oracle: transformers.PreTrainedModel, folder: Path) -> OraclePair:
+    save_oracle(oracle, folder)
+    checkpoint = open_checkpoint(str(folder))
+    return OraclePair(oracle, checkpoint.model(), checkpoint)
+
+
+@pytest.fixture(scope="session")
+def siglip_pair(tmp_path_factory: pytest.TempPathFactory) -> OraclePair:
+    """The 1.3B's architecture, small, in transformers' layout."""
+    return _pair(siglip_oracle(), tmp_path_factory.mktemp("siglip"))
+
+
+@pytest.fixture(scope="session")
+def hybrid_pair(tmp_path_factory: pytest.TempPathFactory) -> OraclePair:
+    """The 7B's architecture, small, in transformers' layout."""
+    return _pair(hybrid_oracle(), tmp_path_factory.mktemp("hybrid"))
+
+
+@pytest.fixture(scope="session", params=["siglip", "hybrid"])
+def pair(request: pytest.FixtureRequest) -> OraclePair:
+    return request.getfixturevalue(f"{request.param}_pair")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny checkpoint in fp32 and fp16; tests must not change it."""
+    return export("tiny", tmp_path_factory.mktemp("tiny") / "bundle", precisions=("fp32", "fp16"))
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def tiny_copy(tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint to spoil."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for file in TINY.glob("*.json"):
+        shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(TINY / "model.safetensors", folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Four rendered pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    files = [folder / f"{seed}.png" for seed in range(4)]
+    for seed, file in enumerate(files):
+        draw((seed, 1234))[0].save(file)
+    return files

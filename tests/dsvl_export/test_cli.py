@@ -1,0 +1,258 @@
+"""The command line: every command, its JSON, its help, and one sentence with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from dsvl_export import cli
+from runtimes.bundle import MANIFEST, Bundle
+
+COMMANDS = ("demo", "export", "run", "chat", "parity", "inspect", "verify")
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run the command line in this process."""
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["dsvl-export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return Done(int(caught.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def refused(done: Done, sentence: str) -> bool:
+    """Exit code 2 and exactly one sentence on stderr, nothing on stdout, no traceback."""
+    lines = [line for line in done.err.splitlines() if line.strip()]
+    assert done.code == 2, done
+    assert len(lines) == 1, done.err
+    assert lines[0].startswith("Error: ")
+    assert lines[0].endswith(".")
+    assert sentence in lines[0], lines[0]
+    assert done.out == ""
+    return True
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(run, command: str) -> None:
+    done = run(command, "--help")
+    assert done.code == 0
+    assert "Usage: dsvl-export " + command in " ".join(done.out.split())
+    assert command in run("--help").out
+    assert run("--version").out.startswith("dsvl-export 0.")
+
+
+def test_run_streams_and_gives_json(run, tiny_bundle: Bundle, pictures: list[Path]) -> None:
+    question = ("run", tiny_bundle.folder, "--image", pictures[0], "--prompt", "Describe the picture.")
+    plain = run(*question)
+    assert plain.code == 0
+    assert plain.out.startswith("The ")
+    assert "tokens (eos)" in plain.err
+    machine = json.loads(run(*question, "--json", "--precision", "fp16", "--threads", "1").out)
+    assert machine["finish_reason"] == "eos"
+    assert machine["text"].startswith("The ")
+    assert machine["prompt_tokens"] > 64
+    assert (
+        run(*question, "--max-new-tokens", "2", "--stop", "zzz", "--temperature", "1", "--seed", "3").code
+        == 0
+    )
+
+
+def test_chat_remembers_the_image(
+    run, tiny_bundle: Bundle, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["Count the shapes in the picture.", "Describe the picture.", "/reset", "/image nowhere.png",
+             f"/image {pictures[1]}", "Describe the picture.", "<image_placeholder>?", "/odd", "/quit"]  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    done = run("chat", tiny_bundle.folder, "--image", pictures[0])
+    assert done.code == 0
+    assert done.out.count("Model: ") == 4
+    assert done.out.count("The ") == 2
+    assert "There is no image file nowhere.png" in done.err
+    assert "placeholder" in done.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    assert run("chat", tiny_bundle.folder).code == 0
+
+
+def test_parity_tables_json_and_exit_codes(run, bundle_copy: Path, tmp_path: Path) -> None:
+    done = run("parity", bundle_copy)
+    assert done.code == 0
+    for name in ("vision_encoder", "greedy_tokens", "fp32", "fp16", "passed"):
+        assert name in done.out
+    assert (
+        json.loads((bundle_copy / MANIFEST).read_text())["parity"]["onnxruntime/fp16"]["verdict"] == "passed"
+    )
+    rows = [{"image": str(bundle_copy / "goldens/images" / file.name), "prompt": "Describe the picture.", "expected": "no"}
+            for file in sorted((bundle_copy / "goldens/images").iterdir())[:2]]  # fmt: skip
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (result,) = json.loads(
+        run("parity", bundle_copy, "--precision", "fp32", "--task", tmp_path / "task.jsonl", "--json").out
+    )
+    assert result["verdict"] == "passed"
+    assert result["task"] == {"questions": 2, "right": 0, "exact_match": 0.0, "by_kind": {"all": 0.0}}
+    golden = Bundle.open(bundle_copy).manifest
+    # An fp16 artifact under an fp32 name is far outside fp32's tolerance.
+    shutil.copyfile(
+        bundle_copy / "onnxruntime/fp16/adaptor/adaptor.onnx",
+        bundle_copy / "onnxruntime/fp32/adaptor/adaptor.onnx",
+    )
+    assert refused(run("parity", bundle_copy, "--precision", "fp32"), "adaptor.onnx has")
+    assert golden.files
+
+
+def test_inspect_and_verify(run, bundle_copy: Path) -> None:
+    shown = run("inspect", bundle_copy)
+    assert shown.code == 0
+    for text in ("SAM + SigLIP", "128 px → 64 tokens", "key_cache_0", "batch, 4, capacity, 32", "not run"):
+        assert text in shown.out
+    assert json.loads(run("inspect", bundle_copy, "--json").out)["schema_version"] == 1
+    assert "files of" in run("verify", bundle_copy).out
+    assert json.loads(run("verify", bundle_copy, "--json").out)["problems"] == []
+
+
+def test_export_command(run, tmp_path: Path) -> None:
+    done = run("export", "tiny", "--output", tmp_path / "b")
+    assert done.code == 0
+    assert "Parity of onnxruntime fp32" in done.out
+    assert "Wrote" in done.out
+    again = run("export", "tiny", "--output", tmp_path / "b", "--no-parity", "--json")
+    assert json.loads(again.out)["parity"] == []
+    assert again.err.count("unchanged, reused") == 6
+
+
+def test_demo_ends_with_what_to_try_next(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run("demo", "--output", tmp_path / "demo")
+    assert done.code == 0
+    assert done.out.count("Model: ") == 12
+    assert done.out.count("passed") == 12
+    assert "dsvl-export run" in done.out.split("Next")[1]
+    assert len(list((tmp_path / "demo/pictures").glob("*.png"))) == 3
+
+
+def test_bad_bundles(run, bundle_copy: Path, tmp_path: Path) -> None:
+    assert refused(run("inspect", tmp_path / "absent"), "There is no bundle folder")
+    (tmp_path / "empty").mkdir()
+    assert refused(run("verify", tmp_path / "empty"), "has no manifest.json: it is no bundle")
+    assert refused(
+        run("run", bundle_copy, "--prompt", "x", "--backend", "tpu"), "holds no tpu; it has onnxruntime fp32"
+    )
+    assert refused(run("run", bundle_copy, "--prompt", "x", "--precision", "int8"), "holds no int8")
+    text = (bundle_copy / MANIFEST).read_text()
+    for broken, sentence in (
+        ("{", "is not valid JSON"),
+        (text.replace('"schema_version": 1', '"schema_version": 99'), "schema version 99"),
+        (text.replace('"prompt":', '"prompts":'), "is no valid manifest"),
+        (text.replace('"image_size":', '"image_sizes":'), "preprocessing spec cannot be read"),
+        (text.replace('"meaning":', '"sense":'), "contract that cannot be read"),
+        (text.replace("tokenizer/tokenizer.json", "../../etc/passwd"), "lies outside the bundle"),
+        (text.replace("tokenizer/tokenizer.json", "/etc/passwd"), "lies outside the bundle"),
+        (text.replace('"token_embedding": "', '"token_embedding": "un'), "no size and hash"),
+    ):
+        assert broken != text
+        (bundle_copy / MANIFEST).write_text(broken)
+        assert refused(run("run", bundle_copy, "--prompt", "x"), sentence)
+    (bundle_copy / MANIFEST).write_text(text)
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    (bundle_copy / "tokenizer/tokenizer.json").unlink()
+    (bundle_copy / "tokenizer/tokenizer.json").symlink_to(secret)
+    assert refused(run("verify", bundle_copy), "leads outside the bundle")
+
+
+def test_damaged_files_are_found_before_they_are_loaded(run, bundle_copy: Path, pictures: list[Path]) -> None:
+    file = bundle_copy / "onnxruntime/fp32/decoder/decoder.onnx"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    question = ("run", bundle_copy, "--prompt", "x", "--image", pictures[0])
+    assert refused(run(*question), "decoder.onnx has a wrong SHA-256")
+    assert refused(run("verify", bundle_copy), "decoder.onnx has a wrong SHA-256")
+    assert run("verify", bundle_copy, "--json").code == 2
+    file.write_bytes(content[:1000])
+    assert refused(run(*question), "decoder.onnx has 1000 bytes, expected")
+    assert refused(run(*question, "--no-verify"), "ONNX Runtime cannot load")
+    file.unlink()
+    assert refused(run(*question), "decoder.onnx is missing")
+
+
+def test_bad_requests(run, tiny_bundle: Bundle, pictures: list[Path], tmp_path: Path) -> None:
+    ask = ("run", tiny_bundle.folder, "--prompt")
+    (tmp_path / "text.png").write_text("hello")
+    assert refused(run(*ask, "x", "--image", tmp_path / "text.png"), "is no image that Pillow can read")
+    assert refused(run(*ask, "x", "--image", tmp_path / "none.png"), "There is no image file")
+    two = "<image_placeholder><image_placeholder>"
+    assert refused(run(*ask, two, "--image", pictures[0]), "2 <image_placeholder> but 1 images")
+    assert refused(run(*ask, "<image_placeholder>"), "1 <image_placeholder> but 0 images")
+    assert refused(run(*ask, "word " * 500, "--capacity", "200"), "tokens but the KV cache holds 200")
+    assert refused(run(*ask, "x", "--top-p", "0"), "Top_p must be in (0, 1]")
+    assert refused(run("export", tmp_path / "absent", "--output", tmp_path / "b"), "There is no folder")
+    assert refused(
+        run("export", "tiny", "--output", tmp_path / "b", "--precision", "fp7"), "no precision 'fp7'"
+    )
+    assert refused(run("parity", tiny_bundle.folder, "--task", tmp_path / "none.jsonl"), "cannot be read")
+    (tmp_path / "bad.jsonl").write_text('{"image": "x.png"}')
+    assert refused(run("parity", tiny_bundle.folder, "--task", tmp_path / "bad.jsonl"), "Line 1 of")
+    assert not (tmp_path / "b").exists()
+    assert run("run", tiny_bundle.folder).code == 2
+    assert run("nonsense").code == 2
+
+
+def test_a_missing_backend_names_its_extra(run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert refused(run("run", tiny_bundle.folder, "--prompt", "x"), "pip install 'dsvl-export[onnxruntime]'")
+
+
+def test_a_device_that_is_not_there_is_refused(tiny_bundle: Bundle) -> None:
+    """ONNX Runtime itself would go on without a word on the CPU."""
+    from runtimes.errors import UserError
+    from runtimes.pipeline import Pipeline
+
+    with pytest.raises(UserError, match="cannot run on 'cuda'; it has"):
+        Pipeline.open(tiny_bundle, device="cuda")
+
+
+def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
+    """A real Ctrl-C in a real process, then the same command again."""
+    command = [
+        sys.executable,
+        "-m",
+        "dsvl_export.cli",
+        "export",
+        "tiny",
+        "--output",
+        str(tmp_path / "b"),
+        "--no-parity",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "b/.staging/stages.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted; run the same command again to go on." in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "b" / MANIFEST).exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "reused" in again.stderr
+    assert Bundle.open(tmp_path / "b").problems() == []

@@ -1,0 +1,171 @@
+"""Export: bundles of both variants, resume, interruption, full disks, foreign folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from dsvl_export import export, parity
+from dsvl_export.exporting import ExportProgress
+from runtimes.bundle import MANIFEST, Bundle
+from runtimes.errors import UserError
+from tests.conftest import OraclePair
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "runtimes" / "manifest.schema.json").read_text())
+
+
+class Recorder:
+    """Which stages ran and which were reused."""
+
+    def __init__(self, fail_at: str = "") -> None:
+        self.states: dict[str, str] = {}
+        self.fail_at = fail_at
+
+    def __call__(self, progress: ExportProgress) -> None:
+        if progress.stage == self.fail_at:
+            raise KeyboardInterrupt
+        self.states[progress.stage] = progress.state
+
+    def count(self) -> Counter[str]:
+        return Counter(self.states.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_random_checkpoints_of_both_variants_pass(pair: OraclePair, tmp_path: Path, precision: str) -> None:
+    bundle = export(pair.checkpoint.folder, tmp_path / "bundle", precisions=[precision])
+    jsonschema.validate(
+        bundle.manifest.to_dict() | json.loads((tmp_path / "bundle" / MANIFEST).read_text()), SCHEMA
+    )
+    result = parity(bundle)
+    assert result.goldens == 8
+    assert result.passed, result
+
+
+def test_manifest_round_trips_and_fits_its_schema(tiny_bundle: Bundle) -> None:
+    raw = json.loads((tiny_bundle.folder / MANIFEST).read_text())
+    jsonschema.validate(raw, SCHEMA)
+    again = json.loads(json.dumps(Bundle.open(tiny_bundle.folder).manifest.to_dict()))
+    assert again == raw
+    on_disk = {
+        str(file.relative_to(tiny_bundle.folder))
+        for file in tiny_bundle.folder.rglob("*")
+        if file.is_file() and ".staging" not in file.parts
+    }
+    assert on_disk == {MANIFEST, *tiny_bundle.manifest.files}
+    assert tiny_bundle.problems() == []
+
+
+def test_a_second_run_reuses_everything(bundle_copy: Path) -> None:
+    recorder = Recorder()
+    export("tiny", bundle_copy, precisions=("fp32", "fp16"), report=recorder)
+    assert recorder.count() == {"reused": 9}
+
+
+def test_adding_a_precision(tmp_path: Path) -> None:
+    export("tiny", tmp_path / "b", precisions=["fp32"], goldens=False)
+    recorder = Recorder()
+    bundle = export("tiny", tmp_path / "b", precisions=["fp16"], goldens=False, report=recorder)
+    assert recorder.count() == {"reused": 2, "finished": 3}
+    assert bundle.choices() == [("onnxruntime", "fp32"), ("onnxruntime", "fp16")]
+    with pytest.raises(UserError, match="has no goldens"):
+        parity(bundle)
+
+
+def test_an_interrupted_export_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "b"
+    with pytest.raises(KeyboardInterrupt):
+        export("tiny", folder, goldens=False, report=Recorder(fail_at="onnxruntime/fp32/decoder"))
+    assert not (folder / MANIFEST).exists()
+    with pytest.raises(UserError, match="the export was interrupted; run it again"):
+        Bundle.open(folder)
+    recorder = Recorder()
+    bundle = export("tiny", folder, goldens=False, report=recorder)
+    assert recorder.count() == {"reused": 4, "finished": 1}
+    assert bundle.problems() == []
+
+
+def test_a_stage_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsvl_export.compilers import onnxruntime
+
+    def fail(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnxruntime, "check_contract", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export("tiny", tmp_path / "b", goldens=False)
+    left = {str(file.relative_to(tmp_path / "b")) for file in (tmp_path / "b").rglob("*") if file.is_file()}
+    assert left == {".staging/stages.json", "token_embedding/token_embedding.safetensors",
+                    "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}  # fmt: skip
+
+
+def test_a_file_that_changed_is_made_again(bundle_copy: Path) -> None:
+    (bundle_copy / "onnxruntime/fp16/adaptor/adaptor.onnx").unlink()
+    recorder = Recorder()
+    bundle = export("tiny", bundle_copy, precisions=("fp32", "fp16"), report=recorder)
+    assert recorder.states["onnxruntime/fp16/adaptor"] == "finished"
+    assert recorder.count() == {"reused": 8, "finished": 1}
+    assert bundle.problems() == []
+
+
+def test_foreign_folders_are_left_alone(tmp_path: Path, bundle_copy: Path, pair: OraclePair) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is not empty and holds no bundle"):
+        export("tiny", tmp_path / "mine")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        export("tiny", tmp_path / "mine" / "thesis.txt")
+    with pytest.raises(UserError, match="a bundle of another checkpoint"):
+        export(pair.checkpoint.folder, bundle_copy)
+    assert Bundle.open(bundle_copy).problems() == []
+
+
+def test_bad_requests_write_nothing(tmp_path: Path) -> None:
+    for backend, precision, sentence in (
+        ("onnxruntime", "int3", "no precision 'int3'; it has fp32, fp16"),
+        ("quantum", "fp32", "no backend 'quantum'"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            export("tiny", tmp_path / "b", backend, [precision])
+    with pytest.raises(UserError, match="There is no folder"):
+        export(tmp_path / "absent", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.parametrize("megabytes", [1, 6])
+def test_a_full_disk_is_one_sentence_and_then_goes_on(tmp_path: Path, megabytes: int) -> None:
+    """Tries the real thing: a file system too small for the embedding, or for the encoder."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not allow mounting")
+    try:
+        with pytest.raises(UserError, match=r"The export stopped: .*[Nn]o space"):
+            export("tiny", disk / "b", goldens=False)
+        assert not (disk / "b" / MANIFEST).exists()
+        staged = [path for path in (disk / "b" / ".staging").iterdir() if path.is_dir()]
+        assert staged == []
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        assert export("tiny", disk / "b", goldens=False).problems() == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_checkpoints_do_not_mix(bundle_copy: Path, tiny_copy: Path) -> None:
+    """A changed config is another checkpoint, even with the same weights."""
+    config = tiny_copy / "config.json"
+    config.write_text(
+        config.read_text().replace('"max_position_embeddings": 1024', '"max_position_embeddings": 999')
+    )
+    with pytest.raises(UserError, match="another checkpoint"):
+        export(tiny_copy, bundle_copy)
+    shutil.rmtree(tiny_copy)

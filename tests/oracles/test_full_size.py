@@ -1,0 +1,114 @@
+"""The released sizes on the meta device: every tensor's name and shape, in both layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from reference.checkpoint import parameter_shapes
+from reference.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig, parse_config
+from reference.layouts import UNUSED, sources
+
+DATA = Path(__file__).parent.parent / "data"
+LANGUAGE = {
+    "1.3b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "7b": {"num_hidden_layers": 30},  # as released: what equals LlamaConfig's defaults is left out
+}  # fmt: skip
+
+
+def language(size: str) -> dict[str, Any]:
+    return {"vocab_size": 102400, "max_position_embeddings": 16384, "rms_norm_eps": 1e-6, **LANGUAGE[size]}
+
+
+def original_config(size: str, **changes: Any) -> ModelConfig:
+    """``config.json`` of the released checkpoints, with the decoder's sizes changeable."""
+    text = {**language(size), **changes}
+    if size == "1.3b":
+        vision = {"cls": "CLIPVisionTower", "params": {"image_size": 384, "model_name": "siglip_large_patch16_384",
+                  "select_feature": "same", "select_layer": -1}}  # fmt: skip
+    else:
+        high = {
+            "model_name": "sam_b_downsample",
+            "image_size": 1024,
+            "pixel_mean": CLIP_MEAN,
+            "pixel_std": CLIP_STD,
+        }
+        low = {
+            "model_name": "siglip_large_patch16_384",
+            "image_size": 384,
+            "pixel_mean": HALF,
+            "pixel_std": HALF,
+        }
+        vision = {"cls": "HybridVisionTower", "params": {"high_res_cfg": high, "low_res_cfg": low}}
+    kind = "mlp_gelu" if size == "1.3b" else "low_high_hybrid_split_mlp_gelu"
+    projector = {
+        "depth": 2,
+        "input_dim": 1024,
+        "n_embed": text.get("hidden_size", 4096),
+        "projector_type": kind,
+    }
+    raw = {"model_type": "multi_modality", "vision_config": vision, "language_config": text,
+           "aligner_config": {"cls": "MlpProjector", "params": projector}}  # fmt: skip
+    return parse_config(raw, "config.json")
+
+
+def wanted(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    table = sources(config, parameter_shapes(config))
+    return {name: source.shape for source in table.values() for name in source.names}
+
+
+@pytest.mark.parametrize(("size", "file"), [("1.3b", "siglip"), ("7b", "hybrid")])
+def test_original_names_and_shapes(size: str, file: str) -> None:
+    """Against tensors listed from the original code (its decoder cut to 3 layers, 320 wide)."""
+    listed = json.loads((DATA / f"original_tensors_{file}.json").read_text())
+    small = {"vocab_size": 1031, "hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 3, "num_attention_heads": 10}  # fmt: skip
+    expected = {name: tuple(shape) for name, shape in listed.items() if not UNUSED.fullmatch(name)}
+    assert wanted(original_config(size, **small)) == expected
+
+
+@pytest.mark.parametrize("size", ["1.3b", "7b"])
+def test_transformers_names_and_shapes(size: str) -> None:
+    """Against transformers' own modules at full size."""
+    vision = {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 16, "hidden_size": 1024,
+              "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}  # fmt: skip
+    text = {"model_type": "llama", **language(size)}
+    with torch.device("meta"):
+        if size == "1.3b":
+            config = transformers.DeepseekVLConfig(
+                vision_config=vision, text_config=text, tie_word_embeddings=False
+            )
+            oracle = transformers.DeepseekVLForConditionalGeneration(config)
+        else:
+            config = transformers.DeepseekVLHybridConfig(
+                vision_config=vision, text_config=text, tie_word_embeddings=False,
+                high_res_vision_config={"model_type": "sam_vision_model"},
+            )  # fmt: skip
+            oracle = transformers.DeepseekVLHybridForConditionalGeneration(config)
+    expected = {
+        name: tuple(tensor.shape) for name, tensor in oracle.named_parameters() if not UNUSED.fullmatch(name)
+    }
+    ours = parse_config(json.loads(config.to_json_string()), "config.json")
+    assert wanted(ours) == expected
+
+
+@pytest.mark.parametrize("size", ["1.3b", "7b"])
+def test_parameter_counts(size: str) -> None:
+    """By hand from the paper's sizes: towers, adaptor, embeddings, layers, norms, head."""
+    config = original_config(size)
+    total = sum(torch.Size(shape).numel() for shape in parameter_shapes(config).values())
+    width, hidden, layers = (2048, 5632, 24) if size == "1.3b" else (4096, 11008, 30)
+    decoder = 2 * 102400 * width + width + layers * (4 * width**2 + 3 * width * hidden + 2 * width)
+    siglip = 24 * (12 * 1024**2 + 13 * 1024) + 2 * 1024 + 576 * 1024 + 1024 * (3 * 256 + 1)
+    if size == "1.3b":
+        sam, adaptor = 0, 1024 * 2048 + 2048 + 2048**2 + 2048
+    else:
+        sam = 768 * (3 * 256 + 1) + 64 * 64 * 768 + 12 * (12 * 768**2 + 13 * 768)
+        sam += 2 * 64 * (8 * 27 + 4 * 127)  # relative positions: 8 windowed and 4 global layers
+        sam += 2 * (768 * 256 + 256 * 256 * 9 + 4 * 256) + 9 * 256 * 512 + 9 * 512 * 1024 + 1
+        adaptor = 2 * (1024 * 2048 + 2048) + 4096**2 + 4096
+    assert total == decoder + siglip + sam + adaptor

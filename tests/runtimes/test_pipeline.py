@@ -1,0 +1,179 @@
+"""The chain as a user meets it: chat, streaming, several turns and images, batches, stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reference.checkpoint import open_checkpoint
+from reference.session import reference_chain
+from runtimes.bundle import Bundle
+from runtimes.errors import UserError
+from runtimes.pipeline import Pipeline
+from runtimes.preprocess import load_image, preprocess
+from runtimes.prompt import Message
+from runtimes.sampling import GenerationOptions
+
+LONG = GenerationOptions(max_new_tokens=40)
+DESCRIBE = "Describe the picture."
+
+
+@pytest.fixture
+def pipeline(tiny_bundle: Bundle) -> Pipeline:
+    return Pipeline.open(tiny_bundle, precision="fp32")
+
+
+def test_answer_equals_the_reference(pipeline: Pipeline, tiny_bundle: Bundle, pictures: list[Path]) -> None:
+    table = tiny_bundle.path(tiny_bundle.manifest.token_embedding)
+    reference = Pipeline(reference_chain(open_checkpoint("tiny"), table), pipeline.system_prompt, 600)
+    for picture in pictures:
+        answer = pipeline.chat(DESCRIBE, [picture], LONG)
+        assert answer.tokens == reference.chat(DESCRIBE, [picture], LONG).tokens
+        assert answer.finish_reason == "eos"
+        assert answer.text.startswith("The ")
+
+
+def test_every_kind_of_image_source(pipeline: Pipeline, pictures: list[Path]) -> None:
+    image = load_image(pictures[0])
+    sources = [pictures[0], str(pictures[0]), pictures[0].read_bytes(), image, np.asarray(image)]
+    answers = {pipeline.chat(DESCRIBE, [source], LONG).text for source in sources}
+    assert len(answers) == 1
+    assert pipeline.chain.images_encoded == 1
+
+
+def test_streamed_pieces_make_the_answer(pipeline: Pipeline, pictures: list[Path]) -> None:
+    pieces = [piece for piece, _ in pipeline.stream_chat(DESCRIBE, [pictures[0]], LONG)]
+    assert len([piece for piece in pieces if piece]) > 5
+    assert "".join(pieces) == pipeline.chat(DESCRIBE, [pictures[0]], LONG).text
+
+
+def test_second_turn_prefills_only_what_is_new(
+    pipeline: Pipeline, tiny_bundle: Bundle, pictures: list[Path]
+) -> None:
+    first = Message("user", "What number is in the picture?")
+    answer = pipeline.chat([first], [pictures[0]])
+    assert answer.reused_tokens == 0
+    turns = [first, Message("assistant", answer.text), Message("user", DESCRIBE)]
+    second = pipeline.chat(turns, [pictures[0]], LONG)
+    assert second.reused_tokens >= answer.prompt_tokens
+    assert pipeline.chain.images_encoded == 1
+    fresh = Pipeline.open(tiny_bundle, precision="fp32").chat(turns, [pictures[0]], LONG)
+    assert second.tokens == fresh.tokens
+
+
+def test_another_question_reuses_the_image(pipeline: Pipeline, pictures: list[Path]) -> None:
+    pipeline.chat("How many shapes are in the picture?", [pictures[0]])
+    again = pipeline.chat(DESCRIBE, [pictures[0]], LONG)
+    assert again.reused_tokens > pipeline.chain.tokenizer.spec.image_tokens
+    pipeline.reset()
+    assert pipeline.chat(DESCRIBE, [pictures[0]], LONG).reused_tokens == 0
+
+
+def test_another_image_is_not_mistaken_for_the_last(
+    pipeline: Pipeline, tiny_bundle: Bundle, pictures: list[Path]
+) -> None:
+    """The prompts are equal token by token; only the pictures differ."""
+    pipeline.chat(DESCRIBE, [pictures[0]], LONG)
+    answer = pipeline.chat(DESCRIBE, [pictures[1]], LONG)
+    fresh = Pipeline.open(tiny_bundle, precision="fp32").chat(DESCRIBE, [pictures[1]], LONG)
+    assert answer.tokens == fresh.tokens
+    assert answer.reused_tokens < pipeline.chain.tokenizer.spec.image_tokens
+
+
+def test_an_abandoned_stream_leaves_a_usable_pipeline(pipeline: Pipeline, pictures: list[Path]) -> None:
+    expected = pipeline.chat(DESCRIBE, [pictures[0]], LONG).tokens
+    pipeline.reset()
+    stream = pipeline.stream_chat(DESCRIBE, [pictures[0]], LONG)
+    for _ in range(4):
+        next(stream)
+    stream.close()
+    assert pipeline.chat(DESCRIBE, [pictures[0]], LONG).tokens == expected
+
+
+def test_two_images_in_one_prompt(pipeline: Pipeline, pictures: list[Path]) -> None:
+    """The order of the images matters, and each is encoded once."""
+    text = "<image_placeholder> is Figure 1.\n<image_placeholder> is Figure 2.\nDescribe Figure 2."
+    one = pipeline.chat(text, [pictures[0], pictures[1]], LONG)
+    other = pipeline.chat(text, [pictures[1], pictures[0]], LONG)
+    assert one.prompt_tokens > 2 * pipeline.chain.tokenizer.spec.image_tokens
+    assert one.text != other.text
+    assert pipeline.chain.images_encoded == 2
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_chunked_prefill_changes_nothing(pipeline: Pipeline, pictures: list[Path], chunk: int) -> None:
+    expected = pipeline.chat(DESCRIBE, [pictures[0]], LONG).tokens
+    pipeline.reset()
+    pipeline.chain.prefill_chunk = chunk
+    assert pipeline.chat(DESCRIBE, [pictures[0]], LONG).tokens == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_batch_equals_one_by_one(pipeline: Pipeline, pictures: list[Path], temperature: float) -> None:
+    options = GenerationOptions(max_new_tokens=30, temperature=temperature, seed=5)
+    questions = [(DESCRIBE, [pictures[0]]), ("Count the shapes in the picture.", [pictures[1]]),
+                 ("Hello", []), (DESCRIBE, [pictures[2]])]  # fmt: skip
+    requests = [(pipeline.format(text, len(images)), images) for text, images in questions]
+    together = pipeline.generate_batch(requests, options)
+    alone = [pipeline.generate(text, images, options) for text, images in requests]
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert pipeline.generate_batch([]) == []
+
+
+def test_stop_strings(pipeline: Pipeline, pictures: list[Path]) -> None:
+    full = pipeline.chat(DESCRIBE, [pictures[0]], LONG).text
+    stop = full[9:15]  # lies across tokens
+    options = GenerationOptions(max_new_tokens=40, stop=("never appears", stop))
+    pieces = [piece for piece, answer in pipeline.stream_chat(DESCRIBE, [pictures[0]], options)]
+    assert "".join(pieces) == full[: full.index(stop)]
+    assert pipeline.chat(DESCRIBE, [pictures[0]], options).finish_reason == "stop"
+
+
+def test_length_and_capacity_end_an_answer(tiny_bundle: Bundle, pictures: list[Path]) -> None:
+    pipeline = Pipeline.open(tiny_bundle)
+    short = pipeline.chat(DESCRIBE, [pictures[0]], GenerationOptions(max_new_tokens=3))
+    assert (short.finish_reason, len(short.tokens)) == ("length", 3)
+    full = pipeline.chat(DESCRIBE, [pictures[0]], LONG)
+    tight = Pipeline.open(tiny_bundle, capacity=full.prompt_tokens + 5)
+    answer = tight.chat(DESCRIBE, [pictures[0]], LONG)
+    assert (answer.finish_reason, answer.tokens) == ("capacity", full.tokens[:6])
+    batch = tight.generate_batch(
+        [(tight.format(DESCRIBE, 1), [pictures[0]]), (tight.format("Hi", 0), [])], LONG
+    )
+    assert batch[0].tokens == answer.tokens
+
+
+def test_prompts_that_do_not_fit_are_refused(tiny_bundle: Bundle, pictures: list[Path]) -> None:
+    pipeline = Pipeline.open(tiny_bundle, capacity=50)
+    with pytest.raises(UserError, match=r"The prompt has \d+ tokens but the KV cache holds 50"):
+        pipeline.chat(DESCRIBE, [pictures[0]])
+    with pytest.raises(UserError, match="capacity must be at least 1"):
+        Pipeline.open(tiny_bundle, capacity=0)
+
+
+@pytest.mark.parametrize(("placeholders", "images"), [(2, 1), (1, 2), (1, 0)])
+def test_placeholders_must_match_images(
+    pipeline: Pipeline, pictures: list[Path], placeholders: int, images: int
+) -> None:
+    with pytest.raises(UserError, match=f"{placeholders} <image_placeholder> but {images} images"):
+        pipeline.chat("<image_placeholder>" * placeholders + "?", pictures[:images])
+
+
+def test_messages_are_checked(pipeline: Pipeline) -> None:
+    with pytest.raises(UserError, match="needs role 'user' or 'assistant'"):
+        pipeline.chat([{"role": "system", "content": "x"}])
+    with pytest.raises(UserError, match="must end with a user message"):
+        pipeline.chat([{"role": "User", "content": "x"}, {"role": "Assistant", "content": "y"}])
+
+
+def test_preprocessed_content_is_the_key(pipeline: Pipeline, pictures: list[Path]) -> None:
+    """Two files with the same pixels are one image; see also the embeddings' cache bound."""
+    pipeline.chain.kept_images = 2
+    for picture in pictures[:3] * 2:
+        pipeline.chain.encode_image(picture)
+    assert pipeline.chain.images_encoded == 6
+    spec = pipeline.chain.preprocessing
+    assert preprocess(pictures[0], spec).shape == (3, spec.image_size, spec.image_size)

@@ -1,0 +1,164 @@
+"""What every backend's decoder session and cache must do; a new backend only joins the fixture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtimes.cache import CapacityError
+from runtimes.errors import UserError
+from runtimes.session import DecoderSession
+
+CAPACITY = 40
+
+
+def embeds(decoder: DecoderSession, batch: int, length: int, seed: int = 0) -> np.ndarray:
+    spec = decoder.contract.inputs[0]
+    random = np.random.default_rng(seed).normal(size=(batch, length, int(spec.shape[2])))
+    return (0.5 * random).astype(spec.dtype)
+
+
+def all_rows(array: np.ndarray) -> np.ndarray:
+    return np.arange(array.shape[1])
+
+
+def close(decoder: DecoderSession, found: np.ndarray, expected: np.ndarray) -> bool:
+    """Equal up to the order of accumulation, which differs between shapes."""
+    limit = 1e-5 if decoder.contract.inputs[0].dtype == "float32" else 5e-3
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected)) < limit
+
+
+def test_contract_of_the_outputs(decoder: DecoderSession) -> None:
+    cache, x = decoder.new_cache(1, CAPACITY), embeds(decoder, 1, 6)
+    logits = decoder.decode(x, np.array([1, 5]), cache)
+    decoder.contract.outputs[0].check(logits)
+    assert logits.shape[:2] == (1, 2)
+    for spec, array in zip(decoder.contract.states, cache.arrays, strict=True):
+        spec.check(array)
+        assert array.shape[2] == CAPACITY
+
+
+def test_logit_rows_choose_rows(decoder: DecoderSession) -> None:
+    x = embeds(decoder, 1, 7)
+    every = decoder.decode(x, all_rows(x), decoder.new_cache(1, CAPACITY))
+    some = decoder.decode(x, np.array([6, 2]), decoder.new_cache(1, CAPACITY))
+    assert close(decoder, some[0], every[0, [6, 2]])
+
+
+@pytest.mark.parametrize("chunks", [(13,), (5, 8), (1,) * 13, (12, 1), (4, 4, 4, 1)])
+def test_chunks_equal_one_pass(decoder: DecoderSession, chunks: tuple[int, ...]) -> None:
+    x = embeds(decoder, 1, 13)
+    whole = decoder.decode(x, all_rows(x), decoder.new_cache(1, 13))
+    cache, parts, start = decoder.new_cache(1, CAPACITY), [], 0
+    for size in chunks:
+        part = x[:, start : start + size]
+        parts.append(decoder.decode(part, all_rows(part), cache))
+        start += size
+    assert cache.length == 13
+    assert close(decoder, np.concatenate(parts, axis=1), whole)
+
+
+def test_past_tokens_matter(decoder: DecoderSession) -> None:
+    """The same token after other pasts gives other logits: the tests above compare something."""
+    x, y = embeds(decoder, 1, 6), embeds(decoder, 1, 6, seed=1)
+    y[:, -1] = x[:, -1]
+    one = decoder.decode(x, np.array([5]), decoder.new_cache(1, CAPACITY))
+    other = decoder.decode(y, np.array([5]), decoder.new_cache(1, CAPACITY))
+    assert not close(decoder, one, other)
+
+
+def test_rewind_forgets(decoder: DecoderSession) -> None:
+    x, wrong = embeds(decoder, 1, 9), embeds(decoder, 1, 5, seed=1)
+    expected = decoder.decode(x, np.array([8]), decoder.new_cache(1, CAPACITY))
+    cache = decoder.new_cache(1, CAPACITY)
+    decoder.decode(x[:, :6], np.array([5]), cache)
+    decoder.decode(wrong, np.array([4]), cache)
+    cache.rewind(5)
+    assert cache.length == 6
+    assert close(decoder, decoder.decode(x[:, 6:], np.array([2]), cache), expected)
+    with pytest.raises(ValueError, match="cannot rewind"):
+        cache.rewind(10)
+
+
+def test_reset_starts_over(decoder: DecoderSession) -> None:
+    x, cache = embeds(decoder, 1, 8), decoder.new_cache(1, CAPACITY)
+    first = decoder.decode(x, np.array([7]), cache)
+    decoder.decode(embeds(decoder, 1, 3, seed=2), np.array([2]), cache)
+    cache.reset()
+    assert cache.length == 0
+    assert np.array_equal(decoder.decode(x, np.array([7]), cache), first)
+
+
+def test_fork_is_independent(decoder: DecoderSession) -> None:
+    x, cache = embeds(decoder, 1, 10), decoder.new_cache(1, CAPACITY)
+    expected = decoder.decode(x, np.array([9]), decoder.new_cache(1, CAPACITY))
+    decoder.decode(x[:, :6], np.array([5]), cache)
+    fork = cache.fork()
+    decoder.decode(embeds(decoder, 1, 4, seed=3), np.array([3]), cache)
+    assert fork.length == 6
+    assert close(decoder, decoder.decode(x[:, 6:], np.array([3]), fork), expected)
+
+
+def test_save_and_load(decoder: DecoderSession, tmp_path: Path) -> None:
+    x, cache = embeds(decoder, 1, 10), decoder.new_cache(1, CAPACITY)
+    decoder.decode(x[:, :6], np.array([5]), cache)
+    cache.save(tmp_path / "cache.safetensors")
+    expected = decoder.decode(x[:, 6:], np.array([3]), cache)
+    other = decoder.new_cache(1, 10)
+    other.load(tmp_path / "cache.safetensors")
+    assert other.length == 6
+    assert close(decoder, decoder.decode(x[:, 6:], np.array([3]), other), expected)
+    with pytest.raises(CapacityError, match="holds 6 tokens, more than the capacity 5"):
+        decoder.new_cache(1, 5).load(tmp_path / "cache.safetensors")
+    with pytest.raises(UserError, match="another model or batch size"):
+        decoder.new_cache(2, 10).load(tmp_path / "cache.safetensors")
+    (tmp_path / "bad").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="no saved KV cache"):
+        other.load(tmp_path / "bad")
+
+
+def test_capacity_is_refused_before_the_backend_runs(decoder: DecoderSession) -> None:
+    cache = decoder.new_cache(1, 8)
+    decoder.decode(embeds(decoder, 1, 6), np.array([5]), cache)
+    before = [array.copy() for array in cache.arrays]
+    with pytest.raises(CapacityError, match="needs 9 positions but the KV cache holds 8"):
+        decoder.decode(embeds(decoder, 1, 3), np.array([2]), cache)
+    assert cache.length == 6
+    assert all(np.array_equal(a, b) for a, b in zip(cache.arrays, before, strict=True))
+    decoder.decode(embeds(decoder, 1, 2), np.array([1]), cache)
+    assert cache.length == cache.capacity
+
+
+def test_cache_is_written_in_place(decoder: DecoderSession) -> None:
+    """No step copies, moves or grows the states; a step touches only its own positions."""
+    cache = decoder.new_cache(1, CAPACITY)
+    addresses = [array.ctypes.data for array in cache.arrays]
+    decoder.decode(embeds(decoder, 1, 5), np.array([4]), cache)
+    for step in range(20):
+        before = [array.copy() for array in cache.arrays]
+        decoder.decode(embeds(decoder, 1, 1, seed=step), np.array([0]), cache)
+        for old, new in zip(before, cache.arrays, strict=True):
+            changed = np.flatnonzero((old != new).any(axis=(0, 1, 3)))
+            assert changed.tolist() == [5 + step]
+    assert [array.ctypes.data for array in cache.arrays] == addresses
+
+
+def test_batch_rows_of_different_lengths(decoder: DecoderSession) -> None:
+    """Prefill row by row, decode together: as each sequence alone."""
+    lengths, steps = (7, 3, 11), 4
+    prompts = [embeds(decoder, 1, n, seed=10 + n) for n in lengths]
+    tails = [embeds(decoder, 1, steps, seed=20 + n) for n in lengths]
+    cache = decoder.new_cache(len(lengths), CAPACITY)
+    for row, prompt in enumerate(prompts):
+        decoder.decode(prompt, np.array([0]), cache.row(row))
+    assert cache.lengths.tolist() == list(lengths)
+    for step in range(steps):
+        x = np.concatenate([tail[:, step : step + 1] for tail in tails])
+        together = decoder.decode(x, np.array([0]), cache)
+        for row, (prompt, tail) in enumerate(zip(prompts, tails, strict=True)):
+            alone = np.concatenate([prompt, tail[:, : step + 1]], axis=1)
+            last = np.array([alone.shape[1] - 1])
+            expected = decoder.decode(alone, last, decoder.new_cache(1, CAPACITY))
+            assert close(decoder, together[row], expected[0])
