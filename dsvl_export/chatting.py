@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 from dsvl_export.display import err
 from runtimes.errors import UserError
+from runtimes.generate import Answer
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import load_image
 from runtimes.prompt import IMAGE_PLACEHOLDER, Message
@@ -14,17 +17,16 @@ from runtimes.sampling import GenerationOptions
 HELP = "/image FILE adds an image, /reset starts over, /quit ends."
 
 
-def converse(pipeline: Pipeline, first_images: list[Path], options: GenerationOptions) -> None:
-    """Read messages from stdin until it ends; print answers as they come."""
+def converse(pipeline: Pipeline, first_images: list[Path], options: GenerationOptions, as_json: bool) -> None:
+    """Read messages from stdin until it ends; print answers as they come, or as a JSON line each."""
     messages: list[Message] = []
     images: list[Path] = []  # of the messages so far
     waiting = [_checked(image) for image in first_images]  # for the next message
     err.print(f"[dim]{HELP}[/]")
     while True:
         try:
-            line = input("You: ").strip()
+            line = input("" if as_json else "You: ").strip()
         except EOFError:
-            print()
             return
         if line == "/quit":
             return
@@ -34,18 +36,18 @@ def converse(pipeline: Pipeline, first_images: list[Path], options: GenerationOp
             try:
                 waiting.append(_checked(Path(line.removeprefix("/image ").strip())))
             except UserError as error:
-                err.print(f"Error: {error}", markup=False)
+                print(f"Error: {error}", file=sys.stderr)
         elif line.startswith("/"):
             err.print(HELP)
         elif line:
             missing = len(waiting) - line.count(IMAGE_PLACEHOLDER)
             asked = Message("user", IMAGE_PLACEHOLDER * max(missing, 0) + line)
             try:
-                text = _answer(pipeline, [*messages, asked], [*images, *waiting], options)
+                answer = _answer(pipeline, [*messages, asked], [*images, *waiting], options, as_json)
             except UserError as error:
-                err.print(f"Error: {error}", markup=False)
+                print(f"Error: {error}", file=sys.stderr)
                 continue
-            messages += [asked, Message("assistant", text)]
+            messages += [asked, Message("assistant", answer.text)]
             images, waiting = [*images, *waiting], []
 
 
@@ -55,12 +57,19 @@ def _checked(image: Path) -> Path:
 
 
 def _answer(
-    pipeline: Pipeline, messages: list[Message], images: list[Path], options: GenerationOptions
-) -> str:
-    print("Model: ", end="", flush=True)
-    text = ""
-    for piece, _ in pipeline.stream_chat(messages, images, options):
-        text += piece
-        print(piece, end="", flush=True)
+    pipeline: Pipeline,
+    messages: list[Message],
+    images: list[Path],
+    options: GenerationOptions,
+    as_json: bool,
+) -> Answer:
+    if as_json:
+        answer = pipeline.chat(messages, images, options)
+        print(json.dumps(vars(answer), ensure_ascii=False), flush=True)
+        return answer
+    started, answer = False, Answer()
+    for piece, answer in pipeline.stream_chat(messages, images, options):  # noqa: B007
+        print(piece if started else f"Model: {piece}", end="", flush=True)
+        started = True
     print()
-    return text
+    return answer

@@ -30,6 +30,7 @@ Capacity = Annotated[
     Optional[int], typer.Option(min=1, help="Tokens that the KV cache holds; default: the bundle's.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per answer on stdout.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of what is loaded.")]
 Images = Annotated[
     Optional[list[Path]], typer.Option("--image", "-i", help="Image file; repeat for several.")
@@ -86,6 +87,7 @@ def export(
     from dsvl_export import display
     from dsvl_export.exporting import ExportProgress
     from dsvl_export.exporting import export as run_export
+    from runtimes.bundle import Bundle
 
     precisions = precision or ["fp32"]
     with display.progress_bar() as bars:
@@ -101,6 +103,7 @@ def export(
         bundle = run_export(checkpoint, output, backend, precisions, goldens, report)
     results = [_parity(output, backend, each, None, None) for each in precisions if check and goldens]
     if as_json:
+        bundle = Bundle.open(output)  # with the verdicts
         verdicts = [result.to_dict() for result in results]
         display.print_json(
             {"bundle": str(bundle.folder), "manifest": bundle.manifest.to_dict(), "parity": verdicts}
@@ -109,10 +112,8 @@ def export(
         for result in results:
             display.out.print(display.parity_table(result))
         total = sum(entry.bytes for entry in bundle.manifest.files.values())
-        display.out.print(f"Wrote {bundle.folder} ({display.size(total)}).")
-        display.out.print(
-            f'Next: dsvl-export run {bundle.folder} --image PICTURE --prompt "Describe the picture."'
-        )
+        print(f"Wrote {bundle.folder} ({display.size(total)}).")
+        print(f'Next: dsvl-export run {bundle.folder} --image PICTURE --prompt "Describe the picture."')
     if not all(result.passed for result in results):
         raise typer.Exit(1)
 
@@ -182,6 +183,7 @@ def chat(
     threads: Threads = None,
     capacity: Capacity = None,
     verify: Verify = True,
+    as_json: JsonLines = False,
 ) -> None:
     """Talk about images, turn by turn; only what is new in a turn is computed.
 
@@ -193,7 +195,7 @@ def chat(
 
     options = GenerationOptions(max_new_tokens, temperature, seed=seed)
     pipeline = Pipeline.open(bundle, backend, precision, threads=threads, capacity=capacity, verify=verify)
-    converse(pipeline, image or [], options)
+    converse(pipeline, image or [], options, as_json)
 
 
 @app.command()
@@ -298,7 +300,7 @@ def verify(bundle: BundleFolder, as_json: Json = False) -> None:
     if problems:
         raise UserError(f"The bundle {bundle} is damaged: {'; '.join(problems)}.")
     if not as_json:
-        display.out.print(f"All {len(opened.manifest.files)} files of {bundle} are as exported.")
+        print(f"All {len(opened.manifest.files)} files of {bundle} are as exported.")
 
 
 @app.command()
@@ -306,11 +308,12 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the bundle and the pictures.")
     ] = Path("demo"),
+    as_json: Json = False,
 ) -> None:
     """Export the bundled tiny model, ask it about pictures, and show the proof."""
     from dsvl_export.demo import run_demo
 
-    if not run_demo(output):
+    if not run_demo(output, as_json):
         raise typer.Exit(1)
 
 
@@ -318,14 +321,16 @@ def main() -> None:
     """Entry point: errors of the user's making are one sentence and exit code 2."""
     try:
         app()
+    except SystemExit as done:
+        if done.code == 130:  # how typer reports Ctrl-C
+            print("Interrupted; an export goes on where it stopped when it is run again.", file=sys.stderr)
+        raise
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("Interrupted; run the same command again to go on.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
+    except OSError as error:
+        print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

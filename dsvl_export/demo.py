@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from dsvl_export import display
 from dsvl_export.exporting import ExportProgress, export
@@ -15,25 +16,38 @@ from runtimes.prompt import Message
 from runtimes.task import load_task
 
 PICTURES = 3
-QUESTIONS = ("What number is in the picture?", "What colour is the number in the picture?",
-             "How many shapes are in the picture?", "Describe the picture.")  # fmt: skip
+QUESTIONS = (
+    "What number is in the picture?",
+    "What colour is the number in the picture?",
+    "How many shapes are in the picture?",
+    "Describe the picture.",
+)
 
 
-def run_demo(output: Path) -> bool:
-    """Export, ask, prove; returns whether parity passed."""
-    say = display.out.print
+def run_demo(output: Path, as_json: bool) -> bool:
+    """Export, ask, prove; returns whether parity passed.
+
+    Args:
+        as_json: print the story on stderr and one JSON document (answers, verdicts) on stdout.
+    """
+    console = display.err if as_json else display.out
+
+    def say(text: str, end: str = "\n") -> None:
+        console.print(text, end=end, markup=False)
+
     folder = output / "bundle"
-    say("[bold]1. Export[/] the bundled tiny DeepSeek-VL (SAM + SigLIP + LLaMA) to ONNX, fp32 and fp16")
+    say("1. Export the bundled tiny DeepSeek-VL (SAM + SigLIP + LLaMA) to ONNX, fp32 and fp16")
 
     def report(progress: ExportProgress) -> None:
         if progress.state != "running":
             say(f"   {progress.stage}{' (unchanged, reused)' if progress.state == 'reused' else ''}")
 
     bundle = export("tiny", folder, "onnxruntime", ("fp32", "fp16"), report=report)
-    say("\n[bold]2. Ask[/] about pictures that it has never seen, without PyTorch")
+    say("\n2. Ask about pictures that it has never seen, without PyTorch")
     pipeline = Pipeline.open(bundle, precision="fp32")
+    answers: list[dict[str, Any]] = []
     for picture in _write_pictures(output / "pictures"):
-        say(f"   [bold]{picture}[/]")
+        say(f"   {picture}")
         messages: list[Message] = []
         for question in QUESTIONS:
             messages.append(Message("user", question))
@@ -41,24 +55,27 @@ def run_demo(output: Path) -> bool:
             text = ""
             for piece, _ in pipeline.stream_chat(messages, [picture]):
                 text += piece
-                print(piece, end="", flush=True)
-            print()
+                say(piece, end="")
+            say("")
             messages.append(Message("assistant", text))
-    say("\n[bold]3. Prove[/] that every stage computes what the PyTorch reference computes")
+            answers.append({"picture": str(picture), "question": question, "answer": text})
+    say("\n3. Prove that every stage computes what the PyTorch reference computes")
     results = [parity(bundle, "onnxruntime", precision) for precision in ("fp32", "fp16")]
     for result in results:
-        record_verdict(type(bundle).open(folder), result)
-        say(display.parity_table(result))
-    say("\n[bold]Next[/]")
+        record_verdict(bundle, result)
+        console.print(display.parity_table(result))
+    say("\nNext")
     say(f'   dsvl-export run {folder} --image {output}/pictures/0.png --prompt "Describe the picture."')
     say(f"   dsvl-export chat {folder} --image {output}/pictures/0.png")
     say(f"   dsvl-export inspect {folder}")
     say("   dsvl-export export YOUR_CHECKPOINT --precision fp16 --output YOUR_BUNDLE")
+    if as_json:
+        display.print_json({"answers": answers, "parity": [result.to_dict() for result in results]})
     return all(result.passed for result in results)
 
 
 def _write_pictures(folder: Path) -> list[Path]:
-    """Copies of held-out pictures whose question was about a describable scene."""
+    """Copies of held-out pictures with three-digit numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     items = load_task(TINY / "heldout" / "questions.jsonl")
     sources = [item.images[0] for item in items if item.kind == "number_3" and len(item.images) == 1]

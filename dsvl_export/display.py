@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -63,7 +64,7 @@ def parity_table(result: ParityResult) -> Table:
 def bundle_tables(bundle: Bundle) -> list[Table]:
     """What a bundle holds."""
     manifest = bundle.manifest
-    model = Table(title=f"{bundle.folder}", show_header=False)
+    model = Table(title=escape(str(bundle.folder)), show_header=False)
     checkpoint, decoder = manifest.checkpoint, manifest.model["decoder"]
     total = size(sum(entry.bytes for entry in manifest.files.values()))
     rows = {
@@ -74,7 +75,7 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
         "size": f"{total} in {len(manifest.files)} files",
     }
     for key, value in rows.items():
-        model.add_row(key, value)
+        model.add_row(key, escape(value))
     artifacts = Table(title="Artifacts")
     for heading in ("backend", "precision", "component", "size", "parity"):
         artifacts.add_column(heading)

@@ -19,7 +19,7 @@ from reference.goldens import golden_requests, record_goldens
 from reference.session import reference_chain, write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
 from reference.trace import TRACED_COMPONENTS, component_contract, trace
-from runtimes.bundle import MANIFEST, Artifact, Bundle, Manifest
+from runtimes.bundle import Artifact, Bundle, Manifest
 from runtimes.errors import UserError
 
 TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
@@ -59,8 +59,7 @@ def export(
         checkpoint: ``tiny``, a folder or a hub id.
         output: the bundle's folder: new, empty, an unfinished export, or a bundle to extend.
         precisions: of the backend; each becomes a set of artifacts.
-        goldens: record the reference's outputs, which ``parity`` compares with. Needs the model in
-            memory in fp32 once.
+        goldens: record the reference's outputs, which ``parity`` compares with.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
@@ -93,13 +92,17 @@ def export(
             f"The export stopped: {reason} ({staging.folder});"
             " mend that and run it again, it goes on where it stopped."
         ) from error
+    finally:
+        staging.close()
     return Bundle.open(staging.folder)
 
 
 def _check_same_checkpoint(staging: Staging, source: Checkpoint) -> None:
-    for result in staging.results().values():
-        if result.get("checkpoint", source.digest) != source.digest:
-            raise UserError(f"{staging.folder} holds a bundle of another checkpoint; give another folder.")
+    known = [result["checkpoint"] for result in staging.results() if "checkpoint" in result]
+    if staging.previous:
+        known.append(staging.previous.checkpoint["sha256"])
+    if any(digest != source.digest for digest in known):
+        raise UserError(f"{staging.folder} holds a bundle of another checkpoint; give another folder.")
 
 
 class _Run:
@@ -109,9 +112,9 @@ class _Run:
         self.source, self.staging, self.report = source, staging, report
         self._inputs = {"checkpoint": source.digest, "version": __version__}
 
-    def _stage(self, name: str, build: Callable[[Path], dict[str, Any]], **inputs: str) -> None:
+    def _stage(self, name: str, build: Callable[[Path], dict[str, Any]]) -> None:
         self.report(ExportProgress(name))
-        _, reused = self.staging.stage(name, {**self._inputs, **inputs}, build)
+        reused = self.staging.stage(name, self._inputs, build)
         self.report(ExportProgress(name, 1, 1, "reused" if reused else "finished"))
 
     def tokenizer(self) -> None:
@@ -174,8 +177,7 @@ class _Run:
 
 
 def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: Any) -> Manifest:
-    results = staging.results().values()
-    rows = [result["artifact"] for result in results if "artifact" in result]
+    rows = [result["artifact"] for result in staging.results() if "artifact" in result]
     artifacts = tuple(Artifact(**{**row, "files": tuple(row["files"])}) for row in rows)
     precisions = dict.fromkeys(artifact.precision for artifact in artifacts)
     return Manifest(
@@ -200,9 +202,9 @@ def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: 
 
 def _kept_verdicts(staging: Staging) -> dict[str, Any]:
     """Verdicts of the bundle that is extended, where neither artifacts nor goldens have changed."""
-    if not (staging.folder / MANIFEST).exists():
+    old, files = staging.previous, staging.files()
+    if old is None:
         return {}
-    old, files = Bundle.open(staging.folder).manifest, staging.files()
     return {
         pair: verdict
         for pair, verdict in old.parity.items()

@@ -21,6 +21,8 @@ def record_verdict(bundle: Bundle, result: ParityResult) -> Path:
         "goldens": result.goldens,
         "report": f"reports/{file.name}",
     }
+    # Read anew: the bundle may have been extended while parity ran.
+    bundle = Bundle.open(bundle.folder)
     parity = {**bundle.manifest.parity, f"{result.backend}/{result.precision}": verdict}
     write_json(bundle.folder / MANIFEST, replace(bundle.manifest, parity=parity).to_dict())
     return file

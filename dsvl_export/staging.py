@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from runtimes.bundle import MANIFEST, FileEntry, Manifest
+from runtimes.bundle import MANIFEST, Bundle, FileEntry, Manifest
 from runtimes.errors import UserError
 from runtimes.files import read_json, sha256_of_file, sha256_of_text, write_json
 
@@ -18,48 +19,87 @@ Build = Callable[[Path], dict[str, Any]]  # builds into a folder, returns what t
 
 
 class Staging:
-    """The output folder of an export while it is being written.
+    """The output folder of an export while it is being written, by one process at a time.
 
-    ``.staging/stages.json`` remembers finished stages by the hash of their inputs; the manifest,
-    which makes the folder a bundle, is written last.
+    ``.staging/stages.json`` remembers finished stages by the hash of their inputs. The manifest,
+    which makes the folder a bundle, is written last, and taken away before anything it names changes.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.previous: Manifest | None = None  # of the bundle that is extended
         self._work = folder / STAGING
         self._record_file = self._work / "stages.json"
+        self._previous_file = self._work / "previous.json"
         self._stages: dict[str, Any] = {}
+        self._lock: IO[str] | None = None
 
     def open(self) -> None:
         """Create or reopen the folder.
 
         Raises:
-            UserError: it holds something that is no (unfinished) export.
+            UserError: it holds something that is no (unfinished) export, or another export runs there.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file; give a folder for the bundle.")
-        foreign = self.folder.exists() and any(self.folder.iterdir())
-        if foreign and not (self.folder / MANIFEST).exists() and not self._work.exists():
+        manifest = self.folder / MANIFEST
+        if manifest.exists():
+            self.previous = Bundle.open(self.folder).manifest
+        elif self.folder.exists() and any(self.folder.iterdir()) and not self._record_file.exists():
             raise UserError(f"The folder {self.folder} is not empty and holds no bundle; give a new one.")
         self._work.mkdir(parents=True, exist_ok=True)
-        if self._record_file.exists():
-            self._stages = read_json(self._record_file)
+        self._take_lock()
+        for leftover in self._work.iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+        if self.previous is None and self._previous_file.exists():
+            raw = read_json(self._previous_file)
+            self.previous = Manifest.from_dict(raw, str(self._previous_file))
+        self._stages = self._recorded()
+        if not self._record_file.exists():
+            write_json(self._record_file, self._stages)
 
-    def stage(self, name: str, inputs: Any, build: Build) -> tuple[dict[str, Any], bool]:
+    def _take_lock(self) -> None:
+        self._lock = (self._work / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"Another export is writing to {self.folder}; wait for it.") from error
+
+    def _recorded(self) -> dict[str, Any]:
+        """Finished stages whose files are still there; those of a bundle that lost its record as well."""
+        record: dict[str, Any] = {}
+        if self.previous:
+            files = self.previous.to_dict()["files"]
+            for artifact in self.previous.artifacts:
+                stage = artifact.files[0].rpartition("/")[0]
+                record[stage] = {
+                    "key": "",  # unknown: redone when it is asked for, kept otherwise
+                    "result": {"artifact": asdict(artifact)},
+                    "files": {path: files[path] for path in artifact.files},
+                }
+        if self._record_file.exists():
+            record |= read_json(self._record_file)
+        try:
+            return {name: stage for name, stage in record.items() if self._present(stage["files"])}
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{self._record_file} is damaged; delete it and run again.") from error
+
+    def stage(self, name: str, inputs: Any, build: Build) -> bool:
         """Run a stage, or reuse its result where its inputs and files are as before.
 
         Args:
             name: the stage's folder in the bundle.
             inputs: JSON-able; whatever the result depends on.
-            build: called with an empty folder to fill.
+            build: called with an empty folder to fill; its result is kept for ``results``.
 
         Returns:
-            What ``build`` returned, now or earlier, and whether it was reused.
+            Whether an earlier result was reused.
         """
-        key = sha256_of_text(json.dumps(inputs, sort_keys=True, default=str))
+        key = sha256_of_text(json.dumps(inputs, sort_keys=True))
         known = self._stages.get(name)
         if known and known["key"] == key and self._intact(known["files"]):
-            return known["result"], True
+            return True
         temporary = self._work / name.replace("/", "_")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -72,7 +112,7 @@ class Staging:
             raise
         self._stages[name] = {"key": key, "result": result, "files": files}
         write_json(self._record_file, self._stages)
-        return result, False
+        return False
 
     def files(self) -> dict[str, FileEntry]:
         """Entries of all files of all finished stages."""
@@ -81,19 +121,27 @@ class Staging:
             found |= {path: FileEntry(**entry) for path, entry in stage["files"].items()}
         return dict(sorted(found.items()))
 
-    def results(self) -> dict[str, dict[str, Any]]:
-        """What every finished stage returned, by stage."""
-        return {name: stage["result"] for name, stage in self._stages.items()}
+    def results(self) -> list[dict[str, Any]]:
+        """What every finished stage returned."""
+        return [stage["result"] for stage in self._stages.values()]
 
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest: from now on the folder is a bundle."""
         write_json(self.folder / MANIFEST, manifest.to_dict())
+        self._previous_file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let other exports in."""
+        if self._lock:
+            self._lock.close()
+
+    def _present(self, files: dict[str, dict[str, Any]]) -> bool:
+        paths = {path: self.folder / path for path in files}
+        return all(f.is_file() and f.stat().st_size == files[p]["bytes"] for p, f in paths.items())
 
     def _intact(self, files: dict[str, dict[str, Any]]) -> bool:
-        """Sizes only: a rerun must be quick, and ``verify`` checks the hashes."""
-        return all(
-            (self.folder / path).is_file() and (self.folder / path).stat().st_size == entry["bytes"]
-            for path, entry in files.items()
+        return self._present(files) and all(
+            sha256_of_file(self.folder / path) == entry["sha256"] for path, entry in files.items()
         )
 
     def _entries(self, built: Path, stage: str) -> dict[str, dict[str, Any]]:
@@ -108,5 +156,8 @@ class Staging:
     def _replace(self, source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
+            manifest = self.folder / MANIFEST
+            if manifest.exists():
+                manifest.replace(self._previous_file)
             shutil.rmtree(target)
         source.rename(target)

@@ -50,7 +50,7 @@ class TensorFiles:
             table = read_json(main).get("weight_map")
             if not isinstance(table, dict):
                 raise UserError(f"{main} has no weight_map, so its shards cannot be found.")
-            self.files = [folder / name for name in dict.fromkeys(table.values())]
+            self.files = [folder / str(name) for name in dict.fromkeys(map(str, table.values()))]
         else:
             self.files = [main]
         for file in self.files:
@@ -74,18 +74,14 @@ class TensorFiles:
                     f"{file} cannot be read as plain weights (it is damaged or holds code):"
                     f" {_first_line(error)}."
                 ) from error
+            content = self._pickled[file]
+            if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+                raise UserError(f"{file} holds no table of tensors, so it is no pytorch_model.bin.")
         return self._pickled[file]
 
     @property
     def names(self) -> set[str]:
         return set(self._file_of)
-
-    def shape(self, name: str) -> Shape:
-        file = self._file_of[name]
-        if file.suffix == ".bin":
-            return tuple(self._pickle(file)[name].shape)
-        with _open(file) as handle:
-            return tuple(handle.get_slice(name).get_shape())
 
     def shapes(self) -> dict[str, Shape]:
         """Shapes of all tensors, opening each file once."""
@@ -217,8 +213,10 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over config and weight files: the checkpoint's identity in a bundle."""
-        files = [self.folder / "config.json", *self._files.files]
+        """SHA-256 over config, tokenizer, preprocessing and weights: the checkpoint's identity."""
+        names = ("config.json", "preprocessor_config.json")
+        settings = [self.folder / name for name in names if (self.folder / name).exists()]
+        files = [*settings, *self.tokenizer_files, *self._files.files]
         return sha256_of_text("\n".join(f"{file.name} {sha256_of_file(file)}" for file in files))
 
     @property

@@ -16,6 +16,9 @@ from runtimes.errors import UserError
 Layout = str  # "original" or "transformers"
 Triple = tuple[float, float, float]
 
+# Forms of GELU by the names in configs; transformers' SigLIP may use the tanh approximation.
+ACTIVATIONS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -133,10 +136,6 @@ class ModelConfig:
     tied_head: bool = False
     weights_dtype: str = "float32"
 
-    @property
-    def name(self) -> str:
-        return "deepseek-vl-hybrid" if self.vision.hybrid else "deepseek-vl"
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -170,7 +169,7 @@ def parse_config(
         return _parse_transformers(raw, preprocessor or {})
     except KeyError as error:
         raise UserError(f"{where} lacks the key {error.args[0]!r}.") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where} has a value that cannot be read: {error}.") from error
 
 
@@ -218,10 +217,9 @@ def _parse_original(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _siglip_from_original(params: Mapping[str, Any]) -> SiglipConfig:
     sizes = _named_sizes(params, _SIGLIP_BY_NAME, SiglipConfig)
-    # As in the original: a select_layer of -1 keeps every layer, -2 all but the last.
-    select = int(params.get("select_layer", -1))
-    if select <= 0:
-        sizes["layers"] = min(sizes["layers"], sizes["layers"] + select + 1)
+    # As in the original: -1 keeps every layer, -2 (its default) all but the last, n the first n.
+    select = int(params.get("select_layer", -2))
+    sizes["layers"] = min(sizes["layers"], sizes["layers"] + select + 1 if select <= 0 else select)
     return SiglipConfig(**sizes)
 
 
@@ -270,14 +268,15 @@ def _parse_transformers(raw: Mapping[str, Any], preprocessor: Mapping[str, Any])
     )
     hybrid = raw["model_type"] == "deepseek_vl_hybrid"
     high = _sam_from_transformers(raw.get("high_res_vision_config") or {}) if hybrid else None
+    inside = hybrid and bool(preprocessor.get("do_normalize", True))
     text = raw.get("text_config") or {}
     decoder = _parse_llama(text)
     return ModelConfig(
         vision=VisionConfig(
             siglip=low,
             sam=high,
-            low_norm=_branch_norm(preprocessor, "", HALF, HALF) if hybrid else None,
-            high_norm=_branch_norm(preprocessor, "high_res_", CLIP_MEAN, CLIP_STD) if hybrid else None,
+            low_norm=_branch_norm(preprocessor, "", HALF, HALF) if inside else None,
+            high_norm=_branch_norm(preprocessor, "high_res_", CLIP_MEAN, CLIP_STD) if inside else None,
         ),
         adaptor=AdaptorConfig(
             low_width=low.width,
@@ -357,6 +356,20 @@ def _dtype_name(*sections: Mapping[str, Any]) -> str:
 
 def _check_sizes(config: ModelConfig) -> None:
     low, high, decoder = config.vision.siglip, config.vision.sam, config.decoder
+    parts = {"SigLIP": low, "SAM": high, "the decoder": decoder}
+    sizes = {
+        f"{part}'s {key}": value
+        for part, spec in parts.items()
+        if spec
+        for key, value in vars(spec).items()
+        if isinstance(value, int)
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, it must be at least 1")
+    for tower in (low, high):
+        if tower and tower.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {tower.activation!r} is not one of {', '.join(ACTIVATIONS)}")
     checks: list[tuple[bool, str]] = [
         (low.image_size % low.patch_size == 0, "SigLIP's patch_size must divide its image_size"),
         (low.width % low.heads == 0, "SigLIP's heads must divide its width"),
@@ -371,6 +384,7 @@ def _check_sizes(config: ModelConfig) -> None:
         checks += [
             (high.image_size % high.patch_size == 0, "SAM's patch_size must divide its image_size"),
             (high.width % high.heads == 0, "SAM's heads must divide its width"),
+            (len(high.downsample_widths) == 2, "SAM needs two downsample_widths"),
             (bool(high.global_layers), "SAM needs at least one global-attention layer"),
             (
                 all(0 <= layer < high.layers for layer in high.global_layers),

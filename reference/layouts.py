@@ -50,24 +50,16 @@ def _original(config: ModelConfig, name: str, shape: Shape) -> Source:
         (r"vision_encoder\.high\.(.*)\.mlp\.fc([12])\.", rf"{tower}_high.vision_tower.\1.mlp.lin\2."),
         (r"vision_encoder\.high\.", f"{tower}_high.vision_tower."),
         (r"vision_encoder\.low\.", f"{tower}_low.vision_tower." if hybrid else f"{tower}."),
-        # The split adaptor's Sequential starts with its GELU, so its first linear is layers.1.
         (r"adaptor\.", "aligner."),
-        *_LANGUAGE_RULES,
+        (r"token_embedding\.", "language_model.model.embed_tokens."),
+        (r"decoder\.head\.", "language_model.lm_head."),
+        (r"decoder\.", "language_model.model."),
     ]
     return Source((_first_rule(rules, name),), shape)
 
 
-# Both layouts name the decoder alike, below a different prefix.
-_LANGUAGE_RULES = [
-    (r"token_embedding\.", "language_model.model.embed_tokens."),
-    (r"decoder\.head\.", "language_model.lm_head."),
-    (r"decoder\.", "language_model.model."),
-]
-
-
 def _transformers(config: ModelConfig, name: str, shape: Shape) -> Source:
     low, high = "model.vision_model", "model.high_res_vision_model.vision_encoder"
-    first, second = ("proj", None) if config.vision.hybrid else ("linear1", "linear2")
     if re.fullmatch(r"vision_encoder\.low\.blocks\.\d+\.attn\.qkv\.(weight|bias)", name):
         base = _first_rule([(r"vision_encoder\.low\.blocks\.", f"{low}.encoder.layers.")], name)
         names = tuple(base.replace("attn.qkv", f"self_attn.{part}_proj") for part in "qkv")
@@ -95,9 +87,9 @@ def _transformers(config: ModelConfig, name: str, shape: Shape) -> Source:
         (r"vision_encoder\.high\.hd_alpha$", "model.high_res_vision_alpha"),
         (r"adaptor\.high_up_proj\.", "model.aligner.high_res_vision_proj."),
         (r"adaptor\.low_up_proj\.", "model.aligner.vision_proj."),
-        (r"adaptor\.layers\.1\.", f"model.aligner.{first}."),
-        (r"adaptor\.layers\.0\.", f"model.aligner.{first}."),
-        (r"adaptor\.layers\.2\.", f"model.aligner.{second}."),
+        (r"adaptor\.layers\.1\.", "model.aligner.proj."),  # the split form starts with its GELU
+        (r"adaptor\.layers\.0\.", "model.aligner.linear1."),
+        (r"adaptor\.layers\.2\.", "model.aligner.linear2."),
         (r"token_embedding\.", "model.language_model.embed_tokens."),
         (r"decoder\.head\.", "lm_head."),
         (r"decoder\.", "model.language_model."),

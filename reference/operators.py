@@ -15,7 +15,9 @@ from torch.nn import functional as F
 def rope_tables(head_dim: int, theta: float, positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[positions, head_dim / 2]`` of RoPE (arXiv 2104.09864), float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), theta**-exponents)
+    # Written as transformers does: theta**-x rounds differently, by 5e-4 at position 16,000.
+    frequencies = 1.0 / theta**exponents
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
 
 

@@ -49,6 +49,9 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
+        self.contract.inputs[0].check(inputs_embeds)
+        if len(inputs_embeds) != cache.batch:
+            raise ValueError(f"{len(inputs_embeds)} rows were given for a cache of {cache.batch}")
         positions = cache.append(inputs_embeds.shape[1])
         states = [torch.from_numpy(array) for array in cache.arrays]
         rows = torch.from_numpy(np.asarray(logit_rows, dtype=np.int64))

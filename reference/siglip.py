@@ -6,15 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reference.config import SiglipConfig
-
-
-def activation(name: str) -> nn.Module:
-    """GELU in the form a config names; transformers' SigLIP may use the tanh approximation."""
-    forms = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
-    if name not in forms:
-        raise ValueError(f"activation {name!r} is not one of {', '.join(forms)}")
-    return nn.GELU(approximate=forms[name])
+from reference.config import ACTIVATIONS, SiglipConfig
 
 
 class PatchEmbed(nn.Module):
@@ -52,7 +44,7 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, act: str) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.act = activation(act)
+        self.act = nn.GELU(approximate=ACTIVATIONS[act])
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:

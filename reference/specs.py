@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from reference.checkpoint import Checkpoint
+from reference.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig
 from runtimes.errors import UserError
 from runtimes.files import read_json
 from runtimes.preprocess import PreprocessSpec
 from runtimes.prompt import BOS, EOS, IMAGE_PLACEHOLDER, SYSTEM_PROMPT
 from runtimes.tokenizer import PromptSpec
-
-GREY = (127, 127, 127)
 
 
 def preprocess_spec(checkpoint: Checkpoint) -> PreprocessSpec:
@@ -22,30 +22,47 @@ def preprocess_spec(checkpoint: Checkpoint) -> PreprocessSpec:
     The hybrid model normalises inside its tower, so its images only get resized, padded and
     rescaled; transformers' two-image form of that is folded back into one.
     """
-    raw, vision = checkpoint.preprocessor, checkpoint.config.vision
-    hybrid_processor = vision.hybrid and "high_res_size" in raw
-    mean = raw.get("high_res_image_mean" if hybrid_processor else "image_mean")
-    std = raw.get("high_res_image_std" if hybrid_processor else "image_std")
-    normalises = not vision.hybrid and bool(raw.get("do_normalize", True))
+    try:
+        return _parse(checkpoint.preprocessor, checkpoint.config)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{checkpoint.folder / 'preprocessor_config.json'} cannot be used: {error}."
+        ) from error
+
+
+def _parse(raw: Mapping[str, Any], config: ModelConfig) -> PreprocessSpec:
+    vision = config.vision
+    two_images = "high_res_size" in raw
+    prefix = "high_res_" if two_images else ""
+    # The original's defaults, which are CLIP's; only an explicit null pads with grey.
+    mean, std = (
+        raw.get(f"{prefix}image_{key}", default) for key, default in (("mean", CLIP_MEAN), ("std", CLIP_STD))
+    )
+    normalises = bool(raw.get("do_normalize", not vision.hybrid)) and not two_images
     if normalises and (mean is None or std is None):
-        raise UserError(
-            f"{checkpoint.folder / 'preprocessor_config.json'} must give image_mean and image_std."
-        )
-    size = _side(raw.get("high_res_size" if hybrid_processor else "size", raw.get("image_size")))
+        raise ValueError("it normalises but gives no image_mean and image_std")
+    size = _side(raw["high_res_size"] if two_images else raw.get("size", raw.get("image_size")))
     if size not in (None, vision.image_size):
-        raise UserError(
-            f"The preprocessing makes images of {size} pixels, the vision encoder takes {vision.image_size}."
-        )
-    padding = [int(value * 255) for value in mean] if mean is not None else GREY
+        raise ValueError(f"it makes images of {size} pixels, the vision encoder takes {vision.image_size}")
     return PreprocessSpec(
         image_size=vision.image_size,
         min_size=int(raw.get("min_size", 14)),
-        mean=tuple(mean or (0.5, 0.5, 0.5)),
-        std=tuple(std or (0.5, 0.5, 0.5)),
-        background=(padding[0], padding[1], padding[2]),
+        mean=_triple(mean or HALF),
+        std=_triple(std or HALF),
+        background=_padding(mean),
         rescale_factor=float(raw.get("rescale_factor", 1 / 255)),
         do_normalize=normalises,
     )
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _padding(mean: Sequence[float] | None) -> tuple[int, int, int]:
+    red, green, blue = (int(value * 255) for value in mean) if mean is not None else (127, 127, 127)
+    return red, green, blue
 
 
 def _side(size: Any) -> int | None:
@@ -71,6 +88,8 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
         number = tokenizer.token_to_id(name)
         if number is None:
             raise UserError(f"{file} has no token {name!r}, which the prompt format needs.")
+        if number >= checkpoint.config.decoder.vocab_size:
+            raise UserError(f"{file} gives {name!r} the id {number}, outside the model's vocabulary.")
         return int(number)
 
     return PromptSpec(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import fastjsonschema
 
 from runtimes.contracts import Contract
 from runtimes.errors import UserError
@@ -14,6 +17,7 @@ from runtimes.preprocess import PreprocessSpec
 from runtimes.tokenizer import PromptSpec
 
 SCHEMA_VERSION = 1
+SCHEMA = Path(__file__).parent / "manifest.schema.json"
 MANIFEST = "manifest.json"
 
 
@@ -50,7 +54,7 @@ class Manifest:
     default_capacity: int
     contracts: dict[str, dict[str, Contract]]  # precision → component → contract
     artifacts: tuple[Artifact, ...]
-    files: dict[str, FileEntry]  # path → entry, for every file but the manifest
+    files: dict[str, FileEntry]  # path → entry, for every file but the manifest and the reports
     parity: dict[str, Any] = field(default_factory=dict)  # backend/precision → verdict
     schema_version: int = SCHEMA_VERSION
 
@@ -68,28 +72,30 @@ class Manifest:
         if raw.get("schema_version") != SCHEMA_VERSION:
             raise UserError(
                 f"{where} has schema version {raw.get('schema_version')!r}, this release reads"
-                f" {SCHEMA_VERSION}; export again or use the matching dsvl-export."
+                f" {SCHEMA_VERSION}; export into a new folder or use the matching dsvl-export."
             )
         try:
-            manifest = cls(
-                model=raw["model"],
-                checkpoint=raw["checkpoint"],
-                preprocessing=PreprocessSpec.from_dict(raw["preprocessing"]),
-                prompt=PromptSpec(**raw["prompt"]),
-                token_embedding=raw["token_embedding"],
-                default_capacity=raw["default_capacity"],
-                contracts={
-                    precision: {name: Contract.from_dict(contract) for name, contract in table.items()}
-                    for precision, table in raw["contracts"].items()
-                },
-                artifacts=tuple(
-                    Artifact(**{**item, "files": tuple(item["files"])}) for item in raw["artifacts"]
-                ),
-                files={path: FileEntry(**entry) for path, entry in raw["files"].items()},
-                parity=raw["parity"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{where} is no valid manifest: {error}.") from error
+            fastjsonschema.validate(json.loads(SCHEMA.read_text(encoding="utf-8")), raw)
+        except fastjsonschema.JsonSchemaValueException as error:
+            raise UserError(f"{where} is no valid manifest: {error.message[:300]}.") from error
+        manifest = cls(
+            model=raw["model"],
+            checkpoint=raw["checkpoint"],
+            preprocessing=PreprocessSpec.from_dict(raw["preprocessing"]),
+            prompt=PromptSpec(**raw["prompt"]),
+            token_embedding=raw["token_embedding"],
+            default_capacity=raw["default_capacity"],
+            contracts={
+                precision: {name: Contract.from_dict(contract) for name, contract in table.items()}
+                for precision, table in raw["contracts"].items()
+            },
+            artifacts=tuple(Artifact(**{**item, "files": tuple(item["files"])}) for item in raw["artifacts"]),
+            files={path: FileEntry(**entry) for path, entry in raw["files"].items()},
+            parity=raw["parity"],
+        )
+        for artifact in manifest.artifacts:
+            if artifact.precision not in manifest.contracts:
+                raise UserError(f"{where} has {artifact.precision} artifacts but no contracts for them.")
         for path in manifest.paths():
             parts = PurePosixPath(path).parts
             if not parts or path.startswith("/") or "\\" in path or ":" in path or ".." in parts:
@@ -138,7 +144,10 @@ class Bundle:
         Raises:
             UserError: it leaves the bundle through a link.
         """
-        path = (self.folder / relative).resolve()
+        try:
+            path = (self.folder / relative).resolve()
+        except (OSError, RuntimeError) as error:  # a loop of links
+            raise UserError(f"{relative} in the bundle {self.folder} leads nowhere: {error}.") from error
         if not path.is_relative_to(self.folder.resolve()):
             raise UserError(f"{relative} leads outside the bundle {self.folder}.")
         return path
@@ -147,8 +156,10 @@ class Bundle:
         """What is wrong with the files (all, or the given): missing, wrong size or wrong hash."""
         found = []
         for path in sorted(self.manifest.files if paths is None else set(paths)):
-            entry, file = self.manifest.files[path], self.path(path)
-            if not file.is_file():
+            entry, file = self.manifest.files.get(path), self.path(path)
+            if entry is None:
+                found.append(f"{path} is not in the manifest")
+            elif not file.is_file():
                 found.append(f"{path} is missing")
             elif file.stat().st_size != entry.bytes:
                 found.append(f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}")

@@ -50,10 +50,6 @@ class KVCache:
         """Tokens in the longest row."""
         return int(self.lengths.max())
 
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
-
     def append(self, count: int) -> np.ndarray:
         """Claim the next ``count`` positions of every row: ``[batch, count]`` int64.
 
@@ -113,11 +109,11 @@ class KVCache:
             with safe_open(file, framework="np") as handle:
                 lengths = json.loads(handle.metadata()["lengths"])
                 saved = {name: handle.get_tensor(name) for name in handle.keys()}
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            length = max(lengths)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{file} holds no saved KV cache ({error}).") from error
         if len(lengths) != self.batch or saved.keys() != {spec.name for spec in self.specs}:
             raise UserError(f"The KV cache in {file} is of another model or batch size.")
-        length = max(lengths)
         if length > self.capacity:
             raise CapacityError(
                 f"The KV cache in {file} holds {length} tokens, more than the capacity {self.capacity}."
@@ -128,5 +124,6 @@ class KVCache:
                 raise UserError(
                     f"{spec.name} in {file} is {part.dtype}{list(part.shape)}, which does not fit."
                 )
-            array[:, :, :length] = part
+        for spec, array in zip(self.specs, self.arrays, strict=True):
+            array[:, :, :length] = saved[spec.name]
         self.lengths[:] = lengths

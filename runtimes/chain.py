@@ -54,9 +54,13 @@ class Chain:
         self._embeds_dtype = np.dtype(decoder.contract.inputs[0].dtype)
 
     def encode_pixels(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """``[B, 3, N, N]`` → the vision features by name."""
+        """``[B, 3, N, N]`` → the vision features by name.
+
+        One image at a time: the attention of SAM at 1024 px takes gigabytes for each.
+        """
         (spec,) = self.vision_encoder.contract.inputs
-        return self.vision_encoder.run({spec.name: pixels.astype(spec.dtype, copy=False)})
+        each = [self.vision_encoder.run({spec.name: one[None].astype(spec.dtype)}) for one in pixels]
+        return {name: np.concatenate([features[name] for features in each]) for name in each[0]}
 
     def adapt(self, features: dict[str, np.ndarray]) -> np.ndarray:
         """Vision features → ``[B, T, D]`` image embeddings."""

@@ -7,12 +7,10 @@ compare with it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from runtimes.errors import UserError
 
 Dim = int | str  # a size, or the name of a size that is known only at run time
 
@@ -20,9 +18,6 @@ Dim = int | str  # a size, or the name of a size that is known only at run time
 def updated_state(name: str) -> str:
     """Name of the output that carries a state after the step, bound to the state's own memory."""
     return f"{name}_updated"
-
-
-COMPONENTS = ("vision_encoder", "adaptor", "token_embedding", "decoder")
 
 
 @dataclass(frozen=True)
@@ -54,19 +49,13 @@ class Contract:
     outputs: tuple[TensorSpec, ...]
     states: tuple[TensorSpec, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Contract:
-        """Inverse of ``to_dict``; raises UserError on a malformed object."""
+        """Of the object in a manifest, which its schema has checked."""
 
         def specs(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
             return tuple(
                 TensorSpec(row["name"], row["dtype"], tuple(row["shape"]), row["meaning"]) for row in rows
             )
 
-        try:
-            return cls(raw["component"], specs(raw["inputs"]), specs(raw["outputs"]), specs(raw["states"]))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"The manifest holds a contract that cannot be read: {error}.") from error
+        return cls(raw["component"], specs(raw["inputs"]), specs(raw["outputs"]), specs(raw["states"]))

@@ -27,7 +27,7 @@ class TokenEmbedding:
             self.rows = np.memmap(
                 file, _DTYPES[self.dtype], "r", 8 + header_bytes + entry["data_offsets"][0], shape
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
             raise UserError(f"The token embedding {file} cannot be read ({error}).") from error
 
     def lookup(self, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:

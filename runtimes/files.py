@@ -32,8 +32,12 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_json(file: Path, value: Any) -> None:
     """Write indented JSON beside the file and rename, so that a reader never sees half of it."""
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    try:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sha256_of_file(file: Path) -> str:

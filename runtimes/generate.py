@@ -72,6 +72,8 @@ class Writer:
     def finish(self, reason: str) -> str:
         """End the answer; returns what was held back."""
         self.answer.finish_reason = reason
+        if reason != "stop":
+            self._held += self._stream.flush()
         return self._release(len(self._held))
 
     def _release(self, count: int) -> str:
@@ -101,6 +103,7 @@ def generate(
         started: ``perf_counter()`` when the request began.
     """
     while True:
+        active = [writer for writer in writers if not writer.finished]
         pieces = [
             "" if writer.finished else writer.push(row) for writer, row in zip(writers, logits, strict=True)
         ]
@@ -109,11 +112,10 @@ def generate(
         for row in full:
             pieces[row] += writers[row].finish("capacity")
         elapsed = perf_counter() - started
-        for writer in writers:
+        for writer in active:
+            writer.answer.seconds = elapsed
             if len(writer.answer.tokens) == 1:
                 writer.answer.first_token_seconds = elapsed
-            if not writer.finished or writer.answer.seconds == 0:
-                writer.answer.seconds = elapsed
         yield pieces
         if all(writer.finished for writer in writers):
             return

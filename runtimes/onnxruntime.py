@@ -13,7 +13,7 @@ from runtimes.contracts import Contract, TensorSpec, updated_state
 from runtimes.errors import UserError
 from runtimes.session import SessionOptions
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {"cpu": "CPUExecutionProvider"}
 
 
 def _import() -> Any:
@@ -98,16 +98,18 @@ class OrtDecoder:
         batch, length, _ = inputs_embeds.shape
         if batch > 1 and length > 1:
             raise ValueError("ONNX Runtime takes several tokens at once for one row only; use row()")
+        if batch != cache.batch:
+            raise ValueError(f"{batch} rows were given for a cache of {cache.batch}")
+        embeds_spec, positions_spec, rows_spec = self.contract.inputs
+        embeds = np.ascontiguousarray(inputs_embeds)
+        embeds_spec.check(embeds)
+        rows = np.ascontiguousarray(logit_rows, dtype=np.int64)
         if cache.binding is None:
             cache.binding = self._bind_states(cache)
-        feeds = {
-            "inputs_embeds": np.ascontiguousarray(inputs_embeds),
-            "positions": cache.append(length),
-            "logit_rows": np.ascontiguousarray(logit_rows, dtype=np.int64),
-        }
-        for spec in self.contract.inputs:
-            spec.check(feeds[spec.name])
-            _bind(cache.binding.bind_input, spec, feeds[spec.name])
+        positions = cache.append(length)
+        feeds = ((embeds_spec, embeds), (positions_spec, positions), (rows_spec, rows))
+        for spec, array in feeds:
+            _bind(cache.binding.bind_input, spec, array)
         logits = np.empty((batch, len(logit_rows), int(self._logits.shape[-1])), np.float32)
         _bind(cache.binding.bind_output, self._logits, logits)
         try:

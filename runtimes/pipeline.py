@@ -38,6 +38,7 @@ class Pipeline:
         self.chain, self.system_prompt, self.capacity = chain, system_prompt, capacity
         self._cache: KVCache | None = None
         self._keys: list[Key] = []  # what the cache holds, position by position
+        self._requests = 0
 
     @classmethod
     def open(
@@ -68,8 +69,9 @@ class Pipeline:
         backend, precision = bundle.select(backend, precision)
         parts = ("vision_encoder", "adaptor", "decoder")
         artifacts = {part: bundle.artifact(part, backend, precision) for part in parts}
-        if capacity is not None and capacity < 1:
-            raise UserError(f"The capacity must be at least 1, got {capacity}.")
+        longest = int(manifest.model["decoder"]["max_positions"])
+        if capacity is not None and not 1 <= capacity <= longest:
+            raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {capacity}.")
         if verify:
             paths = [path for artifact in artifacts.values() for path in artifact.files]
             bundle.check([*paths, manifest.token_embedding, "tokenizer/tokenizer.json"])
@@ -111,13 +113,14 @@ class Pipeline:
         options: GenerationOptions = GREEDY,
     ) -> Iterator[tuple[str, Answer]]:
         """As ``chat``, yielding each new piece of text with the answer so far."""
+        images = _listed(images)
         return self.stream(self.format(messages, len(images)), images, options)
 
     def format(self, messages: Sequence[AnyMessage] | str, images: int) -> str:
         """The prompt text of a conversation, placeholders put in where there are none."""
         if isinstance(messages, str):
             messages = [Message("user", messages)]
-        turns = [item if isinstance(item, Message) else _message(item) for item in messages]
+        turns = [item if isinstance(item, Message) else Message.from_dict(item) for item in messages]
         if not turns or turns[-1].role != "user":
             raise UserError("The conversation must end with a user message.")
         if images and not any(IMAGE_PLACEHOLDER in turn.content for turn in turns):
@@ -135,8 +138,10 @@ class Pipeline:
     ) -> Iterator[tuple[str, Answer]]:
         """As ``generate``, yielding each new piece of text with the answer so far."""
         started = perf_counter()
-        inputs = self.chain.embed_prompt(prompt, images)
+        inputs = self.chain.embed_prompt(prompt, _listed(images))
         cache, reused = self._prepare(inputs)
+        self._requests += 1
+        request = self._requests
         # Until the prompt is in, the cache vouches only for what it shares with the last one.
         self._keys = inputs.keys[:reused]
         logits = self.chain.prefill(inputs.embeds[reused:], cache)
@@ -147,6 +152,8 @@ class Pipeline:
             written = writer.answer.tokens[: cache.length - len(inputs.keys)]
             self._keys = inputs.keys + [("", token) for token in written]
             yield piece, writer.answer
+            if request != self._requests and not writer.finished:
+                raise UserError("Another request took over the pipeline's KV cache; finish one stream first.")
 
     def generate_batch(
         self,
@@ -157,7 +164,7 @@ class Pipeline:
         if not requests:
             return []
         started = perf_counter()
-        prompts = [self.chain.embed_prompt(text, images) for text, images in requests]
+        prompts = [self.chain.embed_prompt(text, _listed(images)) for text, images in requests]
         for inputs in prompts:
             self._check_fits(inputs)
         cache = self.chain.decoder.new_cache(len(prompts), self.capacity)
@@ -203,10 +210,6 @@ class Pipeline:
         return answer
 
 
-def _message(raw: Mapping[str, str]) -> Message:
-    role, content = str(raw.get("role", "")).lower(), raw.get("content")
-    if role not in ("user", "assistant") or not isinstance(content, str):
-        raise UserError(
-            f"A message needs role 'user' or 'assistant' and a text as content, got {dict(raw)!r}."
-        )
-    return Message("user" if role == "user" else "assistant", content)
+def _listed(images: Sequence[ImageSource] | ImageSource) -> Sequence[ImageSource]:
+    """One image given instead of a list of images."""
+    return images if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
@@ -39,16 +39,11 @@ class PreprocessSpec:
     rescale_factor: float
     do_normalize: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> PreprocessSpec:
-        try:
-            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()}
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"The preprocessing spec cannot be read: {error}.") from error
+        """Of the object in a manifest, which its schema has checked."""
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()}
+        return cls(**values)
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -66,6 +61,7 @@ def load_image(source: ImageSource) -> Image.Image:
         return Image.fromarray(source)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd palettes and cut EXIF data
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
                 return _upright_rgb(source)
@@ -85,6 +81,8 @@ def load_image(source: ImageSource) -> Image.Image:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")

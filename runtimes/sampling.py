@@ -40,7 +40,9 @@ class GenerationOptions:
             (self.top_k >= 0, "top_k must not be negative"),
             (0 < self.top_p <= 1, "top_p must be in (0, 1]"),
             (self.repetition_penalty > 0, "repetition_penalty must be positive"),
+            (not isinstance(self.stop, str), "stop must be a tuple of strings, not one string"),
             (all(self.stop), "stop strings must not be empty"),
+            (self.seed >= 0, "seed must not be negative"),
         ]
         for holds, sentence in checks:
             if not holds:
@@ -58,12 +60,10 @@ class Sampler:
         """Next token from ``logits [V]`` float32; ``seen`` are the tokens to penalise.
 
         Raises:
-            UserError: the logits hold NaN.
+            UserError: the logits hold NaN or infinity.
         """
-        if np.isnan(logits).any():
-            raise UserError(
-                "The decoder gave NaN logits; the artifact or the precision is broken, run parity."
-            )
+        if not np.isfinite(logits).all():
+            raise UserError("The decoder gave NaN or infinite logits; run parity to see which stage breaks.")
         options = self.options
         if options.repetition_penalty != 1 and len(seen):
             logits = logits.copy()

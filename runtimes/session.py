@@ -43,6 +43,9 @@ class DecoderSession(Protocol):
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
         """Append ``inputs_embeds [B, S, D]`` to the cache; ``logits [B, K, V]`` of ``logit_rows [K]``.
 
+        Several tokens at once (S > 1) are for a cache of one row; a batch prefills row by row
+        (``cache.row``) and then decodes together with S = 1.
+
         Raises:
             CapacityError: the cache is too short; nothing has run then.
         """

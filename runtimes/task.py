@@ -53,9 +53,13 @@ def load_task(file: Path) -> list[TaskItem]:
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"The task file {file} cannot be read: {error.strerror}.") from error
-    return [_item(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(f"The task file {file} cannot be read: {reason}.") from error
+    items = [_item(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not items:
+        raise UserError(f"The task file {file} has no questions.")
+    return items
 
 
 def _item(file: Path, number: int, line: str) -> TaskItem:
@@ -63,14 +67,14 @@ def _item(file: Path, number: int, line: str) -> TaskItem:
         row = json.loads(line)
         images = row["images"] if "images" in row else [row["image"]]
         question = row["question"] if "question" in row else row["prompt"]
-        history = [Message(turn["role"], turn["content"]) for turn in row.get("history", [])]
+        history = [Message.from_dict(turn) for turn in row.get("history", [])]
         return TaskItem(
             images=tuple(file.parent / name for name in images),
-            messages=(*history, Message("user", question)),
+            messages=(*history, Message.from_dict({"role": "user", "content": question})),
             expected=str(row["expected"]).strip(),
             kind=str(row.get("kind", "all")),
         )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"Line {number} of {file} is no task item ({error}).") from error
 
 

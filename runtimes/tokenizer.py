@@ -45,9 +45,6 @@ class Tokenizer:
         """Ids of a prompt, BOS first; each image placeholder is still one token."""
         return [self.spec.bos_id, *self._tokenizer.encode(text, add_special_tokens=False).ids]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-
     def stream(self) -> TokenStream:
         return TokenStream(self._tokenizer)
 
@@ -58,10 +55,20 @@ class TokenStream:
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._given = 0  # characters
 
     def push(self, token: int) -> str:
         """The text that this token completes, often empty."""
-        return self._stream.step(self._tokenizer, token) or ""
+        self._tokens.append(token)
+        text = self._stream.step(self._tokenizer, token) or ""
+        self._given += len(text)
+        return text
+
+    def flush(self) -> str:
+        """What is still held back when no more tokens come: the beginning of a character, as U+FFFD."""
+        text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        return text[self._given :]
 
 
 def expand_images(ids: Sequence[int], spec: PromptSpec, images: int) -> np.ndarray:

@@ -46,6 +46,7 @@ def _load_once(file: Path) -> None:
     """Every kernel is there. Unoptimised, so that half precision is not widened to check a big file."""
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings.add_session_config_entry("session.disable_prepacking", "1")
     settings.log_severity_level = 3
     onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
 

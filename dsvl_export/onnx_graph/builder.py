@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
 Attributes = Mapping[str, Any]
 NO_ATTRIBUTES: Attributes = {}
@@ -104,6 +104,3 @@ def element_type(dtype: np.dtype[Any] | str) -> int:
 
 def value_info(name: str, dtype: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, element_type(dtype), list(shape))
-
-
-__all__ = ["Graph", "Initializer", "TensorProto", "element_type", "value_info"]

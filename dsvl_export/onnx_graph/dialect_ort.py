@@ -22,6 +22,8 @@ class OrtDialect:
 
     def attention(self, context: Lowering, node: Node) -> str:
         """Softmax attention of the vision towers, optionally with an additive bias."""
+        if len(node.args) > 4 or node.kwargs.keys() - {"attn_mask"}:
+            raise NotImplementedError("causal, scaled or dropped-out attention in a vision tower")
         *sources, bias = arguments(node, None, None, node.kwargs.get("attn_mask"))[:4]
         query, key, value = (context.value(source) for source in sources)
         name, head_dim = context.name(node), int(fake(sources[0]).shape[-1])

@@ -39,7 +39,7 @@ def write_model(
         for item in initializers:
             handle.write(b"\0" * (-handle.tell() % ALIGNMENT))
             model.graph.initializer.append(_external(item, data.name, handle.tell()))
-            handle.write(_values(item).tobytes())
+            handle.write(_values(item).data)
             on_bytes(item.nbytes)
     file.write_bytes(model.SerializeToString())
     return [file, data]

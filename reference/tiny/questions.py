@@ -103,13 +103,16 @@ def _existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str, str]:
 
 
 def chat(rng: np.random.Generator, scenes: list[Scene], turns: int) -> list[Question]:
-    """Different questions about one or two pictures; every fourth chat ends with a description.
+    """At most ``turns`` different questions about one or two pictures.
 
-    A description before other questions would let them be answered from the text.
+    Every fourth chat is of any length and ends with a description; earlier, it would let the others
+    be answered from the text.
     """
     names = ["the picture"] if len(scenes) == 1 else [f"Figure {i + 1}" for i in range(len(scenes))]
     pairs = [(kind, which) for kind in KINDS[:-1] for which in range(len(scenes))]
     described = rng.random() < 0.25
+    if described:
+        turns = int(rng.integers(1, turns + 1))
     questions: list[Question] = []
     for index in rng.permutation(len(pairs)):
         if len(questions) == turns - described:

@@ -36,12 +36,14 @@ from reference.config import parse_config
 from reference.model import DeepSeekVL
 from reference.tiny.batches import (
     DENSE_HEADS,
+    GRID,
     Batch,
     DrawnBatches,
     PooledBatches,
     to_pixels,
     token_id,
 )
+from reference.tiny.curve import plot
 from reference.tiny.pictures import Scene, draw
 from reference.tiny.tokenizer import corpus, train_tokenizer
 from runtimes.prompt import IMAGE_PLACEHOLDER
@@ -61,8 +63,8 @@ class Stage:
 
 STAGES = (
     Stage(1, 2400, 64, 0.02, 2e-3, 0.2),
-    Stage(2, 2000, 72, 0.015, 2e-3, 0.3),
-    Stage(3, 1000, 48, 0.005, 5e-4, 0.9),
+    Stage(2, 1800, 72, 0.015, 2e-3, 0.3),
+    Stage(3, 800, 48, 0.005, 5e-4, 0.9),
 )
 POOL = 24_000  # pictures of stage 2
 DENSE_WEIGHTS = {"name": 1.0, "colour": 0.7, "order": 1.0, "row": 0.1, "column": 0.1}
@@ -114,7 +116,23 @@ class Trainee(nn.Module):
         super().__init__()
         self.model = model
         self.image_token_id = image_token_id
-        self.dense = nn.Linear(model.config.decoder.width, sum(DENSE_HEADS.values()))
+        width = model.config.decoder.width
+        self.dense = nn.Linear(width, sum(DENSE_HEADS.values()))
+        # Which of the prompt's images a token belongs to, read off the decoder half-way: without
+        # this help it takes long to learn that "Figure 2" means the second image.
+        self.which = nn.Linear(width, 2)
+        self._halfway = torch.zeros(0)
+        middle = model.decoder.layers[len(model.decoder.layers) // 2 - 1]
+        middle.register_forward_hook(self._keep_halfway)
+
+    def _keep_halfway(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self._halfway = output
+
+    def which_loss(self, tokens: Tensor) -> Tensor:
+        """Cross-entropy of the image number (0 or 1) at every image token."""
+        is_image = tokens == self.image_token_id
+        number = (is_image.cumsum(1) - 1) // GRID**2
+        return F.cross_entropy(self.which(self._halfway[is_image]).float(), number[is_image])
 
     def forward(self, batch: Batch, pool: Pool | None) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", torch.bfloat16):
@@ -134,7 +152,9 @@ class Trainee(nn.Module):
             "answer_loss": answer_loss.item(),
             "token_accuracy": float((predicted.argmax(-1) == target).float().mean()),
         }
-        return answer_loss + 0.2 * loss, numbers
+        which_loss = self.which_loss(batch.tokens)
+        numbers["which_loss"] = which_loss.item()
+        return answer_loss + 0.2 * loss + 0.1 * which_loss, numbers
 
 
 def initialise(model: DeepSeekVL) -> None:
@@ -160,7 +180,7 @@ def optimizers(trainee: Trainee, stage: Stage) -> list[torch.optim.Optimizer]:
         if stage.number == 2 and "vision_encoder" in name:
             continue
         hidden = parameter.dim() == 2 and not any(
-            part in name for part in ("token_embedding", "head", "dense", "rel_pos")
+            part in name for part in ("token_embedding", "head", "dense", "which", "rel_pos")
         )
         (matrices if hidden else others).append(parameter)
     return [
@@ -178,16 +198,15 @@ def rate_factor(stage: Stage, step: int) -> float:
 def run_stage(trainee: Trainee, stage: Stage, tokenizer: Tokenizer, output: Path) -> None:
     """One stage from its last saved state to its end; appends to ``curve.jsonl``."""
     state_file = output / f"stage{stage.number}.pt"
-    optims = optimizers(trainee, stage)
-    start = 0
+    optims, start = optimizers(trainee, stage), 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         start = state["step"]
         trainee.load_state_dict(state["model"])
+        if start >= stage.steps:
+            return
         for optim, saved in zip(optims, state["optimizers"], strict=True):
             optim.load_state_dict(saved)
-    if start >= stage.steps:
-        return
     pool = fill_pool(trainee.model) if stage.number == 2 else None
     batches: Dataset[Batch] = (
         PooledBatches(pool.scenes, stage.batch, tokenizer)
@@ -244,6 +263,7 @@ def main(
     for stage in STAGES:
         run_stage(trainee, stage, tokenizer, output)
     write_original(model, raw, tokenizer, output / "checkpoint")
+    plot(output / "curve.jsonl", output / "curve.svg")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from dsvl_export import cli
+from dsvl_export.ladder import Tolerance
 from runtimes.bundle import MANIFEST, Bundle
+from runtimes.files import sha256_of_file
 
 COMMANDS = ("demo", "export", "run", "chat", "parity", "inspect", "verify")
 
@@ -85,12 +89,13 @@ def test_chat_remembers_the_image(
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     done = run("chat", tiny_bundle.folder, "--image", pictures[0])
     assert done.code == 0
-    assert done.out.count("Model: ") == 4
+    assert done.out.count("Model: ") == 3
     assert done.out.count("The ") == 2
     assert "There is no image file nowhere.png" in done.err
     assert "placeholder" in done.err
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
-    assert run("chat", tiny_bundle.folder).code == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Count the shapes in the picture.\nHello\n"))
+    machine = run("chat", tiny_bundle.folder, "--image", pictures[0], "--json")
+    assert [json.loads(line)["finish_reason"] for line in machine.out.splitlines()] == ["eos", "eos"]
 
 
 def test_parity_tables_json_and_exit_codes(run, bundle_copy: Path, tmp_path: Path) -> None:
@@ -109,14 +114,34 @@ def test_parity_tables_json_and_exit_codes(run, bundle_copy: Path, tmp_path: Pat
     )
     assert result["verdict"] == "passed"
     assert result["task"] == {"questions": 2, "right": 0, "exact_match": 0.0, "by_kind": {"all": 0.0}}
-    golden = Bundle.open(bundle_copy).manifest
-    # An fp16 artifact under an fp32 name is far outside fp32's tolerance.
+    # Another adaptor's file in its place.
     shutil.copyfile(
         bundle_copy / "onnxruntime/fp16/adaptor/adaptor.onnx",
         bundle_copy / "onnxruntime/fp32/adaptor/adaptor.onnx",
     )
     assert refused(run("parity", bundle_copy, "--precision", "fp32"), "adaptor.onnx has")
-    assert golden.files
+
+
+def test_parity_and_export_exit_with_1_where_something_differs(
+    run, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "onnxruntime/fp32/adaptor/adaptor.onnx"
+    model = onnx.load(str(bundle_copy / path))
+    weight = next(item for item in model.graph.initializer if item.name.endswith("transposed"))
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
+    onnx.save(model, str(bundle_copy / path))
+    manifest = json.loads((bundle_copy / MANIFEST).read_text())
+    manifest["files"][path] = {
+        "bytes": (bundle_copy / path).stat().st_size,
+        "sha256": sha256_of_file(bundle_copy / path),
+    }
+    (bundle_copy / MANIFEST).write_text(json.dumps(manifest))
+    done = run("parity", bundle_copy)
+    assert done.code == 1
+    assert "failed" in done.out
+    assert Bundle.open(bundle_copy).manifest.parity["onnxruntime/fp32"]["verdict"] == "failed"
+    monkeypatch.setattr("dsvl_export.ladder.TOLERANCES", {"fp32": Tolerance(1e-12, 1e-12)})
+    assert run("export", "tiny", "--output", bundle_copy).code == 1
 
 
 def test_inspect_and_verify(run, bundle_copy: Path) -> None:
@@ -146,6 +171,9 @@ def test_demo_ends_with_what_to_try_next(run, tmp_path: Path, capsys: pytest.Cap
     assert done.out.count("passed") == 12
     assert "dsvl-export run" in done.out.split("Next")[1]
     assert len(list((tmp_path / "demo/pictures").glob("*.png"))) == 3
+    machine = json.loads(run("demo", "--output", tmp_path / "demo", "--json").out)
+    assert len(machine["answers"]) == 12
+    assert [result["verdict"] for result in machine["parity"]] == ["passed", "passed"]
 
 
 def test_bad_bundles(run, bundle_copy: Path, tmp_path: Path) -> None:
@@ -161,10 +189,13 @@ def test_bad_bundles(run, bundle_copy: Path, tmp_path: Path) -> None:
         ("{", "is not valid JSON"),
         (text.replace('"schema_version": 1', '"schema_version": 99'), "schema version 99"),
         (text.replace('"prompt":', '"prompts":'), "is no valid manifest"),
-        (text.replace('"image_size":', '"image_sizes":'), "preprocessing spec cannot be read"),
-        (text.replace('"meaning":', '"sense":'), "contract that cannot be read"),
-        (text.replace("tokenizer/tokenizer.json", "../../etc/passwd"), "lies outside the bundle"),
-        (text.replace("tokenizer/tokenizer.json", "/etc/passwd"), "lies outside the bundle"),
+        (text.replace('"image_size":', '"image_sizes":'), "is no valid manifest: data.preprocessing"),
+        (text.replace('"meaning":', '"sense":'), "is no valid manifest: data.contracts"),
+        (text.replace("tokenizer/tokenizer.json", "../../etc/passwd"), "is no valid manifest: data.files"),
+        (text.replace("tokenizer/tokenizer.json", "/etc/passwd"), "is no valid manifest: data.files"),
+        (text.replace("onnxruntime/fp32/decoder/decoder.onnx", "../decoder.onnx"), "is no valid manifest"),
+        (text.replace('"default_capacity": ', '"default_capacity": "many", "was": '), "is no valid manifest"),
+        (text.replace('"fp16": {', '"fp17": {', 1), "has fp16 artifacts but no contracts"),
         (text.replace('"token_embedding": "', '"token_embedding": "un'), "no size and hash"),
     ):
         assert broken != text
@@ -204,6 +235,8 @@ def test_bad_requests(run, tiny_bundle: Bundle, pictures: list[Path], tmp_path: 
     assert refused(run(*ask, "<image_placeholder>"), "1 <image_placeholder> but 0 images")
     assert refused(run(*ask, "word " * 500, "--capacity", "200"), "tokens but the KV cache holds 200")
     assert refused(run(*ask, "x", "--top-p", "0"), "Top_p must be in (0, 1]")
+    assert refused(run(*ask, "x", "--seed", "-1"), "Seed must not be negative")
+    assert refused(run(*ask, "x", "--capacity", "5000"), "between 1 and the model's 1024")
     assert refused(run("export", tmp_path / "absent", "--output", tmp_path / "b"), "There is no folder")
     assert refused(
         run("export", "tiny", "--output", tmp_path / "b", "--precision", "fp7"), "no precision 'fp7'"
@@ -249,7 +282,7 @@ def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Interrupted; run the same command again to go on." in errors
+    assert "Interrupted; an export goes on where it stopped when it is run again." in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "b" / MANIFEST).exists()
     again = subprocess.run(command, capture_output=True, text=True, check=False)

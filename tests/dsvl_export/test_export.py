@@ -14,6 +14,8 @@ import pytest
 
 from dsvl_export import export, parity
 from dsvl_export.exporting import ExportProgress
+from dsvl_export.records import record_verdict
+from dsvl_export.staging import Staging
 from runtimes.bundle import MANIFEST, Bundle
 from runtimes.errors import UserError
 from tests.conftest import OraclePair
@@ -101,7 +103,7 @@ def test_a_stage_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         export("tiny", tmp_path / "b", goldens=False)
     left = {str(file.relative_to(tmp_path / "b")) for file in (tmp_path / "b").rglob("*") if file.is_file()}
-    assert left == {".staging/stages.json", "token_embedding/token_embedding.safetensors",
+    assert left == {".staging/stages.json", ".staging/lock", "token_embedding/token_embedding.safetensors",
                     "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}  # fmt: skip
 
 
@@ -125,6 +127,77 @@ def test_foreign_folders_are_left_alone(tmp_path: Path, bundle_copy: Path, pair:
     with pytest.raises(UserError, match="a bundle of another checkpoint"):
         export(pair.checkpoint.folder, bundle_copy)
     assert Bundle.open(bundle_copy).problems() == []
+
+
+def test_a_foreign_manifest_is_no_bundle(tmp_path: Path) -> None:
+    """A web application has a manifest.json too; its files must survive."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "thesis.txt").write_text("years of work")
+    (tmp_path / MANIFEST).write_text('{"name": "an app"}')
+    with pytest.raises(UserError, match="schema version None"):
+        export("tiny", tmp_path)
+    assert (tmp_path / "tokenizer" / "thesis.txt").read_text() == "years of work"
+    assert not (tmp_path / ".staging").exists()
+
+
+def test_a_bundle_that_lost_its_record_is_extended(bundle_copy: Path, pair: OraclePair) -> None:
+    """Copied without dot files: nothing is lost, and it still knows its checkpoint."""
+    shutil.rmtree(bundle_copy / ".staging")
+    with pytest.raises(UserError, match="a bundle of another checkpoint"):
+        export(pair.checkpoint.folder, bundle_copy)
+    shutil.rmtree(bundle_copy / ".staging")
+    bundle = export("tiny", bundle_copy, precisions=["fp16"])
+    assert bundle.choices() == [("onnxruntime", "fp32"), ("onnxruntime", "fp16")]
+    assert bundle.problems() == []
+
+
+def test_damage_of_the_same_size_is_repaired(bundle_copy: Path) -> None:
+    file = bundle_copy / "onnxruntime/fp32/adaptor/adaptor.onnx"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    assert Bundle.open(bundle_copy).problems() == [
+        "onnxruntime/fp32/adaptor/adaptor.onnx has a wrong SHA-256"
+    ]
+    recorder = Recorder()
+    bundle = export("tiny", bundle_copy, precisions=("fp32", "fp16"), report=recorder)
+    assert recorder.count() == {"reused": 8, "finished": 1}
+    assert bundle.problems() == []
+
+
+def test_an_interrupted_repair_is_no_bundle_until_it_is_done(bundle_copy: Path) -> None:
+    """Files that the old manifest names are being replaced, so it must not vouch for them."""
+    record_verdict(Bundle.open(bundle_copy), parity(bundle_copy, precision="fp16"))
+    (bundle_copy / "onnxruntime/fp32/adaptor/adaptor.onnx").write_bytes(b"")
+    with pytest.raises(KeyboardInterrupt):
+        export("tiny", bundle_copy, report=Recorder(fail_at="onnxruntime/fp32/decoder"))
+    with pytest.raises(UserError, match="interrupted"):
+        Bundle.open(bundle_copy)
+    bundle = export("tiny", bundle_copy)
+    assert bundle.problems() == []
+    assert len(bundle.choices()) == 2
+    assert bundle.manifest.parity.keys() == {"onnxruntime/fp16"}
+
+
+def test_one_export_at_a_time(bundle_copy: Path) -> None:
+    first = Staging(bundle_copy)
+    first.open()
+    with pytest.raises(UserError, match="Another export is writing"):
+        export("tiny", bundle_copy)
+    first.close()
+    export("tiny", bundle_copy)
+
+
+def test_leftovers_of_a_killed_export_go(tmp_path: Path) -> None:
+    export("tiny", tmp_path / "b", goldens=False)
+    leftover = tmp_path / "b/.staging/onnxruntime_fp16_decoder"
+    leftover.mkdir()
+    (leftover / "half.onnx").write_bytes(b"x" * 1000)
+    export("tiny", tmp_path / "b", goldens=False)
+    assert not leftover.exists()
+    (tmp_path / "b/.staging/stages.json").write_text('{"tokenizer": 3}')
+    with pytest.raises(UserError, match="stages.json is damaged; delete it"):
+        export("tiny", tmp_path / "b")
 
 
 def test_bad_requests_write_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,49 +12,18 @@ import torch
 import transformers
 
 from reference.checkpoint import parameter_shapes
-from reference.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig, parse_config
+from reference.config import ModelConfig, parse_config
 from reference.layouts import UNUSED, sources
+from reference.released import RELEASED, released_config
 
 DATA = Path(__file__).parent.parent / "data"
-LANGUAGE = {
-    "1.3b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
-    "7b": {"num_hidden_layers": 30},  # as released: what equals LlamaConfig's defaults is left out
-}  # fmt: skip
-
-
-def language(size: str) -> dict[str, Any]:
-    return {"vocab_size": 102400, "max_position_embeddings": 16384, "rms_norm_eps": 1e-6, **LANGUAGE[size]}
 
 
 def original_config(size: str, **changes: Any) -> ModelConfig:
-    """``config.json`` of the released checkpoints, with the decoder's sizes changeable."""
-    text = {**language(size), **changes}
-    if size == "1.3b":
-        vision = {"cls": "CLIPVisionTower", "params": {"image_size": 384, "model_name": "siglip_large_patch16_384",
-                  "select_feature": "same", "select_layer": -1}}  # fmt: skip
-    else:
-        high = {
-            "model_name": "sam_b_downsample",
-            "image_size": 1024,
-            "pixel_mean": CLIP_MEAN,
-            "pixel_std": CLIP_STD,
-        }
-        low = {
-            "model_name": "siglip_large_patch16_384",
-            "image_size": 384,
-            "pixel_mean": HALF,
-            "pixel_std": HALF,
-        }
-        vision = {"cls": "HybridVisionTower", "params": {"high_res_cfg": high, "low_res_cfg": low}}
-    kind = "mlp_gelu" if size == "1.3b" else "low_high_hybrid_split_mlp_gelu"
-    projector = {
-        "depth": 2,
-        "input_dim": 1024,
-        "n_embed": text.get("hidden_size", 4096),
-        "projector_type": kind,
-    }
-    raw = {"model_type": "multi_modality", "vision_config": vision, "language_config": text,
-           "aligner_config": {"cls": "MlpProjector", "params": projector}}  # fmt: skip
+    """The released config, with the decoder's sizes changed."""
+    raw = copy.deepcopy(RELEASED[size])
+    raw["language_config"] |= changes
+    raw["aligner_config"]["params"]["n_embed"] = changes["hidden_size"]
     return parse_config(raw, "config.json")
 
 
@@ -76,7 +46,7 @@ def test_transformers_names_and_shapes(size: str) -> None:
     """Against transformers' own modules at full size."""
     vision = {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 16, "hidden_size": 1024,
               "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}  # fmt: skip
-    text = {"model_type": "llama", **language(size)}
+    text = {"model_type": "llama", **RELEASED[size]["language_config"]}
     with torch.device("meta"):
         if size == "1.3b":
             config = transformers.DeepseekVLConfig(
@@ -99,7 +69,7 @@ def test_transformers_names_and_shapes(size: str) -> None:
 @pytest.mark.parametrize("size", ["1.3b", "7b"])
 def test_parameter_counts(size: str) -> None:
     """By hand from the paper's sizes: towers, adaptor, embeddings, layers, norms, head."""
-    config = original_config(size)
+    config = released_config(size)
     total = sum(torch.Size(shape).numel() for shape in parameter_shapes(config).values())
     width, hidden, layers = (2048, 5632, 24) if size == "1.3b" else (4096, 11008, 30)
     decoder = 2 * 102400 * width + width + layers * (4 * width**2 + 3 * width * hidden + 2 * width)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
+import transformers
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
+    DeepseekVLHybridImageProcessorPil,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from reference.config import CLIP_MEAN, CLIP_STD
+from reference.config import CLIP_MEAN, CLIP_STD, HALF, parse_config
+from reference.operators import rope_tables
+from reference.released import RELEASED
 from tests.conftest import OraclePair
 from tests.oracles.models import IMAGE_TOKEN_ID
 
@@ -126,7 +137,31 @@ def test_where_the_original_and_transformers_differ(hybrid_pair: OraclePair) -> 
     ours = hybrid_pair.model.vision_encoder(pixels)[1]
     original = hybrid_pair.oracle.model.vision_model((inside - 0.5) / 0.5).last_hidden_state
     assert error(ours, original) < LIMIT
-    before = F.interpolate(pixels * 255, (low_side, low_side), mode="bicubic", antialias=True)
-    rounded = before.round().clamp(0, 255) / 255
-    transformers_way = hybrid_pair.oracle.model.vision_model((rounded - 0.5) / 0.5).last_hidden_state
+    processor = DeepseekVLHybridImageProcessorPil(
+        size={"height": low_side, "width": low_side}, high_res_size={"height": side, "width": side},
+        image_mean=HALF, image_std=HALF, high_res_image_mean=CLIP_MEAN, high_res_image_std=CLIP_STD,
+    )  # fmt: skip
+    picture = Image.fromarray((pixels[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    made = processor(picture, return_tensors="pt")
+    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    assert error(made["high_res_pixel_values"], (pixels - mean) / std) < LIMIT
+    transformers_way = hybrid_pair.oracle.model.vision_model(made["pixel_values"]).last_hidden_state
     assert 1e-4 < error(ours, transformers_way) < 0.3
+
+
+def test_rotary_tables_at_every_position() -> None:
+    """All 16,384 positions of the released models, to the last bit."""
+    config = transformers.LlamaConfig(hidden_size=2048, num_attention_heads=16, max_position_embeddings=16384)
+    expected_cos, expected_sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(16384)[None])
+    cos, sin = rope_tables(128, 10000.0, 16384)
+    assert torch.equal(cos, expected_cos[0, :, :64])
+    assert torch.equal(sin, expected_sin[0, :, :64])
+
+
+@pytest.mark.parametrize(("select", "layers"), [(-1, 24), (-2, 23), (None, 23), (5, 5), (99, 24), (0, 24)])
+def test_select_layer_as_in_the_original(select: int | None, layers: int) -> None:
+    raw = copy.deepcopy(RELEASED["1.3b"])
+    raw["vision_config"]["params"]["select_layer"] = select
+    if select is None:
+        del raw["vision_config"]["params"]["select_layer"]
+    assert parse_config(raw, "config.json").vision.siglip.layers == layers

@@ -58,6 +58,9 @@ def test_bin_files_with_code_are_refused(tiny_copy: Path) -> None:
     torch.save({"x": Evil()}, tiny_copy / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be read as plain weights"):
         open_checkpoint(str(tiny_copy))
+    torch.save([torch.zeros(2)], tiny_copy / "pytorch_model.bin")
+    with pytest.raises(UserError, match="holds no table of tensors"):
+        open_checkpoint(str(tiny_copy))
     (tiny_copy / "pytorch_model.bin").write_bytes(pickle.dumps([1])[:3])
     with pytest.raises(UserError, match="cannot be read as plain weights"):
         open_checkpoint(str(tiny_copy))
@@ -182,6 +185,12 @@ def test_configs_that_are_no_deepseek_vl(tiny_copy: Path) -> None:
         (("language_config", "hidden_size"), "wide", "cannot be read"),
         (("vision_config", "params", "low_res_cfg", "heads"), 7, "heads must divide its width"),
         (("vision_config", "params", "high_res_cfg", "global_layers"), [9], "below its layer count"),
+        (("vision_config", "params", "high_res_cfg", "downsample_widths"), [128], "two downsample_widths"),
+        (("vision_config", "params", "low_res_cfg", "patch_size"), 0, "cannot be read|at least 1"),
+        (("vision_config", "params", "low_res_cfg", "activation"), "relu", "activation 'relu'"),
+        (("language_config",), [], "cannot be read"),
+        (("language_config", "rope_scaling"), "linear", "cannot be read"),
+        (("language_config", "vocab_size"), -5, "vocab_size is -5"),
     ],
 )
 def test_configs_that_contradict_themselves(
@@ -256,6 +265,15 @@ def test_preprocessing_that_does_not_fit(tiny_copy: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "image_size": 99}))
     with pytest.raises(UserError, match="images of 99 pixels, the vision encoder takes 128"):
         preprocess_spec(open_checkpoint(str(tiny_copy)))
+    for changes in (
+        {"size": {"shortest_edge": 3}},
+        {"image_size": "abc"},
+        {"image_mean": [0.5]},
+        {"image_mean": 0.5},
+    ):
+        file.write_text(json.dumps({**changes, "do_normalize": False}))
+        with pytest.raises(UserError, match=r"preprocessor_config\.json cannot be used"):
+            preprocess_spec(open_checkpoint(str(tiny_copy)))
 
 
 def test_write_original_rounds_to_half(tiny_copy: Path, tmp_path: Path) -> None:

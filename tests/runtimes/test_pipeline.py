@@ -92,6 +92,23 @@ def test_an_abandoned_stream_leaves_a_usable_pipeline(pipeline: Pipeline, pictur
     assert pipeline.chat(DESCRIBE, [pictures[0]], LONG).tokens == expected
 
 
+def test_interleaved_streams_are_refused(pipeline: Pipeline, pictures: list[Path]) -> None:
+    """There is one cache; the second request is right, the first is told."""
+    first = pipeline.stream_chat(DESCRIBE, [pictures[0]], LONG)
+    next(first)
+    answer = pipeline.chat(DESCRIBE, [pictures[1]], LONG)
+    with pytest.raises(UserError, match="Another request took over"):
+        list(first)
+    assert pipeline.chat(DESCRIBE, [pictures[1]], LONG).tokens == answer.tokens
+
+
+def test_one_image_instead_of_a_list(pipeline: Pipeline, pictures: list[Path]) -> None:
+    assert (
+        pipeline.chat(DESCRIBE, str(pictures[0]), LONG).text
+        == pipeline.chat(DESCRIBE, [pictures[0]], LONG).text
+    )
+
+
 def test_two_images_in_one_prompt(pipeline: Pipeline, pictures: list[Path]) -> None:
     """The order of the images matters, and each is encoded once."""
     text = "<image_placeholder> is Figure 1.\n<image_placeholder> is Figure 2.\nDescribe Figure 2."
@@ -132,6 +149,16 @@ def test_stop_strings(pipeline: Pipeline, pictures: list[Path]) -> None:
     assert pipeline.chat(DESCRIBE, [pictures[0]], options).finish_reason == "stop"
 
 
+def test_batches_with_stop_strings(pipeline: Pipeline, pictures: list[Path]) -> None:
+    options = GenerationOptions(max_new_tokens=40, stop=(" at", "number"))
+    requests = [(pipeline.format(DESCRIBE, 1), [picture]) for picture in pictures]
+    together = pipeline.generate_batch(requests, options)
+    assert [answer.text for answer in together] == [
+        pipeline.generate(*request, options).text for request in requests
+    ]
+    assert all(answer.finish_reason == "stop" and answer.seconds > 0 for answer in together)
+
+
 def test_length_and_capacity_end_an_answer(tiny_bundle: Bundle, pictures: list[Path]) -> None:
     pipeline = Pipeline.open(tiny_bundle)
     short = pipeline.chat(DESCRIBE, [pictures[0]], GenerationOptions(max_new_tokens=3))
@@ -150,7 +177,7 @@ def test_prompts_that_do_not_fit_are_refused(tiny_bundle: Bundle, pictures: list
     pipeline = Pipeline.open(tiny_bundle, capacity=50)
     with pytest.raises(UserError, match=r"The prompt has \d+ tokens but the KV cache holds 50"):
         pipeline.chat(DESCRIBE, [pictures[0]])
-    with pytest.raises(UserError, match="capacity must be at least 1"):
+    with pytest.raises(UserError, match="between 1 and the model's 1024, got 0"):
         Pipeline.open(tiny_bundle, capacity=0)
 
 

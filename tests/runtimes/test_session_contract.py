@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runtimes.bundle import Bundle
 from runtimes.cache import CapacityError
 from runtimes.errors import UserError
-from runtimes.session import DecoderSession
+from runtimes.session import DecoderSession, SessionOptions
 
 CAPACITY = 40
 
@@ -143,6 +144,34 @@ def test_cache_is_written_in_place(decoder: DecoderSession) -> None:
             changed = np.flatnonzero((old != new).any(axis=(0, 1, 3)))
             assert changed.tolist() == [5 + step]
     assert [array.ctypes.data for array in cache.arrays] == addresses
+
+
+def test_onnxruntime_binds_the_cache_once(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtimes import onnxruntime as backend
+
+    bound: list[str] = []
+    bind = backend._bind
+    monkeypatch.setattr(
+        backend, "_bind", lambda call, spec, array: (bound.append(spec.name), bind(call, spec, array))
+    )
+    file = tiny_bundle.path(tiny_bundle.artifact("decoder", "onnxruntime", "fp32").files[0])
+    contract = tiny_bundle.manifest.contracts["fp32"]["decoder"]
+    session = backend.open_decoder(file, contract, SessionOptions())
+    cache = session.new_cache(1, CAPACITY)
+    for step in range(20):
+        session.decode(embeds(session, 1, 1, seed=step), np.array([0]), cache)
+    assert bound.count("key_cache_0") == bound.count("value_cache_3_updated") == 1
+    assert bound.count("inputs_embeds") == 20
+
+
+def test_bad_calls_leave_the_cache_as_it_was(decoder: DecoderSession) -> None:
+    cache = decoder.new_cache(1, CAPACITY)
+    decoder.decode(embeds(decoder, 1, 2), np.array([1]), cache)
+    with pytest.raises((ValueError, RuntimeError)):
+        decoder.decode(embeds(decoder, 1, 2).astype(np.float64), np.array([1]), cache)
+    with pytest.raises((ValueError, RuntimeError)):
+        decoder.decode(embeds(decoder, 3, 1), np.array([0]), cache)
+    assert cache.length == 2
 
 
 def test_batch_rows_of_different_lengths(decoder: DecoderSession) -> None:

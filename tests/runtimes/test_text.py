@@ -31,6 +31,8 @@ def test_the_originals_conversation_template() -> None:
         f"{SYSTEM_PROMPT}\n\nUser: Hi\n\nAssistant: Hello!<｜end▁of▁sentence｜>User: Bye\n\nAssistant:"
     )
     assert format_chat([Message("user", "x")], system="") == "User: x\n\nAssistant:"
+    empty = [Message("user", "x"), Message("assistant", ""), Message("user", "y")]
+    assert format_chat(empty, system="") == "User: x\n\nAssistant:User: y\n\nAssistant:"
 
 
 def test_bos_comes_first_and_images_expand(tokenizer: Tokenizer) -> None:
@@ -55,7 +57,13 @@ def test_streaming_keeps_characters_whole(tokenizer: Tokenizer) -> None:
     assert "".join(pieces) == text
     assert "\ufffd" not in "".join(pieces)
     assert any(piece == "" for piece in pieces)
-    assert tokenizer.decode(ids) == text
+    assert stream.flush() == ""
+
+
+def test_a_character_cut_off_at_the_end_is_not_lost(tokenizer: Tokenizer) -> None:
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in tokenizer.encode("ab 你")[1:-1]]
+    assert "".join(pieces) + stream.flush() == "ab \ufffd"
 
 
 def test_tokenizer_errors(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -98,17 +106,17 @@ def test_greedy_and_seeds() -> None:
     ]
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) > 1
-    with pytest.raises(UserError, match="NaN logits"):
+    with pytest.raises(UserError, match="NaN or infinite logits"):
         Sampler(GenerationOptions()).pick(np.array([0.0, np.nan], np.float32), ())
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("max_new_tokens", 0),
-     ("repetition_penalty", 0.0), ("stop", ("",))],
+     ("repetition_penalty", 0.0), ("stop", ("",)), ("stop", "User:"), ("seed", -1)],
 )  # fmt: skip
 def test_bad_options_are_one_sentence(field: str, value: object) -> None:
-    with pytest.raises(UserError, match=r"(must|top_p).*\.$"):
+    with pytest.raises(UserError, match=r" must .*\.$"):
         GenerationOptions(**{field: value})  # type: ignore[arg-type]
 
 
@@ -118,7 +126,7 @@ def test_embedding_table_of_every_dtype(dtype: torch.dtype, tmp_path: Path) -> N
     save_file({"token_embedding": table}, tmp_path / "table.safetensors")
     rows = TokenEmbedding(tmp_path / "table.safetensors").lookup(np.array([3, 0, 8]), np.dtype(np.float32))
     assert np.array_equal(rows, table[[3, 0, 8]].float().numpy())
-    (tmp_path / "bad").write_bytes(b"x")
+    (tmp_path / "bad").write_bytes(b"\xff" * 9)
     with pytest.raises(UserError, match="cannot be read"):
         TokenEmbedding(tmp_path / "bad")
 
