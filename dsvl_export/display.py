@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,8 @@ from rich.table import Table
 from dsvl_export.ladder import ParityResult
 from runtimes.bundle import Bundle
 
-out = Console(highlight=False, soft_wrap=True)
+# Where the output is no terminal, tables get room enough not to be cut.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

@@ -277,7 +277,8 @@ def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "b/.staging/stages.json").exists() and time.monotonic() < deadline:
+    record = tmp_path / "b/.staging/stages.json"
+    while time.monotonic() < deadline and not (record.exists() and "tokenizer" in record.read_text()):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_programs_follow_their_contracts(pair: OraclePair, component: str, preci
     traced = trace(pair.checkpoint.config, component, precision)
     program, contract = traced.program, traced.contract
     assert contract == component_contract(pair.checkpoint.config, component, precision)
-    assert Contract.from_dict(contract.to_dict()) == contract
+    assert Contract.from_dict(asdict(contract)) == contract
     placeholders = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
     values = [placeholders[name] for name in program.graph_signature.user_inputs]
     specs = contract.inputs + contract.states

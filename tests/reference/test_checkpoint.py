@@ -81,7 +81,7 @@ def test_both_layouts_of_the_same_model(hybrid_pair: OraclePair, tmp_path: Path)
         "vision_config": {"cls": "HybridVisionTower", "params": {
             "high_res_cfg": {"model_name": "own", **vars(high), "pixel_mean": model.config.vision.high_norm.mean,
                              "pixel_std": model.config.vision.high_norm.std},
-            "low_res_cfg": {"model_name": "own", **vars(low), "pixel_mean": [0.5] * 3, "pixel_std": [0.5] * 3}}},
+            "low_res_cfg": {"model_name": "own", "select_layer": -1, **vars(low), "pixel_mean": [0.5] * 3, "pixel_std": [0.5] * 3}}},
         "aligner_config": {"params": {"projector_type": "low_high_hybrid_split_mlp_gelu",
                                       "n_embed": decoder.width, "depth": 2}},
         "language_config": {"vocab_size": decoder.vocab_size, "hidden_size": decoder.width,
