@@ -105,6 +105,9 @@ class Staging:
         temporary.mkdir(parents=True)
         try:
             result = build(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o644)  # safetensors writes files that only their owner can read
             files = self._entries(temporary, name)
             self._replace(temporary, self.folder / name)
         except BaseException:

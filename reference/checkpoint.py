@@ -299,6 +299,7 @@ def write_original(
         for name, parameter in model.named_parameters()
     }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner only
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "config.json", raw_config)
     write_json(

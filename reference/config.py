@@ -134,7 +134,6 @@ class ModelConfig:
     decoder: DecoderConfig
     layout: Layout = "original"
     tied_head: bool = False
-    weights_dtype: str = "float32"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -211,7 +210,6 @@ def _parse_original(raw: Mapping[str, Any]) -> ModelConfig:
         decoder=_parse_llama(raw["language_config"]),
         layout="original",
         tied_head=bool(raw["language_config"].get("tie_word_embeddings", False)),
-        weights_dtype=_dtype_name(raw, raw["language_config"]),
     )
 
 
@@ -286,7 +284,6 @@ def _parse_transformers(raw: Mapping[str, Any], preprocessor: Mapping[str, Any])
         decoder=decoder,
         layout="transformers",
         tied_head=bool(raw.get("tie_word_embeddings", True)),
-        weights_dtype=_dtype_name(raw, text),
     )
 
 
@@ -344,14 +341,6 @@ def _parse_llama(raw: Mapping[str, Any]) -> DecoderConfig:
         rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
         max_positions=int(raw.get("max_position_embeddings", 2048)),
     )
-
-
-def _dtype_name(*sections: Mapping[str, Any]) -> str:
-    for section in sections:
-        name = section.get("torch_dtype") or section.get("dtype")
-        if name:
-            return str(name)
-    return "float32"
 
 
 def _check_sizes(config: ModelConfig) -> None:

@@ -20,7 +20,6 @@ RELEASED: dict[str, dict[str, Any]] = {
             "num_hidden_layers": 24,
             "num_attention_heads": 16,
             "max_position_embeddings": 16384,
-            "torch_dtype": "float16",
         },
     },
     "7b": {
@@ -45,7 +44,6 @@ RELEASED: dict[str, dict[str, Any]] = {
             "vocab_size": 102400,
             "num_hidden_layers": 30,
             "max_position_embeddings": 16384,
-            "torch_dtype": "float16",
         },
     },
 }

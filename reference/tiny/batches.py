@@ -29,12 +29,12 @@ DENSE_HEADS = {
 
 @dataclass
 class Batch:
-    """One step's pictures, their dense targets, and conversations about them (not in stage 1)."""
+    """One step's pictures and their dense targets; in stage 2, conversations about them."""
 
-    pixels: Tensor  # [N, 3, 128, 128] in [0, 1]; empty in stage 2
-    pooled: Tensor  # [N] indices of the pool's pictures, in stage 2 only
+    pixels: Tensor  # [N, 3, 128, 128] in [0, 1]; stage 1
+    pooled: Tensor  # [N] indices of the pool's pictures; stage 2
     dense: Tensor  # [N, heads, T]
-    tokens: Tensor  # [B, S]
+    tokens: Tensor  # [B, S]; stage 2
     answers: Tensor  # [B, S] bool: this token belongs to an answer and is to be predicted
 
 
@@ -93,29 +93,23 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
 EMPTY = torch.zeros(0)
 
 
-class DrawnBatches(Dataset[Batch]):
-    """Freshly drawn pictures: with dense targets alone (stage 1), or conversations as well (stage 3)."""
+class DenseBatches(Dataset[Batch]):
+    """Stage 1: freshly drawn pictures with dense targets."""
 
-    def __init__(self, stage: int, size: int, tokenizer: Tokenizer) -> None:
-        self.stage, self.size, self.tokenizer = stage, size, tokenizer
+    def __init__(self, size: int) -> None:
+        self.size = size
 
     def __len__(self) -> int:
         return 1 << 30
 
     def __getitem__(self, step: int) -> Batch:
-        drawn = [draw((self.stage, step, index)) for index in range(self.size)]
-        scenes = [scene for _, scene in drawn]
-        tokens, answers = EMPTY, EMPTY
-        if self.stage == 3:
-            rng = np.random.default_rng((self.stage, step))
-            tokens, answers = conversations(rng, scenes, self.tokenizer)
+        drawn = [draw((1, step, index)) for index in range(self.size)]
         pixels = torch.from_numpy(np.stack([to_pixels(image) for image, _ in drawn]))
-        dense = torch.from_numpy(np.stack([dense_targets(scene) for scene in scenes]))
-        return Batch(pixels, EMPTY, dense, tokens, answers)
+        return Batch(pixels, EMPTY, _dense([scene for _, scene in drawn]), EMPTY, EMPTY)
 
 
-class PooledBatches(Dataset[Batch]):
-    """Conversations about pictures of a pool, whose vision features are computed once (stage 2)."""
+class ChatBatches(Dataset[Batch]):
+    """Stage 2: conversations about pictures of a pool, whose vision features are computed once."""
 
     def __init__(self, scenes: list[Scene], size: int, tokenizer: Tokenizer) -> None:
         self.scenes, self.size, self.tokenizer = scenes, size, tokenizer
@@ -127,9 +121,13 @@ class PooledBatches(Dataset[Batch]):
         rng = np.random.default_rng((2, step))
         chosen = rng.integers(len(self.scenes), size=self.size)
         scenes = [self.scenes[index] for index in chosen]
-        dense = torch.from_numpy(np.stack([dense_targets(scene) for scene in scenes]))
+        dense = _dense(scenes)
         tokens, answers = conversations(rng, scenes, self.tokenizer)
         return Batch(EMPTY, torch.from_numpy(chosen), dense, tokens, answers)
+
+
+def _dense(scenes: list[Scene]) -> Tensor:
+    return torch.from_numpy(np.stack([dense_targets(scene) for scene in scenes]))
 
 
 def conversations(
