@@ -275,7 +275,14 @@ def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
         str(tmp_path / "b"),
         "--no-parity",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # Background jobs of a shell, such as this test may be part of, ignore SIGINT unless told otherwise.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     record = tmp_path / "b/.staging/stages.json"
     while time.monotonic() < deadline and not (record.exists() and "tokenizer" in record.read_text()):
