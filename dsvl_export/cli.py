@@ -328,6 +328,10 @@ def main() -> None:
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ImportError as error:
+        needs = error.name or str(error)
+        print(f"Error: This needs {needs}; run: pip install 'dsvl-export[cpu]'.", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
         sys.exit(2)

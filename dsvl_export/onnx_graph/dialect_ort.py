@@ -12,13 +12,16 @@ from runtimes.errors import UserError
 
 
 class OrtDialect:
-    """Opset 24 standard operators, and ``GroupQueryAttention`` for the decoder's cache.
+    """Standard operators, and ``GroupQueryAttention`` for the decoder's cache.
+
+    Opset 23 has all of them (RMSNormalization is the newest), and ONNX Runtime 1.23, the last for the
+    Python 3.10 of JetPack 6, refuses files that are stamped with a newer one.
 
     GroupQueryAttention writes the cache in place when a past and its present are bound to the same
     buffer; the standard TensorScatter + Attention pair was slower on CPU by 1.6 times in decode.
     """
 
-    opset = 24
+    opset = 23
 
     def attention(self, context: Lowering, node: Node) -> str:
         """Softmax attention of the vision towers, optionally with an additive bias."""

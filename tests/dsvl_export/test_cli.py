@@ -209,6 +209,32 @@ def test_bad_bundles(run, bundle_copy: Path, tmp_path: Path) -> None:
     assert refused(run("verify", bundle_copy), "leads outside the bundle")
 
 
+def test_bad_checkpoints(run, tiny_copy: Path, tmp_path: Path) -> None:
+    """Through the command line; tests/reference/test_checkpoint.py has every case."""
+    export = ("export", tiny_copy, "--output", tmp_path / "b")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert refused(
+        run("export", tiny_copy, "--output", tmp_path / "mine"), "is not empty and holds no bundle"
+    )
+    weights = tiny_copy / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    assert refused(run(*export), "model.safetensors is damaged or cut short")
+    weights.unlink()
+    assert refused(run(*export), "holds no weights")
+    index = tiny_copy / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-00001.safetensors"}}')
+    assert refused(run(*export), "model-00001.safetensors is missing")
+    index.unlink()
+    weights.write_bytes(content)
+    (tiny_copy / "config.json").write_text('{"model_type": "llava"}')
+    assert refused(run(*export), "which is no DeepSeek-VL")
+    (tiny_copy / "config.json").write_text("{")
+    assert refused(run(*export), "is not valid JSON")
+    assert not (tmp_path / "b").exists()
+
+
 def test_damaged_files_are_found_before_they_are_loaded(run, bundle_copy: Path, pictures: list[Path]) -> None:
     file = bundle_copy / "onnxruntime/fp32/decoder/decoder.onnx"
     content = bytearray(file.read_bytes())

@@ -8,15 +8,20 @@ from pathlib import Path
 
 from runtimes.bundle import Bundle
 
-SCRIPT = """
+REFUSE = """
 import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"torch", "transformers", "onnx", "onnxscript", "reference"}:
-            raise ImportError(f"{name} is refused here")
+            raise ImportError(f"{name} is refused here", name=name)
 
 sys.meta_path.insert(0, Refuse())
+"""
+
+SCRIPT = (
+    REFUSE
+    + """
 import runtimes
 from dsvl_export import Pipeline, parity
 heavy = {"onnxruntime", "torch"} & set(sys.modules)
@@ -25,6 +30,7 @@ answer = Pipeline.open(sys.argv[1]).chat("Describe the picture.", [sys.argv[2]])
 print(answer.text)
 assert parity(sys.argv[1]).passed
 """
+)
 
 
 def test_answer_and_parity_without_torch(tiny_bundle: Bundle, pictures: list[Path]) -> None:
@@ -43,3 +49,10 @@ def test_importing_the_package_imports_no_backend() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_export_without_torch_names_what_to_install() -> None:
+    code = f"{REFUSE}\nsys.argv = ['dsvl-export', 'export', 'tiny', '--output', 'unused']\nimport dsvl_export.cli\ndsvl_export.cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "Error: This needs torch; run: pip install 'dsvl-export[cpu]'.\n"
