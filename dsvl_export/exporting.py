@@ -15,7 +15,7 @@ from dsvl_export.compilers import load_compiler
 from dsvl_export.staging import Staging
 from dsvl_export.version import __version__
 from reference.checkpoint import Checkpoint, open_checkpoint
-from reference.goldens import golden_requests, record_goldens
+from reference.goldens import record_goldens
 from reference.session import reference_chain, write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
 from reference.trace import TRACED_COMPONENTS, component_contract, trace
@@ -134,15 +134,9 @@ class _Run:
 
     def goldens(self) -> None:
         def build(folder: Path) -> dict[str, Any]:
-            total, done = len(golden_requests()), 0
-
-            def on_golden() -> None:
-                nonlocal done
-                done += 1
-                self.report(ExportProgress("goldens", done, total))
-
+            chain = reference_chain(self.source, self.staging.folder / TOKEN_EMBEDDING)
             record_goldens(
-                reference_chain(self.source, self.staging.folder / TOKEN_EMBEDDING), folder, on_golden
+                chain, folder, lambda done, total: self.report(ExportProgress("goldens", done, total))
             )
             return {"reference": "torch fp32", "torch": torch.__version__}
 

@@ -13,7 +13,7 @@ import numpy as np
 from runtimes.bundle import Bundle
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens import Golden, greedy_tokens, load_golden, teacher_forced
+from runtimes.goldens import Golden, greedy, load_golden, teacher_forced
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import load_image, resize_and_pad, to_pixel_values
 from runtimes.task import TaskItem, TaskScore, run_task
@@ -153,9 +153,8 @@ def _climb(chain: Chain, bundle: Bundle, golden: Golden, index: int, rungs: dict
     logits = teacher_forced(chain, embeds, golden.greedy_tokens.tolist())
     rungs["teacher_forced_logits"].compare(index, logits, golden.logits)
     own = chain.embed_prompt(golden.prompt, images)
-    _compare_tokens(
-        rungs["greedy_tokens"], index, greedy_tokens(chain, own.embeds, len(golden.greedy_tokens)), golden
-    )
+    tokens, _ = greedy(chain, [own.embeds], len(golden.greedy_tokens))
+    _compare_tokens(rungs["greedy_tokens"], index, tokens[0].tolist(), golden)
 
 
 def _compare_tokens(rung: Rung, index: int, found: list[int], golden: Golden) -> None:

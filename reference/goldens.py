@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from reference.checkpoint import TINY
-from runtimes.chain import Chain
-from runtimes.goldens import GREEDY_TOKENS, Golden, greedy_tokens, save_golden, teacher_forced
-from runtimes.pipeline import Pipeline
+from runtimes.chain import Chain, PromptInputs
+from runtimes.goldens import GREEDY_TOKENS, Golden, greedy, save_golden
 from runtimes.preprocess import load_image, resize_and_pad, to_pixel_values
+from runtimes.prompt import Message, format_chat
+
+CACHE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -38,35 +40,92 @@ def golden_requests(count: int = 8) -> list[GoldenRequest]:
     return chosen
 
 
-def record_goldens(chain: Chain, folder: Path, on_golden: Callable[[], None]) -> None:
+@dataclass(frozen=True)
+class _Prepared:
+    """A request up to the decoder's input."""
+
+    prompt: str
+    images: tuple[str, ...]
+    squares: np.ndarray
+    features: dict[str, np.ndarray]
+    image_embeds: np.ndarray
+    inputs: PromptInputs
+
+
+def record_goldens(chain: Chain, folder: Path, on_step: Callable[[int, int], None]) -> None:
     """Write images and ``NN.safetensors`` for every request into ``folder``.
+
+    Prompts are decoded together, as many as ``CACHE_BYTES`` allow: where the reference streams its
+    weights, a step costs the same for one as for all.
 
     Args:
         chain: the reference chain (``reference.session.reference_chain``).
-        on_golden: called after each golden.
+        on_step: called with the steps done and their total.
     """
     (folder / "images").mkdir(parents=True)
-    pipeline = Pipeline(chain, chain.tokenizer.spec.system_prompt, capacity=0)
-    for index, request in enumerate(golden_requests()):
-        for name in request.images:
-            shutil.copyfile(TINY / "heldout" / name, folder / "images" / Path(name).name)
-        images = [folder / "images" / Path(name).name for name in request.images]
-        squares = [resize_and_pad(load_image(file), chain.preprocessing) for file in images]
-        pixels = np.stack([to_pixel_values(square, chain.preprocessing) for square in squares])
-        features = chain.encode_pixels(pixels)
-        image_embeds = chain.adapt(features)
-        prompt = pipeline.format(request.question, len(images))
-        inputs = chain.embed_prompt(prompt, images)
-        tokens = greedy_tokens(chain, inputs.embeds, GREEDY_TOKENS)
-        golden = Golden(
-            prompt=prompt,
-            images=tuple(file.name for file in images),
-            squares=np.stack(squares),
-            features=features,
-            image_embeds=image_embeds,
-            prompt_tokens=np.array(inputs.tokens, dtype=np.int64),
-            greedy_tokens=np.array(tokens, dtype=np.int64),
-            logits=teacher_forced(chain, inputs.embeds, tokens),
-        )
-        save_golden(golden, folder / f"{index:02}.safetensors")
-        on_golden()
+    requests = golden_requests()
+    prepared = []
+    for request in requests:
+        prepared.append(_prepare(chain, request, folder / "images"))
+        on_step(len(prepared), len(requests) + GREEDY_TOKENS)
+    groups = _groups(chain, prepared)
+    done, total = len(requests), len(requests) + GREEDY_TOKENS * len(groups)
+
+    def on_token() -> None:
+        nonlocal done
+        done += 1
+        on_step(done, total)
+
+    index = 0
+    for group in groups:
+        tokens, logits = greedy(chain, [item.inputs.embeds for item in group], GREEDY_TOKENS, on_token)
+        for row, item in enumerate(group):
+            golden = Golden(
+                prompt=item.prompt,
+                images=item.images,
+                squares=item.squares,
+                features=item.features,
+                image_embeds=item.image_embeds,
+                prompt_tokens=np.array(item.inputs.tokens, dtype=np.int64),
+                greedy_tokens=tokens[row].astype(np.int64),
+                logits=logits[row],
+            )
+            save_golden(golden, folder / f"{index:02}.safetensors")
+            index += 1
+
+
+def _prepare(chain: Chain, request: GoldenRequest, folder: Path) -> _Prepared:
+    """Copy the images into ``folder`` and run everything before the decoder."""
+    images = [folder / Path(name).name for name in request.images]
+    for name, image in zip(request.images, images, strict=True):
+        shutil.copyfile(TINY / "heldout" / name, image)
+    squares = [resize_and_pad(load_image(image), chain.preprocessing) for image in images]
+    features = chain.encode_pixels(
+        np.stack([to_pixel_values(square, chain.preprocessing) for square in squares])
+    )
+    prompt = format_chat([Message("user", request.question)], chain.tokenizer.spec.system_prompt)
+    return _Prepared(
+        prompt=prompt,
+        images=tuple(image.name for image in images),
+        squares=np.stack(squares),
+        features=features,
+        image_embeds=chain.adapt(features),
+        inputs=chain.embed_prompt(prompt, images),
+    )
+
+
+def _groups(chain: Chain, prepared: list[_Prepared]) -> list[list[_Prepared]]:
+    """The requests in order, cut where a group's KV cache would exceed ``CACHE_BYTES``."""
+    per_token = sum(
+        int(spec.shape[1]) * int(spec.shape[3]) * np.dtype(spec.dtype).itemsize
+        for spec in chain.decoder.contract.states
+    )
+    groups: list[list[_Prepared]] = [[]]
+    for item in prepared:
+        grown = [*groups[-1], item]
+        longest = max(len(member.inputs.keys) for member in grown) + GREEDY_TOKENS
+        if groups[-1] and len(grown) * longest * per_token > CACHE_BYTES:
+            groups.append([item])
+        else:
+            groups[-1] = grown
+    return groups

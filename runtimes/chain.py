@@ -109,6 +109,6 @@ class Chain:
             logits = self.decoder.decode(chunk, np.array([chunk.shape[1] - 1]), cache)[0, 0]
         return logits
 
-    def decode_one(self, tokens: Sequence[int], cache: KVCache) -> np.ndarray:
+    def decode_one(self, tokens: Sequence[int] | np.ndarray, cache: KVCache) -> np.ndarray:
         """One step for every row: ``[B]`` tokens → ``[B, V]`` logits."""
         return self.decoder.decode(self.embed_tokens(tokens)[:, None], np.array([0]), cache)[:, 0]

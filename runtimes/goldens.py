@@ -7,6 +7,7 @@ images before rescaling, bit for bit.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,14 +73,25 @@ def load_golden(file: Path) -> Golden:
         raise UserError(f"{file} is no golden that can be read ({error}).") from error
 
 
-def greedy_tokens(chain: Chain, embeds: np.ndarray, count: int) -> list[int]:
-    """``count`` greedy tokens after a prompt ``[S, D]``, going on past EOS."""
-    cache = chain.decoder.new_cache(1, len(embeds) + count)
-    logits = chain.prefill(embeds, cache)
-    tokens = [int(logits.argmax())]
-    while len(tokens) < count:
-        tokens.append(int(chain.decode_one([tokens[-1]], cache)[0].argmax()))
-    return tokens
+def greedy(
+    chain: Chain,
+    prompts: Sequence[np.ndarray],
+    count: int,
+    on_step: Callable[[], None] = lambda: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """``count`` greedy tokens after each prompt ``[S, D]``, going on past EOS, all prompts together.
+
+    Returns:
+        tokens ``[B, count]`` and the logits ``[B, count, V]`` that they are the argmax of.
+    """
+    cache = chain.decoder.new_cache(len(prompts), max(map(len, prompts)) + count)
+    logits = [np.stack([chain.prefill(embeds, cache.row(row)) for row, embeds in enumerate(prompts)])]
+    on_step()
+    while len(logits) < count:
+        logits.append(chain.decode_one(logits[-1].argmax(-1), cache))
+        on_step()
+    table = np.stack(logits, axis=1)
+    return table.argmax(-1), table
 
 
 def teacher_forced(chain: Chain, embeds: np.ndarray, tokens: list[int]) -> np.ndarray:
