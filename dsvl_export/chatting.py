@@ -28,6 +28,8 @@ def converse(pipeline: Pipeline, first_images: list[Path], options: GenerationOp
             line = input("" if as_json else "You: ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise UserError("The input is not valid UTF-8 text.") from error
         if line == "/quit":
             return
         if line == "/reset":

@@ -61,7 +61,9 @@ def _main(
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub id.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub id.", metavar="CHECKPOINT")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the bundle: new, empty, or one to extend.")
     ],
@@ -221,8 +223,8 @@ def parity(
     from runtimes.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    named = backend or precision
-    pairs = [opened.select(backend, precision)] if named else opened.choices()
+    opened.select(backend, precision)  # says what there is where nothing fits
+    pairs = [pair for pair in opened.choices() if backend in (None, pair[0]) and precision in (None, pair[1])]
     results = [_parity(bundle, *pair, task, threads) for pair in pairs]
     if as_json:
         display.print_json([result.to_dict() for result in results])
@@ -253,8 +255,8 @@ def _parity(
         result = run_parity(opened, backend, precision, items, threads, on_step)
     try:
         record_verdict(opened, result)
-    except OSError as error:
-        display.err.print(f"The verdict was not kept in the bundle: {error.strerror}.")
+    except (OSError, UserError) as error:  # a read-only bundle, or an export that is changing it
+        print(f"The verdict was not kept in the bundle: {error}", file=sys.stderr)
     return result
 
 

@@ -30,6 +30,7 @@ def run_demo(output: Path, as_json: bool) -> bool:
     Args:
         as_json: print the story on stderr and one JSON document (answers, verdicts) on stdout.
     """
+    output = output.expanduser()
     console = display.err if as_json else display.out
 
     def say(text: str, end: str = "\n") -> None:

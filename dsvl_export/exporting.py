@@ -19,7 +19,7 @@ from reference.goldens import record_goldens
 from reference.session import reference_chain, write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
 from reference.trace import TRACED_COMPONENTS, component_contract, trace
-from runtimes.bundle import Artifact, Bundle, Manifest
+from runtimes.bundle import MANIFEST, Artifact, Bundle, Manifest
 from runtimes.errors import UserError
 
 TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
@@ -136,7 +136,10 @@ class _Run:
         def build(folder: Path) -> dict[str, Any]:
             chain = reference_chain(self.source, self.staging.folder / TOKEN_EMBEDDING)
             record_goldens(
-                chain, folder, lambda done, total: self.report(ExportProgress("goldens", done, total))
+                chain,
+                folder,
+                self.source.config.decoder.max_positions,
+                lambda done, total: self.report(ExportProgress("goldens", done, total)),
             )
             return {"reference": "torch fp32", "torch": torch.__version__}
 
@@ -171,8 +174,9 @@ class _Run:
 
 
 def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: Any) -> Manifest:
-    rows = [result["artifact"] for result in staging.results() if "artifact" in result]
-    artifacts = tuple(Artifact(**{**row, "files": tuple(row["files"])}) for row in rows)
+    artifacts = _complete(staging)
+    named = {path for artifact in artifacts for path in artifact.files}
+    compiled = {path for artifact in _artifacts(staging) for path in artifact.files}
     precisions = dict.fromkeys(artifact.precision for artifact in artifacts)
     return Manifest(
         model=source.config.to_dict(),
@@ -189,8 +193,26 @@ def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: 
             for precision in precisions
         },
         artifacts=artifacts,
-        files=staging.files(),
+        files={
+            path: entry for path, entry in staging.files().items() if path in named or path not in compiled
+        },
         parity=_kept_verdicts(staging),
+    )
+
+
+def _artifacts(staging: Staging) -> tuple[Artifact, ...]:
+    rows = [result["artifact"] for result in staging.results() if "artifact" in result]
+    return tuple(Artifact(**{**row, "files": tuple(row["files"])}) for row in rows)
+
+
+def _complete(staging: Staging) -> tuple[Artifact, ...]:
+    """Artifacts of backends and precisions that have every component; an interrupted one has not."""
+    artifacts = _artifacts(staging)
+    there = {(item.backend, item.precision, item.component) for item in artifacts}
+    return tuple(
+        item
+        for item in artifacts
+        if all((item.backend, item.precision, component) in there for component in TRACED_COMPONENTS)
     )
 
 
@@ -199,9 +221,12 @@ def _kept_verdicts(staging: Staging) -> dict[str, Any]:
     old, files = staging.previous, staging.files()
     if old is None:
         return {}
+    # Read anew where it is still there: parity may have run meanwhile.
+    manifest = staging.folder / MANIFEST
+    verdicts = Bundle.open(staging.folder).manifest.parity if manifest.exists() else old.parity
     return {
         pair: verdict
-        for pair, verdict in old.parity.items()
+        for pair, verdict in verdicts.items()
         if all(
             files.get(path) == entry
             for path, entry in old.files.items()

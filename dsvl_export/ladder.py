@@ -55,7 +55,7 @@ class Rung:
         error = float(np.sqrt(np.mean(np.square(difference))) / max(scale, 1e-30))
         if math.isnan(error) or error > self.relative_rms:
             self.relative_rms, self.worst_golden = error, index
-        self.max_abs = max(self.max_abs, float(np.abs(difference).max()))
+        self.max_abs = float(np.maximum(self.max_abs, np.abs(difference).max()))  # NaN stays
         self.failed = self.failed or not error <= self.tolerance
 
 

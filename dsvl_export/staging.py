@@ -45,7 +45,7 @@ class Staging:
         manifest = self.folder / MANIFEST
         if manifest.exists():
             self.previous = Bundle.open(self.folder).manifest
-        elif self.folder.exists() and any(self.folder.iterdir()) and not self._record_file.exists():
+        elif self.folder.exists() and any(self.folder.iterdir()) and not self._work.is_dir():
             raise UserError(f"The folder {self.folder} is not empty and holds no bundle; give a new one.")
         self._work.mkdir(parents=True, exist_ok=True)
         self._take_lock()
@@ -63,7 +63,7 @@ class Staging:
         self._lock = (self._work / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"Another export is writing to {self.folder}; wait for it.") from error
 
     def _recorded(self) -> dict[str, Any]:

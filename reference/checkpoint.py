@@ -214,7 +214,7 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over config, tokenizer, preprocessing and weights: the checkpoint's identity."""
-        names = ("config.json", "preprocessor_config.json")
+        names = ("config.json", "preprocessor_config.json", "processor_config.json")
         settings = [self.folder / name for name in names if (self.folder / name).exists()]
         files = [*settings, *self.tokenizer_files, *self._files.files]
         return sha256_of_text("\n".join(f"{file.name} {sha256_of_file(file)}" for file in files))
@@ -280,12 +280,22 @@ def open_checkpoint(checkpoint: str) -> Checkpoint:
     file = folder / "config.json"
     if not file.exists():
         raise UserError(f"{folder} has no config.json, so it is no checkpoint folder.")
-    preprocessor_file = folder / "preprocessor_config.json"
-    preprocessor = read_json(preprocessor_file) if preprocessor_file.exists() else {}
+    preprocessor = _read_preprocessor(folder)
     config = parse_config(read_json(file), str(file), preprocessor)
     opened = Checkpoint(folder, config, preprocessor)
     opened.check()
     return opened
+
+
+def _read_preprocessor(folder: Path) -> dict[str, Any]:
+    """Settings of the image processor; transformers 5 keeps them inside ``processor_config.json``."""
+    own, combined = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if own.exists():
+        return read_json(own)
+    inner = read_json(combined).get("image_processor", {}) if combined.exists() else {}
+    if not isinstance(inner, dict):
+        raise UserError(f"{combined} has an image_processor that is no object.")
+    return inner
 
 
 def write_original(

@@ -224,7 +224,7 @@ def _siglip_from_original(params: Mapping[str, Any]) -> SiglipConfig:
 def _sam_from_original(params: Mapping[str, Any]) -> SamConfig:
     sizes = _named_sizes(params, _SAM_BY_NAME, SamConfig)
     for key in ("global_layers", "downsample_widths"):
-        sizes[key] = tuple(sizes[key])
+        sizes[key] = tuple(int(value) for value in sizes[key])
     return SamConfig(**sizes)
 
 
@@ -234,7 +234,7 @@ def _named_sizes(
     """Sizes of a named tower, overridden by the keys that are written out (as in ``tiny``)."""
     name = str(params.get("model_name", next(iter(known))))
     defaults = asdict(spec())
-    written = {key: params[key] for key in defaults if key in params}
+    written = {key: type(defaults[key])(params[key]) for key in defaults if key in params}
     if name not in known and not {"width", "layers", "heads"} <= written.keys():
         raise ValueError(f"model_name {name!r} is not one of {', '.join(known)}")
     return {**defaults, **known.get(name, {}), **written}

@@ -12,11 +12,12 @@ import numpy as np
 
 from reference.checkpoint import TINY
 from runtimes.chain import Chain, PromptInputs
+from runtimes.errors import UserError
 from runtimes.goldens import GREEDY_TOKENS, Golden, greedy, save_golden
 from runtimes.preprocess import load_image, resize_and_pad, to_pixel_values
 from runtimes.prompt import Message, format_chat
 
-CACHE_BYTES = 4 << 30
+CACHE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class _Prepared:
     inputs: PromptInputs
 
 
-def record_goldens(chain: Chain, folder: Path, on_step: Callable[[int, int], None]) -> None:
+def record_goldens(
+    chain: Chain, folder: Path, max_positions: int, on_step: Callable[[int, int], None]
+) -> None:
     """Write images and ``NN.safetensors`` for every request into ``folder``.
 
     Prompts are decoded together, as many as ``CACHE_BYTES`` allow: where the reference streams its
@@ -60,7 +63,11 @@ def record_goldens(chain: Chain, folder: Path, on_step: Callable[[int, int], Non
 
     Args:
         chain: the reference chain (``reference.session.reference_chain``).
+        max_positions: of the decoder; longer requests are left out.
         on_step: called with the steps done and their total.
+
+    Raises:
+        UserError: the decoder has too few positions for any request.
     """
     (folder / "images").mkdir(parents=True)
     requests = golden_requests()
@@ -68,6 +75,11 @@ def record_goldens(chain: Chain, folder: Path, on_step: Callable[[int, int], Non
     for request in requests:
         prepared.append(_prepare(chain, request, folder / "images"))
         on_step(len(prepared), len(requests) + GREEDY_TOKENS)
+    prepared = [item for item in prepared if len(item.inputs.keys) + GREEDY_TOKENS <= max_positions]
+    if not prepared:
+        raise UserError(
+            f"The decoder's {max_positions} positions are too few for goldens; export with --no-goldens."
+        )
     groups = _groups(chain, prepared)
     done, total = len(requests), len(requests) + GREEDY_TOKENS * len(groups)
 

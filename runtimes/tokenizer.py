@@ -43,7 +43,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a prompt, BOS first; each image placeholder is still one token."""
-        return [self.spec.bos_id, *self._tokenizer.encode(text, add_special_tokens=False).ids]
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError) as error:  # surrogates, from bytes that are no UTF-8
+            raise UserError("The prompt is not valid UTF-8 text.") from error
+        return [self.spec.bos_id, *ids]
 
     def stream(self) -> TokenStream:
         return TokenStream(self._tokenizer)

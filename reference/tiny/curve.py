@@ -20,7 +20,10 @@ def plot(log: Path, output: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "dsvl-export"  # the same file for the same log
     from matplotlib import pyplot
 
-    rows: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
+    lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
+    # A resumed training logs some steps again.
+    rows = list({(line["stage"], line["step"]): line for line in lines}.values())
+    rows.sort(key=lambda row: (row["stage"], row["step"]))
     figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
     start = 0
     for stage in sorted({row["stage"] for row in rows}):

@@ -222,8 +222,7 @@ def run_stage(trainee: Trainee, stage: Stage, tokenizer: Tokenizer, output: Path
                 for group in optim.param_groups:
                     group["lr"] = rate * rate_factor(stage, step)
             loss, numbers = trainee(batch, pool)
-            for optim in optims:
-                optim.zero_grad()
+            trainee.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
             for optim in optims:

@@ -109,6 +109,7 @@ def test_parity_tables_json_and_exit_codes(run, bundle_copy: Path, tmp_path: Pat
     rows = [{"image": str(bundle_copy / "goldens/images" / file.name), "prompt": "Describe the picture.", "expected": "no"}
             for file in sorted((bundle_copy / "goldens/images").iterdir())[:2]]  # fmt: skip
     (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(json.loads(run("parity", bundle_copy, "--backend", "onnxruntime", "--json").out)) == 2
     (result,) = json.loads(
         run("parity", bundle_copy, "--precision", "fp32", "--task", tmp_path / "task.jsonl", "--json").out
     )
@@ -262,6 +263,7 @@ def test_bad_requests(run, tiny_bundle: Bundle, pictures: list[Path], tmp_path: 
     assert refused(run(*ask, "word " * 500, "--capacity", "200"), "tokens but the KV cache holds 200")
     assert refused(run(*ask, "x", "--top-p", "0"), "Top_p must be in (0, 1]")
     assert refused(run(*ask, "x", "--seed", "-1"), "Seed must not be negative")
+    assert refused(run(*ask, "x\udcff"), "not valid UTF-8")
     assert refused(run(*ask, "x", "--capacity", "5000"), "between 1 and the model's 1024")
     assert refused(run("export", tmp_path / "absent", "--output", tmp_path / "b"), "There is no folder")
     assert refused(

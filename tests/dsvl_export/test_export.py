@@ -93,6 +93,25 @@ def test_an_interrupted_export_goes_on(tmp_path: Path) -> None:
     assert bundle.problems() == []
 
 
+def test_a_precision_that_was_interrupted_is_no_choice(tmp_path: Path) -> None:
+    """Half of fp16 is there when fp32 is finished: the bundle must open, and fp16 can be finished later."""
+    with pytest.raises(KeyboardInterrupt):
+        export(
+            "tiny",
+            tmp_path / "b",
+            precisions=["fp16"],
+            goldens=False,
+            report=Recorder("onnxruntime/fp16/adaptor"),
+        )
+    bundle = export("tiny", tmp_path / "b", goldens=False)
+    assert bundle.choices() == [("onnxruntime", "fp32")]
+    assert not any("fp16" in path for path in bundle.manifest.files)
+    recorder = Recorder()
+    bundle = export("tiny", tmp_path / "b", precisions=["fp16"], goldens=False, report=recorder)
+    assert recorder.states["onnxruntime/fp16/vision_encoder"] == "reused"
+    assert sorted(bundle.choices()) == [("onnxruntime", "fp16"), ("onnxruntime", "fp32")]
+
+
 def test_a_stage_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dsvl_export.compilers import onnxruntime
 
@@ -198,6 +217,9 @@ def test_leftovers_of_a_killed_export_go(tmp_path: Path) -> None:
     (tmp_path / "b/.staging/stages.json").write_text('{"tokenizer": 3}')
     with pytest.raises(UserError, match="stages.json is damaged; delete it"):
         export("tiny", tmp_path / "b")
+    (tmp_path / "b/.staging/stages.json").unlink()
+    (tmp_path / "b" / MANIFEST).unlink()
+    assert export("tiny", tmp_path / "b", goldens=False).problems() == []
 
 
 def test_bad_requests_write_nothing(tmp_path: Path) -> None:

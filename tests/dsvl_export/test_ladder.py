@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from dsvl_export.ladder import Rung, parity
+from dsvl_export.ladder import ParityResult, Rung, parity
 from dsvl_export.records import record_verdict
 from runtimes.bundle import Bundle, FileEntry
 from runtimes.errors import UserError
@@ -115,6 +115,8 @@ def test_nan_never_passes() -> None:
     rung.compare(2, np.ones(4), np.ones(4))
     assert rung.failed
     assert rung.worst_golden == 1
+    raw = ParityResult("b", "fp32", 3, [rung]).to_dict()["rungs"][0]
+    assert raw["relative_rms"] is raw["max_abs"] is None
 
 
 def test_the_verdict_is_kept(bundle_copy: Path) -> None:

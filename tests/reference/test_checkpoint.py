@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DeepseekVLHybridProcessor, PreTrainedTokenizerFast
+from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
+    DeepseekVLHybridImageProcessorPil,
+)
 
 from reference.checkpoint import open_checkpoint, parameter_shapes, resolve, write_original
 from reference.layouts import sources
@@ -189,6 +193,7 @@ def test_configs_that_are_no_deepseek_vl(tiny_copy: Path) -> None:
         (("vision_config", "params", "low_res_cfg", "patch_size"), 0, "cannot be read|at least 1"),
         (("vision_config", "params", "low_res_cfg", "activation"), "relu", "activation 'relu'"),
         (("language_config",), [], "cannot be read"),
+        (("vision_config", "params", "high_res_cfg", "downsample_widths"), [96, None], "cannot be read"),
         (("language_config", "rope_scaling"), "linear", "cannot be read"),
         (("language_config", "vocab_size"), -5, "vocab_size is -5"),
     ],
@@ -247,6 +252,28 @@ def test_specs_of_both_variants(siglip_pair: OraclePair, hybrid_pair: OraclePair
     assert (low.image_size, low.do_normalize, low.background) == (30, True, (127, 127, 127))
     assert (high.image_size, high.do_normalize, high.background) == (112, False, (122, 116, 104))
     assert prompt_spec(hybrid_pair.checkpoint).image_tokens == 16
+
+
+def test_processor_settings_as_transformers_5_saves_them(hybrid_pair: OraclePair, tmp_path: Path) -> None:
+    """Real files of transformers' own processor, with settings that are nobody's default."""
+    save_oracle(hybrid_pair.oracle, tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"),
+        extra_special_tokens={"image_token": "<image_placeholder>"},
+    )
+    images = DeepseekVLHybridImageProcessorPil(
+        size={"height": 28, "width": 28}, high_res_size={"height": 112, "width": 112}, min_size=9,
+        image_mean=[0.1, 0.2, 0.3], image_std=[0.4] * 3, high_res_image_mean=[0.6] * 3, high_res_image_std=[0.7] * 3,
+    )  # fmt: skip
+    DeepseekVLHybridProcessor(images, tokenizer, num_image_tokens=16).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    spec, vision = preprocess_spec(checkpoint), checkpoint.config.vision
+    assert (spec.min_size, spec.background, spec.do_normalize) == (9, (153, 153, 153), False)
+    assert vision.low_norm is not None
+    assert vision.low_norm.mean == (0.1, 0.2, 0.3)
+    assert vision.high_norm is not None
+    assert vision.high_norm.std == (0.7, 0.7, 0.7)
 
 
 def test_tokenizers_without_the_special_tokens(tiny_copy: Path) -> None:
