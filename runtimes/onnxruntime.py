@@ -11,6 +11,7 @@ import numpy as np
 from runtimes.cache import KVCache
 from runtimes.contracts import Contract, TensorSpec, updated_state
 from runtimes.errors import UserError
+from runtimes.memory import available_memory
 from runtimes.session import SessionOptions
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
@@ -35,6 +36,7 @@ def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
             f"This ONNX Runtime cannot run on {options.device!r};"
             f" it has {', '.join(ort.get_available_providers())}."
         )
+    _check_memory(file, contract)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     if options.threads:
@@ -49,6 +51,21 @@ def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
     if {item.name for item in session.get_inputs()} != expected:
         raise UserError(f"The inputs of {file} are not those of its contract; export it again.")
     return session
+
+
+def _check_memory(file: Path, contract: Contract) -> None:
+    """Refuse what cannot fit, before the system kills the process for it.
+
+    A lower bound: ONNX Runtime's CPU kernels compute half precision in fp32 and widen its weights.
+    """
+    stored = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
+    needed = stored * (2 if contract.inputs[0].dtype == "float16" else 1)
+    free = available_memory()
+    if needed > free:
+        raise UserError(
+            f"Loading the {contract.component} into ONNX Runtime on a CPU takes at least"
+            f" {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free."
+        )
 
 
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> OrtComponent:

@@ -20,6 +20,7 @@ from dsvl_export import cli
 from dsvl_export.ladder import Tolerance
 from runtimes.bundle import MANIFEST, Bundle
 from runtimes.files import sha256_of_file
+from runtimes.memory import available_memory
 
 COMMANDS = ("demo", "export", "run", "chat", "parity", "inspect", "verify")
 
@@ -280,6 +281,20 @@ def test_bad_requests(run, tiny_bundle: Bundle, pictures: list[Path], tmp_path: 
 def test_a_missing_backend_names_its_extra(run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert refused(run("run", tiny_bundle.folder, "--prompt", "x"), "pip install 'dsvl-export[onnxruntime]'")
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(
+    run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half precision counts double: ONNX Runtime widens it on a CPU."""
+    free = 5_000_000
+    assert free > tiny_bundle.manifest.files["onnxruntime/fp16/vision_encoder/vision_encoder.onnx"].bytes
+    monkeypatch.setattr("runtimes.onnxruntime.available_memory", lambda: free)
+    ask = ("run", tiny_bundle.folder, "--prompt", "x", "--precision", "fp16")
+    assert refused(run(*ask), "vision_encoder into ONNX Runtime on a CPU takes at least 0.0 GB")
+    monkeypatch.undo()
+    assert run(*ask, "--max-new-tokens", "1").code == 0
+    assert available_memory() > 1 << 28
 
 
 def test_a_device_that_is_not_there_is_refused(tiny_bundle: Bundle) -> None:
