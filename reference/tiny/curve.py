@@ -35,8 +35,9 @@ def plot(log: Path, output: Path) -> None:
         ):
             if key in part[0]:
                 values = np.array([row[key] for row in part])
-                smooth = np.convolve(values, np.ones(SMOOTH) / SMOOTH, "valid")
-                axes.plot(steps[SMOOTH - 1 :], smooth, color=colour, label=label if stage in (1, 2) else None)
+                window = min(SMOOTH, len(values))
+                smooth = np.convolve(values, np.ones(window) / window, "valid")
+                axes.plot(steps[window - 1 :], smooth, color=colour, label=label)
         axes.axvline(start, color="0.8", zorder=0)
         axes.text(start + 20, 0.02, f"stage {stage}", color="0.4")
         start = int(steps[-1])
