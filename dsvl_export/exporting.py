@@ -175,8 +175,9 @@ class _Run:
 
 def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: Any) -> Manifest:
     artifacts = _complete(staging)
-    named = {path for artifact in artifacts for path in artifact.files}
-    compiled = {path for artifact in _artifacts(staging) for path in artifact.files}
+    unfinished = {
+        path for artifact in _artifacts(staging) if artifact not in artifacts for path in artifact.files
+    }
     precisions = dict.fromkeys(artifact.precision for artifact in artifacts)
     return Manifest(
         model=source.config.to_dict(),
@@ -193,9 +194,7 @@ def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: 
             for precision in precisions
         },
         artifacts=artifacts,
-        files={
-            path: entry for path, entry in staging.files().items() if path in named or path not in compiled
-        },
+        files={path: entry for path, entry in staging.files().items() if path not in unfinished},
         parity=_kept_verdicts(staging),
     )
 

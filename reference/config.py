@@ -243,10 +243,11 @@ def _named_sizes(
 def _tower_norm(params: Mapping[str, Any]) -> NormalizationConfig | None:
     if params.get("pixel_mean") is None or params.get("pixel_std") is None:
         return None
-    return NormalizationConfig(_triple(params["pixel_mean"]), _triple(params["pixel_std"]))
+    return NormalizationConfig(triple(params["pixel_mean"]), triple(params["pixel_std"]))
 
 
-def _triple(values: Any) -> Triple:
+def triple(values: Any) -> Triple:
+    """Three numbers, one per channel; raises ValueError or TypeError on anything else."""
     red, green, blue = (float(value) for value in values)
     return red, green, blue
 
@@ -292,8 +293,8 @@ def _branch_norm(
 ) -> NormalizationConfig:
     """Normalisation of a branch from the processor's keys, by default the released 7B's."""
     return NormalizationConfig(
-        _triple(preprocessor.get(f"{prefix}image_mean") or mean),
-        _triple(preprocessor.get(f"{prefix}image_std") or std),
+        triple(preprocessor.get(f"{prefix}image_mean") or mean),
+        triple(preprocessor.get(f"{prefix}image_std") or std),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from reference.checkpoint import Checkpoint
-from reference.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig
+from reference.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig, triple
 from runtimes.errors import UserError
 from runtimes.files import read_json
 from runtimes.preprocess import PreprocessSpec
@@ -26,7 +26,7 @@ def preprocess_spec(checkpoint: Checkpoint) -> PreprocessSpec:
         return _parse(checkpoint.preprocessor, checkpoint.config)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise UserError(
-            f"{checkpoint.folder / 'preprocessor_config.json'} cannot be used: {error}."
+            f"The image processor's settings in {checkpoint.folder} cannot be used: {error}."
         ) from error
 
 
@@ -47,17 +47,12 @@ def _parse(raw: Mapping[str, Any], config: ModelConfig) -> PreprocessSpec:
     return PreprocessSpec(
         image_size=vision.image_size,
         min_size=int(raw.get("min_size", 14)),
-        mean=_triple(mean or HALF),
-        std=_triple(std or HALF),
+        mean=triple(mean or HALF),
+        std=triple(std or HALF),
         background=_padding(mean),
         rescale_factor=float(raw.get("rescale_factor", 1 / 255)),
         do_normalize=normalises,
     )
-
-
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
 
 
 def _padding(mean: Sequence[float] | None) -> tuple[int, int, int]:
