@@ -10,7 +10,8 @@ from dsvl_export import display
 from dsvl_export.exporting import ExportProgress, export
 from dsvl_export.ladder import parity
 from dsvl_export.records import record_verdict
-from reference.checkpoint import TINY
+from dsvl_export.report.document import make_document
+from reference.tiny import HELDOUT
 from runtimes.pipeline import Pipeline
 from runtimes.prompt import Message
 from runtimes.task import load_task
@@ -61,24 +62,27 @@ def run_demo(output: Path, as_json: bool) -> bool:
             messages.append(Message("assistant", text))
             answers.append({"picture": str(picture), "question": question, "answer": text})
     say("\n3. Prove that every stage computes what the PyTorch reference computes")
-    results = [parity(bundle, "onnxruntime", precision) for precision in ("fp32", "fp16")]
+    questions = load_task(HELDOUT)
+    results = [parity(bundle, "onnxruntime", each, task=questions, taps=True) for each in ("fp32", "fp16")]
     for result in results:
-        record_verdict(bundle, result)
-        console.print(display.parity_table(result))
+        report = record_verdict(bundle, result)
+        display.print_parity(result, console)
+        say(f"   Report: {page}")
     say("\nNext")
     say(f'   dsvl-export run {folder} --image {output}/pictures/0.png --prompt "Describe the picture."')
     say(f"   dsvl-export chat {folder} --image {output}/pictures/0.png")
     say(f"   dsvl-export inspect {folder}")
     say("   dsvl-export export YOUR_CHECKPOINT --precision fp16 --output YOUR_BUNDLE")
     if as_json:
-        display.print_json({"answers": answers, "parity": [result.to_dict() for result in results]})
+        documents = [make_document(bundle, result) for result in results]
+        display.print_json({"answers": answers, "parity": documents})
     return all(result.passed for result in results)
 
 
 def _write_pictures(folder: Path) -> list[Path]:
     """Copies of held-out pictures with three-digit numbers."""
     folder.mkdir(parents=True, exist_ok=True)
-    items = load_task(TINY / "heldout" / "questions.jsonl")
+    items = load_task(HELDOUT)
     sources = [item.images[0] for item in items if item.kind == "number_3" and len(item.images) == 1]
     written = []
     for index, source in enumerate(sources[:PICTURES]):

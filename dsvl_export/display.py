@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +35,18 @@ def progress_bar() -> Iterator[Progress]:
         yield progress
 
 
+@contextmanager
+def step_bar(label: str) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar for the steps of the ladder: yields its ``on_step``."""
+    with progress_bar() as bars:
+        bar = bars.add_task(label)
+
+        def on_step(name: str, done: int, total: int) -> None:
+            bars.update(bar, description=f"{label}: {name}", completed=done, total=total)
+
+        yield on_step
+
+
 def size(count: int) -> str:
     """Bytes for people, in units of 1000."""
     value, units = float(count), iter(("B", "kB", "MB", "GB"))
@@ -43,23 +56,35 @@ def size(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
+COLOURS = {"passed": "green", "failed": "red"}  # all other states are yellow: nothing was proven
+
+
+def print_parity(result: ParityResult, console: Console = out) -> None:
+    """The table of rungs, then what needs a sentence: drift, and why nothing was judged."""
+    console.print(parity_table(result))
+    for drift in result.drift:
+        if drift.first or result.verdict == "failed":
+            console.print(f"Drift in the {escape(str(drift))}")
+
+
 def parity_table(result: ParityResult) -> Table:
     """Rungs with their errors and bounds."""
-    table = Table(title=f"Parity of {result.backend} {result.precision} on {result.goldens} goldens")
-    for heading in ("stage", "relative RMS", "max abs", "bound", "verdict"):
+    colour = COLOURS.get(result.verdict, "yellow")
+    title = f"{result.backend} {result.precision} on {result.goldens} goldens: [{colour}]{result.verdict}[/]"
+    table = Table(title=f"Parity of {title} ({escape(str(result.execution))})")
+    for heading in ("stage", "relative RMS", "bound", "SNR", "max abs", "verdict"):
         table.add_column(heading, justify="left" if heading in ("stage", "verdict") else "right")
     for rung in result.rungs:
-        verdict = "[red]failed[/]" if rung.failed else "[green]passed[/]"
-        if rung.name == "greedy_tokens":
-            errors = ("-", "-", "equal")
+        if rung.errors:
+            errors = rung.errors
+            signal = "∞" if math.isinf(errors.snr_db) else f"{errors.snr_db:.0f} dB"
+            numbers = [f"{errors.relative_rms:.1e}", f"{errors.bound:.0e}", signal, f"{errors.max_abs:.1e}"]
+        elif rung.name == "task_accuracy" and result.task:
+            numbers = [f"{result.task.exact_match:.1%} exact", "", "", ""]
         else:
-            errors = (f"{rung.relative_rms:.1e}", f"{rung.max_abs:.1e}", f"{rung.tolerance:.0e}")
-        table.add_row(rung.name, *errors, f"{verdict} {rung.detail.rstrip('; ')}")
-    if result.task:
-        task = result.task
-        table.add_row(
-            "task", f"{task['exact_match']:.1%}", "", "", f"{task['right']} of {task['questions']} exact"
-        )
+            numbers = ["", "equal" if rung.name == "greedy_tokens" else "", "", ""]
+        state = f"[{COLOURS.get(rung.state, 'yellow')}]{rung.state}[/]"
+        table.add_row(rung.name, *numbers, f"{state} {escape(rung.detail)}".rstrip())
     return table
 
 

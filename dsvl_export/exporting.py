@@ -12,15 +12,19 @@ import torch
 from safetensors import SafetensorError
 
 from dsvl_export.compilers import load_compiler
+from dsvl_export.ladder.noise import measure_noise, noise_file
+from dsvl_export.ladder.stages import Goldens
 from dsvl_export.staging import Staging
 from dsvl_export.version import __version__
 from reference.checkpoint import Checkpoint, open_checkpoint
-from reference.goldens import record_goldens
+from reference.goldens import golden_requests
 from reference.session import reference_chain, write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
 from reference.trace import TRACED_COMPONENTS, component_contract, trace
 from runtimes.bundle import MANIFEST, Artifact, Bundle, Manifest
 from runtimes.errors import UserError
+from runtimes.files import write_json
+from runtimes.recording import record_goldens
 
 TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
 MAX_DEFAULT_CAPACITY = 2048
@@ -83,6 +87,8 @@ def export(
         if goldens:
             run.goldens()
         for precision in precisions:
+            if goldens and precision != "fp32":
+                run.noise(precision)
             for component in TRACED_COMPONENTS:
                 run.component(backend, precision, component)
         staging.finish(_manifest(source, staging, *specs))
@@ -95,6 +101,17 @@ def export(
     finally:
         staging.close()
     return Bundle.open(staging.folder)
+
+
+def record_reference(
+    source: Checkpoint, embedding_file: Path, folder: Path, on_step: Callable[[int, int], None]
+) -> None:
+    """Goldens of the fp32 reference, with taps, into ``folder``."""
+    model = source.model()
+    chain, tapped = (reference_chain(source, embedding_file, model, tapped) for tapped in (False, True))
+    requests = golden_requests(chain.tokenizer.spec.system_prompt)
+    positions = source.config.decoder.max_positions
+    record_goldens(chain, requests, folder, source.digest, positions, on_step, tapped)
 
 
 def _check_same_checkpoint(staging: Staging, source: Checkpoint) -> None:
@@ -134,16 +151,31 @@ class _Run:
 
     def goldens(self) -> None:
         def build(folder: Path) -> dict[str, Any]:
-            chain = reference_chain(self.source, self.staging.folder / TOKEN_EMBEDDING)
-            record_goldens(
-                chain,
+            record_reference(
+                self.source,
+                self.staging.folder / TOKEN_EMBEDDING,
                 folder,
-                self.source.config.decoder.max_positions,
                 lambda done, total: self.report(ExportProgress("goldens", done, total)),
             )
             return {"reference": "torch fp32", "torch": torch.__version__}
 
         self._stage("goldens", build)
+
+    def noise(self, precision: str) -> None:
+        """What the precision costs on the reference itself, tap by tap."""
+
+        def build(folder: Path) -> dict[str, Any]:
+            goldens = Goldens.recorded_into(self.staging.folder / "goldens")
+            table = self.staging.folder / TOKEN_EMBEDDING
+            noise = measure_noise(
+                self.source, table, goldens, precision,
+                lambda done, total: self.report(ExportProgress(name, done, total)),
+            )  # fmt: skip
+            write_json(folder / file, noise)
+            return {}
+
+        name, _, file = noise_file(precision).rpartition("/")
+        self._stage(name, build)
 
     def component(self, backend: str, precision: str, component: str) -> None:
         """Trace, lower and check one component; weights stream from the checkpoint."""

@@ -18,12 +18,12 @@ from reference.config import ModelConfig, parse_config
 from reference.constants import materialise_constants
 from reference.layouts import UNUSED, Shape, Source, sources
 from reference.model import DeepSeekVL
+from reference.tiny import TINY
 from runtimes.errors import UserError
 from runtimes.files import read_json, sha256_of_file, sha256_of_text, write_json
 from runtimes.prompt import BOS, EOS, PAD
 
 STREAM_ABOVE = 2 << 30  # bytes of fp32 weights
-TINY = Path(__file__).parent / "tiny"
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -170,26 +170,27 @@ class Checkpoint:
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         return tensor.reshape(self._shapes[parameter])
 
-    def model(self, streamed: bool | None = None) -> DeepSeekVL:
+    def model(self, streamed: bool | None = None, rounded_to: torch.dtype = torch.float32) -> DeepSeekVL:
         """The reference model in fp32 with these weights, for computing.
 
         Args:
             streamed: keep the weights in the files and load each module's only while it runs, so that
                 memory does not grow with the model; None does so above ``STREAM_ABOVE`` bytes.
+            rounded_to: dtype whose rounding the fp32 weights shall have.
         """
         with torch.device("meta"):
             model = DeepSeekVL(self.config)
         total = sum(4 * parameter.numel() for parameter in model.parameters())
         if total > STREAM_ABOVE if streamed is None else streamed:
-            self._stream_into(model)
+            self._stream_into(model, rounded_to)
         else:
             model = model.to_empty(device="cpu")
             for name, parameter in model.named_parameters():
-                parameter.data.copy_(self.load(name))
+                parameter.data.copy_(self.load(name).to(rounded_to))
         materialise_constants(model)
         return model.eval().requires_grad_(False)
 
-    def _stream_into(self, model: DeepSeekVL) -> None:
+    def _stream_into(self, model: DeepSeekVL, rounded_to: torch.dtype) -> None:
         """Hooks that give a module its own parameters before it runs and take them away after."""
 
         def attach(module: nn.Module, prefix: str) -> None:
@@ -197,7 +198,7 @@ class Checkpoint:
 
             def fill(module: nn.Module, args: Any) -> None:
                 for name in empty:
-                    value = self.load(f"{prefix}{name}").to(torch.float32)
+                    value = self.load(f"{prefix}{name}").to(rounded_to).to(torch.float32)
                     setattr(module, name, nn.Parameter(value, requires_grad=False))
 
             def drop(module: nn.Module, args: Any, output: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from reference.checkpoint import Checkpoint
 from reference.decoder import Decoder
 from reference.model import DeepSeekVL
 from reference.specs import preprocess_spec, prompt_spec
+from reference.taps import Tap, component_taps, recorded
 from reference.trace import component_contract
 from runtimes.cache import KVCache
 from runtimes.chain import Chain
@@ -23,26 +24,33 @@ from runtimes.tokenizer import Tokenizer
 
 
 class TorchComponent:
-    """A stateless component in eager PyTorch."""
+    """A stateless component in eager PyTorch.
 
-    def __init__(self, module: nn.Module, contract: Contract) -> None:
-        self.contract, self._module = contract, module
+    Args:
+        taps: to give as well; the contract is a debug build's then.
+    """
+
+    def __init__(self, module: nn.Module, contract: Contract, taps: Sequence[Tap] = ()) -> None:
+        self.contract, self._module, self._taps = contract, module, taps
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         tensors = [torch.from_numpy(inputs[spec.name]) for spec in self.contract.inputs]
-        outputs = self._module(*tensors)
+        with recorded(self._module, self._taps) as tapped:
+            outputs = self._module(*tensors)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        tensors = [*outputs, *(tapped[tap.name] for tap in self._taps)]
         return {
-            spec.name: tensor.numpy() for spec, tensor in zip(self.contract.outputs, outputs, strict=True)
+            spec.name: tensor.numpy() for spec, tensor in zip(self.contract.outputs, tensors, strict=True)
         }
 
 
 class TorchDecoder:
-    """The decoder in eager PyTorch, writing into the cache's numpy memory."""
+    """The decoder in eager PyTorch, writing into the cache's numpy memory; ``taps`` as above."""
 
-    def __init__(self, module: Decoder, contract: Contract) -> None:
-        self.contract, self._module = contract, module
+    def __init__(self, module: Decoder, contract: Contract, taps: Sequence[Tap] = ()) -> None:
+        self.contract, self._module, self._taps = contract, module, taps
+        self.tapped: Mapping[str, np.ndarray] = {}
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         return KVCache(self.contract.states, batch, capacity)
@@ -56,29 +64,39 @@ class TorchDecoder:
         states = [torch.from_numpy(array) for array in cache.arrays]
         rows = torch.from_numpy(np.asarray(logit_rows, dtype=np.int64))
         embeds, places = torch.from_numpy(inputs_embeds), torch.from_numpy(positions)
-        return np.asarray(self._module(embeds, places, rows, states).numpy())
+        with recorded(self._module, self._taps) as tapped:
+            logits = self._module(embeds, places, rows, states)
+        self.tapped = {name: tensor.numpy() for name, tensor in tapped.items()}
+        return np.asarray(logits.numpy())
 
 
-def reference_chain(checkpoint: Checkpoint, embedding_file: Path, model: DeepSeekVL | None = None) -> Chain:
+def reference_chain(
+    checkpoint: Checkpoint, embedding_file: Path, model: DeepSeekVL | None = None, tapped: bool = False
+) -> Chain:
     """The reference model in fp32 behind the runtime's chain.
 
     Args:
         embedding_file: the table that ``write_token_embedding`` wrote.
         model: the loaded model; None loads it.
+        tapped: as a debug build, whose sessions give their taps.
     """
     model = model or checkpoint.model()
     config = checkpoint.config
 
     def contract(component: str) -> Contract:
-        return component_contract(config, component, "fp32")
+        plain = component_contract(config, component, "fp32")
+        return plain.with_taps() if tapped else plain
+
+    def taps(component: str) -> Sequence[Tap]:
+        return component_taps(config, component) if tapped else ()
 
     return Chain(
         Tokenizer(checkpoint.tokenizer_files[0], prompt_spec(checkpoint)),
         preprocess_spec(checkpoint),
         TokenEmbedding(embedding_file),
-        TorchComponent(model.vision_encoder, contract("vision_encoder")),
-        TorchComponent(model.adaptor, contract("adaptor")),
-        TorchDecoder(model.decoder, contract("decoder")),
+        TorchComponent(model.vision_encoder, contract("vision_encoder"), taps("vision_encoder")),
+        TorchComponent(model.adaptor, contract("adaptor"), taps("adaptor")),
+        TorchDecoder(model.decoder, contract("decoder"), taps("decoder")),
     )
 
 

@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from reference.config import ModelConfig
 from reference.constants import materialise_constants
 from reference.decoder import Decoder
+from reference.taps import Tap, component_taps
 from reference.vision import Adaptor, VisionEncoder
 from runtimes.contracts import Contract, TensorSpec
 
@@ -29,11 +30,13 @@ PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 class TracedComponent:
     """A component's program and the contract it was traced under.
 
-    The program's user inputs are the contract's inputs, then its states, in order.
+    The program's user inputs are the contract's inputs, then its states, in order;
+    ``reference.taps.tap_nodes`` finds the taps in it.
     """
 
     program: ExportedProgram
     contract: Contract
+    taps: tuple[Tap, ...] = ()
 
 
 def component_contract(config: ModelConfig, component: str, precision: str) -> Contract:
@@ -46,17 +49,22 @@ def component_contract(config: ModelConfig, component: str, precision: str) -> C
     if vision.sam:
         width = vision.sam.downsample_widths[-1]
         features = (TensorSpec("high_features", dtype, ("batch", tokens, width), "SAM features"), low)
+    taps = tuple(
+        TensorSpec(tap.name, dtype, tap.shape, f"{'read by' if tap.before else 'output of'} {tap.module}")
+        for tap in component_taps(config, component)
+    )
     if component == "vision_encoder":
         pixels = "preprocessed RGB pixels, see the preprocessing spec"
         return Contract(
             component,
             (TensorSpec("pixel_values", dtype, ("batch", 3, side, side), pixels),),
             features,
+            taps=taps,
         )
     if component == "adaptor":
         shape = ("batch", tokens, decoder.width)
         embeds = TensorSpec("image_embeds", dtype, shape, "image tokens in the decoder's width")
-        return Contract(component, features, (embeds,))
+        return Contract(component, features, (embeds,), taps=taps)
     cache_shape = ("batch", decoder.kv_heads, "capacity", decoder.head_dim)
     return Contract(
         "decoder",
@@ -71,6 +79,7 @@ def component_contract(config: ModelConfig, component: str, precision: str) -> C
             for layer in range(decoder.layers)
             for kind in ("key", "value")
         ),
+        taps,
     )
 
 
@@ -113,7 +122,7 @@ def trace(config: ModelConfig, component: str, precision: str) -> TracedComponen
         else:
             args, dynamic = tuple(inputs), tuple(shapes)
         program = torch.export.export(module, args, dynamic_shapes=dynamic)
-    return TracedComponent(program, contract)
+    return TracedComponent(program, contract, component_taps(config, component))
 
 
 def _fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:

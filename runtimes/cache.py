@@ -37,13 +37,9 @@ class KVCache:
         arrays: list[np.ndarray] | None = None,
     ) -> None:
         self.specs, self.batch, self.capacity = specs, batch, capacity
-        self.arrays = arrays if arrays is not None else [self._zeros(spec) for spec in specs]
+        sizes = {"batch": batch, "capacity": capacity}
+        self.arrays = arrays if arrays is not None else [spec.allocate(sizes) for spec in specs]
         self.lengths = np.zeros(batch, dtype=np.int64)
-
-    def _zeros(self, spec: TensorSpec) -> np.ndarray:
-        sizes = {"batch": self.batch, "capacity": self.capacity}
-        shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
-        return np.zeros(shape, dtype=spec.dtype)
 
     @property
     def length(self) -> int:

@@ -64,7 +64,7 @@ class Chain:
 
     def adapt(self, features: dict[str, np.ndarray]) -> np.ndarray:
         """Vision features → ``[B, T, D]`` image embeddings."""
-        (output,) = self.adaptor.contract.outputs
+        output, *_ = self.adaptor.contract.outputs
         return self.adaptor.run(features)[output.name]
 
     def encode_image(self, image: ImageSource) -> tuple[str, np.ndarray]:
@@ -82,6 +82,13 @@ class Chain:
     def embed_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """``[S, D]`` text embeddings."""
         return self.embedding.lookup(np.asarray(tokens, dtype=np.int64), self._embeds_dtype)
+
+    def merge(self, tokens: np.ndarray, image_embeds: np.ndarray) -> np.ndarray:
+        """``[S, D]``: tokens ``[S]`` with the image tokens replaced, in order, by ``[n, T, D]``."""
+        embeds = self.embed_tokens(tokens)
+        places = tokens == self.tokenizer.spec.image_token_id
+        embeds[places] = image_embeds.reshape(-1, embeds.shape[1])
+        return embeds
 
     def embed_prompt(self, text: str, images: Sequence[ImageSource]) -> PromptInputs:
         """Tokenize, encode the images and put them in their places.

@@ -7,7 +7,7 @@ compare with it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,10 @@ class TensorSpec:
     shape: tuple[Dim, ...]
     meaning: str
 
+    def allocate(self, sizes: Mapping[str, int]) -> np.ndarray:
+        """Zeros of this dtype and shape; ``sizes`` gives the named dims."""
+        return np.zeros([dim if isinstance(dim, int) else sizes[dim] for dim in self.shape], self.dtype)
+
     def check(self, array: np.ndarray) -> None:
         """Raise ValueError where an array does not fit; named dims accept any size."""
         fits = len(array.shape) == len(self.shape) and all(
@@ -42,12 +46,21 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Contract:
-    """Inputs, outputs and in-place states of one component."""
+    """Inputs, outputs and in-place states of one component.
+
+    ``taps`` are inner tensors in order of execution, named after the part of the model that made
+    them; only a debug build gives them.
+    """
 
     component: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[TensorSpec, ...] = ()
+    taps: tuple[TensorSpec, ...] = ()
+
+    def with_taps(self) -> Contract:
+        """The contract of a debug build: its taps are outputs as well."""
+        return replace(self, outputs=self.outputs + self.taps)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Contract:
@@ -58,4 +71,5 @@ class Contract:
                 TensorSpec(row["name"], row["dtype"], tuple(row["shape"]), row["meaning"]) for row in rows
             )
 
-        return cls(raw["component"], specs(raw["inputs"]), specs(raw["outputs"]), specs(raw["states"]))
+        roles = ("inputs", "outputs", "states", "taps")
+        return cls(raw["component"], *(specs(raw.get(role, ())) for role in roles))

@@ -29,15 +29,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write indented JSON beside the file and rename, so that a reader never sees half of it."""
+def write_text(file: Path, text: str) -> None:
+    """Write beside the file and rename, so that a reader never sees half of it."""
     temporary = file.with_name(file.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(file: Path, value: Any) -> None:
+    """As ``write_text``, indented JSON."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256_of_file(file: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,12 @@ class Golden:
 
     ``squares [n, N, N, 3]`` uint8, ``features`` and ``image_embeds [n, T, C]`` float32,
     ``greedy_tokens [32]`` (not stopped at EOS), ``logits [32, V]`` float32: those of which
-    each greedy token is the argmax, the first one after prefill.
+    each greedy token is the argmax, the first one after prefill. ``taps`` (component → tap → sampled
+    values, see ``runtimes.taps``) has the first golden of a bundle only. ``checkpoint`` is the
+    SHA-256 of the checkpoint that was recorded.
     """
 
+    checkpoint: str
     prompt: str
     images: tuple[str, ...]
     squares: np.ndarray
@@ -38,6 +41,7 @@ class Golden:
     prompt_tokens: np.ndarray
     greedy_tokens: np.ndarray
     logits: np.ndarray
+    taps: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 def save_golden(golden: Golden, file: Path) -> None:
@@ -47,30 +51,62 @@ def save_golden(golden: Golden, file: Path) -> None:
         "prompt_tokens": golden.prompt_tokens,
         "greedy_tokens": golden.greedy_tokens,
         "logits": golden.logits,
-        **{f"features.{name}": array for name, array in golden.features.items()},
+        **{f"features/{name}": array for name, array in golden.features.items()},
+        **{
+            f"taps/{component}/{name}": array
+            for component, taps in golden.taps.items()
+            for name, array in taps.items()
+        },
     }
-    texts = {"prompt": golden.prompt, "images": json.dumps(golden.images)}
+    texts = {"checkpoint": golden.checkpoint, "prompt": golden.prompt, "images": json.dumps(golden.images)}
     save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, file, metadata=texts)
 
 
 def load_golden(file: Path) -> Golden:
-    """Raises UserError where the file is no golden."""
+    """Raises UserError where the file is no golden, or holds NaN or infinity."""
     try:
         with safe_open(file, framework="np") as handle:
             texts = handle.metadata()
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}
-        return Golden(
+        features: dict[str, np.ndarray] = {}
+        taps: dict[str, dict[str, np.ndarray]] = {}
+        for name in [name for name in tensors if "/" in name]:
+            group, _, path = name.partition("/")
+            if group == "features":
+                features[path] = tensors.pop(name)
+            else:
+                component, _, tap = path.partition("/")
+                taps.setdefault(component, {})[tap] = tensors.pop(name)
+        golden = Golden(
+            checkpoint=texts["checkpoint"],
             prompt=texts["prompt"],
             images=tuple(json.loads(texts["images"])),
-            features={
-                name.removeprefix("features."): array
-                for name, array in tensors.items()
-                if name.startswith("features.")
-            },
-            **{name: array for name, array in tensors.items() if not name.startswith("features.")},
+            features=features,
+            taps=taps,
+            **tensors,
         )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is no golden that can be read ({error}).") from error
+    check_finite(golden, f"The golden {file}")
+    return golden
+
+
+def check_finite(golden: Golden, what: str) -> None:
+    """Raise UserError where a golden holds NaN or infinity, which nothing can be compared with."""
+    arrays = {**golden.features, "image_embeds": golden.image_embeds, "logits": golden.logits}
+    for component, taps in golden.taps.items():
+        arrays |= {f"{component} {name}": array for name, array in taps.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{what} holds NaN or infinity in {name}; are the checkpoint's weights sound?")
+
+
+def relative_rms(found: np.ndarray, expected: np.ndarray) -> float:
+    """``|found - expected| / |expected|``; NaN where either holds NaN."""
+    exact = expected.astype(np.float64)
+    difference = found.astype(np.float64) - exact
+    scale = np.sqrt(np.mean(np.square(exact)))
+    return float(np.sqrt(np.mean(np.square(difference))) / max(scale, 1e-30))
 
 
 def greedy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,9 +12,13 @@ from runtimes.cache import KVCache
 from runtimes.contracts import Contract, TensorSpec, updated_state
 from runtimes.errors import UserError
 from runtimes.memory import available_memory
-from runtimes.session import SessionOptions
+from runtimes.session import Execution, SessionOptions
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Artifact
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
+DIALECTS = ("ort",)
 
 
 def _import() -> Any:
@@ -25,6 +29,25 @@ def _import() -> Any:
             "The backend onnxruntime is not installed; run: pip install 'dsvl-export[onnxruntime]'."
         ) from error
     return onnxruntime
+
+
+def devices() -> list[str]:
+    there = _import().get_available_providers()
+    return [device for device, provider in PROVIDERS.items() if provider in there]
+
+
+def execution(artifact: Artifact) -> Execution:
+    if artifact.dialect not in DIALECTS:
+        return Execution(
+            "not run", f"it is written in the dialect {artifact.dialect}, this release runs {DIALECTS[0]}"
+        )
+    try:
+        there = devices()
+    except UserError as error:
+        return Execution("not run", str(error).rstrip("."))
+    if artifact.target not in there:
+        return Execution("not run", f"it was built for {artifact.target}, here is only {', '.join(there)}")
+    return Execution("ran", f"{artifact.target} with onnxruntime {_import().__version__}")
 
 
 def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
@@ -104,7 +127,7 @@ class OrtDecoder:
 
     def __init__(self, session: Any, contract: Contract) -> None:
         self.contract, self._session = contract, session
-        (self._logits,) = contract.outputs
+        self.tapped: Mapping[str, np.ndarray] = {}
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
         return OrtCache(self.contract.states, batch, capacity)
@@ -127,8 +150,10 @@ class OrtDecoder:
         feeds = ((embeds_spec, embeds), (positions_spec, positions), (rows_spec, rows))
         for spec, array in feeds:
             _bind(cache.binding.bind_input, spec, array)
-        logits = np.empty((batch, len(logit_rows), int(self._logits.shape[-1])), np.float32)
-        _bind(cache.binding.bind_output, self._logits, logits)
+        sizes = {"batch": batch, "sequence": length, "rows": len(rows)}
+        outputs = {spec.name: spec.allocate(sizes) for spec in self.contract.outputs}
+        for spec in self.contract.outputs:
+            _bind(cache.binding.bind_output, spec, outputs[spec.name])
         try:
             self._session.run_with_iobinding(cache.binding)
         except BaseException as error:
@@ -136,6 +161,8 @@ class OrtDecoder:
             if isinstance(error, Exception):
                 raise _failed(self.contract, error) from error
             raise
+        logits = outputs.pop("logits")
+        self.tapped = outputs
         return logits
 
     def _bind_states(self, cache: OrtCache) -> Any:

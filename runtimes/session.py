@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from runtimes.cache import KVCache
 from runtimes.contracts import Contract
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Artifact
 
 
 @dataclass(frozen=True)
@@ -21,20 +24,45 @@ class SessionOptions:
     device: str = "cpu"
 
 
+@dataclass(frozen=True)
+class Execution:
+    """Whether an artifact can be run on this machine; different words for different things.
+
+    ``ran`` on the target's own runtime; ``simulated`` ``by`` an interpreter or another device's
+    runtime; ``built only``: it compiled but nothing here can execute it; ``not run``, ``by`` saying
+    why. Only the first two can be judged by parity.
+    """
+
+    kind: Literal["ran", "simulated", "built only", "not run"]
+    by: str = ""
+
+    @property
+    def judgeable(self) -> bool:
+        return self.kind in ("ran", "simulated")
+
+    def __str__(self) -> str:
+        link = {"simulated": " by ", "ran": " on "}.get(self.kind, ": ")
+        return self.kind + (link + self.by if self.by else "")
+
+
 class ComponentSession(Protocol):
     """A stateless component: the vision encoder or the adaptor."""
 
     contract: Contract
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name; inputs and outputs are those of the contract."""
+        """Outputs by name; inputs and outputs are those of the contract (a debug build's, with taps)."""
         ...
 
 
 class DecoderSession(Protocol):
-    """The decoder with its cache."""
+    """The decoder with its cache.
+
+    ``tapped`` are the taps of the last call, where the session was opened on a debug build.
+    """
 
     contract: Contract
+    tapped: Mapping[str, np.ndarray]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache that this session can use."""
@@ -54,6 +82,18 @@ class DecoderSession(Protocol):
 
 class Backend(Protocol):
     """A module ``runtimes/<backend>.py``: how to open the artifacts of a backend."""
+
+    def devices(self) -> list[str]:
+        """What ``SessionOptions.device`` can be here.
+
+        Raises:
+            UserError: the backend's library is not installed; the sentence names the extra.
+        """
+        ...
+
+    def execution(self, artifact: Artifact) -> Execution:
+        """What can be done here with an artifact, judged by what the manifest says of it."""
+        ...
 
     def open_component(self, file: Path, contract: Contract, options: SessionOptions) -> ComponentSession: ...
 

@@ -16,22 +16,43 @@ from runtimes.sampling import GenerationOptions
 
 @dataclass(frozen=True)
 class TaskItem:
-    """One question: images, the turns before it, and the only right answer."""
+    """One question: images, the turns before it, and the only right answer.
+
+    ``reference`` and ``reference_tokens`` are the fp32 reference's own answer and its length, where
+    they were recorded.
+    """
 
     images: tuple[Path, ...]
     messages: tuple[Message, ...]
     expected: str
     kind: str
+    reference: str | None = None
+    reference_tokens: int | None = None
 
 
 @dataclass
 class TaskScore:
-    """Right answers and questions, overall and by kind, and the wrong ones."""
+    """Right answers and questions, overall and by kind, the wrong ones, and tokens per answer."""
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
     wrong: list[tuple[TaskItem, str]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    def add(self, item: TaskItem, answer: str, tokens: int) -> None:
+        """One answer; it is right when it equals the expected text."""
+        self.asked[item.kind] += 1
+        self.answers.append(answer)
+        self.tokens.append(tokens)
+        if answer == item.expected:
+            self.right[item.kind] += 1
+        else:
+            self.wrong.append((item, answer))
+
+    @property
+    def mean_tokens(self) -> float:
+        return sum(self.tokens) / max(len(self.tokens), 1)
 
     @property
     def accuracy(self) -> float:
@@ -46,7 +67,8 @@ def load_task(file: Path) -> list[TaskItem]:
     """Items of a JSONL file, image paths relative to it.
 
     Each line has ``images`` (or ``image``), ``question`` (or ``prompt``), ``expected``, and
-    optionally ``history`` (messages) and ``kind``.
+    optionally ``history`` (messages), ``kind``, ``reference`` and ``reference_tokens`` (the fp32
+    reference's answer and its number of tokens).
 
     Raises:
         UserError: the file is missing, or a line cannot be read (it is named).
@@ -73,6 +95,8 @@ def _item(file: Path, number: int, line: str) -> TaskItem:
             messages=(*history, Message.from_dict({"role": "user", "content": question})),
             expected=str(row["expected"]).strip(),
             kind=str(row.get("kind", "all")),
+            reference=row.get("reference"),
+            reference_tokens=row.get("reference_tokens"),
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"Line {number} of {file} is no task item ({error}).") from error
@@ -81,16 +105,21 @@ def _item(file: Path, number: int, line: str) -> TaskItem:
 def run_task(
     pipeline: Pipeline, items: list[TaskItem], on_item: Callable[[], None], max_new_tokens: int = 48
 ) -> TaskScore:
-    """Ask every question greedily; an answer is right when it equals the expected text."""
+    """Ask every question greedily."""
     score = TaskScore()
     options = GenerationOptions(max_new_tokens=max_new_tokens)
     for item in items:
-        answer = pipeline.chat(item.messages, item.images, options).text.strip()
-        score.asked[item.kind] += 1
-        score.answers.append(answer)
-        if answer == item.expected:
-            score.right[item.kind] += 1
-        else:
-            score.wrong.append((item, answer))
+        answer = pipeline.chat(item.messages, item.images, options)
+        score.add(item, answer.text.strip(), len(answer.tokens))
         on_item()
+    return score
+
+
+def recorded_score(items: list[TaskItem]) -> TaskScore | None:
+    """The score of the recorded reference answers; None where a question has none."""
+    score = TaskScore()
+    for item in items:
+        if item.reference is None or item.reference_tokens is None:
+            return None
+        score.add(item, item.reference, item.reference_tokens)
     return score

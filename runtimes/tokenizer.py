@@ -49,6 +49,10 @@ class Tokenizer:
             raise UserError("The prompt is not valid UTF-8 text.") from error
         return [self.spec.bos_id, *ids]
 
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """Each token's own text, special ones written out; parts of a character give U+FFFD."""
+        return [str(self._tokenizer.decode([token], skip_special_tokens=False)) for token in tokens]
+
     def stream(self) -> TokenStream:
         return TokenStream(self._tokenizer)
 

@@ -11,8 +11,9 @@ import torch
 import transformers
 
 from dsvl_export.exporting import export
-from reference.checkpoint import TINY, Checkpoint, open_checkpoint
+from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.model import DeepSeekVL
+from reference.tiny import TINY
 from reference.tiny.pictures import draw
 from runtimes.bundle import Bundle
 from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from runtimes.contracts import Contract
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,17 @@ class Compiler(Protocol):
         Args:
             load: gives a parameter of the component by name, as a torch tensor.
             on_bytes: called with the bytes of weights written, for progress.
+        """
+        ...
+
+    def debug_build(self, artifact: Path, contract: Contract, folder: Path) -> Path:
+        """Write into ``folder`` the artifact's program with the contract's taps as further outputs.
+
+        The runtime opens it under ``contract.with_taps()``. Built from the shipped artifact where the
+        format allows that, so that a fault in the file is in the debug build as well.
+
+        Raises:
+            UserError: it cannot be built here.
         """
         ...
 

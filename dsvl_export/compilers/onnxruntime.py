@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 import onnxruntime
-from torch import Tensor
+from onnx import helper
 
 from dsvl_export.compilers import Compiled
-from dsvl_export.onnx_graph.builder import element_type
-from dsvl_export.onnx_graph.dialect_ort import OrtDialect
-from dsvl_export.onnx_graph.lower import lower
-from dsvl_export.onnx_graph.writer import write_model
-from reference.trace import TracedComponent
+from dsvl_export.onnx_graph.builder import TAPS, element_type, value_info
 from runtimes.contracts import Contract, TensorSpec, updated_state
+from runtimes.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reference.trace import TracedComponent
 
 PRECISIONS = ("fp32", "fp16")
 
@@ -32,6 +37,11 @@ def compile_component(
         ValueError: the written file breaks the contract.
         UserError: ONNX Runtime has no kernel for the decoder's head size.
     """
+    # Here, so that a debug build needs no torch.
+    from dsvl_export.onnx_graph.dialect_ort import OrtDialect
+    from dsvl_export.onnx_graph.lower import lower
+    from dsvl_export.onnx_graph.writer import write_model
+
     graph = lower(traced, load, OrtDialect())
     file = folder / f"{traced.contract.component}.onnx"
     files = write_model(graph, file, on_bytes)
@@ -40,6 +50,27 @@ def compile_component(
     _load_once(file)
     tools = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     return Compiled(tuple(files), "cpu", "ort", tools)
+
+
+def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
+    """The same file with the contract's taps as further outputs."""
+    model = onnx.load(str(artifact), load_external_data=False)
+    try:
+        values = json.loads({item.key: item.value for item in model.metadata_props}[TAPS])
+        sources = [values[spec.name] for spec in contract.taps]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{artifact} does not say where its taps are; export it again.") from error
+    for spec, source in zip(contract.taps, sources, strict=True):
+        model.graph.node.append(helper.make_node("Identity", [source], [spec.name], name=f"tap/{spec.name}"))
+        model.graph.output.append(value_info(spec.name, spec.dtype, spec.shape))
+    debug = folder / artifact.name
+    debug.write_bytes(model.SerializeToString())
+    for data in artifact.parent.glob(f"{artifact.name}.data"):
+        try:
+            (folder / data.name).hardlink_to(data)  # ONNX Runtime refuses symbolic links
+        except OSError:  # another file system
+            shutil.copyfile(data, folder / data.name)
+    return debug
 
 
 def _load_once(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
+TAPS = "dsvl_export.taps"  # key of the model's metadata
 Attributes = Mapping[str, Any]
 NO_ATTRIBUTES: Attributes = {}
 
@@ -39,6 +41,7 @@ class Graph:
     initializers: dict[str, Initializer] = field(default_factory=dict)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    taps: dict[str, str] = field(default_factory=dict)  # tap → the value in this graph that is it
     _names: set[str] = field(default_factory=set)
 
     def node(
@@ -94,6 +97,7 @@ class Graph:
         imports += [helper.make_opsetid(domain, 1) for domain in sorted(domains)]
         model = helper.make_model(graph, opset_imports=imports, producer_name="dsvl-export")
         model.ir_version = 10
+        helper.set_model_props(model, {TAPS: json.dumps(self.taps)})
         return model
 
 

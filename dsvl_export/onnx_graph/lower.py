@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from dsvl_export.onnx_graph.builder import Graph, element_type, value_info
+from reference.taps import tap_nodes
 from reference.trace import TracedComponent
 from runtimes.contracts import updated_state
 
@@ -82,6 +83,8 @@ class Lowering:
                 self._lower(node)
             elif node.op == "output":
                 self._bind_outputs(node)
+        for tap, node in tap_nodes(self.traced.program, self.traced.taps).items():
+            self.graph.taps[tap] = self.value(node)
         return self.graph
 
     def _lower(self, node: Node) -> None:

@@ -1,21 +1,26 @@
 """Write the held-out set: ``python -m reference.tiny.heldout`` (500 questions, fixed seeds).
 
 Fonts and positions are those that training never uses. The pictures are stored, so that the
-figures do not depend on the fonts or the FreeType of the machine.
+figures do not depend on the fonts or the FreeType of the machine. ``--answers`` keeps the set and
+records what the fp32 reference answers with the present weights.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from reference.tiny import HELDOUT
 from reference.tiny.pictures import Scene, draw
 from reference.tiny.questions import KINDS, Question, ask, image_preamble
+from runtimes.pipeline import Pipeline
+from runtimes.task import TaskItem, TaskScore, load_task, run_task
 
-FOLDER = Path(__file__).parent / "heldout"
 QUESTIONS = 500
 SEED = 2403_05525
 
@@ -66,10 +71,32 @@ def _row(
             "expected": question.answer}  # fmt: skip
 
 
+def reference_answers(items: list[TaskItem]) -> TaskScore:
+    """What the fp32 reference answers with the bundled weights."""
+    from reference.checkpoint import open_checkpoint
+    from reference.session import reference_chain, write_token_embedding
+
+    checkpoint = open_checkpoint("tiny")
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "table.safetensors"
+        write_token_embedding(checkpoint, table)
+        chain = reference_chain(checkpoint, table)
+        pipeline = Pipeline(
+            chain, chain.tokenizer.spec.system_prompt, checkpoint.config.decoder.max_positions
+        )
+        return run_task(pipeline, items, lambda: None)
+
+
 def main() -> None:
-    rows = make_rows(FOLDER)
+    if sys.argv[1:] == ["--answers"]:
+        rows = [json.loads(line) for line in HELDOUT.read_text(encoding="utf-8").splitlines()]
+        score = reference_answers(load_task(HELDOUT))
+        for row, answer, tokens in zip(rows, score.answers, score.tokens, strict=True):
+            row.update(reference=answer, reference_tokens=tokens)
+    else:
+        rows = make_rows(HELDOUT.parent)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    (FOLDER / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    HELDOUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,20 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import onnx
 import pytest
-from onnx import numpy_helper
 
 from dsvl_export import cli
-from dsvl_export.ladder import Tolerance
+from dsvl_export.ladder.tolerances import load_tolerances
 from runtimes.bundle import MANIFEST, Bundle
-from runtimes.files import sha256_of_file
 from runtimes.memory import available_memory
+from tests.dsvl_export.faults import plant, scaled, weight
 
-COMMANDS = ("demo", "export", "run", "chat", "parity", "inspect", "verify")
+COMMANDS = (
+    "demo", "export", "run", "chat", "inspect", "verify", "parity", "compare", "doctor", "targets", "plan",
+)  # fmt: skip
 
 
 class Done(NamedTuple):
@@ -102,20 +103,24 @@ def test_chat_remembers_the_image(
 def test_parity_tables_json_and_exit_codes(run, bundle_copy: Path, tmp_path: Path) -> None:
     done = run("parity", bundle_copy)
     assert done.code == 0
-    for name in ("vision_encoder", "greedy_tokens", "fp32", "fp16", "passed"):
+    for name in ("vision_encoder", "greedy_tokens", "fp32", "fp16", "passed", "99.2% exact", "ran on cpu"):
         assert name in done.out
+    assert done.err.count("Report: ") == 2
     assert (
         json.loads((bundle_copy / MANIFEST).read_text())["parity"]["onnxruntime/fp16"]["verdict"] == "passed"
     )
-    rows = [{"image": str(bundle_copy / "goldens/images" / file.name), "prompt": "Describe the picture.", "expected": "no"}
-            for file in sorted((bundle_copy / "goldens/images").iterdir())[:2]]  # fmt: skip
+    rows = [{"image": str(file), "prompt": "Describe the picture.", "expected": "no"}
+            for file in sorted((bundle_copy / "goldens/images").glob("0*.png"))[:2]]  # fmt: skip
     (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert len(json.loads(run("parity", bundle_copy, "--backend", "onnxruntime", "--json").out)) == 2
-    (result,) = json.loads(
-        run("parity", bundle_copy, "--precision", "fp32", "--task", tmp_path / "task.jsonl", "--json").out
-    )
+    quick = ("parity", bundle_copy, "--json", "--task")
+    assert len(json.loads(run(*quick, "none", "--backend", "onnxruntime").out)) == 2
+    (result,) = json.loads(run(*quick, tmp_path / "task.jsonl", "--precision", "fp32").out)
     assert result["verdict"] == "passed"
-    assert result["task"] == {"questions": 2, "right": 0, "exact_match": 0.0, "by_kind": {"all": 0.0}}
+    assert (result["task"]["questions"], result["task"]["right"], result["task"]["baseline"]) == (2, 0, None)
+    assert result["task"]["by_kind"] == {"all": 0.0}
+    unjudged = run(*quick, tmp_path / "task.jsonl")  # fp32 answers nothing right, so fp16 has nothing to keep
+    assert unjudged.code == 3
+    assert [row["verdict"] for row in json.loads(unjudged.out)] == ["passed", "not judged"]
     # Another adaptor's file in its place.
     shutil.copyfile(
         bundle_copy / "onnxruntime/fp16/adaptor/adaptor.onnx",
@@ -127,23 +132,59 @@ def test_parity_tables_json_and_exit_codes(run, bundle_copy: Path, tmp_path: Pat
 def test_parity_and_export_exit_with_1_where_something_differs(
     run, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = "onnxruntime/fp32/adaptor/adaptor.onnx"
-    model = onnx.load(str(bundle_copy / path))
-    weight = next(item for item in model.graph.initializer if item.name.endswith("transposed"))
-    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
-    onnx.save(model, str(bundle_copy / path))
-    manifest = json.loads((bundle_copy / MANIFEST).read_text())
-    manifest["files"][path] = {
-        "bytes": (bundle_copy / path).stat().st_size,
-        "sha256": sha256_of_file(bundle_copy / path),
-    }
-    (bundle_copy / MANIFEST).write_text(json.dumps(manifest))
-    done = run("parity", bundle_copy)
+    plant(bundle_copy, "fp32", "adaptor", weight("layers.1.weight_transposed", scaled(1.01)))
+    done = run("parity", bundle_copy, "--task", "none")
     assert done.code == 1
     assert "failed" in done.out
+    assert "Drift in the adaptor: layers.1 is the first to leave its band" in done.out
     assert Bundle.open(bundle_copy).manifest.parity["onnxruntime/fp32"]["verdict"] == "failed"
-    monkeypatch.setattr("dsvl_export.ladder.TOLERANCES", {"fp32": Tolerance(1e-12, 1e-12)})
+    strict = {name: replace(row, factor=1e-6) for name, row in load_tolerances().items()}
+    monkeypatch.setattr("dsvl_export.ladder.against_reference.load_tolerances", lambda: strict)
     assert run("export", "tiny", "--output", bundle_copy).code == 1
+
+
+def test_parity_options(run, bundle_copy: Path, tmp_path: Path) -> None:
+    """A report elsewhere leaves the bundle as it was; tolerances and taps come from the command line."""
+    before = (bundle_copy / MANIFEST).read_text()
+    (tmp_path / "t.yaml").write_text("fp32: {rungs: {vision_encoder: 1.0e-9}}")
+    ask = (
+        "parity",
+        bundle_copy,
+        "--precision",
+        "fp32",
+        "--task",
+        "none",
+        "--report",
+        tmp_path / "r",
+        "--json",
+    )
+    done = run(*ask, "--tolerances", tmp_path / "t.yaml", "--taps", "--threads", "1")
+    assert done.code == 1
+    (document,) = json.loads(done.out)
+    assert document["tolerance"]["rungs"] == {"vision_encoder": 1e-9}
+    assert [row["component"] for row in document["drift"]] == ["vision_encoder", "adaptor", "decoder"]
+    assert (bundle_copy / MANIFEST).read_text() == before
+    assert not (bundle_copy / "reports").exists()
+    assert {file.name for file in (tmp_path / "r").iterdir()} == {
+        "parity-onnxruntime-fp32.json", "parity-onnxruntime-fp32.html"
+    }  # fmt: skip
+    live = run("parity", bundle_copy, "--precision", "fp32", "--task", "none", "--live", "tiny", "--json")
+    assert json.loads(live.out)[0]["reference"] == "torch fp32, live from tiny"
+    (tmp_path / "t.yaml").write_text("fp32: {bound: 1}")
+    assert refused(run(*ask, "--tolerances", tmp_path / "t.yaml"), "unknown keys for fp32: bound")
+    (tmp_path / "file").write_text("")
+    refused(run(*ask[:-2], tmp_path / "file"), "The report cannot be written to")
+
+
+def test_compare_command(run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    ask = ("compare", tiny_bundle.folder, tiny_bundle.folder, "--precision-b", "fp16", "--task", "none")
+    done = run(*ask, "--report", tmp_path)
+    assert done.code == 0
+    assert "Parity of onnxruntime fp16" in done.out
+    assert (tmp_path / "compare.html").exists()
+    document = json.loads(run(*ask, "--json").out)
+    assert document["reference"] == f"{tiny_bundle.folder} onnxruntime fp32"
+    assert refused(run(*ask, "--precision-a", "int8"), "holds no int8")
 
 
 def test_inspect_and_verify(run, bundle_copy: Path) -> None:
@@ -170,7 +211,8 @@ def test_demo_ends_with_what_to_try_next(run, tmp_path: Path, capsys: pytest.Cap
     done = run("demo", "--output", tmp_path / "demo")
     assert done.code == 0
     assert done.out.count("Model: ") == 12
-    assert done.out.count("passed") == 12
+    assert done.out.count("passed") == 2 * (1 + 7)
+    assert done.out.count("Report: ") == 2
     assert "dsvl-export run" in done.out.split("Next")[1]
     assert len(list((tmp_path / "demo/pictures").glob("*.png"))) == 3
     machine = json.loads(run("demo", "--output", tmp_path / "demo", "--json").out)

@@ -10,8 +10,8 @@ import tokenizers
 import torch
 import transformers
 
-from reference.checkpoint import TINY
 from reference.config import CLIP_MEAN, CLIP_STD, HALF
+from reference.tiny import TINY
 from runtimes.prompt import IMAGE_PLACEHOLDER
 
 VOCABULARY = 521

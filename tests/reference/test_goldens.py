@@ -2,45 +2,121 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from reference import goldens
+from reference.goldens import PHOTOGRAPHS, golden_requests
+from reference.model import DeepSeekVL
+from reference.rounding import rounded_chain
 from reference.session import reference_chain, write_token_embedding
+from reference.trace import TRACED_COMPONENTS, component_contract
+from runtimes import recording
+from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens import GREEDY_TOKENS, load_golden
+from runtimes.goldens import GREEDY_TOKENS, load_golden, relative_rms
+from runtimes.recording import record_goldens
+from runtimes.taps import SAMPLES, TAPPED_COMPONENTS, sample, take_taps
 from tests.conftest import OraclePair
+
+DIGEST = "0" * 64
+
+
+def chain_of(pair: OraclePair, folder: Path, tapped: bool = False, model: DeepSeekVL | None = None) -> Chain:
+    table = folder / "table.safetensors"
+    write_token_embedding(pair.checkpoint, table)
+    return reference_chain(pair.checkpoint, table, model or pair.model, tapped)
+
+
+def record(pair: OraclePair, folder: Path, positions: int, tapped: bool = False) -> list[tuple[int, int]]:
+    folder.mkdir()
+    chain, steps = chain_of(pair, folder), []
+    requests = golden_requests(chain.tokenizer.spec.system_prompt)
+    debug = chain_of(pair, folder, True) if tapped else None
+    record_goldens(
+        chain, requests, folder / "goldens", DIGEST, positions, lambda *step: steps.append(step), debug
+    )
+    return steps
 
 
 def test_groups_change_nothing(pair: OraclePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One group of all requests against one group per request; the progress reaches its total."""
-    table = tmp_path / "table.safetensors"
-    write_token_embedding(pair.checkpoint, table)
-    chain = reference_chain(pair.checkpoint, table, pair.model)
-    steps: list[tuple[int, int]] = []
-    goldens.record_goldens(chain, tmp_path / "together", 300, lambda done, total: steps.append((done, total)))
-    assert steps[-1] == (8 + GREEDY_TOKENS, 8 + GREEDY_TOKENS)
-    monkeypatch.setattr(goldens, "CACHE_BYTES", 1)
-    goldens.record_goldens(chain, tmp_path / "alone", 300, lambda done, total: steps.append((done, total)))
-    assert steps[-1] == (8 + 8 * GREEDY_TOKENS, 8 + 8 * GREEDY_TOKENS)
-    for index in range(8):
+    assert record(pair, tmp_path / "together", 300)[-1] == (10 + GREEDY_TOKENS, 10 + GREEDY_TOKENS)
+    monkeypatch.setattr(recording, "CACHE_BYTES", 1)
+    assert record(pair, tmp_path / "alone", 300)[-1] == (10 + 10 * GREEDY_TOKENS, 10 + 10 * GREEDY_TOKENS)
+    for index in range(10):
         together, alone = (
-            load_golden(tmp_path / way / f"{index:02}.safetensors") for way in ("together", "alone")
+            load_golden(tmp_path / way / f"goldens/{index:02}.safetensors") for way in ("together", "alone")
         )
+        assert together.checkpoint == DIGEST
         assert together.greedy_tokens.tolist() == alone.greedy_tokens.tolist()
         assert np.allclose(together.logits, alone.logits, atol=1e-4)
         assert together.logits.argmax(-1).tolist() == together.greedy_tokens.tolist()
         assert np.array_equal(together.squares, alone.squares)
-    assert len(list((tmp_path / "alone" / "images").iterdir())) == 10
+    images = {file.name for file in (tmp_path / "alone/goldens/images").iterdir()}
+    assert len(images) == 12
+    assert set(PHOTOGRAPHS) <= images  # scikit-image is installed where these tests run
 
 
 def test_requests_that_do_not_fit_are_left_out(hybrid_pair: OraclePair, tmp_path: Path) -> None:
-    table = tmp_path / "table.safetensors"
-    write_token_embedding(hybrid_pair.checkpoint, table)
-    chain = reference_chain(hybrid_pair.checkpoint, table, hybrid_pair.model)
-    goldens.record_goldens(chain, tmp_path / "some", 110, lambda done, total: None)
-    assert 0 < len(list((tmp_path / "some").glob("*.safetensors"))) < 8
+    record(hybrid_pair, tmp_path / "some", 110)
+    assert 0 < len(list((tmp_path / "some/goldens").glob("*.safetensors"))) < 10
     with pytest.raises(UserError, match="50 positions are too few for goldens; export with --no-goldens"):
-        goldens.record_goldens(chain, tmp_path / "none", 50, lambda done, total: None)
+        record(hybrid_pair, tmp_path / "none", 50)
+
+
+def test_a_checkpoint_with_nan_is_not_recorded(siglip_pair: OraclePair, tmp_path: Path) -> None:
+    model = siglip_pair.checkpoint.model()
+    model.decoder.norm.weight.data[3] = float("nan")
+    with pytest.raises(
+        UserError, match="holds NaN or infinity in logits; are the checkpoint's weights sound"
+    ):
+        record(replace(siglip_pair, model=model), tmp_path / "nan", 300)
+    assert not list((tmp_path / "nan/goldens").glob("*.safetensors"))
+
+
+def test_taps_are_those_of_the_contract(pair: OraclePair, tmp_path: Path) -> None:
+    """Every block and layer has one, and the last tap of each component is what the component gives."""
+    record(pair, tmp_path / "r", 300, tapped=True)
+    golden = load_golden(tmp_path / "r/goldens/00.safetensors")
+    assert TAPPED_COMPONENTS == TRACED_COMPONENTS
+    for component in TAPPED_COMPONENTS:
+        contract = component_contract(pair.checkpoint.config, component, "fp32")
+        assert set(golden.taps[component]) == {spec.name for spec in contract.taps}
+    config = pair.checkpoint.config
+    assert {f"low.blocks.{i}" for i in range(config.vision.siglip.layers)} <= set(
+        golden.taps["vision_encoder"]
+    )
+    assert {f"layers.{i}" for i in range(config.decoder.layers)} <= set(golden.taps["decoder"])
+    assert np.array_equal(
+        golden.taps["vision_encoder"]["low.norm"], sample(golden.features["low_features"][:1])
+    )
+    # Alone or together with a second image: another batch size, so not bit for bit.
+    assert relative_rms(golden.taps["adaptor"]["layers.1" if config.vision.sam else "layers.2"],
+                        sample(golden.image_embeds[:1])) < 1e-6  # fmt: skip
+    assert not load_golden(tmp_path / "r/goldens/01.safetensors").taps
+
+
+def test_samples_favour_no_axis() -> None:
+    """A wrong channel, row or plane of a large tensor is hit about as often as its share."""
+    shape = (40, 60, 300)
+    for axis in range(3):
+        wrong = np.zeros(shape, np.float32)
+        np.moveaxis(wrong, axis, 0)[7] = 1
+        assert sample(wrong).mean() == pytest.approx(1 / shape[axis], rel=0.15)
+    assert len(sample(np.zeros(shape))) == SAMPLES
+    small = np.arange(12, dtype=np.float16).reshape(3, 4)
+    assert sample(small).tolist() == list(range(12))
+
+
+def test_rounding_costs_what_half_precision_costs(pair: OraclePair, tmp_path: Path) -> None:
+    """Between one rounding (2**-12 of a value's size) and many, at every tap of every component."""
+    record(pair, tmp_path / "r", 300, tapped=True)
+    golden = load_golden(tmp_path / "r/goldens/00.safetensors")
+    chain = rounded_chain(pair.checkpoint, tmp_path / "r/table.safetensors", "fp16")
+    for component, taps in golden.taps.items():
+        found = take_taps(chain, golden, component)
+        for name, expected in taps.items():
+            assert 5e-5 < relative_rms(found[name], expected) < 5e-3, (component, name)

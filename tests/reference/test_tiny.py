@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reference.checkpoint import TINY
+from reference.checkpoint import open_checkpoint
+from reference.tiny import HELDOUT, TINY, TINY_DIGEST
 from reference.tiny.batches import encode_chat
-from reference.tiny.heldout import QUESTIONS, make_rows
+from reference.tiny.heldout import QUESTIONS, make_rows, reference_answers
 from reference.tiny.pictures import CANVAS, HELD_OUT_FONTS, TRAIN_FONTS, draw
 from reference.tiny.questions import KINDS, Question, chat, describe
 from reference.tiny.tokenizer import corpus, train_tokenizer
@@ -23,7 +24,7 @@ from runtimes.task import TaskItem, TaskScore, load_task, run_task
 
 @pytest.fixture(scope="module")
 def items() -> list[TaskItem]:
-    return load_task(TINY / "heldout" / "questions.jsonl")
+    return load_task(HELDOUT)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +76,20 @@ def test_answers_come_from_the_pixels(tiny_bundle: Bundle, items: list[TaskItem]
         assert score.by_kind()[kind] <= 0.05
 
 
+def test_recorded_answers_are_those_of_the_bundled_weights(items: list[TaskItem]) -> None:
+    """A sixth of them again through PyTorch; the digest says for which weights they hold."""
+    assert open_checkpoint("tiny").digest == TINY_DIGEST
+    some = items[::6]
+    score = reference_answers(some)
+    assert score.answers == [item.reference for item in some]
+    assert score.tokens == [item.reference_tokens for item in some]
+
+
 def test_the_held_out_set_is_what_its_script_makes(items: list[TaskItem], tmp_path: Path) -> None:
     rows = make_rows(tmp_path)
-    stored = [json.loads(line) for line in (TINY / "heldout" / "questions.jsonl").read_text().splitlines()]
+    stored = [json.loads(line) for line in HELDOUT.read_text().splitlines()]
+    for row in stored:  # recorded with the weights, later
+        del row["reference"], row["reference_tokens"]
     assert rows == stored
     assert {row["kind"] for row in rows} == set(KINDS)
     assert min(Counter(row["kind"] for row in rows).values()) >= 30

@@ -10,8 +10,9 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from reference.checkpoint import TINY, open_checkpoint
+from reference.checkpoint import open_checkpoint
 from reference.specs import prompt_spec
+from reference.tiny import TINY
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 from runtimes.prompt import SYSTEM_PROMPT, Message, format_chat

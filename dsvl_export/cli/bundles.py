@@ -1,62 +1,39 @@
-"""The command line: ``dsvl-export demo | export | run | chat | parity | inspect | verify``."""
+"""Commands that make bundles, ask them and look into them."""
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from dsvl_export.version import __version__
+from dsvl_export.cli.app import app
+from dsvl_export.cli.options import (
+    Backend,
+    BundleFolder,
+    Capacity,
+    Images,
+    Json,
+    JsonLines,
+    MaxNewTokens,
+    Penalty,
+    Precision,
+    Seed,
+    Stop,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    Verify,
+)  # fmt: skip
+from dsvl_export.cli.proof import judge, leave_with
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
     from dsvl_export.ladder import ParityResult
-    from runtimes.task import TaskItem
-
-app = typer.Typer(
-    help="Export DeepSeek-VL to the places where people run it, and prove that it computes the same.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
-
-BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, made by 'export'.", metavar="BUNDLE")]
-Backend = Annotated[Optional[str], typer.Option(help="Backend of the bundle; default: its first.")]
-Precision = Annotated[Optional[str], typer.Option(help="Precision of the bundle; default: its first.")]
-Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: the backend's choice.")]
-Capacity = Annotated[
-    Optional[int], typer.Option(min=1, help="Tokens that the KV cache holds; default: the bundle's.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per answer on stdout.")]
-Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of what is loaded.")]
-Images = Annotated[
-    Optional[list[Path]], typer.Option("--image", "-i", help="Image file; repeat for several.")
-]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(min=0, help="Sample from the K likeliest tokens; 0: all.")]
-TopP = Annotated[float, typer.Option(help="Sample from the smallest set with this probability.")]
-Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.")]
-Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
-Stop = Annotated[Optional[list[str]], typer.Option(help="String that ends the answer; repeatable.")]
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"dsvl-export {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
+    from dsvl_export.ladder.against_reference import OnStep
+    from runtimes.bundle import Bundle
 
 
 @app.command()
@@ -103,21 +80,31 @@ def export(
                 bars.console.print(f"[dim]{progress.stage}: unchanged, reused[/]")
 
         bundle = run_export(checkpoint, output, backend, precisions, goldens, report)
-    results = [_parity(output, backend, each, None, None) for each in precisions if check and goldens]
+    verdicts = [
+        judge(output, f"{backend} {each}", partial(_climb, backend, each))
+        for each in precisions
+        if check and goldens
+    ]
+    results = [result for _, result in verdicts]
     if as_json:
         bundle = Bundle.open(output)  # with the verdicts
-        verdicts = [result.to_dict() for result in results]
+        documents = [document for document, _ in verdicts]
         display.print_json(
-            {"bundle": str(bundle.folder), "manifest": bundle.manifest.to_dict(), "parity": verdicts}
+            {"bundle": str(bundle.folder), "manifest": bundle.manifest.to_dict(), "parity": documents}
         )
     else:
         for result in results:
-            display.out.print(display.parity_table(result))
+            display.print_parity(result)
         total = sum(entry.bytes for entry in bundle.manifest.files.values())
         print(f"Wrote {bundle.folder} ({display.size(total)}).")
         print(f'Next: dsvl-export run {bundle.folder} --image PICTURE --prompt "Describe the picture."')
-    if not all(result.passed for result in results):
-        raise typer.Exit(1)
+    leave_with(results)
+
+
+def _climb(backend: str, precision: str, bundle: Bundle, on_step: OnStep) -> ParityResult:
+    from dsvl_export.ladder import parity
+
+    return parity(bundle, backend, precision, on_step=on_step)
 
 
 @app.command()
@@ -201,81 +188,6 @@ def chat(
 
 
 @app.command()
-def parity(
-    bundle: BundleFolder,
-    backend: Backend = None,
-    precision: Precision = None,
-    task: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Also measure exact match: 'heldout' (the tiny model's questions) or a JSONL file."
-        ),
-    ] = None,
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """Compare a bundle with the PyTorch reference, stage by stage; needs no PyTorch.
-
-    Every backend and precision of the bundle is judged, or the one you name. Exit code 0: all
-    passed; 1: something differs. The report goes into the bundle's reports folder.
-    """
-    from dsvl_export import display
-    from runtimes.bundle import Bundle
-
-    opened = Bundle.open(bundle)
-    opened.select(backend, precision)  # says what there is where nothing fits
-    pairs = [pair for pair in opened.choices() if backend in (None, pair[0]) and precision in (None, pair[1])]
-    results = [_parity(bundle, *pair, task, threads) for pair in pairs]
-    if as_json:
-        display.print_json([result.to_dict() for result in results])
-    else:
-        for result in results:
-            display.out.print(display.parity_table(result))
-    if not results or not all(result.passed for result in results):
-        raise typer.Exit(1)
-
-
-def _parity(
-    folder: Path, backend: str, precision: str, task: str | None, threads: int | None
-) -> ParityResult:
-    """One run of the ladder with a progress bar; the verdict is kept in the bundle."""
-    from dsvl_export import display
-    from dsvl_export.ladder import parity as run_parity
-    from dsvl_export.records import record_verdict
-    from runtimes.bundle import Bundle
-
-    opened = Bundle.open(folder)
-    items = _task_items(task)
-    with display.progress_bar() as bars:
-        bar = bars.add_task("")
-
-        def on_step(name: str, done: int, total: int) -> None:
-            bars.update(bar, description=f"{backend} {precision}: {name}", completed=done, total=total)
-
-        result = run_parity(opened, backend, precision, items, threads, on_step)
-    try:
-        record_verdict(opened, result)
-    except (OSError, UserError) as error:  # a read-only bundle, or an export that is changing it
-        print(f"The verdict was not kept in the bundle: {error}", file=sys.stderr)
-    return result
-
-
-def _task_items(task: str | None) -> list[TaskItem] | None:
-    from runtimes.task import load_task
-
-    if task is None:
-        return None
-    if task == "heldout":
-        # Found without importing the package, which would need nothing but is PyTorch's.
-        import importlib.util
-
-        spec = importlib.util.find_spec("reference")
-        assert spec and spec.submodule_search_locations
-        return load_task(Path(spec.submodule_search_locations[0]) / "tiny" / "heldout" / "questions.jsonl")
-    return load_task(Path(task))
-
-
-@app.command()
 def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
     """Show what a bundle holds: model, artifacts, sizes, contracts, verdicts."""
     from dsvl_export import display
@@ -317,27 +229,3 @@ def demo(
 
     if not run_demo(output, as_json):
         raise typer.Exit(1)
-
-
-def main() -> None:
-    """Entry point: errors of the user's making are one sentence and exit code 2."""
-    try:
-        app()
-    except SystemExit as done:
-        if done.code == 130:  # how typer reports Ctrl-C
-            print("Interrupted; an export goes on where it stopped when it is run again.", file=sys.stderr)
-        raise
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ImportError as error:
-        needs = error.name or str(error)
-        print(f"Error: This needs {needs}; run: pip install 'dsvl-export[cpu]'.", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

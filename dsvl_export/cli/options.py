@@ -1,0 +1,43 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, made by 'export'.", metavar="BUNDLE")]
+Backend = Annotated[Optional[str], typer.Option(help="Backend of the bundle; default: its first.")]
+Precision = Annotated[Optional[str], typer.Option(help="Precision of the bundle; default: its first.")]
+Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: the backend's choice.")]
+Capacity = Annotated[
+    Optional[int], typer.Option(min=1, help="Tokens that the KV cache holds; default: the bundle's.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per answer on stdout.")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of what is loaded.")]
+Images = Annotated[
+    Optional[list[Path]], typer.Option("--image", "-i", help="Image file; repeat for several.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from the K likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Sample from the smallest set with this probability.")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+Stop = Annotated[Optional[list[str]], typer.Option(help="String that ends the answer; repeatable.")]
+Tolerances = Annotated[
+    Optional[Path],
+    typer.Option(metavar="YAML", help="Bounds that override the shipped ones (ladder/tolerances.yaml)."),
+]
+Task = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Questions whose exact match is held against fp32's: a JSONL file, 'heldout' (the tiny model's,"
+        " its default) or 'none'."
+    ),
+]
+Taps = Annotated[
+    bool, typer.Option("--taps", help="Locate drift layer by layer even where every stage passes.")
+]

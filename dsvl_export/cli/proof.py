@@ -1,0 +1,186 @@
+"""Commands that judge bundles: ``parity`` and ``compare``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from dsvl_export.cli.app import app
+from dsvl_export.cli.options import Backend, BundleFolder, Json, Precision, Taps, Task, Threads, Tolerances
+from runtimes.errors import UserError
+
+if TYPE_CHECKING:
+    from dsvl_export.ladder import ParityResult
+    from dsvl_export.ladder.against_reference import OnStep
+    from runtimes.bundle import Bundle
+    from runtimes.task import TaskItem
+
+ReportFolder = Annotated[
+    Optional[Path],
+    typer.Option("--report", metavar="FOLDER", help="Write the report there and leave the bundle untouched."),
+]
+
+
+@app.command()
+def parity(
+    bundle: BundleFolder,
+    backend: Backend = None,
+    precision: Precision = None,
+    task: Task = None,
+    taps: Taps = False,
+    live: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Compute the reference from this checkpoint with PyTorch, instead of the recorded goldens.",
+        ),
+    ] = None,
+    tolerances: Tolerances = None,
+    report: ReportFolder = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a bundle with the PyTorch reference, stage by stage; needs no PyTorch.
+
+    Every backend and precision of the bundle is judged, or the one you name. A report (JSON and HTML)
+    goes into the bundle's reports folder. Where a stage fails, the first layer that drifted is named.
+
+    Exit code 0: all passed; 1: something differs; 3: something could not be judged here.
+    """
+    from dsvl_export import display
+    from dsvl_export.ladder import parity as run_parity
+    from dsvl_export.ladder.tolerances import load_tolerances
+    from runtimes.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    opened.select(backend, precision)  # says what there is where nothing fits
+    pairs = [pair for pair in opened.choices() if backend in (None, pair[0]) and precision in (None, pair[1])]
+    items, table = _task_items(task, opened), load_tolerances(tolerances)
+
+    def run(opened: Bundle, on_step: OnStep) -> ParityResult:
+        return run_parity(
+            opened,
+            *pair,
+            task=items,
+            taps=taps,
+            live=live,
+            tolerances=table,
+            threads=threads,
+            on_step=on_step,
+        )
+
+    results = []
+    for pair in pairs:
+        results.append(judge(bundle, " ".join(pair), run, report))
+    if as_json:
+        display.print_json([document for document, _ in results])
+    else:
+        for _, result in results:
+            display.print_parity(result)
+    leave_with([result for _, result in results])
+
+
+@app.command()
+def compare(
+    bundle_a: Annotated[Path, typer.Argument(metavar="BUNDLE_A", help="Takes the reference's place.")],
+    bundle_b: Annotated[Path, typer.Argument(metavar="BUNDLE_B", help="Is compared with it.")],
+    backend_a: Annotated[Optional[str], typer.Option(help="Backend of A; default: its first.")] = None,
+    precision_a: Annotated[Optional[str], typer.Option(help="Precision of A; default: its first.")] = None,
+    backend_b: Annotated[Optional[str], typer.Option(help="Backend of B; default: its first.")] = None,
+    precision_b: Annotated[Optional[str], typer.Option(help="Precision of B; default: its first.")] = None,
+    task: Task = None,
+    taps: Taps = False,
+    tolerances: Tolerances = None,
+    report: Annotated[
+        Optional[Path], typer.Option("--report", metavar="FOLDER", help="Write compare.json and .html there.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two bundles, or two precisions of one, on the same ladder as 'parity'.
+
+    The bounds are the sum of both precisions'. Exit codes as for 'parity'.
+
+    Example: dsvl-export compare old-bundle new-bundle --precision-a fp16 --precision-b fp16
+    """
+    from dsvl_export import display
+    from dsvl_export.ladder import compare as run_compare
+    from dsvl_export.ladder.tolerances import load_tolerances
+    from dsvl_export.records import write_report
+    from dsvl_export.report.document import make_document
+    from runtimes.bundle import Bundle
+
+    first, second = Bundle.open(bundle_a), Bundle.open(bundle_b)
+    pairs = (first.select(backend_a, precision_a), second.select(backend_b, precision_b))
+    items, table = _task_items(task, first), load_tolerances(tolerances)
+    with display.step_bar("compare") as on_step:
+        result = run_compare(
+            first, second, *pairs, task=items, taps=taps, tolerances=table, threads=threads, on_step=on_step
+        )
+    if report:
+        images = first.folder / "goldens" / "images"
+        _announce(write_report(second, result, report, "compare", images))
+    if as_json:
+        display.print_json(make_document(second, result))
+    else:
+        display.print_parity(result)
+    leave_with([result])
+
+
+def judge(
+    folder: Path, label: str, run: Callable[[Bundle, OnStep], ParityResult], report: Path | None = None
+) -> tuple[dict[str, Any], ParityResult]:
+    """Run the ladder with a progress bar and keep the verdict in the bundle.
+
+    Args:
+        report: folder for the report; the bundle is left untouched then.
+
+    Returns:
+        The report's document and the result.
+    """
+    from dsvl_export import display
+    from dsvl_export.records import record_verdict, write_report
+    from dsvl_export.report.document import make_document
+    from runtimes.bundle import Bundle
+
+    opened = Bundle.open(folder)
+    with display.step_bar(label) as on_step:
+        result = run(opened, on_step)
+    if report:
+        name = f"parity-{result.backend}-{result.precision}"
+        _announce(write_report(opened, result, report, name, opened.folder / "goldens" / "images"))
+    else:
+        try:
+            _announce(record_verdict(opened, result))
+        except (OSError, UserError) as error:  # a read-only bundle, or an export that is changing it
+            print(f"The verdict was not kept in the bundle: {error}", file=sys.stderr)
+    return make_document(opened, result), result
+
+
+def _announce(report: Path) -> None:
+    hint = "" if report.suffix == ".html" else " (pip install 'dsvl-export[report]' adds the HTML page)"
+    print(f"Report: {report}{hint}", file=sys.stderr)
+
+
+def leave_with(results: list[ParityResult]) -> None:
+    """End with the exit code of the worst verdict, where it is not a pass."""
+    codes = {result.exit_code for result in results}
+    for code in (1, 3):
+        if code in codes:
+            raise typer.Exit(code)
+
+
+def _task_items(task: str | None, bundle: Bundle) -> list[TaskItem] | None:
+    """The questions asked for; those of the tiny model where nothing is said about its bundle."""
+    from reference.tiny import HELDOUT, TINY_DIGEST
+    from runtimes.task import load_task
+
+    if task is None:
+        return load_task(HELDOUT) if bundle.manifest.checkpoint["sha256"] == TINY_DIGEST else None
+    if task == "none":
+        return None
+    return load_task(HELDOUT if task == "heldout" else Path(task))

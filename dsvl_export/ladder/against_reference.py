@@ -1,0 +1,132 @@
+"""Parity: one backend and precision of a bundle against the reference."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from dsvl_export.ladder.climb import climb
+from dsvl_export.ladder.drift import locate, suspects
+from dsvl_export.ladder.noise import read_noise
+from dsvl_export.ladder.result import ParityResult
+from dsvl_export.ladder.stages import Goldens
+from dsvl_export.ladder.task import counted, judge_task
+from dsvl_export.ladder.tolerances import Tolerance, load_tolerances
+from runtimes.backends import load_backend
+from runtimes.bundle import Bundle
+from runtimes.errors import UserError
+from runtimes.pipeline import Pipeline
+from runtimes.session import Execution
+from runtimes.taps import TAPPED_COMPONENTS
+from runtimes.task import TaskItem, TaskScore, recorded_score
+
+OnStep = Callable[[str, int, int], None]
+
+
+def silent(name: str, done: int, total: int) -> None:
+    """The ``on_step`` that reports nothing."""
+
+
+def parity(
+    bundle: str | Path | Bundle,
+    backend: str | None = None,
+    precision: str | None = None,
+    *,
+    task: list[TaskItem] | None = None,
+    taps: bool = False,
+    live: str | None = None,
+    tolerances: dict[str, Tolerance] | None = None,
+    threads: int | None = None,
+    on_step: OnStep = silent,
+) -> ParityResult:
+    """Compare a bundle's artifacts with the reference. Needs no torch, unless ``live``.
+
+    Args:
+        backend, precision: as in ``Pipeline.open``.
+        task: questions whose exact match is held against fp32's; the fp32 answers are those recorded
+            with the questions, the live reference's, or those of the bundle's own fp32 artifacts.
+        taps: locate drift in every component, not only where a rung failed.
+        live: a checkpoint to compute the reference from, with torch, instead of the recorded goldens.
+        tolerances: from ``load_tolerances``; None takes the shipped table.
+        on_step: called with what is being done, how much of it is done, and of how much.
+
+    Raises:
+        UserError: the bundle has no goldens or cannot be opened, or the checkpoint is another one.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    backend, precision = bundle.select(backend, precision)
+    tolerance = (tolerances or load_tolerances()).get(precision)
+    if tolerance is None:
+        raise UserError(f"There is no tolerance for the precision {precision!r}; give one by --tolerances.")
+    reference = f"torch fp32, live from {live}" if live else "torch fp32, recorded in the bundle"
+    result = ParityResult(backend, precision, execution(bundle, backend, precision), reference)
+    result.tolerance = tolerance
+    if not result.execution.judgeable:
+        return result
+    pipeline = Pipeline.open(bundle, backend, precision, threads=threads)
+    checkpoint = bundle.manifest.checkpoint["sha256"]
+    with ExitStack() as stack:
+        if live:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "goldens"
+            goldens = _record_live(bundle, live, folder, on_step)
+        else:
+            goldens = Goldens.of_bundle(bundle)
+        noise = read_noise(bundle, precision)
+        climb(pipeline.chain, goldens, checkpoint, result, noise, on_step)
+        for component in TAPPED_COMPONENTS if taps else suspects(result):
+            on_step(f"taps of the {component}", 0, 1)
+            golden = goldens.load(0, checkpoint)
+            result.drift.append(locate(bundle, pipeline.chain, golden, component, result, noise))
+    if task:
+        judge_task(pipeline, task, result, _baseline(bundle, task, live, result, on_step), on_step)
+    return result
+
+
+def execution(bundle: Bundle, backend: str, precision: str) -> Execution:
+    """What can be done here with a backend's artifacts: the least that holds for all components."""
+    module = load_backend(backend)
+    artifacts = [a for a in bundle.manifest.artifacts if (a.backend, a.precision) == (backend, precision)]
+    order = ("not run", "built only", "simulated", "ran")
+    return min((module.execution(artifact) for artifact in artifacts), key=lambda one: order.index(one.kind))
+
+
+def _record_live(bundle: Bundle, live: str, folder: Path, on_step: OnStep) -> Goldens:
+    from dsvl_export.exporting import record_reference
+    from reference.checkpoint import open_checkpoint
+
+    source = open_checkpoint(live)
+    _check_same(bundle, live, source.digest)
+    table = bundle.path(bundle.manifest.token_embedding)
+    record_reference(source, table, folder, lambda done, total: on_step("reference", done, total))
+    return Goldens.recorded_into(folder)
+
+
+def _check_same(bundle: Bundle, live: str, digest: str) -> None:
+    if digest != bundle.manifest.checkpoint["sha256"]:
+        raise UserError(f"{live} is not the checkpoint that {bundle.folder} was exported from.")
+
+
+def _baseline(
+    bundle: Bundle, task: list[TaskItem], live: str | None, result: ParityResult, on_step: OnStep
+) -> tuple[str, TaskScore] | None:
+    """Whose fp32 answers the task is held against, and their score."""
+    if live:
+        from reference.checkpoint import open_checkpoint
+        from reference.session import reference_chain
+
+        chain = reference_chain(open_checkpoint(live), bundle.path(bundle.manifest.token_embedding))
+        manifest = bundle.manifest
+        pipeline = Pipeline(chain, manifest.prompt.system_prompt, manifest.default_capacity)
+        return "the torch reference", counted(pipeline, task, "task by the reference", on_step)
+    recorded = recorded_score(task)
+    if recorded:
+        return "the recorded reference", recorded
+    if result.precision == "fp32":
+        return None
+    for backend, precision in bundle.choices():
+        if precision == "fp32" and execution(bundle, backend, precision).judgeable:
+            name = f"{backend} fp32"
+            return name, counted(Pipeline.open(bundle, backend, "fp32"), task, f"task by {name}", on_step)
+    return None

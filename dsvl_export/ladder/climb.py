@@ -1,0 +1,72 @@
+"""Climbing: every rung for every golden."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from dsvl_export.ladder.measures import tie_margin
+from dsvl_export.ladder.noise import Noise
+from dsvl_export.ladder.result import ParityResult, TokenComparison
+from dsvl_export.ladder.stages import Goldens, stages
+from runtimes.chain import Chain
+from runtimes.goldens import Golden, greedy
+from runtimes.preprocess import load_image, resize_and_pad
+
+
+def climb(
+    chain: Chain,
+    goldens: Goldens,
+    checkpoint: str,
+    result: ParityResult,
+    noise: Noise,
+    on_step: Callable[[str, int, int], None],
+) -> None:
+    """Fill the result's rungs (all but the task) and tokens."""
+    result.goldens = len(goldens.files)
+    for index in range(result.goldens):
+        on_step("goldens", index, result.goldens)
+        golden = goldens.load(index, checkpoint)
+        images = [load_image(image) for image in goldens.images(golden)]
+        squares = np.stack([resize_and_pad(image, chain.preprocessing) for image in images])
+        exact = result.bound("preprocess", None)
+        result.rung("preprocess").compare(index, "squares", squares, golden.squares, exact)
+        for stage in stages(chain, golden):
+            measured = noise.of(index, stage.rung)
+            bound = result.bound(stage.rung, measured)
+            rung = result.rung(stage.rung)
+            rung.compare(index, stage.tensor, stage.found, stage.expected, bound, measured)
+            if stage.tensor == "logits":
+                rung.compare_choices(index, stage.found, stage.expected, bound)
+        own = chain.embed_prompt(golden.prompt, images)
+        tokens, _ = greedy(chain, [own.embeds], len(golden.greedy_tokens))
+        tie_bound = result.bound("teacher_forced_logits", noise.of(index, "teacher_forced_logits"))
+        _compare_tokens(chain, golden, index, tokens[0].tolist(), result, tie_bound)
+    on_step("goldens", result.goldens, result.goldens)
+
+
+def _compare_tokens(
+    chain: Chain, golden: Golden, index: int, found: list[int], result: ParityResult, bound: float
+) -> None:
+    """A first difference that is a near tie for the reference is reported, and does not fail."""
+    rung = result.rung("greedy_tokens")
+    expected = golden.greedy_tokens.tolist()
+    pieces = (chain.tokenizer.pieces(expected), chain.tokenizer.pieces(found))
+    comparison = TokenComparison(index, golden.images, golden.prompt, expected, found, *pieces)
+    rung.passed()
+    if found != expected:
+        step = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
+        row = golden.logits[step].astype(np.float64)
+        margin = float(row[expected[step]] - row[found[step]])
+        tie = margin <= tie_margin(row, bound)
+        comparison = replace(comparison, diverges_at=step, near_tie=tie, margin=margin)
+        what = (
+            f"golden {index} {'has a near tie' if tie else 'differs'} at token {step} (margin {margin:.2g})"
+        )
+        if tie:
+            rung.detail = rung.detail or what
+        else:
+            rung.fail(what)
+    result.tokens.append(comparison)

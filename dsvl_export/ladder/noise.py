@@ -1,0 +1,92 @@
+"""What a precision costs a checkpoint's own reference: per golden and rung, and per tap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsvl_export.ladder.stages import Goldens, stages
+from runtimes.bundle import Bundle
+from runtimes.files import read_json
+from runtimes.goldens import relative_rms
+from runtimes.taps import TAPPED_COMPONENTS, take_taps
+
+if TYPE_CHECKING:
+    from reference.checkpoint import Checkpoint
+
+Errors = dict[str, float]  # relative RMS errors; what is not finite is left out
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Relative RMS errors that the precision's rounding alone causes.
+
+    ``goldens``: rung → error for each golden in order; ``taps``: component → tap → error, on the first.
+    Empty where nothing was measured (fp32 has no such noise).
+    """
+
+    goldens: tuple[Errors, ...] = ()
+    taps: Mapping[str, Errors] = field(default_factory=dict)
+
+    def of(self, golden: int, rung: str) -> float | None:
+        return self.goldens[golden].get(rung) if golden < len(self.goldens) else None
+
+    def plus(self, other: Noise) -> Noise:
+        """Of two artifacts compared with each other."""
+        nothing: Errors = {}
+        return Noise(
+            tuple(_sum(a, b) for a, b in zip_longest(self.goldens, other.goldens, fillvalue=nothing)),
+            {name: _sum(self.taps.get(name, {}), other.taps.get(name, {})) for name in TAPPED_COMPONENTS},
+        )
+
+
+def _sum(one: Errors, other: Errors) -> Errors:
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}
+
+
+def noise_file(precision: str) -> str:
+    return f"noise/{precision}/noise.json"
+
+
+def read_noise(bundle: Bundle, precision: str) -> Noise:
+    """The recorded noise of a bundle; empty where it has none."""
+    path = noise_file(precision)
+    if path not in bundle.manifest.files:
+        return Noise()
+    bundle.check([path])
+    raw = read_json(bundle.path(path))
+    return Noise(tuple(raw["goldens"]), raw["taps"])
+
+
+def measure_noise(
+    source: Checkpoint,
+    embedding_file: Path,
+    goldens: Goldens,
+    precision: str,
+    on_step: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Climb with the reference rounded to a precision; JSON-able, read again by ``read_noise``."""
+    from reference.rounding import rounded_chain
+
+    chain = rounded_chain(source, embedding_file, precision)
+    rows: list[Errors] = []
+    taps: dict[str, Errors] = {}
+    for index in range(len(goldens.files)):
+        on_step(index, len(goldens.files))
+        golden = goldens.load(index, source.digest)
+        row: Errors = {}
+        for stage in stages(chain, golden):
+            error = relative_rms(stage.found, stage.expected)
+            if stage.rung != "preprocess" and math.isfinite(error):
+                row[stage.rung] = max(error, row.get(stage.rung, 0.0))
+        rows.append(row)
+        for component, expected in golden.taps.items():
+            found = take_taps(chain, golden, component)
+            errors = {name: relative_rms(found[name], array) for name, array in expected.items()}
+            taps[component] = {name: error for name, error in errors.items() if math.isfinite(error)}
+    on_step(len(goldens.files), len(goldens.files))
+    return {"goldens": rows, "taps": taps}

@@ -1,0 +1,77 @@
+"""The last rung: task accuracy against fp32's, by MLPerf's rule.
+
+MLPerf Inference asks of a quantized model at least 99 % (or 99.9 %) of the fp32 model's accuracy and,
+for language models, answers of the same length within 10 % (mlcommons/inference_policies).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dsvl_export.ladder.result import ParityResult, TaskResult
+from runtimes.pipeline import Pipeline
+from runtimes.task import TaskItem, TaskScore, run_task
+
+KEPT_WRONG = 20
+
+
+def judge_task(
+    pipeline: Pipeline,
+    items: list[TaskItem],
+    result: ParityResult,
+    baseline: tuple[str, TaskScore] | None,
+    on_step: Callable[[str, int, int], None],
+) -> None:
+    """Ask the questions and fill the result's task rung.
+
+    Args:
+        baseline: who gave the fp32 answers, and their score; without it only fp32 itself is measured,
+            another precision cannot be judged.
+    """
+    assert result.tolerance
+    score = counted(pipeline, items, "task", on_step)
+    name, reference = baseline or (None, None)
+    result.task = task = TaskResult(
+        questions=score.asked.total(),
+        right=score.right.total(),
+        by_kind=score.by_kind(),
+        mean_tokens=score.mean_tokens,
+        baseline=name,
+        baseline_right=reference.right.total() if reference else None,
+        baseline_mean_tokens=reference.mean_tokens if reference else None,
+        wrong=[
+            {"images": [str(path) for path in item.images], "question": item.messages[-1].content,
+             "expected": item.expected, "answer": answer}
+            for item, answer in score.wrong[:KEPT_WRONG]
+        ],
+    )  # fmt: skip
+    rung = result.rung("task_accuracy")
+    if task.accuracy_ratio is not None and task.length_ratio is not None:
+        right = task.accuracy_ratio >= result.tolerance.task_accuracy
+        long = abs(task.length_ratio - 1) <= result.tolerance.generated_length
+        rung.state = "passed" if right and long else "failed"
+        rung.detail = (
+            f"{task.accuracy_ratio:.1%} of the accuracy and {task.length_ratio:.1%} of the answer length of"
+            f" {task.baseline} ({'within' if task.accuracy_ratio >= 0.999 else 'below'} MLPerf's 99.9 %)"
+        )
+    elif reference:
+        rung.state, rung.detail = "not judged", f"{name} answers nothing right, so there is nothing to keep"
+    elif result.precision == "fp32":
+        rung.state, rung.detail = "measured", "fp32 is the baseline of the others"
+    else:
+        rung.state = "not judged"
+        rung.detail = "no fp32 answers to compare with: export fp32 as well, or give --live CHECKPOINT"
+
+
+def counted(
+    pipeline: Pipeline, items: list[TaskItem], name: str, on_step: Callable[[str, int, int], None]
+) -> TaskScore:
+    """``run_task`` with its progress reported under a name."""
+    done = 0
+
+    def on_item() -> None:
+        nonlocal done
+        done += 1
+        on_step(name, done, len(items))
+
+    return run_task(pipeline, items, on_item)

@@ -1,0 +1,112 @@
+"""The tolerances of each precision: one table, ``tolerances.yaml``, that users may override."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runtimes.errors import UserError
+
+TABLE = Path(__file__).parent / "tolerances.yaml"
+BOUNDED_RUNGS = ("preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Bounds of one precision; ``tolerances.yaml`` says what each means and where it comes from."""
+
+    noise: float
+    factor: float
+    ceiling: float
+    floor: float
+    drift_factor: float
+    task_accuracy: float
+    generated_length: float
+    rungs: Mapping[str, float] = field(default_factory=dict)
+
+    def bound(self, rung: str, measured_noise: float | None = None) -> float:
+        """Largest relative RMS error of a rung; the preprocessing must be equal bit for bit.
+
+        Args:
+            measured_noise: of the precision at this rung, for the golden at hand, if known.
+        """
+        if rung in self.rungs or rung == "preprocess":
+            return self.rungs.get(rung, 0.0)
+        usual = self.noise * self.factor
+        return max(usual, min((measured_noise or 0.0) * self.factor, self.ceiling))
+
+    def band(self, measured_noise: float | None) -> float:
+        """Largest relative RMS error of a tap, given the noise of the precision there, if known."""
+        return self.drift_factor * max(measured_noise or 0.0, self.floor)
+
+    def plus(self, other: Tolerance) -> Tolerance:
+        """For two artifacts compared with each other: each may be off by its own bound."""
+        coarser = max(self, other, key=lambda one: one.noise * one.factor)
+        return replace(
+            coarser,
+            noise=(self.noise * self.factor + other.noise * other.factor) / coarser.factor,
+            ceiling=self.ceiling + other.ceiling,
+            floor=self.floor + other.floor,
+            rungs={rung: self.bound(rung) + other.bound(rung) for rung in {*self.rungs, *other.rungs}},
+        )
+
+
+def load_tolerances(override: Path | None = None) -> dict[str, Tolerance]:
+    """Tolerances by precision: the shipped table, changed by a YAML file of the same form.
+
+    Raises:
+        UserError: the file is missing, no YAML, or has unknown keys or impossible values.
+    """
+    table = {name: Tolerance(**row) for name, row in _read(TABLE).items()}
+    for name, row in (_read(override) if override else {}).items():
+        known = {item.name for item in fields(Tolerance)}
+        if not isinstance(row, dict) or set(row) - known:
+            unknown = ", ".join(map(str, sorted(set(row) - known))) if isinstance(row, dict) else str(row)
+            raise UserError(
+                f"{override} has unknown keys for {name}: {unknown}; known are {', '.join(sorted(known))}."
+            )
+        values = _checked(row, f"{override}: {name}")
+        try:
+            table[name] = replace(table[name], **values) if name in table else Tolerance(**values)
+        except TypeError as error:
+            raise UserError(
+                f"{override} must give all keys for the new precision {name}: {error}."
+            ) from error
+    return table
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(f"The tolerances in {file} cannot be read: {reason}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must map precisions to tolerances.")
+    return content
+
+
+def _checked(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The row with its numbers as floats; YAML 1.1 reads ``1e-3``, without a point, as text."""
+    rungs = row.get("rungs", {})
+    if not isinstance(rungs, dict) or set(rungs) - set(BOUNDED_RUNGS):
+        raise UserError(f"{where}.rungs has unknown rungs; known are {', '.join(BOUNDED_RUNGS)}.")
+    numbers = {key: _number(value, f"{where}.{key}") for key, value in row.items() if key != "rungs"}
+    return {**numbers, "rungs": {key: _number(value, f"{where}.rungs.{key}") for key, value in rungs.items()}}
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UserError(f"{where} must be a number of at least 0, got {value!r}.")
+    return number

@@ -1,0 +1,121 @@
+"""Plots of a report as inline SVG that takes the page's colours, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Colours that stand for the page's own; savefig writes them, the page replaces them.
+INK, MUTED, LINE, ACCENT, GOOD, BAD, BAND = (f"#0{digit}0{digit}0{digit}" for digit in "1234567")
+VARIABLES = {
+    INK: "--ink", MUTED: "--muted", LINE: "--line", ACCENT: "--accent", GOOD: "--good", BAD: "--bad",
+    BAND: "--band",
+}  # fmt: skip
+SMALLEST = 1e-9  # what is shown for an error of zero on a logarithmic axis
+STYLE = {
+    "svg.fonttype": "none", "font.size": 10, "axes.edgecolor": LINE, "axes.labelcolor": MUTED,
+    "xtick.color": MUTED, "ytick.color": MUTED, "text.color": INK, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "legend.labelcolor": MUTED,
+}  # fmt: skip
+
+
+def ladder_plot(rungs: list[dict[str, Any]]) -> str:
+    """Error of every rung beside its bound and the precision's own noise."""
+    rows = [rung for rung in rungs if rung["errors"] and rung["errors"]["bound"]]
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "ladder"}):
+        figure = Figure(figsize=(8.4, 0.8 + 0.36 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        for place, rung in enumerate(reversed(rows)):
+            errors = rung["errors"]
+            shown = _shown(errors["relative_rms"])
+            colour = GOOD if rung["state"] == "passed" else BAD
+            axes.plot([SMALLEST, shown], [place, place], color=LINE, linewidth=1, zorder=1)
+            axes.plot(shown, place, "o", color=colour, markersize=8, zorder=3)
+            axes.plot(errors["bound"], place, "|", color=INK, markersize=18, markeredgewidth=1.6, zorder=2)
+            if errors["noise"]:
+                axes.plot(errors["noise"], place, "D", color=MUTED, markersize=5, zorder=2)
+        axes.set_yticks(range(len(rows)), [rung["name"].replace("_", " ") for rung in reversed(rows)])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        _logarithmic(axes.set_xscale, axes)
+        axes.set_xlim(_floor([_shown(rung["errors"]["relative_rms"]) for rung in rows]), 2)
+        axes.set_xlabel("relative RMS error:  ● found   ◆ the precision's own noise   | bound")
+        axes.spines["left"].set_visible(False)
+        return _svg(figure, "Error of every stage beside its bound")
+
+
+def drift_plot(drift: dict[str, Any]) -> str:
+    """Error by depth with its band; the first tap outside the band is marked."""
+    taps = drift["taps"]
+    places = range(len(taps))
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": drift["component"]}):
+        figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+        axes = figure.subplots()
+        axes.fill_between(
+            places,
+            SMALLEST,
+            [tap["band"] for tap in taps],
+            facecolor=BAND,
+            edgecolor=GOOD,
+            linewidth=0.6,
+            label="band",
+        )
+        noise = [(place, tap["noise"]) for place, tap in enumerate(taps) if tap["noise"]]
+        if noise:
+            axes.plot(
+                *zip(*noise, strict=True), ":", color=MUTED, linewidth=1.4, label="the precision's noise"
+            )
+        values = [_shown(tap["relative_rms"]) for tap in taps]
+        axes.plot(places, values, "-o", color=ACCENT, markersize=4, linewidth=1.4, label="found")
+        if drift["first"]:
+            place = [tap["name"] for tap in taps].index(drift["first"])
+            axes.plot(place, values[place], "o", color=BAD, markersize=10, zorder=4)
+            side = "right" if place > len(taps) / 2 else "left"
+            axes.annotate(
+                drift["first"], (place, values[place]), (-12 if side == "right" else 12, 4),
+                textcoords="offset points", ha=side, color=BAD, fontweight="bold",
+            )  # fmt: skip
+        step = max(1, len(taps) // 30)
+        axes.set_xticks(places[::step], [tap["name"] for tap in taps][::step], rotation=60, ha="right")
+        _logarithmic(axes.set_yscale, axes)
+        axes.set_ylim(_floor([*values, *(tap["band"] for tap in taps)]), 4)
+        axes.set_ylabel("relative RMS error")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
+        return _svg(figure, f"Error of the {drift['component']} by depth")
+
+
+def _shown(error: float | None) -> float:
+    """What is no number is drawn at the edge."""
+    return 2.0 if error is None else min(max(error, SMALLEST), 2.0)
+
+
+def _floor(values: list[float]) -> float:
+    """Where a logarithmic axis begins: two decades below the smallest value."""
+    return max(min(values) / 100, SMALLEST)
+
+
+def _logarithmic(set_scale: Any, axes: Axes) -> None:
+    set_scale("log")
+    axes.minorticks_off()
+
+
+def _svg(figure: Figure, label: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"font: ((?:\d+ )?[\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    return re.sub(
+        r'<svg [^>]*viewBox="([^"]*)"[^>]*>',
+        rf'<svg role="img" aria-label="{label}" viewBox="\1">',
+        text,
+        count=1,
+    )

@@ -1,0 +1,126 @@
+"""Taps: named inner tensors, found alike in the eager model and in the program traced from it.
+
+A tap is what a module gives, or what it reads. Its name is that of the part of the model which
+made it, so that the first tap that is wrong names the part that is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from reference.config import AdaptorConfig, DecoderConfig, ModelConfig, VisionConfig
+from runtimes.contracts import Dim
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One tap: where it is (``module``, a path inside the component) and what it looks like."""
+
+    name: str
+    module: str
+    shape: tuple[Dim, ...]
+    before: bool = False  # what the module reads, instead of what it gives
+
+
+def component_taps(config: ModelConfig, component: str) -> tuple[Tap, ...]:
+    """Taps of a component in order of execution: every block or layer, and what lies around them."""
+    if component == "vision_encoder":
+        return (*_sam_taps(config.vision), *_siglip_taps(config.vision))
+    if component == "adaptor":
+        return _adaptor_taps(config.adaptor, config.vision.image_tokens)
+    return _decoder_taps(config.decoder)
+
+
+def _sam_taps(config: VisionConfig) -> Iterator[Tap]:
+    sam = config.sam
+    if sam is None:
+        return
+    grid, image = sam.grid, ("batch", 3, sam.image_size, sam.image_size)
+    tokens, neck = ("batch", grid, grid, sam.width), ("batch", sam.neck_width, grid, grid)
+    if config.high_norm:
+        yield Tap("high_norm", "high", image, before=True)
+    yield Tap("high.patch_embed", "high.blocks.0", tokens, before=True)
+    for layer in range(sam.layers):
+        yield Tap(f"high.blocks.{layer}", f"high.blocks.{layer}", tokens)
+    yield Tap("high.neck", "high.neck", neck)
+    yield Tap("high.neck_hd", "high.neck_hd", neck)
+    yield Tap("high.downsamples", "high", ("batch", config.image_tokens, sam.downsample_widths[-1]))
+
+
+def _siglip_taps(config: VisionConfig) -> Iterator[Tap]:
+    siglip = config.siglip
+    tokens = ("batch", siglip.grid**2, siglip.width)
+    if config.low_norm:
+        yield Tap("low_norm", "low", ("batch", 3, siglip.image_size, siglip.image_size), before=True)
+    yield Tap("low.patch_embed", "low.blocks.0", tokens, before=True)
+    for layer in range(siglip.layers):
+        yield Tap(f"low.blocks.{layer}", f"low.blocks.{layer}", tokens)
+    yield Tap("low.norm", "low", tokens)
+
+
+def _adaptor_taps(config: AdaptorConfig, tokens: int) -> tuple[Tap, ...]:
+    branches = ("high_up_proj", "low_up_proj") if config.high_width is not None else ()
+    layers = 2 * config.depth - (2 if branches else 1)  # linear layers with a GELU between
+    return (
+        *(Tap(name, name, ("batch", tokens, config.width // 2)) for name in branches),
+        *(Tap(f"layers.{index}", f"layers.{index}", ("batch", tokens, config.width))
+          for index in range(layers)),
+    )  # fmt: skip
+
+
+def _decoder_taps(config: DecoderConfig) -> tuple[Tap, ...]:
+    hidden = ("batch", "sequence", config.width)
+    return (
+        *(Tap(f"layers.{layer}", f"layers.{layer}", hidden) for layer in range(config.layers)),
+        Tap("norm", "norm", ("batch", "rows", config.width)),
+        Tap("head", "head", ("batch", "rows", config.vocab_size)),
+    )
+
+
+def tap_nodes(program: ExportedProgram, taps: Sequence[Tap]) -> dict[str, Node]:
+    """Tap name → the node of a traced component that computes it."""
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    scopes: dict[str, list[Node]] = {tap.module: [] for tap in taps}
+    for node in calls:
+        for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+            if path in scopes:
+                scopes[path].append(node)
+    computed = set(calls)
+    return {
+        tap.name: next(source for source in scopes[tap.module][0].all_input_nodes if source in computed)
+        if tap.before
+        else scopes[tap.module][-1]
+        for tap in taps
+    }
+
+
+@contextmanager
+def recorded(module: nn.Module, taps: Sequence[Tap]) -> Iterator[dict[str, Tensor]]:
+    """Fill the yielded table with the taps of each forward pass of an eager component."""
+    table: dict[str, Tensor] = {}
+
+    def keep_input(name: str, module: nn.Module, args: Any) -> None:
+        table[name] = args[0]
+
+    def keep_output(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        table[name] = output
+
+    handles = [
+        module.get_submodule(tap.module).register_forward_pre_hook(partial(keep_input, tap.name))
+        if tap.before
+        else module.get_submodule(tap.module).register_forward_hook(partial(keep_output, tap.name))
+        for tap in taps
+    ]
+    try:
+        yield table
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,133 @@
+"""Recording goldens: what a chain computes for fixed images and prompts.
+
+The chain is the fp32 reference's; ``compare`` records those of another bundle instead.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from runtimes.chain import Chain, PromptInputs
+from runtimes.errors import UserError
+from runtimes.goldens import GREEDY_TOKENS, Golden, check_finite, greedy, save_golden
+from runtimes.preprocess import load_image, resize_and_pad, to_pixel_values
+from runtimes.taps import TAPPED_COMPONENTS, take_taps
+
+CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class GoldenRequest:
+    """A whole prompt and the image files for its placeholders; their names must differ."""
+
+    prompt: str
+    images: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A request up to the decoder's input."""
+
+    golden: Golden  # without tokens and logits
+    inputs: PromptInputs
+
+
+def record_goldens(
+    chain: Chain,
+    requests: Sequence[GoldenRequest],
+    folder: Path,
+    checkpoint: str,
+    max_positions: int,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+    tapped: Chain | None = None,
+) -> None:
+    """Write images and ``NN.safetensors`` for every request into ``folder``.
+
+    Prompts are decoded together, as many as ``CACHE_BYTES`` allow: where the reference streams its
+    weights, a step costs the same for one as for all.
+
+    Args:
+        checkpoint: SHA-256 of the checkpoint, kept in the goldens.
+        max_positions: of the decoder; longer requests are left out.
+        on_step: called with the steps done and their total.
+        tapped: the same model as a debug build; its taps go into the first golden.
+
+    Raises:
+        UserError: the decoder has too few positions for any request, or what is computed is not finite.
+    """
+    (folder / "images").mkdir(parents=True)
+    prepared = []
+    for request in requests:
+        prepared.append(_prepare(chain, request, folder / "images", checkpoint))
+        on_step(len(prepared), len(requests) + GREEDY_TOKENS)
+    prepared = [item for item in prepared if len(item.inputs.keys) + GREEDY_TOKENS <= max_positions]
+    if not prepared:
+        raise UserError(
+            f"The decoder's {max_positions} positions are too few for goldens; export with --no-goldens."
+        )
+    if tapped:
+        first = prepared[0].golden
+        taps = {component: take_taps(tapped, first, component) for component in TAPPED_COMPONENTS}
+        prepared[0] = replace(prepared[0], golden=replace(first, taps=taps))
+    groups = _groups(chain, prepared)
+    done, total = len(requests), len(requests) + GREEDY_TOKENS * len(groups)
+
+    def on_token() -> None:
+        nonlocal done
+        done += 1
+        on_step(done, total)
+
+    index = 0
+    for group in groups:
+        tokens, logits = greedy(chain, [item.inputs.embeds for item in group], GREEDY_TOKENS, on_token)
+        for row, item in enumerate(group):
+            golden = replace(item.golden, greedy_tokens=tokens[row].astype(np.int64), logits=logits[row])
+            check_finite(golden, "What the model computes")
+            save_golden(golden, folder / f"{index:02}.safetensors")
+            index += 1
+
+
+def _prepare(chain: Chain, request: GoldenRequest, folder: Path, checkpoint: str) -> _Prepared:
+    """Copy the images into ``folder`` and run everything before the decoder."""
+    images = [folder / source.name for source in request.images]
+    for source, image in zip(request.images, images, strict=True):
+        shutil.copyfile(source, image)
+    squares = [resize_and_pad(load_image(image), chain.preprocessing) for image in images]
+    features = chain.encode_pixels(
+        np.stack([to_pixel_values(square, chain.preprocessing) for square in squares])
+    )
+    inputs = chain.embed_prompt(request.prompt, images)
+    golden = Golden(
+        checkpoint=checkpoint,
+        prompt=request.prompt,
+        images=tuple(image.name for image in images),
+        squares=np.stack(squares),
+        features=features,
+        image_embeds=chain.adapt(features),
+        prompt_tokens=np.array(inputs.tokens, dtype=np.int64),
+        greedy_tokens=np.empty(0, np.int64),
+        logits=np.empty((0, 0), np.float32),
+    )
+    return _Prepared(golden, inputs)
+
+
+def _groups(chain: Chain, prepared: list[_Prepared]) -> list[list[_Prepared]]:
+    """The requests in order, cut where a group's KV cache would exceed ``CACHE_BYTES``."""
+    per_token = sum(
+        int(spec.shape[1]) * int(spec.shape[3]) * np.dtype(spec.dtype).itemsize
+        for spec in chain.decoder.contract.states
+    )
+    groups: list[list[_Prepared]] = [[]]
+    for item in prepared:
+        grown = [*groups[-1], item]
+        longest = max(len(member.inputs.keys) for member in grown) + GREEDY_TOKENS
+        if groups[-1] and len(grown) * longest * per_token > CACHE_BYTES:
+            groups.append([item])
+        else:
+            groups[-1] = grown
+    return groups
