@@ -65,7 +65,7 @@ def run_demo(output: Path, as_json: bool) -> bool:
     questions = load_task(HELDOUT)
     results = [parity(bundle, "onnxruntime", each, task=questions, taps=True) for each in ("fp32", "fp16")]
     for result in results:
-        report = record_verdict(bundle, result)
+        page = record_verdict(bundle, result)
         display.print_parity(result, console)
         say(f"   Report: {page}")
     say("\nNext")

@@ -61,14 +61,19 @@ def export(
 
     Example: dsvl-export export tiny --precision fp16 --output tiny-bundle
     """
+    from rich.markup import escape
     from rich.progress import TaskID
 
     from dsvl_export import display
+    from dsvl_export.defects import warnings_for
     from dsvl_export.exporting import ExportProgress
     from dsvl_export.exporting import export as run_export
     from runtimes.bundle import Bundle
 
     precisions = precision or ["fp32"]
+    for each in precisions:
+        for defect in warnings_for(backend, each):
+            display.err.print(f"[yellow]Known defect:[/] {escape(str(defect))}")
     with display.progress_bar() as bars:
         tasks: dict[str, TaskID] = {}
 

@@ -1,1 +1,103 @@
-"""Commands that look at machines and targets."""
+"""Commands that look at machines and targets: ``doctor``, ``targets`` and ``plan``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Optional
+
+import typer
+
+from dsvl_export.cli.app import app
+from dsvl_export.cli.options import Json
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what can be compiled and run here, what is missing, and which known defects apply.
+
+    Exit code 1: no backend runs here, or installed versions are known to break each other.
+    """
+    from dsvl_export.display import print_json
+    from dsvl_export.display_planning import print_diagnosis
+    from dsvl_export.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        print_json(found)
+    else:
+        print_diagnosis(found)
+    if not found["healthy"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def targets(as_json: Json = False) -> None:
+    """List the devices that 'plan' knows, with memory, speed, precisions and runtimes."""
+    from dataclasses import asdict
+
+    from dsvl_export.display import out, print_json
+    from dsvl_export.display_planning import target_table
+    from dsvl_export.planner.targets import load_targets
+
+    table = load_targets()
+    if as_json:
+        print_json({name: asdict(target) for name, target in table.items()})
+    else:
+        out.print(target_table(table))
+
+
+@app.command()
+def plan(
+    checkpoint: Annotated[
+        str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub id.", metavar="CHECKPOINT")
+    ],
+    target: Annotated[str, typer.Option(help="Device; 'dsvl-export targets' lists them.")] = "cpu",
+    backend: Annotated[Optional[str], typer.Option(help="Backend; default: the target's first.")] = None,
+    precision: Annotated[str, typer.Option(help="Precision of the weights.")] = "fp16",
+    context: Annotated[
+        Optional[int], typer.Option(min=1, help="Tokens that the KV cache shall hold; default: 2048.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=0, help="Images in the prompt.")] = 1,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text in the prompt.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """Predict size, memory, time to first token and tokens per second, before any work.
+
+    Bytes are read off the traced program; times are roofline bounds, what the hardware allows at most.
+
+    Exit code 1: it does not fit into the target; 2: the target cannot run it, and what comes nearest.
+
+    Example: dsvl-export plan my-checkpoint --target jetson-agx-orin --precision int4 --context 4096
+    """
+    from dsvl_export import display
+    from dsvl_export.compilers import compiler_names, load_compiler
+    from dsvl_export.defects import warnings_for
+    from dsvl_export.display_planning import print_plan
+    from dsvl_export.exporting import MAX_DEFAULT_CAPACITY
+    from dsvl_export.planner.plan import Planner, Request, plan_document
+    from dsvl_export.planner.targets import find_target
+    from reference.checkpoint import open_checkpoint
+
+    device = find_target(target)
+    backend = backend or next(iter(device.backends))
+    device.check(backend, precision)
+    source = open_checkpoint(checkpoint)
+    context = context or min(MAX_DEFAULT_CAPACITY, source.config.decoder.max_positions)
+    request = Request(backend, precision, context, images, text_tokens)
+    exportable = backend in compiler_names() and precision in load_compiler(backend).PRECISIONS
+    with display.progress_bar() as bars:
+        bar = bars.add_task("tracing", total=None)
+        planner = Planner(source, lambda name: bars.update(bar, description=f"tracing the {name}"))
+        predicted = planner.plan(device, request, exportable)
+        nearest = None if predicted.fits else planner.nearest_fit(device, request)
+    defects = warnings_for(backend, precision, target, context)
+    if as_json:
+        rows: list[dict[str, Any]] = [
+            {"id": d.id, "what": d.what, "do": d.do, "link": d.link} for d in defects
+        ]
+        display.print_json(
+            {**plan_document(predicted, exportable, rows), "nearest_precision_that_fits": nearest}
+        )
+    else:
+        print_plan(predicted, exportable, nearest, defects)
+    if not predicted.fits:
+        raise typer.Exit(1)

@@ -1,0 +1,61 @@
+"""What this machine can compile and run, what is missing, and which known defects apply here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsvl_export.compilers import compiler_names, load_compiler
+from dsvl_export.defects import Defect, load_defects
+from dsvl_export.machine import describe_machine, package_versions
+from runtimes.backends import backend_names, load_backend
+from runtimes.errors import UserError
+
+
+def diagnose() -> dict[str, Any]:
+    """JSON-able: machine, packages, backends, version pairs that break, and defects of installed runtimes.
+
+    ``healthy`` says that some backend runs here and no installed versions are known to break each other.
+    """
+    versions = package_versions()
+    names = sorted({*compiler_names(), *backend_names()})
+    backends = {name: {"compile": _compile(name), "run": _run(name)} for name in names}
+    usable = {name for name, found in backends.items() if found["compile"]["able"] or found["run"]["able"]}
+    here = [defect for defect in load_defects() if defect.installed(versions)]
+    broken = [_row(defect) for defect in here if defect.broken and defect.packages]
+    return {
+        "healthy": any(found["run"]["able"] for found in backends.values()) and not broken,
+        "machine": describe_machine(),
+        "packages": versions,
+        "backends": backends,
+        "broken_pairs": broken,
+        "defects": [
+            _row(defect)
+            for defect in here
+            if not defect.broken and (defect.packages or set(defect.backends) & usable)
+        ],
+    }
+
+
+def _compile(backend: str) -> dict[str, Any]:
+    try:
+        compiler = load_compiler(backend)
+    except UserError as error:
+        return {"able": False, "missing": str(error)}
+    return {"able": True, "precisions": list(compiler.PRECISIONS)}
+
+
+def _run(backend: str) -> dict[str, Any]:
+    try:
+        return {"able": True, "devices": load_backend(backend).devices()}
+    except UserError as error:
+        return {"able": False, "missing": str(error)}
+
+
+def _row(defect: Defect) -> dict[str, Any]:
+    return {
+        "id": defect.id,
+        "what": defect.what,
+        "do": defect.do,
+        "handled": defect.handled,
+        "link": defect.link,
+    }

@@ -1,0 +1,108 @@
+"""Targets: devices as data (``targets.yaml``), and which requests they can serve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import yaml
+
+from runtimes.errors import UserError
+from runtimes.memory import available_memory
+
+TABLE = Path(__file__).parent / "targets.yaml"
+# Bits per weight of a linear layer, and the precision that its products are computed in.
+WEIGHT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
+COMPUTES_IN = {"int4": "fp16"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device; the units are those of ``targets.yaml``."""
+
+    name: str
+    device: str
+    runtime_gb: float
+    runtime: str
+    backends: Mapping[str, list[str]]
+    notes: str
+    memory_gb: float = 0.0
+    usable_gb: float = 0.0
+    bandwidth_gbs: float = 0.0
+    tops: Mapping[str, float] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+    sm: int | None = None
+
+    def operations(self, precision: str) -> float:
+        """Peak dense operations per second where weights have this precision."""
+        wanted = COMPUTES_IN.get(precision, precision)
+        return self.tops.get(wanted, self.tops["fp32"]) * 1e12
+
+    def check(self, backend: str, precision: str) -> None:
+        """Raise UserError where the device does not serve the request; it names what comes nearest."""
+        if backend not in self.backends:
+            raise UserError(
+                f"{self.device} has no backend {backend!r}; the nearest is"
+                f" {next(iter(self.backends))}, of {', '.join(self.backends)}."
+            )
+        there = self.backends[backend]
+        if precision not in there:
+            if precision not in WEIGHT_BITS:
+                raise UserError(f"There is no precision {precision!r}; there are {', '.join(WEIGHT_BITS)}.")
+            why = f" (FP8 needs SM 89, this is SM {self.sm})" if precision == "fp8" and self.sm else ""
+            raise UserError(
+                f"{self.device} cannot run {precision} with {backend}{why}; the nearest is"
+                f" {nearest(precision, there)}, of {', '.join(there)}."
+            )
+
+
+def nearest(precision: str, choices: list[str]) -> str:
+    """The precision of the same size where there is one, else the next larger, else the largest."""
+    bits = WEIGHT_BITS[precision]
+    larger = [choice for choice in choices if WEIGHT_BITS[choice] >= bits]
+    return min(larger, key=lambda choice: WEIGHT_BITS[choice]) if larger else choices[0]
+
+
+@cache
+def load_targets() -> dict[str, Target]:
+    """All targets by name; ``cpu`` is not measured yet, see ``measured``."""
+    rows = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    return {name: Target(name=name, **row) for name, row in rows.items()}
+
+
+def find_target(name: str) -> Target:
+    """A target, measured where it is this machine.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    table = load_targets()
+    if name not in table:
+        raise UserError(f"There is no target {name!r}; there are {', '.join(table)}.")
+    return measured(table[name]) if name == "cpu" else table[name]
+
+
+def measured(target: Target) -> Target:
+    """This machine's memory, and its bandwidth and fp32 throughput by a copy and a matrix product."""
+    free = available_memory() / 1e9
+    source = np.ones(32 << 20, np.float32)  # 134 MB
+    copy = np.empty_like(source)
+    bandwidth = 2 * source.nbytes / _best(lambda: np.copyto(copy, source)) / 1e9
+    side = 1536
+    matrix = np.ones((side, side), np.float32)
+    product = np.empty_like(matrix)
+    operations = 2 * side**3 / _best(lambda: np.matmul(matrix, matrix, out=product)) / 1e12
+    return replace(target, memory_gb=free, usable_gb=free, bandwidth_gbs=bandwidth, tops={"fp32": operations})
+
+
+def _best(work: object, repeats: int = 4) -> float:
+    seconds = []
+    for _ in range(repeats):
+        started = perf_counter()
+        work()  # type: ignore[operator]
+        seconds.append(perf_counter() - started)
+    return min(seconds)

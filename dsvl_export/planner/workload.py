@@ -1,0 +1,164 @@
+"""What a component stores and computes, read off its traced program; no weights are loaded."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dsvl_export.onnx_graph.builder import Graph
+from dsvl_export.onnx_graph.dialect_ort import OrtDialect
+from dsvl_export.onnx_graph.lower import arguments, lower
+from dsvl_export.planner.targets import WEIGHT_BITS
+from reference.config import ModelConfig
+from reference.trace import TracedComponent, trace
+
+aten = torch.ops.aten
+# Operators whose result shares its input's memory in every runtime.
+VIEWS = {aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default, operator.getitem}
+SCALE_BYTES = 2
+INT4_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Bytes of a component: ``weights`` alone, and the whole ``file`` in ONNX."""
+
+    weights: int
+    file: int
+
+
+class Workload:
+    """One component, traced once for a precision; sizes are asked for afterwards."""
+
+    def __init__(self, config: ModelConfig, component: str, precision: str) -> None:
+        self.precision = precision
+        # What has no program of its own yet is quantized from half precision.
+        self.traced = trace(config, component, precision if precision == "fp32" else "fp16")
+        self._symbols = _symbols(self.traced)
+        self._nodes = [node for node in self.traced.program.graph.nodes if node.op == "call_function"]
+
+    def stored(self) -> Stored:
+        """Bytes of weights and constants; quantized linear and convolution weights with their scales."""
+        graph = lower(self.traced, _no_weights, OrtDialect())
+        quantized = _matrices(graph) if WEIGHT_BITS[self.precision] <= 8 else set()
+        total = 0
+        for item in graph.initializers.values():
+            total += _quantized_bytes(item.shape, self.precision) if item.name in quantized else item.nbytes
+        return Stored(total, total + graph.model().ByteSize())
+
+    def operations(self, **sizes: int) -> int:
+        """Multiplications and additions of one call, for named dims of the contract.
+
+        Args:
+            sizes: batch, sequence, rows, capacity; attention counts the whole capacity.
+        """
+        return sum(self._node_operations(node, sizes) for node in self._nodes)
+
+    def activation_bytes(self, **sizes: int) -> int:
+        """Largest sum of live intermediate tensors of one call, run in the program's order.
+
+        Scores and probabilities of attention are counted as tensors, as ONNX Runtime on a CPU and
+        every runtime without a fused kernel keep them.
+        """
+        last_use: dict[Node, int] = {}
+        for place, node in enumerate(self._nodes):
+            for source in node.all_input_nodes:
+                last_use[_owner(source)] = place
+        live, peak = 0, 0
+        expiring: dict[int, int] = {}
+        for place, node in enumerate(self._nodes):
+            own = 0 if node.target in VIEWS else self._bytes(node, sizes)
+            live += own
+            peak = max(peak, live + self._attention_bytes(node, sizes))
+            if own:
+                end = last_use.get(node, place)
+                expiring[end] = expiring.get(end, 0) + own
+            live -= expiring.pop(place, 0)
+        return peak
+
+    def _shape(self, value: Any, sizes: dict[str, int]) -> list[int]:
+        """Sizes of a fake tensor with its symbols filled in."""
+        known = {symbol: sizes[name] for symbol, name in self._symbols.items()}
+        return [dim if isinstance(dim, int) else int(dim.node.expr.subs(known)) for dim in value.shape]
+
+    def _bytes(self, node: Node, sizes: dict[str, int]) -> int:
+        values = node.meta["val"]
+        values = values if isinstance(values, (tuple, list)) else [values]
+        return sum(
+            prod(self._shape(value, sizes)) * value.element_size() for value in values if value is not None
+        )
+
+    def _attention(self, node: Node, sizes: dict[str, int]) -> tuple[int, int, int] | None:
+        """Batch × heads, queries × keys, and head size of an attention node."""
+        if node.target is aten.scaled_dot_product_attention.default:
+            batch, heads, queries, head = self._input(node, 0, sizes)
+            return batch * heads, queries * queries, head
+        if node.target is torch.ops.dsvl.cached_attention.default:
+            batch, queries, width = self._input(node, 0, sizes)
+            *_, capacity, head = self._input(node, 6, sizes)
+            return batch * (width // head), queries * capacity, head
+        return None
+
+    def _attention_bytes(self, node: Node, sizes: dict[str, int]) -> int:
+        found = self._attention(node, sizes)
+        if found is None:
+            return 0
+        rows, scores, _ = found
+        return int(2 * rows * scores * node.meta["val"].element_size())
+
+    def _node_operations(self, node: Node, sizes: dict[str, int]) -> int:
+        attention = self._attention(node, sizes)
+        if attention:
+            return 4 * prod(attention)
+        if node.target in (aten.linear.default, aten.matmul.default):
+            inner = self._input(node, 0, sizes)[-1]
+        elif node.target is aten.conv2d.default:
+            inner = prod(self._input(node, 1, sizes)[1:])
+        else:
+            return 0
+        return 2 * inner * prod(self._shape(node.meta["val"], sizes))
+
+    def _input(self, node: Node, position: int, sizes: dict[str, int]) -> list[int]:
+        return self._shape(arguments(node)[position].meta["val"], sizes)
+
+
+def _symbols(traced: TracedComponent) -> dict[Any, str]:
+    """The program's symbols by the contract's names for them."""
+    specs = traced.contract.inputs + traced.contract.states
+    names = traced.program.graph_signature.user_inputs
+    values = {node.name: node.meta["val"] for node in traced.program.graph.nodes if node.op == "placeholder"}
+    return {
+        size.node.expr: dim
+        for spec, name in zip(specs, names, strict=True)
+        for dim, size in zip(spec.shape, values[str(name)].shape, strict=True)
+        if isinstance(dim, str)
+    }
+
+
+def _owner(node: Node) -> Node:
+    """The node whose memory a view shows."""
+    while node.target in VIEWS:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _no_weights(name: str) -> torch.Tensor:
+    raise AssertionError(f"a plan reads no weights, {name} was asked for")
+
+
+def _matrices(graph: Graph) -> set[str]:
+    """Names of the weights that quantization applies to."""
+    inputs = {node.input[1] for node in graph.nodes if node.op_type in ("MatMul", "Conv")}
+    return {name for name in inputs & graph.initializers.keys() if "folded" not in name}
+
+
+def _quantized_bytes(shape: tuple[int, ...], precision: str) -> int:
+    """Weights and scales: int4 in blocks of ``INT4_BLOCK``, eight bits per output channel."""
+    count = prod(shape)
+    scales = count / INT4_BLOCK if precision == "int4" else shape[-1]
+    return int(count * WEIGHT_BITS[precision] / 8 + scales * SCALE_BYTES)
