@@ -1,0 +1,79 @@
+"""``doctor``: what is there, what is missing with the command that installs it, and what does not go together."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsvl_export import doctor
+from dsvl_export.compilers import load_compiler
+from dsvl_export.defects import Defect
+from dsvl_export.machine import describe_machine, package_versions
+from runtimes import onnxruntime
+from runtimes.errors import UserError
+
+
+def test_this_machine_is_fit() -> None:
+    found = doctor.diagnose()
+    assert found["healthy"]
+    assert found["backends"]["onnxruntime"]["compile"] == {"able": True, "precisions": ["fp32", "fp16"]}
+    assert found["backends"]["onnxruntime"]["run"]["devices"] == ["cpu"]
+    assert found["packages"]["torch"].startswith("2.13")
+    assert found["machine"] == {**describe_machine(), "available_bytes": found["machine"]["available_bytes"]}
+    assert found["machine"]["memory_bytes"] > found["machine"]["available_bytes"] > 1e8
+    assert "onnxruntime-silent-cpu" in {row["id"] for row in found["defects"]}
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_runtime() -> None:
+        raise UserError(
+            "The backend onnxruntime is not installed; run: pip install 'dsvl-export[onnxruntime]'."
+        )
+
+    def no_compiler(name: str) -> None:
+        raise UserError(
+            "Exporting to onnxruntime needs torch; run: pip install 'dsvl-export[export,onnxruntime]'."
+        )
+
+    monkeypatch.setattr(onnxruntime, "_import", no_runtime)
+    monkeypatch.setattr(doctor, "load_compiler", no_compiler)
+    found = doctor.diagnose()
+    assert not found["healthy"]
+    assert "pip install 'dsvl-export[onnxruntime]'" in found["backends"]["onnxruntime"]["run"]["missing"]
+    assert "dsvl-export[export,onnxruntime]" in found["backends"]["onnxruntime"]["compile"]["missing"]
+
+
+def test_a_compiler_without_its_libraries_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.delitem(sys.modules, "dsvl_export.compilers.onnxruntime", raising=False)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"needs onnx; run: pip install 'dsvl-export\[export,onnxruntime\]'"):
+        load_compiler("onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("versions", "broken"),
+    [
+        ({"executorch": "1.4.1", "torch": "2.12.0"}, {"executorch-torch"}),
+        ({"executorch": "1.4.1", "torch": "2.13.0+cpu"}, set()),
+        ({"optimum-onnx": "0.1.0", "transformers": "5.23.0"}, {"optimum-onnx-transformers"}),
+        ({"optimum-onnx": "0.1.0", "transformers": "4.57.1"}, set()),
+        ({"torch": "2.12.0"}, set()),
+    ],
+)
+def test_version_pairs_that_break(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], broken: set[str]
+) -> None:
+    monkeypatch.setattr(doctor, "package_versions", lambda: versions)
+    found = doctor.diagnose()
+    assert {row["id"] for row in found["broken_pairs"]} == broken
+    assert found["healthy"] == (not broken)
+
+
+def test_defects_need_all_their_packages() -> None:
+    defect = Defect("x", "what", "do", None, packages={"a": ">=1,<2", "b": ">=3"})
+    assert defect.installed({"a": "1.5", "b": "3.0rc1+cpu"}) is False  # a pre-release of 3.0 is not yet 3.0
+    assert defect.installed({"a": "1.5", "b": "3.0"})
+    assert not defect.installed({"a": "2.0", "b": "3.0"})
+    assert not defect.installed({"a": "1.5"})
+    assert "dsvl-export" in package_versions()
