@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dsvl_export.ladder import ParityResult
+from dsvl_export.ladder import ParityResult, Rung
 from runtimes.bundle import Bundle
 
 # Where the output is no terminal, tables get room enough not to be cut.
@@ -84,8 +84,19 @@ def parity_table(result: ParityResult) -> Table:
         else:
             numbers = ["", "equal" if rung.name == "greedy_tokens" else "", "", ""]
         state = f"[{COLOURS.get(rung.state, 'yellow')}]{rung.state}[/]"
-        table.add_row(rung.name, *numbers, f"{state} {escape(rung.detail)}".rstrip())
+        remarks = [remark for remark in (rung.detail, _widened(rung, result)) if remark]
+        table.add_row(
+            rung.name, *numbers, ": ".join([state, *([escape("; ".join(remarks))] if remarks else [])])
+        )
     return table
+
+
+def _widened(rung: Rung, result: ParityResult) -> str:
+    """Why a bound is wider than the precision's usual one."""
+    errors = rung.errors
+    if errors is None or errors.noise is None or errors.bound <= result.bound(rung.name, None):
+        return ""
+    return f"the precision itself costs the reference {errors.noise:.1e} on golden {errors.golden}"
 
 
 def bundle_tables(bundle: Bundle) -> list[Table]:

@@ -86,7 +86,9 @@ def load_golden(file: Path) -> Golden:
             **tensors,
         )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is no golden that can be read ({error}).") from error
+        raise UserError(
+            f"{file} is no golden that can be read ({error}); export the bundle again."
+        ) from error
     check_finite(golden, f"The golden {file}")
     return golden
 
