@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,12 +71,15 @@ def parity_table(result: ParityResult) -> Table:
     colour = COLOURS.get(result.verdict, "yellow")
     title = f"{result.backend} {result.precision} on {result.goldens} goldens: [{colour}]{result.verdict}[/]"
     table = Table(title=f"Parity of {title} ({escape(str(result.execution))})")
+    table.caption = f"compared with {escape(result.reference)}"
+    if result.overridden:
+        table.caption += ", tolerances overridden"
     for heading in ("stage", "relative RMS", "bound", "SNR", "max abs", "verdict"):
         table.add_column(heading, justify="left" if heading in ("stage", "verdict") else "right")
     for rung in result.rungs:
         if rung.errors:
             errors = rung.errors
-            signal = "∞" if math.isinf(errors.snr_db) else f"{errors.snr_db:.0f} dB"
+            signal = "∞" if errors.relative_rms == 0 else f"{errors.snr_db:.0f} dB"
             numbers = [f"{errors.relative_rms:.1e}", f"{errors.bound:.0e}", signal, f"{errors.max_abs:.1e}"]
         elif rung.name == "task_accuracy" and result.task:
             numbers = [f"{result.task.exact_match:.1%} exact", "", "", ""]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -21,10 +23,11 @@ from reference.goldens import golden_requests
 from reference.session import reference_chain, write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
 from reference.trace import TRACED_COMPONENTS, component_contract, trace
-from runtimes.bundle import MANIFEST, Artifact, Bundle, Manifest
+from runtimes.bundle import JUDGED_WITH, MANIFEST, Artifact, Bundle, Manifest
 from runtimes.errors import UserError
 from runtimes.files import write_json
 from runtimes.recording import record_goldens
+from runtimes.taps import take_all_taps
 
 TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
 MAX_DEFAULT_CAPACITY = 2048
@@ -87,10 +90,9 @@ def export(
         if goldens:
             run.goldens()
         for precision in precisions:
-            if goldens and precision != "fp32":
-                run.noise(precision)
             for component in TRACED_COMPONENTS:
                 run.component(backend, precision, component)
+        run.noise()
         staging.finish(_manifest(source, staging, *specs))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -111,7 +113,7 @@ def record_reference(
     chain, tapped = (reference_chain(source, embedding_file, model, tapped) for tapped in (False, True))
     requests = golden_requests(chain.tokenizer.spec.system_prompt)
     positions = source.config.decoder.max_positions
-    record_goldens(chain, requests, folder, source.digest, positions, on_step, tapped)
+    record_goldens(chain, requests, folder, source.digest, positions, on_step, partial(take_all_taps, tapped))
 
 
 def _check_same_checkpoint(staging: Staging, source: Checkpoint) -> None:
@@ -129,9 +131,15 @@ class _Run:
         self.source, self.staging, self.report = source, staging, report
         self._inputs = {"checkpoint": source.digest, "version": __version__}
 
-    def _stage(self, name: str, build: Callable[[Path], dict[str, Any]]) -> None:
+    def _stage(
+        self,
+        name: str,
+        build: Callable[[Path], dict[str, Any]],
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Run a stage whose result follows from the checkpoint, this release, and ``more``."""
         self.report(ExportProgress(name))
-        reused = self.staging.stage(name, self._inputs, build)
+        reused = self.staging.stage(name, {**self._inputs, **more}, build)
         self.report(ExportProgress(name, 1, 1, "reused" if reused else "finished"))
 
     def tokenizer(self) -> None:
@@ -161,21 +169,29 @@ class _Run:
 
         self._stage("goldens", build)
 
-    def noise(self, precision: str) -> None:
-        """What the precision costs on the reference itself, tap by tap."""
+    def noise(self) -> None:
+        """What each precision of the bundle costs the reference itself on the recorded goldens."""
+        hashes = {
+            path: entry.sha256 for path, entry in self.staging.files().items() if path.startswith("goldens/")
+        }
+        for precision in dict.fromkeys(item.precision for item in _artifacts(self.staging)):
+            if hashes and precision != "fp32":
+                self._noise_of(precision, hashes)
 
+    def _noise_of(self, precision: str, goldens: dict[str, str]) -> None:
         def build(folder: Path) -> dict[str, Any]:
-            goldens = Goldens.recorded_into(self.staging.folder / "goldens")
-            table = self.staging.folder / TOKEN_EMBEDDING
             noise = measure_noise(
-                self.source, table, goldens, precision,
+                self.source,
+                self.staging.folder / TOKEN_EMBEDDING,
+                Goldens.recorded_into(self.staging.folder / "goldens"),
+                precision,
                 lambda done, total: self.report(ExportProgress(name, done, total)),
-            )  # fmt: skip
+            )
             write_json(folder / file, noise)
             return {}
 
         name, _, file = noise_file(precision).rpartition("/")
-        self._stage(name, build)
+        self._stage(name, build, {"goldens": goldens})
 
     def component(self, backend: str, precision: str, component: str) -> None:
         """Trace, lower and check one component; weights stream from the checkpoint."""
@@ -248,7 +264,7 @@ def _complete(staging: Staging) -> tuple[Artifact, ...]:
 
 
 def _kept_verdicts(staging: Staging) -> dict[str, Any]:
-    """Verdicts of the bundle that is extended, where neither artifacts nor goldens have changed."""
+    """Verdicts of the bundle that is extended, where nothing that they rest on has changed."""
     old, files = staging.previous, staging.files()
     if old is None:
         return {}
@@ -261,6 +277,6 @@ def _kept_verdicts(staging: Staging) -> dict[str, Any]:
         if all(
             files.get(path) == entry
             for path, entry in old.files.items()
-            if path.startswith((f"{pair}/", "goldens/"))
+            if path.startswith((f"{pair}/", *JUDGED_WITH))
         )
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dsvl_export.ladder.result import ParityResult
 from dsvl_export.report.document import make_document
-from runtimes.bundle import MANIFEST, Bundle
+from runtimes.bundle import JUDGED_WITH, MANIFEST, Bundle
 from runtimes.errors import UserError
 from runtimes.files import write_json, write_text
 
@@ -29,11 +29,12 @@ def write_report(bundle: Bundle, result: ParityResult, folder: Path, name: str, 
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{name}.json"
         write_json(file, document)
+        page = folder / f"{name}.html"
         try:
             from dsvl_export.report.html import render
         except ImportError:
+            page.unlink(missing_ok=True)  # of an earlier verdict
             return file
-        page = folder / f"{name}.html"
         write_text(page, render(document, images))
         return page
     except OSError as error:
@@ -41,17 +42,34 @@ def write_report(bundle: Bundle, result: ParityResult, folder: Path, name: str, 
 
 
 def record_verdict(bundle: Bundle, result: ParityResult) -> Path:
-    """Write the report into the bundle and its verdict into the manifest; returns the report's file."""
+    """Write the report into the bundle and its verdict into the manifest; returns the report's file.
+
+    A verdict that could not be reached here does not replace one that was reached elsewhere.
+
+    Raises:
+        UserError: the bundle's files have changed since it was opened for judging.
+    """
+    pair = f"{result.backend}/{result.precision}"
+    # Read anew: the bundle may have been extended while parity ran.
+    now = Bundle.open(bundle.folder)
+    judged = {
+        path: entry
+        for path, entry in bundle.manifest.files.items()
+        if path.startswith((f"{pair}/", *JUDGED_WITH))
+    }
+    if any(now.manifest.files.get(path) != entry for path, entry in judged.items()):
+        raise UserError(f"The bundle {bundle.folder} has changed while it was judged; run parity again.")
     name = f"parity-{result.backend}-{result.precision}"
     report = write_report(bundle, result, bundle.folder / "reports", name, bundle.folder / "goldens/images")
+    if result.verdict == "not judged" and pair in now.manifest.parity:
+        return report
     verdict = {
         "verdict": result.verdict,
         "execution": str(result.execution),
+        "tolerances": "overridden" if result.overridden else "shipped",
         "goldens": result.goldens,
         "report": f"reports/{name}.json",
     }
-    # Read anew: the bundle may have been extended while parity ran.
-    bundle = Bundle.open(bundle.folder)
-    parity = {**bundle.manifest.parity, f"{result.backend}/{result.precision}": verdict}
-    write_json(bundle.folder / MANIFEST, replace(bundle.manifest, parity=parity).to_dict())
+    manifest = replace(now.manifest, parity={**now.manifest.parity, pair: verdict})
+    write_json(bundle.folder / MANIFEST, manifest.to_dict())
     return report

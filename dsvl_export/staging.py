@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from runtimes.bundle import MANIFEST, Bundle, FileEntry, Manifest
+from runtimes.bundle import DEBUG_PREFIX, MANIFEST, Bundle, FileEntry, Manifest
 from runtimes.errors import UserError
 from runtimes.files import read_json, sha256_of_file, sha256_of_text, write_json
 
@@ -49,7 +49,7 @@ class Staging:
             raise UserError(f"The folder {self.folder} is not empty and holds no bundle; give a new one.")
         self._work.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        for leftover in self._work.iterdir():
+        for leftover in (*self._work.iterdir(), *self.folder.glob(f"{DEBUG_PREFIX}*")):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
         if self.previous is None and self._previous_file.exists():

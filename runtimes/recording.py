@@ -16,7 +16,7 @@ from runtimes.chain import Chain, PromptInputs
 from runtimes.errors import UserError
 from runtimes.goldens import GREEDY_TOKENS, Golden, check_finite, greedy, save_golden
 from runtimes.preprocess import load_image, resize_and_pad, to_pixel_values
-from runtimes.taps import TAPPED_COMPONENTS, take_taps
+from runtimes.taps import Taps
 
 CACHE_BYTES = 2 << 30
 
@@ -44,7 +44,7 @@ def record_goldens(
     checkpoint: str,
     max_positions: int,
     on_step: Callable[[int, int], None] = lambda done, total: None,
-    tapped: Chain | None = None,
+    tap: Callable[[Golden], dict[str, Taps]] | None = None,
 ) -> None:
     """Write images and ``NN.safetensors`` for every request into ``folder``.
 
@@ -55,7 +55,7 @@ def record_goldens(
         checkpoint: SHA-256 of the checkpoint, kept in the goldens.
         max_positions: of the decoder; longer requests are left out.
         on_step: called with the steps done and their total.
-        tapped: the same model as a debug build; its taps go into the first golden.
+        tap: takes the taps of all components, which go into the first golden.
 
     Raises:
         UserError: the decoder has too few positions for any request, or what is computed is not finite.
@@ -70,10 +70,9 @@ def record_goldens(
         raise UserError(
             f"The decoder's {max_positions} positions are too few for goldens; export with --no-goldens."
         )
-    if tapped:
+    if tap:
         first = prepared[0].golden
-        taps = {component: take_taps(tapped, first, component) for component in TAPPED_COMPONENTS}
-        prepared[0] = replace(prepared[0], golden=replace(first, taps=taps))
+        prepared[0] = replace(prepared[0], golden=replace(first, taps=tap(first)))
     groups = _groups(chain, prepared)
     done, total = len(requests), len(requests) + GREEDY_TOKENS * len(groups)
 

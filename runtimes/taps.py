@@ -49,11 +49,17 @@ def take_taps(chain: Chain, golden: Golden, component: str) -> Taps:
     return {spec.name: sample(tapped[spec.name]) for spec in contract.taps}
 
 
+def take_all_taps(chain: Chain, golden: Golden) -> dict[str, Taps]:
+    """Taps of every component of a chain of debug builds."""
+    return {component: take_taps(chain, golden, component) for component in TAPPED_COMPONENTS}
+
+
 def _tap_decoder(chain: Chain, golden: Golden) -> Taps:
-    """The prompt in three calls (most of it, eight tokens, one), so that the cache is read as well."""
+    """The prompt in prefill chunks, its last tokens as eight and one, so that the cache is read as well."""
     embeds = chain.merge(golden.prompt_tokens, golden.image_embeds)
-    cache, parts = chain.decoder.new_cache(1, len(embeds)), []
-    for chunk in np.split(embeds, [len(embeds) - 9, len(embeds) - 1]):
+    cache, parts, most = chain.decoder.new_cache(1, len(embeds)), [], len(embeds) - 9
+    borders = [*range(chain.prefill_chunk, most, chain.prefill_chunk), most, most + 8]
+    for chunk in np.split(embeds, borders):
         chain.decoder.decode(chunk[None], np.array([len(chunk) - 1]), cache)
         parts.append(chain.decoder.tapped)
     return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}

@@ -90,13 +90,20 @@ def _item(file: Path, number: int, line: str) -> TaskItem:
         images = row["images"] if "images" in row else [row["image"]]
         question = row["question"] if "question" in row else row["prompt"]
         history = [Message.from_dict(turn) for turn in row.get("history", [])]
+        expected, reference, tokens = row["expected"], row.get("reference"), row.get("reference_tokens")
+        if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+            raise TypeError("images must be a list of file names")
+        if not isinstance(expected, (str, int, float)) or not isinstance(reference, (str, type(None))):
+            raise TypeError("expected and reference must be texts")
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+            raise TypeError("reference_tokens must be a positive number")
         return TaskItem(
             images=tuple(file.parent / name for name in images),
             messages=(*history, Message.from_dict({"role": "user", "content": question})),
-            expected=str(row["expected"]).strip(),
+            expected=str(expected).strip(),
             kind=str(row.get("kind", "all")),
-            reference=row.get("reference"),
-            reference_tokens=row.get("reference_tokens"),
+            reference=reference,
+            reference_tokens=tokens,
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"Line {number} of {file} is no task item ({error}).") from error

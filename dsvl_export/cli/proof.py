@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -76,11 +77,10 @@ def parity(
     results = []
     for pair in pairs:
         results.append(judge(bundle, " ".join(pair), run, report))
+        if not as_json:
+            display.print_parity(results[-1][1])
     if as_json:
         display.print_json([document for document, _ in results])
-    else:
-        for _, result in results:
-            display.print_parity(result)
     leave_with([result for _, result in results])
 
 
@@ -179,8 +179,11 @@ def _task_items(task: str | None, bundle: Bundle) -> list[TaskItem] | None:
     from reference.tiny import HELDOUT, TINY_DIGEST
     from runtimes.task import load_task
 
-    if task is None:
-        return load_task(HELDOUT) if bundle.manifest.checkpoint["sha256"] == TINY_DIGEST else None
-    if task == "none":
+    tiny = bundle.manifest.checkpoint["sha256"] == TINY_DIGEST
+    if task == "none" or (task is None and not tiny):
         return None
-    return load_task(HELDOUT if task == "heldout" else Path(task))
+    if task not in (None, "heldout"):
+        return load_task(Path(task))
+    items = load_task(HELDOUT)
+    # The recorded answers are those of the bundled weights alone.
+    return items if tiny else [replace(item, reference=None, reference_tokens=None) for item in items]

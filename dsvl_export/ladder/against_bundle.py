@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from dsvl_export.ladder.against_reference import OnStep, execution, silent
+from dsvl_export.ladder.against_reference import OnStep, execution, silent, weakest
 from dsvl_export.ladder.climb import climb
-from dsvl_export.ladder.drift import debug_folder, locate, suspects, tapped_chain
+from dsvl_export.ladder.drift import locate, suspects, take_from_debug_build
 from dsvl_export.ladder.noise import read_noise
-from dsvl_export.ladder.result import ParityResult
+from dsvl_export.ladder.result import Drift, ParityResult
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.ladder.task import counted, judge_task
 from dsvl_export.ladder.tolerances import Tolerance, load_tolerances
 from runtimes.bundle import Bundle
+from runtimes.chain import Chain
 from runtimes.errors import UserError
+from runtimes.goldens import load_golden, save_golden
 from runtimes.pipeline import Pipeline
 from runtimes.recording import GoldenRequest, record_goldens
+from runtimes.session import SessionOptions
 from runtimes.taps import TAPPED_COMPONENTS
 from runtimes.task import TaskItem
 
@@ -47,44 +52,63 @@ def compare(
         UserError: one cannot be opened, the first has no goldens, or they are of different models.
     """
     _check_comparable(first, second)
+    if first.folder.resolve() == second.folder.resolve() and first_pair == second_pair:
+        raise UserError(
+            f"{first.folder} {' '.join(first_pair)} would be compared with itself; name another one."
+        )
     name = f"{first.folder} {' '.join(first_pair)}"
-    runs = [execution(first, *first_pair), execution(second, *second_pair)]
-    unable = [run for run in runs if not run.judgeable]
-    result = ParityResult(*second_pair, unable[0] if unable else runs[1], name)
-    table = tolerances or load_tolerances()
-    bounds = [table.get(precision) for _, precision in (first_pair, second_pair)]
+    run = weakest([execution(first, *first_pair), execution(second, *second_pair)])
+    result = ParityResult(*second_pair, run, name)
+    shipped = load_tolerances()
+    bounds = [(tolerances or shipped).get(precision) for _, precision in (first_pair, second_pair)]
     if bounds[0] is None or bounds[1] is None:
         raise UserError(f"There is no tolerance for {first_pair[1]} or {second_pair[1]}; give --tolerances.")
     result.tolerance = bounds[0].plus(bounds[1])
-    if unable:
+    result.overridden = bounds != [shipped.get(precision) for _, precision in (first_pair, second_pair)]
+    if not run.judgeable:
         return result
     one = Pipeline.open(first, *first_pair, threads=threads)
-    other = Pipeline.open(second, *second_pair, threads=threads)
-    with tempfile.TemporaryDirectory() as temporary, debug_folder(first) as debug:
-        goldens = Goldens.of_bundle(first)
-        checkpoint = first.manifest.checkpoint["sha256"]
-        recorded = [goldens.load(index, checkpoint) for index in range(len(goldens.files))]
-        requests = [
-            GoldenRequest(golden.prompt, tuple(goldens.folder / "images" / image for image in golden.images))
-            for golden in recorded
-        ]
-        tapped = tapped_chain(first, one.chain, *first_pair, list(TAPPED_COMPONENTS), Path(debug))
+    checkpoint = first.manifest.checkpoint["sha256"]
+    recorded = Goldens.of_bundle(first)
+    loaded = [recorded.load(index, checkpoint) for index in range(len(recorded.files))]
+    with tempfile.TemporaryDirectory() as temporary:
+        requests = [GoldenRequest(golden.prompt, tuple(recorded.images(golden))) for golden in loaded]
+        positions = int(first.manifest.model["decoder"]["max_positions"])
         folder = Path(temporary) / "goldens"
         record_goldens(
-            one.chain, requests, folder, checkpoint, int(first.manifest.model["decoder"]["max_positions"]),
-            lambda done, total: on_step(f"goldens of {name}", done, total), tapped,
-        )  # fmt: skip
-        made = Goldens.recorded_into(folder)
+            one.chain, requests, folder, checkpoint, positions, partial(on_step, f"goldens of {name}")
+        )
+        goldens = Goldens.recorded_into(folder)
+        baseline = (name, counted(one, task, f"task by {name}", on_step)) if task else None
+        other = Pipeline.open(second, *second_pair, threads=threads)
         noise = read_noise(first, first_pair[1]).plus(read_noise(second, second_pair[1]))
-        climb(other.chain, made, checkpoint, result, noise, on_step)
+        climb(other.chain, goldens, checkpoint, result, noise, on_step)
+        if task:
+            judge_task(other, task, result, baseline, on_step)
+        options = SessionOptions(threads)
         for component in TAPPED_COMPONENTS if taps else suspects(result):
             on_step(f"taps of the {component}", 0, 1)
-            golden = made.load(0, checkpoint)
-            result.drift.append(locate(second, other.chain, golden, component, result, noise))
-    if task:
-        baseline = (name, counted(one, task, f"task by {name}", on_step))
-        judge_task(other, task, result, baseline, on_step)
+            note = _tap_first(first, one.chain, goldens, component, first_pair, options)
+            result.drift.append(
+                Drift(component, (), None, note)
+                if note
+                else locate(second, other.chain, goldens, checkpoint, component, result, noise, options)
+            )
     return result
+
+
+def _tap_first(
+    first: Bundle, chain: Chain, goldens: Goldens, component: str, pair: Pair, options: SessionOptions
+) -> str:
+    """Put the first bundle's taps of a component into its first golden; says why where that cannot be."""
+    file = goldens.files[0]
+    golden = load_golden(file)
+    try:
+        taps = take_from_debug_build(first, chain, golden, component, pair, options)
+    except (UserError, OSError) as error:
+        return f"no debug build of {first.folder}: {str(error).rstrip('.')}"
+    save_golden(replace(golden, taps={**golden.taps, component: taps}), file)
+    return ""
 
 
 def _check_comparable(first: Bundle, second: Bundle) -> None:

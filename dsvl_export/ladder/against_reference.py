@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from dsvl_export.ladder.climb import climb
 from dsvl_export.ladder.drift import locate, suspects
-from dsvl_export.ladder.noise import read_noise
+from dsvl_export.ladder.noise import Noise, measure_noise, read_noise
 from dsvl_export.ladder.result import ParityResult
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.ladder.task import counted, judge_task
@@ -18,7 +19,7 @@ from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.errors import UserError
 from runtimes.pipeline import Pipeline
-from runtimes.session import Execution
+from runtimes.session import Execution, SessionOptions
 from runtimes.taps import TAPPED_COMPONENTS
 from runtimes.task import TaskItem, TaskScore, recorded_score
 
@@ -57,30 +58,34 @@ def parity(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     backend, precision = bundle.select(backend, precision)
-    tolerance = (tolerances or load_tolerances()).get(precision)
+    shipped = load_tolerances()
+    tolerance = (tolerances or shipped).get(precision)
     if tolerance is None:
         raise UserError(f"There is no tolerance for the precision {precision!r}; give one by --tolerances.")
     reference = f"torch fp32, live from {live}" if live else "torch fp32, recorded in the bundle"
     result = ParityResult(backend, precision, execution(bundle, backend, precision), reference)
-    result.tolerance = tolerance
+    result.tolerance, result.overridden = tolerance, tolerance != shipped.get(precision)
     if not result.execution.judgeable:
         return result
     pipeline = Pipeline.open(bundle, backend, precision, threads=threads)
     checkpoint = bundle.manifest.checkpoint["sha256"]
     with ExitStack() as stack:
         if live:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "goldens"
-            goldens = _record_live(bundle, live, folder, on_step)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            goldens, noise = _record_live(bundle, live, precision, folder, on_step)
         else:
-            goldens = Goldens.of_bundle(bundle)
-        noise = read_noise(bundle, precision)
+            goldens, noise = Goldens.of_bundle(bundle), read_noise(bundle, precision)
         climb(pipeline.chain, goldens, checkpoint, result, noise, on_step)
+        if task:
+            judge_task(
+                pipeline, task, result, _baseline(bundle, task, live, result, threads, on_step), on_step
+            )
         for component in TAPPED_COMPONENTS if taps else suspects(result):
             on_step(f"taps of the {component}", 0, 1)
-            golden = goldens.load(0, checkpoint)
-            result.drift.append(locate(bundle, pipeline.chain, golden, component, result, noise))
-    if task:
-        judge_task(pipeline, task, result, _baseline(bundle, task, live, result, on_step), on_step)
+            options = SessionOptions(threads)
+            result.drift.append(
+                locate(bundle, pipeline.chain, goldens, checkpoint, component, result, noise, options)
+            )
     return result
 
 
@@ -88,28 +93,43 @@ def execution(bundle: Bundle, backend: str, precision: str) -> Execution:
     """What can be done here with a backend's artifacts: the least that holds for all components."""
     module = load_backend(backend)
     artifacts = [a for a in bundle.manifest.artifacts if (a.backend, a.precision) == (backend, precision)]
+    return weakest(module.execution(artifact) for artifact in artifacts)
+
+
+def weakest(executions: Iterable[Execution]) -> Execution:
+    """The one that claims least."""
     order = ("not run", "built only", "simulated", "ran")
-    return min((module.execution(artifact) for artifact in artifacts), key=lambda one: order.index(one.kind))
+    return min(executions, key=lambda one: order.index(one.kind))
 
 
-def _record_live(bundle: Bundle, live: str, folder: Path, on_step: OnStep) -> Goldens:
+def _record_live(
+    bundle: Bundle, live: str, precision: str, folder: Path, on_step: OnStep
+) -> tuple[Goldens, Noise]:
+    """Goldens and noise computed now from the checkpoint, its token embeddings included."""
     from dsvl_export.exporting import record_reference
     from reference.checkpoint import open_checkpoint
+    from reference.session import write_token_embedding
 
     source = open_checkpoint(live)
-    _check_same(bundle, live, source.digest)
-    table = bundle.path(bundle.manifest.token_embedding)
-    record_reference(source, table, folder, lambda done, total: on_step("reference", done, total))
-    return Goldens.recorded_into(folder)
-
-
-def _check_same(bundle: Bundle, live: str, digest: str) -> None:
-    if digest != bundle.manifest.checkpoint["sha256"]:
+    if source.digest != bundle.manifest.checkpoint["sha256"]:
         raise UserError(f"{live} is not the checkpoint that {bundle.folder} was exported from.")
+    table = folder / "token_embedding.safetensors"
+    write_token_embedding(source, table)
+    record_reference(source, table, folder / "goldens", partial(on_step, "reference"))
+    goldens = Goldens.recorded_into(folder / "goldens")
+    if precision == "fp32":
+        return goldens, Noise()
+    measured = measure_noise(source, table, goldens, precision, partial(on_step, "noise"))
+    return goldens, Noise(tuple(measured["goldens"]), measured["taps"])
 
 
 def _baseline(
-    bundle: Bundle, task: list[TaskItem], live: str | None, result: ParityResult, on_step: OnStep
+    bundle: Bundle,
+    task: list[TaskItem],
+    live: str | None,
+    result: ParityResult,
+    threads: int | None,
+    on_step: OnStep,
 ) -> tuple[str, TaskScore] | None:
     """Whose fp32 answers the task is held against, and their score."""
     if live:
@@ -126,7 +146,9 @@ def _baseline(
     if result.precision == "fp32":
         return None
     for backend, precision in bundle.choices():
-        if precision == "fp32" and execution(bundle, backend, precision).judgeable:
+        failed = bundle.manifest.parity.get(f"{backend}/fp32", {}).get("verdict") == "failed"
+        if precision == "fp32" and not failed and execution(bundle, backend, precision).judgeable:
             name = f"{backend} fp32"
-            return name, counted(Pipeline.open(bundle, backend, "fp32"), task, f"task by {name}", on_step)
+            pipeline = Pipeline.open(bundle, backend, "fp32", threads=threads)
+            return name, counted(pipeline, task, f"task by {name}", on_step)
     return None

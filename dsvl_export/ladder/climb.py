@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+from PIL.Image import Image
 
 from dsvl_export.ladder.measures import tie_margin
 from dsvl_export.ladder.noise import Noise
@@ -14,6 +15,8 @@ from dsvl_export.ladder.stages import Goldens, stages
 from runtimes.chain import Chain
 from runtimes.goldens import Golden, greedy
 from runtimes.preprocess import load_image, resize_and_pad
+
+STEPS = 8  # single decode steps per golden whose logits are judged
 
 
 def climb(
@@ -29,30 +32,40 @@ def climb(
     for index in range(result.goldens):
         on_step("goldens", index, result.goldens)
         golden = goldens.load(index, checkpoint)
+        goldens.check_fits(index, golden, chain)
         images = [load_image(image) for image in goldens.images(golden)]
         squares = np.stack([resize_and_pad(image, chain.preprocessing) for image in images])
         exact = result.bound("preprocess", None)
         result.rung("preprocess").compare(index, "squares", squares, golden.squares, exact)
-        for stage in stages(chain, golden):
+        for stage in stages(chain, golden, steps=STEPS):
             measured = noise.of(index, stage.rung)
             bound = result.bound(stage.rung, measured)
             rung = result.rung(stage.rung)
             rung.compare(index, stage.tensor, stage.found, stage.expected, bound, measured)
-            if stage.tensor == "logits":
-                rung.compare_choices(index, stage.found, stage.expected, bound)
-        own = chain.embed_prompt(golden.prompt, images)
-        tokens, _ = greedy(chain, [own.embeds], len(golden.greedy_tokens))
-        tie_bound = result.bound("teacher_forced_logits", noise.of(index, "teacher_forced_logits"))
-        _compare_tokens(chain, golden, index, tokens[0].tolist(), result, tie_bound)
+            if stage.rung.endswith("logits"):
+                rung.compare_choices(index, stage.found, stage.expected, result.tie_noise(measured))
+        tie_noise = result.tie_noise(noise.of(index, "teacher_forced_logits"))
+        _compare_tokens(chain, golden, images, index, result, tie_noise)
     on_step("goldens", result.goldens, result.goldens)
 
 
 def _compare_tokens(
-    chain: Chain, golden: Golden, index: int, found: list[int], result: ParityResult, bound: float
+    chain: Chain, golden: Golden, images: list[Image], index: int, result: ParityResult, noise: float
 ) -> None:
-    """A first difference that is a near tie for the reference is reported, and does not fail."""
+    """Greedy tokens from the image on, through the whole chain.
+
+    A first difference that is a near tie for the reference is reported, and does not fail.
+    """
     rung = result.rung("greedy_tokens")
-    expected = golden.greedy_tokens.tolist()
+    own = chain.embed_prompt(golden.prompt, images)
+    if own.tokens != golden.prompt_tokens.tolist():
+        rung.fail(f"the tokenizer reads the prompt of golden {index} differently")
+        return
+    (tokens,), (logits,) = greedy(chain, [own.embeds], len(golden.greedy_tokens))
+    if not np.isfinite(logits).all():
+        rung.fail(f"NaN or infinity in the logits of golden {index}")
+        return
+    expected, found = golden.greedy_tokens.tolist(), tokens.tolist()
     pieces = (chain.tokenizer.pieces(expected), chain.tokenizer.pieces(found))
     comparison = TokenComparison(index, golden.images, golden.prompt, expected, found, *pieces)
     rung.passed()
@@ -60,7 +73,7 @@ def _compare_tokens(
         step = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
         row = golden.logits[step].astype(np.float64)
         margin = float(row[expected[step]] - row[found[step]])
-        tie = margin <= tie_margin(row, bound)
+        tie = margin <= tie_margin(row, noise)
         comparison = replace(comparison, diverges_at=step, near_tie=tie, margin=margin)
         what = (
             f"golden {index} {'has a near tie' if tie else 'differs'} at token {step} (margin {margin:.2g})"

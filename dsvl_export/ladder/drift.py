@@ -12,14 +12,15 @@ import numpy as np
 from dsvl_export.compilers import load_compiler
 from dsvl_export.ladder.noise import Noise
 from dsvl_export.ladder.result import Drift, ParityResult, TapError
+from dsvl_export.ladder.stages import Goldens
 from dsvl_export.ladder.tolerances import Tolerance
 from runtimes.backends import load_backend
-from runtimes.bundle import Bundle
+from runtimes.bundle import DEBUG_PREFIX, Bundle
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens import Golden, relative_rms
 from runtimes.session import SessionOptions
-from runtimes.taps import TAPPED_COMPONENTS, take_taps
+from runtimes.taps import TAPPED_COMPONENTS, Taps, take_taps
 
 RUNG_OF = {
     "vision_encoder": ("vision_encoder",),
@@ -38,58 +39,89 @@ def suspects(result: ParityResult) -> list[str]:
     return failed or (["decoder"] if result.rung("greedy_tokens").state == "failed" else [])
 
 
-def tapped_chain(
-    bundle: Bundle, chain: Chain, backend: str, precision: str, components: list[str], folder: Path
-) -> Chain:
-    """The chain with debug builds of some components, written into ``folder``."""
-    tapped = copy.copy(chain)
-    for component in components:
-        contract = bundle.manifest.contracts[precision][component]
-        artifact = bundle.path(bundle.artifact(component, backend, precision).files[0])
-        file = load_compiler(backend).debug_build(artifact, contract, folder)
-        module = load_backend(backend)
+def take_from_debug_build(
+    bundle: Bundle,
+    chain: Chain,
+    golden: Golden,
+    component: str,
+    pair: tuple[str, str],
+    options: SessionOptions,
+) -> Taps:
+    """Taps of one component of a bundle's backend and precision, from a debug build of its artifact.
+
+    The chain gives up its own session of the component first: two at once need not fit into memory.
+    """
+    backend, precision = pair
+    setattr(chain, component, None)
+    contract = bundle.manifest.contracts[precision][component]
+    artifact = bundle.path(bundle.artifact(component, backend, precision).files[0])
+    debug, module = copy.copy(chain), load_backend(backend)
+    with debug_folder(bundle) as folder:
+        file = load_compiler(backend).debug_build(artifact, contract, Path(folder))
         start = module.open_decoder if component == "decoder" else module.open_component
-        setattr(tapped, component, start(file, contract.with_taps(), SessionOptions()))
-    return tapped
+        setattr(debug, component, start(file, contract.with_taps(), options))
+        return take_taps(debug, golden, component)
 
 
 def debug_folder(bundle: Bundle) -> tempfile.TemporaryDirectory[str]:
     """A temporary folder, inside the bundle where that can be written: weights are linked, not copied."""
     try:
-        return tempfile.TemporaryDirectory(prefix=".debug-", dir=bundle.folder)
+        return tempfile.TemporaryDirectory(prefix=DEBUG_PREFIX, dir=bundle.folder)
     except OSError:
         return tempfile.TemporaryDirectory()
 
 
 def locate(
-    bundle: Bundle, chain: Chain, golden: Golden, component: str, result: ParityResult, noise: Noise
+    bundle: Bundle,
+    chain: Chain,
+    goldens: Goldens,
+    checkpoint: str,
+    component: str,
+    result: ParityResult,
+    noise: Noise,
+    options: SessionOptions,
 ) -> Drift:
-    """Take the taps of one component from a debug build and compare them with the golden's.
+    """Take the taps of one component from a debug build and compare them with the first golden's.
 
     What cannot be located is said in the drift's note: a bundle without taps, a debug build that
-    cannot be made here, or an error that shows in no tap.
+    cannot be made here, or an error that shows in no tap. The chain loses the component.
     """
     assert result.tolerance
-    expected = golden.taps.get(component)
-    if not expected:
-        return Drift(component, (), None, "the goldens have no taps; export the bundle again")
-    measured = noise.taps.get(component, {})
     try:
-        with debug_folder(bundle) as folder:
-            debug = tapped_chain(bundle, chain, result.backend, result.precision, [component], Path(folder))
-            found = take_taps(debug, golden, component)
-            taps = tuple(
-                _tap_error(name, found[name], expected[name], measured.get(name), result.tolerance)
-                for name in found
-            )
-    except UserError as error:
+        golden = goldens.load(0, checkpoint)
+        expected = golden.taps.get(component, {})
+        if not expected:
+            return Drift(component, (), None, "the goldens have no taps; export the bundle again")
+        pair = (result.backend, result.precision)
+        found = take_from_debug_build(bundle, chain, golden, component, pair, options)
+    except (UserError, OSError) as error:
         return Drift(component, (), None, f"no debug build: {str(error).rstrip('.')}")
+    if found.keys() != expected.keys():
+        return Drift(component, (), None, "the goldens have other taps; export the bundle again")
+    measured = noise.taps.get(component, {})
+    taps = tuple(
+        _tap_error(name, array, expected[name], measured.get(name), result.tolerance)
+        for name, array in found.items()
+    )
     first = next((tap.name for tap in taps if not tap.relative_rms <= tap.band), None)
-    return Drift(component, taps, first, "" if first else "all taps of the first golden lie in their bands")
+    return Drift(component, taps, first, "" if first else _note(component, result))
+
+
+def _note(component: str, result: ParityResult) -> str:
+    """What it means that no tap left its band."""
+    beyond = sorted(
+        {rung.errors.golden for name in RUNG_OF[component]
+         if (rung := result.rung(name)).state == "failed" and rung.errors}
+    )  # fmt: skip
+    inside = "all taps of golden 0 lie in their bands"
+    if not beyond or 0 in beyond:
+        return inside
+    return f"{inside}; the error shows in golden {', '.join(map(str, beyond))}, which has no taps"
 
 
 def _tap_error(
     name: str, found: np.ndarray, expected: np.ndarray, noise: float | None, tolerance: Tolerance
 ) -> TapError:
-    error = relative_rms(found, expected) if found.shape == expected.shape else math.inf
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = relative_rms(found, expected) if found.shape == expected.shape else math.inf
     return TapError(name, error, tolerance.band(noise), noise)

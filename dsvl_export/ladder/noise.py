@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsvl_export.ladder.stages import Goldens, stages
 from runtimes.bundle import Bundle
+from runtimes.errors import UserError
 from runtimes.files import read_json
 from runtimes.goldens import relative_rms
 from runtimes.taps import TAPPED_COMPONENTS, take_taps
@@ -59,7 +60,20 @@ def read_noise(bundle: Bundle, precision: str) -> Noise:
         return Noise()
     bundle.check([path])
     raw = read_json(bundle.path(path))
-    return Noise(tuple(raw["goldens"]), raw["taps"])
+    try:
+        taps = {str(name): _errors(row) for name, row in raw["taps"].items()}
+        return Noise(tuple(_errors(row) for row in raw["goldens"]), taps)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{bundle.path(path)} holds no noise that can be read; export the bundle again."
+        ) from error
+
+
+def _errors(row: Mapping[str, float]) -> Errors:
+    found = {str(name): float(value) for name, value in row.items()}
+    if not all(0 <= value < math.inf for value in found.values()):
+        raise ValueError("errors must be numbers of at least 0")
+    return found
 
 
 def measure_noise(

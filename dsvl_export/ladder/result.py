@@ -49,16 +49,17 @@ class Rung:
         if not np.isfinite(found).all():
             self.fail(f"NaN or infinity in {tensor} of golden {golden}")
         elif not within:
-            self.fail("")
+            alone = self.errors.relative_rms <= self.errors.bound
+            self.fail(f"a single channel of {tensor} is wrong in golden {golden}" if alone else "")
         else:
             self.passed()
 
-    def compare_choices(self, golden: int, found: np.ndarray, expected: np.ndarray, bound: float) -> None:
-        """Judge the first choices of ``[K, V]`` logits: they must agree but for near ties."""
+    def compare_choices(self, golden: int, found: np.ndarray, expected: np.ndarray, noise: float) -> None:
+        """Judge the first choices of ``[K, V]`` logits: they must agree but for ties within the noise."""
         if found.shape != expected.shape:
             return
         self.logits = self.logits or LogitAgreement()
-        if self.logits.add(found, expected, bound):
+        if self.logits.add(found, expected, noise):
             self.fail(f"golden {golden} has another first choice, and it is no near tie")
 
     def passed(self) -> None:
@@ -161,6 +162,7 @@ class ParityResult:
     reference: str  # what it was compared with
     goldens: int = 0
     tolerance: Tolerance | None = None
+    overridden: bool = False  # the tolerance is not the shipped one
     rungs: list[Rung] = field(default_factory=lambda: [Rung(name) for name in RUNGS])
     tokens: list[TokenComparison] = field(default_factory=list)
     drift: list[Drift] = field(default_factory=list)
@@ -172,6 +174,11 @@ class ParityResult:
     def bound(self, rung: str, measured_noise: float | None) -> float:
         assert self.tolerance
         return self.tolerance.bound(rung, measured_noise)
+
+    def tie_noise(self, measured_noise: float | None) -> float:
+        """The noise below which a changed first choice is a tie."""
+        assert self.tolerance
+        return max(self.tolerance.noise, measured_noise or 0.0)
 
     @property
     def verdict(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from runtimes.bundle import Bundle
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens import Golden, load_golden, teacher_forced
+from runtimes.goldens import GREEDY_TOKENS, Golden, load_golden, teacher_forced
 from runtimes.preprocess import to_pixel_values
 
 
@@ -57,6 +57,38 @@ class Goldens:
             )
         return golden
 
+    def check_fits(self, index: int, golden: Golden, chain: Chain) -> None:
+        """Raise UserError where a golden has not the shapes that the chain's contracts ask for."""
+        images, tokens = len(golden.images), len(golden.prompt_tokens)
+        side = chain.preprocessing.image_size
+        outputs = {spec.name: spec for spec in chain.vision_encoder.contract.outputs}
+        outputs = {name: outputs[name] for name in golden.features.keys() & outputs.keys()}
+        inputs = {spec.name for spec in chain.adaptor.contract.inputs}
+        logits, embeds = chain.decoder.contract.outputs[0], chain.decoder.contract.inputs[0]
+        vocabulary = int(logits.shape[-1])
+        spec = chain.tokenizer.spec
+        ids = np.concatenate([golden.prompt_tokens, golden.greedy_tokens])
+        fits = (
+            images > 0
+            and all(isinstance(name, str) for name in golden.images)
+            and golden.squares.shape == (images, side, side, 3)
+            and golden.squares.dtype == np.uint8
+            and golden.features.keys() == inputs == outputs.keys()
+            and all(
+                golden.features[name].shape == (images, *item.shape[1:]) for name, item in outputs.items()
+            )
+            and golden.image_embeds.shape == (images, spec.image_tokens, embeds.shape[-1])
+            and golden.prompt_tokens.shape == (tokens,)
+            and int((golden.prompt_tokens == spec.image_token_id).sum()) == images * spec.image_tokens
+            and golden.greedy_tokens.shape == (GREEDY_TOKENS,)
+            and golden.logits.shape == (GREEDY_TOKENS, vocabulary)
+            and 0 <= ids.min() <= ids.max() < vocabulary
+        )
+        if not fits:
+            raise UserError(
+                f"The golden {self.files[index]} does not fit the bundle's contracts; export it again."
+            )
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -68,8 +100,13 @@ class Stage:
     expected: np.ndarray
 
 
-def stages(chain: Chain, golden: Golden) -> Iterator[Stage]:
-    """Vision encoder, adaptor, prefill and teacher-forced logits of one golden."""
+def stages(chain: Chain, golden: Golden, steps: int = 0) -> Iterator[Stage]:
+    """Vision encoder, adaptor, prefill and teacher-forced logits of one golden.
+
+    Args:
+        steps: decode so many tokens one by one as well; a step may be another kernel, program or
+            profile than a prefill.
+    """
     pixels = np.stack([to_pixel_values(square, chain.preprocessing) for square in golden.squares])
     features = chain.encode_pixels(pixels)
     for name, expected in golden.features.items():
@@ -79,7 +116,11 @@ def stages(chain: Chain, golden: Golden) -> Iterator[Stage]:
     }
     yield Stage("adaptor", "image_embeds", chain.adapt(given), golden.image_embeds)
     embeds = chain.merge(golden.prompt_tokens, golden.image_embeds)
-    logits = chain.prefill(embeds, chain.decoder.new_cache(1, len(embeds)))[None]
+    cache = chain.decoder.new_cache(1, len(embeds) + steps)
+    logits = chain.prefill(embeds, cache)[None]
     yield Stage("prefill_logits", "logits", logits, golden.logits[:1])
+    if steps:
+        rows = [chain.decode_one([token], cache)[0] for token in golden.greedy_tokens[:steps]]
+        yield Stage("teacher_forced_logits", "step_logits", np.stack(rows), golden.logits[1 : steps + 1])
     logits = teacher_forced(chain, embeds, golden.greedy_tokens.tolist())
     yield Stage("teacher_forced_logits", "logits", logits, golden.logits)

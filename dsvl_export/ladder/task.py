@@ -48,7 +48,7 @@ def judge_task(
     rung = result.rung("task_accuracy")
     if task.accuracy_ratio is not None and task.length_ratio is not None:
         right = task.accuracy_ratio >= result.tolerance.task_accuracy
-        long = abs(task.length_ratio - 1) <= result.tolerance.generated_length
+        long = abs(task.length_ratio - 1) <= result.tolerance.generated_length + 1e-9
         rung.state = "passed" if right and long else "failed"
         rung.detail = (
             f"{task.accuracy_ratio:.1%} of the accuracy and {task.length_ratio:.1%} of the answer length of"

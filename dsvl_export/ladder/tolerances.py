@@ -49,7 +49,7 @@ class Tolerance:
         coarser = max(self, other, key=lambda one: one.noise * one.factor)
         return replace(
             coarser,
-            noise=(self.noise * self.factor + other.noise * other.factor) / coarser.factor,
+            noise=(self.noise * self.factor + other.noise * other.factor) / max(coarser.factor, 1e-30),
             ceiling=self.ceiling + other.ceiling,
             floor=self.floor + other.floor,
             rungs={rung: self.bound(rung) + other.bound(rung) for rung in {*self.rungs, *other.rungs}},
@@ -66,7 +66,7 @@ def load_tolerances(override: Path | None = None) -> dict[str, Tolerance]:
     for name, row in (_read(override) if override else {}).items():
         known = {item.name for item in fields(Tolerance)}
         if not isinstance(row, dict) or set(row) - known:
-            unknown = ", ".join(map(str, sorted(set(row) - known))) if isinstance(row, dict) else str(row)
+            unknown = ", ".join(sorted(map(str, set(row) - known))) if isinstance(row, dict) else str(row)
             raise UserError(
                 f"{override} has unknown keys for {name}: {unknown}; known are {', '.join(sorted(known))}."
             )
@@ -86,7 +86,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UserError(f"The tolerances in {file} cannot be read: {reason}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, AttributeError) as error:  # PyYAML's own tags raise what they like
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} must map precisions to tolerances.")
@@ -105,7 +105,7 @@ def _checked(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _number(value: Any, where: str) -> float:
     try:
         number = float("nan" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 <= number < math.inf:
         raise UserError(f"{where} must be a number of at least 0, got {value!r}.")

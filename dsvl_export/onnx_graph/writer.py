@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from dsvl_export.onnx_graph.builder import Graph, Initializer, element_type
 
 EXTERNAL_ABOVE = 1 << 30  # bytes; protobuf itself ends at 2 GiB
+INLINE_UP_TO = 1024  # bytes; shape inference reads shapes and axes, which must stand in the file itself
 ALIGNMENT = 4096  # lets runtimes map tensors straight from the file
 
 
@@ -37,6 +38,10 @@ def write_model(
     data = file.with_name(file.name + ".data")
     with data.open("wb") as handle:
         for item in initializers:
+            if item.nbytes <= INLINE_UP_TO:
+                model.graph.initializer.append(_inline(item))
+                on_bytes(item.nbytes)
+                continue
             handle.write(b"\0" * (-handle.tell() % ALIGNMENT))
             model.graph.initializer.append(_external(item, data.name, handle.tell()))
             handle.write(_values(item).data)

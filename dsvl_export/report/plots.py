@@ -25,8 +25,10 @@ STYLE = {
 
 
 def ladder_plot(rungs: list[dict[str, Any]]) -> str:
-    """Error of every rung beside its bound and the precision's own noise."""
+    """Error of every rung beside its bound and the precision's own noise; empty where none has a bound."""
     rows = [rung for rung in rungs if rung["errors"] and rung["errors"]["bound"]]
+    if not rows:
+        return ""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "ladder"}):
         figure = Figure(figsize=(8.4, 0.8 + 0.36 * len(rows)), layout="constrained")
         axes = figure.subplots()

@@ -264,3 +264,22 @@ def test_checkpoints_do_not_mix(bundle_copy: Path, tiny_copy: Path) -> None:
     with pytest.raises(UserError, match="another checkpoint"):
         export(tiny_copy, bundle_copy)
     shutil.rmtree(tiny_copy)
+
+
+def test_noise_follows_the_goldens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured for every half precision that the bundle has, whenever it has goldens."""
+    from reference import goldens
+
+    noise = tmp_path / "b/noise/fp16/noise.json"
+    export("tiny", tmp_path / "b", precisions=["fp16"], goldens=False)
+    assert not noise.exists()
+    export("tiny", tmp_path / "b", precisions=["fp32"])
+    first = json.loads(noise.read_text())
+    assert len(first["goldens"]) == 10
+    assert parity(tmp_path / "b", precision="fp16").passed
+    requests = goldens.golden_requests
+    monkeypatch.setattr("dsvl_export.exporting.golden_requests", lambda system: requests(system)[::-1])
+    monkeypatch.setattr("dsvl_export.exporting.__version__", "0.0.1")
+    export("tiny", tmp_path / "b", precisions=["fp32"])
+    assert json.loads(noise.read_text())["goldens"] == first["goldens"][::-1]
+    assert parity(tmp_path / "b", precision="fp16").passed

@@ -159,3 +159,16 @@ def test_head_sizes_that_onnx_runtime_cannot_take(pair: OraclePair) -> None:
     config = replace(pair.checkpoint.config, decoder=replace(pair.checkpoint.config.decoder, head_dim=12))
     with pytest.raises(UserError, match="multiple of 16, this decoder has 12"):
         lower(trace(config, "decoder", "fp32"), lambda name: torch.zeros(0), OrtDialect())
+
+
+@pytest.mark.parametrize("component", TRACED_COMPONENTS)
+def test_every_component_loads_with_its_weights_outside(
+    pair: OraclePair, tmp_path: Path, component: str
+) -> None:
+    """Above 1 GiB weights go into a file of their own; shapes must not, or nothing can be inferred."""
+    traced = trace(pair.checkpoint.config, component, "fp32")
+    graph = lower(traced, loader(pair, component), OrtDialect())
+    file, data = write_model(graph, tmp_path / "m.onnx", lambda count: None, external_above=0)
+    assert data.stat().st_size > file.stat().st_size / 4
+    onnx.checker.check_model(str(file), full_check=True)
+    onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

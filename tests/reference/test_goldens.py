@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens import GREEDY_TOKENS, load_golden, relative_rms
 from runtimes.recording import record_goldens
-from runtimes.taps import SAMPLES, TAPPED_COMPONENTS, sample, take_taps
+from runtimes.taps import SAMPLES, TAPPED_COMPONENTS, sample, take_all_taps, take_taps
 from tests.conftest import OraclePair
 
 DIGEST = "0" * 64
@@ -34,9 +35,9 @@ def record(pair: OraclePair, folder: Path, positions: int, tapped: bool = False)
     folder.mkdir()
     chain, steps = chain_of(pair, folder), []
     requests = golden_requests(chain.tokenizer.spec.system_prompt)
-    debug = chain_of(pair, folder, True) if tapped else None
+    tap = partial(take_all_taps, chain_of(pair, folder, True)) if tapped else None
     record_goldens(
-        chain, requests, folder / "goldens", DIGEST, positions, lambda *step: steps.append(step), debug
+        chain, requests, folder / "goldens", DIGEST, positions, lambda *step: steps.append(step), tap
     )
     return steps
 
