@@ -10,6 +10,8 @@ from pathlib import Path
 import yaml
 from packaging.specifiers import SpecifierSet
 
+from dsvl_export.machine import package_versions
+
 TABLE = Path(__file__).parent / "defects.yaml"
 
 
@@ -37,8 +39,16 @@ class Defect:
             for name, wanted in self.packages.items()
         )
 
+    def avoided(self, versions: Mapping[str, str]) -> bool:
+        """Whether one of its packages is there in a version that does not have it."""
+        return any(
+            name in versions and not SpecifierSet(wanted).contains(versions[name], prereleases=True)
+            for name, wanted in self.packages.items()
+        )
+
     def __str__(self) -> str:
-        return f"{self.what} {self.do}{f' ({self.link})' if self.link else ''}"
+        where = f" [{', '.join(self.targets)}]" if self.targets else ""
+        return f"{self.what} {self.do}{where}{f' ({self.link})' if self.link else ''}"
 
 
 @cache
@@ -52,15 +62,17 @@ def warnings_for(
     """Defects that a request would meet and that are not handled.
 
     Args:
-        target: None where it is not decided yet; defects of single targets are left out then.
-        context: tokens in the KV cache.
+        target: None where it is not decided yet; defects of any target count then.
+        context: tokens in the KV cache; None where it is not decided yet.
     """
+    versions = package_versions()
     return [
         defect
         for defect in load_defects()
         if not (defect.handled or defect.broken)
+        and not defect.avoided(versions)
         and backend in (defect.backends or [backend])
         and precision in (defect.precisions or [precision])
-        and (not defect.targets or target in defect.targets)
-        and (defect.context_above is None or (context or 0) > defect.context_above)
+        and (target is None or target in (defect.targets or [target]))
+        and (context is None or defect.context_above is None or context > defect.context_above)
     ]

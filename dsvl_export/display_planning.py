@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from dsvl_export.defects import Defect
 from dsvl_export.display import out, size
-from dsvl_export.planner.plan import GIGA, Plan
 from dsvl_export.planner.targets import Target
+
+if TYPE_CHECKING:
+    from dsvl_export.planner.plan import Plan
 
 
 def print_diagnosis(found: dict[str, Any]) -> None:
@@ -38,11 +40,14 @@ def print_diagnosis(found: dict[str, Any]) -> None:
     for row in found["broken_pairs"]:
         out.print(f"[red]Broken:[/] {escape(row['what'])} {escape(row['do'])} {escape(row['link'] or '')}")
     for row in found["defects"]:
-        remedy = f"handled: {row['handled']}" if row["handled"] else row["do"]
-        out.print(
-            f"[yellow]Known defect:[/] {escape(row['what'])} {escape(remedy)} {escape(row['link'] or '')}"
-        )
+        if not row["handled"]:
+            remedy = f"{row['what']} {row['do']} {row['link'] or ''}"
+            out.print(f"[yellow]Known defect:[/] {escape(remedy)}")
     out.print("[green]All well.[/]" if found["healthy"] else "[red]Not fit for work; see above.[/]")
+    for row in found["defects"]:
+        if row["handled"]:
+            remedy = f"{row['what']} {row['handled']} {row['link'] or ''}"
+            out.print(f"[dim]Known and handled: {escape(remedy)}[/]")
 
 
 def _no(found: dict[str, Any]) -> str:
@@ -51,31 +56,25 @@ def _no(found: dict[str, Any]) -> str:
 
 def target_table(targets: dict[str, Target]) -> Table:
     table = Table(title="Targets")
-    for heading in (
-        "target",
-        "device",
-        "memory",
-        "bandwidth",
-        "peak",
-        "SM",
-        "backends and precisions",
-        "runtime",
-    ):
+    table.add_column("target", no_wrap=True)
+    for heading in ("device", "memory", "bandwidth", "peak", "backends and precisions"):
         table.add_column(heading)
     for name, target in targets.items():
         peak = "\n".join(f"{precision} {tops:g}" for precision, tops in target.tops.items())
         backends = "\n".join(f"{backend}: {' '.join(kinds)}" for backend, kinds in target.backends.items())
         table.add_row(
-            name, target.device,
+            name,
+            f"{target.device}\n[dim]{escape(target.runtime)}[/]",
             f"{target.memory_gb:g} GB\n{target.usable_gb:g} usable" if target.memory_gb else "measured",
             f"{target.bandwidth_gbs:g} GB/s" if target.bandwidth_gbs else "measured",
-            peak or "measured", str(target.sm or ""), backends, target.runtime,
-        )  # fmt: skip
+            peak or "measured",
+            backends,
+        )
     table.caption = "Peak: dense 10^12 operations per second. Sources and notes: dsvl-export targets --json"
     return table
 
 
-def print_plan(plan: Plan, exportable: bool, nearest: str | None, defects: Sequence[Defect]) -> None:
+def print_plan(plan: Plan, nearest: str | None, defects: Sequence[Defect]) -> None:
     """The prediction, whether it fits, and what to know about it."""
     request, target = plan.request, plan.target
     what = f"{request.precision} with {request.backend} on {target.device}, context {request.context}"
@@ -87,24 +86,43 @@ def print_plan(plan: Plan, exportable: bool, nearest: str | None, defects: Seque
         "memory: KV cache": f"{size(plan.kv_bytes)} for {request.context} tokens",
         "memory: activations": size(plan.activation_bytes),
         "memory: runtime": size(plan.runtime_bytes),
-        "memory: peak": f"[bold]{size(plan.peak_bytes)}[/] of {size(round(target.usable_gb * GIGA))} usable",
+        "memory: peak": f"[bold]{size(plan.peak_bytes)}[/] of {size(plan.usable_bytes)} usable",
         "fits": _fit(plan, nearest),
-        "time to first token": f"at least {plan.first_token_seconds:.3g} s for {plan.prompt_tokens} tokens"
-        f" (vision {plan.vision_seconds:.2g} s, prefill {plan.prefill_seconds:.2g} s)",
-        "decode": f"at most {plan.tokens_per_second:.3g} tokens per second at {request.context} tokens",
+        "time to first token": f"at least {_time(plan.first_token_seconds)} for {plan.prompt_tokens} tokens"
+        f" (vision {_time(plan.vision_seconds)}, prefill {_time(plan.prefill_seconds)})",
+        "decode": f"at most {_rate(plan.tokens_per_second)} tokens per second at {request.context} tokens",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     out.print(table)
-    if not exportable:
+    if not plan.exact:
         out.print(f"This release cannot export {request.precision} for {request.backend} yet.")
     for defect in defects:
         out.print(f"[yellow]Known defect:[/] {escape(str(defect))}")
 
 
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds >= 10
+        else f"{seconds:.2f} s"
+        if seconds >= 1
+        else f"{1000 * seconds:.2g} ms"
+    )
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
+
+
 def _fit(plan: Plan, nearest: str | None) -> str:
     if plan.fits:
         return f"[green]yes[/], up to a context of {plan.largest_context}"
-    context = f"the largest context that fits is {plan.largest_context}"
+    if plan.weight_bytes + plan.runtime_bytes > plan.usable_bytes:
+        why = "not even the weights do"
+    elif plan.largest_context:
+        why = f"the largest context that fits is {plan.largest_context}"
+    else:
+        why = f"not even with a context for its prompt of {plan.prompt_tokens} tokens"
     smaller = f"{nearest} fits" if nearest else "no smaller precision fits either"
-    return f"[red]no[/]: {context if plan.largest_context else 'not even the weights do'}; {smaller}"
+    return f"[red]no[/]: {why}; {smaller}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from dsvl_export.compilers import compiler_names, load_compiler
@@ -14,24 +15,25 @@ from runtimes.errors import UserError
 def diagnose() -> dict[str, Any]:
     """JSON-able: machine, packages, backends, version pairs that break, and defects of installed runtimes.
 
-    ``healthy`` says that some backend runs here and no installed versions are known to break each other.
+    ``healthy`` says that some backend runs here, and that no installed versions are known to break one.
     """
     versions = package_versions()
     names = sorted({*compiler_names(), *backend_names()})
     backends = {name: {"compile": _compile(name), "run": _run(name)} for name in names}
     usable = {name for name, found in backends.items() if found["compile"]["able"] or found["run"]["able"]}
     here = [defect for defect in load_defects() if defect.installed(versions)]
-    broken = [_row(defect) for defect in here if defect.broken and defect.packages]
+    broken = [defect for defect in here if defect.broken]
+    harmful = [defect for defect in broken if set(defect.backends) & set(names)]
     return {
-        "healthy": any(found["run"]["able"] for found in backends.values()) and not broken,
+        "healthy": any(found["run"]["able"] for found in backends.values()) and not harmful,
         "machine": describe_machine(),
         "packages": versions,
         "backends": backends,
-        "broken_pairs": broken,
+        "broken_pairs": [_row(defect) for defect in broken],
         "defects": [
             _row(defect)
             for defect in here
-            if not defect.broken and (defect.packages or set(defect.backends) & usable)
+            if not defect.broken and (not defect.backends or set(defect.backends) & usable)
         ],
     }
 
@@ -41,6 +43,9 @@ def _compile(backend: str) -> dict[str, Any]:
         compiler = load_compiler(backend)
     except UserError as error:
         return {"able": False, "missing": str(error)}
+    if find_spec("torch") is None:
+        extra = f"dsvl-export[export,{backend}]"
+        return {"able": False, "missing": f"Exporting needs torch; run: pip install '{extra}'."}
     return {"able": True, "precisions": list(compiler.PRECISIONS)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ class TensorFiles:
                 found |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
         return found
 
+    def nbytes(self, name: str) -> int:
+        """Size of one tensor, without reading it where the format allows that."""
+        file = self._file_of[name]
+        if file.suffix == ".bin":
+            return self._pickle(file)[name].nbytes
+        with _open(file) as handle:
+            part = handle.get_slice(name)
+            one = part[tuple(slice(0, 1) for _ in part.get_shape())]
+            return int(one.element_size()) * prod(part.get_shape())
+
     def load(self, name: str) -> Tensor:
         file = self._file_of[name]
         if file.suffix == ".bin":
@@ -170,6 +181,13 @@ class Checkpoint:
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         return tensor.reshape(self._shapes[parameter])
 
+    def embedding_bytes(self) -> int | None:
+        """Of the token table as it is stored; None where the weights are not there."""
+        if not any((self.folder / name).exists() for name in WEIGHT_FILES):
+            return None
+        (name,) = self._sources["token_embedding.weight"].names
+        return self._files.nbytes(name)
+
     def model(self, streamed: bool | None = None, rounded_to: torch.dtype = torch.float32) -> DeepSeekVL:
         """The reference model in fp32 with these weights, for computing.
 
@@ -240,8 +258,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def resolve(checkpoint: str) -> Path:
+def resolve(checkpoint: str, weights: bool = True) -> Path:
     """Folder of ``tiny``, a local folder, or a hub id (downloaded through ``huggingface_hub``).
+
+    Args:
+        weights: whether a download needs more than the settings.
 
     Raises:
         UserError: there is no such folder and no way to fetch it.
@@ -263,7 +284,7 @@ def resolve(checkpoint: str) -> Path:
             " install huggingface_hub (pip install huggingface_hub)."
         ) from error
     try:
-        patterns = ["*.json", "*.safetensors", "*.bin"]
+        patterns = ["*.json", "*.safetensors", "*.bin"] if weights else ["*.json"]
         return Path(snapshot_download(checkpoint, allow_patterns=patterns))
     except Exception as error:  # network, authorisation and hub errors share no base class
         raise UserError(
@@ -271,20 +292,24 @@ def resolve(checkpoint: str) -> Path:
         ) from error
 
 
-def open_checkpoint(checkpoint: str) -> Checkpoint:
+def open_checkpoint(checkpoint: str, weights: bool = True) -> Checkpoint:
     """The checkpoint named on the command line, its config read and its tensors checked.
+
+    Args:
+        weights: False asks for the config alone; there need be no weights then.
 
     Raises:
         UserError: it is missing, incomplete or no DeepSeek-VL.
     """
-    folder = resolve(checkpoint)
+    folder = resolve(checkpoint, weights)
     file = folder / "config.json"
     if not file.exists():
         raise UserError(f"{folder} has no config.json, so it is no checkpoint folder.")
     preprocessor = _read_preprocessor(folder)
     config = parse_config(read_json(file), str(file), preprocessor)
     opened = Checkpoint(folder, config, preprocessor)
-    opened.check()
+    if weights:
+        opened.check()
     return opened
 
 

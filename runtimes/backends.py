@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import entry_points
-from typing import cast
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, cast
 
 from runtimes.errors import UserError
 from runtimes.session import Backend
@@ -28,5 +28,19 @@ def load_backend(name: str) -> Backend:
         return cast(Backend, import_module(f"runtimes.{name}"))
     for entry in entry_points(group=GROUP):
         if entry.name == name:
-            return cast(Backend, entry.load())
+            return cast(Backend, load_entry(entry))
     raise UserError(f"There is no backend {name!r}; there are {', '.join(backend_names())}.")
+
+
+def load_entry(entry: EntryPoint) -> Any:
+    """What a third party's entry point names.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    try:
+        return entry.load()
+    except Exception as error:  # whatever a foreign module raises while it is imported
+        owner = entry.dist.name if entry.dist else entry.value
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"The backend {entry.name!r} of {owner} cannot be loaded: {reason}.") from error

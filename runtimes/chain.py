@@ -15,6 +15,7 @@ from runtimes.preprocess import ImageSource, PreprocessSpec, preprocess
 from runtimes.session import ComponentSession, DecoderSession
 from runtimes.tokenizer import Tokenizer, expand_images
 
+PREFILL_CHUNK = 512  # tokens
 Key = tuple[str, int]  # ("", token id) or (image digest, index of the image token)
 
 
@@ -43,7 +44,7 @@ class Chain:
         vision_encoder: ComponentSession,
         adaptor: ComponentSession,
         decoder: DecoderSession,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
         kept_images: int = 16,
     ) -> None:
         self.tokenizer, self.preprocessing, self.embedding = tokenizer, preprocessing, embedding

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -62,42 +62,42 @@ def plan(
 ) -> None:
     """Predict size, memory, time to first token and tokens per second, before any work.
 
-    Bytes are read off the traced program; times are roofline bounds, what the hardware allows at most.
+    Needs the checkpoint's config alone. Bytes are read off the traced program; times are roofline
+    bounds, what the hardware allows at most.
 
     Exit code 1: it does not fit into the target; 2: the target cannot run it, and what comes nearest.
 
     Example: dsvl-export plan my-checkpoint --target jetson-agx-orin --precision int4 --context 4096
     """
     from dsvl_export import display
-    from dsvl_export.compilers import compiler_names, load_compiler
     from dsvl_export.defects import warnings_for
     from dsvl_export.display_planning import print_plan
     from dsvl_export.exporting import MAX_DEFAULT_CAPACITY
-    from dsvl_export.planner.plan import Planner, Request, plan_document
-    from dsvl_export.planner.targets import find_target
+    from dsvl_export.planner.plan import Planner, Request
+    from dsvl_export.planner.targets import find_target, measured
     from reference.checkpoint import open_checkpoint
 
     device = find_target(target)
     backend = backend or next(iter(device.backends))
     device.check(backend, precision)
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, weights=False)
     context = context or min(MAX_DEFAULT_CAPACITY, source.config.decoder.max_positions)
     request = Request(backend, precision, context, images, text_tokens)
-    exportable = backend in compiler_names() and precision in load_compiler(backend).PRECISIONS
     with display.progress_bar() as bars:
-        bar = bars.add_task("tracing", total=None)
-        planner = Planner(source, lambda name: bars.update(bar, description=f"tracing the {name}"))
-        predicted = planner.plan(device, request, exportable)
+        bar = bars.add_task("measuring", total=None)
+        device = measured(device)
+        planner = Planner(
+            source.config,
+            source.embedding_bytes(),
+            lambda name: bars.update(bar, description=f"tracing the {name}"),
+        )
+        predicted = planner.plan(device, request)
         nearest = None if predicted.fits else planner.nearest_fit(device, request)
     defects = warnings_for(backend, precision, target, context)
     if as_json:
-        rows: list[dict[str, Any]] = [
-            {"id": d.id, "what": d.what, "do": d.do, "link": d.link} for d in defects
-        ]
-        display.print_json(
-            {**plan_document(predicted, exportable, rows), "nearest_precision_that_fits": nearest}
-        )
+        rows = [{"id": d.id, "what": d.what, "do": d.do, "link": d.link} for d in defects]
+        display.print_json({**predicted.to_dict(), "nearest_precision_that_fits": nearest, "warnings": rows})
     else:
-        print_plan(predicted, exportable, nearest, defects)
+        print_plan(predicted, nearest, defects)
     if not predicted.fits:
         raise typer.Exit(1)

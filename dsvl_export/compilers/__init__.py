@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from runtimes.backends import load_entry
 from runtimes.contracts import Contract
 from runtimes.errors import UserError
 
@@ -49,6 +50,10 @@ class Compiler(Protocol):
         """
         ...
 
+    def artifact_bytes(self, traced: TracedComponent) -> int:
+        """Bytes of the files that ``compile_component`` would write, from shapes alone; for ``plan``."""
+        ...
+
     def debug_build(self, artifact: Path, contract: Contract, folder: Path) -> Path:
         """Write into ``folder`` the artifact's program with the contract's taps as further outputs.
 
@@ -81,5 +86,5 @@ def load_compiler(name: str) -> Compiler:
             ) from error
     for entry in entry_points(group=GROUP):
         if entry.name == name:
-            return cast(Compiler, entry.load())
+            return cast(Compiler, load_entry(entry))
     raise UserError(f"There is no backend {name!r}; there are {', '.join(compiler_names())}.")

@@ -52,6 +52,15 @@ def compile_component(
     return Compiled(tuple(files), "cpu", "ort", tools)
 
 
+def artifact_bytes(traced: TracedComponent) -> int:
+    """Weights and graph; alignment and protobuf's own bytes per weight are left out."""
+    from dsvl_export.onnx_graph.dialect_ort import OrtDialect
+    from dsvl_export.onnx_graph.lower import lower, without_weights
+
+    graph = lower(traced, without_weights, OrtDialect())
+    return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()
+
+
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     """The same file with the contract's taps as further outputs."""
     model = onnx.load(str(artifact), load_external_data=False)

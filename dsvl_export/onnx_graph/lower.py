@@ -379,3 +379,8 @@ def lower(traced: TracedComponent, load: LoadParameter, dialect: Dialect) -> Gra
         load: gives a parameter of the component by its name, in any float dtype.
     """
     return Lowering(traced, load, dialect).run()
+
+
+def without_weights(name: str) -> Tensor:
+    """A ``load`` for those who only want sizes."""
+    raise AssertionError(f"only sizes are wanted, but the weight {name} was asked for")

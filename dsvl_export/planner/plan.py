@@ -7,19 +7,20 @@ bytes over its bandwidth. They are what the hardware allows, not what a runtime 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
+from dsvl_export.compilers import compiler_names, load_compiler
 from dsvl_export.planner.targets import WEIGHT_BITS, Target
-from dsvl_export.planner.workload import Stored, Workload
-from reference.checkpoint import Checkpoint
-from reference.trace import TRACED_COMPONENTS
+from dsvl_export.planner.workload import Workload
+from reference.config import ModelConfig
+from reference.trace import TRACED_COMPONENTS, trace
+from runtimes.chain import PREFILL_CHUNK
 from runtimes.errors import UserError
 
-CHUNK = 512  # tokens per prefill call, as ``runtimes.chain.Chain``
 GIGA = 1e9
+EMBEDDING_ITEM_BYTES = 2  # released checkpoints store half precision
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class Request:
 class Plan:
     """The prediction; bytes, seconds and tokens per second.
 
-    ``artifact_bytes`` is the component files', exact where ``exact`` says so; ``embedding_bytes`` the
-    token table, which is memory-mapped and not part of ``peak_bytes``. ``largest_context`` fits into
-    the usable memory, 0 where not even the weights do.
+    ``artifacts`` are the component files', computed by this release's own compiler where ``exact``, an
+    estimate where it cannot export the request yet. ``embedding_bytes`` is the token table, which is
+    memory-mapped and not part of ``peak_bytes``. ``largest_context`` fits into the usable memory, 0 where
+    not even the prompt does.
     """
 
     target: Target
@@ -51,7 +53,7 @@ class Plan:
     kv_bytes: int
     activation_bytes: int
     runtime_bytes: int
-    fits: bool
+    usable_bytes: int
     largest_context: int
     prompt_tokens: int
     vision_seconds: float
@@ -67,36 +69,54 @@ class Plan:
         return self.weight_bytes + self.kv_bytes + self.activation_bytes + self.runtime_bytes
 
     @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.usable_bytes
+
+    @property
     def first_token_seconds(self) -> float:
         return self.vision_seconds + self.prefill_seconds
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; of the target its name and device."""
+        raw = asdict(self)
+        del raw["target"], raw["request"]
+        derived = ("artifact_bytes", "peak_bytes", "fits", "first_token_seconds")
+        return {
+            "target": self.target.name,
+            "device": self.target.device,
+            **asdict(self.request),
+            **raw,
+            **{name: getattr(self, name) for name in derived},
+        }
+
 
 class Planner:
-    """Plans for one checkpoint; tracing a component takes seconds and is done once per precision."""
+    """Plans for one model; a component is traced once in fp32 and once for all other precisions.
 
-    def __init__(self, source: Checkpoint, on_step: Callable[[str], None] = lambda name: None) -> None:
-        self.source, self.config, self._on_step = source, source.config, on_step
+    Args:
+        embedding_bytes: of the token table; None takes half precision.
+        on_step: called with the component that is being traced.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding_bytes: int | None = None,
+        on_step: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.config, self._on_step = config, on_step
+        table = config.decoder.vocab_size * config.decoder.width * EMBEDDING_ITEM_BYTES
+        self.embedding_bytes = table if embedding_bytes is None else embedding_bytes
         self._workloads: dict[tuple[str, str], Workload] = {}
-        self._stored: dict[tuple[str, str], Stored] = {}
-
-    @cached_property
-    def embedding_bytes(self) -> int:
-        """Of the token table, in the checkpoint's own dtype."""
-        table = self.source.load("token_embedding.weight")
-        return table.numel() * table.element_size()
 
     def workload(self, component: str, precision: str) -> Workload:
-        key = (component, precision)
+        """The component traced in fp32, or in half precision for all that is smaller."""
+        traced_in = "fp32" if precision == "fp32" else "fp16"
+        key = (component, traced_in)
         if key not in self._workloads:
             self._on_step(component)
-            self._workloads[key] = Workload(self.config, component, precision)
+            self._workloads[key] = Workload(trace(self.config, component, traced_in))
         return self._workloads[key]
-
-    def stored(self, component: str, precision: str) -> Stored:
-        key = (component, precision)
-        if key not in self._stored:
-            self._stored[key] = self.workload(component, precision).stored()
-        return self._stored[key]
 
     def kv_bytes(self, precision: str, context: int) -> int:
         """Keys and values of one sequence; half precision but for fp32."""
@@ -104,11 +124,8 @@ class Planner:
         size = 4 if precision == "fp32" else 2
         return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * context * size
 
-    def plan(self, target: Target, request: Request, exportable: bool) -> Plan:
+    def plan(self, target: Target, request: Request) -> Plan:
         """Predict one request on one target.
-
-        Args:
-            exportable: this release's compiler has the precision, so the bytes are the artifact's own.
 
         Raises:
             UserError: the target cannot run it, or the model has not so many positions.
@@ -116,99 +133,98 @@ class Planner:
         target.check(request.backend, request.precision)
         longest = self.config.decoder.max_positions
         prompt = request.images * self.config.vision.image_tokens + request.text_tokens
+        asked = (
+            f"{request.images} images and {request.text_tokens} tokens of text"
+            f" make a prompt of {prompt} tokens"
+        )
+        if prompt > longest:
+            raise UserError(f"{asked}, but the model has only {longest} positions.")
         if request.context > longest:
             raise UserError(
                 f"The model has {longest} positions, a context of {request.context} is not possible;"
                 f" the nearest is {longest}."
             )
         if prompt > request.context:
-            raise UserError(
-                f"{request.images} images and {request.text_tokens} tokens of text make a prompt of {prompt}"
-                f" tokens; give a context of at least {prompt}, it is {request.context}."
-            )
-        return self._predict(target, request, prompt, exportable)
+            raise UserError(f"{asked}; give a context of at least {prompt}, it is {request.context}.")
+        return self._predict(target, request, prompt)
 
-    def _predict(self, target: Target, request: Request, prompt: int, exportable: bool) -> Plan:
+    def _predict(self, target: Target, request: Request, prompt: int) -> Plan:
         precision, context = request.precision, request.context
-        stored = {component: self.stored(component, precision) for component in TRACED_COMPONENTS}
-        # ONNX Runtime's CPU kernels compute half precision in fp32 and widen its weights.
-        widened = request.backend == "onnxruntime" and target.name == "cpu" and precision == "fp16"
-        factor = 2 if widened else 1
-        weights = {component: factor * item.weights for component, item in stored.items()}
-        vision, adaptor, decoder = (self.workload(component, precision) for component in TRACED_COMPONENTS)
+        works = {component: self.workload(component, precision) for component in TRACED_COMPONENTS}
+        stored = {component: work.weight_bytes(precision) for component, work in works.items()}
+        factor = 2 if precision in target.widens else 1
+        weights = {component: factor * count for component, count in stored.items()}
+        decoder = works["decoder"]
+        encoders = {name: work for name, work in works.items() if name != "decoder" and request.images}
 
         def needed(tokens: int) -> int:
-            chunk = min(CHUNK, prompt)
-            decode = decoder.activation_bytes(batch=1, sequence=chunk, rows=1, capacity=tokens)
-            active = max(decode, *(work.activation_bytes(batch=1) for work in (vision, adaptor)))
-            return self.kv_bytes(precision, tokens) + factor * active
+            """Bytes of KV cache and activations for a context."""
+            chunk = min(PREFILL_CHUNK, prompt)
+            active = decoder.activation_bytes(batch=1, sequence=chunk, rows=1, capacity=tokens)
+            most = max([active, *(work.activation_bytes(batch=1) for work in encoders.values())])
+            return self.kv_bytes(precision, tokens) + factor * most
 
-        fixed = sum(weights.values()) + round(target.runtime_gb * GIGA)
-        usable = target.usable_gb * GIGA
-        largest = _largest(lambda tokens: fixed + needed(tokens) <= usable, self.config.decoder.max_positions)
-        kv = self.kv_bytes(precision, context)
-        peak_operations, bandwidth = target.operations(precision), target.bandwidth_gbs * GIGA
+        runtime, usable = round(target.runtime_gb * GIGA), round(target.usable_gb * GIGA)
+        free = usable - runtime - sum(weights.values())
+        operations, bandwidth = target.operations(precision), target.bandwidth_gbs * GIGA
 
-        def seconds(operations: float, moved: float) -> float:
-            return max(operations / peak_operations, moved / bandwidth)
+        def seconds(work: int, moved: int) -> float:
+            return max(work / operations, moved / bandwidth)
 
-        chunks = ceil(prompt / CHUNK)
-        prefill = decoder.operations(batch=1, sequence=prompt, rows=1, capacity=prompt)
+        # A token of the prompt attends to itself and those before it, half of them on average.
+        prefill = decoder.operations(batch=1, sequence=prompt, rows=1, capacity=(prompt + 1) // 2)
         step = decoder.operations(batch=1, sequence=1, rows=1, capacity=context)
-        per_image = sum(
-            seconds(work.operations(batch=1), weights[name])
-            for name, work in (("vision_encoder", vision), ("adaptor", adaptor))
-        )
+        kv = self.kv_bytes(precision, context)
+        per_image = sum(seconds(work.operations(batch=1), weights[name]) for name, work in encoders.items())
+        exact = self._exportable(request)
         return Plan(
             target=target,
             request=request,
-            artifacts={component: item.file for component, item in stored.items()},
-            exact=exportable,
+            artifacts=self._artifact_bytes(request, works) if exact else stored,
+            exact=exact,
             embedding_bytes=self.embedding_bytes,
             weight_bytes=sum(weights.values()),
             kv_bytes=kv,
             activation_bytes=needed(context) - kv,
-            runtime_bytes=round(target.runtime_gb * GIGA),
-            fits=fixed + needed(context) <= usable,
-            largest_context=largest,
+            runtime_bytes=runtime,
+            usable_bytes=usable,
+            largest_context=_largest(
+                lambda tokens: needed(tokens) <= free, prompt, self.config.decoder.max_positions
+            ),
             prompt_tokens=prompt,
             vision_seconds=request.images * per_image,
-            prefill_seconds=seconds(prefill, chunks * weights["decoder"]),
+            prefill_seconds=seconds(prefill, ceil(prompt / PREFILL_CHUNK) * weights["decoder"]),
             tokens_per_second=1 / seconds(step, weights["decoder"] + kv),
         )
+
+    @staticmethod
+    def _exportable(request: Request) -> bool:
+        """Whether this release can export the request."""
+        backend = request.backend
+        return backend in compiler_names() and request.precision in load_compiler(backend).PRECISIONS
+
+    def _artifact_bytes(self, request: Request, works: dict[str, Workload]) -> dict[str, int]:
+        """What the compiler would write."""
+        compiler = load_compiler(request.backend)
+        return {component: compiler.artifact_bytes(work.traced) for component, work in works.items()}
 
     def nearest_fit(self, target: Target, request: Request) -> str | None:
         """The largest smaller precision with which the request fits into the target, if any."""
         for precision in target.backends[request.backend]:
             smaller = WEIGHT_BITS[precision] < WEIGHT_BITS[request.precision]
-            if smaller and self.plan(target, replace(request, precision=precision), False).fits:
+            if smaller and self.plan(target, replace(request, precision=precision)).fits:
                 return precision
         return None
 
 
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number of tokens that fits, by bisection; 0 where none does."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
+def _largest(fits: Callable[[int], bool], least: int, most: int) -> int:
+    """The largest number of tokens that fits, by bisection; 0 where not even ``least`` do."""
+    if not fits(least):
+        return 0
+    while least < most:
+        middle = (least + most + 1) // 2
         if fits(middle):
-            low = middle
+            least = middle
         else:
-            high = middle - 1
-    return low
-
-
-def plan_document(plan: Plan, exportable: bool, warnings: list[dict[str, Any]]) -> dict[str, Any]:
-    """For JSON."""
-    names = ("artifacts", "exact", "embedding_bytes", "weight_bytes", "kv_bytes", "activation_bytes",
-             "runtime_bytes", "fits", "largest_context", "prompt_tokens", "vision_seconds", "prefill_seconds",
-             "tokens_per_second", "artifact_bytes", "peak_bytes", "first_token_seconds")  # fmt: skip
-    return {
-        "target": plan.target.name,
-        "device": plan.target.device,
-        "usable_bytes": round(plan.target.usable_gb * GIGA),
-        **vars(plan.request),
-        **{name: getattr(plan, name) for name in names},
-        "exportable": exportable,
-        "warnings": warnings,
-    }
+            most = middle - 1
+    return least

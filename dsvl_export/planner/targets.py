@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,7 @@ class Target:
     tops: Mapping[str, float] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
     sm: int | None = None
+    widens: list[str] = field(default_factory=list)
 
     def operations(self, precision: str) -> float:
         """Peak dense operations per second where weights have this precision."""
@@ -45,10 +46,7 @@ class Target:
     def check(self, backend: str, precision: str) -> None:
         """Raise UserError where the device does not serve the request; it names what comes nearest."""
         if backend not in self.backends:
-            raise UserError(
-                f"{self.device} has no backend {backend!r}; the nearest is"
-                f" {next(iter(self.backends))}, of {', '.join(self.backends)}."
-            )
+            raise UserError(f"{self.device} has no backend {backend!r}; it has {', '.join(self.backends)}.")
         there = self.backends[backend]
         if precision not in there:
             if precision not in WEIGHT_BITS:
@@ -75,7 +73,7 @@ def load_targets() -> dict[str, Target]:
 
 
 def find_target(name: str) -> Target:
-    """A target, measured where it is this machine.
+    """A target; this machine's is not measured yet.
 
     Raises:
         UserError: there is none of that name.
@@ -83,11 +81,16 @@ def find_target(name: str) -> Target:
     table = load_targets()
     if name not in table:
         raise UserError(f"There is no target {name!r}; there are {', '.join(table)}.")
-    return measured(table[name]) if name == "cpu" else table[name]
+    return table[name]
 
 
 def measured(target: Target) -> Target:
-    """This machine's memory, and its bandwidth and fp32 throughput by a copy and a matrix product."""
+    """The target; where it is this machine, with its memory, and its bandwidth and throughput by trial.
+
+    A copy and a matrix product in fp32, the best of four each.
+    """
+    if target.bandwidth_gbs:
+        return target
     free = available_memory() / 1e9
     source = np.ones(32 << 20, np.float32)  # 134 MB
     copy = np.empty_like(source)
@@ -99,10 +102,10 @@ def measured(target: Target) -> Target:
     return replace(target, memory_gb=free, usable_gb=free, bandwidth_gbs=bandwidth, tops={"fp32": operations})
 
 
-def _best(work: object, repeats: int = 4) -> float:
+def _best(work: Callable[[], object], repeats: int = 4) -> float:
     seconds = []
     for _ in range(repeats):
         started = perf_counter()
-        work()  # type: ignore[operator]
+        work()
         seconds.append(perf_counter() - started)
     return min(seconds)

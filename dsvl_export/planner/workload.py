@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from dsvl_export.onnx_graph.builder import Graph
+from dsvl_export.onnx_graph.builder import Graph, Initializer
 from dsvl_export.onnx_graph.dialect_ort import OrtDialect
-from dsvl_export.onnx_graph.lower import arguments, lower
+from dsvl_export.onnx_graph.lower import arguments, lower, without_weights
 from dsvl_export.planner.targets import WEIGHT_BITS
-from reference.config import ModelConfig
-from reference.trace import TracedComponent, trace
+from reference.trace import TracedComponent
 
 aten = torch.ops.aten
 # Operators whose result shares its input's memory in every runtime.
@@ -24,32 +23,26 @@ SCALE_BYTES = 2
 INT4_BLOCK = 128
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Bytes of a component: ``weights`` alone, and the whole ``file`` in ONNX."""
-
-    weights: int
-    file: int
-
-
 class Workload:
-    """One component, traced once for a precision; sizes are asked for afterwards."""
+    """One traced component; precisions and sizes are asked for afterwards."""
 
-    def __init__(self, config: ModelConfig, component: str, precision: str) -> None:
-        self.precision = precision
-        # What has no program of its own yet is quantized from half precision.
-        self.traced = trace(config, component, precision if precision == "fp32" else "fp16")
-        self._symbols = _symbols(self.traced)
-        self._nodes = [node for node in self.traced.program.graph.nodes if node.op == "call_function"]
+    def __init__(self, traced: TracedComponent) -> None:
+        self.traced = traced
+        self._symbols = _symbols(traced)
+        self._nodes = [node for node in traced.program.graph.nodes if node.op == "call_function"]
 
-    def stored(self) -> Stored:
-        """Bytes of weights and constants; quantized linear and convolution weights with their scales."""
-        graph = lower(self.traced, _no_weights, OrtDialect())
-        quantized = _matrices(graph) if WEIGHT_BITS[self.precision] <= 8 else set()
-        total = 0
-        for item in graph.initializers.values():
-            total += _quantized_bytes(item.shape, self.precision) if item.name in quantized else item.nbytes
-        return Stored(total, total + graph.model().ByteSize())
+    @cached_property
+    def graph(self) -> Graph:
+        """The ONNX graph without values; its constants are what every backend stores."""
+        return lower(self.traced, without_weights, OrtDialect())
+
+    def weight_bytes(self, precision: str) -> int:
+        """Weights and constants; below 16 bits those of linear layers and convolutions, with scales."""
+        quantized = _matrices(self.graph) if WEIGHT_BITS[precision] <= 8 else {}
+        return sum(
+            _quantized_bytes(item, quantized[name], precision) if name in quantized else item.nbytes
+            for name, item in self.graph.initializers.items()
+        )
 
     def operations(self, **sizes: int) -> int:
         """Multiplications and additions of one call, for named dims of the contract.
@@ -69,6 +62,9 @@ class Workload:
         for place, node in enumerate(self._nodes):
             for source in node.all_input_nodes:
                 last_use[_owner(source)] = place
+        (output,) = self.traced.program.graph.find_nodes(op="output")
+        for source in output.all_input_nodes:
+            last_use[_owner(source)] = len(self._nodes)
         live, peak = 0, 0
         expiring: dict[int, int] = {}
         for place, node in enumerate(self._nodes):
@@ -147,18 +143,20 @@ def _owner(node: Node) -> Node:
     return node
 
 
-def _no_weights(name: str) -> torch.Tensor:
-    raise AssertionError(f"a plan reads no weights, {name} was asked for")
+def _matrices(graph: Graph) -> dict[str, int]:
+    """Weights that quantization applies to, and their numbers of output channels."""
+    channels = {"MatMul": -1, "Conv": 0}  # the axis; weights of linear layers are stored transposed
+    return {
+        name: graph.initializers[name].shape[channels[node.op_type]]
+        for node in graph.nodes
+        if node.op_type in channels
+        for name in [node.input[1]]
+        if name in graph.initializers and "folded" not in name
+    }
 
 
-def _matrices(graph: Graph) -> set[str]:
-    """Names of the weights that quantization applies to."""
-    inputs = {node.input[1] for node in graph.nodes if node.op_type in ("MatMul", "Conv")}
-    return {name for name in inputs & graph.initializers.keys() if "folded" not in name}
-
-
-def _quantized_bytes(shape: tuple[int, ...], precision: str) -> int:
+def _quantized_bytes(item: Initializer, channels: int, precision: str) -> int:
     """Weights and scales: int4 in blocks of ``INT4_BLOCK``, eight bits per output channel."""
-    count = prod(shape)
-    scales = count / INT4_BLOCK if precision == "int4" else shape[-1]
+    count = prod(item.shape)
+    scales = count / INT4_BLOCK if precision == "int4" else channels
     return int(count * WEIGHT_BITS[precision] / 8 + scales * SCALE_BYTES)

@@ -18,7 +18,7 @@ import pytest
 from dsvl_export import cli
 from dsvl_export.defects import Defect
 from dsvl_export.ladder.tolerances import load_tolerances
-from dsvl_export.planner.targets import find_target
+from dsvl_export.planner.targets import find_target, measured
 from runtimes.bundle import MANIFEST, Bundle
 from runtimes.memory import available_memory
 from tests.dsvl_export.faults import plant, scaled, weight
@@ -394,6 +394,7 @@ def test_doctor_and_targets(run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(run("doctor", "--json").out)["healthy"]
     broken = {"executorch": "1.4.1", "torch": "2.12.0"}
     monkeypatch.setattr("dsvl_export.doctor.package_versions", lambda: broken)
+    monkeypatch.setattr("dsvl_export.doctor.backend_names", lambda: ["executorch", "onnxruntime"])
     sick = run("doctor")
     assert sick.code == 1
     assert "Broken: executorch 1.4 needs torch 2.13" in sick.out
@@ -426,8 +427,9 @@ def test_plan_command(run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert refused(run("plan", "tiny", "--context", "9999"), "The model has 1024 positions")
     assert refused(run("plan", "tiny", "--target", "toaster"), "There is no target 'toaster'")
     assert refused(run("plan", "/nowhere"), "There is no folder /nowhere")
-    small = replace(find_target("cpu"), usable_gb=0.115)
-    monkeypatch.setattr("dsvl_export.planner.targets.find_target", lambda name: small)
+    assert refused(run("plan", "tiny", "--text-tokens", "1000000"), "the model has only 1024 positions")
+    small = replace(measured(find_target("cpu")), usable_gb=0.115)
+    monkeypatch.setattr("dsvl_export.planner.targets.measured", lambda target: small)
     tight = run("plan", "tiny", "--precision", "fp32", "--context", "1024")
     assert tight.code == 1
     assert "no: the largest context that fits is" in tight.out

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
 import pytest
 
 from dsvl_export import doctor
@@ -42,9 +47,49 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "dsvl-export[export,onnxruntime]" in found["backends"]["onnxruntime"]["compile"]["missing"]
 
 
-def test_a_compiler_without_its_libraries_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+def test_where_there_is_no_torch() -> None:
+    """As on a Jetson: the commands answer, and say what is missing for compiling."""
+    script = (
+        "import sys\nfor name in ('torch', 'onnx', 'transformers'): sys.modules[name] = None\n"
+        "sys.argv = ['dsvl-export', *sys.argv[1:]]\nfrom dsvl_export.cli import main\nmain()"
+    )
 
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", script, *command], capture_output=True, text=True, check=False
+        )
+
+    done = run("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    backend = json.loads(done.stdout)["backends"]["onnxruntime"]
+    assert backend["run"]["able"]
+    assert "pip install 'dsvl-export[export,onnxruntime]'" in backend["compile"]["missing"]
+    assert "All well." in run("doctor").stdout
+    assert "jetson-orin-nano" in run("targets").stdout
+    planned = run("plan", "tiny")
+    assert planned.returncode == 2
+    assert planned.stderr.startswith("Error: This needs torch")
+
+
+def test_a_broken_backend_of_others_does_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {
+        "dsvl_export.compilers": [EntryPoint("odd", "not_there_at_all", "dsvl_export.compilers")],
+        "dsvl_export.runtimes": [EntryPoint("odd", "colorsys:nothing", "dsvl_export.runtimes")],
+    }
+    for module in ("dsvl_export.compilers", "runtimes.backends"):
+        monkeypatch.setattr(f"{module}.entry_points", lambda group: entries[group])
+    found = doctor.diagnose()
+    assert found["healthy"]
+    assert (
+        "cannot be loaded: No module named 'not_there_at_all'"
+        in found["backends"]["odd"]["compile"]["missing"]
+    )
+    assert (
+        "The backend 'odd' of colorsys:nothing cannot be loaded" in found["backends"]["odd"]["run"]["missing"]
+    )
+
+
+def test_a_compiler_without_its_libraries_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "dsvl_export.compilers.onnxruntime", raising=False)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UserError, match=r"needs onnx; run: pip install 'dsvl-export\[export,onnxruntime\]'"):
@@ -67,7 +112,7 @@ def test_version_pairs_that_break(
     monkeypatch.setattr(doctor, "package_versions", lambda: versions)
     found = doctor.diagnose()
     assert {row["id"] for row in found["broken_pairs"]} == broken
-    assert found["healthy"] == (not broken)
+    assert found["healthy"]  # no backend of this release is among them
 
 
 def test_defects_need_all_their_packages() -> None:
