@@ -13,19 +13,25 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
+from calibration.precision import PrecisionPlan, load_precision
+from calibration.quantized import trace_planned
+from calibration.table import ScaleTable
+from calibration.weights import QuantizedWeights
+from dsvl_export.calibrating import calibrate
 from dsvl_export.compilers import load_compiler
 from dsvl_export.ladder.noise import measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
+from dsvl_export.precisions import bundled_plan, check_plan, planned_weights, precision_folder
 from dsvl_export.staging import Staging
 from dsvl_export.version import __version__
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.goldens import golden_requests
 from reference.session import reference_chain, write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
-from reference.trace import TRACED_COMPONENTS, component_contract, trace
+from reference.trace import TRACED_COMPONENTS, component_contract
 from runtimes.bundle import JUDGED_WITH, MANIFEST, Artifact, Bundle, Manifest
 from runtimes.errors import UserError
-from runtimes.files import write_json
+from runtimes.files import sha256_of_file, write_json
 from runtimes.recording import record_goldens
 from runtimes.taps import take_all_taps
 
@@ -57,6 +63,7 @@ def export(
     precisions: Sequence[str] = ("fp32",),
     goldens: bool = True,
     report: Report = _silent,
+    scales: str | Path | None = None,
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
 
@@ -65,20 +72,23 @@ def export(
     Args:
         checkpoint: ``tiny``, a folder or a hub id.
         output: the bundle's folder: new, empty, an unfinished export, or a bundle to extend.
-        precisions: of the backend; each becomes a set of artifacts.
+        precisions: names, recipes, or YAML files of precision plans; each becomes a set of artifacts.
         goldens: record the reference's outputs, which ``parity`` compares with.
+        scales: a scale table made by ``calibrate``; without one, precisions that need scales are calibrated
+            on the bundled pictures.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
     """
     compiler = load_compiler(backend)
-    for precision in precisions:
-        if precision not in compiler.PRECISIONS:
-            raise UserError(
-                f"The backend {backend} has no precision {precision!r};"
-                f" it has {', '.join(compiler.PRECISIONS)}."
-            )
+    plans = [load_precision(precision) for precision in precisions]
     source = open_checkpoint(str(checkpoint))
+    for plan in plans:
+        check_plan(backend, compiler, plan, source.config)
+    table = ScaleTable.load(Path(scales).expanduser()) if scales else None
+    if table:
+        for plan in plans:
+            QuantizedWeights(source, plan, table).check()
     specs = (preprocess_spec(source), prompt_spec(source))
     staging = Staging(Path(output).expanduser())
     try:
@@ -89,9 +99,11 @@ def export(
         run.token_embedding()
         if goldens:
             run.goldens()
-        for precision in precisions:
+        for plan in plans:
+            if plan.quantizes:
+                run.precision(plan, table)
             for component in TRACED_COMPONENTS:
-                run.component(backend, precision, component)
+                run.component(backend, plan, component)
         run.noise()
         staging.finish(_manifest(source, staging, *specs))
     except (OSError, SafetensorError) as error:
@@ -178,28 +190,58 @@ class _Run:
             if hashes and precision != "fp32":
                 self._noise_of(precision, hashes)
 
+    def precision(self, plan: PrecisionPlan, table: ScaleTable | None) -> None:
+        """Keep a quantized precision's plan and scales in the bundle; calibrate where there are none."""
+        name = precision_folder(plan.name)
+
+        def build(folder: Path) -> dict[str, Any]:
+            plan.save(folder / f"{plan.name}.yaml")
+            found = table
+            if found is None and plan.needs_scales(self.source.config):
+                found = calibrate(
+                    self.source,
+                    self.staging.folder / TOKEN_EMBEDDING,
+                    plan,
+                    lambda done, total: self.report(ExportProgress(name, done, total)),
+                )
+            if found:
+                found.save(folder)
+            return {}
+
+        given = table.digest if table else None
+        self._stage(name, build, {"plan": plan.to_dict(), "scales": given})
+
+    def weights(self, precision: str) -> QuantizedWeights:
+        """Parameters of a precision that the bundle holds."""
+        return planned_weights(self.source, self.staging.folder, precision)
+
+    def _rests_on(self, precision: str) -> dict[str, str]:
+        """Hashes of a precision's plan and scales."""
+        folder = self.staging.folder / precision_folder(precision)
+        return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*"))}
+
     def _noise_of(self, precision: str, goldens: dict[str, str]) -> None:
         def build(folder: Path) -> dict[str, Any]:
             noise = measure_noise(
-                self.source,
+                self.weights(precision),
                 self.staging.folder / TOKEN_EMBEDDING,
                 Goldens.recorded_into(self.staging.folder / "goldens"),
-                precision,
                 lambda done, total: self.report(ExportProgress(name, done, total)),
             )
             write_json(folder / file, noise)
             return {}
 
         name, _, file = noise_file(precision).rpartition("/")
-        self._stage(name, build, {"goldens": goldens})
+        self._stage(name, build, {"goldens": goldens, **self._rests_on(precision)})
 
-    def component(self, backend: str, precision: str, component: str) -> None:
+    def component(self, backend: str, plan: PrecisionPlan, component: str) -> None:
         """Trace, lower and check one component; weights stream from the checkpoint."""
-        name = f"{backend}/{precision}/{component}"
+        name = f"{backend}/{plan.name}/{component}"
 
         def build(folder: Path) -> dict[str, Any]:
-            traced = trace(self.source.config, component, precision)
-            total = sum(value.numel() * value.element_size() for value in traced.program.state_dict.values())
+            traced = trace_planned(self.source.config, component, plan)
+            compiler = load_compiler(backend)
+            total = compiler.artifact_bytes(traced)
             done = 0
 
             def on_bytes(count: int) -> None:
@@ -207,18 +249,20 @@ class _Run:
                 done += count
                 self.report(ExportProgress(name, min(done, total), max(total, 1)))
 
-            def load(parameter: str) -> torch.Tensor:
-                return self.source.load(f"{component}.{parameter}")
+            weights = self.weights(plan.name) if plan.quantizes else QuantizedWeights(self.source, plan)
 
-            compiled = load_compiler(backend).compile_component(traced, load, folder, on_bytes)
+            def load(parameter: str) -> torch.Tensor:
+                return weights.load(f"{component}.{parameter}")
+
+            compiled = compiler.compile_component(traced, load, folder, on_bytes)
             artifact = Artifact(
-                component, backend, precision, compiled.target, compiled.dialect,
+                component, backend, plan.name, compiled.target, compiled.dialect,
                 tuple(f"{name}/{file.name}" for file in compiled.files),
                 {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
             )  # fmt: skip
             return {"artifact": asdict(artifact)}
 
-        self._stage(name, build)
+        self._stage(name, build, self._rests_on(plan.name))
 
 
 def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: Any) -> Manifest:
@@ -227,6 +271,7 @@ def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: 
         path for artifact in _artifacts(staging) if artifact not in artifacts for path in artifact.files
     }
     precisions = dict.fromkeys(artifact.precision for artifact in artifacts)
+    plans = {name: bundled_plan(staging.folder, name) for name in precisions}
     return Manifest(
         model=source.config.to_dict(),
         checkpoint={"name": source.folder.name, "sha256": source.digest, "layout": source.config.layout},
@@ -236,10 +281,10 @@ def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: 
         default_capacity=min(source.config.decoder.max_positions, MAX_DEFAULT_CAPACITY),
         contracts={
             precision: {
-                component: component_contract(source.config, component, precision)
+                component: component_contract(source.config, component, plan.base, plan.kv_cache)
                 for component in TRACED_COMPONENTS
             }
-            for precision in precisions
+            for precision, plan in plans.items()
         },
         artifacts=artifacts,
         files={path: entry for path, entry in staging.files().items() if path not in unfinished},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -188,47 +188,33 @@ class Checkpoint:
         (name,) = self._sources["token_embedding.weight"].names
         return self._files.nbytes(name)
 
-    def model(self, streamed: bool | None = None, rounded_to: torch.dtype = torch.float32) -> DeepSeekVL:
+    def model(
+        self,
+        streamed: bool | None = None,
+        load: Callable[[str], Tensor] | None = None,
+        prepare: Callable[[DeepSeekVL], None] = lambda model: None,
+    ) -> DeepSeekVL:
         """The reference model in fp32 with these weights, for computing.
 
         Args:
             streamed: keep the weights in the files and load each module's only while it runs, so that
                 memory does not grow with the model; None does so above ``STREAM_ABOVE`` bytes.
-            rounded_to: dtype whose rounding the fp32 weights shall have.
+            load: gives a parameter in the place of ``Checkpoint.load``.
+            prepare: changes the model, still on the meta device, before it gets its weights.
         """
+        load = load or self.load
         with torch.device("meta"):
             model = DeepSeekVL(self.config)
+        prepare(model)
         total = sum(4 * parameter.numel() for parameter in model.parameters())
         if total > STREAM_ABOVE if streamed is None else streamed:
-            self._stream_into(model, rounded_to)
+            _stream_into(model, load)
         else:
             model = model.to_empty(device="cpu")
             for name, parameter in model.named_parameters():
-                parameter.data.copy_(self.load(name).to(rounded_to))
+                parameter.data.copy_(load(name))
         materialise_constants(model)
         return model.eval().requires_grad_(False)
-
-    def _stream_into(self, model: DeepSeekVL, rounded_to: torch.dtype) -> None:
-        """Hooks that give a module its own parameters before it runs and take them away after."""
-
-        def attach(module: nn.Module, prefix: str) -> None:
-            empty = dict(module.named_parameters(recurse=False))
-
-            def fill(module: nn.Module, args: Any) -> None:
-                for name in empty:
-                    value = self.load(f"{prefix}{name}").to(rounded_to).to(torch.float32)
-                    setattr(module, name, nn.Parameter(value, requires_grad=False))
-
-            def drop(module: nn.Module, args: Any, output: Any) -> None:
-                for name, parameter in empty.items():
-                    setattr(module, name, parameter)
-
-            if empty:
-                module.register_forward_pre_hook(fill)
-                module.register_forward_hook(drop, always_call=True)
-
-        for path, module in model.named_modules():
-            attach(module, f"{path}." if path else "")
 
     @cached_property
     def digest(self) -> str:
@@ -245,6 +231,29 @@ class Checkpoint:
             raise UserError(f"{self.folder} has no tokenizer.json, which the runtime needs.")
         names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
         return [self.folder / name for name in names if (self.folder / name).exists()]
+
+
+def _stream_into(model: DeepSeekVL, load: Callable[[str], Tensor]) -> None:
+    """Hooks that give a module its own parameters before it runs and take them away after."""
+
+    def attach(module: nn.Module, prefix: str) -> None:
+        empty = dict(module.named_parameters(recurse=False))
+
+        def fill(module: nn.Module, args: Any) -> None:
+            for name in empty:
+                value = load(f"{prefix}{name}").to(torch.float32)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+        def drop(module: nn.Module, args: Any, output: Any) -> None:
+            for name, parameter in empty.items():
+                setattr(module, name, parameter)
+
+        if empty:
+            module.register_forward_pre_hook(fill)
+            module.register_forward_hook(drop, always_call=True)
+
+    for path, module in model.named_modules():
+        attach(module, f"{path}." if path else "")
 
 
 def _head_name(config: ModelConfig) -> str:

@@ -33,6 +33,15 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(config.width, config.kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(config.width, config.kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * head_dim, config.width, bias=False)
+        self.kv_heads = config.kv_heads
+        self.key_scale: nn.Parameter | None = None
+        self.value_scale: nn.Parameter | None = None
+
+    def quantize_cache(self) -> None:
+        """Take scales ``[Hkv]`` for a quantized cache as parameters."""
+        like = self.k_proj.weight
+        for name in ("key_scale", "value_scale"):
+            setattr(self, name, nn.Parameter(torch.ones(self.kv_heads, dtype=like.dtype, device=like.device)))
 
     def forward(
         self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
@@ -40,7 +49,8 @@ class SelfAttention(nn.Module):
         # The operator keeps the trace whole; autograd needs the plain form.
         attend = cached_attention if torch.is_grad_enabled() else cached_attention_op
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.o_proj(attend(q, k, v, positions, cos, sin, keys, values))
+        scales = (self.key_scale, self.value_scale)
+        return self.o_proj(attend(q, k, v, positions, cos, sin, keys, values, *scales))
 
 
 class GatedMlp(nn.Module):

@@ -7,9 +7,13 @@ plain ATen and can be traced in its place.
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+FLOAT8_MAX = 448.0  # of E4M3, arXiv 2209.05433
 
 
 def rope_tables(head_dim: int, theta: float, positions: int) -> tuple[Tensor, Tensor]:
@@ -40,6 +44,8 @@ def cached_attention(
     sin: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    key_scale: Optional[Tensor] = None,
+    value_scale: Optional[Tensor] = None,
 ) -> Tensor:
     """Rotate, write the new keys and values into the cache, attend causally over it.
 
@@ -47,7 +53,9 @@ def cached_attention(
         query: ``[B, S, H * Dh]``; key, value: ``[B, S, Hkv * Dh]``.
         positions: ``[B, S]`` int64; consecutive in each row, below the capacity C.
         cos, sin: ``[P, Dh / 2]`` tables.
-        key_cache, value_cache: ``[B, Hkv, C, Dh]``, updated in place.
+        key_cache, value_cache: ``[B, Hkv, C, Dh]``, updated in place; int8 or, as uint8, the bits of
+            float8 (E4M3) where there are scales.
+        key_scale, value_scale: ``[Hkv]`` of a quantized cache.
 
     Returns:
         ``[B, S, H * Dh]``
@@ -59,17 +67,35 @@ def cached_attention(
     k = rotate(key.unflatten(-1, (-1, head_dim)), rows_cos, rows_sin).transpose(1, 2)
     v = value.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [B, Hkv, S, Dh]
     slots = positions[:, None, :, None].expand(k.shape)
-    key_cache.scatter_(2, slots, k.to(key_cache.dtype))
-    value_cache.scatter_(2, slots, v.to(value_cache.dtype))
+    key_cache.scatter_(2, slots, _stored(k, key_scale, key_cache.dtype))
+    value_cache.scatter_(2, slots, _stored(v, value_scale, value_cache.dtype))
     visible = torch.arange(capacity, device=query.device) <= positions[:, None, :, None]
     out = F.scaled_dot_product_attention(
         q,
-        key_cache.to(q.dtype),
-        value_cache.to(q.dtype),
+        _restored(key_cache, key_scale, q.dtype),
+        _restored(value_cache, value_scale, q.dtype),
         attn_mask=visible,  # [B, 1, S, C]
         enable_gqa=q.shape[1] != key_cache.shape[1],
     )
     return out.transpose(1, 2).flatten(2)
+
+
+def _stored(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Keys or values ``[B, Hkv, S, Dh]`` as the cache keeps them."""
+    if scale is None:
+        return x.to(dtype)
+    scaled = x.float() / scale.float()[:, None, None]
+    if dtype == torch.int8:
+        return scaled.round().clamp(-128, 127).to(torch.int8)
+    return scaled.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _restored(cache: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What a cache stands for."""
+    if scale is None:
+        return cache.to(dtype)
+    codes = cache if cache.dtype == torch.int8 else cache.view(torch.float8_e4m3fn)
+    return (codes.float() * scale.float()[:, None, None]).to(dtype)
 
 
 cached_attention_op = torch.library.custom_op(
@@ -87,5 +113,7 @@ def _(
     sin: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    key_scale: Optional[Tensor] = None,
+    value_scale: Optional[Tensor] = None,
 ) -> Tensor:
     return torch.empty_like(query)

@@ -1,26 +1,20 @@
 """The reference with the rounding of a lower precision, in fp32 arithmetic.
 
-Weights, the inputs of each component and the output of every module are rounded to the precision's
-dtype. What then differs from the reference is what the precision costs by itself, on any backend.
+What then differs from the reference is what the precision costs by itself, on any backend.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reference.checkpoint import Checkpoint
-from reference.session import reference_chain
-from reference.trace import PRECISION_DTYPES
-from runtimes.chain import Chain
+from reference.model import DeepSeekVL
 
 
-def rounded_chain(checkpoint: Checkpoint, embedding_file: Path, precision: str) -> Chain:
-    """A debug build of the reference (its sessions give taps), rounded to a key of ``PRECISION_DTYPES``."""
-    dtype = PRECISION_DTYPES[precision]
+def round_model(model: DeepSeekVL, dtype: torch.dtype) -> None:
+    """Make an fp32 model round what its components read and its modules give; weights are left alone."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -29,9 +23,7 @@ def rounded_chain(checkpoint: Checkpoint, embedding_file: Path, precision: str) 
             return value.to(dtype).to(torch.float32)
         return value
 
-    model = checkpoint.model(rounded_to=dtype)
     for component in (model.vision_encoder, model.adaptor, model.decoder):
         component.register_forward_pre_hook(lambda _, args: rounded(args))
     for module in model.modules():
         module.register_forward_hook(lambda _, args, output: rounded(output))
-    return reference_chain(checkpoint, embedding_file, model, tapped=True)

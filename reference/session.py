@@ -71,7 +71,11 @@ class TorchDecoder:
 
 
 def reference_chain(
-    checkpoint: Checkpoint, embedding_file: Path, model: DeepSeekVL | None = None, tapped: bool = False
+    checkpoint: Checkpoint,
+    embedding_file: Path,
+    model: DeepSeekVL | None = None,
+    tapped: bool = False,
+    kv_cache: str = "float",
 ) -> Chain:
     """The reference model in fp32 behind the runtime's chain.
 
@@ -79,12 +83,13 @@ def reference_chain(
         embedding_file: the table that ``write_token_embedding`` wrote.
         model: the loaded model; None loads it.
         tapped: as a debug build, whose sessions give their taps.
+        kv_cache: precision of the model's cache.
     """
     model = model or checkpoint.model()
     config = checkpoint.config
 
     def contract(component: str) -> Contract:
-        plain = component_contract(config, component, "fp32")
+        plain = component_contract(config, component, "fp32", kv_cache)
         return plain.with_taps() if tapped else plain
 
     def taps(component: str) -> Sequence[Tap]:

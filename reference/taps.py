@@ -95,7 +95,12 @@ def tap_nodes(program: ExportedProgram, taps: Sequence[Tap]) -> dict[str, Node]:
                 scopes[path].append(node)
     computed = set(calls)
     return {
-        tap.name: next(source for source in scopes[tap.module][0].all_input_nodes if source in computed)
+        tap.name: next(
+            source
+            for node in scopes[tap.module]
+            for source in node.all_input_nodes
+            if source in computed and source not in scopes[tap.module]
+        )
         if tap.before
         else scopes[tap.module][-1]
         for tap in taps

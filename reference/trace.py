@@ -7,6 +7,7 @@ high-level ATen with ``dsvl::cached_attention`` kept whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from runtimes.contracts import Contract, TensorSpec
 
 TRACED_COMPONENTS = ("vision_encoder", "adaptor", "decoder")
 PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+CACHE_DTYPES = {"int8": "int8", "fp8": "uint8"}  # numpy has no float8: its bits
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,14 @@ class TracedComponent:
     taps: tuple[Tap, ...] = ()
 
 
-def component_contract(config: ModelConfig, component: str, precision: str) -> Contract:
-    """Contract of a component; activations and states have the precision's dtype, logits float32."""
+def component_contract(
+    config: ModelConfig, component: str, precision: str, kv_cache: str = "float"
+) -> Contract:
+    """Contract of a component; activations and states have the precision's dtype, logits float32.
+
+    Args:
+        kv_cache: ``float``, or the precision of a quantized cache.
+    """
     dtype = str(PRECISION_DTYPES[precision]).removeprefix("torch.")
     vision, decoder = config.vision, config.decoder
     side, tokens = vision.image_size, vision.image_tokens
@@ -75,7 +83,12 @@ def component_contract(config: ModelConfig, component: str, precision: str) -> C
         ),
         (TensorSpec("logits", "float32", ("batch", "rows", decoder.vocab_size), "next-token scores"),),
         tuple(
-            TensorSpec(f"{kind}_cache_{layer}", dtype, cache_shape, f"{kind}s of layer {layer}")
+            TensorSpec(
+                f"{kind}_cache_{layer}",
+                CACHE_DTYPES.get(kv_cache, dtype),
+                cache_shape,
+                f"{kind}s of layer {layer}",
+            )
             for layer in range(decoder.layers)
             for kind in ("key", "value")
         ),
@@ -97,15 +110,25 @@ def build_component(config: ModelConfig, component: str) -> nn.Module:
     return module.eval()
 
 
-def trace(config: ModelConfig, component: str, precision: str) -> TracedComponent:
+def trace(
+    config: ModelConfig,
+    component: str,
+    precision: str,
+    kv_cache: str = "float",
+    prepare: Callable[[nn.Module], None] = lambda module: None,
+) -> TracedComponent:
     """Trace a component under its contract, with named dims left symbolic.
 
     Args:
         component: one of ``TRACED_COMPONENTS`` (the token embedding is a table, not a program).
         precision: a key of ``PRECISION_DTYPES``.
+        kv_cache: as in ``component_contract``.
+        prepare: changes the built module before it is traced, to quantize it.
     """
-    contract = component_contract(config, component, precision)
-    module = build_component(config, component).to(PRECISION_DTYPES[precision])
+    contract = component_contract(config, component, precision, kv_cache)
+    module = build_component(config, component)
+    prepare(module)
+    module = module.to(PRECISION_DTYPES[precision])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _fake_parameters(module, mode)
     # Distinct example sizes, so that no two symbolic dims are taken for equal.

@@ -21,7 +21,7 @@ SCHEMA = Path(__file__).parent / "manifest.schema.json"
 MANIFEST = "manifest.json"
 DEBUG_PREFIX = ".debug-"  # of folders for debug builds; they live as long as parity takes the taps
 # What a verdict rests on, besides the artifacts themselves.
-JUDGED_WITH = ("goldens/", "noise/", "tokenizer/", "token_embedding/")
+JUDGED_WITH = ("goldens/", "noise/", "precisions/", "tokenizer/", "token_embedding/")
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,11 @@ class Chain:
         if digest not in self._images:
             self._images[digest] = self.adapt(self.encode_pixels(pixels[None]))[0]
             self.images_encoded += 1
-            if len(self._images) > self.kept_images:
-                self._images.popitem(last=False)
         self._images.move_to_end(digest)
-        return digest, self._images[digest]
+        embeds = self._images[digest]
+        if len(self._images) > self.kept_images:
+            self._images.popitem(last=False)
+        return digest, embeds
 
     def embed_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """``[S, D]`` text embeddings."""

@@ -31,9 +31,15 @@ class Compiled:
 
 
 class Compiler(Protocol):
-    """A module ``dsvl_export/compilers/<backend>.py``."""
+    """A module ``dsvl_export/compilers/<backend>.py``.
+
+    ``PRECISIONS`` are the float precisions that it compiles, ``LAYER_PRECISIONS`` and ``CACHE_PRECISIONS``
+    what a precision plan may give single layers and the KV cache.
+    """
 
     PRECISIONS: tuple[str, ...]
+    LAYER_PRECISIONS: tuple[str, ...]
+    CACHE_PRECISIONS: tuple[str, ...]
 
     def compile_component(
         self,

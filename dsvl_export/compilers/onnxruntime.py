@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from reference.trace import TracedComponent
 
 PRECISIONS = ("fp32", "fp16")
+LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
+CACHE_PRECISIONS = ("int8",)
 
 
 def compile_component(

@@ -14,7 +14,7 @@ from dsvl_export.ladder.noise import read_noise
 from dsvl_export.ladder.result import Drift, ParityResult
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.ladder.task import counted, judge_task
-from dsvl_export.ladder.tolerances import Tolerance, load_tolerances
+from dsvl_export.ladder.tolerances import Tolerance, load_tolerances, tolerance_for
 from runtimes.bundle import Bundle
 from runtimes.chain import Chain
 from runtimes.errors import UserError
@@ -60,11 +60,12 @@ def compare(
     run = weakest([execution(first, *first_pair), execution(second, *second_pair)])
     result = ParityResult(*second_pair, run, name)
     shipped = load_tolerances()
-    bounds = [(tolerances or shipped).get(precision) for _, precision in (first_pair, second_pair)]
+    pairs = ((first, first_pair[1]), (second, second_pair[1]))
+    bounds = [tolerance_for(tolerances or shipped, *pair) for pair in pairs]
     if bounds[0] is None or bounds[1] is None:
         raise UserError(f"There is no tolerance for {first_pair[1]} or {second_pair[1]}; give --tolerances.")
     result.tolerance = bounds[0].plus(bounds[1])
-    result.overridden = bounds != [shipped.get(precision) for _, precision in (first_pair, second_pair)]
+    result.overridden = bounds != [tolerance_for(shipped, *pair) for pair in pairs]
     if not run.judgeable:
         return result
     one = Pipeline.open(first, *first_pair, threads=threads)

@@ -14,7 +14,7 @@ from dsvl_export.ladder.noise import Noise, measure_noise, read_noise
 from dsvl_export.ladder.result import ParityResult
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.ladder.task import counted, judge_task
-from dsvl_export.ladder.tolerances import Tolerance, load_tolerances
+from dsvl_export.ladder.tolerances import Tolerance, load_tolerances, tolerance_for
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.errors import UserError
@@ -59,12 +59,12 @@ def parity(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     backend, precision = bundle.select(backend, precision)
     shipped = load_tolerances()
-    tolerance = (tolerances or shipped).get(precision)
+    tolerance = tolerance_for(tolerances or shipped, bundle, precision)
     if tolerance is None:
         raise UserError(f"There is no tolerance for the precision {precision!r}; give one by --tolerances.")
     reference = f"torch fp32, live from {live}" if live else "torch fp32, recorded in the bundle"
     result = ParityResult(backend, precision, execution(bundle, backend, precision), reference)
-    result.tolerance, result.overridden = tolerance, tolerance != shipped.get(precision)
+    result.tolerance, result.overridden = tolerance, tolerance != tolerance_for(shipped, bundle, precision)
     if not result.execution.judgeable:
         return result
     pipeline = Pipeline.open(bundle, backend, precision, threads=threads)
@@ -107,6 +107,7 @@ def _record_live(
 ) -> tuple[Goldens, Noise]:
     """Goldens and noise computed now from the checkpoint, its token embeddings included."""
     from dsvl_export.exporting import record_reference
+    from dsvl_export.precisions import planned_weights
     from reference.checkpoint import open_checkpoint
     from reference.session import write_token_embedding
 
@@ -119,7 +120,8 @@ def _record_live(
     goldens = Goldens.recorded_into(folder / "goldens")
     if precision == "fp32":
         return goldens, Noise()
-    measured = measure_noise(source, table, goldens, precision, partial(on_step, "noise"))
+    weights = planned_weights(source, bundle.folder, precision)
+    measured = measure_noise(weights, table, goldens, partial(on_step, "noise"))
     return goldens, Noise(tuple(measured["goldens"]), measured["taps"])
 
 

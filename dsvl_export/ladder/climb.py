@@ -11,12 +11,10 @@ from PIL.Image import Image
 from dsvl_export.ladder.measures import tie_margin
 from dsvl_export.ladder.noise import Noise
 from dsvl_export.ladder.result import ParityResult, TokenComparison
-from dsvl_export.ladder.stages import Goldens, stages
+from dsvl_export.ladder.stages import STEPS, Goldens, stages
 from runtimes.chain import Chain
 from runtimes.goldens import Golden, greedy
 from runtimes.preprocess import load_image, resize_and_pad
-
-STEPS = 8  # single decode steps per golden whose logits are judged
 
 
 def climb(
@@ -43,8 +41,10 @@ def climb(
             rung = result.rung(stage.rung)
             rung.compare(index, stage.tensor, stage.found, stage.expected, bound, measured)
             if stage.rung.endswith("logits"):
-                rung.compare_choices(index, stage.found, stage.expected, result.tie_noise(measured))
-        tie_noise = result.tie_noise(noise.of(index, "teacher_forced_logits"))
+                rung.compare_choices(
+                    index, stage.found, stage.expected, result.tie_noise(noise.ties(index, stage.rung))
+                )
+        tie_noise = result.tie_noise(noise.ties(index, "teacher_forced_logits"))
         _compare_tokens(chain, golden, images, index, result, tie_noise)
     on_step("goldens", result.goldens, result.goldens)
 

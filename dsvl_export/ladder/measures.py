@@ -100,6 +100,16 @@ def tie_margin(logits: np.ndarray, noise: float) -> float:
     return math.sqrt(2) * noise * float(np.sqrt(np.mean(np.square(logits.astype(np.float64)))))
 
 
+def changed_choices(found: np.ndarray, expected: np.ndarray) -> float:
+    """The noise, as ``tie_margin`` takes it, from which on all changed first choices of ``[K, V]`` logits
+    are ties; 0 where none changed."""
+    needed = 0.0
+    for row, chosen, wanted in zip(expected, found.argmax(-1), expected.argmax(-1), strict=True):
+        if chosen != wanted:
+            needed = max(needed, float(row[wanted] - row[chosen]) / max(tie_margin(row, 1.0), 1e-30))
+    return needed
+
+
 @dataclass
 class LogitAgreement:
     """Rows of logits: Kullback-Leibler divergence from the reference in nats, and the first choice.

@@ -9,16 +9,19 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsvl_export.ladder.stages import Goldens, stages
+from dsvl_export.ladder.measures import changed_choices
+from dsvl_export.ladder.stages import STEPS, Goldens, stages
 from runtimes.bundle import Bundle
 from runtimes.errors import UserError
 from runtimes.files import read_json
-from runtimes.goldens import relative_rms
+from runtimes.goldens import relative_rms, teacher_forced
 from runtimes.taps import TAPPED_COMPONENTS, take_taps
 
 if TYPE_CHECKING:
-    from reference.checkpoint import Checkpoint
+    from calibration.weights import QuantizedWeights
 
+CHOICES = "choices"
+TIE_ROOM = 1.1  # another kernel's logits differ in the last digits
 Errors = dict[str, float]  # relative RMS errors; what is not finite is left out
 
 
@@ -26,7 +29,8 @@ Errors = dict[str, float]  # relative RMS errors; what is not finite is left out
 class Noise:
     """Relative RMS errors that the precision's rounding alone causes.
 
-    ``goldens``: rung → error for each golden in order; ``taps``: component → tap → error, on the first.
+    ``goldens``: rung → error for each golden in order, and as ``choices`` the noise that makes ties of all
+    first choices which the precision changes; ``taps``: component → tap → error, on the first.
     Empty where nothing was measured (fp32 has no such noise).
     """
 
@@ -35,6 +39,10 @@ class Noise:
 
     def of(self, golden: int, rung: str) -> float | None:
         return self.goldens[golden].get(rung) if golden < len(self.goldens) else None
+
+    def ties(self, golden: int, rung: str) -> float:
+        """Noise below which a changed first choice is the precision's own doing."""
+        return max(self.of(golden, rung) or 0.0, TIE_ROOM * (self.of(golden, CHOICES) or 0.0))
 
     def plus(self, other: Noise) -> Noise:
         """Of two artifacts compared with each other."""
@@ -77,26 +85,34 @@ def _errors(row: Mapping[str, float]) -> Errors:
 
 
 def measure_noise(
-    source: Checkpoint,
+    weights: QuantizedWeights,
     embedding_file: Path,
     goldens: Goldens,
-    precision: str,
     on_step: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Climb with the reference rounded to a precision; JSON-able, read again by ``read_noise``."""
-    from reference.rounding import rounded_chain
+    """Climb with what a precision plan computes in PyTorch; JSON-able, read again by ``read_noise``."""
+    from calibration.program import planned_chain
 
-    chain = rounded_chain(source, embedding_file, precision)
+    chain = planned_chain(weights, embedding_file, tapped=True)
     rows: list[Errors] = []
     taps: dict[str, Errors] = {}
     for index in range(len(goldens.files)):
         on_step(index, len(goldens.files))
-        golden = goldens.load(index, source.digest)
+        golden = goldens.load(index, weights.source.digest)
         row: Errors = {}
         for stage in stages(chain, golden):
             error = relative_rms(stage.found, stage.expected)
+            if stage.rung == "teacher_forced_logits":
+                row[CHOICES] = changed_choices(stage.found, stage.expected)
+                # The ladder judges single steps by themselves too.
+                first = slice(1, STEPS + 1)
+                error = max(error, relative_rms(stage.found[first], stage.expected[first]))
             if stage.rung != "preprocess" and math.isfinite(error):
                 row[stage.rung] = max(error, row.get(stage.rung, 0.0))
+        # From the image file on, as greedy tokens are compared.
+        inputs = chain.embed_prompt(golden.prompt, goldens.images(golden))
+        logits = teacher_forced(chain, inputs.embeds, golden.greedy_tokens.tolist())
+        row[CHOICES] = max(row[CHOICES], changed_choices(logits, golden.logits))
         rows.append(row)
         for component, expected in golden.taps.items():
             found = take_taps(chain, golden, component)

@@ -175,10 +175,10 @@ class ParityResult:
         assert self.tolerance
         return self.tolerance.bound(rung, measured_noise)
 
-    def tie_noise(self, measured_noise: float | None) -> float:
+    def tie_noise(self, measured_noise: float) -> float:
         """The noise below which a changed first choice is a tie."""
         assert self.tolerance
-        return max(self.tolerance.noise, measured_noise or 0.0)
+        return max(self.tolerance.noise, measured_noise)
 
     @property
     def verdict(self) -> str:

@@ -14,6 +14,8 @@ from runtimes.errors import UserError
 from runtimes.goldens import GREEDY_TOKENS, Golden, load_golden, teacher_forced
 from runtimes.preprocess import to_pixel_values
 
+STEPS = 8  # single decode steps per golden whose logits are judged
+
 
 @dataclass(frozen=True)
 class Goldens:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from runtimes.bundle import Bundle
 from runtimes.errors import UserError
 
 TABLE = Path(__file__).parent / "tolerances.yaml"
@@ -54,6 +55,12 @@ class Tolerance:
             floor=self.floor + other.floor,
             rungs={rung: self.bound(rung) + other.bound(rung) for rung in {*self.rungs, *other.rungs}},
         )
+
+
+def tolerance_for(table: Mapping[str, Tolerance], bundle: Bundle, precision: str) -> Tolerance | None:
+    """A precision's own row of the table, or that of all quantized precisions."""
+    plan = f"precisions/{precision}/{precision}.yaml"
+    return table.get(precision) or (table.get("quantized") if plan in bundle.manifest.files else None)
 
 
 def load_tolerances(override: Path | None = None) -> dict[str, Tolerance]:

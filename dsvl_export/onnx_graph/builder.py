@@ -28,7 +28,9 @@ class Initializer:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        """As stored: 4-bit numbers take half a byte."""
+        count = prod(self.shape)
+        return -(-count // 2) if self.dtype.name == "int4" else count * self.dtype.itemsize
 
 
 @dataclass

@@ -6,13 +6,16 @@ import numpy as np
 from torch.fx import Node
 
 from dsvl_export.onnx_graph.builder import element_type
-from dsvl_export.onnx_graph.lower import Lowering, arguments, fake, numpy_dtype
+from dsvl_export.onnx_graph.context import Lowering, QuantizedWeight, arguments, fake, numpy_dtype, to_numpy
+from dsvl_export.onnx_graph.dialect_standard import StandardDialect
 from runtimes.contracts import updated_state
 from runtimes.errors import UserError
 
+EIGHT_BIT_BLOCK = 128
 
-class OrtDialect:
-    """Standard operators, and ``GroupQueryAttention`` for the decoder's cache.
+
+class OrtDialect(StandardDialect):
+    """Standard operators, ``MatMulNBits`` for weights of 4 and 8 bits, ``GroupQueryAttention`` for the cache.
 
     Opset 23 has all of them (RMSNormalization is the newest), and ONNX Runtime 1.23, the last for the
     Python 3.10 of JetPack 6, refuses files that are stamped with a newer one.
@@ -21,27 +24,8 @@ class OrtDialect:
     buffer; the standard TensorScatter + Attention pair was slower on CPU by 1.6 times in decode.
     """
 
-    opset = 23
-
-    def attention(self, context: Lowering, node: Node) -> str:
-        """Softmax attention of the vision towers, optionally with an additive bias."""
-        if len(node.args) > 4 or node.kwargs.keys() - {"attn_mask"}:
-            raise NotImplementedError("causal, scaled or dropped-out attention in a vision tower")
-        *sources, bias = arguments(node, None, None, node.kwargs.get("attn_mask"))[:4]
-        query, key, value = (context.value(source) for source in sources)
-        name, head_dim = context.name(node), int(fake(sources[0]).shape[-1])
-        dtype = numpy_dtype(fake(node).dtype)
-        scale = context.graph.constant(np.array(head_dim**-0.5, dtype=dtype), "scale")
-        scaled = context.graph.node("Mul", [query, scale], f"{name}_scale")
-        swapped = context.graph.node("Transpose", [key], f"{name}_keys", {"perm": [0, 1, 3, 2]})
-        scores = context.graph.node("MatMul", [scaled, swapped], f"{name}_scores")
-        if bias is not None:
-            scores = context.graph.node("Add", [scores, context.value(bias)], f"{name}_bias")
-        weights = context.graph.node("Softmax", [scores], f"{name}_softmax", {"axis": -1})
-        return context.emit(node, "MatMul", [weights, value])
-
     def cached_attention(self, context: Lowering, node: Node) -> str:
-        query, key, value, positions, cos, sin, keys, values = arguments(node)
+        query, key, value, positions, cos, sin, keys, values, *scales = arguments(node)
         lengths, total = self._lengths(context, context.value(positions))
         head_dim = int(fake(keys).shape[-1])
         if head_dim % 16:
@@ -56,11 +40,60 @@ class OrtDialect:
             "num_heads": int(fake(query).shape[-1]) // head_dim,
             "kv_num_heads": int(fake(keys).shape[1]), "do_rotary": 1,
         }  # fmt: skip
+        if any(scale is not None for scale in scales):
+            inputs += ["", "", "", *(self._cache_scale(context, scale, head_dim) for scale in scales)]
+            kinds = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+            attributes |= kinds
         name = context.graph.unique(f"{context.name(node)}_out")
         outputs = [name, *(updated_state(state) for state in states)]
         return context.graph.node(
             "GroupQueryAttention", inputs, context.name(node), attributes, outputs, "com.microsoft"
         )
+
+    def _cache_scale(self, context: Lowering, source: Node, head_dim: int) -> str:
+        """A scale per head ``[Hkv]`` as the operator wants it, per channel: ``[Hkv * Dh]`` float32."""
+        scale = context.constant(source)
+        size = int(fake(source).shape[0]) * head_dim
+        return context.graph.initializer(
+            f"{scale.name}_of_channels", np.dtype(np.float32), (size,),
+            lambda: to_numpy(scale.load().float().repeat_interleave(head_dim)),
+        )  # fmt: skip
+
+    def weight_only_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        """``MatMulNBits``: codes with an offset, 4-bit ones two to a byte, the lower half first.
+
+        A scale per output channel is repeated for blocks of ``EIGHT_BIT_BLOCK`` inputs.
+        """
+        rows, columns = weight.shape
+        block = weight.group or EIGHT_BIT_BLOCK
+        if block < 16 or block & (block - 1):
+            raise UserError(
+                f"ONNX Runtime's MatMulNBits needs groups of a power of two from 16 on, {weight.codes.name}"
+                f" has groups of {block}."
+            )
+        blocks = -(-columns // block)
+
+        def codes() -> np.ndarray:
+            offset = 1 << (weight.bits - 1)
+            padded = np.full((rows, blocks * block), offset, np.uint8)
+            padded[:, :columns] = to_numpy(weight.codes.load()).astype(np.int16) + offset
+            if weight.bits == 4:
+                padded = padded[:, ::2] | (padded[:, 1::2] << 4)
+            return padded.reshape(rows, blocks, -1)
+
+        def scales() -> np.ndarray:
+            scale = to_numpy(weight.scale.load()).astype(dtype).reshape(rows, -1)
+            return np.ascontiguousarray(np.broadcast_to(scale, (rows, blocks)))
+
+        graph, name, dtype = context.graph, weight.codes.name, numpy_dtype(fake(node).dtype)
+        shape = (rows, blocks, block * weight.bits // 8)
+        inputs = [
+            x,
+            graph.initializer(name, np.dtype(np.uint8), shape, codes),
+            graph.initializer(f"{weight.scale.name}_of_blocks", dtype, (rows, blocks), scales),
+        ]
+        attributes = {"K": columns, "N": rows, "bits": weight.bits, "block_size": block, "accuracy_level": 1}
+        return graph.node("MatMulNBits", inputs, context.name(node), attributes, domain="com.microsoft")
 
     def _lengths(self, context: Lowering, positions: str) -> tuple[str, str]:
         """``seqlens_k [B]`` (cache length after the step, minus one) and the longest length, int32.

@@ -1,190 +1,30 @@
-"""From an ExportedProgram to an ONNX graph: one function per ATen operator, by a table.
-
-What depends only on weights and constants is not emitted but evaluated when the file is written.
-The few operators that consumers disagree on are left to the ``Dialect``.
-"""
+"""From an ExportedProgram to an ONNX graph: one function per ATen operator, by a table."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from dsvl_export.onnx_graph.builder import Graph, element_type, value_info
-from reference.taps import tap_nodes
+from dsvl_export.onnx_graph.builder import Graph, element_type
+from dsvl_export.onnx_graph.context import (
+    Dialect,
+    LoadParameter,
+    Lowering,
+    QuantizedWeight,
+    arguments,
+    aten,
+    fake,
+    numpy_dtype,
+    static,
+    to_numpy,
+)
+from dsvl_export.onnx_graph.quantization import DEQUANTIZE, QUANTIZATION, dequantized, quantized_linear
 from reference.trace import TracedComponent
-from runtimes.contracts import updated_state
-
-LoadParameter = Callable[[str], Tensor]
-aten = torch.ops.aten
-
-
-class Dialect(Protocol):
-    """How one consumer wants the operators that have several forms in ONNX."""
-
-    opset: int
-
-    def attention(self, context: Lowering, node: Node) -> str: ...
-
-    def cached_attention(self, context: Lowering, node: Node) -> str: ...
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A value known without running the graph."""
-
-    name: str
-    load: Callable[[], Tensor]
-
-
-class Lowering:
-    """The state of one lowering: the graph so far and what each program node became."""
-
-    def __init__(self, traced: TracedComponent, load: LoadParameter, dialect: Dialect) -> None:
-        self.traced, self.dialect = traced, dialect
-        self.graph = Graph(traced.contract.component, dialect.opset)
-        self.scratch: dict[str, str] = {}  # values that a dialect computes once for all layers
-        self._values: dict[Node, Any] = {}  # an ONNX name, a list of names, or a Constant
-        self._bind_inputs(load)
-
-    def _bind_inputs(self, load: LoadParameter) -> None:
-        contract, program = self.traced.contract, self.traced.program
-        user_specs = iter(contract.inputs + contract.states)
-        placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-        for spec in program.graph_signature.input_specs:
-            node = placeholders[spec.arg.name]
-            if spec.kind == InputKind.USER_INPUT:
-                tensor = next(user_specs)
-                self.graph.inputs.append(value_info(tensor.name, tensor.dtype, tensor.shape))
-                self._values[node] = self.graph.unique(tensor.name)
-            elif spec.kind == InputKind.PARAMETER:
-                dtype = fake(node).dtype
-                self._values[node] = Constant(spec.target, _load_as(load, spec.target, dtype))
-            else:
-                value = program.constants[spec.target]
-                self._values[node] = Constant(spec.target, partial(_same, value))
-
-    def run(self) -> Graph:
-        """Lower every node; the outputs take the contract's names.
-
-        Raises:
-            NotImplementedError: the program holds an operator that the table lacks.
-        """
-        for node in self.traced.program.graph.nodes:
-            if node.op == "call_function":
-                self._lower(node)
-            elif node.op == "output":
-                self._bind_outputs(node)
-        for tap, node in tap_nodes(self.traced.program, self.traced.taps).items():
-            self.graph.taps[tap] = self.value(node)
-        return self.graph
-
-    def _lower(self, node: Node) -> None:
-        if node.target == aten._assert_tensor_metadata.default:
-            return
-        if node.target is operator.getitem:
-            source, index = arguments(node)
-            self._values[node] = self._values[source][index]
-        elif all(isinstance(self._values[source], Constant) for source in node.all_input_nodes):
-            name = self.graph.unique(f"{self.name(node)}_folded")
-            self._values[node] = Constant(name, lambda: self._evaluate(node))
-        elif node.target in TABLE:
-            self._values[node] = TABLE[node.target](self, node)
-        else:
-            raise NotImplementedError(f"no ONNX lowering for {node.target} ({self.name(node)})")
-
-    def _evaluate(self, node: Node) -> Tensor:
-        args = torch.fx.map_arg(node.args, lambda source: self._values[source].load())
-        return cast(Any, node.target)(*args, **node.kwargs)
-
-    def _bind_outputs(self, node: Node) -> None:
-        contract = self.traced.contract
-        for spec, source in zip(contract.outputs, arguments(node)[0], strict=True):
-            self.graph.node("Identity", [self.value(source)], spec.name, outputs=[spec.name])
-            self.graph.outputs.append(value_info(spec.name, spec.dtype, spec.shape))
-        for spec in contract.states:
-            name = updated_state(spec.name)
-            self.graph.outputs.append(value_info(name, spec.dtype, spec.shape))
-
-    # What the lowering functions use.
-
-    def value(self, source: Node) -> str:
-        """ONNX name of a program node's value; constants become initializers on first use."""
-        value = self._values[source]
-        if isinstance(value, Constant):
-            tensor = fake(source)
-            return self.graph.initializer(
-                value.name, numpy_dtype(tensor.dtype), tensor.shape, lambda: to_numpy(value.load())
-            )
-        return value
-
-    def constant(self, source: Node) -> Constant:
-        value = self._values[source]
-        if not isinstance(value, Constant):
-            raise NotImplementedError(f"{source.name} must be a weight or a constant")
-        return value
-
-    def operand(self, node: Node, position: int) -> str:
-        """A tensor argument, or a Python number as a constant of the output's dtype."""
-        argument = arguments(node)[position]
-        if isinstance(argument, Node):
-            return self.value(argument)
-        dtype = numpy_dtype(fake(node).dtype)
-        return self.graph.constant(np.array(argument, dtype=dtype), "scalar")
-
-    def name(self, node: Node) -> str:
-        """Module path and operator, as in ``layers.0.mlp.down_proj/linear``."""
-        stack = node.meta.get("nn_module_stack") or {"": ("", "")}
-        path = list(stack.values())[-1][0]
-        kind = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
-        return f"{path}/{kind}" if path else kind
-
-    def emit(
-        self, node: Node, operator_type: str, inputs: list[str], attributes: dict[str, Any] | None = None
-    ) -> str:
-        return self.graph.node(operator_type, inputs, self.name(node), attributes or {})
-
-
-def arguments(node: Node, *defaults: Any) -> list[Any]:
-    """Positional arguments of a node, missing ones filled from the end of ``defaults``' full list.
-
-    Args:
-        defaults: the operator's arguments after the first; only those that the node lacks are used.
-    """
-    return [*node.args, *defaults[max(len(node.args) - 1, 0) :]]
-
-
-def fake(source: Any) -> Any:
-    """The fake tensor of a node: its shape and dtype."""
-    return source.meta["val"]
-
-
-def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    return np.dtype(str(dtype).removeprefix("torch."))
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    return np.asarray(tensor.detach().contiguous().numpy())
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
-
-
-def _load_as(load: LoadParameter, name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
-    return lambda: load(name).to(dtype)
-
-
-def _static(shape: torch.Size) -> list[int]:
-    return [int(size) for size in shape]
 
 
 def _reshape(context: Lowering, node: Node) -> str:
@@ -207,15 +47,19 @@ def _reshape(context: Lowering, node: Node) -> str:
 def _linear(context: Lowering, node: Node) -> str:
     """``x @ W^T + b``; the weight is stored transposed, so that no consumer has to fold it."""
     x, weight_node, bias = arguments(node, None, None)
-    weight = context.constant(weight_node)
-    rows, columns = _static(fake(weight_node).shape)
-    transposed = context.graph.initializer(
-        f"{weight.name}_transposed",
-        numpy_dtype(fake(weight_node).dtype),
-        (columns, rows),
-        lambda: to_numpy(weight.load().t()),
-    )
-    out = context.emit(node, "MatMul", [context.value(x), transposed])
+    weight = context.weight(weight_node)
+    if isinstance(weight, QuantizedWeight):
+        out = quantized_linear(context, node, x, weight)
+    else:
+        rows, columns = static(fake(weight_node).shape)
+        load = weight.load
+        transposed = context.graph.initializer(
+            f"{weight.name}_transposed",
+            numpy_dtype(fake(weight_node).dtype),
+            (columns, rows),
+            lambda: to_numpy(load().t()),
+        )
+        out = context.emit(node, "MatMul", [context.value(x), transposed])
     if bias is None:
         return out
     return context.graph.node("Add", [out, context.value(bias)], f"{context.name(node)}_bias")
@@ -225,9 +69,14 @@ def _conv2d(context: Lowering, node: Node) -> str:
     x, weight, bias, stride, padding, dilation, groups = arguments(
         node, None, None, [1, 1], [0, 0], [1, 1], 1
     )
-    inputs = [context.value(source) for source in (x, weight, bias) if source is not None]
+    kernel = context.weight(weight)
+    inputs = [context.value(x)]
+    inputs.append(
+        dequantized(context, kernel, 0) if isinstance(kernel, QuantizedWeight) else context.value(weight)
+    )
+    inputs += [context.value(bias)] if bias is not None else []
     attributes = {
-        "kernel_shape": _static(fake(weight).shape[2:]), "strides": stride,
+        "kernel_shape": static(fake(weight).shape[2:]), "strides": stride,
         "pads": [*padding, *padding], "dilations": dilation, "group": groups,
     }  # fmt: skip
     return context.emit(node, "Conv", inputs, attributes)
@@ -369,6 +218,7 @@ TABLE: dict[Any, Callable[[Lowering, Node], Any]] = {
     torch.ops.dsvl.cached_attention.default: lambda context, node: context.dialect.cached_attention(
         context, node
     ),
+    **QUANTIZATION,
 }
 
 
@@ -378,9 +228,11 @@ def lower(traced: TracedComponent, load: LoadParameter, dialect: Dialect) -> Gra
     Args:
         load: gives a parameter of the component by its name, in any float dtype.
     """
-    return Lowering(traced, load, dialect).run()
+    return Lowering(traced, load, dialect, TABLE, DEQUANTIZE).run()
 
 
 def without_weights(name: str) -> Tensor:
-    """A ``load`` for those who only want sizes."""
+    """A ``load`` for those who only want sizes; scales of activations decide which nodes are shared."""
+    if name.endswith("input_scale"):
+        return torch.tensor(1.0)
     raise AssertionError(f"only sizes are wanted, but the weight {name} was asked for")

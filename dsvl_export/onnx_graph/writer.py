@@ -44,7 +44,7 @@ def write_model(
                 continue
             handle.write(b"\0" * (-handle.tell() % ALIGNMENT))
             model.graph.initializer.append(_external(item, data.name, handle.tell()))
-            handle.write(_values(item).data)
+            handle.write(_bytes(item))
             on_bytes(item.nbytes)
     file.write_bytes(model.SerializeToString())
     return [file, data]
@@ -61,9 +61,17 @@ def _values(item: Initializer) -> np.ndarray:
 
 
 def _inline(item: Initializer) -> TensorProto:
-    return helper.make_tensor(
-        item.name, element_type(item.dtype), item.shape, _values(item).tobytes(), raw=True
-    )
+    return helper.make_tensor(item.name, element_type(item.dtype), item.shape, _bytes(item), raw=True)
+
+
+def _bytes(item: Initializer) -> bytes:
+    """The values as ONNX stores them; of two 4-bit numbers in a byte, the first is the lower half."""
+    values = _values(item)
+    if item.dtype.name == "int4":
+        codes = values.reshape(-1).astype(np.int8).view(np.uint8) & 15
+        codes = np.append(codes, np.zeros(len(codes) % 2, np.uint8))
+        values = codes[::2] | (codes[1::2] << 4)
+    return values.tobytes()
 
 
 def _external(item: Initializer, location: str, offset: int) -> TensorProto:

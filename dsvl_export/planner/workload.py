@@ -11,8 +11,9 @@ import torch
 from torch.fx import Node
 
 from dsvl_export.onnx_graph.builder import Graph, Initializer
+from dsvl_export.onnx_graph.context import arguments
 from dsvl_export.onnx_graph.dialect_ort import OrtDialect
-from dsvl_export.onnx_graph.lower import arguments, lower, without_weights
+from dsvl_export.onnx_graph.lower import lower, without_weights
 from dsvl_export.planner.targets import WEIGHT_BITS
 from reference.trace import TracedComponent
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from calibration.precision import load_precision
+from calibration.program import planned_chain
+from calibration.weights import QuantizedWeights
 from reference.goldens import PHOTOGRAPHS, golden_requests
 from reference.model import DeepSeekVL
-from reference.rounding import rounded_chain
 from reference.session import reference_chain, write_token_embedding
 from reference.trace import TRACED_COMPONENTS, component_contract
 from runtimes import recording
@@ -116,7 +118,9 @@ def test_rounding_costs_what_half_precision_costs(pair: OraclePair, tmp_path: Pa
     """Between one rounding (2**-12 of a value's size) and many, at every tap of every component."""
     record(pair, tmp_path / "r", 300, tapped=True)
     golden = load_golden(tmp_path / "r/goldens/00.safetensors")
-    chain = rounded_chain(pair.checkpoint, tmp_path / "r/table.safetensors", "fp16")
+    chain = planned_chain(
+        QuantizedWeights(pair.checkpoint, load_precision("fp16")), tmp_path / "r/table.safetensors", True
+    )
     for component, taps in golden.taps.items():
         found = take_taps(chain, golden, component)
         for name, expected in taps.items():

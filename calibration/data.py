@@ -1,0 +1,124 @@
+"""Calibration data: images with prompts, from a folder, a JSONL file or the bundled set."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.errors import UserError
+from runtimes.preprocess import load_image
+
+BUNDLED = Path(__file__).parent / "bundled" / "questions.jsonl"
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# What a folder's images are asked, in turns.
+PROMPTS = (
+    "Describe the picture.",
+    "What is in this image? Answer in one sentence.",
+    "Is there any text or number in the picture? If so, read it.",
+)
+MOST_SKIPPED = 0.1  # share of the images that may be unreadable
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request: image files, and a question about them."""
+
+    images: tuple[Path, ...]
+    question: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the images' bytes and the question: what the sample is, wherever it lies."""
+        parts = [hashlib.sha256(image.read_bytes()).hexdigest() for image in self.images]
+        return hashlib.sha256("\n".join([*parts, self.question]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Samples in a fixed order, and the images that were left out because they cannot be read."""
+
+    samples: tuple[Sample, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def load_data(data: str, count: int, seed: int = 0) -> CalibrationData:
+    """At most ``count`` samples of ``bundled``, a folder of images, or a JSONL file, drawn with a seed.
+
+    A line of the file has ``image`` or ``images`` (paths relative to it) and ``prompt`` or ``prompts``.
+
+    Raises:
+        UserError: there is nothing, a line cannot be read, or too many images are unreadable.
+    """
+    if data == "bundled":
+        rows = [*_lines(BUNDLED), *_photographs()]
+    else:
+        place = Path(data).expanduser()
+        if not place.exists():
+            raise UserError(
+                f"There is no calibration data {data}; give a folder of images, a JSONL file, or 'bundled'."
+            )
+        rows = _folder(place) if place.is_dir() else list(_lines(place))
+    if not rows:
+        raise UserError(f"{data} has no images to calibrate with.")
+    order = np.random.default_rng(seed).permutation(len(rows))[:count]
+    chosen = [rows[index] for index in sorted(order)]
+    unreadable = {
+        image: why for image in {i for row in chosen for i in row.images} if (why := _unreadable(image))
+    }
+    kept = tuple(row for row in chosen if not unreadable.keys() & set(row.images))
+    if len(kept) < (1 - MOST_SKIPPED) * len(chosen):
+        first = next(iter(unreadable.values()))
+        raise UserError(f"{len(unreadable)} images of {data} cannot be read, which is too many: {first}")
+    return CalibrationData(kept, tuple(sorted(map(str, unreadable))))
+
+
+def _unreadable(image: Path) -> str | None:
+    try:
+        load_image(image)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _folder(folder: Path) -> list[Sample]:
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    return [Sample((file,), PROMPTS[index % len(PROMPTS)]) for index, file in enumerate(files)]
+
+
+def _lines(file: Path) -> Iterator[Sample]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(f"The calibration data {file} cannot be read: {reason}.") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield from _rows(json.loads(line), file.parent)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"Line {number} of {file} is no calibration sample ({error}).") from error
+
+
+def _rows(row: Any, folder: Path) -> Iterator[Sample]:
+    images = row["images"] if "images" in row else [row["image"]]
+    prompts = row["prompts"] if "prompts" in row else [row["prompt"]]
+    for values in (images, prompts):
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise TypeError("images and prompts must be lists of texts")
+    for prompt in prompts:
+        yield Sample(tuple(folder / name for name in images), prompt)
+
+
+def _photographs() -> list[Sample]:
+    """scikit-image's, where it is installed."""
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    return _folder(Path(spec.submodule_search_locations[0]) / "data")

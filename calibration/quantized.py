@@ -1,0 +1,163 @@
+"""Quantized programs: layers with quantize/dequantize operators, put into a component before it is traced.
+
+The traced program then holds ``quantized_decomposed`` operators, and the eager module computes what the
+program says. Scales are parameters (``weight_scale``, ``input_scale``, ``key_scale``, ``value_scale``),
+so a program does not depend on their values, and compilers stream them like any weight.
+
+FP8 has operators of its own, ``dsvl::quantize_float8`` and ``dsvl::dequantize_float8``:
+``quantized_decomposed.quantize_per_tensor`` rounds to whole numbers before it casts, which is not E4M3.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calibration.precision import LayerPrecision, LayerSpec, PrecisionPlan, layer_kind
+from reference.config import ModelConfig
+from reference.model import DeepSeekVL
+from reference.operators import FLOAT8_MAX
+from reference.trace import TRACED_COMPONENTS, TracedComponent, trace
+
+qd = torch.ops.quantized_decomposed
+INT8 = (-128, 127, torch.int8)
+INT4 = (-8, 7, torch.int8)  # PyTorch has no 4-bit tensors; compilers pack the codes
+
+
+@torch.library.custom_op("dsvl::quantize_float8", mutates_args=())
+def quantize_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """``x / scale`` in E4M3, rounded to nearest even and saturated at ±448 (arXiv 2209.05433).
+
+    Args:
+        scale: one value, or one per output channel along axis 0.
+    """
+    scaled = x.float() / _along_channels(scale, x)
+    return scaled.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
+
+
+@quantize_float8.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn)
+
+
+@torch.library.custom_op("dsvl::dequantize_float8", mutates_args=())
+def dequantize_float8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of ``quantize_float8`` but for its rounding."""
+    return (codes.float() * _along_channels(scale, codes)).to(dtype)
+
+
+@dequantize_float8.register_fake
+def _(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype)
+
+
+def _along_channels(scale: Tensor, x: Tensor) -> Tensor:
+    return scale.float().reshape(-1, *[1] * (x.dim() - 1)) if scale.dim() else scale.float()
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, precision: LayerPrecision) -> Tensor:
+    """Codes of a weight ``[out, in, ...]``: int8 (int4's lie in -8..7) or float8.
+
+    Args:
+        scale: ``[out]``, or ``[out, in / group]`` for int4.
+    """
+    if precision.kind == "fp8":
+        return torch.ops.dsvl.quantize_float8(weight, scale)
+    zeros = torch.zeros_like(scale, dtype=torch.int64)
+    if precision.kind == "int4":
+        return qd.quantize_per_channel_group(weight, scale.float(), zeros, *INT4, precision.group)
+    return qd.quantize_per_channel(weight, scale.float(), zeros, 0, *INT8)
+
+
+def dequantize_weight(codes: Tensor, scale: Tensor, precision: LayerPrecision, dtype: torch.dtype) -> Tensor:
+    """The weight that a layer computes with, from its codes."""
+    if precision.kind == "fp8":
+        return torch.ops.dsvl.dequantize_float8(codes, scale, dtype)
+    zeros = torch.zeros_like(scale, dtype=torch.int64)
+    if precision.kind == "int4":
+        return qd.dequantize_per_channel_group(codes, scale.float(), zeros, *INT4, precision.group, dtype)
+    return qd.dequantize_per_channel(codes, scale.float(), zeros, 0, *INT8, out_dtype=dtype)
+
+
+def round_trip(weight: Tensor, scale: Tensor, precision: LayerPrecision) -> Tensor:
+    """A weight as the precision keeps it, in its own dtype."""
+    return dequantize_weight(quantize_weight(weight, scale, precision), scale, precision, weight.dtype)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, precision: LayerPrecision) -> Tensor:
+    """Activations as the precision keeps them, in their own dtype; ``scale`` is one value."""
+    if precision.kind == "fp8":
+        codes = torch.ops.dsvl.quantize_float8(x, scale)
+        return torch.ops.dsvl.dequantize_float8(codes, scale, x.dtype)
+    zero = torch.zeros((), dtype=torch.int64)
+    codes = qd.quantize_per_tensor.tensor(x, scale.float(), zero, *INT8)
+    return qd.dequantize_per_tensor.tensor(codes, scale.float(), zero, *INT8, out_dtype=x.dtype)
+
+
+class _Quantized(nn.Module):
+    """What quantized linear layers and convolutions share."""
+
+    weight: nn.Parameter
+
+    def quantize(self, precision: LayerPrecision) -> None:
+        rows, columns = self.weight.shape[:2]
+        shape = (rows, columns // precision.group) if precision.kind == "int4" else (rows,)
+        dtype = self.weight.dtype
+        self.precision = precision
+        self.weight_scale = nn.Parameter(torch.ones(shape, dtype=dtype))
+        if precision.quantizes_activations:
+            self.input_scale = nn.Parameter(torch.ones((), dtype=dtype))
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and weight as the precision keeps them."""
+        if self.precision.quantizes_activations:
+            x = fake_quantize(x, self.input_scale, self.precision)
+        return x, round_trip(self.weight, self.weight_scale, self.precision)
+
+
+class QuantizedLinear(_Quantized, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(*self.operands(x), self.bias)
+
+
+class QuantizedConv2d(_Quantized, nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(*self.operands(x), self.bias)
+
+
+def quantize_layers(module: nn.Module, component: str, plan: PrecisionPlan) -> None:
+    """Turn the layers of a component into quantized ones, in place, and its cache where the plan says so."""
+    for path, layer in list(module.named_modules()):
+        kind = layer_kind(layer)
+        if kind is None:
+            continue
+        precision = plan.of(LayerSpec(f"{component}.{path}", kind, tuple(layer.weight.shape)))
+        if precision.kind != "float":
+            quantize_layer(layer, precision)
+    if component == "decoder" and plan.kv_cache != "float":
+        for layer in module.layers:
+            layer.self_attn.quantize_cache()
+
+
+def quantize_layer(layer: Any, precision: LayerPrecision) -> None:
+    """Change one linear layer or convolution into its quantized form, keeping its parameters."""
+    layer.__class__ = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedConv2d
+    with torch.device(layer.weight.device):
+        layer.quantize(precision)
+
+
+def quantize_model(model: DeepSeekVL, plan: PrecisionPlan) -> None:
+    """``quantize_layers`` for every component."""
+    for component in TRACED_COMPONENTS:
+        quantize_layers(getattr(model, component), component, plan)
+
+
+def trace_planned(config: ModelConfig, component: str, plan: PrecisionPlan) -> TracedComponent:
+    """A component traced in a plan's base, with the plan's layers quantized."""
+    prepare = partial(quantize_layers, component=component, plan=plan)
+    return trace(config, component, plan.base, plan.kv_cache, prepare)

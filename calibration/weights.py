@@ -1,0 +1,171 @@
+"""The parameters of a quantized program, one at a time: folded weights, and the scales of all tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibration.precision import LayerPrecision, LayerSpec, PrecisionPlan, component_layers
+from calibration.quantized import round_trip
+from calibration.smoothing import Folding, foldings
+from calibration.table import QUANTIZED_MAX, ScaleTable
+from reference.checkpoint import Checkpoint
+from reference.trace import TRACED_COMPONENTS
+from runtimes.errors import UserError
+
+LoadParameter = Callable[[str], Tensor]
+INT4_MAX = 7.0
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+class QuantizedWeights:
+    """Parameters of a checkpoint under a precision plan.
+
+    Args:
+        table: its scales; None where the plan needs none.
+
+    Raises:
+        UserError: the plan does not fit the model, or the table is of another checkpoint.
+    """
+
+    def __init__(self, source: Checkpoint, plan: PrecisionPlan, table: ScaleTable | None = None) -> None:
+        plan.check(source.config)
+        if table and table.checkpoint != source.digest:
+            raise UserError(
+                f"The scale table was made for the checkpoint {table.checkpoint[:12]}, this is"
+                f" {source.digest[:12]}; calibrate {source.folder}."
+            )
+        if table is None and plan.needs_scales(source.config):
+            raise UserError(f"The precision {plan.name} needs a scale table; give one made by 'calibrate'.")
+        self.source, self.plan, self.table = source, plan, table
+        self._layers: dict[str, LayerSpec] = {
+            layer.name: layer
+            for component in TRACED_COMPONENTS
+            for layer in component_layers(source.config, component)
+        }
+        self._folded = FoldedWeights(source, table.smoothing if table else {})
+        self._weight_scale = lru_cache(maxsize=2)(self._find_weight_scale)
+
+    def check(self) -> None:
+        """Raise UserError where the table lacks a scale that the plan needs."""
+        if self.table is None:
+            return
+        for name, layer in self._layers.items():
+            precision = self.plan.of(layer)
+            if precision.quantizes_activations:
+                self.table.activation(name, precision.kind)
+        if self.plan.kv_cache != "float":
+            for index in range(self.source.config.decoder.layers):
+                for state in ("key", "value"):
+                    self.table.cache(f"decoder.layers.{index}.self_attn", state, self.plan.kv_cache)
+
+    def load(self, parameter: str) -> Tensor:
+        """A parameter by its name in the quantized model.
+
+        Weights come as fp32 numbers that their codes stand for exactly where they are tuned; scales are fp32.
+        """
+        owner, _, kind = parameter.rpartition(".")
+        if kind == "weight" and owner in self._layers:
+            tuned = self._tuned(owner)
+            return self._folded.load(parameter) if tuned is None else tuned[0]
+        if kind == "weight_scale":
+            return self._weight_scale(owner)
+        if kind == "input_scale":
+            return torch.tensor(self._table.activation(owner, self.plan.of(self._layers[owner]).kind))
+        if kind in ("key_scale", "value_scale"):
+            scale = self._table.cache(owner, kind.removesuffix("_scale"), self.plan.kv_cache)
+            return torch.from_numpy(scale)
+        return self._folded.load(parameter)
+
+    @property
+    def _table(self) -> ScaleTable:
+        assert self.table  # the plan needs scales, else nobody asks
+        return self.table
+
+    def _tuned(self, layer: str) -> tuple[Tensor, Tensor] | None:
+        """Weight and scale of a layer that was tuned for the very precision that the plan gives it."""
+        precision = self.plan.of(self._layers[layer])
+        known = self.table.tuned.get(layer) if self.table else None
+        if known is None or known.precision != str(precision):
+            return None
+        codes, scale = torch.from_numpy(known.codes), torch.from_numpy(known.scale)
+        return spread(scale, precision, codes) * codes, scale
+
+    def _find_weight_scale(self, layer: str) -> Tensor:
+        tuned = self._tuned(layer)
+        if tuned is not None:
+            return tuned[1]
+        weight = self._folded.load(f"{layer}.weight").float()
+        return find_weight_scale(weight, self.plan.of(self._layers[layer]), layer)
+
+
+class FoldedWeights:
+    """A checkpoint's parameters with smoothing factors folded in; exact but for rounding.
+
+    Args:
+        factors: producer → factors ``[C]``; see ``calibration.smoothing``.
+    """
+
+    def __init__(self, source: Checkpoint, factors: Mapping[str, np.ndarray]) -> None:
+        self._source = source
+        self._produced: dict[str, tuple[Folding, Tensor]] = {}
+        self._consumed: dict[str, Tensor] = {}
+        for folding in foldings(source.config):
+            if folding.producer in factors:
+                vector = torch.from_numpy(factors[folding.producer])
+                self._produced[folding.producer] = (folding, vector)
+                self._consumed |= dict.fromkeys(folding.consumers, vector)
+        unknown = factors.keys() - self._produced.keys()
+        if unknown:
+            raise UserError(
+                f"The scale table smooths {', '.join(sorted(unknown))}, which this model does not have."
+            )
+
+    def load(self, parameter: str) -> Tensor:
+        owner, _, kind = parameter.rpartition(".")
+        value = self._source.load(parameter)
+        if owner in self._consumed and kind == "weight":
+            value = value.float() * self._consumed[owner]
+        if owner in self._produced:
+            folding, factors = self._produced[owner]
+            rows = torch.ones(len(value))
+            rows[folding.first : folding.first + len(factors)] = factors
+            value = value.float() / rows.reshape(-1, *[1] * (value.dim() - 1))
+        return value
+
+
+def find_weight_scale(weight: Tensor, precision: LayerPrecision, layer: str = "a layer") -> Tensor:
+    """Scale of a weight ``[out, in, ...]`` in fp32: ``[out]``, or ``[out, in / group]`` for int4.
+
+    8-bit scales cover the largest magnitude. 4-bit scales clip it where that lowers the mean squared error.
+
+    Raises:
+        UserError: the weight holds NaN or infinity.
+    """
+    if not torch.isfinite(weight).all():
+        raise UserError(f"The weight of {layer} holds NaN or infinity; are the checkpoint's weights sound?")
+    groups = weight.reshape(len(weight), -1, precision.group or weight[0].numel())
+    amax = groups.abs().amax(dim=-1)  # [out, groups]
+    # A group of zeros alone has the codes 0 with any scale.
+    amax = torch.where(amax > 0, amax, torch.ones_like(amax))
+    if precision.kind != "int4":
+        return amax[:, 0] / QUANTIZED_MAX["fp8" if precision.kind == "fp8" else "int8"]
+    best = torch.full_like(amax, torch.inf)
+    scale = amax / INT4_MAX
+    for clip in CLIPS:
+        candidate = amax * clip / INT4_MAX
+        error = round_trip(weight, candidate, precision).sub_(weight).square_()
+        error = error.reshape(groups.shape).sum(dim=-1)
+        scale, best = torch.where(error < best, candidate, scale), torch.minimum(error, best)
+    return scale
+
+
+def spread(scale: Tensor, precision: LayerPrecision, codes: Tensor) -> Tensor:
+    """A weight's scale broadcast to the shape of its codes."""
+    if precision.kind == "int4":
+        return scale.repeat_interleave(precision.group, dim=1)
+    return scale.reshape(-1, *[1] * (codes.dim() - 1))
