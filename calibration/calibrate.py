@@ -118,7 +118,8 @@ def _caches(
     source: Checkpoint, statistics: Statistics, smoothing: dict[str, np.ndarray]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Largest magnitudes of keys (rotated) and values per head."""
-    decoder, caches = source.config.decoder, {}
+    decoder = source.config.decoder
+    caches: dict[str, dict[str, np.ndarray]] = {}
     for layer in range(decoder.layers):
         attention = f"decoder.layers.{layer}.self_attn"
         caches[attention] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ def load_data(data: str, count: int, seed: int = 0) -> CalibrationData:
         UserError: there is nothing, a line cannot be read, or too many images are unreadable.
     """
     if data == "bundled":
-        rows = [*_lines(BUNDLED), *_photographs()]
+        rows = list(_lines(BUNDLED))
     else:
         place = Path(data).expanduser()
         if not place.exists():
@@ -114,11 +113,3 @@ def _rows(row: Any, folder: Path) -> Iterator[Sample]:
             raise TypeError("images and prompts must be lists of texts")
     for prompt in prompts:
         yield Sample(tuple(folder / name for name in images), prompt)
-
-
-def _photographs() -> list[Sample]:
-    """scikit-image's, where it is installed."""
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    return _folder(Path(spec.submodule_search_locations[0]) / "data")

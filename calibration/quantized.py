@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from calibration.precision import LayerPrecision, LayerSpec, PrecisionPlan, layer_kind
 from reference.config import ModelConfig
+from reference.decoder import SelfAttention
 from reference.model import DeepSeekVL
 from reference.operators import FLOAT8_MAX
 from reference.trace import TRACED_COMPONENTS, TracedComponent, trace
@@ -102,7 +103,7 @@ def fake_quantize(x: Tensor, scale: Tensor, precision: LayerPrecision) -> Tensor
 class _Quantized(nn.Module):
     """What quantized linear layers and convolutions share."""
 
-    weight: nn.Parameter
+    weight: Any
 
     def quantize(self, precision: LayerPrecision) -> None:
         rows, columns = self.weight.shape[:2]
@@ -140,8 +141,9 @@ def quantize_layers(module: nn.Module, component: str, plan: PrecisionPlan) -> N
         if precision.kind != "float":
             quantize_layer(layer, precision)
     if component == "decoder" and plan.kv_cache != "float":
-        for layer in module.layers:
-            layer.self_attn.quantize_cache()
+        for attention in module.modules():
+            if isinstance(attention, SelfAttention):
+                attention.quantize_cache()
 
 
 def quantize_layer(layer: Any, precision: LayerPrecision) -> None:

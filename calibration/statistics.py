@@ -169,18 +169,22 @@ def collect(
     return statistics
 
 
+def ask(chain: Chain, sample: Sample) -> str:
+    """The whole prompt of a sample; its images come first where the question has no places for them."""
+    text = sample.question
+    if IMAGE_PLACEHOLDER not in text:
+        text = IMAGE_PLACEHOLDER * len(sample.images) + text
+    return format_chat([Message("user", text)], chain.tokenizer.spec.system_prompt)
+
+
 def _answers(
     chain: Chain, observer: _Observer, group: Sequence[tuple[Sample, str]]
 ) -> list[tuple[np.ndarray, list[int]]]:
     """Prompts ``[S, D]`` and the model's greedy answers, decoded together; images are observed on the way."""
     prompts = []
     for sample, digest in group:
-        text = sample.question
-        if IMAGE_PLACEHOLDER not in text:
-            text = IMAGE_PLACEHOLDER * len(sample.images) + text
         with observer.watching(digest):
-            prompt = format_chat([Message("user", text)], chain.tokenizer.spec.system_prompt)
-            prompts.append(chain.embed_prompt(prompt, sample.images).embeds)
+            prompts.append(chain.embed_prompt(ask(chain, sample), sample.images).embeds)
     tokens, _ = greedy(chain, prompts, ANSWER_TOKENS)
     answers = []
     for row in tokens.tolist():

@@ -1,27 +1,120 @@
-"""Calibration as a stage of an export, where no scale table is given."""
+"""Calibrate a checkpoint: data through the whole chain, statistics, the scale table."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from calibration.calibrate import make_table
 from calibration.data import load_data
-from calibration.precision import PrecisionPlan
-from calibration.statistics import collect
+from calibration.precision import load_precision
+from calibration.ranges import METHODS, PERCENTILE
+from calibration.statistics import ROWS, STATISTICS_FILE, Statistics, collect
 from calibration.table import ScaleTable
 from reference.checkpoint import Checkpoint
+from reference.session import write_token_embedding
+from runtimes.errors import UserError
 
-SAMPLES = 64
+SAMPLES = 64  # of an export that is given no scales
 METHOD = "mse"
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What ``calibrate`` does.
+
+    ``part`` (index from 1, count) takes every sample of one part of the data, for several machines;
+    ``tune`` is the precision plan that smoothing and GPTQ shall serve.
+    """
+
+    data: str = "bundled"
+    samples: int = 128
+    seed: int = 0
+    part: tuple[int, int] = (1, 1)
+    method: str = METHOD
+    percentile: float = PERCENTILE
+    rows: int = ROWS
+    tune: str | None = None
+    smooth: bool = True
+    gptq: bool = True
+
+    def check(self) -> None:
+        """Raise UserError where a value makes no sense."""
+        index, count = self.part
+        if self.method not in METHODS:
+            raise UserError(f"There is no method {self.method!r}; there are {', '.join(METHODS)}.")
+        if not 1 <= index <= count:
+            raise UserError(f"There is no part {index} of {count}.")
+        if not 0 < self.percentile <= 100:
+            raise UserError(f"The percentile must lie between 0 and 100, got {self.percentile:g}.")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A scale table that was written, and the images that were left out."""
+
+    table: ScaleTable
+    skipped: tuple[str, ...] = ()
 
 
 def calibrate(
-    source: Checkpoint, embedding_file: Path, plan: PrecisionPlan, on_step: Callable[[int, int], None]
-) -> ScaleTable:
-    """A scale table from the bundled pictures, tuned for nothing."""
-    data = load_data("bundled", SAMPLES)
+    source: Checkpoint,
+    output: Path,
+    options: CalibrationOptions,
+    merge: Sequence[Path] = (),
+    on_step: OnStep = lambda name, done, total: None,
+) -> Calibrated:
+    """Write ``scales.json`` and ``scales.safetensors`` into ``output``, beside the statistics they rest on.
+
+    An interrupted call goes on where it stopped when it is made again.
+
+    Args:
+        merge: folders of statistics that make up the whole; the data is not run then.
+
+    Raises:
+        UserError: bad data or options, or statistics of another checkpoint.
+    """
+    options.check()
+    plan = load_precision(options.tune) if options.tune else None
+    if plan:
+        plan.check(source.config)
+    output.mkdir(parents=True, exist_ok=True)
+    skipped: tuple[str, ...] = ()
+    if merge:
+        statistics = Statistics.load(_statistics_file(merge[0]))
+        for folder in merge[1:]:
+            statistics.merge(Statistics.load(_statistics_file(folder)))
+        statistics.save(output / STATISTICS_FILE)
+    else:
+        data = load_data(options.data, options.samples, options.seed)
+        index, count = options.part
+        samples, skipped = data.samples[index - 1 :: count], data.skipped
+        if not samples:
+            raise UserError(f"Part {index} of {count} has no samples; give more samples or fewer parts.")
+        with token_embedding(source) as embedding:
+            statistics = collect(
+                source, embedding, samples, output, options.rows, partial(on_step, "calibrating")
+            )
+    table = make_table(
+        source, statistics, options.method, options.percentile, plan, options.smooth, options.gptq, on_step
+    )
+    table.save(output)
+    return Calibrated(table, skipped)
+
+
+@contextmanager
+def token_embedding(source: Checkpoint) -> Iterator[Path]:
+    """The checkpoint's token table as a file, for as long as it is needed."""
     with tempfile.TemporaryDirectory() as folder:
-        statistics = collect(source, embedding_file, data.samples, Path(folder), keep=0, on_step=on_step)
-    return make_table(source, statistics, METHOD)
+        file = Path(folder) / "token_embedding.safetensors"
+        write_token_embedding(source, file)
+        yield file
+
+
+def _statistics_file(folder: Path) -> Path:
+    return folder / STATISTICS_FILE if folder.is_dir() else folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from calibration.precision import PrecisionPlan, load_precision
 from calibration.quantized import trace_planned
 from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
-from dsvl_export.calibrating import calibrate
+from dsvl_export.calibrating import SAMPLES, CalibrationOptions, calibrate
 from dsvl_export.compilers import load_compiler
 from dsvl_export.ladder.noise import measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
@@ -198,12 +199,13 @@ class _Run:
             plan.save(folder / f"{plan.name}.yaml")
             found = table
             if found is None and plan.needs_scales(self.source.config):
-                found = calibrate(
-                    self.source,
-                    self.staging.folder / TOKEN_EMBEDDING,
-                    plan,
-                    lambda done, total: self.report(ExportProgress(name, done, total)),
-                )
+                with tempfile.TemporaryDirectory() as statistics:
+                    found = calibrate(
+                        self.source,
+                        Path(statistics),
+                        CalibrationOptions(samples=SAMPLES, rows=0),
+                        on_step=lambda _, done, total: self.report(ExportProgress(name, done, total)),
+                    ).table
             if found:
                 found.save(folder)
             return {}

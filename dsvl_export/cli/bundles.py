@@ -13,6 +13,7 @@ from dsvl_export.cli.options import (
     Backend,
     BundleFolder,
     Capacity,
+    Checkpoint,
     Images,
     Json,
     JsonLines,
@@ -38,15 +39,24 @@ if TYPE_CHECKING:
 
 @app.command()
 def export(
-    checkpoint: Annotated[
-        str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub id.", metavar="CHECKPOINT")
-    ],
+    checkpoint: Checkpoint,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the bundle: new, empty, or one to extend.")
     ],
     backend: Annotated[str, typer.Option(help="Where the bundle shall run.")] = "onnxruntime",
     precision: Annotated[
-        Optional[list[str]], typer.Option(help="Precision, repeatable: fp32, fp16. Default: fp32.")
+        Optional[list[str]],
+        typer.Option(
+            help="Precision, repeatable: fp32, fp16, int8, fp8, int4, int8-int4, int8-weights, kv-int8, or"
+            " the YAML file of a precision plan. Default: fp32."
+        ),
+    ] = None,
+    scales: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FOLDER",
+            help="Scale table made by 'calibrate'. Default: calibrate on the bundled pictures where needed.",
+        ),
     ] = None,
     goldens: Annotated[
         bool, typer.Option("--goldens/--no-goldens", help="Record the reference's outputs for 'parity'.")
@@ -64,13 +74,15 @@ def export(
     from rich.markup import escape
     from rich.progress import TaskID
 
+    from calibration.precision import load_precision
     from dsvl_export import display
     from dsvl_export.defects import warnings_for
     from dsvl_export.exporting import ExportProgress
     from dsvl_export.exporting import export as run_export
     from runtimes.bundle import Bundle
 
-    precisions = precision or ["fp32"]
+    given = precision or ["fp32"]
+    precisions = [load_precision(each).name for each in given]
     for each in precisions:
         for defect in warnings_for(backend, each):
             display.err.print(f"[yellow]Known defect:[/] {escape(str(defect))}")
@@ -84,7 +96,7 @@ def export(
             if progress.state == "reused":
                 bars.console.print(f"[dim]{progress.stage}: unchanged, reused[/]")
 
-        bundle = run_export(checkpoint, output, backend, precisions, goldens, report)
+        bundle = run_export(checkpoint, output, backend, given, goldens, report, scales)
     verdicts = [
         judge(output, f"{backend} {each}", partial(_climb, backend, each))
         for each in precisions
@@ -220,6 +232,40 @@ def verify(bundle: BundleFolder, as_json: Json = False) -> None:
         raise UserError(f"The bundle {bundle} is damaged: {'; '.join(problems)}.")
     if not as_json:
         print(f"All {len(opened.manifest.files)} files of {bundle} are as exported.")
+
+
+@app.command()
+def lint(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle, or an ONNX file of any origin.")],
+    as_json: Json = False,
+) -> None:
+    """Check the quantization of ONNX files by TensorRT's rules; names the node that breaks one.
+
+    Exit code 1: something breaks a rule.
+    """
+    from dsvl_export import display
+    from dsvl_export.onnx_graph.qdq_rules import problems
+    from runtimes.bundle import Bundle
+
+    files = [path]
+    if path.is_dir():
+        opened = Bundle.open(path)
+        files = [opened.path(name) for name in opened.manifest.files if name.endswith(".onnx")]
+    found = {str(file): problems(file) for file in files}
+    if as_json:
+        display.print_json(found)
+    else:
+        for file, sentences in found.items():
+            for sentence in sentences:
+                print(f"{file}: {sentence}")
+        broken = sum(bool(sentences) for sentences in found.values())
+        print(
+            f"{broken} of {len(files)} files break a rule."
+            if broken
+            else f"All {len(files)} files keep the rules."
+        )
+    if any(found.values()):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -7,6 +7,9 @@ from typing import Annotated, Optional
 
 import typer
 
+Checkpoint = Annotated[
+    str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub id.", metavar="CHECKPOINT")
+]
 BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, made by 'export'.", metavar="BUNDLE")]
 Backend = Annotated[Optional[str], typer.Option(help="Backend of the bundle; default: its first.")]
 Precision = Annotated[Optional[str], typer.Option(help="Precision of the bundle; default: its first.")]

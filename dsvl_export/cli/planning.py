@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from dsvl_export.cli.app import app
-from dsvl_export.cli.options import Json
+from dsvl_export.cli.options import Checkpoint, Json
 
 
 @app.command()
@@ -47,9 +47,7 @@ def targets(as_json: Json = False) -> None:
 
 @app.command()
 def plan(
-    checkpoint: Annotated[
-        str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub id.", metavar="CHECKPOINT")
-    ],
+    checkpoint: Checkpoint,
     target: Annotated[str, typer.Option(help="Device; 'dsvl-export targets' lists them.")] = "cpu",
     backend: Annotated[Optional[str], typer.Option(help="Backend; default: the target's first.")] = None,
     precision: Annotated[str, typer.Option(help="Precision of the weights.")] = "fp16",

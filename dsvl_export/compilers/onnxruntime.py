@@ -36,18 +36,22 @@ def compile_component(
     """Write ``<component>.onnx`` (with ``.data`` beside it above 1 GB of weights).
 
     Raises:
-        ValueError: the written file breaks the contract.
+        ValueError: the written file breaks the contract or a rule of quantization.
         UserError: ONNX Runtime has no kernel for the decoder's head size.
     """
     # Here, so that a debug build needs no torch.
     from dsvl_export.onnx_graph.dialect_ort import OrtDialect
     from dsvl_export.onnx_graph.lower import lower
+    from dsvl_export.onnx_graph.qdq_rules import problems as qdq_problems
     from dsvl_export.onnx_graph.writer import write_model
 
     graph = lower(traced, load, OrtDialect())
     file = folder / f"{traced.contract.component}.onnx"
     files = write_model(graph, file, on_bytes)
     onnx.checker.check_model(str(file), full_check=True)
+    broken = qdq_problems(file)
+    if broken:
+        raise ValueError(f"{file.name} breaks TensorRT's rules of quantization: {' '.join(broken)}")
     check_contract(onnx.load(str(file), load_external_data=False), traced.contract)
     _load_once(file)
     tools = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}

@@ -9,7 +9,7 @@ import numpy as np
 from PIL.Image import Image
 
 from dsvl_export.ladder.measures import tie_margin
-from dsvl_export.ladder.noise import Noise
+from dsvl_export.ladder.noise import CHAIN, Noise
 from dsvl_export.ladder.result import ParityResult, TokenComparison
 from dsvl_export.ladder.stages import STEPS, Goldens, stages
 from runtimes.chain import Chain
@@ -44,7 +44,7 @@ def climb(
                 rung.compare_choices(
                     index, stage.found, stage.expected, result.tie_noise(noise.ties(index, stage.rung))
                 )
-        tie_noise = result.tie_noise(noise.ties(index, "teacher_forced_logits"))
+        tie_noise = result.tie_noise(noise.ties(index, CHAIN))
         _compare_tokens(chain, golden, images, index, result, tie_noise)
     on_step("goldens", result.goldens, result.goldens)
 

@@ -66,8 +66,10 @@ class Rung:
         self.state = "failed" if self.state == "failed" else "passed"
 
     def fail(self, detail: str) -> None:
+        """The first failure's detail stays; it takes the place of a mere remark."""
+        if self.state != "failed" or not self.detail:
+            self.detail = detail
         self.state = "failed"
-        self.detail = self.detail or detail
 
 
 @dataclass(frozen=True)

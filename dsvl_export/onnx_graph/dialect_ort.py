@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch.fx import Node
 
@@ -36,7 +38,7 @@ class OrtDialect(StandardDialect):
         states = [context.value(keys), context.value(values)]
         inputs = [context.value(query), context.value(key), context.value(value), *states,
                   lengths, total, context.value(cos), context.value(sin)]  # fmt: skip
-        attributes = {
+        attributes: dict[str, Any] = {
             "num_heads": int(fake(query).shape[-1]) // head_dim,
             "kv_num_heads": int(fake(keys).shape[1]), "do_rotary": 1,
         }  # fmt: skip
@@ -77,9 +79,8 @@ class OrtDialect(StandardDialect):
             offset = 1 << (weight.bits - 1)
             padded = np.full((rows, blocks * block), offset, np.uint8)
             padded[:, :columns] = to_numpy(weight.codes.load()).astype(np.int16) + offset
-            if weight.bits == 4:
-                padded = padded[:, ::2] | (padded[:, 1::2] << 4)
-            return padded.reshape(rows, blocks, -1)
+            packed = padded[:, ::2] | (padded[:, 1::2] << 4) if weight.bits == 4 else padded
+            return np.asarray(packed, np.uint8).reshape(rows, blocks, -1)
 
         def scales() -> np.ndarray:
             scale = to_numpy(weight.scale.load()).astype(dtype).reshape(rows, -1)
