@@ -46,7 +46,7 @@ def _compile(backend: str) -> dict[str, Any]:
     if find_spec("torch") is None:
         extra = f"dsvl-export[export,{backend}]"
         return {"able": False, "missing": f"Exporting needs torch; run: pip install '{extra}'."}
-    return {"able": True, "precisions": list(compiler.PRECISIONS)}
+    return {"able": True, "precisions": [*compiler.PRECISIONS, *compiler.LAYER_PRECISIONS]}
 
 
 def _run(backend: str) -> dict[str, Any]:

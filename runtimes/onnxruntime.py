@@ -62,6 +62,8 @@ def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
     _check_memory(file, contract)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
+    # A weight behind DequantizeLinear is multiplied in float; by default activations are rounded to int8.
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if options.threads:
         settings.intra_op_num_threads = options.threads
     try:

@@ -31,7 +31,7 @@ def calibrate(
     samples: Samples = 128,
     seed: Seed = 0,
     method: Annotated[
-        str, typer.Option(help="How INT8 ranges are found: minmax, percentile, entropy or mse.")
+        str, typer.Option(help="How INT8 ranges are found: minmax, percentile or mse.")
     ] = "mse",
     percentile: Annotated[float, typer.Option(help="For that method, in percent.")] = 99.99,
     tune: Annotated[

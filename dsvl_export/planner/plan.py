@@ -11,9 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
+from calibration.precision import PrecisionPlan, load_precision
+from calibration.quantized import trace_planned
 from dsvl_export.compilers import compiler_names, load_compiler
 from dsvl_export.planner.targets import WEIGHT_BITS, Target
 from dsvl_export.planner.workload import Workload
+from dsvl_export.precisions import check_plan
 from reference.config import ModelConfig
 from reference.trace import TRACED_COMPONENTS, trace
 from runtimes.chain import PREFILL_CHUNK
@@ -108,6 +111,7 @@ class Planner:
         table = config.decoder.vocab_size * config.decoder.width * EMBEDDING_ITEM_BYTES
         self.embedding_bytes = table if embedding_bytes is None else embedding_bytes
         self._workloads: dict[tuple[str, str], Workload] = {}
+        self._artifacts: dict[tuple[str, str, str], int] = {}
 
     def workload(self, component: str, precision: str) -> Workload:
         """The component traced in fp32, or in half precision for all that is smaller."""
@@ -118,10 +122,10 @@ class Planner:
             self._workloads[key] = Workload(trace(self.config, component, traced_in))
         return self._workloads[key]
 
-    def kv_bytes(self, precision: str, context: int) -> int:
-        """Keys and values of one sequence; half precision but for fp32."""
-        decoder = self.config.decoder
-        size = 4 if precision == "fp32" else 2
+    def kv_bytes(self, request: Request, context: int) -> int:
+        """Keys and values of one sequence; half precision but where the exported base is fp32."""
+        decoder, plan = self.config.decoder, self._exportable(request)
+        size = 4 if (plan.base if plan else request.precision) == "fp32" else 2
         return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * context * size
 
     def plan(self, target: Target, request: Request) -> Plan:
@@ -151,7 +155,11 @@ class Planner:
     def _predict(self, target: Target, request: Request, prompt: int) -> Plan:
         precision, context = request.precision, request.context
         works = {component: self.workload(component, precision) for component in TRACED_COMPONENTS}
+        exported = self._exportable(request)
+        artifacts = self._artifact_bytes(request, exported, works) if exported else {}
         stored = {component: work.weight_bytes(precision) for component, work in works.items()}
+        if exported and exported.quantizes:
+            stored = artifacts
         factor = 2 if precision in target.widens else 1
         weights = {component: factor * count for component, count in stored.items()}
         decoder = works["decoder"]
@@ -162,7 +170,7 @@ class Planner:
             chunk = min(PREFILL_CHUNK, prompt)
             active = decoder.activation_bytes(batch=1, sequence=chunk, rows=1, capacity=tokens)
             most = max([active, *(work.activation_bytes(batch=1) for work in encoders.values())])
-            return self.kv_bytes(precision, tokens) + factor * most
+            return self.kv_bytes(request, tokens) + factor * most
 
         runtime, usable = round(target.runtime_gb * GIGA), round(target.usable_gb * GIGA)
         free = usable - runtime - sum(weights.values())
@@ -174,14 +182,13 @@ class Planner:
         # A token of the prompt attends to itself and those before it, half of them on average.
         prefill = decoder.operations(batch=1, sequence=prompt, rows=1, capacity=(prompt + 1) // 2)
         step = decoder.operations(batch=1, sequence=1, rows=1, capacity=context)
-        kv = self.kv_bytes(precision, context)
+        kv = self.kv_bytes(request, context)
         per_image = sum(seconds(work.operations(batch=1), weights[name]) for name, work in encoders.items())
-        exact = self._exportable(request)
         return Plan(
             target=target,
             request=request,
-            artifacts=self._artifact_bytes(request, works) if exact else stored,
-            exact=exact,
+            artifacts=artifacts or stored,
+            exact=exported is not None,
             embedding_bytes=self.embedding_bytes,
             weight_bytes=sum(weights.values()),
             kv_bytes=kv,
@@ -197,16 +204,29 @@ class Planner:
             tokens_per_second=1 / seconds(step, weights["decoder"] + kv),
         )
 
-    @staticmethod
-    def _exportable(request: Request) -> bool:
-        """Whether this release can export the request."""
-        backend = request.backend
-        return backend in compiler_names() and request.precision in load_compiler(backend).PRECISIONS
+    def _exportable(self, request: Request) -> PrecisionPlan | None:
+        """The plan of a precision that this release can export for the backend; None where it cannot."""
+        if request.backend not in compiler_names():
+            return None
+        try:
+            plan = load_precision(request.precision)
+            check_plan(request.backend, load_compiler(request.backend), plan, self.config)
+        except UserError:
+            return None
+        return plan
 
-    def _artifact_bytes(self, request: Request, works: dict[str, Workload]) -> dict[str, int]:
+    def _artifact_bytes(
+        self, request: Request, plan: PrecisionPlan, works: dict[str, Workload]
+    ) -> dict[str, int]:
         """What the compiler would write."""
-        compiler = load_compiler(request.backend)
-        return {component: compiler.artifact_bytes(work.traced) for component, work in works.items()}
+        compiler, found = load_compiler(request.backend), {}
+        for component, work in works.items():
+            key = (request.backend, plan.name, component)
+            if key not in self._artifacts:
+                traced = trace_planned(self.config, component, plan) if plan.quantizes else work.traced
+                self._artifacts[key] = compiler.artifact_bytes(traced)
+            found[component] = self._artifacts[key]
+        return found
 
     def nearest_fit(self, target: Target, request: Request) -> str | None:
         """The largest smaller precision with which the request fits into the target, if any."""

@@ -164,7 +164,9 @@ def test_first_choices() -> None:
     assert (agreement.rows, agreement.top1_equal, agreement.near_ties, agreement.flips) == (3, 1, 1, 1)
     p = np.exp(expected[1]) / np.exp(expected[1]).sum()
     assert agreement.kl_max == pytest.approx((p[0] - p[1]) * 4)
-    assert tie_margin(expected[0], 0.01) == pytest.approx(0.01 * np.sqrt(2) * np.sqrt((4 + 1.99**2 + 16) / 3))
+    assert tie_margin(expected[0], 0.01) == pytest.approx(
+        2 * 0.01 * np.sqrt(2) * np.sqrt((4 + 1.99**2 + 16) / 3)
+    )
 
 
 def test_nan_never_passes() -> None:

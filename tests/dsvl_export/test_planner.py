@@ -56,7 +56,9 @@ def test_kv_bytes_are_those_of_the_cache(planner: Planner, tiny_bundle: Bundle) 
 
     for precision in ("fp32", "fp16"):
         cache = Pipeline.open(tiny_bundle, precision=precision).chain.decoder.new_cache(1, 300)
-        assert planner.kv_bytes(precision, 300) == sum(array.nbytes for array in cache.arrays)
+        assert planner.kv_bytes(Request("onnxruntime", precision, 300), 300) == sum(
+            array.nbytes for array in cache.arrays
+        )
 
 
 def test_operations_are_those_that_torch_counts(pair: OraclePair) -> None:

@@ -31,18 +31,21 @@ def _siglip(image_size: int, patch_size: int, activation: str) -> dict[str, obje
             "num_attention_heads": 5, "hidden_act": activation}  # fmt: skip
 
 
-def siglip_oracle() -> transformers.PreTrainedModel:
-    """``deepseek_vl``: 30 px, 5×5 tokens; tanh GELU, so that the activation is really read."""
+def siglip_oracle(**text: int) -> transformers.PreTrainedModel:
+    """``deepseek_vl``: 30 px, 5×5 tokens; tanh GELU, so that the activation is really read.
+
+    ``text`` changes the decoder's sizes.
+    """
     config = transformers.DeepseekVLConfig(
         vision_config=_siglip(30, 6, "gelu_pytorch_tanh"),
-        text_config=_text(num_key_value_heads=3),
+        text_config=_text(**{"num_key_value_heads": 3, **text}),
         image_token_id=IMAGE_TOKEN_ID,
         tie_word_embeddings=False,
     )
     return _random(transformers.DeepseekVLForConditionalGeneration(config))
 
 
-def hybrid_oracle() -> transformers.PreTrainedModel:
+def hybrid_oracle(**text: int) -> transformers.PreTrainedModel:
     """``deepseek_vl_hybrid``: 112 px in a 14×14 grid with windows of 4 (padded to 16), 28 px low."""
     config = transformers.DeepseekVLHybridConfig(
         vision_config=_siglip(28, 7, "gelu"),
@@ -51,7 +54,7 @@ def hybrid_oracle() -> transformers.PreTrainedModel:
             "num_hidden_layers": 4, "num_attention_heads": 3, "mlp_dim": 76, "window_size": 4,
             "global_attn_indexes": [1, 3], "output_channels": 20, "hidden_act": "gelu",
         },
-        text_config=_text(),
+        text_config=_text(**text),
         image_token_id=IMAGE_TOKEN_ID,
         tie_word_embeddings=False,
     )  # fmt: skip

@@ -1,0 +1,163 @@
+"""Quantized bundles: the ladder, the numbers that each precision has to reach, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from calibration.table import ScaleTable
+from dsvl_export.calibrating import CalibrationOptions, calibrate
+from dsvl_export.exporting import export
+from dsvl_export.ladder import parity
+from dsvl_export.planner.plan import Planner, Request
+from dsvl_export.planner.targets import find_target, measured
+from reference.checkpoint import open_checkpoint
+from reference.tiny import HELDOUT
+from reference.trace import TRACED_COMPONENTS
+from runtimes.bundle import Bundle
+from runtimes.errors import UserError
+from runtimes.pipeline import Pipeline
+from runtimes.task import load_task
+from tests.conftest import OraclePair
+
+# Precision → share of fp32's accuracy that it has to reach on the held-out questions.
+WANTED = {"int8-int4": 0.99, "int8": 0.99, "fp8": 0.99, "int4": 0.99, "int8-weights": 0.999, "kv-int8": 0.999}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export("tiny", tmp_path_factory.mktemp("quantized") / "bundle", precisions=tuple(WANTED))
+
+
+@pytest.fixture
+def quantized_copy(quantized: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(quantized.folder, tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("precision", WANTED)
+def test_precisions_climb_the_ladder(quantized: Bundle, precision: str) -> None:
+    """All rungs, all taps in their bands, and the accuracy that is asked of the precision."""
+    result = parity(quantized, precision=precision, task=load_task(HELDOUT), taps=True)
+    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.task
+    assert result.task.accuracy_ratio
+    assert result.task.accuracy_ratio >= WANTED[precision]
+    assert not any(drift.first for drift in result.drift)
+    logits = result.rung("teacher_forced_logits").errors
+    assert logits
+    assert 1e-4 < logits.relative_rms < 0.5  # it is quantized, and it is no noise
+
+
+def test_bytes(quantized: Bundle) -> None:
+    """A quarter and less of fp32, and what plan says."""
+    source = open_checkpoint("tiny")
+    planner = Planner(source.config, source.embedding_bytes())
+    cpu = measured(find_target("cpu"))
+    floats = sum(
+        4 * tensor.numel()
+        for name in TRACED_COMPONENTS
+        for tensor in getattr(source.model(), name).parameters()
+    )
+    for precision, share in (("int8", 0.33), ("int4", 0.29)):
+        plan = planner.plan(cpu, Request("onnxruntime", precision, 200))
+        assert plan.exact
+        for component in TRACED_COMPONENTS:
+            files = quantized.artifact(component, "onnxruntime", precision).files
+            found = sum(quantized.manifest.files[name].bytes for name in files)
+            assert plan.artifacts[component] == pytest.approx(found, rel=0.02)
+        assert plan.artifact_bytes < share * floats
+    states = quantized.manifest.contracts["kv-int8"]["decoder"].states
+    assert {state.dtype for state in states} == {"int8"}
+
+
+def test_a_fault_in_quantized_weights_is_found_in_its_layer(quantized_copy: Path) -> None:
+    """One scale twice as large in the file."""
+    from tests.dsvl_export.test_ladder import rehash
+
+    for precision, name, tap in (
+        ("int8", "layers.2.mlp.down_proj.weight_scale", "layers.2"),
+        ("int4", "layers.1.self_attn.o_proj.weight_scale", "layers.1"),
+    ):
+        path = f"onnxruntime/{precision}/decoder/decoder.onnx"
+        model = onnx.load(str(quantized_copy / path))
+        (tensor,) = [item for item in model.graph.initializer if name in item.name.replace("/", ".")] or [
+            None
+        ]
+        assert tensor is not None, [item.name for item in model.graph.initializer][:20]
+        tensor.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(tensor), tensor.name))
+        onnx.save(model, str(quantized_copy / path))
+        result = parity(rehash(quantized_copy, path), precision=precision)
+        assert result.verdict == "failed"
+        assert [(drift.component, drift.first) for drift in result.drift] == [("decoder", tap)]
+
+
+def test_a_plan_of_ones_own(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    """A YAML file as precision, with scales tuned for it; noise and verdict follow."""
+    (tmp_path / "mixed.yaml").write_text(
+        "kv_cache: int8\nrules:\n- {layers: 'vision_encoder.high.*', precision: int8}\n"
+        "- {layers: 'decoder.layers.*', precision: int4-g64}\n- {layers: 'decoder.layers.0.*', precision: fp8}\n"
+    )
+    source = open_checkpoint("tiny")
+    options = CalibrationOptions(samples=12, tune=str(tmp_path / "mixed.yaml"))
+    done = calibrate(source, tmp_path / "scales", options)
+    assert done.table.tuned_for == "mixed"
+    assert {weight.precision for weight in done.table.tuned.values()} == {"int4-g64"}
+    bundle = export(
+        "tiny", tmp_path / "b", precisions=[str(tmp_path / "mixed.yaml")], scales=tmp_path / "scales"
+    )
+    assert {"precisions/mixed/mixed.yaml", "precisions/mixed/scales.json"} <= bundle.manifest.files.keys()
+    assert parity(bundle).passed
+    assert parity(bundle, live="tiny").passed
+    assert ScaleTable.load(bundle.folder / "precisions/mixed").digest == done.table.digest
+    answer = Pipeline.open(bundle).chat("Describe the picture.", [HELDOUT.parent / "images/0002.png"])
+    assert answer.text
+    # Another table redoes the artifacts, the same one does not.
+    again = calibrate(source, tmp_path / "other", CalibrationOptions(samples=12, method="minmax"))
+    states: dict[str, str] = {}
+    for scales in (tmp_path / "scales", tmp_path / "other"):
+        export(
+            "tiny", tmp_path / "b", precisions=[str(tmp_path / "mixed.yaml")], scales=scales,
+            report=lambda progress: states.update({progress.stage: progress.state}),
+        )  # fmt: skip
+        expected = "reused" if scales.name == "scales" else "finished"
+        assert states["onnxruntime/mixed/decoder"] == states["precisions/mixed"] == expected
+    assert ScaleTable.load(tmp_path / "b/precisions/mixed").digest == again.table.digest
+
+
+def test_requests_that_cannot_be(tmp_path: Path, hybrid_pair: OraclePair) -> None:
+    folder = hybrid_pair.checkpoint.folder
+    for precision, sentence in (
+        ("int4", "group size 32 does not divide the 100 inputs of decoder.layers.0.mlp.down_proj"),
+        ("nowhere.yaml", "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            export(folder, tmp_path / "b", precisions=[precision])
+    (tmp_path / "cache.yaml").write_text("kv_cache: fp8")
+    with pytest.raises(UserError, match="onnxruntime has no KV cache in fp8; the nearest is int8"):
+        export("tiny", tmp_path / "b", precisions=[str(tmp_path / "cache.yaml")])
+    calibrate(open_checkpoint("tiny"), tmp_path / "scales", CalibrationOptions(samples=2, rows=0))
+    with pytest.raises(UserError, match="The scale table was made for the checkpoint"):
+        export(folder, tmp_path / "b", precisions=["int8"], scales=tmp_path / "scales")
+    raw = json.loads((tmp_path / "scales/scales.json").read_text())
+    del raw["activations"]["adaptor.layers.1"]
+    (tmp_path / "scales/scales.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="no scale for the input of adaptor.layers.1"):
+        export("tiny", tmp_path / "b", precisions=["int8"], scales=tmp_path / "scales")
+    for part in ((2, 1), (0, 1), (5, 9)):
+        with pytest.raises(UserError, match="There is no part|has no samples"):
+            calibrate(open_checkpoint("tiny"), tmp_path / "s", CalibrationOptions(samples=2, part=part))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "int8-weights", "kv-int8"])
+def test_random_models_climb_the_ladder(pair: OraclePair, precision: str, tmp_path: Path) -> None:
+    bundle = export(pair.checkpoint.folder, tmp_path / "b", precisions=[precision])
+    result = parity(bundle, taps=True)
+    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert np.isfinite([rung.errors.relative_rms for rung in result.rungs if rung.errors]).all()
