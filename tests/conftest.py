@@ -16,9 +16,11 @@ from reference.model import DeepSeekVL
 from reference.tiny import TINY
 from reference.tiny.pictures import draw
 from runtimes.bundle import Bundle
+from tests.calibration.calibrated import random_calibrated, tiny_calibrated
 from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
 
 torch.manual_seed(0)
+__all__ = ["random_calibrated", "tiny_calibrated"]  # fixtures that several packages share
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ class Noise:
     """Relative RMS errors that the precision's rounding alone causes.
 
     ``goldens``: rung → error for each golden in order, and as ``choices`` the noise that makes ties of all
-    first choices which the precision changes, and as ``chain_logits`` the error of the logits where errors of
-    all components add up, from the image on; ``taps``: component → tap → error, on the first.
+    first choices which the precision changes, and as ``chain_logits`` the largest error of a row of logits
+    where errors of all components add up, from the image on; ``taps``: component → tap → error, on the first.
     Empty where nothing was measured (fp32 has no such noise).
     """
 
@@ -114,7 +114,7 @@ def measure_noise(
         inputs = chain.embed_prompt(golden.prompt, goldens.images(golden))
         logits = teacher_forced(chain, inputs.embeds, golden.greedy_tokens.tolist())
         row[CHOICES] = max(row[CHOICES], changed_choices(logits, golden.logits))
-        row[CHAIN] = relative_rms(logits, golden.logits)
+        row[CHAIN] = max(map(relative_rms, logits, golden.logits))
         rows.append(row)
         for component, expected in golden.taps.items():
             found = take_taps(chain, golden, component)

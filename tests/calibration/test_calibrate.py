@@ -24,7 +24,7 @@ from calibration.weights import FoldedWeights, QuantizedWeights, find_weight_sca
 from reference.session import reference_chain
 from reference.tiny import HELDOUT
 from runtimes.errors import UserError
-from tests.calibration.conftest import Calibrated
+from tests.calibration.calibrated import Calibrated
 from tests.calibration.test_quantized import stage_errors
 
 PICTURES = sorted((HELDOUT.parent / "images").glob("*.png"))

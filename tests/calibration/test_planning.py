@@ -14,7 +14,7 @@ from calibration.program import planned_model
 from calibration.sensitivity import SENSITIVITY_FILE, Row, Sensitivity, measure_sensitivity
 from calibration.weights import QuantizedWeights
 from runtimes.errors import UserError
-from tests.calibration.conftest import Calibrated
+from tests.calibration.calibrated import Calibrated
 
 
 @pytest.fixture(scope="module")

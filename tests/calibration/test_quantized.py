@@ -34,7 +34,7 @@ from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens import relative_rms
 from runtimes.session import SessionOptions
-from tests.calibration.conftest import Calibrated
+from tests.calibration.calibrated import Calibrated
 
 PLANS = {
     "int8": "rules: [{layers: '*', precision: int8}]",

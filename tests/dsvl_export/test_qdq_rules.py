@@ -19,7 +19,7 @@ from dsvl_export.onnx_graph.lower import lower
 from dsvl_export.onnx_graph.qdq_rules import problems
 from dsvl_export.onnx_graph.writer import write_model
 from runtimes.errors import UserError
-from tests.calibration.conftest import Calibrated, tiny_calibrated  # noqa: F401
+from tests.calibration.calibrated import Calibrated
 
 IN, OUT = 32, 8
 
