@@ -11,53 +11,21 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from dsvl_export import cli
 from dsvl_export.defects import Defect
 from dsvl_export.ladder.tolerances import load_tolerances
 from dsvl_export.planner.targets import find_target, measured
 from runtimes.bundle import MANIFEST, Bundle
 from runtimes.memory import available_memory
+from tests.dsvl_export.command_line import refused
 from tests.dsvl_export.faults import plant, scaled, weight
 
 COMMANDS = (
     "demo", "export", "run", "chat", "inspect", "verify", "parity", "compare", "doctor", "targets", "plan",
+    "calibrate", "sensitivity", "plan-precision", "lint",
 )  # fmt: skip
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run the command line in this process."""
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["dsvl-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return Done(int(caught.value.code or 0), captured.out, captured.err)
-
-    return call
-
-
-def refused(done: Done, sentence: str) -> bool:
-    """Exit code 2 and exactly one sentence on stderr, nothing on stdout, no traceback."""
-    lines = [line for line in done.err.splitlines() if line.strip()]
-    assert done.code == 2, done
-    assert len(lines) == 1, done.err
-    assert lines[0].startswith("Error: ")
-    assert lines[0].endswith(".")
-    assert sentence in lines[0], lines[0]
-    assert done.out == ""
-    return True
 
 
 @pytest.mark.parametrize("command", COMMANDS)
