@@ -157,7 +157,8 @@ class Trial:
 
     def _load(self, parameter: str) -> Tensor:
         """Read each time a layer runs where weights are streamed, and once otherwise."""
-        return self._changed.get(parameter, self._weights.load(parameter))
+        changed = self._changed.get(parameter)
+        return self._weights.load(parameter) if changed is None else changed
 
     @contextmanager
     def quantized(self, layer: str, precision: LayerPrecision) -> Iterator[None]:

@@ -45,10 +45,16 @@ def draw_front(chosen: Point, front: list[Point], uniform: list[Point], budget: 
         size = [point.bytes / 1e6 for point in front]
         cost = [max(point.cost.kl, LEAST_KL) for point in front]
         axes.plot(size, cost, "-o", color=COLOURS[0], markersize=4, label="plans, measured on held-out data")
-        for point in uniform:
+        for index, point in enumerate(uniform):
             place = (point.bytes / 1e6, max(point.cost.kl, LEAST_KL))
             axes.plot(*place, "s", color=COLOURS[1])
-            axes.annotate(point.plan.name, place, (6, 6), textcoords="offset points", color=COLOURS[1])
+            axes.annotate(
+                point.plan.name,
+                place,
+                (7, 5 - 14 * (index % 2)),
+                textcoords="offset points",
+                color=COLOURS[1],
+            )
         place = (chosen.bytes / 1e6, max(chosen.cost.kl, LEAST_KL))
         axes.plot(*place, "o", color=COLOURS[2], markersize=10, label=f"chosen for {budget}")
         axes.set_yscale("log")

@@ -20,7 +20,10 @@ from runtimes.errors import UserError
 def test_this_machine_is_fit() -> None:
     found = doctor.diagnose()
     assert found["healthy"]
-    assert found["backends"]["onnxruntime"]["compile"] == {"able": True, "precisions": ["fp32", "fp16"]}
+    assert found["backends"]["onnxruntime"]["compile"] == {
+        "able": True,
+        "precisions": ["fp32", "fp16", "int8", "fp8", "int8-weights", "int4"],
+    }
     assert found["backends"]["onnxruntime"]["run"]["devices"] == ["cpu"]
     assert found["packages"]["torch"].startswith("2.13")
     assert found["machine"] == {**describe_machine(), "available_bytes": found["machine"]["available_bytes"]}
