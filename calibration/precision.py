@@ -127,6 +127,11 @@ class PrecisionPlan:
     def quantizes(self) -> bool:
         return bool(self.rules) or self.kv_cache != "float"
 
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether some rule gives the inputs of layers scales."""
+        return any(rule.precision.quantizes_activations for rule in self.rules)
+
     def needs_scales(self, config: ModelConfig) -> bool:
         """Whether anything must be calibrated: activations or the KV cache."""
         layers = (layer for component in TRACED_COMPONENTS for layer in component_layers(config, component))

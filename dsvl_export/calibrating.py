@@ -50,6 +50,8 @@ class CalibrationOptions:
             raise UserError(f"There is no method {self.method!r}; there are {', '.join(METHODS)}.")
         if not 1 <= index <= count:
             raise UserError(f"There is no part {index} of {count}.")
+        if self.tune and not self.rows and (self.smooth or self.gptq):
+            raise UserError("Tuning needs rows of the activations; give --rows above 0.")
         if not 0 < self.percentile <= 100:
             raise UserError(f"The percentile must lie between 0 and 100, got {self.percentile:g}.")
 

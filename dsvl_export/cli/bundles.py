@@ -82,10 +82,16 @@ def export(
     from runtimes.bundle import Bundle
 
     given = precision or ["fp32"]
-    precisions = [load_precision(each).name for each in given]
+    plans = [load_precision(each) for each in given]
+    precisions = [plan.name for plan in plans]
     for each in precisions:
         for defect in warnings_for(backend, each):
             display.err.print(f"[yellow]Known defect:[/] {escape(str(defect))}")
+    if scales is None and checkpoint != "tiny" and any(plan.quantizes_activations for plan in plans):
+        display.err.print(
+            "[yellow]Calibrating on the bundled pictures:[/] for better scales run 'dsvl-export calibrate'"
+            " on images of your own and give --scales."
+        )
     with display.progress_bar() as bars:
         tasks: dict[str, TaskID] = {}
 

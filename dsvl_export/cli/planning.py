@@ -50,7 +50,9 @@ def plan(
     checkpoint: Checkpoint,
     target: Annotated[str, typer.Option(help="Device; 'dsvl-export targets' lists them.")] = "cpu",
     backend: Annotated[Optional[str], typer.Option(help="Backend; default: the target's first.")] = None,
-    precision: Annotated[str, typer.Option(help="Precision of the weights.")] = "fp16",
+    precision: Annotated[
+        str, typer.Option(help="Precision of the weights, a recipe, or the YAML file of a precision plan.")
+    ] = "fp16",
     context: Annotated[
         Optional[int], typer.Option(min=1, help="Tokens that the KV cache shall hold; default: 2048.")
     ] = None,
@@ -77,7 +79,6 @@ def plan(
 
     device = find_target(target)
     backend = backend or next(iter(device.backends))
-    device.check(backend, precision)
     source = open_checkpoint(checkpoint, weights=False)
     context = context or min(MAX_DEFAULT_CAPACITY, source.config.decoder.max_positions)
     request = Request(backend, precision, context, images, text_tokens)

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
-from calibration.precision import PrecisionPlan, load_precision
+from calibration.precision import FLOAT, PrecisionPlan, component_layers, load_precision
 from calibration.quantized import trace_planned
+from calibration.sensitivity import weight_bytes
 from dsvl_export.compilers import compiler_names, load_compiler
 from dsvl_export.planner.targets import WEIGHT_BITS, Target
 from dsvl_export.planner.workload import Workload
@@ -128,13 +129,36 @@ class Planner:
         size = 4 if (plan.base if plan else request.precision) == "fp32" else 2
         return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * context * size
 
+    def precisions(self, request: Request) -> list[str]:
+        """What a target must support for a request: the precision itself, or those that a plan gives layers.
+
+        Raises:
+            UserError: there is no such plan, or it does not fit the model.
+        """
+        if request.precision in WEIGHT_BITS:
+            return [request.precision]
+        plan = load_precision(request.precision)
+        plan.check(self.config)
+        names = {"float": plan.base, "int8-weights": "int8"}
+        layers = (layer for name in TRACED_COMPONENTS for layer in component_layers(self.config, name))
+        kinds = dict.fromkeys(plan.of(layer).kind for layer in layers)
+        return list(dict.fromkeys(names.get(kind, kind) for kind in kinds))
+
+    def _planned_bytes(self, component: str, plan: PrecisionPlan) -> int:
+        """Weights of a component under a plan, as every backend would store them."""
+        layers = component_layers(self.config, component)
+        floats = sum(weight_bytes(layer, FLOAT, plan.base) for layer in layers)
+        rest = self.workload(component, plan.base).weight_bytes(plan.base) - floats
+        return rest + sum(weight_bytes(layer, plan.of(layer), plan.base) for layer in layers)
+
     def plan(self, target: Target, request: Request) -> Plan:
         """Predict one request on one target.
 
         Raises:
             UserError: the target cannot run it, or the model has not so many positions.
         """
-        target.check(request.backend, request.precision)
+        for precision in self.precisions(request):
+            target.check(request.backend, precision)
         longest = self.config.decoder.max_positions
         prompt = request.images * self.config.vision.image_tokens + request.text_tokens
         asked = (
@@ -153,13 +177,20 @@ class Planner:
         return self._predict(target, request, prompt)
 
     def _predict(self, target: Target, request: Request, prompt: int) -> Plan:
-        precision, context = request.precision, request.context
+        context, given = request.context, None
+        precision = request.precision
+        if precision not in WEIGHT_BITS:
+            given = load_precision(precision)
+            quantized = [name for name in self.precisions(request) if name in ("int8", "fp8")]
+            precision = quantized[0] if quantized and given.quantizes_activations else given.base
         works = {component: self.workload(component, precision) for component in TRACED_COMPONENTS}
         exported = self._exportable(request)
         artifacts = self._artifact_bytes(request, exported, works) if exported else {}
         stored = {component: work.weight_bytes(precision) for component, work in works.items()}
         if exported and exported.quantizes:
             stored = artifacts
+        elif given:
+            stored = {component: self._planned_bytes(component, given) for component in works}
         factor = 2 if precision in target.widens else 1
         weights = {component: factor * count for component, count in stored.items()}
         decoder = works["decoder"]
@@ -231,7 +262,7 @@ class Planner:
     def nearest_fit(self, target: Target, request: Request) -> str | None:
         """The largest smaller precision with which the request fits into the target, if any."""
         for precision in target.backends[request.backend]:
-            smaller = WEIGHT_BITS[precision] < WEIGHT_BITS[request.precision]
+            smaller = WEIGHT_BITS[precision] < WEIGHT_BITS.get(request.precision, 32)
             if smaller and self.plan(target, replace(request, precision=precision)).fits:
                 return precision
         return None

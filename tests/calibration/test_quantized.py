@@ -210,6 +210,20 @@ def test_a_base_of_half_precision(tiny_calibrated: Calibrated, tmp_path: Path) -
     assert max(errors.values()) < 5e-2, errors
 
 
+def test_a_float8_cache_in_the_program(tiny_calibrated: Calibrated, tmp_path: Path) -> None:
+    """No backend of this release has one; in PyTorch it costs more than int8 does, and little."""
+    (tmp_path / "cache.yaml").write_text("kv_cache: fp8")
+    errors = {}
+    exact = planned_chain(
+        QuantizedWeights(tiny_calibrated.source, load_precision("fp32")), tiny_calibrated.embedding
+    )
+    for name in ("kv-int8", str(tmp_path / "cache.yaml")):
+        weights = QuantizedWeights(tiny_calibrated.source, load_precision(name), tiny_calibrated.table)
+        chain = planned_chain(weights, tiny_calibrated.embedding)
+        errors[Path(name).stem] = stage_errors(chain, exact)["logits"]
+    assert 1e-4 < errors["kv-int8"] < errors["cache"] < 0.1, errors
+
+
 def test_float8_is_e4m3(tmp_path: Path) -> None:
     """Against ml_dtypes: rounding to nearest even, saturated instead of NaN."""
     x = torch.cat([torch.linspace(-600, 600, 4001), 2.0 ** torch.arange(-12, 9).float()])

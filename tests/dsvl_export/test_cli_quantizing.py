@@ -73,6 +73,7 @@ def test_tuning_on_the_command_line(run, tmp_path: Path) -> None:  # type: ignor
         (("--part", "x"), "The part 'x' must look like 1/4"),
         (("--percentile", "0"), "The percentile must lie between 0 and 100, got 0"),
         (("--tune", "int3"), "There is no precision 'int3'"),
+        (("--tune", "int4", "--rows", "0"), "Tuning needs rows of the activations"),
         (("--merge", tmp_path / "nowhere"), "holds no calibration statistics"),
     ):
         assert refused(run("calibrate", "tiny", "-o", tmp_path / "bad", *arguments), sentence)

@@ -241,3 +241,24 @@ def test_a_plan_needs_the_config_alone(tmp_path: Path) -> None:
     without = Planner(source.config).plan(find_target("l4"), Request("tensorrt", "int8", 500, images=0))
     assert without.vision_seconds == 0
     assert without.prompt_tokens == 100
+
+
+def test_recipes_and_plans_are_planned(planner: Planner, tmp_path: Path) -> None:
+    """By the layers that they quantize; a target must support each of their precisions."""
+    (tmp_path / "mine.yaml").write_text(
+        "base: fp16\nrules: [{layers: 'decoder.*', precision: int4-g64}, {layers: 'adaptor.*', precision: fp8}]"
+    )
+    mine = str(tmp_path / "mine.yaml")
+    l4, orin = find_target("l4"), find_target("jetson-agx-orin")
+    predicted = planner.plan(l4, Request("tensorrt", mine, 500))
+    half, four = (planner.plan(l4, Request("tensorrt", name, 500)) for name in ("fp16", "int4"))
+    assert not predicted.exact
+    assert predicted.artifacts["vision_encoder"] == half.artifacts["vision_encoder"]
+    assert four.artifacts["decoder"] < predicted.artifacts["decoder"] < 0.35 * half.artifacts["decoder"]
+    with pytest.raises(UserError, match="FP8 needs SM 89"):
+        planner.plan(orin, Request("tensorrt", mine, 500))
+    mixed = planner.plan(measured(find_target("cpu")), Request("onnxruntime", "int8-int4", 500))
+    assert mixed.exact
+    assert planner.plan(orin, Request("tensorrt", "int8-int4", 500)).weight_bytes < half.weight_bytes
+    with pytest.raises(UserError, match="no precision 'int3'"):
+        planner.plan(l4, Request("tensorrt", "int3", 500))
