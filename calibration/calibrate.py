@@ -51,6 +51,10 @@ def make_table(
         layer.name: layer for name in TRACED_COMPONENTS for layer in component_layers(source.config, name)
     }
     table = ScaleTable(source.digest, statistics.data_digest, len(statistics.samples))
+    if tune_for and not statistics.keep:
+        raise UserError(
+            "These statistics keep no rows of the activations, so nothing can be tuned; calibrate again."
+        )
     if tune_for and smooth:
         tune_for.check(source.config)
         table.smoothing = find_smoothing(

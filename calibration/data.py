@@ -75,7 +75,9 @@ def load_data(data: str, count: int, seed: int = 0) -> CalibrationData:
     if len(kept) < (1 - MOST_SKIPPED) * len(chosen):
         first = next(iter(unreadable.values()))
         raise UserError(f"{len(unreadable)} images of {data} cannot be read, which is too many: {first}")
-    return CalibrationData(kept, tuple(sorted(map(str, unreadable))))
+    # A copy would count twice, and could lie in two parts at once.
+    distinct = {row.digest: row for row in kept}
+    return CalibrationData(tuple(distinct.values()), tuple(sorted(map(str, unreadable))))
 
 
 def _unreadable(image: Path) -> str | None:

@@ -57,11 +57,6 @@ class LayerPrecision:
     def quantizes_activations(self) -> bool:
         return self.kind in ("int8", "fp8")
 
-    @property
-    def weight_bits(self) -> float | None:
-        """Bits per weight with its scales (16 bits each) left out; None in the base precision."""
-        return {"float": None, "int4": 4.0}.get(self.kind, 8.0)
-
     def __str__(self) -> str:
         return f"int4-g{self.group}" if self.kind == "int4" else self.kind
 
@@ -76,6 +71,9 @@ class Rule:
     layers: str
     precision: LayerPrecision
     kind: str | None = None  # linear or conv
+
+    def matches(self, layer: LayerSpec) -> bool:
+        return self.kind in (None, layer.kind) and fnmatchcase(layer.name, self.layers)
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class PrecisionPlan:
         """
         precision = FLOAT
         for rule in self.rules:
-            if rule.kind in (None, layer.kind) and fnmatchcase(layer.name, rule.layers):
+            if rule.matches(layer):
                 precision = rule.precision
         if precision.kind == "int4":
             if layer.kind != "linear":
@@ -143,7 +141,7 @@ class PrecisionPlan:
         for layer in layers:
             self.of(layer)
         for rule in self.rules:
-            if not any(fnmatchcase(layer.name, rule.layers) for layer in layers):
+            if not any(rule.matches(layer) for layer in layers):
                 raise UserError(
                     f"The precision plan {self.name} names {rule.layers!r}, which no layer matches."
                 )

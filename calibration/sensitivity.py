@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Sensitivity:
     checkpoint: str  # SHA-256
     base: str
     samples: list[str]  # digests
+    scales: str | None  # digest of the scale table
     floats: dict[str, int]
     rows: list[Row]
 
@@ -71,7 +72,6 @@ def weight_bytes(layer: LayerSpec, precision: LayerPrecision, base: str) -> int:
         return count * size
     if precision.kind == "int4":
         return count // 2 + count // precision.group * size
-    blocks = 1
     if precision.kind == "int8-weights" and layer.kind == "linear":
         blocks = -(-layer.inputs // EIGHT_BIT_BLOCK)
         return layer.weight[0] * blocks * (EIGHT_BIT_BLOCK + size)
@@ -108,12 +108,23 @@ def measure_sensitivity(
         )
     layers = [layer for name in TRACED_COMPONENTS for layer in component_layers(source.config, name)]
     floats = {layer.name: weight_bytes(layer, LayerPrecision("float"), base) for layer in layers}
-    result = Sensitivity(source.digest, base, [sample.digest for sample in samples], floats, [])
+    if table and table.checkpoint != source.digest:
+        raise UserError(
+            f"The scale table was made for another checkpoint than {source.folder}; calibrate it."
+        )
+    for precision in precisions:
+        if table and precision.quantizes_activations:
+            for layer in layers:
+                table.activation(layer.name, precision.kind)
+    digests = [sample.digest for sample in samples]
+    result = Sensitivity(source.digest, base, digests, table.digest if table else None, floats, [])
     file = folder / SENSITIVITY_FILE
     if file.exists():
         known = Sensitivity.load(file)
-        if (known.checkpoint, known.samples, known.base) != (result.checkpoint, result.samples, base):
-            raise UserError(f"{file} was measured on another checkpoint or other data; give another folder.")
+        if replace(known, rows=[], floats=floats) != result:
+            raise UserError(
+                f"{file} was measured on another checkpoint, other data or other scales; give another folder."
+            )
         result.rows.extend(known.rows)
     done = {(row.layer, row.precision) for row in result.rows}
     wanted = [(layer, p) for layer in layers for p in precisions if possible(layer, p)]

@@ -88,6 +88,8 @@ def calibrate(
     output.mkdir(parents=True, exist_ok=True)
     skipped: tuple[str, ...] = ()
     if merge:
+        if output.resolve() in [folder.resolve() for folder in merge]:
+            raise UserError(f"{output} is one of the parts; give another folder for the whole.")
         statistics = Statistics.load(_statistics_file(merge[0]))
         for folder in merge[1:]:
             statistics.merge(Statistics.load(_statistics_file(folder)))

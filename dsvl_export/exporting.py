@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.goldens import golden_requests
 from reference.session import reference_chain, write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
-from reference.trace import TRACED_COMPONENTS, component_contract
+from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, component_contract
 from runtimes.bundle import JUDGED_WITH, MANIFEST, Artifact, Bundle, Manifest
 from runtimes.errors import UserError
 from runtimes.files import sha256_of_file, write_json
@@ -83,6 +84,9 @@ def export(
     """
     compiler = load_compiler(backend)
     plans = [load_precision(precision) for precision in precisions]
+    for one, other in combinations(plans, 2):
+        if one.name == other.name and one != other:
+            raise UserError(f"Two precision plans are called {one.name!r}; rename one of the files.")
     source = open_checkpoint(str(checkpoint))
     for plan in plans:
         check_plan(backend, compiler, plan, source.config)
@@ -101,7 +105,7 @@ def export(
         if goldens:
             run.goldens()
         for plan in plans:
-            if plan.quantizes:
+            if plan.name not in PRECISION_DTYPES:
                 run.precision(plan, table)
             for component in TRACED_COMPONENTS:
                 run.component(backend, plan, component)
@@ -218,9 +222,7 @@ class _Run:
         return planned_weights(self.source, self.staging.folder, precision)
 
     def _rests_on(self, precision: str) -> dict[str, str]:
-        """Hashes of a precision's plan and scales."""
-        folder = self.staging.folder / precision_folder(precision)
-        return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*"))}
+        return _plan_hashes(self.staging, precision)
 
     def _noise_of(self, precision: str, goldens: dict[str, str]) -> None:
         def build(folder: Path) -> dict[str, Any]:
@@ -251,7 +253,7 @@ class _Run:
                 done += count
                 self.report(ExportProgress(name, min(done, total), max(total, 1)))
 
-            weights = self.weights(plan.name) if plan.quantizes else QuantizedWeights(self.source, plan)
+            weights = self.weights(plan.name)
 
             def load(parameter: str) -> torch.Tensor:
                 return weights.load(f"{component}.{parameter}")
@@ -262,7 +264,7 @@ class _Run:
                 tuple(f"{name}/{file.name}" for file in compiled.files),
                 {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
             )  # fmt: skip
-            return {"artifact": asdict(artifact)}
+            return {"artifact": asdict(artifact), "rests_on": self._rests_on(plan.name)}
 
         self._stage(name, build, self._rests_on(plan.name))
 
@@ -294,8 +296,20 @@ def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: 
     )
 
 
+def _plan_hashes(staging: Staging, precision: str) -> dict[str, str]:
+    """Hashes of a precision's plan and scales, which its artifacts rest on."""
+    folder = staging.folder / precision_folder(precision)
+    return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*"))}
+
+
 def _artifacts(staging: Staging) -> tuple[Artifact, ...]:
-    rows = [result["artifact"] for result in staging.results() if "artifact" in result]
+    """Finished artifacts; those of a plan or scales that were replaced since do not count."""
+    rows = [
+        result["artifact"]
+        for result in staging.results()
+        if "artifact" in result
+        and result.get("rests_on", {}) in ({}, _plan_hashes(staging, result["artifact"]["precision"]))
+    ]
     return tuple(Artifact(**{**row, "files": tuple(row["files"])}) for row in rows)
 
 

@@ -10,7 +10,14 @@ from typing import Any
 from calibration.data import load_data
 from calibration.evaluate import Cost, Evaluation
 from calibration.planning import Budget, Planner, Point
-from calibration.precision import LayerPrecision, LayerSpec, PrecisionPlan, Rule, component_layers
+from calibration.precision import (
+    LayerPrecision,
+    LayerSpec,
+    PrecisionPlan,
+    Rule,
+    component_layers,
+    recipe_names,
+)
 from calibration.program import planned_model
 from calibration.sensitivity import (
     CANDIDATES,
@@ -24,7 +31,7 @@ from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
 from dsvl_export.calibrating import token_embedding
 from reference.checkpoint import Checkpoint
-from reference.trace import TRACED_COMPONENTS
+from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS
 from runtimes.errors import UserError
 
 OnStep = Callable[[str, int, int], None]
@@ -99,6 +106,8 @@ def find_plan(
     wanted = Budget.parse(budget)
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"The plan's file {output} must end in .yaml.")
+    if output.stem in (*PRECISION_DTYPES, *recipe_names()):
+        raise UserError(f"{output.stem} is the name of a shipped precision; give the plan's file another.")
     known = Sensitivity.load(measured / SENSITIVITY_FILE if measured.is_dir() else measured)
     if known.checkpoint != source.digest:
         raise UserError(f"{measured} was measured on another checkpoint than {source.folder}.")

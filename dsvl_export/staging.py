@@ -78,6 +78,12 @@ class Staging:
                     "result": {"artifact": asdict(artifact)},
                     "files": {path: files[path] for path in artifact.files},
                 }
+            for path in files:
+                if path.startswith("precisions/"):  # plans and scales, which nothing else makes again
+                    stage = path.rpartition("/")[0]
+                    record.setdefault(stage, {"key": "", "result": {}, "files": {}})["files"][path] = files[
+                        path
+                    ]
         if self._record_file.exists():
             record |= read_json(self._record_file)
         try:

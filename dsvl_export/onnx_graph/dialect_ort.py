@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
+from calibration.sensitivity import EIGHT_BIT_BLOCK
 from dsvl_export.onnx_graph.builder import element_type
 from dsvl_export.onnx_graph.context import Lowering, QuantizedWeight, arguments, fake, numpy_dtype, to_numpy
 from dsvl_export.onnx_graph.dialect_standard import StandardDialect
 from runtimes.contracts import updated_state
 from runtimes.errors import UserError
-
-EIGHT_BIT_BLOCK = 128
 
 
 class OrtDialect(StandardDialect):

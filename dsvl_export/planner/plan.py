@@ -126,7 +126,10 @@ class Planner:
     def kv_bytes(self, request: Request, context: int) -> int:
         """Keys and values of one sequence; half precision but where the exported base is fp32."""
         decoder, plan = self.config.decoder, self._exportable(request)
+        if plan is None and request.precision not in WEIGHT_BITS:
+            plan = load_precision(request.precision)
         size = 4 if (plan.base if plan else request.precision) == "fp32" else 2
+        size = 1 if plan and plan.kv_cache != "float" else size
         return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * context * size
 
     def precisions(self, request: Request) -> list[str]:

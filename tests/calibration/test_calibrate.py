@@ -162,6 +162,9 @@ def test_data_of_all_kinds(tmp_path: Path) -> None:
     for index in range(12):
         shutil.copyfile(PICTURES[index], tmp_path / f"{index:02}.png")
     assert len(load_data(str(tmp_path), 100).samples) == 12
+    shutil.copyfile(PICTURES[0], tmp_path / "03.png")  # a copy that is asked the same
+    assert len(load_data(str(tmp_path), 100).samples) == 11
+    shutil.copyfile(PICTURES[3], tmp_path / "03.png")
     assert load_data(str(tmp_path), 5) == load_data(str(tmp_path), 5)
     assert load_data(str(tmp_path), 5, seed=1) != load_data(str(tmp_path), 5)
     (tmp_path / "07.png").write_bytes(b"no picture")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,7 @@ def test_sensitivities_go_on(tiny_calibrated: Calibrated, measured: Sensitivity,
     samples = load_data("bundled", 128).samples[::8]
     dropped = measured.rows[40]
     rows = [row for row in measured.rows if row is not dropped]
-    Sensitivity(measured.checkpoint, "fp32", measured.samples, measured.floats, rows).save(
-        tmp_path / SENSITIVITY_FILE
-    )
+    replace(measured, rows=rows).save(tmp_path / SENSITIVITY_FILE)
     steps: list[str] = []
     again = measure_sensitivity(
         tiny_calibrated.source, tiny_calibrated.embedding, samples, tmp_path,
@@ -60,7 +59,7 @@ def test_sensitivities_go_on(tiny_calibrated: Calibrated, measured: Sensitivity,
     )  # fmt: skip
     assert [step for step in steps if " in " in step] == [f"{dropped.layer} in {dropped.precision}"]
     assert again.rows[-1].kl == pytest.approx(dropped.kl, rel=1e-3)
-    with pytest.raises(UserError, match="measured on another checkpoint or other data"):
+    with pytest.raises(UserError, match="measured on another checkpoint, other data or other scales"):
         measure_sensitivity(tiny_calibrated.source, tiny_calibrated.embedding, samples[1:], tmp_path)
     with pytest.raises(UserError, match="need a scale table"):
         measure_sensitivity(tiny_calibrated.source, tiny_calibrated.embedding, samples, tmp_path, ["int8"])
@@ -116,7 +115,7 @@ def test_a_sum_that_misbehaves_is_repaired() -> None:
         Row("b", "int4-g32", 0.002, 1, 10),
         Row("c", "int4-g32", 0.5, 1, 10),
     ]
-    known = Sensitivity("0", "fp32", [], dict.fromkeys("abc", 100), rows)
+    known = Sensitivity("0", "fp32", [], None, dict.fromkeys("abc", 100), rows)
 
     def measure(plan: PrecisionPlan) -> Cost:
         layers = {rule.layers for rule in plan.rules}

@@ -81,6 +81,7 @@ def test_plans_that_do_not_fit(tmp_path: Path, hybrid_pair: OraclePair) -> None:
         ("rules: [{layers: 'decoder.*', precision: int4}]", "group size 32 does not divide the 100 inputs of decoder.layers.0.mlp.down_proj"),
         ("rules: [{layers: '*', precision: int4}]", "is a convolution, which my gives int4-g32"),
         ("rules: [{layers: decoder.tail, precision: int8}]", "names 'decoder.tail', which no layer matches"),
+        ("rules: [{layers: 'decoder.*', kind: conv, precision: int8}]", "names 'decoder.\\*', which no layer matches"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             QuantizedWeights(source, load_precision(write(tmp_path, text)))

@@ -134,6 +134,31 @@ def test_a_plan_of_ones_own(tmp_path: Path, tiny_bundle: Bundle) -> None:
     assert ScaleTable.load(tmp_path / "b/precisions/mixed").digest == again.table.digest
 
 
+def test_a_plan_that_quantizes_nothing(tmp_path: Path) -> None:
+    """It has a name of its own and is a precision like others; so a bundle is never left half-made."""
+    (tmp_path / "half.yaml").write_text("base: fp16")
+    bundle = export("tiny", tmp_path / "b", precisions=[str(tmp_path / "half.yaml")])
+    assert bundle.manifest.contracts["half"]["adaptor"].outputs[0].dtype == "float16"
+    assert parity(bundle).passed
+
+
+def test_a_replaced_plan_takes_its_artifacts_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped between the plan and the components, the old components do not count as the new plan's."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("rules: [{layers: 'decoder.*', precision: int8-weights}]")
+    export("tiny", tmp_path / "b", precisions=[str(file)], goldens=False)
+    file.write_text("rules: [{layers: 'decoder.*', precision: int4}]")
+
+    def stop(progress: object) -> None:
+        if getattr(progress, "stage", "").endswith("mine/vision_encoder"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export("tiny", tmp_path / "b", precisions=[str(file)], goldens=False, report=stop)
+    bundle = export("tiny", tmp_path / "b", precisions=["fp32"], goldens=False)
+    assert bundle.choices() == [("onnxruntime", "fp32")]
+
+
 def test_requests_that_cannot_be(tmp_path: Path, hybrid_pair: OraclePair) -> None:
     folder = hybrid_pair.checkpoint.folder
     for precision, sentence in (
@@ -141,22 +166,27 @@ def test_requests_that_cannot_be(tmp_path: Path, hybrid_pair: OraclePair) -> Non
         ("nowhere.yaml", "cannot be read"),
     ):
         with pytest.raises(UserError, match=sentence):
-            export(folder, tmp_path / "b", precisions=[precision])
+            export(folder, tmp_path / "b2", precisions=[precision])
+    for name, base in (("a", "fp16"), ("b", "fp32")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "same.yaml").write_text(f"base: {base}")
+    with pytest.raises(UserError, match="Two precision plans are called 'same'"):
+        export("tiny", tmp_path / "b2", precisions=[str(tmp_path / name / "same.yaml") for name in "ab"])
     (tmp_path / "cache.yaml").write_text("kv_cache: fp8")
     with pytest.raises(UserError, match="onnxruntime has no KV cache in fp8; the nearest is int8"):
-        export("tiny", tmp_path / "b", precisions=[str(tmp_path / "cache.yaml")])
+        export("tiny", tmp_path / "b2", precisions=[str(tmp_path / "cache.yaml")])
     calibrate(open_checkpoint("tiny"), tmp_path / "scales", CalibrationOptions(samples=2, rows=0))
     with pytest.raises(UserError, match="The scale table was made for the checkpoint"):
-        export(folder, tmp_path / "b", precisions=["int8"], scales=tmp_path / "scales")
+        export(folder, tmp_path / "b2", precisions=["int8"], scales=tmp_path / "scales")
     raw = json.loads((tmp_path / "scales/scales.json").read_text())
     del raw["activations"]["adaptor.layers.1"]
     (tmp_path / "scales/scales.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="no scale for the input of adaptor.layers.1"):
-        export("tiny", tmp_path / "b", precisions=["int8"], scales=tmp_path / "scales")
+        export("tiny", tmp_path / "b2", precisions=["int8"], scales=tmp_path / "scales")
     for part in ((2, 1), (0, 1), (5, 9)):
         with pytest.raises(UserError, match="There is no part|has no samples"):
             calibrate(open_checkpoint("tiny"), tmp_path / "s", CalibrationOptions(samples=2, part=part))
-    assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "b2").exists()
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "int8-weights", "kv-int8"])
