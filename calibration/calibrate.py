@@ -58,7 +58,7 @@ def make_table(
     if tune_for and smooth:
         tune_for.check(source.config)
         table.smoothing = find_smoothing(
-            source, tune_for, layers, statistics, method, partial(on_step, "smoothing")
+            source, tune_for, layers, statistics, method, percentile, partial(on_step, "smoothing")
         )
     inputs = _Inputs(source, statistics, table.smoothing)
     for index, layer in enumerate(layers):

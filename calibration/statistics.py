@@ -80,9 +80,15 @@ class Statistics:
         }
         texts = {"checkpoint": self.checkpoint, "keep": str(self.keep), "samples": json.dumps(self.samples)}
         temporary = file.with_name(f".{file.name}")
-        save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, temporary, metadata=texts)
-        temporary.chmod(0o644)
-        temporary.replace(file)
+        try:
+            save_file(
+                {name: np.ascontiguousarray(a) for name, a in tensors.items()}, temporary, metadata=texts
+            )
+            temporary.chmod(0o644)
+            temporary.replace(file)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"The statistics {file} cannot be written: {error}.") from error
 
     @classmethod
     def load(cls, file: Path) -> Statistics:

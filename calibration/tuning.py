@@ -33,6 +33,7 @@ def find_smoothing(
     layers: Mapping[str, LayerSpec],
     statistics: Statistics,
     method: str,
+    percentile: float,
     on_step: OnStep,
 ) -> dict[str, Floats]:
     """Factors of every folding that lower the error of its consumers' outputs, by producer.
@@ -52,7 +53,7 @@ def find_smoothing(
         if all(precision.kind == "float" for precision in precisions):
             continue
         weights = [source.load(f"{name}.weight").float() for name in folding.consumers]
-        factors = _best_factors(seen, weights, precisions, method)
+        factors = _best_factors(seen, weights, precisions, method, percentile)
         if factors is not None:
             found[folding.producer] = factors
     on_step(len(places), len(places))
@@ -60,7 +61,11 @@ def find_smoothing(
 
 
 def _best_factors(
-    seen: TensorStatistics, weights: list[Tensor], precisions: list[LayerPrecision], method: str
+    seen: TensorStatistics,
+    weights: list[Tensor],
+    precisions: list[LayerPrecision],
+    method: str,
+    percentile: float,
 ) -> Floats | None:
     rows = torch.from_numpy(seen.rows)
     exact = [rows @ weight.T for weight in weights]
@@ -71,7 +76,7 @@ def _best_factors(
         for weight, precision, wanted in zip(weights, precisions, exact, strict=True):
             x, scaled = torch.from_numpy(divided.rows), weight * factors
             if precision.quantizes_activations:
-                amax = find_amax(divided, method if precision.kind == "int8" else "minmax")
+                amax = find_amax(divided, method if precision.kind == "int8" else "minmax", percentile)
                 x = fake_quantize(x, torch.tensor(amax / QUANTIZED_MAX[precision.kind]), precision)
             if precision.kind != "float":
                 scaled = round_trip(scaled, find_weight_scale(scaled, precision), precision)

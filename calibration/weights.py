@@ -14,11 +14,12 @@ from calibration.quantized import round_trip
 from calibration.smoothing import Folding, foldings
 from calibration.table import QUANTIZED_MAX, ScaleTable
 from reference.checkpoint import Checkpoint
-from reference.trace import TRACED_COMPONENTS
+from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS
 from runtimes.errors import UserError
 
 LoadParameter = Callable[[str], Tensor]
 INT4_MAX = 7.0
+SCALES = ("weight_scale", "input_scale", "key_scale", "value_scale")
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
@@ -66,20 +67,23 @@ class QuantizedWeights:
     def load(self, parameter: str) -> Tensor:
         """A parameter by its name in the quantized model.
 
-        Weights come as fp32 numbers that their codes stand for exactly where they are tuned; scales are fp32.
+        Weights come as fp32 numbers that their codes stand for exactly where they are tuned; scales are fp32,
+        and normal numbers of the plan's base.
         """
         owner, _, kind = parameter.rpartition(".")
+        if kind in SCALES:
+            return self._scale(owner, kind).clamp(min=torch.finfo(PRECISION_DTYPES[self.plan.base]).tiny)
         if kind == "weight" and owner in self._layers:
             tuned = self._tuned(owner)
             return self._folded.load(parameter) if tuned is None else tuned[0]
+        return self._folded.load(parameter)
+
+    def _scale(self, owner: str, kind: str) -> Tensor:
         if kind == "weight_scale":
             return self._weight_scale(owner)
         if kind == "input_scale":
             return torch.tensor(self._table.activation(owner, self.plan.of(self._layers[owner]).kind))
-        if kind in ("key_scale", "value_scale"):
-            scale = self._table.cache(owner, kind.removesuffix("_scale"), self.plan.kv_cache)
-            return torch.from_numpy(scale)
-        return self._folded.load(parameter)
+        return torch.from_numpy(self._table.cache(owner, kind.removesuffix("_scale"), self.plan.kv_cache))
 
     @property
     def _table(self) -> ScaleTable:

@@ -147,6 +147,7 @@ class _Run:
     def __init__(self, source: Checkpoint, staging: Staging, report: Report) -> None:
         self.source, self.staging, self.report = source, staging, report
         self._inputs = {"checkpoint": source.digest, "version": __version__}
+        self._scales: ScaleTable | None = None
 
     def _stage(
         self,
@@ -203,19 +204,25 @@ class _Run:
             plan.save(folder / f"{plan.name}.yaml")
             found = table
             if found is None and plan.needs_scales(self.source.config):
-                with tempfile.TemporaryDirectory() as statistics:
-                    found = calibrate(
-                        self.source,
-                        Path(statistics),
-                        CalibrationOptions(samples=SAMPLES, rows=0),
-                        on_step=lambda _, done, total: self.report(ExportProgress(name, done, total)),
-                    ).table
+                found = self._calibrated(name)
             if found:
                 found.save(folder)
             return {}
 
         given = table.digest if table else None
         self._stage(name, build, {"plan": plan.to_dict(), "scales": given})
+
+    def _calibrated(self, stage: str) -> ScaleTable:
+        """Scales from the bundled pictures, made once for all precisions of this export."""
+        if self._scales is None:
+            with tempfile.TemporaryDirectory() as statistics:
+                self._scales = calibrate(
+                    self.source,
+                    Path(statistics),
+                    CalibrationOptions(samples=SAMPLES, rows=0),
+                    on_step=lambda _, done, total: self.report(ExportProgress(stage, done, total)),
+                ).table
+        return self._scales
 
     def weights(self, precision: str) -> QuantizedWeights:
         """Parameters of a precision that the bundle holds."""

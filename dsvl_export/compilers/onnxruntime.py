@@ -94,7 +94,13 @@ def _load_once(file: Path) -> None:
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings.add_session_config_entry("session.disable_prepacking", "1")
     settings.log_severity_level = 3
-    onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+    try:
+        onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {file.name}: {reason}."
+        ) from error
 
 
 def check_contract(model: onnx.ModelProto, contract: Contract) -> None:
