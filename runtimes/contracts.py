@@ -15,11 +15,6 @@ import numpy as np
 Dim = int | str  # a size, or the name of a size that is known only at run time
 
 
-def updated_state(name: str) -> str:
-    """Name of the output that carries a state after the step, bound to the state's own memory."""
-    return f"{name}_updated"
-
-
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, dtype (numpy's name), shape and meaning of one tensor."""
@@ -42,6 +37,17 @@ class TensorSpec:
             raise ValueError(
                 f"{self.name} must be {self.dtype}{list(self.shape)}, got {array.dtype}{list(array.shape)}"
             )
+
+
+def updated_state(state: TensorSpec) -> TensorSpec:
+    """The output that carries a state after the step, bound to the state's own memory."""
+    return replace(state, name=f"{state.name}_updated")
+
+
+def appended_state(state: TensorSpec) -> TensorSpec:
+    """The output with a step's own rows ``[B, Hkv, S, Dh]``, which the session writes into the state."""
+    batch, heads, _, head_dim = state.shape
+    return replace(state, name=f"{state.name}_appended", shape=(batch, heads, "sequence", head_dim))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtimes.cache import KVCache
-from runtimes.contracts import Contract, TensorSpec, updated_state
+from runtimes.contracts import Contract, TensorSpec, appended_state, updated_state
 from runtimes.errors import UserError
 from runtimes.memory import available_memory
 from runtimes.session import Execution, SessionOptions
@@ -125,11 +125,18 @@ class OrtCache(KVCache):
 
 
 class OrtDecoder:
-    """The decoder in ONNX Runtime; cache inputs and outputs are bound to the same memory, once."""
+    """The decoder in ONNX Runtime; the cache is bound once.
+
+    A graph that updates its states has inputs and outputs bound to the same memory; one that gives a step's
+    rows has them copied to their places after the step.
+    """
 
     def __init__(self, session: Any, contract: Contract) -> None:
         self.contract, self._session = contract, session
         self.tapped: Mapping[str, np.ndarray] = {}
+        outputs = {item.name for item in session.get_outputs()}
+        appended = [appended_state(spec) for spec in contract.states]
+        self._appended = [spec for spec in appended if spec.name in outputs]
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
         return OrtCache(self.contract.states, batch, capacity)
@@ -153,8 +160,9 @@ class OrtDecoder:
         for spec, array in feeds:
             _bind(cache.binding.bind_input, spec, array)
         sizes = {"batch": batch, "sequence": length, "rows": len(rows)}
-        outputs = {spec.name: spec.allocate(sizes) for spec in self.contract.outputs}
-        for spec in self.contract.outputs:
+        specs = (*self.contract.outputs, *self._appended)
+        outputs = {spec.name: spec.allocate(sizes) for spec in specs}
+        for spec in specs:
             _bind(cache.binding.bind_output, spec, outputs[spec.name])
         try:
             self._session.run_with_iobinding(cache.binding)
@@ -163,6 +171,8 @@ class OrtDecoder:
             if isinstance(error, Exception):
                 raise _failed(self.contract, error) from error
             raise
+        for spec, array in zip(self._appended, cache.arrays, strict=False):
+            write_rows(array, outputs.pop(spec.name), positions)
         logits = outputs.pop("logits")
         self.tapped = outputs
         return logits
@@ -172,9 +182,15 @@ class OrtDecoder:
         for spec, array in zip(self.contract.states, cache.arrays, strict=True):
             spec.check(array)
             _bind(binding.bind_input, spec, array)
-            updated = TensorSpec(updated_state(spec.name), spec.dtype, spec.shape, spec.meaning)
-            _bind(binding.bind_output, updated, array)
+            if not self._appended:
+                _bind(binding.bind_output, updated_state(spec), array)
         return binding
+
+
+def write_rows(cache: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> None:
+    """Put a step's rows ``[B, Hkv, S, Dh]`` to their positions ``[B, S]``, consecutive in each row."""
+    for states, new, places in zip(cache, rows, positions, strict=True):
+        states[:, places[0] : places[0] + len(places)] = new
 
 
 def _failed(contract: Contract, error: Exception) -> UserError:

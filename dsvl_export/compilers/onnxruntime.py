@@ -14,7 +14,7 @@ from onnx import helper
 
 from dsvl_export.compilers import Compiled
 from dsvl_export.onnx_graph.builder import TAPS, element_type, value_info
-from runtimes.contracts import Contract, TensorSpec, updated_state
+from runtimes.contracts import Contract, updated_state
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,10 +106,7 @@ def _load_once(file: Path) -> None:
 def check_contract(model: onnx.ModelProto, contract: Contract) -> None:
     """The file's inputs and outputs are the contract's, in order, and no input is unused."""
     graph = model.graph
-    updated = tuple(
-        TensorSpec(updated_state(state.name), state.dtype, state.shape, state.meaning)
-        for state in contract.states
-    )
+    updated = tuple(updated_state(state) for state in contract.states)
     for what, values, specs in (
         ("inputs", graph.input, contract.inputs + contract.states),
         ("outputs", graph.output, contract.outputs + updated),

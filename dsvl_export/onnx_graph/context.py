@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from dsvl_export.onnx_graph.builder import Graph, value_info
+from dsvl_export.onnx_graph.builder import Graph, element_type, value_info
 from reference.taps import tap_nodes
 from reference.trace import TracedComponent
-from runtimes.contracts import updated_state
+from runtimes.contracts import TensorSpec
 
 LoadParameter = Callable[[str], Tensor]
 Table = Mapping[Any, Callable[["Lowering", Node], Any]]
@@ -33,6 +33,13 @@ class Dialect(Protocol):
     """How one consumer wants the operators that have several forms in ONNX."""
 
     opset: int
+    float32_norms: bool  # whether norms of half precision are cast to float32 and back
+
+    def state_output(self, state: TensorSpec) -> TensorSpec:
+        """How a state leaves the graph: ``updated_state`` or ``appended_state``."""
+        ...
+
+    def rms_norm(self, context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str: ...
 
     def attention(self, context: Lowering, node: Node) -> str: ...
 
@@ -141,9 +148,8 @@ class Lowering:
         for spec, source in zip(contract.outputs, arguments(node)[0], strict=True):
             self.graph.node("Identity", [self.value(source)], spec.name, outputs=[spec.name])
             self.graph.outputs.append(value_info(spec.name, spec.dtype, spec.shape))
-        for spec in contract.states:
-            name = updated_state(spec.name)
-            self.graph.outputs.append(value_info(name, spec.dtype, spec.shape))
+        for spec in map(self.dialect.state_output, contract.states):
+            self.graph.outputs.append(value_info(spec.name, spec.dtype, spec.shape))
 
     # What the lowering functions use.
 
@@ -156,6 +162,21 @@ class Lowering:
                 value.name, numpy_dtype(tensor.dtype), tensor.shape, lambda: to_numpy(value.load())
             )
         return value
+
+    def widened(self, source: Node) -> str:
+        """A constant as a float32 initializer."""
+        constant, shape = self.constant(source), fake(source).shape
+        return self.graph.initializer(
+            f"{constant.name}_float32", np.dtype(np.float32), shape, lambda: to_numpy(constant.load().float())
+        )
+
+    def cast(self, value: str, dtype: np.dtype[Any], name: str) -> str:
+        return self.graph.node("Cast", [value], name, {"to": element_type(dtype)})
+
+    def state_outputs(self, *states: Node) -> list[str]:
+        """Names of the graph's outputs for these states."""
+        by_name = {spec.name: spec for spec in self.traced.contract.states}
+        return [self.dialect.state_output(by_name[self.value(state)]).name for state in states]
 
     def is_constant(self, source: Node) -> bool:
         return isinstance(self._values[source], Constant)

@@ -11,7 +11,6 @@ from calibration.sensitivity import EIGHT_BIT_BLOCK
 from dsvl_export.onnx_graph.builder import element_type
 from dsvl_export.onnx_graph.context import Lowering, QuantizedWeight, arguments, fake, numpy_dtype, to_numpy
 from dsvl_export.onnx_graph.dialect_standard import StandardDialect
-from runtimes.contracts import updated_state
 from runtimes.errors import UserError
 
 
@@ -46,7 +45,7 @@ class OrtDialect(StandardDialect):
             kinds = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
             attributes |= kinds
         name = context.graph.unique(f"{context.name(node)}_out")
-        outputs = [name, *(updated_state(state) for state in states)]
+        outputs = [name, *context.state_outputs(keys, values)]
         return context.graph.node(
             "GroupQueryAttention", inputs, context.name(node), attributes, outputs, "com.microsoft"
         )

@@ -26,6 +26,8 @@ from dsvl_export.onnx_graph.context import (
 from dsvl_export.onnx_graph.quantization import DEQUANTIZE, QUANTIZATION, dequantized, quantized_linear
 from reference.trace import TracedComponent
 
+FLOAT32 = np.dtype(np.float32)
+
 
 def _reshape(context: Lowering, node: Node) -> str:
     """Reshape with 0 for a kept symbolic dim and -1 for the one that is left to infer."""
@@ -86,14 +88,33 @@ def _layer_norm(context: Lowering, node: Node) -> str:
     x, normalized, weight, bias, epsilon = arguments(node)[:5]
     if len(normalized) != 1:
         raise NotImplementedError("LayerNorm over more than the last axis")
-    inputs = [context.value(source) for source in (x, weight, bias)]
-    return context.emit(node, "LayerNormalization", inputs, {"axis": -1, "epsilon": epsilon})
+
+    def emit(x: str, *parameters: str) -> str:
+        return context.emit(node, "LayerNormalization", [x, *parameters], {"axis": -1, "epsilon": epsilon})
+
+    return _normalised(context, node, x, [weight, bias], emit)
 
 
 def _rms_norm(context: Lowering, node: Node) -> str:
     x, _, weight, epsilon = arguments(node)
-    inputs = [context.value(x), context.value(weight)]
-    return context.emit(node, "RMSNormalization", inputs, {"axis": -1, "epsilon": epsilon})
+
+    def emit(x: str, weight: str) -> str:
+        return context.dialect.rms_norm(context, x, weight, epsilon, context.name(node))
+
+    return _normalised(context, node, x, [weight], emit)
+
+
+def _normalised(
+    context: Lowering, node: Node, x: Node, parameters: list[Node], emit: Callable[..., str]
+) -> str:
+    """A norm, in float32 where the dialect wants that: squares of half precision end at 65,504."""
+    dtype = numpy_dtype(fake(x).dtype)
+    if dtype == FLOAT32 or not context.dialect.float32_norms:
+        return emit(context.value(x), *(context.value(item) for item in parameters))
+    name = context.name(node)
+    wide = [context.widened(item) for item in parameters]
+    out = emit(context.cast(context.value(x), FLOAT32, f"{name}_float32"), *wide)
+    return context.cast(out, dtype, f"{name}_cast")
 
 
 def _gelu(context: Lowering, node: Node) -> str:

@@ -26,6 +26,7 @@ from dsvl_export.onnx_graph.context import (
 )
 
 qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
+FOUR_BIT = qd.dequantize_per_channel_group.default
 INT8, INT4, FLOAT8 = np.dtype(np.int8), np.dtype("int4"), numpy_dtype(torch.float8_e4m3fn)
 
 
@@ -124,7 +125,7 @@ DEQUANTIZE = frozenset(
     {
         qd.dequantize_per_tensor.tensor,
         qd.dequantize_per_channel.default,
-        qd.dequantize_per_channel_group.default,
+        FOUR_BIT,
         dsvl.dequantize_float8.default,
     }
 )
@@ -132,7 +133,7 @@ QUANTIZATION: dict[Any, Callable[[Lowering, Node], Any]] = {
     qd.quantize_per_tensor.tensor: _quantize(INT8),
     qd.dequantize_per_tensor.tensor: _dequantize(INT8),
     qd.dequantize_per_channel.default: _dequantize(INT8),
-    qd.dequantize_per_channel_group.default: _dequantize_groups,
+    FOUR_BIT: _dequantize_groups,
     dsvl.quantize_float8.default: _quantize(FLOAT8),
     dsvl.dequantize_float8.default: _dequantize(FLOAT8),
 }
