@@ -121,6 +121,10 @@ class PrecisionPlan:
                 )
         return precision
 
+    def on(self, base: str) -> PrecisionPlan:
+        """The plan with another base, which its name then says."""
+        return self if base == self.base else replace(self, name=f"{self.name}-{base}", base=base)
+
     @property
     def quantizes(self) -> bool:
         return bool(self.rules) or self.kv_cache != "float"
@@ -180,8 +184,15 @@ def recipe_names() -> list[str]:
     return sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 
+def based_recipes() -> list[str]:
+    """Recipes on another base than their own."""
+    return [f"{name}-{base}" for name in recipe_names() for base in PRECISION_DTYPES]
+
+
 def load_precision(precision: str) -> PrecisionPlan:
     """The plan that a ``--precision`` names: a float precision, a recipe, or a YAML file.
+
+    ``int8-fp16`` is the recipe ``int8`` with all that is not quantized in fp16.
 
     Raises:
         UserError: there is none of that name, or the file is no plan.
@@ -191,9 +202,12 @@ def load_precision(precision: str) -> PrecisionPlan:
     recipe, file = RECIPES / f"{precision}.yaml", Path(precision).expanduser()
     if recipe.is_file():
         return read_plan(recipe)
+    name, _, base = precision.rpartition("-")
+    if precision in based_recipes():
+        return read_plan(RECIPES / f"{name}.yaml").on(base)
     if file.suffix in (".yaml", ".yml"):
         plan = read_plan(file)
-        if plan.name in (*PRECISION_DTYPES, *recipe_names()):
+        if plan.name in (*PRECISION_DTYPES, *recipe_names(), *based_recipes()):
             raise UserError(f"{file} has the name of a shipped precision; rename the file.")
         return plan
     known = ", ".join([*PRECISION_DTYPES, *recipe_names()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -15,15 +15,23 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from calibration.precision import PrecisionPlan, load_precision
+from calibration.precision import PrecisionPlan
 from calibration.quantized import trace_planned
 from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
 from dsvl_export.calibrating import SAMPLES, CalibrationOptions, calibrate
-from dsvl_export.compilers import load_compiler
+from dsvl_export.compilers import CompileOptions, Compiler, load_compiler
 from dsvl_export.ladder.noise import measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
-from dsvl_export.precisions import bundled_plan, check_plan, planned_weights, precision_folder
+from dsvl_export.planner.targets import find_target
+from dsvl_export.precisions import (
+    bundled_plan,
+    check_plan,
+    check_target,
+    plan_for,
+    planned_weights,
+    precision_folder,
+)
 from dsvl_export.staging import Staging
 from dsvl_export.version import __version__
 from reference.checkpoint import Checkpoint, open_checkpoint
@@ -66,6 +74,9 @@ def export(
     goldens: bool = True,
     report: Report = _silent,
     scales: str | Path | None = None,
+    target: str | None = None,
+    tensorrt: str | None = None,
+    capacity: int | None = None,
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
 
@@ -78,18 +89,30 @@ def export(
         goldens: record the reference's outputs, which ``parity`` compares with.
         scales: a scale table made by ``calibrate``; without one, precisions that need scales are calibrated
             on the bundled pictures.
+        target: a device of ``targets``: what it cannot run is refused before any work.
+        tensorrt: version of TensorRT that will build; None takes the target's.
+        capacity: tokens of the KV cache that an engine is built for, and the bundle's default.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
     """
     compiler = load_compiler(backend)
-    plans = [load_precision(precision) for precision in precisions]
+    plans = [plan_for(compiler, precision) for precision in precisions]
     for one, other in combinations(plans, 2):
         if one.name == other.name and one != other:
             raise UserError(f"Two precision plans are called {one.name!r}; rename one of the files.")
     source = open_checkpoint(str(checkpoint))
+    longest = source.config.decoder.max_positions
+    if capacity is not None and not 1 <= capacity <= longest:
+        raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {capacity}.")
+    capacity = capacity or min(longest, MAX_DEFAULT_CAPACITY)
+    device = find_target(target) if target else None
     for plan in plans:
         check_plan(backend, compiler, plan, source.config)
+        if device:
+            check_target(device, backend, plan, source.config)
+    options = CompileOptions(device, capacity, tensorrt)
+    compiler.settings(options)
     table = ScaleTable.load(Path(scales).expanduser()) if scales else None
     if table:
         for plan in plans:
@@ -99,7 +122,7 @@ def export(
     try:
         staging.open()
         _check_same_checkpoint(staging, source)
-        run = _Run(source, staging, report)
+        run = _Run(source, staging, report, compiler, options)
         run.tokenizer()
         run.token_embedding()
         if goldens:
@@ -110,7 +133,7 @@ def export(
             for component in TRACED_COMPONENTS:
                 run.component(backend, plan, component)
         run.noise()
-        staging.finish(_manifest(source, staging, *specs))
+        staging.finish(_manifest(source, staging, capacity, *specs))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -144,8 +167,16 @@ def _check_same_checkpoint(staging: Staging, source: Checkpoint) -> None:
 class _Run:
     """The stages of one export."""
 
-    def __init__(self, source: Checkpoint, staging: Staging, report: Report) -> None:
+    def __init__(
+        self,
+        source: Checkpoint,
+        staging: Staging,
+        report: Report,
+        compiler: Compiler,
+        options: CompileOptions,
+    ) -> None:
         self.source, self.staging, self.report = source, staging, report
+        self.compiler, self.options = compiler, options
         self._inputs = {"checkpoint": source.digest, "version": __version__}
         self._scales: ScaleTable | None = None
 
@@ -251,8 +282,7 @@ class _Run:
 
         def build(folder: Path) -> dict[str, Any]:
             traced = trace_planned(self.source.config, component, plan)
-            compiler = load_compiler(backend)
-            total = compiler.artifact_bytes(traced)
+            total = self.compiler.artifact_bytes(traced)
             done = 0
 
             def on_bytes(count: int) -> None:
@@ -265,18 +295,22 @@ class _Run:
             def load(parameter: str) -> torch.Tensor:
                 return weights.load(f"{component}.{parameter}")
 
-            compiled = compiler.compile_component(traced, load, folder, on_bytes)
+            compiled = self.compiler.compile_component(traced, load, folder, on_bytes, self.options)
+            engine = compiled.engine
             artifact = Artifact(
                 component, backend, plan.name, compiled.target, compiled.dialect,
                 tuple(f"{name}/{file.name}" for file in compiled.files),
                 {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
+                replace(engine, file=f"{name}/{engine.file}") if engine else None,
             )  # fmt: skip
             return {"artifact": asdict(artifact), "rests_on": self._rests_on(plan.name)}
 
-        self._stage(name, build, self._rests_on(plan.name))
+        self._stage(name, build, {**self._rests_on(plan.name), **self.compiler.settings(self.options)})
 
 
-def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: Any) -> Manifest:
+def _manifest(
+    source: Checkpoint, staging: Staging, capacity: int, preprocessing: Any, prompt: Any
+) -> Manifest:
     artifacts = _complete(staging)
     unfinished = {
         path for artifact in _artifacts(staging) if artifact not in artifacts for path in artifact.files
@@ -289,7 +323,7 @@ def _manifest(source: Checkpoint, staging: Staging, preprocessing: Any, prompt: 
         preprocessing=preprocessing,
         prompt=prompt,
         token_embedding=TOKEN_EMBEDDING,
-        default_capacity=min(source.config.decoder.max_positions, MAX_DEFAULT_CAPACITY),
+        default_capacity=capacity,
         contracts={
             precision: {
                 component: component_contract(source.config, component, plan.base, plan.kv_cache)
@@ -317,7 +351,7 @@ def _artifacts(staging: Staging) -> tuple[Artifact, ...]:
         if "artifact" in result
         and result.get("rests_on", {}) in ({}, _plan_hashes(staging, result["artifact"]["precision"]))
     ]
-    return tuple(Artifact(**{**row, "files": tuple(row["files"])}) for row in rows)
+    return tuple(map(Artifact.from_dict, rows))
 
 
 def _complete(staging: Staging) -> tuple[Artifact, ...]:

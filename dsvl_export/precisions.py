@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from calibration.precision import PrecisionPlan, component_layers, load_precision, read_plan
+from calibration.precision import PrecisionPlan, component_layers, load_precision, read_plan, recipe_names
 from calibration.table import TABLE_FILE, ScaleTable
 from calibration.weights import QuantizedWeights
 from dsvl_export.compilers import Compiler
+from dsvl_export.planner.targets import Target
 from reference.checkpoint import Checkpoint
 from reference.config import ModelConfig
 from reference.trace import TRACED_COMPONENTS
 from runtimes.errors import UserError
+
+
+def plan_for(compiler: Compiler, precision: str) -> PrecisionPlan:
+    """The plan that a ``--precision`` names; what a recipe leaves alone is in the compiler's base."""
+    plan = load_precision(precision)
+    return plan.on(compiler.RECIPE_BASE) if precision in recipe_names() else plan
 
 
 def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: ModelConfig) -> None:
@@ -38,6 +45,24 @@ def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: Mo
             f"The backend {backend} has no KV cache in {plan.kv_cache}; the nearest is"
             f" {', '.join(compiler.CACHE_PRECISIONS) or 'float'}."
         )
+
+
+def kinds_of(plan: PrecisionPlan, config: ModelConfig) -> list[str]:
+    """The precisions that a target must support for a plan, in the words of ``targets.yaml``."""
+    names = {"float": plan.base, "int8-weights": "int8"}
+    layers = (layer for name in TRACED_COMPONENTS for layer in component_layers(config, name))
+    kinds = dict.fromkeys(plan.of(layer).kind for layer in layers)
+    return list(dict.fromkeys(names.get(kind, kind) for kind in kinds))
+
+
+def check_target(target: Target, backend: str, plan: PrecisionPlan, config: ModelConfig) -> None:
+    """Refuse what a device cannot run.
+
+    Raises:
+        UserError: names what comes nearest.
+    """
+    for precision in kinds_of(plan, config):
+        target.check(backend, precision)
 
 
 def precision_folder(precision: str) -> str:

@@ -33,8 +33,30 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """A TensorRT engine of an artifact: its file, what it was built for, and on what.
+
+    Args:
+        sm: compute capabilities that it runs on.
+        gpu, driver: of the machine that built it; empty where none was needed.
+        tensorrt: version of the library that built it.
+        capacity, max_batch: of the KV cache, and rows that decode together.
+        options: names of what else it was built with, as ``version-compatible``.
+    """
+
+    file: str
+    sm: tuple[int, ...]
+    gpu: str
+    driver: str
+    tensorrt: str
+    capacity: int
+    max_batch: int
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Artifact:
-    """One component compiled for one backend: its main file first, its data files after."""
+    """One component compiled for one backend: its main file first, data files and engine after."""
 
     component: str
     backend: str
@@ -43,6 +65,16 @@ class Artifact:
     dialect: str
     files: tuple[str, ...]
     tools: dict[str, str]
+    engine: Engine | None = None
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Artifact:
+        """Of the object in a manifest, which its schema has checked."""
+        engine = raw.get("engine")
+        if engine:
+            lists = {key: tuple(engine[key]) for key in ("sm", "options")}
+            engine = Engine(**{**engine, **lists})
+        return cls(**{**raw, "files": tuple(raw["files"]), "engine": engine})
 
 
 @dataclass(frozen=True)
@@ -92,7 +124,7 @@ class Manifest:
                 precision: {name: Contract.from_dict(contract) for name, contract in table.items()}
                 for precision, table in raw["contracts"].items()
             },
-            artifacts=tuple(Artifact(**{**item, "files": tuple(item["files"])}) for item in raw["artifacts"]),
+            artifacts=tuple(map(Artifact.from_dict, raw["artifacts"])),
             files={path: FileEntry(**entry) for path, entry in raw["files"].items()},
             parity=raw["parity"],
         )
@@ -180,15 +212,21 @@ class Bundle:
         """The (backend, precision) pairs that the bundle holds, in order of export."""
         return list(dict.fromkeys((item.backend, item.precision) for item in self.manifest.artifacts))
 
+    def matching(self, backend: str | None, precision: str | None) -> list[tuple[str, str]]:
+        """The pairs that fit what was asked; where there is no ``int8``, it means ``int8-fp16``."""
+        pairs = [pair for pair in self.choices() if backend in (None, pair[0])]
+        exact = [pair for pair in pairs if precision in (None, pair[1])]
+        return exact or [pair for pair in pairs if pair[1].rpartition("-")[0] == precision]
+
     def select(self, backend: str | None, precision: str | None) -> tuple[str, str]:
         """The pair that fits what was asked; the first where several fit.
 
         Raises:
             UserError: none fits; the sentence lists what there is.
         """
-        for pair in self.choices():
-            if backend in (None, pair[0]) and precision in (None, pair[1]):
-                return pair
+        found = self.matching(backend, precision)
+        if found:
+            return found[0]
         there = ", ".join(f"{name} {kind}" for name, kind in self.choices())
         wanted = " ".join(part for part in (backend, precision) if part)
         raise UserError(f"The bundle {self.folder} holds no {wanted}; it has {there or 'no artifacts'}.")

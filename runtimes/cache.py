@@ -120,6 +120,10 @@ class KVCache:
                 raise UserError(
                     f"{spec.name} in {file} is {part.dtype}{list(part.shape)}, which does not fit."
                 )
-        for spec, array in zip(self.specs, self.arrays, strict=True):
-            array[:, :, :length] = saved[spec.name]
+        self._write([saved[spec.name] for spec in self.specs])
         self.lengths[:] = lengths
+
+    def _write(self, states: list[np.ndarray]) -> None:
+        """Put ``[batch, Hkv, length, Dh]`` at the beginning of each state."""
+        for array, part in zip(self.arrays, states, strict=True):
+            array[:, :, : part.shape[2]] = part

@@ -52,12 +52,12 @@ def execution(artifact: Artifact) -> Execution:
 
 def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
     ort = _import()
-    provider = PROVIDERS.get(options.device)
+    device = options.device or "cpu"
+    provider = PROVIDERS.get(device)
     if provider not in ort.get_available_providers():
         # ONNX Runtime itself would fall back to the CPU without a word.
         raise UserError(
-            f"This ONNX Runtime cannot run on {options.device!r};"
-            f" it has {', '.join(ort.get_available_providers())}."
+            f"This ONNX Runtime cannot run on {device!r}; it has {', '.join(ort.get_available_providers())}."
         )
     _check_memory(file, contract)
     settings = ort.SessionOptions()

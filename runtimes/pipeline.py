@@ -48,7 +48,7 @@ class Pipeline:
         precision: str | None = None,
         *,
         threads: int | None = None,
-        device: str = "cpu",
+        device: str | None = None,
         capacity: int | None = None,
         verify: bool = True,
     ) -> Pipeline:
@@ -57,6 +57,8 @@ class Pipeline:
         Args:
             backend, precision: which of the bundle's artifacts; None takes the first.
             threads: CPU threads; None lets the backend choose.
+            device: as ``devices()`` of the backend lists them; None is the backend's own. ``cpu`` runs the
+                ONNX files that TensorRT engines are built from, in ONNX Runtime.
             capacity: tokens that the KV cache holds; None takes the bundle's default.
             verify: check the SHA-256 of what is loaded.
 
@@ -76,6 +78,10 @@ class Pipeline:
             paths = [path for artifact in artifacts.values() for path in artifact.files]
             bundle.check([*paths, manifest.token_embedding, "tokenizer/tokenizer.json"])
         module, options = load_backend(backend), SessionOptions(threads, device)
+        for artifact in artifacts.values():
+            state = module.execution(artifact)
+            if state.kind == "not run" and device != "cpu":
+                raise UserError(f"{backend} {precision} of {bundle.folder} cannot run here: {state.by}.")
         contracts = manifest.contracts[precision]
         files = {part: bundle.path(artifact.files[0]) for part, artifact in artifacts.items()}
         chain = Chain(

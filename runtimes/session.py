@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How to run: CPU threads (None lets the backend choose) and the device's name."""
+    """How to run: CPU threads (None lets the backend choose) and the device (None is the backend's own)."""
 
     threads: int | None = None
-    device: str = "cpu"
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,22 @@ class Execution:
 
     ``ran`` on the target's own runtime; ``simulated`` ``by`` an interpreter or another device's
     runtime; ``built only``: it compiled but nothing here can execute it; ``not run``, ``by`` saying
-    why. Only the first two can be judged by parity.
+    why. Only the first two can be judged by parity. What was also compiled to the end, though it
+    cannot run here, says ``built_by`` what. ``device`` is what to open a session with.
     """
 
     kind: Literal["ran", "simulated", "built only", "not run"]
     by: str = ""
+    built_by: str = ""
+    device: str = "cpu"
 
     @property
     def judgeable(self) -> bool:
         return self.kind in ("ran", "simulated")
 
     def __str__(self) -> str:
+        if self.built_by:
+            return f"built by {self.built_by}, numerics by {self.by}"
         link = {"simulated": " by ", "ran": " on "}.get(self.kind, ": ")
         return self.kind + (link + self.by if self.by else "")
 

@@ -59,7 +59,7 @@ def parity(
 
     opened = Bundle.open(bundle)
     opened.select(backend, precision)  # says what there is where nothing fits
-    pairs = [pair for pair in opened.choices() if backend in (None, pair[0]) and precision in (None, pair[1])]
+    pairs = opened.matching(backend, precision)
     items, table = _task_items(task, opened), load_tolerances(tolerances)
 
     def run(opened: Bundle, on_step: OnStep) -> ParityResult:

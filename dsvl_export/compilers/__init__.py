@@ -9,37 +9,67 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from dsvl_export.planner.targets import Target
 from runtimes.backends import load_entry
+from runtimes.bundle import Engine
 from runtimes.contracts import Contract
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
     from reference.trace import TracedComponent
 
-BUILT_IN = ("onnxruntime",)
+BUILT_IN = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.compilers"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiler made of one component: its files (the main one first) and how."""
+    """What a compiler made of one component: its files (the main one first) and how.
+
+    ``engine``, where one was built, names its file by the bare name.
+    """
 
     files: tuple[Path, ...]
     target: str
     dialect: str
     tools: dict[str, str]
+    engine: Engine | None = None
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What an export is asked for beyond the precision; each compiler takes what concerns it.
+
+    Args:
+        target: the device; None leaves it open.
+        capacity: tokens of the KV cache, where that is fixed when compiling.
+        tensorrt: version of TensorRT that will build or run, as in ``10.3``; None is the target's.
+    """
+
+    target: Target | None = None
+    capacity: int = 2048
+    tensorrt: str | None = None
 
 
 class Compiler(Protocol):
     """A module ``dsvl_export/compilers/<backend>.py``.
 
     ``PRECISIONS`` are the float precisions that it compiles, ``LAYER_PRECISIONS`` and ``CACHE_PRECISIONS``
-    what a precision plan may give single layers and the KV cache.
+    what a precision plan may give single layers and the KV cache. Recipes are taken on ``RECIPE_BASE``.
     """
 
     PRECISIONS: tuple[str, ...]
     LAYER_PRECISIONS: tuple[str, ...]
     CACHE_PRECISIONS: tuple[str, ...]
+    RECIPE_BASE: str
+
+    def settings(self, options: CompileOptions) -> dict[str, Any]:
+        """JSON-able: what of the options the artifacts depend on; where it changes, they are made anew.
+
+        Raises:
+            UserError: the options are impossible.
+        """
+        ...
 
     def compile_component(
         self,
@@ -47,6 +77,7 @@ class Compiler(Protocol):
         load: Callable[[str], Any],
         folder: Path,
         on_bytes: Callable[[int], None],
+        options: CompileOptions,
     ) -> Compiled:
         """Compile into ``folder``, check the result against the contract, and load it once.
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnxruntime
-from onnx import helper
 
-from dsvl_export.compilers import Compiled
-from dsvl_export.onnx_graph.builder import TAPS, element_type, value_info
-from runtimes.contracts import Contract, updated_state
+from dsvl_export.compilers import Compiled, CompileOptions
+from dsvl_export.onnx_graph.check import check_file
+from dsvl_export.onnx_graph.debug import debug_build
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +22,12 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "fp16")
 LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
 CACHE_PRECISIONS = ("int8",)
+RECIPE_BASE = "fp32"
+__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
+
+
+def settings(options: CompileOptions) -> dict[str, Any]:
+    return {}
 
 
 def compile_component(
@@ -32,6 +35,7 @@ def compile_component(
     load: Callable[[str], Tensor],
     folder: Path,
     on_bytes: Callable[[int], None],
+    options: CompileOptions,
 ) -> Compiled:
     """Write ``<component>.onnx`` (with ``.data`` beside it above 1 GB of weights).
 
@@ -42,17 +46,12 @@ def compile_component(
     # Here, so that a debug build needs no torch.
     from dsvl_export.onnx_graph.dialect_ort import OrtDialect
     from dsvl_export.onnx_graph.lower import lower
-    from dsvl_export.onnx_graph.qdq_rules import problems as qdq_problems
     from dsvl_export.onnx_graph.writer import write_model
 
     graph = lower(traced, load, OrtDialect())
     file = folder / f"{traced.contract.component}.onnx"
     files = write_model(graph, file, on_bytes)
-    onnx.checker.check_model(str(file), full_check=True)
-    broken = qdq_problems(file)
-    if broken:
-        raise ValueError(f"{file.name} breaks TensorRT's rules of quantization: {' '.join(broken)}")
-    check_contract(onnx.load(str(file), load_external_data=False), traced.contract)
+    check_file(file, traced.contract)
     _load_once(file)
     tools = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     return Compiled(tuple(files), "cpu", "ort", tools)
@@ -65,27 +64,6 @@ def artifact_bytes(traced: TracedComponent) -> int:
 
     graph = lower(traced, without_weights, OrtDialect())
     return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()
-
-
-def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
-    """The same file with the contract's taps as further outputs."""
-    model = onnx.load(str(artifact), load_external_data=False)
-    try:
-        values = json.loads({item.key: item.value for item in model.metadata_props}[TAPS])
-        sources = [values[spec.name] for spec in contract.taps]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{artifact} does not say where its taps are; export it again.") from error
-    for spec, source in zip(contract.taps, sources, strict=True):
-        model.graph.node.append(helper.make_node("Identity", [source], [spec.name], name=f"tap/{spec.name}"))
-        model.graph.output.append(value_info(spec.name, spec.dtype, spec.shape))
-    debug = folder / artifact.name
-    debug.write_bytes(model.SerializeToString())
-    for data in artifact.parent.glob(f"{artifact.name}.data"):
-        try:
-            (folder / data.name).hardlink_to(data)  # ONNX Runtime refuses symbolic links
-        except OSError:  # another file system
-            shutil.copyfile(data, folder / data.name)
-    return debug
 
 
 def _load_once(file: Path) -> None:
@@ -101,29 +79,3 @@ def _load_once(file: Path) -> None:
         raise UserError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {file.name}: {reason}."
         ) from error
-
-
-def check_contract(model: onnx.ModelProto, contract: Contract) -> None:
-    """The file's inputs and outputs are the contract's, in order, and no input is unused."""
-    graph = model.graph
-    updated = tuple(updated_state(state) for state in contract.states)
-    for what, values, specs in (
-        ("inputs", graph.input, contract.inputs + contract.states),
-        ("outputs", graph.output, contract.outputs + updated),
-    ):
-        found = [_describe(value) for value in values]
-        expected = [(spec.name, element_type(spec.dtype), spec.shape) for spec in specs]
-        if found != expected:
-            raise ValueError(
-                f"the {what} of {contract.component} break its contract: found {found}, expected {expected}"
-            )
-    used = {name for node in graph.node for name in node.input}
-    unused = [value.name for value in graph.input if value.name not in used]
-    if unused:
-        raise ValueError(f"{contract.component} never uses its inputs {', '.join(unused)}")
-
-
-def _describe(value: onnx.ValueInfoProto) -> tuple[str, int, tuple[int | str, ...]]:
-    tensor = value.type.tensor_type
-    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
-    return value.name, tensor.elem_type, shape

@@ -57,7 +57,8 @@ def compare(
             f"{first.folder} {' '.join(first_pair)} would be compared with itself; name another one."
         )
     name = f"{first.folder} {' '.join(first_pair)}"
-    run = weakest([execution(first, *first_pair), execution(second, *second_pair)])
+    runs = [execution(first, *first_pair), execution(second, *second_pair)]
+    run = weakest(runs)
     result = ParityResult(*second_pair, run, name)
     shipped = load_tolerances()
     pairs = ((first, first_pair[1]), (second, second_pair[1]))
@@ -68,7 +69,7 @@ def compare(
     result.overridden = bounds != [tolerance_for(shipped, *pair) for pair in pairs]
     if not run.judgeable:
         return result
-    one = Pipeline.open(first, *first_pair, threads=threads)
+    one = Pipeline.open(first, *first_pair, threads=threads, device=runs[0].device)
     checkpoint = first.manifest.checkpoint["sha256"]
     recorded = Goldens.of_bundle(first)
     loaded = [recorded.load(index, checkpoint) for index in range(len(recorded.files))]
@@ -81,19 +82,19 @@ def compare(
         )
         goldens = Goldens.recorded_into(folder)
         baseline = (name, counted(one, task, f"task by {name}", on_step)) if task else None
-        other = Pipeline.open(second, *second_pair, threads=threads)
+        other = Pipeline.open(second, *second_pair, threads=threads, device=runs[1].device)
         noise = read_noise(first, first_pair[1]).plus(read_noise(second, second_pair[1]))
         climb(other.chain, goldens, checkpoint, result, noise, on_step)
         if task:
             judge_task(other, task, result, baseline, on_step)
-        options = SessionOptions(threads)
+        options = [SessionOptions(threads, each.device) for each in runs]
         for component in TAPPED_COMPONENTS if taps else suspects(result):
             on_step(f"taps of the {component}", 0, 1)
-            note = _tap_first(first, one.chain, goldens, component, first_pair, options)
+            note = _tap_first(first, one.chain, goldens, component, first_pair, options[0])
             result.drift.append(
                 Drift(component, (), None, note)
                 if note
-                else locate(second, other.chain, goldens, checkpoint, component, result, noise, options)
+                else locate(second, other.chain, goldens, checkpoint, component, result, noise, options[1])
             )
     return result
 

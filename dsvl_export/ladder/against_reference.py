@@ -67,7 +67,8 @@ def parity(
     result.tolerance, result.overridden = tolerance, tolerance != tolerance_for(shipped, bundle, precision)
     if not result.execution.judgeable:
         return result
-    pipeline = Pipeline.open(bundle, backend, precision, threads=threads)
+    device = result.execution.device
+    pipeline = Pipeline.open(bundle, backend, precision, threads=threads, device=device)
     checkpoint = bundle.manifest.checkpoint["sha256"]
     with ExitStack() as stack:
         if live:
@@ -82,7 +83,7 @@ def parity(
             )
         for component in TAPPED_COMPONENTS if taps else suspects(result):
             on_step(f"taps of the {component}", 0, 1)
-            options = SessionOptions(threads)
+            options = SessionOptions(threads, device)
             result.drift.append(
                 locate(bundle, pipeline.chain, goldens, checkpoint, component, result, noise, options)
             )
@@ -149,8 +150,9 @@ def _baseline(
         return None
     for backend, precision in bundle.choices():
         failed = bundle.manifest.parity.get(f"{backend}/fp32", {}).get("verdict") == "failed"
-        if precision == "fp32" and not failed and execution(bundle, backend, precision).judgeable:
+        run = execution(bundle, backend, precision)
+        if precision == "fp32" and not failed and run.judgeable:
             name = f"{backend} fp32"
-            pipeline = Pipeline.open(bundle, backend, "fp32", threads=threads)
+            pipeline = Pipeline.open(bundle, backend, "fp32", threads=threads, device=run.device)
             return name, counted(pipeline, task, f"task by {name}", on_step)
     return None

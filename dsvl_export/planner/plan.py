@@ -17,7 +17,7 @@ from calibration.sensitivity import weight_bytes
 from dsvl_export.compilers import compiler_names, load_compiler
 from dsvl_export.planner.targets import WEIGHT_BITS, Target
 from dsvl_export.planner.workload import Workload
-from dsvl_export.precisions import check_plan
+from dsvl_export.precisions import check_plan, kinds_of, plan_for
 from reference.config import ModelConfig
 from reference.trace import TRACED_COMPONENTS, trace
 from runtimes.chain import PREFILL_CHUNK
@@ -142,10 +142,7 @@ class Planner:
             return [request.precision]
         plan = load_precision(request.precision)
         plan.check(self.config)
-        names = {"float": plan.base, "int8-weights": "int8"}
-        layers = (layer for name in TRACED_COMPONENTS for layer in component_layers(self.config, name))
-        kinds = dict.fromkeys(plan.of(layer).kind for layer in layers)
-        return list(dict.fromkeys(names.get(kind, kind) for kind in kinds))
+        return kinds_of(plan, self.config)
 
     def _planned_bytes(self, component: str, plan: PrecisionPlan) -> int:
         """Weights of a component under a plan, as every backend would store them."""
@@ -243,8 +240,9 @@ class Planner:
         if request.backend not in compiler_names():
             return None
         try:
-            plan = load_precision(request.precision)
-            check_plan(request.backend, load_compiler(request.backend), plan, self.config)
+            compiler = load_compiler(request.backend)
+            plan = plan_for(compiler, request.precision)
+            check_plan(request.backend, compiler, plan, self.config)
         except UserError:
             return None
         return plan

@@ -37,6 +37,8 @@ class Target:
     sources: list[str] = field(default_factory=list)
     sm: int | None = None
     widens: list[str] = field(default_factory=list)
+    tensorrt: list[str] = field(default_factory=list)
+    aliases: list[str] = field(default_factory=list)
 
     def operations(self, precision: str) -> float:
         """Peak dense operations per second where weights have this precision."""
@@ -79,6 +81,7 @@ def find_target(name: str) -> Target:
         UserError: there is none of that name.
     """
     table = load_targets()
+    name = next((target.name for target in table.values() if name in target.aliases), name)
     if name not in table:
         raise UserError(f"There is no target {name!r}; there are {', '.join(table)}.")
     return table[name]

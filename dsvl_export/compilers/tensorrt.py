@@ -1,0 +1,115 @@
+"""Compiler ``tensorrt``: ONNX in the dialect of a TensorRT version; the engine is built where its GPU is.
+
+``dsvl-export build-engine`` builds it there, from the bundle alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+from packaging.version import InvalidVersion, Version
+
+from dsvl_export.compilers import Compiled, CompileOptions
+from dsvl_export.onnx_graph.check import check_file
+from dsvl_export.onnx_graph.debug import debug_build
+from runtimes.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dsvl_export.onnx_graph.context import Dialect
+    from reference.trace import TracedComponent
+
+PRECISIONS = ("fp32", "fp16")
+LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
+CACHE_PRECISIONS: tuple[str, ...] = ()  # KVCacheUpdate takes float caches alone
+RECIPE_BASE = "fp16"
+LATEST = "11.4"
+OLDEST = Version("10.3")
+TRT11_SINCE = Version("10.15")  # RotaryEmbedding, RMSNormalization and TensorScatter import since then
+__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
+
+
+def settings(options: CompileOptions) -> dict[str, Any]:
+    return {"target": _target(options), "tensorrt": str(tensorrt_version(options))}
+
+
+def tensorrt_version(options: CompileOptions) -> Version:
+    """The version that will build: asked for, the target's, or the latest.
+
+    Raises:
+        UserError: it is none, or too old.
+    """
+    there = options.target.tensorrt if options.target else ()
+    text = options.tensorrt or next(iter(there), LATEST)
+    try:
+        version = Version(text)
+    except InvalidVersion as error:
+        raise UserError(f"{text!r} is no version of TensorRT; write it as 10.3.") from error
+    if version < OLDEST:
+        raise UserError(f"TensorRT {text} is too old; {OLDEST} (JetPack 6) is the oldest that is supported.")
+    return version
+
+
+def dialect_name(version: Version) -> str:
+    return "trt11" if version >= TRT11_SINCE else "trt10"
+
+
+def make_dialect(name: str, traced: TracedComponent) -> Dialect:
+    from dsvl_export.onnx_graph.dialect_trt10 import Trt10Dialect
+    from dsvl_export.onnx_graph.dialect_trt11 import Trt11Dialect
+
+    return Trt11Dialect() if name == "trt11" else Trt10Dialect(traced)
+
+
+def compile_component(
+    traced: TracedComponent,
+    load: Callable[[str], Tensor],
+    folder: Path,
+    on_bytes: Callable[[int], None],
+    options: CompileOptions,
+) -> Compiled:
+    """Write ``<component>.onnx`` and check it by the rules of the TensorRT that will build its engine.
+
+    Raises:
+        ValueError: the written file breaks the contract.
+        UserError: that TensorRT, or the target's GPU, cannot take it.
+    """
+    version = tensorrt_version(options)
+    dialect = dialect_name(version)
+    files = write_onnx(traced, load, folder, on_bytes, dialect)
+    return Compiled(tuple(files), _target(options), dialect, {"onnx": onnx.__version__, "for": str(version)})
+
+
+def write_onnx(
+    traced: TracedComponent,
+    load: Callable[[str], Tensor],
+    folder: Path,
+    on_bytes: Callable[[int], None],
+    dialect: str,
+) -> list[Path]:
+    """Lower, write and check a component's ONNX file."""
+    # Here, so that a debug build needs no torch.
+    from dsvl_export.onnx_graph.lower import lower
+    from dsvl_export.onnx_graph.writer import write_model
+
+    form = make_dialect(dialect, traced)
+    file = folder / f"{traced.contract.component}.onnx"
+    files = write_model(lower(traced, load, form), file, on_bytes)
+    check_file(file, traced.contract, form.state_output)
+    return files
+
+
+def artifact_bytes(traced: TracedComponent) -> int:
+    """Weights and graph of the ONNX file; an engine is about as large once more."""
+    from dsvl_export.onnx_graph.lower import lower, without_weights
+
+    graph = lower(traced, without_weights, make_dialect("trt11", traced))
+    return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()
+
+
+def _target(options: CompileOptions) -> str:
+    return options.target.name if options.target else "cuda"

@@ -1,0 +1,1 @@
+"""Engines of TensorRT and TensorRT-RTX from ONNX files; needs neither torch nor a checkpoint."""

@@ -1,0 +1,87 @@
+"""What ``runtimes.tensorrt`` and ``runtimes.tensorrt_rtx`` answer; the library's name is an argument."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtimes import onnxruntime
+from runtimes.contracts import Contract
+from runtimes.engines.cuda import Cuda, Gpu, import_cuda
+from runtimes.engines.library import import_library
+from runtimes.engines.machine import mismatch
+from runtimes.engines.session import GPU, EngineComponent, EngineDecoder, load_engine
+from runtimes.errors import UserError
+from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Artifact
+
+BUILDERS = {"tensorrt_rtx": "TensorRT-RTX on CPU"}
+
+
+def find_gpu() -> Gpu | None:
+    """The GPU, where there is one that cuda-python can use."""
+    try:
+        return Cuda(import_cuda()).gpu()
+    except UserError:
+        return None
+
+
+def devices(library: str) -> list[str]:
+    """``cuda`` where engines run, ``cpu`` where ONNX Runtime can run their ONNX files instead.
+
+    Raises:
+        UserError: neither; the sentence names the extra.
+    """
+    try:
+        import_library(library)
+        return [GPU] if find_gpu() else onnxruntime.devices()
+    except UserError:
+        return onnxruntime.devices()
+
+
+def execution(library: str, artifact: Artifact) -> Execution:
+    gpu = find_gpu()
+    if gpu is None:
+        return _simulated(library, artifact)
+    try:
+        version = import_library(library).__version__
+    except UserError as error:
+        return Execution("not run", str(error).rstrip("."))
+    if artifact.engine is None:
+        return Execution("not run", f"it has no engine yet; {rebuild(library)}")
+    reason = mismatch(artifact.engine, gpu, library, version)
+    if reason:
+        return Execution("not run", f"{reason}; {rebuild(library)}")
+    return Execution("ran", f"{gpu.name} with {library} {version}", device=GPU)
+
+
+def rebuild(library: str) -> str:
+    """The command that makes an engine for this machine."""
+    if library == "tensorrt":
+        return "run: dsvl-export build-engine BUNDLE"
+    return (
+        "export it again for this GPU: dsvl-export export CHECKPOINT --backend tensorrt_rtx --output BUNDLE"
+    )
+
+
+def _simulated(library: str, artifact: Artifact) -> Execution:
+    try:
+        onnxruntime.devices()
+    except UserError as error:
+        return Execution("not run", f"there is no NVIDIA GPU here, and {str(error).rstrip('.')}")
+    built = BUILDERS.get(library, "") if artifact.engine else ""
+    return Execution("simulated", "ONNX Runtime on the same file", built_by=built)
+
+
+def open_component(library: str, file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
+    if options.device == "cpu":
+        return onnxruntime.open_component(file, contract, options)
+    return EngineComponent(load_engine(library, file, options), contract)
+
+
+def open_decoder(library: str, file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
+    if options.device == "cpu":
+        return onnxruntime.open_decoder(file, contract, options)
+    return EngineDecoder(load_engine(library, file, options), contract)

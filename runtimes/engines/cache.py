@@ -1,0 +1,103 @@
+"""The KV cache on the device: one block of memory, allocated once, that an engine updates in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from runtimes.cache import KVCache
+from runtimes.contracts import TensorSpec
+from runtimes.engines.cuda import Cuda, DeviceMemory
+from runtimes.engines.layout import aligned, bytes_of
+
+
+class DeviceCache(KVCache):
+    """Keys and values in device memory; ``slots`` tokens are there, ``capacity`` of them may be used.
+
+    ``arrays`` are copies on the host, for saving and for tests.
+    """
+
+    def __init__(
+        self,
+        specs: tuple[TensorSpec, ...],
+        batch: int,
+        capacity: int,
+        slots: int,
+        cuda: Cuda,
+        stream: Any,
+        block: _Block | None = None,
+        first_row: int = 0,
+    ) -> None:
+        self.specs, self.batch, self.capacity, self.slots = specs, batch, capacity, slots
+        self.lengths = np.zeros(batch, dtype=np.int64)
+        self._cuda, self._stream, self._first_row = cuda, stream, first_row
+        self._block = block or _Block(cuda, specs, batch, slots)
+        if block is None:
+            self._block.clear(stream)  # what is masked is multiplied by zero, so it must be finite
+
+    def address(self, index: int) -> int:
+        """Where a state begins; its rows are ``[batch, Hkv, slots, Dh]``."""
+        return self._block.address + self._block.offsets[index] + self._first_row * self._row_bytes(index)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The same for caches whose states lie at the same addresses."""
+        return self.address(0), self.batch
+
+    @property
+    def arrays(self) -> list[np.ndarray]:  # type: ignore[override]
+        found = [spec.allocate({"batch": self.batch, "capacity": self.capacity}) for spec in self.specs]
+        for index, array in enumerate(found):
+            self._copy(index, array, to_host=True)
+        self._cuda.call("cudaStreamSynchronize", self._stream)
+        return found
+
+    def fork(self) -> DeviceCache:
+        copy = DeviceCache(self.specs, self.batch, self.capacity, self.slots, self._cuda, self._stream)
+        for index in range(len(self.specs)):
+            size = self.batch * self._row_bytes(index)
+            arguments = (copy.address(index), self.address(index), size, self._cuda.on_device, self._stream)
+            self._cuda.call("cudaMemcpyAsync", *arguments, what="a copy of the KV cache")
+        copy.lengths[:] = self.lengths
+        return copy
+
+    def row(self, index: int) -> DeviceCache:
+        view = DeviceCache(
+            self.specs, 1, self.capacity, self.slots, self._cuda, self._stream, self._block,
+            self._first_row + index,
+        )  # fmt: skip
+        view.lengths = self.lengths[index : index + 1]
+        return view
+
+    def _write(self, states: list[np.ndarray]) -> None:
+        for index, part in enumerate(states):
+            self._copy(index, np.ascontiguousarray(part), to_host=False)
+        self._cuda.call("cudaStreamSynchronize", self._stream)
+
+    def _copy(self, index: int, array: np.ndarray, to_host: bool) -> None:
+        """Between the device and the beginning ``[batch, Hkv, length, Dh]`` of a state on the host."""
+        batch, heads, length, head_dim = array.shape
+        width = length * head_dim * array.itemsize
+        pitch = self.slots * head_dim * array.itemsize
+        device, host = (self.address(index), pitch), (array.ctypes.data, width)
+        target, source = (host, device) if to_host else (device, host)
+        kind = self._cuda.to_host if to_host else self._cuda.to_device
+        what = "reading the KV cache" if to_host else "loading a KV cache"
+        self._cuda.call(
+            "cudaMemcpy2DAsync", *target, *source, width, batch * heads, kind, self._stream, what=what
+        )
+
+    def _row_bytes(self, index: int) -> int:
+        return bytes_of(self.specs[index], {"batch": 1, "capacity": self.slots})
+
+
+class _Block(DeviceMemory):
+    """Memory for all states of all rows, each state aligned."""
+
+    def __init__(self, cuda: Cuda, specs: tuple[TensorSpec, ...], rows: int, slots: int) -> None:
+        self.offsets, size = [], 0
+        for spec in specs:
+            self.offsets.append(size)
+            size += aligned(bytes_of(spec, {"batch": rows, "capacity": slots}))
+        super().__init__(cuda, size, f"a KV cache of {slots} tokens")

@@ -1,0 +1,122 @@
+"""The CUDA runtime through cuda-python, every result checked; memory with an owner."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtimes.errors import UserError
+
+
+class CudaError(UserError):
+    """A call of the CUDA runtime failed; the sentence has CUDA's name for it."""
+
+
+def import_cuda() -> Any:
+    """``cuda.bindings.runtime``.
+
+    Raises:
+        UserError: cuda-python is not installed.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise UserError(
+            "Running TensorRT engines needs cuda-python; run: pip install 'dsvl-export[tensorrt]'."
+        ) from error
+    return runtime
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU of this machine: name, compute capability as in 87, driver's CUDA version."""
+
+    name: str
+    sm: int
+    driver: str
+
+
+class Cuda:
+    """Checked calls of the CUDA runtime.
+
+    Args:
+        api: ``cuda.bindings.runtime``, or what stands for it in tests.
+    """
+
+    def __init__(self, api: Any) -> None:
+        self.api = api
+        kinds = api.cudaMemcpyKind
+        self.to_device, self.to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        self.on_device = kinds.cudaMemcpyDeviceToDevice
+
+    def call(self, name: str, *arguments: Any, what: str = "") -> Any:
+        """A function of the runtime by its name; its result, without the error code.
+
+        Args:
+            what: what the call is for, where that helps in a sentence.
+
+        Raises:
+            CudaError: it failed.
+        """
+        error, *results = getattr(self.api, name)(*arguments)
+        if int(error) != 0:
+            named = self.api.cudaGetErrorName(error)[1]
+            title = named.decode() if isinstance(named, bytes) else str(named)
+            if title == "cudaErrorMemoryAllocation":
+                raise CudaError(
+                    f"The GPU has no {arguments[0] / 1e6:.0f} MB left for {what or 'memory'} ({title});"
+                    " take a smaller capacity or precision, or close other programs."
+                )
+            raise CudaError(f"CUDA failed in {name}{f' for {what}' if what else ''}: {title}.")
+        return results[0] if results else None
+
+    def gpu(self) -> Gpu:
+        """The GPU that is used.
+
+        Raises:
+            CudaError: there is none, or its driver does not fit.
+        """
+        self.call("cudaGetDeviceCount", what="finding a GPU")
+        found = self.call("cudaGetDeviceProperties", 0)
+        version = int(self.call("cudaDriverGetVersion"))
+        name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
+        driver = f"CUDA {version // 1000}.{version % 1000 // 10}"
+        return Gpu(name.rstrip("\0"), 10 * int(found.major) + int(found.minor), driver)
+
+
+class DeviceMemory:
+    """Bytes on the device, freed with this object."""
+
+    def __init__(self, cuda: Cuda, size: int, what: str) -> None:
+        self.cuda, self.size = cuda, size
+        self.address = int(cuda.call("cudaMalloc", max(size, 1), what=what))
+
+    def clear(self, stream: Any) -> None:
+        self.cuda.call("cudaMemsetAsync", self.address, 0, self.size, stream)
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            self.cuda.api.cudaFree(self.address)
+
+
+class PinnedArray:
+    """Page-locked memory of the host as numpy bytes, freed with this object."""
+
+    def __init__(self, cuda: Cuda, size: int, what: str) -> None:
+        self.cuda, self.size = cuda, size
+        self.address = int(cuda.call("cudaHostAlloc", max(size, 1), 0, what=what))
+        memory = (ctypes.c_ubyte * max(size, 1)).from_address(self.address)
+        self.bytes: np.ndarray = np.ctypeslib.as_array(memory)
+
+    def view(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The beginning as an array."""
+        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        found: np.ndarray = self.bytes[:count].view(dtype).reshape(shape)
+        return found
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            self.cuda.api.cudaFreeHost(self.address)

@@ -1,0 +1,31 @@
+"""Backend ``tensorrt``: engines on an NVIDIA GPU, or on a CPU their ONNX files in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtimes.contracts import Contract
+from runtimes.engines import backend
+from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Artifact
+
+LIBRARY = "tensorrt"
+
+
+def devices() -> list[str]:
+    return backend.devices(LIBRARY)
+
+
+def execution(artifact: Artifact) -> Execution:
+    return backend.execution(LIBRARY, artifact)
+
+
+def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
+    return backend.open_component(LIBRARY, file, contract, options)
+
+
+def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
+    return backend.open_decoder(LIBRARY, file, contract, options)
