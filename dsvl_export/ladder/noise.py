@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from calibration.weights import QuantizedWeights
 
 CHOICES, CHAIN = "choices", "chain_logits"
+WORST_ROW = "prefill_logits"  # the rung whose noise is that of the worst row of logits
 TIE_ROOM = 1.1  # another kernel's logits differ in the last digits
 Errors = dict[str, float]  # relative RMS errors; what is not finite is left out
 
@@ -29,7 +30,8 @@ Errors = dict[str, float]  # relative RMS errors; what is not finite is left out
 class Noise:
     """Relative RMS errors that the precision's rounding alone causes.
 
-    ``goldens``: rung → error for each golden in order, and as ``choices`` the noise that makes ties of all
+    ``goldens``: rung → error for each golden in order (of prefill logits, a single row, that of the golden's
+    worst row: one row's rounding is one draw of many), and as ``choices`` the noise that makes ties of all
     first choices which the precision changes, and as ``chain_logits`` the largest error of a row of logits
     where errors of all components add up, from the image on; ``taps``: component → tap → error, on the first.
     Empty where nothing was measured (fp32 has no such noise).
@@ -43,7 +45,8 @@ class Noise:
 
     def ties(self, golden: int, rung: str) -> float:
         """Noise below which a changed first choice is the precision's own doing."""
-        return max(self.of(golden, rung) or 0.0, TIE_ROOM * (self.of(golden, CHOICES) or 0.0))
+        rows = max(self.of(golden, rung) or 0.0, self.of(golden, WORST_ROW) or 0.0)
+        return max(rows, TIE_ROOM * (self.of(golden, CHOICES) or 0.0))
 
     def plus(self, other: Noise) -> Noise:
         """Of two artifacts compared with each other."""
@@ -108,6 +111,9 @@ def measure_noise(
                 # The ladder judges single steps by themselves too.
                 first = slice(1, STEPS + 1)
                 error = max(error, relative_rms(stage.found[first], stage.expected[first]))
+                worst = max(map(relative_rms, stage.found, stage.expected))
+                if math.isfinite(worst):
+                    row[WORST_ROW] = max(worst, row.get(WORST_ROW, 0.0))
             if stage.rung != "preprocess" and math.isfinite(error):
                 row[stage.rung] = max(error, row.get(stage.rung, 0.0))
         # From the image file on, as greedy tokens are compared.

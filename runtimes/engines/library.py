@@ -30,7 +30,7 @@ def logger_of(trt: ModuleType) -> Any:
     """The one logger of a process for a TensorRT library; ``messages`` holds the log."""
     if trt.__name__ not in _LOGGERS:
 
-        class Recorder(trt.ILogger):  # type: ignore[name-defined]
+        class Recorder(trt.ILogger):  # type: ignore[misc, name-defined]
             """Keeps warnings and errors as (is an error, text)."""
 
             def __init__(self) -> None:
