@@ -123,6 +123,27 @@ class Staging:
         write_json(self._record_file, self._stages)
         return False
 
+    def attach(self, name: str, file: Path, result: Any) -> None:
+        """Add a file to a finished stage, or replace it there, and the stage's result.
+
+        Args:
+            file: is moved into the stage's folder.
+        """
+        target = self.folder / name / file.name
+        entry = asdict(FileEntry(file.stat().st_size, sha256_of_file(file)))
+        if target.exists():
+            self._withdraw()
+        file.replace(target)
+        stage = self._stages[name]
+        stage["files"][f"{name}/{file.name}"] = entry
+        stage["result"] = result
+        write_json(self._record_file, self._stages)
+
+    @property
+    def work(self) -> Path:
+        """A folder of the bundle's file system for files that are being made."""
+        return self._work
+
     def files(self) -> dict[str, FileEntry]:
         """Entries of all files of all finished stages."""
         found: dict[str, FileEntry] = {}
@@ -165,8 +186,12 @@ class Staging:
     def _replace(self, source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
-            manifest = self.folder / MANIFEST
-            if manifest.exists():
-                manifest.replace(self._previous_file)
+            self._withdraw()
             shutil.rmtree(target)
         source.rename(target)
+
+    def _withdraw(self) -> None:
+        """Take the manifest away: what it names is about to change."""
+        manifest = self.folder / MANIFEST
+        if manifest.exists():
+            manifest.replace(self._previous_file)

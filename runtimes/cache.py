@@ -42,6 +42,11 @@ class KVCache:
         self.lengths = np.zeros(batch, dtype=np.int64)
 
     @property
+    def addresses(self) -> list[int]:
+        """Where the states lie, on the host or the device."""
+        return [array.ctypes.data for array in self.arrays]
+
+    @property
     def length(self) -> int:
         """Tokens in the longest row."""
         return int(self.lengths.max())

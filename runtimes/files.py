@@ -30,10 +30,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_text(file: Path, text: str) -> None:
+    """As ``write_bytes``, UTF-8."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
     """Write beside the file and rename, so that a reader never sees half of it."""
     temporary = file.with_name(file.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(file)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -16,10 +16,19 @@ from reference.model import DeepSeekVL
 from reference.tiny import TINY
 from reference.tiny.pictures import draw
 from runtimes.bundle import Bundle
+from runtimes.engines.backend import find_gpu
 from tests.calibration.calibrated import random_calibrated, tiny_calibrated
 from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
 
 torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked ``gpu`` run wherever TensorRT and a GPU are."""
+    if item.get_closest_marker("gpu") and find_gpu() is None:
+        pytest.skip("needs an NVIDIA GPU with TensorRT: it would prove the engines' own numbers")
+
+
 __all__ = ["random_calibrated", "tiny_calibrated"]  # fixtures that several packages share
 
 
@@ -59,6 +68,20 @@ def pair(request: pytest.FixtureRequest) -> OraclePair:
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint in fp32 and fp16; tests must not change it."""
     return export("tiny", tmp_path_factory.mktemp("tiny") / "bundle", precisions=("fp32", "fp16"))
+
+
+@pytest.fixture(scope="session")
+def trt11_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny checkpoint's ONNX for TensorRT 11; tests must not change it."""
+    folder = tmp_path_factory.mktemp("trt11") / "bundle"
+    return export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="11.4", capacity=256)
+
+
+@pytest.fixture(scope="session")
+def trt10_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny checkpoint's ONNX for the TensorRT 10.3 of JetPack 6; tests must not change it."""
+    folder = tmp_path_factory.mktemp("trt10") / "bundle"
+    return export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="10.3", capacity=256)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from dsvl_export.cli.options import (
     BundleFolder,
     Capacity,
     Checkpoint,
+    Device,
     Images,
     Json,
     JsonLines,
@@ -43,7 +44,12 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the bundle: new, empty, or one to extend.")
     ],
-    backend: Annotated[str, typer.Option(help="Where the bundle shall run.")] = "onnxruntime",
+    backend: Annotated[
+        Optional[str],
+        typer.Option(
+            help="onnxruntime, tensorrt or tensorrt_rtx. Default: the target's first, or onnxruntime."
+        ),
+    ] = None,
     precision: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -56,6 +62,22 @@ def export(
         typer.Option(
             metavar="FOLDER",
             help="Scale table made by 'calibrate'. Default: calibrate on the bundled pictures where needed.",
+        ),
+    ] = None,
+    target: Annotated[
+        Optional[str],
+        typer.Option(help="Device, as 'targets' lists them: what it cannot run is refused before any work."),
+    ] = None,
+    tensorrt: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="VERSION", help="TensorRT that will build, as in 10.3. Default: the target's, or 11.4."
+        ),
+    ] = None,
+    capacity: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="Tokens of the KV cache, fixed in engines. Default: 2048, or the model's positions."
         ),
     ] = None,
     goldens: Annotated[
@@ -74,18 +96,22 @@ def export(
     from rich.markup import escape
     from rich.progress import TaskID
 
-    from calibration.precision import load_precision
     from dsvl_export import display
+    from dsvl_export.compilers import load_compiler
     from dsvl_export.defects import warnings_for
     from dsvl_export.exporting import ExportProgress
     from dsvl_export.exporting import export as run_export
+    from dsvl_export.planner.targets import find_target
+    from dsvl_export.precisions import plan_for
     from runtimes.bundle import Bundle
 
+    device = find_target(target) if target else None
+    backend = backend or (next(iter(device.backends)) if device else "onnxruntime")
     given = precision or ["fp32"]
-    plans = [load_precision(each) for each in given]
+    plans = [plan_for(load_compiler(backend), each) for each in given]
     precisions = [plan.name for plan in plans]
     for each in precisions:
-        for defect in warnings_for(backend, each):
+        for defect in warnings_for(backend, each, device.name if device else None):
             display.err.print(f"[yellow]Known defect:[/] {escape(str(defect))}")
     if scales is None and checkpoint != "tiny" and any(plan.quantizes_activations for plan in plans):
         display.err.print(
@@ -102,7 +128,9 @@ def export(
             if progress.state == "reused":
                 bars.console.print(f"[dim]{progress.stage}: unchanged, reused[/]")
 
-        bundle = run_export(checkpoint, output, backend, given, goldens, report, scales)
+        bundle = run_export(
+            checkpoint, output, backend, given, goldens, report, scales, target, tensorrt, capacity
+        )
     verdicts = [
         judge(output, f"{backend} {each}", partial(_climb, backend, each))
         for each in precisions
@@ -120,8 +148,17 @@ def export(
             display.print_parity(result)
         total = sum(entry.bytes for entry in bundle.manifest.files.values())
         print(f"Wrote {bundle.folder} ({display.size(total)}).")
-        print(f'Next: dsvl-export run {bundle.folder} --image PICTURE --prompt "Describe the picture."')
+        print(f"Next: {_next_step(bundle, backend)}")
     leave_with(results)
+
+
+def _next_step(bundle: Bundle, backend: str) -> str:
+    ask = f'dsvl-export run {bundle.folder} --image PICTURE --prompt "Describe the picture."'
+    if backend == "tensorrt":
+        return (
+            f"copy {bundle.folder} to the device and run there: dsvl-export build-engine {bundle.folder.name}"
+        )
+    return ask if backend != "tensorrt_rtx" else f"{ask} (on a machine without a GPU: with --device cpu)"
 
 
 def _climb(backend: str, precision: str, bundle: Bundle, on_step: OnStep) -> ParityResult:
@@ -151,6 +188,7 @@ def run(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     stop: Stop = None,
+    device: Device = None,
     threads: Threads = None,
     capacity: Capacity = None,
     verify: Verify = True,
@@ -168,7 +206,9 @@ def run(
     options = GenerationOptions(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ())
     )
-    pipeline = Pipeline.open(bundle, backend, precision, threads=threads, capacity=capacity, verify=verify)
+    pipeline = Pipeline.open(
+        bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
+    )
     answer = Answer()
     for piece, answer in pipeline.stream_chat(prompt, image or [], options):  # noqa: B007
         if not as_json:
@@ -192,6 +232,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    device: Device = None,
     threads: Threads = None,
     capacity: Capacity = None,
     verify: Verify = True,
@@ -206,7 +247,9 @@ def chat(
     from runtimes.sampling import GenerationOptions
 
     options = GenerationOptions(max_new_tokens, temperature, seed=seed)
-    pipeline = Pipeline.open(bundle, backend, precision, threads=threads, capacity=capacity, verify=verify)
+    pipeline = Pipeline.open(
+        bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
+    )
     converse(pipeline, image or [], options, as_json)
 
 
@@ -226,52 +269,19 @@ def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
 
 @app.command()
 def verify(bundle: BundleFolder, as_json: Json = False) -> None:
-    """Check size and SHA-256 of every file of a bundle."""
+    """Check size and SHA-256 of every file of a bundle, and that its engines are for this machine's GPU."""
     from dsvl_export import display
     from runtimes.bundle import Bundle
+    from runtimes.engines.backend import foreign_engines
 
     opened = Bundle.open(bundle)
-    problems = opened.problems()
+    problems = opened.problems() + foreign_engines(opened)
     if as_json:
         display.print_json({"bundle": str(bundle), "files": len(opened.manifest.files), "problems": problems})
     if problems:
-        raise UserError(f"The bundle {bundle} is damaged: {'; '.join(problems)}.")
+        raise UserError(f"The bundle {bundle} cannot be used as it is: {'; '.join(problems)}.")
     if not as_json:
         print(f"All {len(opened.manifest.files)} files of {bundle} are as exported.")
-
-
-@app.command()
-def lint(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle, or an ONNX file of any origin.")],
-    as_json: Json = False,
-) -> None:
-    """Check the quantization of ONNX files by TensorRT's rules; names the node that breaks one.
-
-    Exit code 1: something breaks a rule.
-    """
-    from dsvl_export import display
-    from dsvl_export.onnx_graph.qdq_rules import problems
-    from runtimes.bundle import Bundle
-
-    files = [path]
-    if path.is_dir():
-        opened = Bundle.open(path)
-        files = [opened.path(name) for name in opened.manifest.files if name.endswith(".onnx")]
-    found = {str(file): problems(file) for file in files}
-    if as_json:
-        display.print_json(found)
-    else:
-        for file, sentences in found.items():
-            for sentence in sentences:
-                print(f"{file}: {sentence}")
-        broken = sum(bool(sentences) for sentences in found.values())
-        print(
-            f"{broken} of {len(files)} files break a rule."
-            if broken
-            else f"All {len(files)} files keep the rules."
-        )
-    if any(found.values()):
-        raise typer.Exit(1)
 
 
 @app.command()

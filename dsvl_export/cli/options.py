@@ -13,6 +13,13 @@ Checkpoint = Annotated[
 BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, made by 'export'.", metavar="BUNDLE")]
 Backend = Annotated[Optional[str], typer.Option(help="Backend of the bundle; default: its first.")]
 Precision = Annotated[Optional[str], typer.Option(help="Precision of the bundle; default: its first.")]
+Device = Annotated[
+    Optional[str],
+    typer.Option(
+        help="cpu, cuda, or tensorrt (ONNX Runtime's); default: the backend's own. cpu runs the ONNX files of"
+        " TensorRT's backends in ONNX Runtime."
+    ),
+]
 Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: the backend's choice.")]
 Capacity = Annotated[
     Optional[int], typer.Option(min=1, help="Tokens that the KV cache holds; default: the bundle's.")

@@ -13,6 +13,7 @@ import onnx
 from packaging.version import InvalidVersion, Version
 
 from dsvl_export.compilers import Compiled, CompileOptions
+from dsvl_export.linter import Release, lint
 from dsvl_export.onnx_graph.check import check_file
 from dsvl_export.onnx_graph.debug import debug_build
 from runtimes.errors import UserError
@@ -81,7 +82,16 @@ def compile_component(
     version = tensorrt_version(options)
     dialect = dialect_name(version)
     files = write_onnx(traced, load, folder, on_bytes, dialect)
+    refuse_findings(files[0], Release(version, options.target.sm if options.target else None))
     return Compiled(tuple(files), _target(options), dialect, {"onnx": onnx.__version__, "for": str(version)})
+
+
+def refuse_findings(file: Path, release: Release) -> None:
+    """Raise UserError where TensorRT would refuse a file or change its meaning; the first reason is named."""
+    harmful = [finding for finding in lint(file, release) if finding.harmful]
+    if harmful:
+        gpu = f" on SM {release.sm}" if release.sm else ""
+        raise UserError(f"TensorRT {release.version}{gpu} would not build {file.name}: {harmful[0]}")
 
 
 def write_onnx(

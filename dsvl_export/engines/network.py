@@ -50,15 +50,23 @@ class ParsedNetwork:
             where = errors[0].node_name() if errors else ""
             reason = one_line(errors[0].desc() if errors else self.errors())
             raise UserError(f"TensorRT cannot import {file}{f' at {where}' if where else ''}: {reason}.")
+        self.check_warnings()
+        if self.updates_cache:
+            self._limit_attention()
+
+    def check_warnings(self) -> None:
+        """Take a warning that is not known to be harmless for an error.
+
+        Raises:
+            UserError: there is one.
+        """
         warnings = [text for error, text in self.logger.messages if not error]
         suspicious = [text for text in warnings if not any(known in text for known in HARMLESS)]
         if suspicious:
             raise UserError(
-                f"TensorRT imports {file} with a warning, so the engine may compute something else:"
+                f"TensorRT takes {self.file} with a warning, so the engine may compute something else:"
                 f" {one_line(suspicious[0])}."
             )
-        if self.updates_cache:
-            self._limit_attention()
 
     def errors(self) -> str:
         """The errors of the log, joined."""

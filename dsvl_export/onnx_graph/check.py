@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx
 
+from dsvl_export.linter.quantization import problems
 from dsvl_export.onnx_graph.builder import element_type
-from dsvl_export.onnx_graph.qdq_rules import problems
 from runtimes.contracts import Contract, TensorSpec, updated_state
 
 

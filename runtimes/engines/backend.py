@@ -15,9 +15,9 @@ from runtimes.errors import UserError
 from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
 
 if TYPE_CHECKING:
-    from runtimes.bundle import Artifact
+    from runtimes.bundle import Artifact, Bundle
 
-BUILDERS = {"tensorrt_rtx": "TensorRT-RTX on CPU"}
+BUILDERS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX on CPU"}
 
 
 def find_gpu() -> Gpu | None:
@@ -55,6 +55,17 @@ def execution(library: str, artifact: Artifact) -> Execution:
     if reason:
         return Execution("not run", f"{reason}; {rebuild(library)}")
     return Execution("ran", f"{gpu.name} with {library} {version}", device=GPU)
+
+
+def foreign_engines(bundle: Bundle) -> list[str]:
+    """What is wrong with a bundle's engines here; nothing where there is no GPU to judge by."""
+    found = []
+    for artifact in bundle.manifest.artifacts:
+        if artifact.engine and artifact.backend in BUILDERS:
+            state = execution(artifact.backend, artifact)
+            if state.kind == "not run":
+                found.append(f"{artifact.engine.file} cannot run here: {state.by}")
+    return found
 
 
 def rebuild(library: str) -> str:

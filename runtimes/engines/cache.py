@@ -41,6 +41,10 @@ class DeviceCache(KVCache):
         return self._block.address + self._block.offsets[index] + self._first_row * self._row_bytes(index)
 
     @property
+    def addresses(self) -> list[int]:
+        return [self.address(index) for index in range(len(self.specs))]
+
+    @property
     def key(self) -> tuple[int, int]:
         """The same for caches whose states lie at the same addresses."""
         return self.address(0), self.batch

@@ -11,7 +11,9 @@ import onnxruntime
 import pytest
 import torch
 
-from dsvl_export.compilers.onnxruntime import check_contract, compile_component
+from dsvl_export.compilers import CompileOptions
+from dsvl_export.compilers.onnxruntime import compile_component
+from dsvl_export.onnx_graph.check import check_contract
 from dsvl_export.onnx_graph.dialect_ort import OrtDialect
 from dsvl_export.onnx_graph.lower import lower
 from dsvl_export.onnx_graph.writer import write_model
@@ -45,7 +47,9 @@ def test_vision_and_adaptor_on_random_models(
     }
     for component, outputs in expected.items():
         traced = trace(pair.checkpoint.config, component, precision)
-        compiled = compile_component(traced, loader(pair, component), tmp_path, lambda count: None)
+        compiled = compile_component(
+            traced, loader(pair, component), tmp_path, lambda count: None, CompileOptions()
+        )
         session = onnxruntime.InferenceSession(str(compiled.files[0]))
         dtype = traced.contract.inputs[0].dtype
         found = session.run(None, {name: array.astype(dtype) for name, array in feeds.items()})

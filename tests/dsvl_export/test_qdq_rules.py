@@ -14,9 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 from calibration.precision import PrecisionPlan, load_precision
 from calibration.quantized import trace_planned
 from calibration.weights import QuantizedWeights
+from dsvl_export.linter.quantization import problems
 from dsvl_export.onnx_graph.dialect_standard import StandardDialect
 from dsvl_export.onnx_graph.lower import lower
-from dsvl_export.onnx_graph.qdq_rules import problems
 from dsvl_export.onnx_graph.writer import write_model
 from runtimes.errors import UserError
 from tests.calibration.calibrated import Calibrated

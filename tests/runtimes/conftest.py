@@ -9,19 +9,45 @@ from reference.session import TorchDecoder
 from reference.trace import component_contract
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
+from runtimes.engines.session import EngineDecoder
 from runtimes.session import DecoderSession, SessionOptions
+from tests.runtimes.fake_cuda import loaded
 
-SESSIONS = ("torch fp32", "onnxruntime fp32", "onnxruntime fp16")
+ENGINE_CAPACITY = 48
+# What runs the decoder, and the ONNX dialect (or torch) and precision of its program.
+SESSIONS = (
+    "torch torch fp32",
+    "onnxruntime ort fp32",
+    "onnxruntime ort fp16",
+    "onnxruntime trt11 fp32",
+    "onnxruntime trt11 fp16",
+    "onnxruntime trt10 fp32",
+    "engine-on-a-fake-gpu trt11 fp32",
+    "engine-on-a-fake-gpu trt11 fp16",
+    "engine-on-a-fake-gpu trt10 fp32",
+    pytest.param("gpu trt11 fp16", marks=pytest.mark.gpu),
+)
 
 
 @pytest.fixture(scope="session", params=SESSIONS)
 def decoder(request: pytest.FixtureRequest, tiny_bundle: Bundle) -> DecoderSession:
     """The tiny decoder as a session."""
-    backend, precision = request.param.split()
-    if backend == "torch":
+    runner, dialect, precision = request.param.split()
+    if runner == "torch":
         checkpoint = open_checkpoint("tiny")
         contract = component_contract(checkpoint.config, "decoder", "fp32")
         return TorchDecoder(checkpoint.model().decoder, contract)
-    file = tiny_bundle.path(tiny_bundle.artifact("decoder", backend, precision).files[0])
-    contract = tiny_bundle.manifest.contracts[precision]["decoder"]
-    return load_backend(backend).open_decoder(file, contract, SessionOptions())
+    if runner == "gpu":
+        bundle: Bundle = request.getfixturevalue("engine_bundle")
+        artifact = bundle.artifact("decoder", "tensorrt", precision)
+        contract = bundle.manifest.contracts[precision]["decoder"]
+        return load_backend("tensorrt").open_decoder(
+            bundle.path(artifact.files[0]), contract, SessionOptions()
+        )
+    bundle = tiny_bundle if dialect == "ort" else request.getfixturevalue(f"{dialect}_bundle")
+    backend = "onnxruntime" if dialect == "ort" else "tensorrt"
+    file = bundle.path(bundle.artifact("decoder", backend, precision).files[0])
+    contract = bundle.manifest.contracts[precision]["decoder"]
+    if runner == "onnxruntime":
+        return load_backend(runner).open_decoder(file, contract, SessionOptions())
+    return EngineDecoder(loaded(file, contract, ENGINE_CAPACITY), contract)

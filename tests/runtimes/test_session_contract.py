@@ -135,7 +135,7 @@ def test_capacity_is_refused_before_the_backend_runs(decoder: DecoderSession) ->
 def test_cache_is_written_in_place(decoder: DecoderSession) -> None:
     """No step copies, moves or grows the states; a step touches only its own positions."""
     cache = decoder.new_cache(1, CAPACITY)
-    addresses = [array.ctypes.data for array in cache.arrays]
+    addresses = cache.addresses
     decoder.decode(embeds(decoder, 1, 5), np.array([4]), cache)
     for step in range(20):
         before = [array.copy() for array in cache.arrays]
@@ -143,7 +143,7 @@ def test_cache_is_written_in_place(decoder: DecoderSession) -> None:
         for old, new in zip(before, cache.arrays, strict=True):
             changed = np.flatnonzero((old != new).any(axis=(0, 1, 3)))
             assert changed.tolist() == [5 + step]
-    assert [array.ctypes.data for array in cache.arrays] == addresses
+    assert cache.addresses == addresses
 
 
 def test_onnxruntime_binds_the_cache_once(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,155 @@
+"""Engines for the GPU at hand, from the ONNX files that a bundle brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+from packaging.version import Version
+
+from dsvl_export.compilers.tensorrt import dialect_name, refuse_findings
+from dsvl_export.engines.building import EngineSettings, build_engine
+from dsvl_export.linter import Release
+from dsvl_export.staging import Staging
+from runtimes.bundle import Artifact, Bundle, Engine, Manifest
+from runtimes.engines.cuda import Cuda, CudaError, Gpu, import_cuda
+from runtimes.engines.library import import_library
+from runtimes.errors import UserError
+
+BACKEND = "tensorrt"
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What builds: the library, and the GPU that it builds for."""
+
+    trt: ModuleType
+    gpu: Gpu
+
+    @classmethod
+    def here(cls) -> Device:
+        """This machine's.
+
+        Raises:
+            UserError: TensorRT, cuda-python or a GPU is missing.
+        """
+        trt = import_library(BACKEND)
+        try:
+            return cls(trt, Cuda(import_cuda()).gpu())
+        except CudaError as error:
+            reason = str(error).rstrip(".")
+            raise UserError(
+                f"Engines are built on the GPU that runs them, and none can be used here ({reason})."
+            ) from error
+
+    @property
+    def version(self) -> Version:
+        return Version(self.trt.__version__)
+
+
+def build_engines(
+    folder: Path,
+    settings: EngineSettings | None = None,
+    precision: str | None = None,
+    device: Device | None = None,
+    on_step: OnStep = lambda name, done, total: None,
+) -> list[Artifact]:
+    """Build the engine of every ``tensorrt`` artifact of a bundle, and put it into the bundle.
+
+    Engines that fit this machine and the settings already are kept, so an interrupted build goes on.
+
+    Args:
+        settings: None takes the bundle's capacity.
+        precision: one of the bundle's; None builds all.
+        device: None is this machine.
+
+    Returns:
+        The artifacts with their engines.
+
+    Raises:
+        UserError: the bundle has no ONNX for TensorRT or for this version, or TensorRT refuses.
+    """
+    bundle = Bundle.open(folder)
+    pairs = bundle.matching(BACKEND, precision)
+    if not pairs:
+        asked = f" in {precision}" if precision else ""
+        raise UserError(
+            f"The bundle {folder} holds no ONNX for TensorRT{asked}; export it with --backend tensorrt."
+        )
+    device = device or Device.here()
+    settings = settings or EngineSettings(bundle.manifest.default_capacity)
+    artifacts = [item for item in bundle.manifest.artifacts if (item.backend, item.precision) in pairs]
+    for item in artifacts:
+        _check_version(item, device.version)
+    bundle.check([path for item in artifacts for path in item.files])
+    staging, built = Staging(folder), []
+    try:
+        staging.open()
+        for index, item in enumerate(artifacts):
+            on_step(f"{item.precision}/{item.component}", index, len(artifacts))
+            built.append(_build(bundle, staging, item, settings, device))
+        on_step("done", len(artifacts), len(artifacts))
+    finally:
+        staging.close()
+    return built
+
+
+def _check_version(item: Artifact, version: Version) -> None:
+    if dialect_name(version) != item.dialect:
+        wanted = item.tools.get("for", "another version")
+        raise UserError(
+            f"The {item.component} in {item.precision} was exported for TensorRT {wanted}, here is {version};"
+            f" export it again with --tensorrt {version.major}.{version.minor}."
+        )
+
+
+def _build(
+    bundle: Bundle, staging: Staging, item: Artifact, settings: EngineSettings, device: Device
+) -> Artifact:
+    file = bundle.path(item.files[0])
+    sm = settings.compute_capabilities or (device.gpu.sm,)
+    if item.component != "vision_encoder":
+        settings = replace(settings, dla_core=None)
+    engine = Engine(
+        file=f"{Path(item.files[0]).parent.as_posix()}/{item.component}.engine",
+        sm=sm,
+        gpu=device.gpu.name,
+        driver=device.gpu.driver,
+        tensorrt=device.trt.__version__,
+        capacity=settings.capacity,
+        max_batch=settings.max_batch,
+        options=settings.options,
+    )
+    if item.engine == engine:
+        return item
+    refuse_findings(file, Release(device.version, device.gpu.sm))
+    contract = bundle.manifest.contracts[item.precision][item.component]
+    temporary = staging.work / Path(engine.file).name
+    try:
+        build_engine(device.trt, file, contract, settings, temporary)
+        done = replace(item, engine=engine, files=tuple(dict.fromkeys((*item.files, engine.file))))
+        stage = Path(item.files[0]).parent.as_posix()
+        staging.attach(stage, temporary, {"artifact": asdict(done)})
+    finally:
+        temporary.unlink(missing_ok=True)
+    _publish(bundle, staging, item, done)
+    return done
+
+
+def _publish(bundle: Bundle, staging: Staging, old: Artifact, new: Artifact) -> None:
+    """Write the manifest with an artifact replaced; what was said of the old one is no longer known."""
+    manifest: Manifest = staging.previous or bundle.manifest
+    parity = {pair: it for pair, it in manifest.parity.items() if pair != f"{new.backend}/{new.precision}"}
+    known = (old.component, old.backend, old.precision)
+    artifacts = tuple(
+        new if (item.component, item.backend, item.precision) == known else item
+        for item in manifest.artifacts
+    )
+    entry = staging.files()[new.files[-1]]
+    staging.previous = replace(
+        manifest, artifacts=artifacts, files={**manifest.files, new.files[-1]: entry}, parity=parity
+    )
+    staging.finish(staging.previous)

@@ -1,0 +1,45 @@
+"""The linter: every rule on every node, for one release of TensorRT and, if known, one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.version import Version
+
+from dsvl_export.linter.finding import Finding
+from dsvl_export.linter.operators import operator_findings
+from dsvl_export.linter.quantization import quantization_findings
+from dsvl_export.linter.types import type_findings
+from dsvl_export.linter.view import GraphView
+
+TENSORRT_RTX_AS = Version("11.0")  # its parser and operators are those of TensorRT 11
+
+
+@dataclass(frozen=True)
+class Release:
+    """A version of TensorRT, and the compute capability (as in 87) that its engine is for."""
+
+    version: Version
+    sm: int | None = None
+
+    @classmethod
+    def tensorrt_rtx(cls, sm: int | None = None) -> Release:
+        return cls(TENSORRT_RTX_AS, sm)
+
+
+def lint(file: Path, release: Release) -> list[Finding]:
+    """All that TensorRT would not take, or would not take as it is meant; harmful findings first.
+
+    Raises:
+        UserError: it is no ONNX file.
+    """
+    found = list(_findings(GraphView(file), release))
+    return sorted(found, key=lambda one: not one.harmful)
+
+
+def _findings(view: GraphView, release: Release) -> Iterator[Finding]:
+    yield from type_findings(view, release.version, release.sm)
+    yield from operator_findings(view, release.version)
+    yield from quantization_findings(view)

@@ -1,0 +1,93 @@
+"""An ONNX file as rules look at it: types and shapes of all values, constants, readers."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from runtimes.errors import UserError
+
+PRODUCER = "dsvl-export"
+Shape = tuple[int | str | None, ...]
+
+
+class GraphView:
+    """The graph of a file; weights stay on disk unless a rule asks for them.
+
+    Raises:
+        UserError: it is no ONNX file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        try:
+            model = onnx.load(str(file), load_external_data=False)
+        except (OSError, DecodeError) as error:
+            raise UserError(f"{file} is no ONNX file that can be read ({error}).") from error
+        self.file, self.model = file, model
+        # Dims that this package's compilers make static when they build.
+        self.set_when_built = {"capacity"} if model.producer_name == PRODUCER else set()
+        self.nodes: list[NodeProto] = list(model.graph.node)
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.inputs = {value.name: value for value in model.graph.input if value.name not in self.constants}
+        self.outputs = {value.name for value in model.graph.output}
+        self.readers: dict[str, list[tuple[NodeProto, int]]] = {}
+        for node in self.nodes:
+            for place, name in enumerate(node.input):
+                self.readers.setdefault(name, []).append((node, place))
+
+    @property
+    def opset(self) -> int:
+        return next((item.version for item in self.model.opset_import if item.domain in ("", "ai.onnx")), 0)
+
+    @cached_property
+    def _values(self) -> dict[str, onnx.TypeProto.Tensor]:
+        """What is known of every value; inference that fails leaves what is declared."""
+        try:
+            model = onnx.shape_inference.infer_shapes(self.model)
+        except onnx.shape_inference.InferenceError:
+            model = self.model
+        graph = model.graph
+        return {
+            value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)
+        }
+
+    def dtype(self, name: str) -> int | None:
+        """ONNX's number of a value's dtype, if it is known."""
+        if name in self.constants:
+            return int(self.constants[name].data_type)
+        found = self._values.get(name)
+        return int(found.elem_type) if found is not None and found.elem_type else None
+
+    def shape(self, name: str) -> Shape | None:
+        """Sizes, names or None for each dim, if the rank is known."""
+        if name in self.constants:
+            return tuple(self.constants[name].dims)
+        found = self._values.get(name)
+        if found is None or not found.HasField("shape"):
+            return None
+        return tuple(
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in found.shape.dim
+        )
+
+    def array(self, name: str) -> np.ndarray:
+        """Values of a constant."""
+        return np.asarray(numpy_helper.to_array(self.constants[name], base_dir=str(self.file.parent)))
+
+
+def attributes_of(node: NodeProto) -> dict[str, Any]:
+    return {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+
+
+def dtype_name(dtype: int) -> str:
+    return TensorProto.DataType.Name(dtype).lower()
+
+
+def input_of(node: NodeProto, place: int) -> str:
+    """The name of an input, empty where it is left out."""
+    return node.input[place] if place < len(node.input) else ""
