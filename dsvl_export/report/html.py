@@ -61,7 +61,8 @@ def _summary(document: dict[str, Any]) -> str:
         return f"Nothing is claimed: {reason}."
     failed = [rung["name"].replace("_", " ") for rung in document["rungs"] if rung["state"] == "failed"]
     if not failed:
-        how = "" if document["execution"]["kind"] == "ran" else f" ({document['execution']['kind']})"
+        execution = document["execution"]
+        how = "" if execution["kind"] == "ran" else f" ({execution['kind']} by {execution['by']})"
         return f"Every stage computes what the reference computes, within the bounds of this precision{how}."
     begins = [
         f"{row['component'].replace('_', ' ')}, {row['first']}" for row in document["drift"] if row["first"]

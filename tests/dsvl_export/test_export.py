@@ -113,12 +113,12 @@ def test_a_precision_that_was_interrupted_is_no_choice(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsvl_export.compilers import onnxruntime
+    from dsvl_export.onnx_graph import check
 
     def fail(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnxruntime, "check_contract", fail)
+    monkeypatch.setattr(check, "check_contract", fail)
     with pytest.raises(KeyboardInterrupt):
         export("tiny", tmp_path / "b", goldens=False)
     left = {str(file.relative_to(tmp_path / "b")) for file in (tmp_path / "b").rglob("*") if file.is_file()}

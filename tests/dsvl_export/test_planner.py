@@ -235,10 +235,10 @@ def test_a_plan_needs_the_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     source = open_checkpoint(str(tmp_path), weights=False)
     assert source.embedding_bytes() is None
-    plan = Planner(source.config).plan(find_target("l4"), Request("tensorrt", "int8", 500))
+    plan = Planner(source.config).plan(find_target("mac"), Request("coreml", "int8", 500))
     assert plan.embedding_bytes == 512 * 128 * 2
     assert not plan.exact
-    without = Planner(source.config).plan(find_target("l4"), Request("tensorrt", "int8", 500, images=0))
+    without = Planner(source.config).plan(find_target("mac"), Request("coreml", "int8", 500, images=0))
     assert without.vision_seconds == 0
     assert without.prompt_tokens == 100
 
@@ -252,9 +252,10 @@ def test_recipes_and_plans_are_planned(planner: Planner, tmp_path: Path) -> None
     l4, orin = find_target("l4"), find_target("jetson-agx-orin")
     predicted = planner.plan(l4, Request("tensorrt", mine, 500))
     half, four = (planner.plan(l4, Request("tensorrt", name, 500)) for name in ("fp16", "int4"))
-    assert not predicted.exact
+    assert predicted.exact
     assert predicted.artifacts["vision_encoder"] == half.artifacts["vision_encoder"]
-    assert four.artifacts["decoder"] < predicted.artifacts["decoder"] < 0.35 * half.artifacts["decoder"]
+    # Groups of 64 need half the scales of the recipe's groups of 32.
+    assert predicted.artifacts["decoder"] < four.artifacts["decoder"] < 0.4 * half.artifacts["decoder"]
     with pytest.raises(UserError, match="FP8 needs SM 89"):
         planner.plan(orin, Request("tensorrt", mine, 500))
     mixed = planner.plan(measured(find_target("cpu")), Request("onnxruntime", "int8-int4", 500))

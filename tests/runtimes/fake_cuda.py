@@ -126,7 +126,7 @@ class FakeCuda:
         return (OK,)
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> Any:
-        return self.cudaMemcpy2DAsync(target, size, source, size, size, 1, kind, stream)
+        return self.copied(target, size, source, size, size, 1, kind)
 
     def cudaMemcpy2DAsync(
         self,
@@ -138,6 +138,18 @@ class FakeCuda:
         height: int,
         kind: int,
         stream: int,
+    ) -> Any:
+        return self.copied(target, target_pitch, source, source_pitch, width, height, kind)
+
+    def copied(
+        self,
+        target: int,
+        target_pitch: int,
+        source: int,
+        source_pitch: int,
+        width: int,
+        height: int,
+        kind: int,
     ) -> Any:
         kinds = self.cudaMemcpyKind
         if width > min(target_pitch, source_pitch):

@@ -1,0 +1,442 @@
+"""Engine sessions call by call: order of steps, memory, graphs, aliases, and what is said when a call fails."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from runtimes.bundle import Bundle, Engine
+from runtimes.cache import CapacityError
+from runtimes.contracts import Contract, TensorSpec
+from runtimes.engines import backend, session
+from runtimes.engines.cuda import Cuda, CudaError, Gpu
+from runtimes.engines.layout import aliases, append_copies, pieces
+from runtimes.engines.machine import mismatch
+from runtimes.engines.session import EngineComponent, EngineDecoder
+from runtimes.errors import UserError
+from runtimes.session import SessionOptions
+from tests.runtimes.fake_cuda import NO_DRIVER, FakeCuda, FakeEngine, FakeTensorRT, fake_plan, loaded
+from tests.runtimes.test_session_contract import close, embeds
+
+CAPACITY = 48
+
+
+@pytest.fixture(params=["trt11", "trt10"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def bundle(dialect: str, request: pytest.FixtureRequest) -> Bundle:
+    return request.getfixturevalue(f"{dialect}_bundle")
+
+
+def onnx_file(bundle: Bundle, component: str = "decoder", precision: str = "fp32") -> tuple[Path, Contract]:
+    file = bundle.path(bundle.artifact(component, "tensorrt", precision).files[0])
+    return file, bundle.manifest.contracts[precision][component]
+
+
+@pytest.fixture
+def cuda() -> FakeCuda:
+    return FakeCuda()
+
+
+@pytest.fixture
+def decoder(bundle: Bundle, cuda: FakeCuda) -> EngineDecoder:
+    file, contract = onnx_file(bundle)
+    return EngineDecoder(loaded(file, contract, CAPACITY, cuda=cuda), contract)
+
+
+def engine_of(decoder: EngineDecoder) -> FakeEngine:
+    return decoder._loaded.engine
+
+
+def since(cuda: FakeCuda, work: Callable[[], object]) -> list[str]:
+    """Names of the calls that ``work`` makes."""
+    before = len(cuda.calls)
+    work()
+    return cuda.names()[before:]
+
+
+def test_a_prefill_is_copies_a_run_and_copies_back(
+    decoder: EngineDecoder, cuda: FakeCuda, dialect: str
+) -> None:
+    cache = decoder.new_cache(1, CAPACITY)
+    names = since(cuda, lambda: decoder.decode(embeds(decoder, 1, 7), np.array([6]), cache))
+    states = len(decoder.contract.states)
+    rows = ["cudaMemcpy2DAsync"] * (states if dialect == "trt10" else 0)
+    assert names == ["cudaMemcpyAsync"] * 3 + ["cudaMemcpyAsync", *rows, "cudaStreamSynchronize"]
+    prefill, decode = engine_of(decoder).contexts
+    assert (prefill.profile, prefill.runs) == (0, 1)
+    assert (decode.profile, decode.runs) == (1, 0)
+
+
+def test_memory_is_allocated_once(decoder: EngineDecoder, cuda: FakeCuda) -> None:
+    cache = decoder.new_cache(1, CAPACITY)
+    allocated = (len(cuda.device), len(cuda.host))
+    for step in range(10):
+        decoder.decode(embeds(decoder, 1, 2 if step % 3 else 1, seed=step), np.array([0]), cache)
+    assert (len(cuda.device), len(cuda.host)) == allocated
+    assert cuda.names().count("cudaMalloc") == len(cuda.device)
+
+
+def test_memory_is_given_back(bundle: Bundle, cuda: FakeCuda) -> None:
+    file, contract = onnx_file(bundle)
+    decoder = EngineDecoder(loaded(file, contract, CAPACITY, cuda=cuda), contract)
+    cache = decoder.new_cache(2, CAPACITY)
+    fork = cache.fork()
+    assert cuda.device and cuda.host
+    del decoder, cache, fork
+    gc.collect()
+    assert not cuda.device and not cuda.host
+
+
+def test_decode_becomes_a_graph_at_the_second_step(
+    decoder: EngineDecoder, cuda: FakeCuda, dialect: str
+) -> None:
+    cache, context = decoder.new_cache(1, CAPACITY), engine_of(decoder).contexts[1]
+    outputs, steps = [], []
+    for step in range(4):
+        x = embeds(decoder, 1, 1, seed=step)
+        steps.append(since(cuda, lambda x=x: outputs.append(decoder.decode(x, np.array([0]), cache))))
+    rows = ["cudaMemcpy2DAsync"] * (len(decoder.contract.states) if dialect == "trt10" else 0)
+    end = [*rows, "cudaStreamSynchronize"]
+    capture = [
+        "cudaStreamBeginCapture",
+        *["cudaMemcpyAsync"] * 4,
+        "cudaStreamEndCapture",
+        "cudaGraphInstantiate",
+        "cudaGraphDestroy",
+    ]
+    assert steps[0] == [*["cudaMemcpyAsync"] * 4, *end]
+    assert steps[1] == [*capture, "cudaGraphLaunch", *end]
+    assert steps[2] == steps[3] == ["cudaGraphLaunch", *end]
+    assert context.runs == 2  # the plain one and the captured one
+    plain = decoder.new_cache(1, CAPACITY)
+    x = np.concatenate([embeds(decoder, 1, 1, seed=step) for step in range(4)], axis=1)
+    assert close(decoder, np.concatenate(outputs, axis=1), decoder.decode(x, np.arange(4), plain))
+
+
+def test_a_graph_is_one_cache_and_batch(decoder: EngineDecoder, cuda: FakeCuda) -> None:
+    first, second = decoder.new_cache(1, CAPACITY), decoder.new_cache(1, CAPACITY)
+    x = embeds(decoder, 1, 1)
+    for _ in range(2):
+        decoder.decode(x, np.array([0]), first)
+    names = since(cuda, lambda: decoder.decode(x, np.array([0]), second))
+    assert "cudaGraphExecDestroy" in names and "cudaGraphLaunch" not in names
+    batch = decoder.new_cache(3, CAPACITY)
+    assert "cudaGraphLaunch" not in since(
+        cuda, lambda: decoder.decode(embeds(decoder, 3, 1), np.array([0]), batch)
+    )
+    assert "cudaGraphLaunch" in since(
+        cuda, lambda: decoder.decode(embeds(decoder, 3, 1), np.array([0]), batch)
+    )
+
+
+def test_states_share_memory_with_their_updates(trt11_bundle: Bundle) -> None:
+    """The fake engine itself insists on it at every run, as KVCacheUpdate does; here the plan of it."""
+    file, contract = onnx_file(trt11_bundle)
+    decoder = EngineDecoder(loaded(file, contract, CAPACITY), contract)
+    cache = decoder.new_cache(1, 20)
+    decoder.decode(embeds(decoder, 1, 3), np.array([2]), cache)
+    addresses = engine_of(decoder).contexts[0].addresses
+    for index, spec in enumerate(contract.states):
+        assert addresses[spec.name] == addresses[f"{spec.name}_updated"] == cache.address(index)
+    assert (cache.capacity, cache.slots) == (
+        20,
+        CAPACITY,
+    )  # the engine's length is fixed, the use of it is not
+
+
+def test_an_engine_with_a_dynamic_cache_takes_what_is_asked(trt10_bundle: Bundle) -> None:
+    file, contract = onnx_file(trt10_bundle)
+    decoder = EngineDecoder(loaded(file, contract, CAPACITY), contract)
+    assert decoder.new_cache(1, 20).slots == 20
+
+
+def test_rows_beyond_the_profile_come_in_pieces(decoder: EngineDecoder, bundle: Bundle) -> None:
+    """The engine gives at most 64 rows of logits at once, and 100 were asked for, two of them twice."""
+    file, contract = onnx_file(bundle)
+    large = EngineDecoder(loaded(file, contract, 128), contract)
+    x = embeds(large, 1, 100)
+    rows = np.array([99, 3, 3, *range(100)])
+    found = large.decode(x, rows, large.new_cache(1, 128))
+    assert engine_of(large).contexts[0].runs == 2
+    each = large.decode(x, np.array([99]), large.new_cache(1, 128))
+    assert close(large, found[:, :1], each)
+    assert np.array_equal(found[:, 1], found[:, 2]) and np.array_equal(found[:, 1], found[:, 6])
+
+
+def test_a_prompt_beyond_the_engine_is_refused_before_anything_runs(
+    decoder: EngineDecoder, cuda: FakeCuda
+) -> None:
+    cache = decoder.new_cache(1, CAPACITY)
+    calls = len(cuda.calls)
+    with pytest.raises(CapacityError, match=f"needs 49 positions but the KV cache holds {CAPACITY}"):
+        decoder.decode(embeds(decoder, 1, 49), np.array([48]), cache)
+    assert len(cuda.calls) == calls
+    with pytest.raises(
+        CapacityError, match=r"holds 48 tokens, a KV cache of 49 was asked for; give --capacity 48"
+    ):
+        decoder.new_cache(1, 49)
+    with pytest.raises(UserError, match="decodes at most 4 sequences together, not 5"):
+        decoder.new_cache(5, CAPACITY)
+
+
+def test_out_of_device_memory(bundle: Bundle) -> None:
+    file, contract = onnx_file(bundle)
+    decoder = EngineDecoder(loaded(file, contract, CAPACITY, cuda=FakeCuda(memory_bytes=4_000_000)), contract)
+    with pytest.raises(
+        CudaError,
+        match=r"has no \d+ MB left for a KV cache of 48 tokens \(cudaErrorMemoryAllocation\); take a smaller",
+    ):
+        _ = [decoder.new_cache(4, CAPACITY) for _ in range(1000)]
+
+
+@pytest.mark.parametrize(
+    "call", ["cudaMemcpyAsync", "cudaStreamSynchronize", "cudaGraphLaunch", "cudaStreamEndCapture"]
+)
+def test_a_failing_call_has_cudas_name_and_takes_nothing_from_the_cache(
+    decoder: EngineDecoder, cuda: FakeCuda, call: str
+) -> None:
+    cache, x = decoder.new_cache(1, CAPACITY), embeds(decoder, 1, 1)
+    decoder.decode(x, np.array([0]), cache)
+    cuda.fail[call] = 1
+    with pytest.raises(CudaError, match=f"CUDA failed in {call}.*: cudaErrorInvalidValue"):
+        decoder.decode(x, np.array([0]), cache)
+    assert cache.length == 1
+    cuda.fail.clear()
+    cuda.capturing = None
+    expected = decoder.decode(embeds(decoder, 1, 1), np.array([0]), cache)
+    assert np.isfinite(expected).all() and cache.length == 2
+
+
+def test_an_engine_that_fails_says_so(decoder: EngineDecoder, cuda: FakeCuda) -> None:
+    cache, x = decoder.new_cache(1, CAPACITY), embeds(decoder, 1, 1)
+    decoder.decode(x, np.array([0]), cache)
+    context = engine_of(decoder).contexts[1]
+    context.fails = True
+    with pytest.raises(UserError, match="TensorRT failed in the decoder: no reason given"):
+        decoder.decode(x, np.array([0]), cache)
+    assert cuda.capturing is None  # the capture was ended
+    context.fails = False
+    for _ in range(3):
+        decoder.decode(x, np.array([0]), cache)
+    assert cache.length == 4
+
+
+def test_components_run_image_by_image(bundle: Bundle, cuda: FakeCuda) -> None:
+    file, contract = onnx_file(bundle, "adaptor")
+    component = EngineComponent(loaded(file, contract, CAPACITY, cuda=cuda), contract)
+    random = np.random.default_rng(0)
+    shapes = {spec.name: [3, *map(int, spec.shape[1:])] for spec in contract.inputs}
+    inputs = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    found = component.run(inputs)["image_embeds"]
+    plain = backend.open_component("tensorrt", file, contract, SessionOptions(device="cpu"))
+    assert np.allclose(found, plain.run(inputs)["image_embeds"], atol=1e-5)
+    assert component._runner.contexts[0].runs == 3
+    with pytest.raises(ValueError, match="must be float32"):
+        component.run({name: array.astype(np.float64) for name, array in inputs.items()})
+
+
+def test_an_engine_of_another_contract_is_refused(bundle: Bundle) -> None:
+    file, contract = onnx_file(bundle)
+    other = replace(contract, inputs=(replace(contract.inputs[0], dtype="float16"), *contract.inputs[1:]))
+    with pytest.raises(
+        UserError, match="inputs_embeds is float32 in the engine .* and float16 in its contract"
+    ):
+        EngineDecoder(loaded(file, other, CAPACITY), other)
+    more = replace(contract, outputs=(*contract.outputs, TensorSpec("tap", "float32", (1,), "")))
+    with pytest.raises(UserError, match="has no tap; build it again"):
+        EngineDecoder(loaded(file, more, CAPACITY), more)
+    with pytest.raises(UserError, match="gives back no key_cache_0"):
+        aliases(contract, {"logits": None})
+    with pytest.raises(UserError, match="shares the memory of value_cache_0"):
+        aliases(contract, {"key_cache_0_updated": "value_cache_0"})
+
+
+def use(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda, trt: FakeTensorRT) -> None:
+    """A machine with this GPU and this TensorRT."""
+    for module in (session, backend):
+        monkeypatch.setattr(module, "import_cuda", lambda: cuda)
+        monkeypatch.setattr(module, "import_library", lambda name: trt)
+
+
+def test_loading_an_engine(
+    trt11_bundle: Bundle, tmp_path: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, contract = onnx_file(trt11_bundle)
+    file = tmp_path / "decoder.onnx"
+    use(monkeypatch, cuda, FakeTensorRT(cuda, {"decoder": contract}))
+    options = SessionOptions()
+    with pytest.raises(
+        UserError, match=r"There is no engine .*decoder\.engine; run: dsvl-export build-engine"
+    ):
+        backend.open_decoder("tensorrt", file, contract, options)
+    plan = file.with_suffix(".engine")
+    plan.write_bytes(fake_plan(source, "decoder", CAPACITY))
+    decoder = backend.open_decoder("tensorrt", file, contract, options)
+    assert decoder.decode(embeds(decoder, 1, 3), np.array([2]), decoder.new_cache(1, 8)).shape[:2] == (1, 1)
+    plan.write_bytes(plan.read_bytes()[:-7])
+    with pytest.raises(
+        UserError, match=r"TensorRT cannot load .*: the plan's magic tag does not match; build it again"
+    ):
+        backend.open_decoder("tensorrt", file, contract, options)
+    with pytest.raises(UserError, match="runs on cuda, or its ONNX files on cpu, not on mps"):
+        backend.open_decoder("tensorrt", file, contract, SessionOptions(device="mps"))
+    cuda.gpus = 0
+    with pytest.raises(
+        UserError, match=r"need an NVIDIA GPU \(CUDA failed in .*cudaErrorInsufficientDriver\); --device cpu"
+    ):
+        backend.open_decoder("tensorrt", file, contract, options)
+
+
+ENGINE = Engine("f", (87,), "Orin", "CUDA 12.6", "10.3.0", 2048, 8)
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpu", "version", "reason"),
+    [
+        (ENGINE, Gpu("Orin", 87, ""), "10.3.0", None),
+        (ENGINE, Gpu("Orin", 87, "another driver"), "10.3.0", None),
+        (ENGINE, Gpu("NVIDIA L4", 89, ""), "10.3.0", "its engine was built for SM 87, here is NVIDIA L4 (SM 89)"),
+        (ENGINE, Gpu("Orin Nano", 87, ""), "10.3.0", "its engine was built on Orin, here is Orin Nano (SM 87)"),
+        (ENGINE, Gpu("Orin", 87, ""), "10.4.0", "its engine was built by tensorrt 10.3.0, here is 10.4.0"),
+        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, ""), "10.4.0", None),
+        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, ""), "11.0.0", "its engine was built by tensorrt 10.3.0, here is 11.0.0"),
+        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, ""), "10.2.0", "its engine was built by tensorrt 10.3.0, here is 10.2.0"),
+        (replace(ENGINE, options=("hardware-compatible",)), Gpu("NVIDIA L4", 89, ""), "10.3.0", None),
+        (replace(ENGINE, options=("hardware-compatible",)), Gpu("T4", 75, ""), "10.3.0", "its engine was built for SM 87, here is T4 (SM 75)"),
+        (replace(ENGINE, gpu="", sm=(86, 89)), Gpu("RTX 4090", 89, ""), "10.3.0", None),
+        (replace(ENGINE, gpu="", sm=(86, 89)), Gpu("RTX 5090", 120, ""), "10.3.0", "its engine was built for SM 86, 89, here is RTX 5090 (SM 120)"),
+    ],
+)  # fmt: skip
+def test_engines_of_other_machines(engine: Engine, gpu: Gpu, version: str, reason: str | None) -> None:
+    assert mismatch(engine, gpu, "tensorrt", version) == reason
+
+
+def test_what_the_gpu_is(cuda: FakeCuda) -> None:
+    assert Cuda(cuda).gpu() == Gpu("Fake GPU", 89, "CUDA 12.6")
+    cuda.fail["cudaGetDeviceProperties"] = NO_DRIVER
+    with pytest.raises(CudaError, match="cudaErrorInsufficientDriver"):
+        Cuda(cuda).gpu()
+
+
+def test_the_real_cuda_python_has_every_function_of_the_fake() -> None:
+    """So that a name that NVIDIA never had cannot pass here."""
+    runtime = pytest.importorskip(
+        "cuda.bindings.runtime", reason="cuda-python is there for Linux on x86-64 alone"
+    )
+    names = [name for name in dir(FakeCuda) if name.startswith("cuda")]
+    assert len(names) > 15
+    for name in names:
+        assert hasattr(runtime, name), name
+    assert {item.name for item in runtime.cudaMemcpyKind} >= vars(FakeCuda.cudaMemcpyKind).keys()
+    assert {item.name for item in runtime.cudaStreamCaptureMode} >= vars(
+        FakeCuda.cudaStreamCaptureMode
+    ).keys()
+
+
+def test_the_real_tensorrt_has_every_method_of_the_fake() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is there for Linux on x86-64 alone")
+    from tests.runtimes.fake_cuda import FakeContext
+
+    for fake, real in ((FakeEngine, trt.ICudaEngine), (FakeContext, trt.IExecutionContext)):
+        for name in vars(fake):
+            if not name.startswith("_") and callable(getattr(fake, name)):
+                assert hasattr(real, name), name
+    assert hasattr(trt.ExecutionContextAllocationStrategy, "USER_MANAGED")
+    assert hasattr(trt.ICudaEngine, "streamable_weights_size")
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "tokens", "most", "expected"),
+    [
+        (5, [4], 512, 64, [(0, 5, (4,), 1)]),
+        (5, [], 512, 64, [(0, 5, (4,), 0)]),
+        (5, [0, 4], 3, 64, [(0, 3, (0,), 1), (3, 5, (1,), 1)]),
+        (5, [0, 1, 2, 3, 4], 5, 2, [(0, 2, (0, 1), 2), (2, 4, (0, 1), 2), (4, 5, (0,), 1)]),
+        (6, [5], 2, 1, [(0, 2, (1,), 0), (2, 4, (1,), 0), (4, 6, (1,), 1)]),
+    ],
+)  # fmt: skip
+def test_pieces(
+    length: int,
+    rows: list[int],
+    tokens: int,
+    most: int,
+    expected: list[tuple[int, int, tuple[int, ...], int]],
+) -> None:
+    assert [(p.start, p.stop, p.rows, p.kept) for p in pieces(length, rows, tokens, most)] == expected
+
+
+def test_pieces_cover_everything_once() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        length, tokens, most = (int(random.integers(1, high)) for high in (40, 20, 8))
+        rows = sorted(random.choice(length, size=int(random.integers(0, length + 1)), replace=False).tolist())
+        found = pieces(length, rows, tokens, most)
+        assert [p.start for p in found] == [0, *(p.stop for p in found[:-1])] and found[-1].stop == length
+        assert [p.start + row for p in found for row in p.rows[: p.kept]] == rows
+        assert all(0 < p.stop - p.start <= tokens and 0 < len(p.rows) <= most for p in found)
+
+
+def test_rows_of_a_step_go_to_their_places() -> None:
+    spec = TensorSpec("key_cache_0", "float16", ("batch", 2, "capacity", 4), "")
+    copies = append_copies(spec, 1000, 5000, np.array([[3, 4], [7, 8]]), slots=10)
+    token = 4 * 2
+    assert [copy.target for copy in copies] == [1000 + 3 * token, 1000 + 2 * 10 * token + 7 * token]
+    assert [copy.source for copy in copies] == [5000, 5000 + 2 * 2 * token]
+    assert {(copy.target_pitch, copy.source_pitch, copy.width, copy.height) for copy in copies} == {
+        (80, 16, 16, 2)
+    }
+
+
+def test_missing_libraries_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> object:
+        raise ImportError(name)
+
+    monkeypatch.setattr("runtimes.engines.library.import_module", missing)
+    from runtimes.engines.library import import_library
+
+    for name, extra in (("tensorrt", "tensorrt"), ("tensorrt_rtx", "tensorrt-rtx")):
+        with pytest.raises(
+            UserError,
+            match=rf"The backend {name} is not installed; run: pip install 'dsvl-export\[{extra}\]'",
+        ):
+            import_library(name)
+
+
+def test_executions(trt11_bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The honest word about an artifact, by what the machine is."""
+    artifact = trt11_bundle.artifact("decoder", "tensorrt", "fp32")
+    engine = replace(ENGINE, sm=(89,), gpu="Fake GPU", tensorrt="11.4.0")
+    built = replace(artifact, engine=engine)
+    cuda.gpus = 0
+    use(monkeypatch, cuda, FakeTensorRT(cuda, {}))
+    assert str(backend.execution("tensorrt", artifact)) == "simulated by ONNX Runtime on the same file"
+    rtx = backend.execution("tensorrt_rtx", built)
+    assert str(rtx) == "built by TensorRT-RTX on CPU, numerics by ONNX Runtime on the same file"
+    assert (rtx.kind, rtx.device, rtx.judgeable) == ("simulated", "cpu", True)
+    assert backend.devices("tensorrt") == ["cpu"]
+    cuda.gpus = 1
+    assert backend.devices("tensorrt") == ["cuda"]
+    assert (
+        str(backend.execution("tensorrt", artifact))
+        == "not run: it has no engine yet; run: dsvl-export build-engine BUNDLE"
+    )
+    ran = backend.execution("tensorrt", built)
+    assert (str(ran), ran.device) == ("ran on Fake GPU with tensorrt 11.4.0", "cuda")
+    other = replace(built, engine=replace(engine, sm=(87,)))
+    state = backend.execution("tensorrt", other)
+    assert state.kind == "not run" and state.by.endswith(
+        "here is Fake GPU (SM 89); run: dsvl-export build-engine BUNDLE"
+    )
+    bundle = SimpleNamespace(manifest=SimpleNamespace(artifacts=[built, other]))
+    (problem,) = backend.foreign_engines(bundle)  # type: ignore[arg-type]
+    assert "its engine was built for SM 87" in problem
