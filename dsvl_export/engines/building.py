@@ -92,7 +92,7 @@ def build_engine(
     plan = parsed.builder.build_serialized_network(parsed.network, config)
     if plan is None:
         raise UserError(_refusal(parsed, settings))
-    parsed.check_warnings()
+    parsed.check_build()
     engine.write_bytes(plan)
     if settings.timing_cache:
         settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,9 @@ from runtimes.contracts import Contract
 from runtimes.engines.library import logger_of
 from runtimes.errors import UserError
 
-# Warnings that say nothing about the result.
+# Of the parser's warnings those that say nothing about the result, of the builder's those that do.
 HARMLESS = ("has Int64 binding",)
+LEFT_OUT = ("Unused Input", "is unused")
 
 
 class ParsedNetwork:
@@ -50,18 +51,22 @@ class ParsedNetwork:
             where = errors[0].node_name() if errors else ""
             reason = one_line(errors[0].desc() if errors else self.errors())
             raise UserError(f"TensorRT cannot import {file}{f' at {where}' if where else ''}: {reason}.")
-        self.check_warnings()
+        self._refuse([text for text in self.warnings() if not any(known in text for known in HARMLESS)])
         if self.updates_cache:
             self._limit_attention()
 
-    def check_warnings(self) -> None:
-        """Take a warning that is not known to be harmless for an error.
+    def warnings(self) -> list[str]:
+        return [text for error, text in self.logger.messages if not error]
+
+    def check_build(self) -> None:
+        """Refuse a build in which something of the file was left out.
 
         Raises:
-            UserError: there is one.
+            UserError: a warning says so.
         """
-        warnings = [text for error, text in self.logger.messages if not error]
-        suspicious = [text for text in warnings if not any(known in text for known in HARMLESS)]
+        self._refuse([text for text in self.warnings() if any(known in text for known in LEFT_OUT)])
+
+    def _refuse(self, suspicious: list[str]) -> None:
         if suspicious:
             raise UserError(
                 f"TensorRT takes {self.file} with a warning, so the engine may compute something else:"

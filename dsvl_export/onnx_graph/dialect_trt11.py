@@ -14,12 +14,14 @@ from dsvl_export.onnx_graph.dialect_standard import (
     softmax_attention,
 )
 
+LARGEST_HEAD = 256
+
 
 class Trt11Dialect(StandardDialect):
     """Attention with an explicit mask, RotaryEmbedding, RMSNormalization, and TensorScatter as KV cache.
 
     - TensorRT drops Attention's ``nonpad_kv_seqlen`` with a mere warning, so what may be attended is a mask.
-    - It has no fused kernel for Attention in float32, and then refuses it: matrix products there.
+    - Without a fused kernel it refuses Attention: matrix products in float32 and for odd head sizes.
     - TensorScatter becomes a KVCacheUpdate, whose output must share the memory of its input.
     """
 
@@ -27,9 +29,9 @@ class Trt11Dialect(StandardDialect):
     float32_norms = True
 
     def attention(self, context: Lowering, node: Node) -> str:
-        if numpy_dtype(fake(node).dtype) == np.float32:
-            return super().attention(context, node)
         sources, bias = attention_inputs(node)
+        if not _fused(sources[0]):
+            return super().attention(context, node)
         inputs = [context.value(source) for source in (*sources, *bias)]
         return context.emit(node, "Attention", inputs, {"scale": head_scale(sources[0])})
 
@@ -58,7 +60,7 @@ class Trt11Dialect(StandardDialect):
             )
         ]  # fmt: skip
         mask = visible_slots(context, context.value(positions), context.value(keys))
-        if numpy_dtype(fake(query).dtype) == np.float32:
+        if not _fused(keys):
             groups = int(fake(query).shape[-1]) // head_dim // int(fake(keys).shape[1])
             out = softmax_attention(context, rotated[0], [(cache[0], cache[1], mask)], keys, groups, name)
         else:
@@ -73,3 +75,13 @@ class Trt11Dialect(StandardDialect):
             zero = context.graph.constant(np.array(0, np.int64), "first")
             known["start"] = context.graph.node("Gather", [positions, zero], "start", {"axis": 1})
         return known["start"]
+
+
+def _fused(source: Node) -> bool:
+    """Whether TensorRT has a fused kernel for ``[..., Dh]``, also between quantized layers.
+
+    Seen with TensorRT-RTX 1.7.1: half precision, and heads in multiples of 16 channels up to 256; smaller
+    ones build until their neighbours are INT8.
+    """
+    head_dim = int(fake(source).shape[-1])
+    return numpy_dtype(fake(source).dtype) != np.float32 and head_dim % 16 == 0 and head_dim <= LARGEST_HEAD

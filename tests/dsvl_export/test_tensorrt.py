@@ -1,0 +1,532 @@
+"""TensorRT bundles: engines built without a GPU, the ladder on the same files, targets, and building on a device."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import onnx
+import pytest
+
+from dsvl_export.engines import on_device
+from dsvl_export.engines.building import EngineSettings, configure, profiles
+from dsvl_export.engines.network import ParsedNetwork
+from dsvl_export.engines.on_device import Device, build_engines
+from dsvl_export.exporting import export
+from dsvl_export.ladder import parity
+from dsvl_export.linting import lint_path
+from dsvl_export.records import record_verdict
+from reference.tiny import HELDOUT
+from runtimes.bundle import Bundle
+from runtimes.contracts import Contract
+from runtimes.engines import backend, session
+from runtimes.engines.cuda import Gpu
+from runtimes.errors import UserError
+from runtimes.pipeline import Pipeline
+from runtimes.session import SessionOptions
+from runtimes.task import load_task
+from tests.conftest import OraclePair
+from tests.runtimes.fake_cuda import FakeCuda, FakeTensorRT, fake_plan
+
+PRECISIONS = ("fp16", "int8", "fp8", "int4")
+NAMES = {"fp16": "fp16", "int8": "int8-fp16", "fp8": "fp8-fp16", "int4": "int4-fp16"}
+PROOF = "built by TensorRT-RTX on CPU, numerics by ONNX Runtime on the same file"
+
+
+@pytest.fixture(scope="module")
+def trt() -> ModuleType:
+    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is there for Linux on x86-64 alone")
+
+
+@pytest.fixture(scope="module")
+def rtx(trt: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Tiny's engines of TensorRT-RTX; tests must not change them."""
+    return export("tiny", tmp_path_factory.mktemp("rtx") / "bundle", "tensorrt_rtx", PRECISIONS)
+
+
+@pytest.fixture(scope="module")
+def jetson(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Tiny for JetPack 6; tests must not change it."""
+    folder = tmp_path_factory.mktemp("jetson") / "bundle"
+    return export("tiny", folder, "tensorrt", ("fp16", "int8", "int8-int4"), target="jetson-orin")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_engines_and_the_ladder_on_the_same_files(rtx: Bundle, precision: str) -> None:
+    """Engines of every component, and all rungs, taps and held-out questions on the ONNX they were built from."""
+    backend_name, name = rtx.select("tensorrt_rtx", precision)
+    assert name == NAMES[precision]
+    result = parity(rtx, backend_name, name, task=load_task(HELDOUT), taps=True)
+    assert str(result.execution) == PROOF
+    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert not any(drift.first for drift in result.drift)
+    assert result.task and result.task.accuracy_ratio and result.task.accuracy_ratio >= 0.99
+    for component in ("vision_encoder", "adaptor", "decoder"):
+        artifact = rtx.artifact(component, backend_name, name)
+        assert artifact.engine and artifact.engine.file == artifact.files[-1]
+        assert artifact.engine.sm == ((89, 120) if precision == "fp8" else (86, 89, 120))
+        assert rtx.manifest.files[artifact.engine.file].bytes > 50_000
+        if precision in ("int8", "fp8"):
+            codes = {node.op_type for node in onnx.load(str(rtx.path(artifact.files[0]))).graph.node}
+            assert codes >= {"QuantizeLinear", "DequantizeLinear"}
+
+
+def test_the_report_says_how_it_is_known(rtx: Bundle, tmp_path: Path) -> None:
+    copy = Bundle.open(shutil.copytree(rtx.folder, tmp_path / "bundle"))
+    page = record_verdict(copy, parity(copy, "tensorrt_rtx", "fp16"))
+    assert PROOF in " ".join(page.read_text().split())
+    assert Bundle.open(copy.folder).manifest.parity["tensorrt_rtx/fp16"]["execution"] == PROOF
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_random_checkpoints_build_and_climb(
+    trt: ModuleType, pair: OraclePair, precision: str, tmp_path: Path
+) -> None:
+    """Both variants, grouped queries among them; 4-bit groups that divide their widths."""
+    if precision == "int4":
+        (tmp_path / "four.yaml").write_text(
+            "base: fp16\nrules: [{layers: 'decoder.*', kind: linear, precision: int4-g4}]"
+        )
+        precision = str(tmp_path / "four.yaml")
+    bundle = export(pair.checkpoint.folder, tmp_path / "b", "tensorrt_rtx", [precision], capacity=256)
+    result = parity(bundle, taps=True)
+    assert str(result.execution) == PROOF
+    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-int4"])
+def test_jetpack_6_climbs_the_ladder(jetson: Bundle, precision: str) -> None:
+    """Primitives of opset 20 (21 with 4-bit weights), for TensorRT 10.3 on SM 87."""
+    result = parity(jetson, *jetson.select("tensorrt", precision), task=load_task(HELDOUT), taps=True)
+    assert result.execution.kind == "simulated"
+    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    for component in ("vision_encoder", "adaptor", "decoder"):
+        artifact = jetson.artifact(component, *jetson.select("tensorrt", precision))
+        assert (artifact.target, artifact.dialect, artifact.tools["for"]) == (
+            "jetson-agx-orin",
+            "trt10",
+            "10.3",
+        )
+        model = onnx.load(str(jetson.path(artifact.files[0])), load_external_data=False)
+        four_bit = precision == "int8-int4" and component == "decoder"
+        assert model.opset_import[0].version == (21 if four_bit else 20)
+        assert not {node.domain for node in model.graph.node} - {""}
+    assert all(not findings for findings in lint_path(jetson.folder).values())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8-fp16", "int8-int4-fp16"])
+def test_tensorrt_rtx_builds_the_files_for_jetpack_6_too(
+    trt: ModuleType, jetson: Bundle, precision: str, tmp_path: Path
+) -> None:
+    """Another release than theirs, but the nearest there is here: cache of dynamic length, two blocks of keys."""
+    for component in ("vision_encoder", "adaptor", "decoder"):
+        file = jetson.path(jetson.artifact(component, "tensorrt", precision).files[0])
+        contract = jetson.manifest.contracts[precision][component]
+        settings = EngineSettings(512, compute_capabilities=(86,))
+        on_device.build_engine(trt, file, contract, settings, tmp_path / "engine")
+        assert (tmp_path / "engine").stat().st_size > 50_000
+
+
+def test_fp8_on_orin_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"Orin 64 GB cannot run fp8 with tensorrt \(FP8 needs SM 89, this is SM 87\); the nearest is int8",
+    ):
+        export("tiny", tmp_path / "b", "tensorrt", ["fp8"], target="jetson-orin")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"target": "jetson-orinn"}, "There is no target 'jetson-orinn'"),
+        ({"target": "iphone"}, "iPhone 16 Pro .* has no backend 'tensorrt'"),
+        ({"tensorrt": "9.2"}, "TensorRT 9.2 is too old; 10.3"),
+        ({"tensorrt": "new"}, "'new' is no version of TensorRT"),
+        ({"capacity": 100_000}, "capacity must lie between 1 and the model's"),
+        ({"precisions": ["kv-int8"]}, "has no KV cache in int8; the nearest is float"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    given = {"backend": "tensorrt", "precisions": ["fp16"], **options}
+    with pytest.raises(UserError, match=sentence):
+        export("tiny", tmp_path / "b", **given)  # type: ignore[arg-type]
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_command_line(run, tmp_path: Path) -> None:
+    done = run(
+        "export",
+        "tiny",
+        "--target",
+        "jetson-orin",
+        "--precision",
+        "int8",
+        "--output",
+        tmp_path / "b",
+        "--no-parity",
+    )
+    assert done.code == 0 and "build-engine" in done.out
+    bundle = Bundle.open(tmp_path / "b")
+    assert bundle.choices() == [("tensorrt", "int8-fp16")]
+    assert run("lint", tmp_path / "b").out == "All 3 files keep the rules.\n"
+    listed = run("lint", tmp_path / "b", "--tensorrt", "10.3", "--sm", "87", "--json")
+    assert listed.code == 0 and set(map(len, json.loads(listed.out).values())) == {0}
+    asked = run("run", tmp_path / "b", "--prompt", "What is this?", "--device", "cpu", "--max-new-tokens", 2)
+    assert asked.code == 0
+    refused = run("run", tmp_path / "b", "--prompt", "What is this?")
+    assert refused.code == 2 and len(refused.err.strip().splitlines()) == 1
+    built = run("build-engine", tmp_path / "b")
+    assert built.code == 2 and len(built.err.strip().splitlines()) == 1
+    onnxruntime = run("build-engine", "does-not-exist")
+    assert (onnxruntime.code, onnxruntime.err) == (2, "Error: There is no bundle folder does-not-exist.\n")
+
+
+def test_a_newer_dialect_is_named_by_the_linter(rtx: Bundle, run) -> None:
+    done = run("lint", rtx.folder / "tensorrt_rtx/fp16/decoder/decoder.onnx", "--target", "jetson-orin")
+    assert done.code == 1
+    assert "TensorScatter imports since TensorRT 10.15, this is 10.3; export for TensorRT 10.3" in done.out
+
+
+def test_the_decoders_cache_is_static_in_the_engine_and_lengths_are_told(
+    trt: ModuleType, rtx: Bundle
+) -> None:
+    file = rtx.path(rtx.artifact("decoder", "tensorrt_rtx", "fp16").files[0])
+    parsed = ParsedNetwork(trt, file, rtx.manifest.contracts["fp16"]["decoder"], 384)
+    assert tuple(parsed.input("key_cache_0").shape)[2] == 384
+    layers = [parsed.network.get_layer(index) for index in range(parsed.network.num_layers)]
+    updates = [layer for layer in layers if layer.type == trt.LayerType.KV_CACHE_UPDATE]
+    heads = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+    states = rtx.manifest.contracts["fp16"]["decoder"].states
+    assert len(updates) == len(states) == 2 * len(heads)
+    for layer in heads:
+        layer.__class__ = trt.IAttentionInputLayer
+        assert layer.attention.key_value_lengths is not None and layer.attention.mask is not None
+
+
+def test_profiles() -> None:
+    settings = EngineSettings(1024, max_batch=4)
+    assert profiles(Contract("adaptor", (), ()), settings) == [{"batch": (1, 1, 1)}]
+    state = SimpleNamespace()
+    prefill, decode = profiles(Contract("decoder", (), (), (state,)), settings)  # type: ignore[arg-type]
+    assert prefill == {
+        "batch": (1, 1, 1),
+        "sequence": (1, 512, 512),
+        "rows": (1, 1, 64),
+        "capacity": (1, 1024, 1024),
+    }
+    assert decode == {
+        "batch": (1, 1, 4),
+        "sequence": (1, 1, 1),
+        "rows": (1, 1, 1),
+        "capacity": (1, 1024, 1024),
+    }
+    short, _ = profiles(Contract("decoder", (), (), (state,)), EngineSettings(40))  # type: ignore[arg-type]
+    assert (short["sequence"], short["rows"]) == ((1, 40, 40), (1, 1, 40))
+
+
+class Recorder:
+    """A builder's config and an enumeration of anything, which remember."""
+
+    def __init__(self) -> None:
+        self.__dict__["calls"] = []
+
+    def __getattr__(self, name: str) -> object:
+        if name[0].isupper():
+            return f"{name}"
+        return lambda *arguments: self.calls.append((name, arguments)) or b"times"
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self.calls.append((name, value))
+
+
+class Names:
+    """Stands for TensorRT's enumerations: every member is its own name."""
+
+    def __getattr__(self, name: str) -> object:
+        return Names() if name[0].isupper() and not name.isupper() else name
+
+
+def test_what_the_builder_is_told(tmp_path: Path) -> None:
+    config = Recorder()
+    cache = tmp_path / "times"
+    cache.write_bytes(b"old")
+    settings = EngineSettings(
+        64, workspace_bytes=5, timing_cache=cache, version_compatible=True, hardware_compatible=True,
+        weight_streaming=True, dla_core=1,
+    )  # fmt: skip
+    configure(Names(), config, settings)  # type: ignore[arg-type]
+    assert config.calls == [
+        ("set_memory_pool_limit", ("WORKSPACE", 5)),
+        ("set_flag", ("VERSION_COMPATIBLE",)),
+        ("hardware_compatibility_level", "AMPERE_PLUS"),
+        ("set_flag", ("WEIGHT_STREAMING",)),
+        ("default_device_type", "DLA"),
+        ("DLA_core", 1),
+        ("set_flag", ("GPU_FALLBACK",)),
+        ("create_timing_cache", (b"old",)),
+        ("set_timing_cache", (b"times", False)),
+    ]
+    assert settings.options == ("version-compatible", "hardware-compatible", "weight-streaming", "dla")
+
+
+def test_every_setting_is_one_of_the_real_library(trt: ModuleType) -> None:
+    config = trt.Builder(session.logger_of(trt)).create_builder_config()
+    for name in (
+        "set_memory_pool_limit",
+        "set_flag",
+        "DLA_core",
+        "default_device_type",
+        "create_timing_cache",
+        "set_timing_cache",
+        "hardware_compatibility_level",
+    ):
+        assert hasattr(config, name), name
+    for member in ("VERSION_COMPATIBLE", "WEIGHT_STREAMING", "GPU_FALLBACK"):
+        assert hasattr(trt.BuilderFlag, member), member
+    assert hasattr(trt.HardwareCompatibilityLevel, "AMPERE_PLUS") and hasattr(trt.DeviceType, "DLA")
+
+
+def test_an_unknown_capability(trt: ModuleType, rtx: Bundle, tmp_path: Path) -> None:
+    file = rtx.path(rtx.artifact("adaptor", "tensorrt_rtx", "fp16").files[0])
+    contract = rtx.manifest.contracts["fp16"]["adaptor"]
+    with pytest.raises(UserError, match=r"builds no engines for SM 87; it knows 75, 80, 86, 89, 120"):
+        on_device.build_engine(
+            trt, file, contract, EngineSettings(64, compute_capabilities=(87,)), tmp_path / "e"
+        )
+
+
+def test_a_damaged_file_is_a_sentence(trt: ModuleType, rtx: Bundle, tmp_path: Path) -> None:
+    model = onnx.load(str(rtx.path(rtx.artifact("adaptor", "tensorrt_rtx", "fp16").files[0])))
+    model.graph.node[0].op_type = "Det"
+    onnx.save(model, str(tmp_path / "adaptor.onnx"))
+    contract = rtx.manifest.contracts["fp16"]["adaptor"]
+    with pytest.raises(UserError, match=r"TensorRT cannot import .*adaptor\.onnx"):
+        on_device.build_engine(trt, tmp_path / "adaptor.onnx", contract, EngineSettings(64), tmp_path / "e")
+
+
+# Building on a device. TensorRT-RTX plays TensorRT, for SM 89, and builds for real.
+L4 = Gpu("NVIDIA L4", 89, "CUDA 13.0")
+SETTINGS = EngineSettings(128, compute_capabilities=(89,))
+
+
+@pytest.fixture
+def device(trt: ModuleType) -> Device:
+    """A machine with an L4 and a TensorRT 11.4 whose builder is TensorRT-RTX's."""
+    library = ModuleType("tensorrt_rtx")
+    library.__dict__.update(vars(trt))
+    library.__version__ = "11.4.1"  # type: ignore[attr-defined]
+    return Device(library, L4)
+
+
+@pytest.fixture
+def copy_of_trt11(trt11_bundle: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trt11_bundle.folder, tmp_path / "bundle"))
+
+
+def test_build_engine_puts_engines_into_the_bundle(copy_of_trt11: Path, device: Device) -> None:
+    steps: list[str] = []
+    built = build_engines(
+        copy_of_trt11, SETTINGS, "fp16", device, lambda name, done, total: steps.append(name)
+    )
+    assert steps == ["fp16/vision_encoder", "fp16/adaptor", "fp16/decoder", "done"]
+    bundle = Bundle.open(copy_of_trt11)
+    assert bundle.problems() == []
+    for item in built:
+        again = bundle.artifact(item.component, "tensorrt", "fp16")
+        assert again == item
+        assert again.engine and (again.engine.gpu, again.engine.sm, again.engine.tensorrt) == (
+            "NVIDIA L4",
+            (89,),
+            "11.4.1",
+        )
+        assert (again.engine.driver, again.engine.capacity) == ("CUDA 13.0", 128)
+    assert bundle.artifact("decoder", "tensorrt", "fp32").engine is None
+    times = {item.files[-1]: bundle.path(item.files[-1]).stat().st_mtime_ns for item in built}
+    build_engines(copy_of_trt11, SETTINGS, "fp16", device)
+    assert {path: bundle.path(path).stat().st_mtime_ns for path in times} == times  # kept
+    build_engines(copy_of_trt11, EngineSettings(64, compute_capabilities=(89,)), "fp16", device)
+    assert Bundle.open(copy_of_trt11).problems() == []
+    assert {path: bundle.path(path).stat().st_mtime_ns for path in times} != times
+
+
+def test_a_later_export_keeps_the_engines(copy_of_trt11: Path, device: Device) -> None:
+    build_engines(copy_of_trt11, SETTINGS, "fp16", device)
+    bundle = export(
+        "tiny", copy_of_trt11, "tensorrt", ["int8-weights"], goldens=False, tensorrt="11.4", capacity=256
+    )
+    assert bundle.artifact("decoder", "tensorrt", "fp16").engine
+    assert bundle.problems() == []
+
+
+def test_an_interrupted_build_goes_on(
+    copy_of_trt11: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, calls = on_device.build_engine, []
+
+    def interrupted(trt: ModuleType, file: Path, *rest: object) -> None:
+        calls.append(file.stem)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        build(trt, file, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(on_device, "build_engine", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(copy_of_trt11, SETTINGS, "fp16", device)
+    assert Bundle.open(copy_of_trt11).problems() == []
+    assert not list((copy_of_trt11 / ".staging").glob("*.engine"))
+    build_engines(copy_of_trt11, SETTINGS, "fp16", device)
+    assert calls == ["vision_encoder", "adaptor", "adaptor", "decoder"]
+
+
+def test_what_cannot_be_built(
+    copy_of_trt11: Path,
+    device: Device,
+    tiny_bundle: Bundle,
+    trt10_bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(UserError, match="holds no ONNX for TensorRT; export it with --backend tensorrt"):
+        build_engines(tiny_bundle.folder, device=device)
+    with pytest.raises(UserError, match="holds no ONNX for TensorRT in int3"):
+        build_engines(copy_of_trt11, precision="int3", device=device)
+    with pytest.raises(
+        UserError,
+        match=r"exported for TensorRT 10\.3, here is 11\.4\.1; export it again with --tensorrt 11\.4",
+    ):
+        build_engines(trt10_bundle.folder, device=device)
+    file = copy_of_trt11 / "tensorrt/fp16/adaptor/adaptor.onnx"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match="is damaged: tensorrt/fp16/adaptor/adaptor.onnx has"):
+        build_engines(copy_of_trt11, SETTINGS, "fp16", device)
+    monkeypatch.setattr(on_device, "import_library", lambda name: device.trt)
+    monkeypatch.setattr(on_device, "import_cuda", lambda: FakeCuda(gpus=0))
+    with pytest.raises(
+        UserError,
+        match=r"built on the GPU that runs them, and none can be used here \(CUDA failed in .*InsufficientDriver",
+    ):
+        build_engines(copy_of_trt11)
+
+
+@pytest.mark.parametrize(
+    ("log", "sentence"),
+    [
+        (
+            "Could not find any implementation for node x due to insufficient workspace",
+            "give more than 1 MB by --workspace",
+        ),
+        (
+            "Requested amount of GPU memory could not be allocated",
+            "close other programs, or build with a smaller",
+        ),
+    ],
+)
+def test_what_tensorrt_says_becomes_a_sentence_with_a_remedy(log: str, sentence: str) -> None:
+    from dsvl_export.engines.building import _refusal
+
+    parsed = SimpleNamespace(file="decoder.onnx", errors=lambda: log)
+    assert sentence in _refusal(parsed, EngineSettings(1, workspace_bytes=1_000_000))  # type: ignore[arg-type]
+
+
+def test_the_whole_way_on_a_fake_gpu(
+    jetson: Bundle, rtx: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """build-engine, Pipeline and parity on a machine with a GPU, whose engines compute by ONNX Runtime.
+
+    It proves what this package does with engines (buffers, cache, profiles, graphs, verdicts), not TensorRT.
+    """
+    folder = Path(shutil.copytree(jetson.folder, tmp_path / "bundle"))
+    cuda = FakeCuda(name="Orin", sm=(8, 7))
+    contracts = Bundle.open(folder).manifest.contracts["fp16"]
+    trt = FakeTensorRT(cuda, contracts, version="10.3.0")
+    for module in (on_device, session, backend):
+        monkeypatch.setattr(module, "import_cuda", lambda: cuda)
+        monkeypatch.setattr(module, "import_library", lambda name: trt)
+
+    def build(
+        trt: ModuleType, file: Path, contract: Contract, settings: EngineSettings, engine: Path
+    ) -> None:
+        engine.write_bytes(fake_plan(file, contract.component, settings.capacity))
+
+    monkeypatch.setattr(on_device, "build_engine", build)
+    with pytest.raises(
+        UserError, match="cannot run here: it has no engine yet; run: dsvl-export build-engine"
+    ):
+        Pipeline.open(folder, "tensorrt", "fp16")
+    build_engines(folder, EngineSettings(900), "fp16")
+    result = parity(folder, "tensorrt", "fp16")
+    assert str(result.execution) == "ran on Orin with tensorrt 10.3.0"
+    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert "cudaGraphLaunch" in cuda.names()
+    picture = next((folder / "goldens/images").iterdir())
+    pipeline = Pipeline.open(folder, "tensorrt", "fp16")
+    assert pipeline.capacity == 900  # not the bundle's default, which the engine was not built for
+    answer = pipeline.chat("Describe the picture.", [picture])
+    cpu = Pipeline.open(folder, "tensorrt", "fp16", device="cpu").chat("Describe the picture.", [picture])
+    assert answer.text == cpu.text
+    with pytest.raises(
+        UserError, match="holds 900 tokens, a KV cache of 1000 was asked for; give --capacity 900"
+    ):
+        Pipeline.open(folder, "tensorrt", "fp16", capacity=1000).chat("Describe the picture.", [picture])
+    cuda.sm = (8, 9)
+    with pytest.raises(
+        UserError,
+        match=r"cannot run here: its engine was built for SM 87, here is Orin \(SM 89\); run: dsvl-export build-engine",
+    ):
+        Pipeline.open(folder, "tensorrt", "fp16")
+
+
+def test_build_engine_needs_no_torch(copy_of_trt11: Path) -> None:
+    """On a Jetson there is none; linting and staging run before the GPU is missed."""
+    import subprocess
+
+    code = (
+        "import sys; from dsvl_export import cli; sys.argv = ['dsvl-export', 'build-engine', sys.argv[1]]\n"
+        "try: cli.main()\n"
+        "finally: print([name for name in ('torch', 'transformers', 'calibration') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(copy_of_trt11)], capture_output=True, text=True)
+    assert (
+        done.returncode == 2
+        and done.stderr.strip().startswith("Error: ")
+        and len(done.stderr.strip().splitlines()) == 1
+    )
+    assert done.stdout.strip().endswith("[]")
+
+
+# On a real GPU.
+
+
+@pytest.fixture(scope="session")
+def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Tiny with engines of TensorRT for this machine's GPU."""
+    folder = tmp_path_factory.mktemp("engines") / "bundle"
+    version = ".".join(Device.here().trt.__version__.split(".")[:2])
+    bundle = export("tiny", folder, "tensorrt", ["fp16", "int8"], tensorrt=version)
+    build_engines(bundle.folder)
+    return Bundle.open(folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "int8-fp16"])
+def test_engines_climb_the_ladder_on_the_gpu(engine_bundle: Bundle, precision: str) -> None:
+    """All rungs, taps and held-out questions through TensorRT's own engines."""
+    result = parity(engine_bundle, "tensorrt", precision, task=load_task(HELDOUT), taps=True)
+    assert result.execution.kind == "ran"
+    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+
+
+@pytest.mark.gpu
+def test_engines_answer_as_onnx_runtime_does_on_the_gpus_machine(engine_bundle: Bundle) -> None:
+    picture = next((engine_bundle.folder / "goldens/images").iterdir())
+    answers = {
+        Pipeline.open(engine_bundle, "tensorrt", "fp16", device=device)
+        .chat("Describe the picture.", [picture])
+        .text
+        for device in ("cpu", None)
+    }
+    assert len(answers) == 1
+    assert SessionOptions().device is None
