@@ -1,4 +1,4 @@
-"""Backend ``onnxruntime``: ONNX files through ONNX Runtime."""
+"""Backend ``onnxruntime``: ONNX files through ONNX Runtime, on a CPU or, with ``onnxruntime-gpu``, a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from runtimes.session import Execution, SessionOptions
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact
 
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
+# Devices that can be asked for, and the execution providers that are them.
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+CPU, CUDA = "cpu", "cuda"  # kinds of memory
 DIALECTS = ("ort",)
 
 
@@ -36,7 +42,8 @@ def devices() -> list[str]:
     return [device for device, provider in PROVIDERS.items() if provider in there]
 
 
-def execution(artifact: Artifact) -> Execution:
+def execution(artifact: Artifact, device: str | None = None) -> Execution:
+    device = device or CPU
     if artifact.dialect not in DIALECTS:
         return Execution(
             "not run", f"it is written in the dialect {artifact.dialect}, this release runs {DIALECTS[0]}"
@@ -47,19 +54,25 @@ def execution(artifact: Artifact) -> Execution:
         return Execution("not run", str(error).rstrip("."))
     if artifact.target not in there:
         return Execution("not run", f"it was built for {artifact.target}, here is only {', '.join(there)}")
-    return Execution("ran", f"{artifact.target} with onnxruntime {_import().__version__}")
+    if device not in there:
+        return Execution("not run", f"this ONNX Runtime has no {device}, only {', '.join(there)}")
+    return Execution("ran", f"{device} with onnxruntime {_import().__version__}", device=device)
 
 
 def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
     ort = _import()
-    device = options.device or "cpu"
+    device = options.device or CPU
     provider = PROVIDERS.get(device)
     if provider not in ort.get_available_providers():
-        # ONNX Runtime itself would fall back to the CPU without a word.
+        gpu = "; run: pip install 'dsvl-export[onnxruntime-gpu]'" if provider and device != CPU else ""
         raise UserError(
-            f"This ONNX Runtime cannot run on {device!r}; it has {', '.join(ort.get_available_providers())}."
+            f"This ONNX Runtime cannot run on {device!r};"
+            f" it has {', '.join(ort.get_available_providers())}{gpu}."
         )
-    _check_memory(file, contract)
+    if device == CPU:
+        _check_memory(file, contract)
+    elif hasattr(ort, "preload_dlls"):  # finds CUDA's libraries where pip has put them
+        ort.preload_dlls()
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     # A weight behind DequantizeLinear is multiplied in float; by default activations are rounded to int8.
@@ -67,15 +80,27 @@ def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
     if options.threads:
         settings.intra_op_num_threads = options.threads
     try:
-        session = ort.InferenceSession(str(file), settings, providers=[provider])
+        session = ort.InferenceSession(str(file), settings, providers=_providers(device))
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(f"ONNX Runtime cannot load {file}: {reason}.") from error
+    if session.get_providers()[0] != provider:
+        # It falls back to the CPU without an error where a provider's libraries, driver or GPU are missing.
+        raise UserError(
+            f"ONNX Runtime could not start {provider} and fell back to {session.get_providers()[0]}, which was"
+            " not asked for; mend CUDA and its driver (see its log), or give --device cpu."
+        )
     states = tuple(spec.name for spec in contract.states)
     expected = {spec.name for spec in contract.inputs} | set(states)
     if {item.name for item in session.get_inputs()} != expected:
         raise UserError(f"The inputs of {file} are not those of its contract; export it again.")
     return session
+
+
+def _providers(device: str) -> list[str]:
+    """What a device's session may use; TensorRT leaves to CUDA what it does not take."""
+    chain = {"cpu": ["cpu"], "cuda": ["cuda"], "tensorrt": ["tensorrt", "cuda"]}[device]
+    return [PROVIDERS[name] for name in chain]
 
 
 def _check_memory(file: Path, contract: Contract) -> None:
@@ -98,7 +123,8 @@ def open_component(file: Path, contract: Contract, options: SessionOptions) -> O
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> OrtDecoder:
-    return OrtDecoder(_open(file, contract, options), contract)
+    memory = CPU if options.device in (None, CPU) else CUDA
+    return OrtDecoder(_open(file, contract, options), contract, memory)
 
 
 class OrtComponent:
@@ -121,7 +147,68 @@ class OrtComponent:
 class OrtCache(KVCache):
     """A cache with the binding that ties its memory to the session's inputs and outputs."""
 
+    memory = CPU
     binding: Any = None
+
+
+class OrtDeviceCache(OrtCache):
+    """The same in a device's memory; ``arrays`` are copies on the host.
+
+    Args:
+        values: OrtValues ``[rows, Hkv, capacity, Dh]`` to use, of which this cache has ``batch`` rows from
+            ``first_row`` on; None allocates zeros.
+    """
+
+    def __init__(
+        self,
+        specs: tuple[TensorSpec, ...],
+        batch: int,
+        capacity: int,
+        memory: str,
+        values: list[Any] | None = None,
+        first_row: int = 0,
+    ) -> None:
+        self.specs, self.batch, self.capacity, self.memory = specs, batch, capacity, memory
+        self.lengths = np.zeros(batch, dtype=np.int64)
+        sizes = {"batch": batch, "capacity": capacity}
+        self._first_row = first_row
+        self._values = values or [self._value(spec.allocate(sizes)) for spec in specs]
+
+    def _value(self, array: np.ndarray) -> Any:
+        return _import().OrtValue.ortvalue_from_numpy(array, self.memory, 0)
+
+    @property
+    def arrays(self) -> list[np.ndarray]:  # type: ignore[override]
+        rows = slice(self._first_row, self._first_row + self.batch)
+        return [value.numpy()[rows].copy() for value in self._values]
+
+    @property
+    def addresses(self) -> list[int]:
+        found = []
+        for spec, value in zip(self.specs, self._values, strict=True):
+            _, *row = value.shape()
+            size = int(np.prod(row)) * np.dtype(spec.dtype).itemsize
+            found.append(value.data_ptr() + self._first_row * size)
+        return found
+
+    def fork(self) -> OrtDeviceCache:
+        values = [self._value(array) for array in self.arrays]
+        copy = OrtDeviceCache(self.specs, self.batch, self.capacity, self.memory, values)
+        copy.lengths[:] = self.lengths
+        return copy
+
+    def row(self, index: int) -> OrtDeviceCache:
+        first = self._first_row + index
+        view = OrtDeviceCache(self.specs, 1, self.capacity, self.memory, self._values, first)
+        view.lengths = self.lengths[index : index + 1]
+        return view
+
+    def _write(self, states: list[np.ndarray]) -> None:
+        rows = slice(self._first_row, self._first_row + self.batch)
+        for value, part in zip(self._values, states, strict=True):
+            whole = value.numpy().copy()
+            whole[rows, :, : part.shape[2]] = part
+            value.update_inplace(whole)
 
 
 class OrtDecoder:
@@ -131,14 +218,16 @@ class OrtDecoder:
     rows has them copied to their places after the step.
     """
 
-    def __init__(self, session: Any, contract: Contract) -> None:
-        self.contract, self._session = contract, session
+    def __init__(self, session: Any, contract: Contract, memory: str = CPU) -> None:
+        self.contract, self._session, self._memory = contract, session, memory
         self.tapped: Mapping[str, np.ndarray] = {}
         outputs = {item.name for item in session.get_outputs()}
         appended = [appended_state(spec) for spec in contract.states]
         self._appended = [spec for spec in appended if spec.name in outputs]
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
+        if self._memory != CPU:
+            return OrtDeviceCache(self.contract.states, batch, capacity, self._memory)
         return OrtCache(self.contract.states, batch, capacity)
 
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
@@ -178,12 +267,15 @@ class OrtDecoder:
         return logits
 
     def _bind_states(self, cache: OrtCache) -> Any:
+        """Bind the cache where it lies; the cache keeps its memory alive."""
         binding = self._session.io_binding()
-        for spec, array in zip(self.contract.states, cache.arrays, strict=True):
-            spec.check(array)
-            _bind(binding.bind_input, spec, array)
+        sizes = {"batch": cache.batch, "capacity": cache.capacity}
+        for spec, address in zip(self.contract.states, cache.addresses, strict=True):
+            shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
+            place = (cache.memory, 0, np.dtype(spec.dtype), shape, address)
+            binding.bind_input(spec.name, *place)
             if not self._appended:
-                _bind(binding.bind_output, updated_state(spec), array)
+                binding.bind_output(updated_state(spec).name, *place)
         return binding
 
 

@@ -79,8 +79,8 @@ class Pipeline:
             bundle.check([*paths, manifest.token_embedding, "tokenizer/tokenizer.json"])
         module, options = load_backend(backend), SessionOptions(threads, device)
         for artifact in artifacts.values():
-            state = module.execution(artifact)
-            if state.kind == "not run" and device != "cpu":
+            state = module.execution(artifact, device)
+            if state.kind == "not run":
                 raise UserError(f"{backend} {precision} of {bundle.folder} cannot run here: {state.by}.")
         contracts = manifest.contracts[precision]
         files = {part: bundle.path(artifact.files[0]) for part, artifact in artifacts.items()}

@@ -96,8 +96,12 @@ class Backend(Protocol):
         """
         ...
 
-    def execution(self, artifact: Artifact) -> Execution:
-        """What can be done here with an artifact, judged by what the manifest says of it."""
+    def execution(self, artifact: Artifact, device: str | None = None) -> Execution:
+        """What can be done here with an artifact on a device, judged by what the manifest says of it.
+
+        Args:
+            device: one of ``devices()``; None is the backend's own.
+        """
         ...
 
     def open_component(self, file: Path, contract: Contract, options: SessionOptions) -> ComponentSession: ...

@@ -19,8 +19,8 @@ def devices() -> list[str]:
     return backend.devices(LIBRARY)
 
 
-def execution(artifact: Artifact) -> Execution:
-    return backend.execution(LIBRARY, artifact)
+def execution(artifact: Artifact, device: str | None = None) -> Execution:
+    return backend.execution(LIBRARY, artifact, device)
 
 
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:

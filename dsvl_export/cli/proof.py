@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from dsvl_export.cli.app import app
-from dsvl_export.cli.options import Backend, BundleFolder, Json, Precision, Taps, Task, Threads, Tolerances
+from dsvl_export.cli.options import (
+    Backend,
+    BundleFolder,
+    Device,
+    Json,
+    Precision,
+    Taps,
+    Task,
+    Threads,
+    Tolerances,
+)
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +52,7 @@ def parity(
     ] = None,
     tolerances: Tolerances = None,
     report: ReportFolder = None,
+    device: Device = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -71,6 +82,7 @@ def parity(
             live=live,
             tolerances=table,
             threads=threads,
+            device=device,
             on_step=on_step,
         )
 

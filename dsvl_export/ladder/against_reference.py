@@ -40,6 +40,7 @@ def parity(
     live: str | None = None,
     tolerances: dict[str, Tolerance] | None = None,
     threads: int | None = None,
+    device: str | None = None,
     on_step: OnStep = silent,
 ) -> ParityResult:
     """Compare a bundle's artifacts with the reference. Needs no torch, unless ``live``.
@@ -51,6 +52,7 @@ def parity(
         taps: locate drift in every component, not only where a rung failed.
         live: a checkpoint to compute the reference from, with torch, instead of the recorded goldens.
         tolerances: from ``load_tolerances``; None takes the shipped table.
+        device: what to run on; None is the backend's own, or what can stand for it here.
         on_step: called with what is being done, how much of it is done, and of how much.
 
     Raises:
@@ -63,7 +65,7 @@ def parity(
     if tolerance is None:
         raise UserError(f"There is no tolerance for the precision {precision!r}; give one by --tolerances.")
     reference = f"torch fp32, live from {live}" if live else "torch fp32, recorded in the bundle"
-    result = ParityResult(backend, precision, execution(bundle, backend, precision), reference)
+    result = ParityResult(backend, precision, execution(bundle, backend, precision, device), reference)
     result.tolerance, result.overridden = tolerance, tolerance != tolerance_for(shipped, bundle, precision)
     if not result.execution.judgeable:
         return result
@@ -90,11 +92,11 @@ def parity(
     return result
 
 
-def execution(bundle: Bundle, backend: str, precision: str) -> Execution:
+def execution(bundle: Bundle, backend: str, precision: str, device: str | None = None) -> Execution:
     """What can be done here with a backend's artifacts: the least that holds for all components."""
     module = load_backend(backend)
     artifacts = [a for a in bundle.manifest.artifacts if (a.backend, a.precision) == (backend, precision)]
-    return weakest(module.execution(artifact) for artifact in artifacts)
+    return weakest(module.execution(artifact, device) for artifact in artifacts)
 
 
 def weakest(executions: Iterable[Execution]) -> Execution:

@@ -180,7 +180,7 @@ class ParityResult:
     def tie_noise(self, measured_noise: float) -> float:
         """The noise below which a changed first choice is a tie."""
         assert self.tolerance
-        return max(self.tolerance.noise, measured_noise)
+        return self.tolerance.tie_factor * max(self.tolerance.noise, measured_noise)
 
     @property
     def verdict(self) -> str:

@@ -26,6 +26,7 @@ class Tolerance:
     ceiling: float
     floor: float
     drift_factor: float
+    tie_factor: float
     task_accuracy: float
     generated_length: float
     rungs: Mapping[str, float] = field(default_factory=dict)

@@ -41,8 +41,8 @@ def devices(library: str) -> list[str]:
         return onnxruntime.devices()
 
 
-def execution(library: str, artifact: Artifact) -> Execution:
-    gpu = find_gpu()
+def execution(library: str, artifact: Artifact, device: str | None = None) -> Execution:
+    gpu = find_gpu() if device != "cpu" else None
     if gpu is None:
         return _simulated(library, artifact)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from reference.checkpoint import open_checkpoint
@@ -10,6 +12,7 @@ from reference.trace import component_contract
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.engines.session import EngineDecoder
+from runtimes.onnxruntime import OrtDeviceCache
 from runtimes.session import DecoderSession, SessionOptions
 from tests.runtimes.fake_cuda import loaded
 
@@ -19,6 +22,7 @@ SESSIONS = (
     "torch torch fp32",
     "onnxruntime ort fp32",
     "onnxruntime ort fp16",
+    "onnxruntime-values ort fp32",
     "onnxruntime trt11 fp32",
     "onnxruntime trt11 fp16",
     "onnxruntime trt10 fp32",
@@ -26,6 +30,7 @@ SESSIONS = (
     "engine-on-a-fake-gpu trt11 fp16",
     "engine-on-a-fake-gpu trt10 fp32",
     pytest.param("gpu trt11 fp16", marks=pytest.mark.gpu),
+    pytest.param("onnxruntime-cuda ort fp16", marks=pytest.mark.gpu),
 )
 
 
@@ -48,6 +53,10 @@ def decoder(request: pytest.FixtureRequest, tiny_bundle: Bundle) -> DecoderSessi
     backend = "onnxruntime" if dialect == "ort" else "tensorrt"
     file = bundle.path(bundle.artifact("decoder", backend, precision).files[0])
     contract = bundle.manifest.contracts[precision]["decoder"]
-    if runner == "onnxruntime":
-        return load_backend(runner).open_decoder(file, contract, SessionOptions())
+    if runner.startswith("onnxruntime"):
+        device = "cuda" if runner == "onnxruntime-cuda" else None
+        opened = load_backend("onnxruntime").open_decoder(file, contract, SessionOptions(device=device))
+        if runner == "onnxruntime-values":  # the cache that a GPU has, in the CPU's memory
+            opened.new_cache = partial(OrtDeviceCache, contract.states, memory="cpu")  # type: ignore[method-assign]
+        return opened
     return EngineDecoder(loaded(file, contract, ENGINE_CAPACITY), contract)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,17 +147,28 @@ def test_cache_is_written_in_place(decoder: DecoderSession) -> None:
     assert cache.addresses == addresses
 
 
+class RecordingBinding:
+    """ONNX Runtime's binding, with the names that were bound."""
+
+    def __init__(self, binding: Any, bound: list[str]) -> None:
+        self._binding, self._bound = binding, bound
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._binding, name)
+        if not name.startswith("bind"):
+            return found
+        return lambda tensor, *rest: self._bound.append(tensor) or found(tensor, *rest)
+
+
 def test_onnxruntime_binds_the_cache_once(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     from runtimes import onnxruntime as backend
 
     bound: list[str] = []
-    bind = backend._bind
-    monkeypatch.setattr(
-        backend, "_bind", lambda call, spec, array: (bound.append(spec.name), bind(call, spec, array))
-    )
     file = tiny_bundle.path(tiny_bundle.artifact("decoder", "onnxruntime", "fp32").files[0])
     contract = tiny_bundle.manifest.contracts["fp32"]["decoder"]
     session = backend.open_decoder(file, contract, SessionOptions())
+    make = session._session.io_binding
+    monkeypatch.setattr(session._session, "io_binding", lambda: RecordingBinding(make(), bound))
     cache = session.new_cache(1, CAPACITY)
     for step in range(20):
         session.decode(embeds(session, 1, 1, seed=step), np.array([0]), cache)

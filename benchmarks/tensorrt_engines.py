@@ -1,0 +1,183 @@
+"""Engines at the released widths, built without a GPU: time, peak memory, bytes, and the ladder.
+
+    python benchmarks/tensorrt_engines.py widths WORK    # both variants, reduced depth, with the ladder
+    python benchmarks/tensorrt_engines.py full WORK      # the 1.3B's whole shape, fp16 and int4
+
+Checkpoints have random weights (``make_checkpoint.py``). Every build is a process of its own, so that its
+peak memory is its own. Prints Markdown tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from make_checkpoint import config_of, write
+
+CAPACITY = 1024
+FOUR_BIT = "base: fp16\nrules:\n- {layers: 'decoder.*', kind: linear, precision: int4-g128}\n"
+
+
+def _measured(work: Any, *arguments: Any) -> dict[str, Any]:
+    """Run in a process of its own; its result with seconds and peak resident memory."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(sender, work, arguments))
+    process.start()
+    sender.close()
+    try:
+        found: dict[str, Any] = receiver.recv()
+    except EOFError:
+        process.join()
+        raise SystemExit(f"{work.__name__}{arguments} ended with {process.exitcode}") from None
+    process.join()
+    return found
+
+
+def _cost(found: dict[str, Any]) -> str:
+    return f"{found['seconds']:.0f} s, peak {found['peak'] / 1e9:.1f} GB"
+
+
+def _report(sender: Any, work: Any, arguments: Any) -> None:
+    started = time.perf_counter()
+    result = work(*arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sender.send({"result": result, "seconds": time.perf_counter() - started, "peak": peak})
+
+
+def export_onnx(
+    checkpoint: Path, bundle: Path, precision: str, scales: Path | None, goldens: bool
+) -> dict[str, Any]:
+    """The ONNX files alone, for TensorRT 11; the engines are built and measured apart."""
+    from dsvl_export.exporting import export
+
+    made = export(
+        checkpoint,
+        bundle,
+        "tensorrt",
+        [precision],
+        goldens,
+        scales=scales,
+        tensorrt="11.4",
+        capacity=CAPACITY,
+    )
+    _, name = made.select("tensorrt", Path(precision).stem if precision.endswith(".yaml") else precision)
+    return {"precision": name}
+
+
+def build(bundle: Path, precision: str, component: str, sm: int) -> dict[str, int]:
+    """One engine of TensorRT-RTX."""
+    import tensorrt_rtx
+
+    from dsvl_export.engines.building import EngineSettings, build_engine
+    from runtimes.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    artifact = opened.artifact(component, "tensorrt", precision)
+    file = opened.path(artifact.files[0])
+    engine = bundle.parent / f"{component}.engine"
+    settings = EngineSettings(CAPACITY, compute_capabilities=(sm,))
+    build_engine(tensorrt_rtx, file, opened.manifest.contracts[precision][component], settings, engine)
+    stored = sum(opened.manifest.files[name].bytes for name in artifact.files)
+    size = engine.stat().st_size
+    engine.unlink()
+    return {"onnx": stored, "engine": size}
+
+
+def climb(bundle: Path, precision: str) -> dict[str, Any]:
+    """The ladder of the same files in ONNX Runtime."""
+    from dsvl_export.ladder import parity
+
+    result = parity(bundle, "tensorrt", precision)
+    errors = {rung.name: rung.errors.relative_rms for rung in result.rungs if rung.errors}
+    return {
+        "verdict": result.verdict,
+        "errors": errors,
+        "rungs": [str(r) for r in result.rungs if r.state == "failed"],
+    }
+
+
+def calibrated(checkpoint: Path, folder: Path) -> None:
+    from dsvl_export.calibrating import CalibrationOptions, calibrate
+    from reference.checkpoint import open_checkpoint
+
+    calibrate(open_checkpoint(str(checkpoint)), folder, CalibrationOptions(samples=4, rows=0))
+
+
+def builds(bundle: Path, precision: str, sm: int) -> None:
+    for component in ("vision_encoder", "adaptor", "decoder"):
+        found = _measured(build, bundle, precision, component, sm)
+        sizes = found["result"]
+        print(
+            f"| {precision} | {component} | {sm} | {sizes['onnx'] / 1e6:.0f} | {sizes['engine'] / 1e6:.0f} |"
+            f" {found['seconds']:.0f} | {found['peak'] / 1e9:.1f} |",
+            flush=True,
+        )
+
+
+HEAD = (
+    "| precision | component | SM | ONNX, MB | engine, MB | seconds | peak RSS, GB |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
+def widths(work: Path) -> None:
+    """Both variants at full width and 2 layers, a small vocabulary, in every precision, with the ladder."""
+    for size in ("1.3b", "7b"):
+        checkpoint = work / f"{size}-narrow"
+        if not checkpoint.exists():
+            write(config_of(size, 2, 3, 1031), checkpoint)
+        scales = work / f"{size}-scales"
+        if not scales.exists():
+            print(f"calibrated in {_measured(calibrated, checkpoint, scales)['seconds']:.0f} s", flush=True)
+        plan = work / "four-bit.yaml"
+        plan.write_text(FOUR_BIT)
+        for asked in ("fp16", "int8", "fp8", str(plan)):
+            bundle = work / f"{size}-bundle"
+            found = _measured(
+                export_onnx, checkpoint, bundle, asked, scales if asked in ("int8", "fp8") else None, True
+            )
+            precision = found["result"]["precision"]
+            print(f"\n{size}, {precision}: exported in {_cost(found)}\n\n{HEAD}")
+            builds(bundle, precision, 89)
+            proof = _measured(climb, bundle, precision)
+            print(f"\nLadder: {json.dumps(proof['result'])} in {_cost(proof)}", flush=True)
+
+
+def full(work: Path) -> None:
+    """The 1.3B's whole shape in fp16 and with a 4-bit decoder."""
+    checkpoint = work / "1.3b"
+    if not checkpoint.exists():
+        started = time.perf_counter()
+        total = write(config_of("1.3b", None, None, None), checkpoint)
+        print(f"Checkpoint: {total / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s", flush=True)
+    plan = work / "four-bit.yaml"
+    plan.write_text(FOUR_BIT)
+    for asked in ("fp16", str(plan)):
+        bundle = work / "1.3b-bundle"
+        found = _measured(export_onnx, checkpoint, bundle, asked, None, False)
+        precision = found["result"]["precision"]
+        print(f"\n{precision}: exported in {_cost(found)}\n\n{HEAD}")
+        builds(bundle, precision, 89)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("widths", "full"))
+    parser.add_argument("work", type=Path)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    {"widths": widths, "full": full}[given.what](given.work)
+
+
+if __name__ == "__main__":
+    main()
