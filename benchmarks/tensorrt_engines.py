@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from make_checkpoint import config_of, write
 
 CAPACITY = 1024
+LAYERS, VISION_LAYERS = 1, 2  # of SAM, one in windows and one global
 FOUR_BIT = "base: fp16\nrules:\n- {layers: 'decoder.*', kind: linear, precision: int4-g128}\n"
 
 
@@ -128,12 +129,12 @@ HEAD = (
 )
 
 
-def widths(work: Path) -> None:
-    """Both variants at full width and 2 layers, a small vocabulary, in every precision, with the ladder."""
-    for size in ("1.3b", "7b"):
+def widths(work: Path, sizes: list[str]) -> None:
+    """Variants at full width and small depth, with a small vocabulary, in every precision, with the ladder."""
+    for size in sizes:
         checkpoint = work / f"{size}-narrow"
         if not checkpoint.exists():
-            write(config_of(size, 2, 3, 1031), checkpoint)
+            write(config_of(size, LAYERS, VISION_LAYERS, 1031), checkpoint)
         scales = work / f"{size}-scales"
         if not scales.exists():
             print(f"calibrated in {_measured(calibrated, checkpoint, scales)['seconds']:.0f} s", flush=True)
@@ -151,7 +152,7 @@ def widths(work: Path) -> None:
             print(f"\nLadder: {json.dumps(proof['result'])} in {_cost(proof)}", flush=True)
 
 
-def full(work: Path) -> None:
+def full(work: Path, sizes: list[str]) -> None:
     """The 1.3B's whole shape in fp16 and with a 4-bit decoder."""
     checkpoint = work / "1.3b"
     if not checkpoint.exists():
@@ -174,9 +175,10 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("widths", "full"))
     parser.add_argument("work", type=Path)
+    parser.add_argument("sizes", nargs="*", default=["1.3b", "7b"], help="for widths: 1.3b, 7b")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    {"widths": widths, "full": full}[given.what](given.work)
+    {"widths": widths, "full": full}[given.what](given.work, given.sizes)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from runtimes.memory import available_memory
 # Distributions whose versions decide what works here.
 PACKAGES = (
     "torch", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx",
+    "cuda-python", "cuda-bindings",
     "coremltools", "coreai-core", "coreai-torch", "executorch", "optimum", "optimum-onnx", "transformers",
     "numpy", "pillow", "tokenizers", "safetensors",
 )  # fmt: skip

@@ -87,8 +87,8 @@ def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
     if session.get_providers()[0] != provider:
         # It falls back to the CPU without an error where a provider's libraries, driver or GPU are missing.
         raise UserError(
-            f"ONNX Runtime could not start {provider} and fell back to {session.get_providers()[0]}, which was"
-            " not asked for; mend CUDA and its driver (see its log), or give --device cpu."
+            f"ONNX Runtime could not start {provider} and fell back to {session.get_providers()[0]},"
+            " which was not asked for; mend CUDA and its driver (see its log), or give --device cpu."
         )
     states = tuple(spec.name for spec in contract.states)
     expected = {spec.name for spec in contract.inputs} | set(states)
