@@ -130,7 +130,7 @@ HEAD = (
 
 
 def widths(work: Path, sizes: list[str]) -> None:
-    """Variants at full width and small depth, with a small vocabulary, in every precision, with the ladder."""
+    """Full width, small depth and vocabulary, every precision, with the ladder."""
     for size in sizes:
         checkpoint = work / f"{size}-narrow"
         if not checkpoint.exists():

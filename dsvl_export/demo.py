@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dsvl_export import display
 from dsvl_export.exporting import ExportProgress, export
-from dsvl_export.ladder import parity
+from dsvl_export.ladder import ParityResult, parity
 from dsvl_export.records import record_verdict
 from dsvl_export.report.document import make_document
 from reference.tiny import HELDOUT
@@ -63,11 +64,21 @@ def run_demo(output: Path, as_json: bool) -> bool:
             answers.append({"picture": str(picture), "question": question, "answer": text})
     say("\n3. Prove that every stage computes what the PyTorch reference computes")
     questions = load_task(HELDOUT)
-    results = [parity(bundle, "onnxruntime", each, task=questions, taps=True) for each in ("fp32", "fp16")]
-    for result in results:
+    results: list[ParityResult] = []
+
+    def prove(backend: str, precision: str) -> None:
+        result = parity(bundle, backend, precision, task=questions, taps=True)
+        results.append(result)
         page = record_verdict(bundle, result)
         display.print_parity(result, console)
         say(f"   Report: {page}")
+
+    for precision in ("fp32", "fp16"):
+        prove("onnxruntime", precision)
+    if find_spec("tensorrt_rtx"):
+        say("\n4. Build INT8 engines for NVIDIA GPUs from the same programs, without a GPU, and prove them")
+        bundle = export("tiny", folder, "tensorrt_rtx", ("int8",), report=report)
+        prove(*bundle.select("tensorrt_rtx", "int8"))
     say("\nNext")
     say(f'   dsvl-export run {folder} --image {output}/pictures/0.png --prompt "Describe the picture."')
     say(f"   dsvl-export chat {folder} --image {output}/pictures/0.png")
