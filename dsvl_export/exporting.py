@@ -105,7 +105,7 @@ def export(
     longest = source.config.decoder.max_positions
     if capacity is not None and not 1 <= capacity <= longest:
         raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {capacity}.")
-    capacity = capacity or min(longest, MAX_DEFAULT_CAPACITY)
+    capacity = capacity or _known_capacity(Path(output).expanduser()) or min(longest, MAX_DEFAULT_CAPACITY)
     device = find_target(target) if target else None
     for plan in plans:
         check_plan(backend, compiler, plan, source.config)
@@ -154,6 +154,11 @@ def record_reference(
     requests = golden_requests(chain.tokenizer.spec.system_prompt)
     positions = source.config.decoder.max_positions
     record_goldens(chain, requests, folder, source.digest, positions, on_step, partial(take_all_taps, tapped))
+
+
+def _known_capacity(folder: Path) -> int | None:
+    """That of the bundle that is extended, if it is one."""
+    return Bundle.open(folder).manifest.default_capacity if (folder / MANIFEST).exists() else None
 
 
 def _check_same_checkpoint(staging: Staging, source: Checkpoint) -> None:
@@ -302,6 +307,7 @@ class _Run:
                 tuple(f"{name}/{file.name}" for file in compiled.files),
                 {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
                 replace(engine, file=f"{name}/{engine.file}") if engine else None,
+                plan.base,
             )  # fmt: skip
             return {"artifact": asdict(artifact), "rests_on": self._rests_on(plan.name)}
 

@@ -59,6 +59,17 @@ class Staging:
         if not self._record_file.exists():
             write_json(self._record_file, self._stages)
 
+    def bundle(self) -> Bundle:
+        """The bundle in the folder, also where its manifest is away since what changed it was cut off.
+
+        Raises:
+            UserError: there is none.
+        """
+        if (self.folder / MANIFEST).exists() or not self._previous_file.exists():
+            return Bundle.open(self.folder)
+        where = str(self._previous_file)
+        return Bundle(self.folder, Manifest.from_dict(read_json(self._previous_file), where))
+
     def _take_lock(self) -> None:
         self._lock = (self._work / "lock").open("w")
         try:

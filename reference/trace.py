@@ -24,13 +24,19 @@ from reference.vision import Adaptor, VisionEncoder
 from runtimes.contracts import Contract, TensorSpec
 
 TRACED_COMPONENTS = ("vision_encoder", "adaptor", "decoder")
-PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# numpy has no bfloat16: components that compute in it take and give float32, and keep keys and values in
+# float16, which has more digits and range enough for them.
+BORDER_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "float32"}
+FLOAT_CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "float16"}
 CACHE_DTYPES = {"int8": "int8", "fp8": "uint8"}  # numpy has no float8: its bits
 
 
 @dataclass(frozen=True)
 class TracedComponent:
     """A component's program and the contract it was traced under.
+
+    In bf16 the program's floats are bfloat16 where the contract says float32; compilers cast at the border.
 
     The program's user inputs are the contract's inputs, then its states, in order;
     ``reference.taps.tap_nodes`` finds the taps in it.
@@ -44,12 +50,12 @@ class TracedComponent:
 def component_contract(
     config: ModelConfig, component: str, precision: str, kv_cache: str = "float"
 ) -> Contract:
-    """Contract of a component; activations and states have the precision's dtype, logits float32.
+    """Contract of a component; its dtypes are those of the tables above, logits float32.
 
     Args:
         kv_cache: ``float``, or the precision of a quantized cache.
     """
-    dtype = str(PRECISION_DTYPES[precision]).removeprefix("torch.")
+    dtype = BORDER_DTYPES[precision]
     vision, decoder = config.vision, config.decoder
     side, tokens = vision.image_size, vision.image_tokens
     low = TensorSpec("low_features", dtype, ("batch", tokens, vision.siglip.width), "SigLIP features")
@@ -85,7 +91,7 @@ def component_contract(
         tuple(
             TensorSpec(
                 f"{kind}_cache_{layer}",
-                CACHE_DTYPES.get(kv_cache, dtype),
+                CACHE_DTYPES.get(kv_cache, FLOAT_CACHE_DTYPES[precision]),
                 cache_shape,
                 f"{kind}s of layer {layer}",
             )
@@ -135,7 +141,7 @@ def trace(
     sizes = {"batch": 2, "sequence": 5, "rows": 3, "capacity": 37}
     dims = {name: Dim(name) for name in sizes}
     with mode, torch.no_grad():
-        inputs = [_example(spec, sizes) for spec in contract.inputs]
+        inputs = [_example(spec, sizes, PRECISION_DTYPES[precision]) for spec in contract.inputs]
         states = [_example(spec, sizes) for spec in contract.states]
         shapes: list[Any] = [_dynamic(spec, dims) for spec in contract.inputs]
         if component == "decoder":
@@ -156,9 +162,11 @@ def _fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
             setattr(owner, name, nn.Parameter(fake, requires_grad=False))
 
 
-def _example(spec: TensorSpec, sizes: dict[str, int]) -> Tensor:
+def _example(spec: TensorSpec, sizes: dict[str, int], computes_in: torch.dtype | None = None) -> Tensor:
+    """A tensor of a spec; floats in the dtype that the program computes in, where one is given."""
     shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
-    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return torch.zeros(shape, dtype=computes_in if computes_in and dtype.is_floating_point else dtype)
 
 
 def _dynamic(spec: TensorSpec, dims: dict[str, Any]) -> dict[int, Any]:

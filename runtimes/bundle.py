@@ -38,7 +38,7 @@ class Engine:
 
     Args:
         sm: compute capabilities that it runs on.
-        gpu, driver: of the machine that built it; empty where none was needed.
+        gpu, driver, platform: of the machine that built it; empty where no GPU was needed.
         tensorrt: version of the library that built it.
         capacity, max_batch: of the KV cache, and rows that decode together.
         options: names of what else it was built with, as ``version-compatible``.
@@ -52,6 +52,7 @@ class Engine:
     capacity: int
     max_batch: int
     options: tuple[str, ...] = ()
+    platform: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Artifact:
     files: tuple[str, ...]
     tools: dict[str, str]
     engine: Engine | None = None
+    base: str = "fp32"  # what is not quantized computes in this
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Artifact:

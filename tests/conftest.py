@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from dsvl_export.engines.on_device import Device, build_engines
 from dsvl_export.exporting import export
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.model import DeepSeekVL
@@ -25,8 +26,9 @@ torch.manual_seed(0)
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked ``gpu`` run wherever TensorRT and a GPU are."""
-    if item.get_closest_marker("gpu") and find_gpu() is None:
-        pytest.skip("needs an NVIDIA GPU with TensorRT: it would prove the engines' own numbers")
+    gpu, reason = find_gpu() if item.get_closest_marker("gpu") else (None, "")
+    if item.get_closest_marker("gpu") and gpu is None:
+        pytest.skip(f"it would prove the numbers on a GPU itself, but {reason}")
 
 
 __all__ = ["random_calibrated", "tiny_calibrated"]  # fixtures that several packages share
@@ -82,6 +84,17 @@ def trt10_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint's ONNX for the TensorRT 10.3 of JetPack 6; tests must not change it."""
     folder = tmp_path_factory.mktemp("trt10") / "bundle"
     return export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="10.3", capacity=256)
+
+
+@pytest.fixture(scope="session")
+def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Tiny with engines of TensorRT for this machine's GPU, in the dialect of this machine's TensorRT."""
+    pytest.importorskip("tensorrt", reason="TensorRT is not installed here")
+    folder = tmp_path_factory.mktemp("engines") / "bundle"
+    version = ".".join(Device.here().trt.__version__.split(".")[:2])
+    bundle = export("tiny", folder, "tensorrt", ["fp16", "int8"], tensorrt=version)
+    build_engines(bundle.folder)
+    return Bundle.open(folder)
 
 
 @pytest.fixture

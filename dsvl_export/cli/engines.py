@@ -103,10 +103,11 @@ def build_engine(
     """
     from dsvl_export import display
     from dsvl_export.engines.building import EngineSettings
-    from dsvl_export.engines.on_device import build_engines
+    from dsvl_export.engines.on_device import build_engines, longest_golden
+    from dsvl_export.staging import Staging
     from runtimes.bundle import Bundle
 
-    opened = Bundle.open(bundle)
+    opened = Staging(bundle).bundle()
     settings = EngineSettings(
         capacity=capacity or opened.manifest.default_capacity,
         max_batch=max_batch,
@@ -117,6 +118,12 @@ def build_engine(
         weight_streaming=weight_streaming,
         dla_core=dla_core,
     )
+    needed = longest_golden(opened)
+    if needed > settings.capacity:
+        display.err.print(
+            f"[yellow]parity needs a capacity of {needed} for the bundle's longest golden,"
+            f" not {settings.capacity}.[/]"
+        )
     with display.step_bar("build-engine") as on_step:
         built = build_engines(bundle, settings, precision, on_step=on_step)
     if as_json:

@@ -13,7 +13,7 @@ import onnx
 from packaging.version import InvalidVersion, Version
 
 from dsvl_export.compilers import Compiled, CompileOptions
-from dsvl_export.linter import Release, lint
+from dsvl_export.linter import Release, refuse
 from dsvl_export.onnx_graph.check import check_file
 from dsvl_export.onnx_graph.debug import debug_build
 from runtimes.errors import UserError
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from dsvl_export.onnx_graph.context import Dialect
     from reference.trace import TracedComponent
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "bf16")
 LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # KVCacheUpdate takes float caches alone
 RECIPE_BASE = "fp16"
 LATEST = "11.4"
 OLDEST = Version("10.3")
-TRT11_SINCE = Version("10.15")  # RotaryEmbedding, RMSNormalization and TensorScatter import since then
+EXTERNAL_ABOVE = (
+    64 << 20
+)  # bytes of weights; larger ones lie beside the graph, so that a board need not hold them
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
 
 
@@ -50,13 +52,11 @@ def tensorrt_version(options: CompileOptions) -> Version:
         version = Version(text)
     except InvalidVersion as error:
         raise UserError(f"{text!r} is no version of TensorRT; write it as 10.3.") from error
-    if version < OLDEST:
-        raise UserError(f"TensorRT {text} is too old; {OLDEST} (JetPack 6) is the oldest that is supported.")
+    oldest = min(map(Version, there), default=OLDEST)
+    if version < oldest:
+        where = f" for {options.target.device}" if options.target else ""
+        raise UserError(f"TensorRT {text} is too old{where}; {oldest} is the oldest that is supported.")
     return version
-
-
-def dialect_name(version: Version) -> str:
-    return "trt11" if version >= TRT11_SINCE else "trt10"
 
 
 def make_dialect(name: str, traced: TracedComponent) -> Dialect:
@@ -79,19 +79,11 @@ def compile_component(
         ValueError: the written file breaks the contract.
         UserError: that TensorRT, or the target's GPU, cannot take it.
     """
-    version = tensorrt_version(options)
-    dialect = dialect_name(version)
-    files = write_onnx(traced, load, folder, on_bytes, dialect)
-    refuse_findings(files[0], Release(version, options.target.sm if options.target else None))
-    return Compiled(tuple(files), _target(options), dialect, {"onnx": onnx.__version__, "for": str(version)})
-
-
-def refuse_findings(file: Path, release: Release) -> None:
-    """Raise UserError where TensorRT would refuse a file or change its meaning; the first reason is named."""
-    harmful = [finding for finding in lint(file, release) if finding.harmful]
-    if harmful:
-        gpu = f" on SM {release.sm}" if release.sm else ""
-        raise UserError(f"TensorRT {release.version}{gpu} would not build {file.name}: {harmful[0]}")
+    release = Release(tensorrt_version(options), options.target.sm if options.target else None)
+    files = write_onnx(traced, load, folder, on_bytes, release.dialect)
+    refuse(files[0], release)
+    tools = {"onnx": onnx.__version__, "for": str(release.version)}
+    return Compiled(tuple(files), _target(options), release.dialect, tools)
 
 
 def write_onnx(
@@ -108,7 +100,7 @@ def write_onnx(
 
     form = make_dialect(dialect, traced)
     file = folder / f"{traced.contract.component}.onnx"
-    files = write_model(lower(traced, load, form), file, on_bytes)
+    files = write_model(lower(traced, load, form), file, on_bytes, EXTERNAL_ABOVE)
     check_file(file, traced.contract, form.state_output)
     return files
 

@@ -10,9 +10,9 @@ import onnx
 import tensorrt_rtx
 
 from dsvl_export.compilers import Compiled, CompileOptions
-from dsvl_export.compilers.tensorrt import artifact_bytes, refuse_findings, write_onnx
+from dsvl_export.compilers.tensorrt import artifact_bytes, write_onnx
 from dsvl_export.engines.building import EngineSettings, build_engine
-from dsvl_export.linter import Release
+from dsvl_export.linter import Release, refuse
 from dsvl_export.onnx_graph.debug import debug_build
 from runtimes.bundle import Engine
 from runtimes.errors import UserError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from reference.trace import TracedComponent
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "bf16")
 LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp16"
@@ -64,7 +64,7 @@ def compile_component(
     chosen = settings(options)["capabilities"]
     eight_bit_floats = any("float8" in str(node.target) for node in traced.program.graph.nodes)
     capabilities = tuple(sm for sm in chosen if sm >= FP8_SINCE or not eight_bit_floats) or tuple(chosen)
-    refuse_findings(files[0], Release.tensorrt_rtx(min(capabilities)))
+    refuse(files[0], Release.tensorrt_rtx(min(capabilities)))
     engine = folder / f"{traced.contract.component}.engine"
     building = EngineSettings(options.capacity, compute_capabilities=capabilities)
     build_engine(tensorrt_rtx, files[0], traced.contract, building, engine)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dsvl_export.engines.network import ParsedNetwork, one_line
+from dsvl_export.engines.network import ParsedNetwork
 from runtimes.chain import PREFILL_CHUNK
 from runtimes.contracts import Contract, TensorSpec
 from runtimes.engines.machine import HARDWARE_COMPATIBLE, VERSION_COMPATIBLE
@@ -55,7 +55,8 @@ class EngineSettings:
             VERSION_COMPATIBLE: self.version_compatible,
             HARDWARE_COMPATIBLE: self.hardware_compatible,
             "weight-streaming": self.weight_streaming,
-            "dla": self.dla_core is not None,
+            f"dla-{self.dla_core}": self.dla_core is not None,
+            f"workspace-{self.workspace_bytes}": self.workspace_bytes is not None,
         }
         return tuple(name for name, wanted in flags.items() if wanted)
 
@@ -94,9 +95,10 @@ def build_engine(
         raise UserError(_refusal(parsed, settings))
     parsed.check_build()
     engine.write_bytes(plan)
-    if settings.timing_cache:
+    times = config.get_timing_cache() if settings.timing_cache else None
+    if settings.timing_cache and times is not None:  # a finished build does not fail for it
         settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(settings.timing_cache, bytes(config.get_timing_cache().serialize()))
+        write_bytes(settings.timing_cache, bytes(times.serialize()))
 
 
 def configure(trt: ModuleType, config: Any, settings: EngineSettings) -> None:
@@ -123,12 +125,13 @@ def configure(trt: ModuleType, config: Any, settings: EngineSettings) -> None:
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
     if settings.timing_cache:
         known = settings.timing_cache.read_bytes() if settings.timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(known), False)
+        if not config.set_timing_cache(config.create_timing_cache(known), False):  # another device's
+            config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def _refusal(parsed: ParsedNetwork, settings: EngineSettings) -> str:
     """Why nothing was built, in one sentence with what to do."""
-    reason = one_line(parsed.errors())
+    reason = parsed.logger.errors()
     remedy = ""
     if settings.workspace_bytes is not None and any(word in reason.lower() for word in WORKSPACE_WORDS):
         remedy = f"; give more than {settings.workspace_bytes / 1e6:.0f} MB by --workspace"

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from runtimes.contracts import Contract
-from runtimes.engines.library import logger_of
+from runtimes.engines.library import logger_of, one_line
 from runtimes.errors import UserError
 
 # Of the parser's warnings those that say nothing about the result, of the builder's those that do.
@@ -41,15 +41,20 @@ class ParsedNetwork:
         if self.updates_cache:
             _set_capacity(model, contract, capacity)
         self.logger = logger_of(trt)
-        self.logger.messages.clear()
-        self.builder = trt.Builder(self.logger)
+        try:
+            self.builder = trt.Builder(self.logger)
+        except TypeError as error:  # how the bindings say that TensorRT gave none
+            raise UserError(
+                f"TensorRT cannot start here: {self.logger.errors()}; is the GPU free?"
+            ) from error
         strong = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         self.network = self.builder.create_network(1 << int(strong))
         self._parser = trt.OnnxParser(self.network, self.logger)
+        self.logger.messages.clear()  # what a builder warns of when it starts says nothing about the file
         if not self._parser.parse(model.SerializeToString(), str(file)):
             errors = [self._parser.get_error(index) for index in range(self._parser.num_errors)]
             where = errors[0].node_name() if errors else ""
-            reason = one_line(errors[0].desc() if errors else self.errors())
+            reason = one_line(errors[0].desc()) if errors else self.logger.errors()
             raise UserError(f"TensorRT cannot import {file}{f' at {where}' if where else ''}: {reason}.")
         self._refuse([text for text in self.warnings() if not any(known in text for known in HARMLESS)])
         if self.updates_cache:
@@ -72,10 +77,6 @@ class ParsedNetwork:
                 f"TensorRT takes {self.file} with a warning, so the engine may compute something else:"
                 f" {one_line(suspicious[0])}."
             )
-
-    def errors(self) -> str:
-        """The errors of the log, joined."""
-        return " ".join(text for error, text in self.logger.messages if error) or "no reason given"
 
     def input(self, name: str) -> Any:
         return next(tensor for tensor in self.inputs() if tensor.name == name)
@@ -111,8 +112,3 @@ def _set_capacity(model: onnx.ModelProto, contract: Contract, capacity: int) -> 
     for value in (*model.graph.input, *model.graph.output):
         if value.name.removesuffix("_updated") in states:
             value.type.tensor_type.shape.dim[2].dim_value = capacity
-
-
-def one_line(text: str) -> str:
-    """The first sentence of a library's message, without its file names and line numbers."""
-    return " ".join(text.split()).rstrip(".")

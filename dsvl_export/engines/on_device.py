@@ -9,14 +9,14 @@ from types import ModuleType
 
 from packaging.version import Version
 
-from dsvl_export.compilers.tensorrt import dialect_name, refuse_findings
 from dsvl_export.engines.building import EngineSettings, build_engine
-from dsvl_export.linter import Release
+from dsvl_export.linter import Release, refuse
 from dsvl_export.staging import Staging
 from runtimes.bundle import Artifact, Bundle, Engine, Manifest
 from runtimes.engines.cuda import Cuda, CudaError, Gpu, import_cuda
 from runtimes.engines.library import import_library
 from runtimes.errors import UserError
+from runtimes.goldens import GREEDY_TOKENS, load_golden
 
 BACKEND = "tensorrt"
 OnStep = Callable[[str, int, int], None]
@@ -72,33 +72,57 @@ def build_engines(
     Raises:
         UserError: the bundle has no ONNX for TensorRT or for this version, or TensorRT refuses.
     """
-    bundle = Bundle.open(folder)
-    pairs = bundle.matching(BACKEND, precision)
-    if not pairs:
-        asked = f" in {precision}" if precision else ""
-        raise UserError(
-            f"The bundle {folder} holds no ONNX for TensorRT{asked}; export it with --backend tensorrt."
-        )
     device = device or Device.here()
-    settings = settings or EngineSettings(bundle.manifest.default_capacity)
-    artifacts = [item for item in bundle.manifest.artifacts if (item.backend, item.precision) in pairs]
-    for item in artifacts:
-        _check_version(item, device.version)
-    bundle.check([path for item in artifacts for path in item.files])
     staging, built = Staging(folder), []
     try:
+        bundle = staging.bundle()
         staging.open()
+        artifacts = _artifacts(bundle, precision, device.version)
+        settings = settings or EngineSettings(bundle.manifest.default_capacity)
         for index, item in enumerate(artifacts):
             on_step(f"{item.precision}/{item.component}", index, len(artifacts))
             built.append(_build(bundle, staging, item, settings, device))
         on_step("done", len(artifacts), len(artifacts))
+    except OSError as error:
+        raise UserError(
+            f"The build stopped: {error.strerror or error} ({folder}); mend that and run it again, it goes on"
+            " where it stopped."
+        ) from error
     finally:
         staging.close()
     return built
 
 
+def _artifacts(bundle: Bundle, precision: str | None, version: Version) -> list[Artifact]:
+    """Those to build, checked against their hashes and against the version of TensorRT."""
+    pairs = bundle.matching(BACKEND, precision)
+    if not pairs:
+        asked = f" in {precision}" if precision else ""
+        raise UserError(
+            f"The bundle {bundle.folder} holds no ONNX for TensorRT{asked};"
+            " export it with --backend tensorrt."
+        )
+    found = [item for item in bundle.manifest.artifacts if (item.backend, item.precision) in pairs]
+    for item in found:
+        _check_version(item, version)
+    engines = {item.engine.file for item in found if item.engine}
+    bundle.check([path for item in found for path in item.files if path not in engines])
+    return found
+
+
+def longest_golden(bundle: Bundle) -> int:
+    """Tokens that ``parity`` needs in the KV cache; 0 where the bundle has no goldens."""
+    files = [
+        path
+        for path in bundle.manifest.files
+        if path.startswith("goldens/") and path.endswith(".safetensors")
+    ]
+    lengths = [len(load_golden(bundle.path(path)).prompt_tokens) for path in files]
+    return max(lengths, default=-GREEDY_TOKENS) + GREEDY_TOKENS
+
+
 def _check_version(item: Artifact, version: Version) -> None:
-    if dialect_name(version) != item.dialect:
+    if Release(version).dialect != item.dialect:
         wanted = item.tools.get("for", "another version")
         raise UserError(
             f"The {item.component} in {item.precision} was exported for TensorRT {wanted}, here is {version};"
@@ -118,14 +142,17 @@ def _build(
         sm=sm,
         gpu=device.gpu.name,
         driver=device.gpu.driver,
+        platform=device.gpu.platform,
         tensorrt=device.trt.__version__,
         capacity=settings.capacity,
         max_batch=settings.max_batch,
         options=settings.options,
     )
-    if item.engine == engine:
+    # The driver may change under an engine.
+    known = replace(item.engine, driver=engine.driver) if item.engine else None
+    if known == engine and not bundle.problems([engine.file]):
         return item
-    refuse_findings(file, Release(device.version, device.gpu.sm))
+    refuse(file, Release(device.version, device.gpu.sm))
     contract = bundle.manifest.contracts[item.precision][item.component]
     temporary = staging.work / Path(engine.file).name
     try:
@@ -141,7 +168,7 @@ def _build(
 
 def _publish(bundle: Bundle, staging: Staging, old: Artifact, new: Artifact) -> None:
     """Write the manifest with an artifact replaced; what was said of the old one is no longer known."""
-    manifest: Manifest = staging.previous or bundle.manifest
+    manifest: Manifest = staging.previous or bundle.manifest  # with what was built before in this run
     parity = {pair: it for pair, it in manifest.parity.items() if pair != f"{new.backend}/{new.precision}"}
     known = (old.component, old.backend, old.precision)
     artifacts = tuple(

@@ -1,6 +1,6 @@
 """What TensorRT will say of an ONNX file, before any build: node, rule and remedy."""
 
 from dsvl_export.linter.finding import Finding
-from dsvl_export.linter.lint import Release, lint
+from dsvl_export.linter.lint import Release, lint, refuse
 
-__all__ = ["Finding", "Release", "lint"]
+__all__ = ["Finding", "Release", "lint", "refuse"]

@@ -13,7 +13,9 @@ from dsvl_export.linter.operators import operator_findings
 from dsvl_export.linter.quantization import quantization_findings
 from dsvl_export.linter.types import type_findings
 from dsvl_export.linter.view import GraphView
+from runtimes.errors import UserError
 
+TRT11_SINCE = Version("10.15")  # RotaryEmbedding, RMSNormalization and TensorScatter import since then
 TENSORRT_RTX_AS = Version("11.0")  # its parser and operators are those of TensorRT 11
 
 
@@ -23,6 +25,11 @@ class Release:
 
     version: Version
     sm: int | None = None
+
+    @property
+    def dialect(self) -> str:
+        """Of the ONNX that it takes."""
+        return "trt11" if self.version >= TRT11_SINCE else "trt10"
 
     @classmethod
     def tensorrt_rtx(cls, sm: int | None = None) -> Release:
@@ -37,6 +44,14 @@ def lint(file: Path, release: Release) -> list[Finding]:
     """
     found = list(_findings(GraphView(file), release))
     return sorted(found, key=lambda one: not one.harmful)
+
+
+def refuse(file: Path, release: Release) -> None:
+    """Raise UserError where TensorRT would refuse a file or change its meaning; the first reason is named."""
+    harmful = [finding for finding in lint(file, release) if finding.harmful]
+    if harmful:
+        gpu = f" on SM {release.sm}" if release.sm else ""
+        raise UserError(f"TensorRT {release.version}{gpu} would not build {file.name}: {harmful[0]}")
 
 
 def _findings(view: GraphView, release: Release) -> Iterator[Finding]:

@@ -100,7 +100,9 @@ class Lowering:
             if spec.kind == InputKind.USER_INPUT:
                 tensor = next(user_specs)
                 self.graph.inputs.append(value_info(tensor.name, tensor.dtype, tensor.shape))
-                self._values[node] = self.graph.unique(tensor.name)
+                name, dtype = self.graph.unique(tensor.name), numpy_dtype(fake(node).dtype)
+                border = np.dtype(tensor.dtype) != dtype
+                self._values[node] = self.cast(name, dtype, f"{name}_inside") if border else name
             elif spec.kind == InputKind.PARAMETER:
                 dtype = fake(node).dtype
                 self._values[node] = Constant(spec.target, _load_as(load, spec.target, dtype))
@@ -146,7 +148,11 @@ class Lowering:
     def _bind_outputs(self, node: Node) -> None:
         contract = self.traced.contract
         for spec, source in zip(contract.outputs, arguments(node)[0], strict=True):
-            self.graph.node("Identity", [self.value(source)], spec.name, outputs=[spec.name])
+            if numpy_dtype(fake(source).dtype) == np.dtype(spec.dtype):
+                self.graph.node("Identity", [self.value(source)], spec.name, outputs=[spec.name])
+            else:
+                to = {"to": element_type(spec.dtype)}
+                self.graph.node("Cast", [self.value(source)], spec.name, to, outputs=[spec.name])
             self.graph.outputs.append(value_info(spec.name, spec.dtype, spec.shape))
         for spec in map(self.dialect.state_output, contract.states):
             self.graph.outputs.append(value_info(spec.name, spec.dtype, spec.shape))
@@ -183,8 +189,10 @@ class Lowering:
 
     @property
     def base(self) -> np.dtype[Any]:
-        """Dtype of what is not quantized: that of the component's float inputs."""
-        return np.dtype(self.traced.contract.inputs[0].dtype)
+        """Dtype of what is not quantized: that of the program's first input."""
+        name = str(self.traced.program.graph_signature.user_inputs[0])
+        (first,) = (node for node in self.traced.program.graph.nodes if node.name == name)
+        return numpy_dtype(fake(first).dtype)
 
     def weight(self, source: Node) -> Constant | QuantizedWeight:
         """A weight, quantized or not."""
@@ -240,6 +248,8 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.float8_e4m3fn:  # PyTorch's conversion knows no float8
         return np.asarray(tensor.view(torch.uint8).numpy()).view(numpy_dtype(tensor.dtype))
+    if tensor.dtype == torch.bfloat16:
+        return np.asarray(tensor.view(torch.int16).numpy()).view(numpy_dtype(tensor.dtype))
     return np.asarray(tensor.numpy())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-from dsvl_export.onnx_graph.builder import TAPS, value_info
+from dsvl_export.onnx_graph.builder import TAPS, element_type, value_info
 from runtimes.contracts import Contract
 from runtimes.errors import UserError
 
@@ -23,7 +23,11 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{artifact} does not say where its taps are; export it again.") from error
     for spec, source in zip(contract.taps, sources, strict=True):
-        model.graph.node.append(helper.make_node("Identity", [source], [spec.name], name=f"tap/{spec.name}"))
+        model.graph.node.append(
+            helper.make_node(
+                "Cast", [source], [spec.name], name=f"tap/{spec.name}", to=element_type(spec.dtype)
+            )
+        )
         model.graph.output.append(value_info(spec.name, spec.dtype, spec.shape))
     debug = folder / artifact.name
     debug.write_bytes(model.SerializeToString())

@@ -8,27 +8,34 @@ from torch.fx import Node
 from dsvl_export.onnx_graph.context import Lowering, fake, numpy_dtype, to_numpy
 
 
-def split(context: Lowering, source: Node, head_dim: int, name: str) -> str:
-    """``[B, S, H * Dh]`` → ``[B, H, S, Dh]``."""
-    graph, heads = context.graph, int(fake(source).shape[-1]) // head_dim
-    apart = graph.node("Reshape", [context.value(source), graph.ints(0, 0, heads, head_dim)], f"{name}_heads")
+def split(context: Lowering, source: Node, cache: Node, name: str) -> str:
+    """``[B, S, H * Dh]`` → ``[B, H, S, Dh]`` in the cache's dtype."""
+    graph, head_dim = context.graph, int(fake(cache).shape[-1])
+    x, dtype = context.value(source), numpy_dtype(fake(cache).dtype)
+    if numpy_dtype(fake(source).dtype) != dtype:
+        x = context.cast(x, dtype, f"{name}_cast")
+    heads = int(fake(source).shape[-1]) // head_dim
+    apart = graph.node("Reshape", [x, graph.ints(0, 0, heads, head_dim)], f"{name}_heads")
     return graph.node("Transpose", [apart], name, {"perm": [0, 2, 1, 3]})
 
 
-def merged(context: Lowering, x: str, node: Node) -> str:
+def merged(context: Lowering, x: str, node: Node, cache: Node) -> str:
     """``[B, H, S, Dh]`` → ``[B, S, H * Dh]``, the value of ``node``."""
-    graph, name = context.graph, context.name(node)
+    graph, name, dtype = context.graph, context.name(node), numpy_dtype(fake(node).dtype)
     turned = graph.node("Transpose", [x], f"{name}_tokens", {"perm": [0, 2, 1, 3]})
-    return context.emit(node, "Reshape", [turned, graph.ints(0, 0, int(fake(node).shape[-1]))])
+    out = context.emit(node, "Reshape", [turned, graph.ints(0, 0, int(fake(node).shape[-1]))])
+    return out if numpy_dtype(fake(cache).dtype) == dtype else context.cast(out, dtype, f"{name}_cast")
 
 
-def rotation_table(context: Lowering, table: Node, query: Node) -> str:
-    """Cosines or sines ``[P, Dh / 2]`` in the queries' dtype."""
-    constant, dtype = context.constant(table), fake(query).dtype
+def rotation_table(context: Lowering, table: Node, cache: Node) -> str:
+    """Cosines or sines ``[P, Dh / 2]`` in the cache's dtype."""
+    constant, dtype = context.constant(table), fake(cache).dtype
     return context.graph.initializer(
-        f"{constant.name}_table", numpy_dtype(dtype), fake(table).shape,
+        f"{constant.name}_table",
+        numpy_dtype(dtype),
+        fake(table).shape,
         lambda: to_numpy(constant.load().to(dtype)),
-    )  # fmt: skip
+    )
 
 
 def slots(context: Lowering, cache: str) -> str:

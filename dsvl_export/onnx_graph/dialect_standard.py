@@ -28,7 +28,7 @@ class StandardDialect:
         """Softmax attention of the vision towers, optionally with an additive bias."""
         (query, key, value), bias = attention_inputs(node)
         name, (q, k, v) = context.name(node), map(context.value, (query, key, value))
-        scores = _scores(context, q, k, head_scale(query), name)
+        scores = _scores(context, q, k, query, name)
         for addend in bias:
             scores = context.graph.node("Add", [scores, context.value(addend)], f"{name}_bias")
         weights = context.graph.node("Softmax", [scores], f"{name}_softmax", {"axis": -1})
@@ -85,7 +85,7 @@ def softmax_attention(
         query = graph.node("Reshape", [query, shape], f"{name}_grouped")
     masked = []
     for keys, _, mask in blocks:
-        scores = _scores(context, query, grouped(keys, "keys"), head_scale(source), name, groups > 1)
+        scores = _scores(context, query, grouped(keys, "keys"), source, name, groups > 1)
         masked.append(graph.node("Where", [grouped(mask, "mask"), scores, lowest], f"{name}_masked"))
     joined = graph.node("Concat", masked, f"{name}_joined", {"axis": -1}) if len(blocks) > 1 else masked[0]
     weights = [graph.node("Softmax", [joined], f"{name}_softmax", {"axis": -1})]
@@ -101,10 +101,14 @@ def softmax_attention(
     return out
 
 
-def _scores(context: Lowering, query: str, keys: str, scale: float, name: str, grouped: bool = False) -> str:
-    """``q · kᵀ · scale``; the queries are scaled first, so that half precision does not overflow."""
+def _scores(context: Lowering, query: str, keys: str, source: Node, name: str, grouped: bool = False) -> str:
+    """``q · kᵀ · scale``; the queries are scaled first, so that half precision does not overflow.
+
+    Args:
+        source: a node of the program with the head size and the dtype.
+    """
     graph = context.graph
-    factor = graph.constant(np.array(scale, context.base), "scale")
+    factor = graph.constant(np.array(head_scale(source), numpy_dtype(fake(source).dtype)), "scale")
     scaled = graph.node("Mul", [query, factor], f"{name}_scale")
     order = [0, 1, 2, 4, 3] if grouped else [0, 1, 3, 2]
     swapped = graph.node("Transpose", [keys], f"{name}_keys", {"perm": order})

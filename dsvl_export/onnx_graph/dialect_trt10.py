@@ -46,9 +46,9 @@ class Trt10Dialect(StandardDialect):
         query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
         graph, name = context.graph, context.name(node)
         head_dim = int(fake(keys).shape[-1])
-        angles = [self._angles(context, table, query, context.value(positions)) for table in (cos, sin)]
+        angles = [self._angles(context, table, keys, context.value(positions)) for table in (cos, sin)]
         heads = {
-            part: split(context, source, head_dim, f"{name}_{part}")
+            part: split(context, source, keys, f"{name}_{part}")
             for part, source in (("query", query), ("key", key), ("value", value))
         }
         rotated_query, rotated_key = (
@@ -65,11 +65,11 @@ class Trt10Dialect(StandardDialect):
             (rotated_key, heads["value"], new),
         ]
         out = softmax_attention(context, rotated_query, blocks, keys, groups, name)
-        return merged(context, out, node)
+        return merged(context, out, node, keys)
 
-    def _angles(self, context: Lowering, table: Node, query: Node, positions: str) -> str:
+    def _angles(self, context: Lowering, table: Node, cache: Node, positions: str) -> str:
         """Rows ``[B, 1, S, Dh / 2]`` of a RoPE table, computed once for all layers."""
-        graph, known, source = context.graph, context.scratch, rotation_table(context, table, query)
+        graph, known, source = context.graph, context.scratch, rotation_table(context, table, cache)
         if source not in known:
             rows = graph.node("Gather", [source, positions], f"{source}_rows", {"axis": 0})
             known[source] = graph.node("Unsqueeze", [rows, graph.ints(1)], f"{source}_of_heads")

@@ -39,17 +39,17 @@ class Trt11Dialect(StandardDialect):
         query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
         graph, name = context.graph, context.name(node)
         head_dim = int(fake(keys).shape[-1])
-        tables = [rotation_table(context, table, query) for table in (cos, sin)]
+        tables = [rotation_table(context, table, keys) for table in (cos, sin)]
         rotated = [
             graph.node(
                 "RotaryEmbedding",
-                [split(context, source, head_dim, f"{name}_{part}"), *tables, context.value(positions)],
+                [split(context, source, keys, f"{name}_{part}"), *tables, context.value(positions)],
                 f"{name}_rotated_{part}",
             )
             for source, part in ((query, "query"), (key, "key"))
         ]
         start = self._start(context, context.value(positions))
-        new = (rotated[1], split(context, value, head_dim, f"{name}_value"))
+        new = (rotated[1], split(context, value, keys, f"{name}_value"))
         cache = [
             graph.node(
                 "TensorScatter", [context.value(state), rows, start], f"{name}_{output}", {"axis": -2},
@@ -66,7 +66,7 @@ class Trt11Dialect(StandardDialect):
         else:
             scale = {"scale": head_scale(keys)}
             out = graph.node("Attention", [rotated[0], *cache, mask], f"{name}_attention", scale)
-        return merged(context, out, node)
+        return merged(context, out, node, keys)
 
     def _start(self, context: Lowering, positions: str) -> str:
         """``[B]``: where each row's new tokens go; positions are consecutive in a row."""

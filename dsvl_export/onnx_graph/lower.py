@@ -26,7 +26,8 @@ from dsvl_export.onnx_graph.context import (
 from dsvl_export.onnx_graph.quantization import DEQUANTIZE, QUANTIZATION, dequantized, quantized_linear
 from reference.trace import TracedComponent
 
-FLOAT32 = np.dtype(np.float32)
+FLOAT32, BFLOAT16 = np.dtype(np.float32), numpy_dtype(torch.bfloat16)
+CONV_IN_BFLOAT16 = 22  # the opset that allows it
 
 
 def _reshape(context: Lowering, node: Node) -> str:
@@ -71,17 +72,22 @@ def _conv2d(context: Lowering, node: Node) -> str:
     x, weight, bias, stride, padding, dilation, groups = arguments(
         node, None, None, [1, 1], [0, 0], [1, 1], 1
     )
-    kernel = context.weight(weight)
-    inputs = [context.value(x)]
-    inputs.append(
-        dequantized(context, kernel, 0) if isinstance(kernel, QuantizedWeight) else context.value(weight)
-    )
-    inputs += [context.value(bias)] if bias is not None else []
+    kernel, name = context.weight(weight), context.name(node)
+    inputs = [
+        context.value(x),
+        dequantized(context, kernel, 0) if isinstance(kernel, QuantizedWeight) else context.value(weight),
+        *([context.value(bias)] if bias is not None else []),
+    ]
+    dtype = numpy_dtype(fake(node).dtype)
+    widen = dtype == BFLOAT16 and context.dialect.opset < CONV_IN_BFLOAT16
+    if widen:
+        inputs = [context.cast(value, FLOAT32, f"{name}_float32") for value in inputs]
     attributes = {
         "kernel_shape": static(fake(weight).shape[2:]), "strides": stride,
         "pads": [*padding, *padding], "dilations": dilation, "group": groups,
     }  # fmt: skip
-    return context.emit(node, "Conv", inputs, attributes)
+    out = context.emit(node, "Conv", inputs, attributes)
+    return context.cast(out, dtype, f"{name}_cast") if widen else out
 
 
 def _layer_norm(context: Lowering, node: Node) -> str:

@@ -17,15 +17,17 @@ from runtimes.session import ComponentSession, DecoderSession, Execution, Sessio
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact, Bundle
 
+# What an NVIDIA driver makes, on a server and on a Jetson.
+DRIVER_FILES = (Path("/dev/nvidiactl"), Path("/dev/nvhost-gpu"), Path("/dev/nvgpu"))
 BUILDERS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX on CPU"}
 
 
-def find_gpu() -> Gpu | None:
-    """The GPU, where there is one that cuda-python can use."""
+def find_gpu() -> tuple[Gpu | None, str]:
+    """The GPU that cuda-python can use, or why there is none."""
     try:
-        return Cuda(import_cuda()).gpu()
-    except UserError:
-        return None
+        return Cuda(import_cuda()).gpu(), ""
+    except UserError as error:
+        return None, str(error).rstrip(".")
 
 
 def devices(library: str) -> list[str]:
@@ -34,24 +36,30 @@ def devices(library: str) -> list[str]:
     Raises:
         UserError: neither; the sentence names the extra.
     """
-    try:
+    gpu, _ = find_gpu()
+    if gpu:
         import_library(library)
-        return [GPU] if find_gpu() else onnxruntime.devices()
-    except UserError:
-        return onnxruntime.devices()
+        return [GPU]
+    return onnxruntime.devices()
 
 
 def execution(library: str, artifact: Artifact, device: str | None = None) -> Execution:
-    gpu = find_gpu() if device != "cpu" else None
-    if gpu is None:
+    if device == "cpu":
         return _simulated(library, artifact)
+    if device not in (None, GPU):
+        return Execution("not run", f"{library} runs on {GPU}, or its ONNX files on cpu, not on {device}")
+    gpu, reason = find_gpu()
+    if gpu is None:
+        # A GPU that is there but cannot be used is an error, not a machine without one.
+        unusable = any(path.exists() for path in DRIVER_FILES)
+        return Execution("not run", reason) if device or unusable else _simulated(library, artifact)
     try:
         version = import_library(library).__version__
     except UserError as error:
         return Execution("not run", str(error).rstrip("."))
     if artifact.engine is None:
         return Execution("not run", f"it has no engine yet; {rebuild(library)}")
-    reason = mismatch(artifact.engine, gpu, library, version)
+    reason = mismatch(artifact.engine, gpu, library, version) or ""
     if reason:
         return Execution("not run", f"{reason}; {rebuild(library)}")
     return Execution("ran", f"{gpu.name} with {library} {version}", device=GPU)
@@ -81,8 +89,11 @@ def _simulated(library: str, artifact: Artifact) -> Execution:
     try:
         onnxruntime.devices()
     except UserError as error:
-        return Execution("not run", f"there is no NVIDIA GPU here, and {str(error).rstrip('.')}")
+        return Execution("not run", f"without a GPU its ONNX would be run, but: {str(error).rstrip('.')}")
     built = BUILDERS.get(library, "") if artifact.engine else ""
+    if artifact.base == "bf16":
+        why = "ONNX Runtime has no kernels for bfloat16 on a CPU that could stand for a GPU"
+        return Execution("built only", f"{built}; {why}") if built else Execution("not run", why)
     return Execution("simulated", "ONNX Runtime on the same file", built_by=built)
 
 

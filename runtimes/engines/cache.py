@@ -45,9 +45,9 @@ class DeviceCache(KVCache):
         return [self.address(index) for index in range(len(self.specs))]
 
     @property
-    def key(self) -> tuple[int, int]:
-        """The same for caches whose states lie at the same addresses."""
-        return self.address(0), self.batch
+    def key(self) -> tuple[int, ...]:
+        """The same for caches whose states all lie at the same addresses."""
+        return (*self.addresses, self.batch)
 
     @property
     def arrays(self) -> list[np.ndarray]:  # type: ignore[override]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from runtimes.errors import UserError
+
+ALLOCATIONS = ("cudaMalloc", "cudaHostAlloc")  # whose first argument is the size
 
 
 class CudaError(UserError):
@@ -32,11 +35,19 @@ def import_cuda() -> Any:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first GPU of this machine: name, compute capability as in 87, driver's CUDA version."""
+    """The first GPU of this machine.
+
+    Args:
+        name: CUDA's, with the number of its multiprocessors: all Jetsons with an Orin share one name.
+        sm: compute capability, as in 87.
+        driver: the CUDA version that the driver knows.
+        platform: the machine's, as in ``aarch64``.
+    """
 
     name: str
     sm: int
     driver: str
+    platform: str
 
 
 class Cuda:
@@ -66,8 +77,9 @@ class Cuda:
             named = self.api.cudaGetErrorName(error)[1]
             title = named.decode() if isinstance(named, bytes) else str(named)
             if title == "cudaErrorMemoryAllocation":
+                size = f"{arguments[0] / 1e6:.0f} MB" if name in ALLOCATIONS else "memory"
                 raise CudaError(
-                    f"The GPU has no {arguments[0] / 1e6:.0f} MB left for {what or 'memory'} ({title});"
+                    f"The GPU has no {size} left{f' for {what}' if what else ''} ({title});"
                     " take a smaller capacity or precision, or close other programs."
                 )
             raise CudaError(f"CUDA failed in {name}{f' for {what}' if what else ''}: {title}.")
@@ -77,14 +89,23 @@ class Cuda:
         """The GPU that is used.
 
         Raises:
-            CudaError: there is none, or its driver does not fit.
+            CudaError: there is none, or its driver does not fit this cuda-python.
         """
-        self.call("cudaGetDeviceCount", what="finding a GPU")
+        try:
+            self.call("cudaGetDeviceCount", what="finding a GPU")
+        except CudaError as error:
+            if "InsufficientDriver" not in str(error):
+                raise
+            raise CudaError(
+                f"{str(error).rstrip('.')}: there is no driver, or it is older than this cuda-python;"
+                " take that of the driver's own CUDA, as cuda-python==12.6.* on JetPack 6."
+            ) from error
         found = self.call("cudaGetDeviceProperties", 0)
         version = int(self.call("cudaDriverGetVersion"))
         name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
         driver = f"CUDA {version // 1000}.{version % 1000 // 10}"
-        return Gpu(name.rstrip("\0"), 10 * int(found.major) + int(found.minor), driver)
+        title = f"{name.rstrip(chr(0))} with {int(found.multiProcessorCount)} multiprocessors"
+        return Gpu(title, 10 * int(found.major) + int(found.minor), driver, platform.machine())
 
 
 class DeviceMemory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -20,10 +21,21 @@ def import_library(name: str) -> ModuleType:
     """
     try:
         return import_module(name)
-    except (ImportError, OSError) as error:
+    except ModuleNotFoundError as error:
+        hint = " (on a Jetson: JetPack's own, in an environment with --system-site-packages)"
         raise UserError(
-            f"The backend {name} is not installed; run: pip install 'dsvl-export[{EXTRAS[name]}]'."
+            f"The backend {name} is not installed; run: pip install 'dsvl-export[{EXTRAS[name]}]'"
+            f"{hint if name == 'tensorrt' else ''}."
         ) from error
+    except (ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"The library {name} cannot be loaded here: {reason}; install it again.") from error
+
+
+def one_line(text: str) -> str:
+    """The first line of a library's message, without file names and line numbers of its source."""
+    first = next((line for line in text.strip().splitlines() if line.strip()), "")
+    return " ".join(re.sub(r"\[\w+\.\w+:[\w:]+\]|\S+\.cpp:\d+:?", "", first).split()).rstrip(".")
 
 
 def logger_of(trt: ModuleType) -> Any:
@@ -36,6 +48,11 @@ def logger_of(trt: ModuleType) -> Any:
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
                 self.messages: list[tuple[bool, str]] = []
+
+            def errors(self) -> str:
+                """The errors since the log was cleared, without TensorRT's places in its own code."""
+                found = [one_line(text) for error, text in self.messages if error]
+                return "; ".join(dict.fromkeys(found)) or "it gives no reason"
 
             def log(self, severity: Any, message: str) -> None:
                 if severity <= trt.ILogger.WARNING:

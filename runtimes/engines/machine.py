@@ -16,6 +16,8 @@ def mismatch(engine: Engine, gpu: Gpu, library: str, version: str) -> str | None
     """
     here = f"here is {gpu.name} (SM {gpu.sm})"
     portable = HARDWARE_COMPATIBLE in engine.options and gpu.sm >= 80
+    if engine.platform not in ("", gpu.platform):
+        return f"its engine was built on {engine.platform}, here is {gpu.platform}"
     if gpu.sm not in engine.sm and not portable:
         return f"its engine was built for SM {', '.join(map(str, engine.sm))}, {here}"
     if engine.gpu and engine.gpu != gpu.name and not portable:

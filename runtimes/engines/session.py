@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from runtimes.bundle import DEBUG_PREFIX
 from runtimes.cache import CapacityError, KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state
 from runtimes.engines.cache import DeviceCache
@@ -40,6 +41,7 @@ class LoadedEngine:
 
     trt: ModuleType
     cuda: Cuda
+    runtime: Any
     engine: Any
     stream: Any
     file: Path
@@ -64,20 +66,30 @@ def load_engine(library: str, file: Path, options: SessionOptions) -> LoadedEngi
             " ONNX files in ONNX Runtime instead."
         ) from error
     plan = file.with_suffix(".engine")
+    if not plan.is_file() and any(part.startswith(DEBUG_PREFIX) for part in plan.parts):
+        raise UserError(
+            "engines give no taps, but their ONNX files do: dsvl-export parity --device cpu --taps"
+        )
     if not plan.is_file():
         raise UserError(f"There is no engine {plan}; run: dsvl-export build-engine BUNDLE.")
     logger = logger_of(trt)
     logger.messages.clear()
-    runtime = trt.Runtime(logger)
+    try:
+        runtime = trt.Runtime(logger)
+    except TypeError as error:  # how the bindings say that TensorRT gave none
+        raise UserError(f"TensorRT cannot start here: {logger.errors()}; is the GPU free?") from error
+    # A version-compatible engine brings its own runtime; the bundle's hashes vouch for the file.
+    runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
-        reason = " ".join(text for error, text in logger.messages if error).strip().rstrip(".")
-        raise UserError(
-            f"TensorRT cannot load {plan}: {reason or 'it gives no reason'}; build it again on this machine."
+        short = "memory" in logger.errors().lower()
+        again = (
+            "close other programs, or take a smaller precision" if short else "build it again on this machine"
         )
+        raise UserError(f"TensorRT cannot load {plan}: {logger.errors()}; {again}.")
     if engine.streamable_weights_size:
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-    return LoadedEngine(trt, cuda, engine, cuda.call("cudaStreamCreate"), plan)
+    return LoadedEngine(trt, cuda, runtime, engine, cuda.call("cudaStreamCreate"), plan)
 
 
 class _Runner:
@@ -137,9 +149,15 @@ class _Runner:
         for index in range(count):
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if context is None:
-                raise UserError(f"TensorRT cannot make an execution context for {self.loaded.file}.")
+                raise UserError(
+                    f"TensorRT cannot make an execution context for {self.loaded.file}:"
+                    f" {logger_of(trt).errors()}; close other programs, or take a smaller precision."
+                )
             context.set_device_memory(self._scratch.address, self._scratch.size)
-            context.set_optimization_profile_async(index, self.loaded.stream)
+            if not context.set_optimization_profile_async(index, int(self.loaded.stream)):
+                raise UserError(
+                    f"TensorRT refuses the profile {index} of {self.loaded.file}; build it again."
+                )
             contexts.append(context)
         return contexts
 
@@ -157,7 +175,8 @@ class _Runner:
             addresses |= {spec.name: cache.address(index) for index, spec in enumerate(self.contract.states)}
             addresses |= {output: addresses[state] for output, state in self.aliases.items()}
         for name, address in addresses.items():
-            context.set_tensor_address(name, address)
+            if not context.set_tensor_address(name, address):
+                raise UserError(f"TensorRT refuses an address for {name} of {self.loaded.file}.")
         self._bound[profile] = key
         return key
 
@@ -175,13 +194,10 @@ class _Runner:
             name, size = spec.name, bytes_of(spec, sizes)
             arguments = (self.device[name].address, self.host[name].address, size, cuda.to_device, stream)
             cuda.call("cudaMemcpyAsync", *arguments, what=name)
+        logger = logger_of(self.loaded.trt)
+        logger.messages.clear()
         if not self.contexts[profile].execute_async_v3(int(stream)):
-            reason = " ".join(text for error, text in logger_of(self.loaded.trt).messages if error).rstrip(
-                "."
-            )
-            raise UserError(
-                f"TensorRT failed in the {self.contract.component}: {reason or 'no reason given'}."
-            )
+            raise UserError(f"TensorRT failed in the {self.contract.component}: {logger.errors()}.")
         for spec in self.contract.outputs:
             name, size = spec.name, bytes_of(spec, sizes)
             arguments = (self.host[name].address, self.device[name].address, size, cuda.to_host, stream)
@@ -233,6 +249,7 @@ class EngineDecoder:
         self._runner = _Runner(loaded, contract)
         self._graph: Any = None
         self._graph_key: tuple[Any, ...] | None = None  # of the last decode step
+        self.no_graph: str | None = None  # why decode steps cannot be captured, where they cannot
         self.tapped: Mapping[str, np.ndarray] = {}
         # Appended rows leave the capacity to the cache; an engine that updates it has a fixed one.
         self._most = self._runner.limits[0]["capacity"]
@@ -246,7 +263,7 @@ class EngineDecoder:
         if capacity > self._most:
             raise CapacityError(
                 f"The engine {self._loaded.file} holds {self._most} tokens, a KV cache of {capacity} was"
-                f" asked for; give --capacity {self._most}, or build it for more."
+                f" asked for; take at most {self._most}, or build it with a larger --capacity."
             )
         largest = self._runner.limits[DECODE]["batch"]
         if batch > largest:
@@ -327,19 +344,27 @@ class EngineDecoder:
             self._runner.enqueue(DECODE, sizes)
             self._graph_key = key
             return
+        if self._graph is None and self.no_graph is None:
+            self._capture(sizes)
         if self._graph is None:
-            mode = cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-            cuda.call("cudaStreamBeginCapture", stream, mode)
-            try:
-                self._runner.enqueue(DECODE, sizes)
-            except BaseException:
-                cuda.api.cudaStreamEndCapture(stream)
-                self._graph_key = None
-                raise
+            self._runner.enqueue(DECODE, sizes)
+        else:
+            cuda.call("cudaGraphLaunch", self._graph, stream, what="a decode step")
+
+    def _capture(self, sizes: Sizes) -> None:
+        """Make a graph of a decode step; what cannot be captured (streamed weights, a DLA) runs without."""
+        cuda, stream = self._loaded.cuda, self._loaded.stream
+        mode = cuda.api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        cuda.call("cudaStreamBeginCapture", stream, mode)
+        try:
+            self._runner.enqueue(DECODE, sizes)
             graph = cuda.call("cudaStreamEndCapture", stream)
-            self._graph = cuda.call("cudaGraphInstantiate", graph, 0)
-            cuda.call("cudaGraphDestroy", graph)
-        cuda.call("cudaGraphLaunch", self._graph, stream, what="a decode step")
+        except UserError as error:
+            cuda.api.cudaStreamEndCapture(stream)
+            self.no_graph = str(error)
+            return
+        self._graph = cuda.call("cudaGraphInstantiate", graph, 0)
+        cuda.call("cudaGraphDestroy", graph)
 
     def _forget_graph(self) -> None:
         if self._graph is not None:

@@ -87,7 +87,7 @@ class FakeCuda:
 
     def cudaGetDeviceProperties(self, index: int) -> Any:
         major, minor = self.sm
-        return OK, SimpleNamespace(name=self.name.encode(), major=major, minor=minor)
+        return OK, SimpleNamespace(name=self.name.encode(), major=major, minor=minor, multiProcessorCount=16)
 
     def cudaDriverGetVersion(self) -> Any:
         return OK, 12060
@@ -256,7 +256,7 @@ class FakeContext:
         self.scratch: tuple[int, int] | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
-        self.runs, self.fails = 0, False
+        self.runs, self.fails, self.refuses_capture = 0, False, False
 
     def set_device_memory(self, address: int, size: int) -> None:
         self.scratch = (address, size)
@@ -288,7 +288,7 @@ class FakeContext:
             assert self.addresses[output] == self.addresses[state], (
                 f"{output} must share the memory of {state}"
             )
-        if self.fails:
+        if self.fails or (self.refuses_capture and engine.cuda.capturing is not None):
             return False
         self.runs += 1
         addresses, shapes = dict(self.addresses), dict(self.shapes)
@@ -327,6 +327,7 @@ class FakeTensorRT:
 
     def Runtime(self, logger: Any) -> Any:
         def deserialize(plan: bytes) -> FakeEngine | None:
+            assert runtime.engine_host_code_allowed, "a version-compatible plan needs it"
             try:
                 raw = json.loads(plan)
             except ValueError:
@@ -338,7 +339,8 @@ class FakeTensorRT:
             )
             return self.engines[-1]
 
-        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+        runtime = SimpleNamespace(deserialize_cuda_engine=deserialize, engine_host_code_allowed=False)
+        return runtime
 
 
 def fake_plan(onnx: Path, component: str, capacity: int, max_batch: int = 4) -> bytes:
@@ -354,4 +356,4 @@ def loaded(
     cuda = cuda or FakeCuda()
     trt = FakeTensorRT(cuda, {contract.component: contract})
     engine = FakeEngine(cuda, file, contract, EngineSettings(capacity, max_batch))
-    return LoadedEngine(trt, Cuda(cuda), engine, STREAM, file.with_suffix(".engine"))  # type: ignore[arg-type]
+    return LoadedEngine(trt, Cuda(cuda), None, engine, STREAM, file.with_suffix(".engine"))  # type: ignore[arg-type]

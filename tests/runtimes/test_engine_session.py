@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,22 @@ from runtimes.bundle import Bundle, Engine
 from runtimes.cache import CapacityError
 from runtimes.contracts import Contract, TensorSpec
 from runtimes.engines import backend, session
+from runtimes.engines.cache import DeviceCache
 from runtimes.engines.cuda import Cuda, CudaError, Gpu
-from runtimes.engines.layout import aliases, append_copies, pieces
+from runtimes.engines.layout import aliases, aligned, append_copies, bytes_of, pieces
 from runtimes.engines.machine import mismatch
 from runtimes.engines.session import EngineComponent, EngineDecoder
 from runtimes.errors import UserError
 from runtimes.session import SessionOptions
-from tests.runtimes.fake_cuda import NO_DRIVER, FakeCuda, FakeEngine, FakeTensorRT, fake_plan, loaded
+from tests.runtimes.fake_cuda import (
+    NO_DRIVER,
+    OUT_OF_MEMORY,
+    FakeCuda,
+    FakeEngine,
+    FakeTensorRT,
+    fake_plan,
+    loaded,
+)
 from tests.runtimes.test_session_contract import close, embeds
 
 CAPACITY = 48
@@ -182,7 +192,7 @@ def test_a_prompt_beyond_the_engine_is_refused_before_anything_runs(
         decoder.decode(embeds(decoder, 1, 49), np.array([48]), cache)
     assert len(cuda.calls) == calls
     with pytest.raises(
-        CapacityError, match=r"holds 48 tokens, a KV cache of 49 was asked for; give --capacity 48"
+        CapacityError, match=r"holds 48 tokens, a KV cache of 49 was asked for; take at most 48"
     ):
         decoder.new_cache(1, 49)
     with pytest.raises(UserError, match="decodes at most 4 sequences together, not 5"):
@@ -199,9 +209,7 @@ def test_out_of_device_memory(bundle: Bundle) -> None:
         _ = [decoder.new_cache(4, CAPACITY) for _ in range(1000)]
 
 
-@pytest.mark.parametrize(
-    "call", ["cudaMemcpyAsync", "cudaStreamSynchronize", "cudaGraphLaunch", "cudaStreamEndCapture"]
-)
+@pytest.mark.parametrize("call", ["cudaMemcpyAsync", "cudaStreamSynchronize"])
 def test_a_failing_call_has_cudas_name_and_takes_nothing_from_the_cache(
     decoder: EngineDecoder, cuda: FakeCuda, call: str
 ) -> None:
@@ -212,23 +220,60 @@ def test_a_failing_call_has_cudas_name_and_takes_nothing_from_the_cache(
         decoder.decode(x, np.array([0]), cache)
     assert cache.length == 1
     cuda.fail.clear()
-    cuda.capturing = None
     expected = decoder.decode(embeds(decoder, 1, 1), np.array([0]), cache)
     assert np.isfinite(expected).all() and cache.length == 2
 
 
-def test_an_engine_that_fails_says_so(decoder: EngineDecoder, cuda: FakeCuda) -> None:
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(decoder: EngineDecoder, cuda: FakeCuda) -> None:
     cache, x = decoder.new_cache(1, CAPACITY), embeds(decoder, 1, 1)
     decoder.decode(x, np.array([0]), cache)
     context = engine_of(decoder).contexts[1]
+    context.refuses_capture = True
+    steps = [decoder.decode(embeds(decoder, 1, 1, seed=step), np.array([0]), cache) for step in range(3)]
+    assert (
+        cuda.capturing is None and decoder.no_graph == "TensorRT failed in the decoder: it gives no reason."
+    )
+    assert cuda.names().count("cudaStreamBeginCapture") == 1 and "cudaGraphLaunch" not in cuda.names()
+    other = decoder.new_cache(1, CAPACITY)
+    whole = np.concatenate([x, *(embeds(decoder, 1, 1, seed=step) for step in range(3))], axis=1)
+    assert close(decoder, np.concatenate(steps, axis=1), decoder.decode(whole, np.arange(1, 4), other))
+
+
+def test_an_engine_that_fails_says_so(decoder: EngineDecoder, cuda: FakeCuda) -> None:
+    cache, x = decoder.new_cache(1, CAPACITY), embeds(decoder, 1, 3)
+    context = engine_of(decoder).contexts[0]
     context.fails = True
-    with pytest.raises(UserError, match="TensorRT failed in the decoder: no reason given"):
+    with pytest.raises(UserError, match="TensorRT failed in the decoder: it gives no reason"):
         decoder.decode(x, np.array([0]), cache)
-    assert cuda.capturing is None  # the capture was ended
+    assert cache.length == 0
     context.fails = False
-    for _ in range(3):
-        decoder.decode(x, np.array([0]), cache)
-    assert cache.length == 4
+    decoder.decode(x, np.array([0]), cache)
+    assert cache.length == 3
+
+
+def test_out_of_memory_outside_of_an_allocation_is_a_sentence(cuda: FakeCuda) -> None:
+    for name, arguments in (("cudaStreamCreate", ()), ("cudaGraphInstantiate", (object(), 0))):
+        cuda.fail[name] = OUT_OF_MEMORY
+        with pytest.raises(
+            CudaError, match=r"The GPU has no memory left \(cudaErrorMemoryAllocation\); take a smaller"
+        ):
+            Cuda(cuda).call(name, *arguments)
+
+
+def test_a_row_of_a_batch_is_no_cache_of_one(bundle: Bundle, cuda: FakeCuda) -> None:
+    """Though its first state may lie where that of a cache of one row did: all addresses make the key."""
+    _, contract = onnx_file(bundle)
+
+    def cache(rows: int) -> DeviceCache:
+        state = aligned(bytes_of(contract.states[0], {"batch": rows, "capacity": CAPACITY}))
+        block = SimpleNamespace(
+            address=4096, offsets=[index * state for index in range(len(contract.states))]
+        )
+        return DeviceCache(contract.states, 1, CAPACITY, CAPACITY, Cuda(cuda), 7, block)  # type: ignore[arg-type]
+
+    row, alone = cache(rows=2), cache(rows=1)
+    assert row.address(0) == alone.address(0)
+    assert row.key != alone.key
 
 
 def test_components_run_image_by_image(bundle: Bundle, cuda: FakeCuda) -> None:
@@ -292,29 +337,31 @@ def test_loading_an_engine(
         backend.open_decoder("tensorrt", file, contract, SessionOptions(device="mps"))
     cuda.gpus = 0
     with pytest.raises(
-        UserError, match=r"need an NVIDIA GPU \(CUDA failed in .*cudaErrorInsufficientDriver\); --device cpu"
+        UserError,
+        match=r"need an NVIDIA GPU \(CUDA failed in .*cudaErrorInsufficientDriver.*\); --device cpu",
     ):
         backend.open_decoder("tensorrt", file, contract, options)
 
 
-ENGINE = Engine("f", (87,), "Orin", "CUDA 12.6", "10.3.0", 2048, 8)
+ENGINE = Engine("f", (87,), "Orin", "CUDA 12.6", "10.3.0", 2048, 8, (), "aarch64")
 
 
 @pytest.mark.parametrize(
     ("engine", "gpu", "version", "reason"),
     [
-        (ENGINE, Gpu("Orin", 87, ""), "10.3.0", None),
-        (ENGINE, Gpu("Orin", 87, "another driver"), "10.3.0", None),
-        (ENGINE, Gpu("NVIDIA L4", 89, ""), "10.3.0", "its engine was built for SM 87, here is NVIDIA L4 (SM 89)"),
-        (ENGINE, Gpu("Orin Nano", 87, ""), "10.3.0", "its engine was built on Orin, here is Orin Nano (SM 87)"),
-        (ENGINE, Gpu("Orin", 87, ""), "10.4.0", "its engine was built by tensorrt 10.3.0, here is 10.4.0"),
-        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, ""), "10.4.0", None),
-        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, ""), "11.0.0", "its engine was built by tensorrt 10.3.0, here is 11.0.0"),
-        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, ""), "10.2.0", "its engine was built by tensorrt 10.3.0, here is 10.2.0"),
-        (replace(ENGINE, options=("hardware-compatible",)), Gpu("NVIDIA L4", 89, ""), "10.3.0", None),
-        (replace(ENGINE, options=("hardware-compatible",)), Gpu("T4", 75, ""), "10.3.0", "its engine was built for SM 87, here is T4 (SM 75)"),
-        (replace(ENGINE, gpu="", sm=(86, 89)), Gpu("RTX 4090", 89, ""), "10.3.0", None),
-        (replace(ENGINE, gpu="", sm=(86, 89)), Gpu("RTX 5090", 120, ""), "10.3.0", "its engine was built for SM 86, 89, here is RTX 5090 (SM 120)"),
+        (ENGINE, Gpu("Orin", 87, "", "aarch64"), "10.3.0", None),
+        (ENGINE, Gpu("Orin", 87, "another driver", "aarch64"), "10.3.0", None),
+        (ENGINE, Gpu("NVIDIA L4", 89, "", "aarch64"), "10.3.0", "its engine was built for SM 87, here is NVIDIA L4 (SM 89)"),
+        (ENGINE, Gpu("Orin Nano", 87, "", "aarch64"), "10.3.0", "its engine was built on Orin, here is Orin Nano (SM 87)"),
+        (ENGINE, Gpu("Orin", 87, "", "aarch64"), "10.4.0", "its engine was built by tensorrt 10.3.0, here is 10.4.0"),
+        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, "", "aarch64"), "10.4.0", None),
+        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, "", "aarch64"), "11.0.0", "its engine was built by tensorrt 10.3.0, here is 11.0.0"),
+        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, "", "aarch64"), "10.2.0", "its engine was built by tensorrt 10.3.0, here is 10.2.0"),
+        (replace(ENGINE, options=("hardware-compatible",)), Gpu("NVIDIA L4", 89, "", "aarch64"), "10.3.0", None),
+        (replace(ENGINE, options=("hardware-compatible",)), Gpu("T4", 75, "", "aarch64"), "10.3.0", "its engine was built for SM 87, here is T4 (SM 75)"),
+        (replace(ENGINE, platform="x86_64"), Gpu("Orin", 87, "", "aarch64"), "10.3.0", "its engine was built on x86_64, here is aarch64"),
+        (replace(ENGINE, gpu="", sm=(86, 89)), Gpu("RTX 4090", 89, "", "aarch64"), "10.3.0", None),
+        (replace(ENGINE, gpu="", sm=(86, 89)), Gpu("RTX 5090", 120, "", "aarch64"), "10.3.0", "its engine was built for SM 86, 89, here is RTX 5090 (SM 120)"),
     ],
 )  # fmt: skip
 def test_engines_of_other_machines(engine: Engine, gpu: Gpu, version: str, reason: str | None) -> None:
@@ -322,7 +369,8 @@ def test_engines_of_other_machines(engine: Engine, gpu: Gpu, version: str, reaso
 
 
 def test_what_the_gpu_is(cuda: FakeCuda) -> None:
-    assert Cuda(cuda).gpu() == Gpu("Fake GPU", 89, "CUDA 12.6")
+    name = "Fake GPU with 16 multiprocessors"
+    assert Cuda(cuda).gpu() == Gpu(name, 89, "CUDA 12.6", platform.machine())
     cuda.fail["cudaGetDeviceProperties"] = NO_DRIVER
     with pytest.raises(CudaError, match="cudaErrorInsufficientDriver"):
         Cuda(cuda).gpu()
@@ -399,7 +447,10 @@ def test_rows_of_a_step_go_to_their_places() -> None:
 
 def test_missing_libraries_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> object:
-        raise ImportError(name)
+        raise ModuleNotFoundError(name)
+
+    def broken(name: str) -> object:
+        raise ImportError("libnvinfer.so.10: cannot open shared object file")
 
     monkeypatch.setattr("runtimes.engines.library.import_module", missing)
     from runtimes.engines.library import import_library
@@ -410,12 +461,15 @@ def test_missing_libraries_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> No
             match=rf"The backend {name} is not installed; run: pip install 'dsvl-export\[{extra}\]'",
         ):
             import_library(name)
+    monkeypatch.setattr("runtimes.engines.library.import_module", broken)
+    with pytest.raises(UserError, match=r"tensorrt cannot be loaded here: libnvinfer\.so\.10: cannot open"):
+        import_library("tensorrt")
 
 
 def test_executions(trt11_bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """The honest word about an artifact, by what the machine is."""
     artifact = trt11_bundle.artifact("decoder", "tensorrt", "fp32")
-    engine = replace(ENGINE, sm=(89,), gpu="Fake GPU", tensorrt="11.4.0")
+    engine = replace(ENGINE, sm=(89,), gpu="Fake GPU with 16 multiprocessors", tensorrt="11.4.0", platform="")
     built = replace(artifact, engine=engine)
     cuda.gpus = 0
     use(monkeypatch, cuda, FakeTensorRT(cuda, {}))
@@ -423,6 +477,19 @@ def test_executions(trt11_bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.Mo
     rtx = backend.execution("tensorrt_rtx", built)
     assert str(rtx) == "built by TensorRT-RTX on CPU, numerics by ONNX Runtime on the same file"
     assert (rtx.kind, rtx.device, rtx.judgeable) == ("simulated", "cpu", True)
+    asked = backend.execution("tensorrt", built, "cuda")
+    assert (
+        asked.kind == "not run"
+        and "cudaErrorInsufficientDriver" in asked.by
+        and "cuda-python==12.6.*" in asked.by
+    )
+    assert (
+        str(backend.execution("tensorrt", built, "npu"))
+        == "not run: tensorrt runs on cuda, or its ONNX files on cpu, not on npu"
+    )
+    monkeypatch.setattr(backend, "DRIVER_FILES", (Path("/"),))  # a driver is there, and of no use
+    assert backend.execution("tensorrt", built).kind == "not run"
+    monkeypatch.setattr(backend, "DRIVER_FILES", ())
     assert backend.devices("tensorrt") == ["cpu"]
     cuda.gpus = 1
     assert backend.devices("tensorrt") == ["cuda"]
@@ -431,11 +498,11 @@ def test_executions(trt11_bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.Mo
         == "not run: it has no engine yet; run: dsvl-export build-engine BUNDLE"
     )
     ran = backend.execution("tensorrt", built)
-    assert (str(ran), ran.device) == ("ran on Fake GPU with tensorrt 11.4.0", "cuda")
+    assert (str(ran), ran.device) == ("ran on Fake GPU with 16 multiprocessors with tensorrt 11.4.0", "cuda")
     other = replace(built, engine=replace(engine, sm=(87,)))
     state = backend.execution("tensorrt", other)
     assert state.kind == "not run" and state.by.endswith(
-        "here is Fake GPU (SM 89); run: dsvl-export build-engine BUNDLE"
+        "here is Fake GPU with 16 multiprocessors (SM 89); run: dsvl-export build-engine BUNDLE"
     )
     bundle = SimpleNamespace(manifest=SimpleNamespace(artifacts=[built, other]))
     (problem,) = backend.foreign_engines(bundle)  # type: ignore[arg-type]
