@@ -77,6 +77,7 @@ def export(
     target: str | None = None,
     tensorrt: str | None = None,
     capacity: int | None = None,
+    capabilities: Sequence[int] = (),
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
 
@@ -92,6 +93,7 @@ def export(
         target: a device of ``targets``: what it cannot run is refused before any work.
         tensorrt: version of TensorRT that will build; None takes the target's.
         capacity: tokens of the KV cache that an engine is built for, and the bundle's default.
+        capabilities: compute capabilities, as in 89, that TensorRT-RTX builds for.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
@@ -111,7 +113,7 @@ def export(
         check_plan(backend, compiler, plan, source.config)
         if device:
             check_target(device, backend, plan, source.config)
-    options = CompileOptions(device, capacity, tensorrt)
+    options = CompileOptions(device, capacity, tensorrt, tuple(capabilities))
     compiler.settings(options)
     table = ScaleTable.load(Path(scales).expanduser()) if scales else None
     if table:

@@ -64,7 +64,8 @@ def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
     device = options.device or CPU
     provider = PROVIDERS.get(device)
     if provider not in ort.get_available_providers():
-        gpu = "; run: pip install 'dsvl-export[onnxruntime-gpu]'" if provider and device != CPU else ""
+        install = "; run: pip uninstall onnxruntime, pip install 'dsvl-export[onnxruntime-gpu]'"
+        gpu = install if provider and device != CPU else ""
         raise UserError(
             f"This ONNX Runtime cannot run on {device!r};"
             f" it has {', '.join(ort.get_available_providers())}{gpu}."

@@ -53,7 +53,7 @@ def export(
     precision: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Precision, repeatable: fp32, fp16, int8, fp8, int4, int8-int4, int8-weights, kv-int8, or"
+            help="Precision, repeatable: fp32, fp16, bf16, int8, fp8, int4, int8-int4, int8-weights, kv-int8, or"
             " the YAML file of a precision plan. Default: fp32."
         ),
     ] = None,
@@ -72,6 +72,12 @@ def export(
         Optional[str],
         typer.Option(
             metavar="VERSION", help="TensorRT that will build, as in 10.3. Default: the target's, or 11.4."
+        ),
+    ] = None,
+    sm: Annotated[
+        Optional[list[int]],
+        typer.Option(
+            help="Compute capability that tensorrt_rtx builds for, repeatable. Default: 86, 89 and 120."
         ),
     ] = None,
     capacity: Annotated[
@@ -129,7 +135,7 @@ def export(
                 bars.console.print(f"[dim]{progress.stage}: unchanged, reused[/]")
 
         bundle = run_export(
-            checkpoint, output, backend, given, goldens, report, scales, target, tensorrt, capacity
+            checkpoint, output, backend, given, goldens, report, scales, target, tensorrt, capacity, sm or ()
         )
     verdicts = [
         judge(output, f"{backend} {each}", partial(_climb, backend, each))

@@ -44,11 +44,14 @@ class CompileOptions:
         target: the device; None leaves it open.
         capacity: tokens of the KV cache, where that is fixed when compiling.
         tensorrt: version of TensorRT that will build or run, as in ``10.3``; None is the target's.
+        capabilities: compute capabilities, as in 89, of engines that are built for several; empty is the
+            target's, or the compiler's choice.
     """
 
     target: Target | None = None
     capacity: int = 2048
     tensorrt: str | None = None
+    capabilities: tuple[int, ...] = ()
 
 
 class Compiler(Protocol):

@@ -41,7 +41,7 @@ def settings(options: CompileOptions) -> dict[str, Any]:
         )
     sm = options.target.sm if options.target else None
     return {
-        "capabilities": [sm] if sm else CAPABILITIES,
+        "capabilities": options.capabilities or ((sm,) if sm else CAPABILITIES),
         "capacity": options.capacity,
         "library": tensorrt_rtx.__version__,
     }
@@ -63,7 +63,9 @@ def compile_component(
     files = write_onnx(traced, load, folder, on_bytes, DIALECT)
     chosen = settings(options)["capabilities"]
     eight_bit_floats = any("float8" in str(node.target) for node in traced.program.graph.nodes)
-    capabilities = tuple(sm for sm in chosen if sm >= FP8_SINCE or not eight_bit_floats) or tuple(chosen)
+    capabilities = tuple(chosen)
+    if eight_bit_floats and not options.capabilities:
+        capabilities = tuple(sm for sm in chosen if sm >= FP8_SINCE)
     refuse(files[0], Release.tensorrt_rtx(min(capabilities)))
     engine = folder / f"{traced.contract.component}.engine"
     building = EngineSettings(options.capacity, compute_capabilities=capabilities)

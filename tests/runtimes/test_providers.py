@@ -75,7 +75,7 @@ def test_a_silent_fallback_is_refused(tiny_bundle: Bundle, monkeypatch: pytest.M
 def test_a_missing_provider_names_the_extra(tiny_bundle: Bundle) -> None:
     with pytest.raises(
         UserError,
-        match=r"cannot run on 'cuda'; it has .*CPUExecutionProvider; run: pip install 'dsvl-export\[onnxruntime-gpu\]'",
+        match=r"cannot run on 'cuda'; it has .*CPUExecutionProvider; run: pip uninstall onnxruntime, pip install 'dsvl-export\[onnxruntime-gpu\]'",
     ):
         opened(tiny_bundle, "cuda")
     with pytest.raises(UserError, match=r"cannot run on 'npu'; it has .*CPUExecutionProvider\."):
