@@ -53,8 +53,8 @@ def export(
     precision: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Precision, repeatable: fp32, fp16, bf16, int8, fp8, int4, int8-int4, int8-weights, kv-int8, or"
-            " the YAML file of a precision plan. Default: fp32."
+            help="Precision, repeatable: fp32, fp16, bf16, int8, fp8, int4, int8-int4, int8-weights, kv-int8,"
+            " or the YAML file of a precision plan. Default: fp32."
         ),
     ] = None,
     scales: Annotated[
