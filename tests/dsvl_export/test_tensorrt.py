@@ -351,7 +351,7 @@ def test_build_engine_puts_engines_into_the_bundle(copy_of_trt11: Path, device: 
         again = bundle.artifact(item.component, "tensorrt", "fp16")
         assert again == item
         assert again.engine and (again.engine.gpu, again.engine.sm, again.engine.tensorrt) == (
-            "NVIDIA L4",
+            L4.name,
             (89,),
             "11.4.1",
         )
@@ -439,7 +439,7 @@ def test_what_cannot_be_built(
 def test_what_tensorrt_says_becomes_a_sentence_with_a_remedy(log: str, sentence: str) -> None:
     from dsvl_export.engines.building import _refusal
 
-    parsed = SimpleNamespace(file="decoder.onnx", errors=lambda: log)
+    parsed = SimpleNamespace(file="decoder.onnx", logger=SimpleNamespace(errors=lambda: log))
     assert sentence in _refusal(parsed, EngineSettings(1, workspace_bytes=1_000_000))  # type: ignore[arg-type]
 
 
