@@ -1,12 +1,15 @@
-"""The command line, run in the tests' process."""
+"""The command line, run in the tests' process, and TensorRT bundles that several files test."""
 
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
 import pytest
 
 from dsvl_export import cli
+from dsvl_export.exporting import export
+from runtimes.bundle import Bundle
 from tests.dsvl_export.command_line import Done
 
 
@@ -22,3 +25,23 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         return Done(int(caught.value.code or 0), captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def trt() -> ModuleType:
+    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is there for Linux on x86-64 alone")
+
+
+@pytest.fixture(scope="session")
+def rtx(trt: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Tiny's engines of TensorRT-RTX; tests must not change them."""
+    return export(
+        "tiny", tmp_path_factory.mktemp("rtx") / "bundle", "tensorrt_rtx", ("fp16", "int8", "fp8", "int4")
+    )
+
+
+@pytest.fixture(scope="session")
+def jetson(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Tiny for JetPack 6; tests must not change it."""
+    folder = tmp_path_factory.mktemp("jetson") / "bundle"
+    return export("tiny", folder, "tensorrt", ("fp16", "int8", "int8-int4"), target="jetson-orin")
