@@ -44,7 +44,7 @@ def devices(library: str) -> list[str]:
 
 
 def execution(library: str, artifact: Artifact, device: str | None = None) -> Execution:
-    if device == "cpu":
+    if device == "cpu" or (device is None and artifact.engine is None):
         return _simulated(library, artifact)
     if device not in (None, GPU):
         return Execution("not run", f"{library} runs on {GPU}, or its ONNX files on cpu, not on {device}")

@@ -252,6 +252,14 @@ CASES: dict[str, Case] = {
         ),
         ("operator",),
     ),
+    "dynamic quantization": Case(
+        model(
+            [node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"])],
+            [("x", FLOAT, [4, 32])],
+            ("y", TensorProto.UINT8),
+        ),
+        ("operator",),
+    ),
     "contrib operator": Case(
         model(
             [node("SkipLayerNormalization", ["x", "x", "w"], ["y"], domain="com.microsoft")],

@@ -294,9 +294,7 @@ def test_the_whole_way_on_a_fake_gpu(
         engine.write_bytes(fake_plan(file, contract.component, settings.capacity))
 
     monkeypatch.setattr(on_device, "build_engine", build)
-    with pytest.raises(
-        UserError, match="cannot run here: it has no engine yet; run: dsvl-export build-engine"
-    ):
+    with pytest.raises(UserError, match=r"There is no engine .*; run: dsvl-export build-engine"):
         Pipeline.open(folder, "tensorrt", "fp16")
     build_engines(folder, EngineSettings(900), "fp16")
     result = parity(folder, "tensorrt", "fp16")

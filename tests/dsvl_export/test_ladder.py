@@ -307,7 +307,7 @@ def fake_backend(execution: Execution) -> ModuleType:
     """ONNX Runtime under another name, which says of itself what a backend on other hardware would."""
     module = ModuleType("fake")
     module.__dict__.update(vars(onnxruntime))
-    module.execution = lambda artifact: execution
+    module.execution = lambda artifact, device=None: execution
     return module
 
 
