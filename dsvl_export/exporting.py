@@ -107,13 +107,13 @@ def export(
     longest = source.config.decoder.max_positions
     if capacity is not None and not 1 <= capacity <= longest:
         raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {capacity}.")
-    capacity = capacity or _known_capacity(Path(output).expanduser()) or min(longest, MAX_DEFAULT_CAPACITY)
+    usual = min(longest, MAX_DEFAULT_CAPACITY)
     device = find_target(target) if target else None
     for plan in plans:
         check_plan(backend, compiler, plan, source.config)
         if device:
             check_target(device, backend, plan, source.config)
-    options = CompileOptions(device, capacity, tensorrt, tuple(capabilities))
+    options = CompileOptions(device, capacity or usual, tensorrt, tuple(capabilities))
     compiler.settings(options)
     table = ScaleTable.load(Path(scales).expanduser()) if scales else None
     if table:
@@ -124,6 +124,8 @@ def export(
     try:
         staging.open()
         _check_same_checkpoint(staging, source)
+        if capacity is None and staging.previous:  # of the bundle that is extended
+            options = replace(options, capacity=staging.previous.default_capacity)
         run = _Run(source, staging, report, compiler, options)
         run.tokenizer()
         run.token_embedding()
@@ -135,7 +137,7 @@ def export(
             for component in TRACED_COMPONENTS:
                 run.component(backend, plan, component)
         run.noise()
-        staging.finish(_manifest(source, staging, capacity, *specs))
+        staging.finish(_manifest(source, staging, options.capacity, *specs))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -156,11 +158,6 @@ def record_reference(
     requests = golden_requests(chain.tokenizer.spec.system_prompt)
     positions = source.config.decoder.max_positions
     record_goldens(chain, requests, folder, source.digest, positions, on_step, partial(take_all_taps, tapped))
-
-
-def _known_capacity(folder: Path) -> int | None:
-    """That of the bundle that is extended, if it is one."""
-    return Bundle.open(folder).manifest.default_capacity if (folder / MANIFEST).exists() else None
 
 
 def _check_same_checkpoint(staging: Staging, source: Checkpoint) -> None:
@@ -289,7 +286,7 @@ class _Run:
 
         def build(folder: Path) -> dict[str, Any]:
             traced = trace_planned(self.source.config, component, plan)
-            total = self.compiler.artifact_bytes(traced)
+            total = self.compiler.artifact_bytes(traced, self.options)
             done = 0
 
             def on_bytes(count: int) -> None:

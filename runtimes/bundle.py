@@ -216,9 +216,10 @@ class Bundle:
 
     def matching(self, backend: str | None, precision: str | None) -> list[tuple[str, str]]:
         """The pairs that fit what was asked; where there is no ``int8``, it means ``int8-fp16``."""
-        pairs = [pair for pair in self.choices() if backend in (None, pair[0])]
-        exact = [pair for pair in pairs if precision in (None, pair[1])]
-        return exact or [pair for pair in pairs if pair[1].rpartition("-")[0] == precision]
+        items = [item for item in self.manifest.artifacts if backend in (None, item.backend)]
+        exact = [item for item in items if precision in (None, item.precision)]
+        found = exact or [item for item in items if item.precision == f"{precision}-{item.base}"]
+        return list(dict.fromkeys((item.backend, item.precision) for item in found))
 
     def select(self, backend: str | None, precision: str | None) -> tuple[str, str]:
         """The pair that fits what was asked; the first where several fit.

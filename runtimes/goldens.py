@@ -62,6 +62,15 @@ def save_golden(golden: Golden, file: Path) -> None:
     save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, file, metadata=texts)
 
 
+def tokens_of_golden(file: Path) -> int:
+    """Tokens of a golden's prompt and answer, from its header alone; 0 where it cannot be read."""
+    try:
+        with safe_open(file, framework="np") as handle:
+            return int(handle.get_slice("prompt_tokens").get_shape()[0]) + GREEDY_TOKENS
+    except (SafetensorError, OSError):
+        return 0
+
+
 def load_golden(file: Path) -> Golden:
     """Raises UserError where the file is no golden, or holds NaN or infinity."""
     try:

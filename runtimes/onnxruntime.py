@@ -261,8 +261,9 @@ class OrtDecoder:
             if isinstance(error, Exception):
                 raise _failed(self.contract, error) from error
             raise
-        for spec, array in zip(self._appended, cache.arrays, strict=False):
-            write_rows(array, outputs.pop(spec.name), positions)
+        if self._appended:  # a device's cache would be copied for its arrays
+            for spec, array in zip(self._appended, cache.arrays, strict=True):
+                write_rows(array, outputs.pop(spec.name), positions)
         logits = outputs.pop("logits")
         self.tapped = outputs
         return logits

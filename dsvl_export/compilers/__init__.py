@@ -90,8 +90,8 @@ class Compiler(Protocol):
         """
         ...
 
-    def artifact_bytes(self, traced: TracedComponent) -> int:
-        """Bytes of the files that ``compile_component`` would write, from shapes alone; for ``plan``."""
+    def artifact_bytes(self, traced: TracedComponent, options: CompileOptions) -> int:
+        """Bytes of what ``compile_component`` would write, from shapes alone; engines are not counted."""
         ...
 
     def debug_build(self, artifact: Path, contract: Contract, folder: Path) -> Path:

@@ -57,7 +57,7 @@ def compile_component(
     return Compiled(tuple(files), "cpu", "ort", tools)
 
 
-def artifact_bytes(traced: TracedComponent) -> int:
+def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
     """Weights and graph; alignment and protobuf's own bytes per weight are left out."""
     from dsvl_export.onnx_graph.dialect_ort import OrtDialect
     from dsvl_export.onnx_graph.lower import lower, without_weights

@@ -30,9 +30,7 @@ CACHE_PRECISIONS: tuple[str, ...] = ()  # KVCacheUpdate takes float caches alone
 RECIPE_BASE = "fp16"
 LATEST = "11.4"
 OLDEST = Version("10.3")
-EXTERNAL_ABOVE = (
-    64 << 20
-)  # bytes of weights; larger ones lie beside the graph, so that a board need not hold them
+EXTERNAL_ABOVE = 64 << 20  # bytes of weights that lie beside the graph, so that a board need not hold them
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
 
 
@@ -105,11 +103,15 @@ def write_onnx(
     return files
 
 
-def artifact_bytes(traced: TracedComponent) -> int:
+def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
+    return onnx_bytes(traced, Release(tensorrt_version(options)).dialect)
+
+
+def onnx_bytes(traced: TracedComponent, dialect: str) -> int:
     """Weights and graph of the ONNX file; an engine is about as large once more."""
     from dsvl_export.onnx_graph.lower import lower, without_weights
 
-    graph = lower(traced, without_weights, make_dialect("trt11", traced))
+    graph = lower(traced, without_weights, make_dialect(dialect, traced))
     return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()
 
 

@@ -10,9 +10,17 @@ import onnx
 import tensorrt_rtx
 
 from dsvl_export.compilers import Compiled, CompileOptions
-from dsvl_export.compilers.tensorrt import artifact_bytes, write_onnx
+from dsvl_export.compilers.tensorrt import (
+    CACHE_PRECISIONS,
+    LAYER_PRECISIONS,
+    PRECISIONS,
+    RECIPE_BASE,
+    onnx_bytes,
+    write_onnx,
+)
 from dsvl_export.engines.building import EngineSettings, build_engine
 from dsvl_export.linter import Release, refuse
+from dsvl_export.linter.types import SINCE_SM
 from dsvl_export.onnx_graph.debug import debug_build
 from runtimes.bundle import Engine
 from runtimes.errors import UserError
@@ -22,15 +30,13 @@ if TYPE_CHECKING:
 
     from reference.trace import TracedComponent
 
-PRECISIONS = ("fp32", "fp16", "bf16")
-LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
-CACHE_PRECISIONS: tuple[str, ...] = ()
-RECIPE_BASE = "fp16"
 # GPUs with tensor cores that TensorRT-RTX builds for: Ampere, Ada, Blackwell.
 CAPABILITIES = (86, 89, 120)
-FP8_SINCE = 89
 DIALECT = "trt11"
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
+__all__ = [
+    "CACHE_PRECISIONS", "LAYER_PRECISIONS", "PRECISIONS", "RECIPE_BASE",
+    "artifact_bytes", "compile_component", "debug_build", "settings",
+]  # fmt: skip
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
@@ -45,6 +51,10 @@ def settings(options: CompileOptions) -> dict[str, Any]:
         "capacity": options.capacity,
         "library": tensorrt_rtx.__version__,
     }
+
+
+def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
+    return onnx_bytes(traced, DIALECT)
 
 
 def compile_component(
@@ -65,7 +75,7 @@ def compile_component(
     eight_bit_floats = any("float8" in str(node.target) for node in traced.program.graph.nodes)
     capabilities = tuple(chosen)
     if eight_bit_floats and not options.capabilities:
-        capabilities = tuple(sm for sm in chosen if sm >= FP8_SINCE)
+        capabilities = tuple(sm for sm in chosen if sm >= SINCE_SM[onnx.TensorProto.FLOAT8E4M3FN])
     refuse(files[0], Release.tensorrt_rtx(min(capabilities)))
     engine = folder / f"{traced.contract.component}.engine"
     building = EngineSettings(options.capacity, compute_capabilities=capabilities)

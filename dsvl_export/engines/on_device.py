@@ -16,7 +16,7 @@ from runtimes.bundle import Artifact, Bundle, Engine, Manifest
 from runtimes.engines.cuda import Cuda, CudaError, Gpu, import_cuda
 from runtimes.engines.library import import_library
 from runtimes.errors import UserError
-from runtimes.goldens import GREEDY_TOKENS, load_golden
+from runtimes.goldens import tokens_of_golden
 
 BACKEND = "tensorrt"
 OnStep = Callable[[str, int, int], None]
@@ -79,6 +79,11 @@ def build_engines(
         staging.open()
         artifacts = _artifacts(bundle, precision, device.version)
         settings = settings or EngineSettings(bundle.manifest.default_capacity)
+        longest = int(bundle.manifest.model["decoder"]["max_positions"])
+        if settings.capacity > longest:
+            raise UserError(
+                f"The capacity must lie between 1 and the model's {longest}, got {settings.capacity}."
+            )
         for index, item in enumerate(artifacts):
             on_step(f"{item.precision}/{item.component}", index, len(artifacts))
             built.append(_build(bundle, staging, item, settings, device))
@@ -117,8 +122,7 @@ def longest_golden(bundle: Bundle) -> int:
         for path in bundle.manifest.files
         if path.startswith("goldens/") and path.endswith(".safetensors")
     ]
-    lengths = [len(load_golden(bundle.path(path)).prompt_tokens) for path in files]
-    return max(lengths, default=-GREEDY_TOKENS) + GREEDY_TOKENS
+    return max((tokens_of_golden(bundle.path(path)) for path in files), default=0)
 
 
 def _check_version(item: Artifact, version: Version) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, cast
 
 import ml_dtypes  # noqa: F401 -- registers float8 and int4 with numpy
@@ -187,7 +187,7 @@ class Lowering:
     def is_constant(self, source: Node) -> bool:
         return isinstance(self._values[source], Constant)
 
-    @property
+    @cached_property
     def base(self) -> np.dtype[Any]:
         """Dtype of what is not quantized: that of the program's first input."""
         name = str(self.traced.program.graph_signature.user_inputs[0])

@@ -14,7 +14,7 @@ from typing import Any
 from calibration.precision import FLOAT, PrecisionPlan, component_layers, load_precision
 from calibration.quantized import trace_planned
 from calibration.sensitivity import weight_bytes
-from dsvl_export.compilers import compiler_names, load_compiler
+from dsvl_export.compilers import CompileOptions, compiler_names, load_compiler
 from dsvl_export.planner.targets import WEIGHT_BITS, Target
 from dsvl_export.planner.workload import Workload
 from dsvl_export.precisions import check_plan, kinds_of, plan_for
@@ -112,7 +112,7 @@ class Planner:
         table = config.decoder.vocab_size * config.decoder.width * EMBEDDING_ITEM_BYTES
         self.embedding_bytes = table if embedding_bytes is None else embedding_bytes
         self._workloads: dict[tuple[str, str], Workload] = {}
-        self._artifacts: dict[tuple[str, str, str], int] = {}
+        self._artifacts: dict[tuple[str, str, str, str], int] = {}
 
     def workload(self, component: str, precision: str) -> Workload:
         """The component traced in fp32, or in half precision for all that is smaller."""
@@ -185,7 +185,7 @@ class Planner:
             precision = quantized[0] if quantized and given.quantizes_activations else given.base
         works = {component: self.workload(component, precision) for component in TRACED_COMPONENTS}
         exported = self._exportable(request)
-        artifacts = self._artifact_bytes(request, exported, works) if exported else {}
+        artifacts = self._artifact_bytes(target, request, exported, works) if exported else {}
         stored = {component: work.weight_bytes(precision) for component, work in works.items()}
         if exported and exported.quantizes:
             stored = artifacts
@@ -248,15 +248,15 @@ class Planner:
         return plan
 
     def _artifact_bytes(
-        self, request: Request, plan: PrecisionPlan, works: dict[str, Workload]
+        self, target: Target, request: Request, plan: PrecisionPlan, works: dict[str, Workload]
     ) -> dict[str, int]:
         """What the compiler would write."""
         compiler, found = load_compiler(request.backend), {}
         for component, work in works.items():
-            key = (request.backend, plan.name, component)
+            key = (target.name, request.backend, plan.name, component)
             if key not in self._artifacts:
                 traced = trace_planned(self.config, component, plan) if plan.quantizes else work.traced
-                self._artifacts[key] = compiler.artifact_bytes(traced)
+                self._artifacts[key] = compiler.artifact_bytes(traced, CompileOptions(target))
             found[component] = self._artifacts[key]
         return found
 

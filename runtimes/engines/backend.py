@@ -90,7 +90,7 @@ def _simulated(library: str, artifact: Artifact) -> Execution:
         onnxruntime.devices()
     except UserError as error:
         return Execution("not run", f"without a GPU its ONNX would be run, but: {str(error).rstrip('.')}")
-    built = BUILDERS.get(library, "") if artifact.engine else ""
+    built = BUILDERS[library] if artifact.engine else ""
     if artifact.base == "bf16":
         why = "ONNX Runtime has no kernels for bfloat16 on a CPU that could stand for a GPU"
         return Execution("built only", f"{built}; {why}") if built else Execution("not run", why)

@@ -35,19 +35,16 @@ class DeviceCache(KVCache):
         self._block = block or _Block(cuda, specs, batch, slots)
         if block is None:
             self._block.clear(stream)  # what is masked is multiplied by zero, so it must be finite
-
-    def address(self, index: int) -> int:
-        """Where a state begins; its rows are ``[batch, Hkv, slots, Dh]``."""
-        return self._block.address + self._block.offsets[index] + self._first_row * self._row_bytes(index)
+        self._addresses = [
+            self._block.address + offset + first_row * self._row_bytes(index)
+            for index, offset in enumerate(self._block.offsets)
+        ]
+        self.key = (*self._addresses, batch)  # the same for caches whose states all lie in the same places
 
     @property
     def addresses(self) -> list[int]:
-        return [self.address(index) for index in range(len(self.specs))]
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """The same for caches whose states all lie at the same addresses."""
-        return (*self.addresses, self.batch)
+        """Where each state begins; its rows are ``[batch, Hkv, slots, Dh]``."""
+        return self._addresses
 
     @property
     def arrays(self) -> list[np.ndarray]:  # type: ignore[override]
@@ -61,8 +58,10 @@ class DeviceCache(KVCache):
         copy = DeviceCache(self.specs, self.batch, self.capacity, self.slots, self._cuda, self._stream)
         for index in range(len(self.specs)):
             size = self.batch * self._row_bytes(index)
-            arguments = (copy.address(index), self.address(index), size, self._cuda.on_device, self._stream)
-            self._cuda.call("cudaMemcpyAsync", *arguments, what="a copy of the KV cache")
+            self._cuda.call(
+                "cudaMemcpyAsync", copy.addresses[index], self.addresses[index], size, self._cuda.on_device,
+                self._stream, what="a copy of the KV cache",
+            )  # fmt: skip
         copy.lengths[:] = self.lengths
         return copy
 
@@ -84,7 +83,7 @@ class DeviceCache(KVCache):
         batch, heads, length, head_dim = array.shape
         width = length * head_dim * array.itemsize
         pitch = self.slots * head_dim * array.itemsize
-        device, host = (self.address(index), pitch), (array.ctypes.data, width)
+        device, host = (self.addresses[index], pitch), (array.ctypes.data, width)
         target, source = (host, device) if to_host else (device, host)
         kind = self._cuda.to_host if to_host else self._cuda.to_device
         what = "reading the KV cache" if to_host else "loading a KV cache"

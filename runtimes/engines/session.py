@@ -14,7 +14,7 @@ from runtimes.bundle import DEBUG_PREFIX
 from runtimes.cache import CapacityError, KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state
 from runtimes.engines.cache import DeviceCache
-from runtimes.engines.cuda import Cuda, CudaError, DeviceMemory, PinnedArray, import_cuda
+from runtimes.engines.cuda import Cuda, DeviceMemory, PinnedArray, import_cuda
 from runtimes.engines.layout import (
     DECODE,
     Sizes,
@@ -32,7 +32,7 @@ from runtimes.session import SessionOptions
 
 GPU = "cuda"
 # TensorRT's names of dtypes, in numpy's.
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def load_engine(library: str, file: Path, options: SessionOptions) -> LoadedEngi
         raise UserError(
             f"The backend {library} runs on {GPU}, or its ONNX files on cpu, not on {options.device}."
         )
-    trt, cuda = import_library(library), Cuda(import_cuda())
     try:
+        cuda = Cuda(import_cuda())
         cuda.gpu()
-    except CudaError as error:
+    except UserError as error:
         raise UserError(
             f"The engines of {library} need an NVIDIA GPU ({str(error).rstrip('.')}); --device cpu runs their"
             " ONNX files in ONNX Runtime instead."
@@ -72,6 +72,7 @@ def load_engine(library: str, file: Path, options: SessionOptions) -> LoadedEngi
         )
     if not plan.is_file():
         raise UserError(f"There is no engine {plan}; run: dsvl-export build-engine BUNDLE.")
+    trt = import_library(library)
     logger = logger_of(trt)
     logger.messages.clear()
     try:
@@ -109,8 +110,7 @@ class _Runner:
         self.appended = [spec for spec in map(appended_state, contract.states) if spec.name in outputs]
         self._check([*contract.inputs, *contract.states, *contract.outputs, *self.appended], names)
         self.limits = [self._limits(index) for index in range(engine.num_optimization_profiles)]
-        self.outputs = (*contract.outputs, *self.appended)
-        sizes = buffer_bytes((*contract.inputs, *self.outputs), self.limits)
+        sizes = buffer_bytes((*contract.inputs, *contract.outputs, *self.appended), self.limits)
         cuda = loaded.cuda
         self.device = {name: DeviceMemory(cuda, size, name) for name, size in sizes.items()}
         hosted = [spec.name for spec in (*contract.inputs, *contract.outputs)]
@@ -172,7 +172,8 @@ class _Runner:
             self._accepted(context.set_input_shape(spec.name, shape_of(spec, sizes)), spec, sizes)
         addresses = {name: memory.address for name, memory in self.device.items()}
         if cache:
-            addresses |= {spec.name: cache.address(index) for index, spec in enumerate(self.contract.states)}
+            names = [spec.name for spec in self.contract.states]
+            addresses |= dict(zip(names, cache.addresses, strict=True))
             addresses |= {output: addresses[state] for output, state in self.aliases.items()}
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
@@ -330,7 +331,7 @@ class EngineDecoder:
         for index, spec in enumerate(self._runner.appended):
             source = self._runner.device[spec.name].address
             state = self.contract.states[index]
-            for copy in append_copies(state, cache.address(index), source, feeds[1], cache.slots):
+            for copy in append_copies(state, cache.addresses[index], source, feeds[1], cache.slots):
                 cuda.call(
                     "cudaMemcpy2DAsync", copy.target, copy.target_pitch, copy.source, copy.source_pitch,
                     copy.width, copy.height, cuda.on_device, self._loaded.stream, what=state.name,
@@ -359,12 +360,13 @@ class EngineDecoder:
         try:
             self._runner.enqueue(DECODE, sizes)
             graph = cuda.call("cudaStreamEndCapture", stream)
-        except UserError as error:
+            self._graph = cuda.call("cudaGraphInstantiate", graph, 0)
+            cuda.call("cudaGraphDestroy", graph)
+        except BaseException as error:
             cuda.api.cudaStreamEndCapture(stream)
+            if not isinstance(error, UserError):
+                raise
             self.no_graph = str(error)
-            return
-        self._graph = cuda.call("cudaGraphInstantiate", graph, 0)
-        cuda.call("cudaGraphDestroy", graph)
 
     def _forget_graph(self) -> None:
         if self._graph is not None:

@@ -240,6 +240,8 @@ def test_what_cannot_be_built(
         match=r"exported for TensorRT 10\.3, here is 11\.4\.1; export it again with --tensorrt 11\.4",
     ):
         build_engines(trt10_bundle.folder, device=device)
+    with pytest.raises(UserError, match="capacity must lie between 1 and the model's 1024, got 4096"):
+        build_engines(copy_of_trt11, EngineSettings(4096), "fp16", device)
     file = copy_of_trt11 / "tensorrt/fp16/adaptor/adaptor.onnx"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match="is damaged: tensorrt/fp16/adaptor/adaptor.onnx has"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -15,12 +16,14 @@ from dsvl_export.engines.building import EngineSettings
 from dsvl_export.exporting import export
 from dsvl_export.ladder import parity
 from dsvl_export.linting import lint_path
+from dsvl_export.planner.plan import Planner, Request
+from dsvl_export.planner.targets import find_target
 from dsvl_export.records import record_verdict
+from reference.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from runtimes.bundle import Bundle
 from runtimes.errors import UserError
 from runtimes.pipeline import Pipeline
-from runtimes.session import SessionOptions
 from runtimes.task import load_task
 from tests.conftest import OraclePair
 
@@ -103,6 +106,32 @@ def test_tensorrt_rtx_builds_the_files_for_jetpack_6_too(
         settings = EngineSettings(512, compute_capabilities=(86,))
         on_device.build_engine(trt, file, contract, settings, tmp_path / "engine")
         assert (tmp_path / "engine").stat().st_size > 50_000
+
+
+def test_a_recipes_name_finds_it_on_another_base_and_nothing_else(jetson: Bundle) -> None:
+    assert jetson.select("tensorrt", "int8") == ("tensorrt", "int8-fp16")
+    others = replace(
+        jetson.manifest,
+        artifacts=tuple(item for item in jetson.manifest.artifacts if item.precision != "int8-fp16"),
+    )
+    with pytest.raises(
+        UserError, match="holds no tensorrt int8; it has tensorrt fp16, tensorrt int8-int4-fp16"
+    ):
+        Bundle(jetson.folder, others).select("tensorrt", "int8")
+    with pytest.raises(UserError, match="holds no tensorrt int8-int"):
+        Bundle(jetson.folder, others).select("tensorrt", "int8-int")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8-int4"])
+def test_plan_gives_the_bytes_of_the_onnx(jetson: Bundle, precision: str) -> None:
+    source = open_checkpoint("tiny")
+    plan = Planner(source.config, source.embedding_bytes()).plan(
+        find_target("jetson-orin"), Request("tensorrt", precision, 200)
+    )
+    assert plan.exact
+    for component, planned in plan.artifacts.items():
+        files = jetson.artifact(component, *jetson.select("tensorrt", precision)).files
+        assert planned == pytest.approx(sum(jetson.manifest.files[name].bytes for name in files), rel=0.02)
 
 
 def test_fp8_on_orin_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -210,4 +239,3 @@ def test_engines_answer_as_onnx_runtime_does_on_the_gpus_machine(engine_bundle: 
         for device in ("cpu", None)
     }
     assert len(answers) == 1
-    assert SessionOptions().device is None

@@ -128,18 +128,8 @@ class FakeCuda:
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> Any:
         return self.copied(target, size, source, size, size, 1, kind)
 
-    def cudaMemcpy2DAsync(
-        self,
-        target: int,
-        target_pitch: int,
-        source: int,
-        source_pitch: int,
-        width: int,
-        height: int,
-        kind: int,
-        stream: int,
-    ) -> Any:
-        return self.copied(target, target_pitch, source, source_pitch, width, height, kind)
+    def cudaMemcpy2DAsync(self, *arguments: int) -> Any:
+        return self.copied(*arguments[:-1])
 
     def copied(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
@@ -61,6 +62,21 @@ def test_providers_of_a_device(
     assert runtime.asked == [providers]
     assert runtime.preloaded == (device in ("cuda", "tensorrt"))
     assert session._memory == ("cuda" if device in ("cuda", "tensorrt") else "cpu")
+
+
+def test_a_step_copies_no_device_cache(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arrays are copies of the whole cache; a decode step must not ask for them."""
+    session = opened(tiny_bundle, None)
+    cache = backend.OrtDeviceCache(session.contract.states, 1, 8, "cpu")
+    width = int(session.contract.inputs[0].shape[2])
+
+    def copied(self: object) -> None:
+        raise AssertionError("the cache was copied")
+
+    monkeypatch.setattr(backend.OrtDeviceCache, "arrays", property(copied))
+    for _ in range(3):
+        session.decode(np.ones((1, 1, width), np.float32), np.array([0]), cache)
+    assert cache.length == 3
 
 
 def test_a_silent_fallback_is_refused(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
