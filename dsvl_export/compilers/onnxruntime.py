@@ -59,8 +59,9 @@ def compile_component(
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
     """Weights and graph; alignment and protobuf's own bytes per weight are left out."""
+    from dsvl_export.lowering import without_weights
     from dsvl_export.onnx_graph.dialect_ort import OrtDialect
-    from dsvl_export.onnx_graph.lower import lower, without_weights
+    from dsvl_export.onnx_graph.lower import lower
 
     graph = lower(traced, without_weights, OrtDialect())
     return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()

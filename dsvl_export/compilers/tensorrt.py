@@ -109,7 +109,8 @@ def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
 
 def onnx_bytes(traced: TracedComponent, dialect: str) -> int:
     """Weights and graph of the ONNX file; an engine is about as large once more."""
-    from dsvl_export.onnx_graph.lower import lower, without_weights
+    from dsvl_export.lowering import without_weights
+    from dsvl_export.onnx_graph.lower import lower
 
     graph = lower(traced, without_weights, make_dialect(dialect, traced))
     return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.onnx_graph.context import Lowering, fake, numpy_dtype, to_numpy
+from dsvl_export.lowering import fake, numpy_dtype, to_numpy
+from dsvl_export.onnx_graph.context import Lowering
 
 
 def split(context: Lowering, source: Node, cache: Node, name: str) -> str:

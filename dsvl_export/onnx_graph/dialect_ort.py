@@ -8,8 +8,9 @@ import numpy as np
 from torch.fx import Node
 
 from calibration.sensitivity import EIGHT_BIT_BLOCK
+from dsvl_export.lowering import QuantizedWeight, arguments, fake, numpy_dtype, to_numpy
 from dsvl_export.onnx_graph.builder import element_type
-from dsvl_export.onnx_graph.context import Lowering, QuantizedWeight, arguments, fake, numpy_dtype, to_numpy
+from dsvl_export.onnx_graph.context import Lowering
 from dsvl_export.onnx_graph.dialect_standard import StandardDialect
 from runtimes.errors import UserError
 

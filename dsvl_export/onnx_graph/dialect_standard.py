@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.onnx_graph.context import Lowering, QuantizedWeight, arguments, fake, numpy_dtype
+from dsvl_export.lowering import QuantizedWeight, arguments, fake, numpy_dtype
+from dsvl_export.onnx_graph.context import Lowering
 from dsvl_export.onnx_graph.quantization import dequantized
 from runtimes.contracts import TensorSpec, updated_state
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.onnx_graph.context import Lowering, arguments, fake
+from dsvl_export.lowering import arguments, fake
+from dsvl_export.onnx_graph.context import Lowering
 from dsvl_export.onnx_graph.decoder_parts import merged, rotation_table, slots, split
 from dsvl_export.onnx_graph.dialect_standard import StandardDialect, softmax_attention
 from dsvl_export.onnx_graph.quantization import FOUR_BIT

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.onnx_graph.context import Lowering, arguments, fake, numpy_dtype
+from dsvl_export.lowering import arguments, fake, numpy_dtype
+from dsvl_export.onnx_graph.context import Lowering
 from dsvl_export.onnx_graph.decoder_parts import merged, rotation_table, split, visible_slots
 from dsvl_export.onnx_graph.dialect_standard import (
     StandardDialect,

@@ -7,14 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.fx import Node
 
-from dsvl_export.onnx_graph.builder import Graph, element_type
-from dsvl_export.onnx_graph.context import (
-    Dialect,
+from dsvl_export.lowering import (
     LoadParameter,
-    Lowering,
     QuantizedWeight,
     arguments,
     aten,
@@ -23,6 +19,8 @@ from dsvl_export.onnx_graph.context import (
     static,
     to_numpy,
 )
+from dsvl_export.onnx_graph.builder import Graph, element_type
+from dsvl_export.onnx_graph.context import Dialect, Lowering
 from dsvl_export.onnx_graph.quantization import DEQUANTIZE, QUANTIZATION, dequantized, quantized_linear
 from reference.trace import TracedComponent
 
@@ -256,10 +254,3 @@ def lower(traced: TracedComponent, load: LoadParameter, dialect: Dialect) -> Gra
         load: gives a parameter of the component by its name, in any float dtype.
     """
     return Lowering(traced, load, dialect, TABLE, DEQUANTIZE).run()
-
-
-def without_weights(name: str) -> Tensor:
-    """A ``load`` for those who only want sizes; scales of activations decide which nodes are shared."""
-    if name.endswith("input_scale"):
-        return torch.tensor(1.0)
-    raise AssertionError(f"only sizes are wanted, but the weight {name} was asked for")

@@ -15,15 +15,8 @@ import torch
 from torch.fx import Node
 
 import calibration.quantized  # noqa: F401 -- registers the float8 operators
-from dsvl_export.onnx_graph.context import (
-    Constant,
-    Lowering,
-    QuantizedWeight,
-    arguments,
-    fake,
-    numpy_dtype,
-    to_numpy,
-)
+from dsvl_export.lowering import Constant, QuantizedWeight, arguments, fake, numpy_dtype, to_numpy
+from dsvl_export.onnx_graph.context import Lowering
 
 qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
 FOUR_BIT = qd.dequantize_per_channel_group.default
@@ -54,8 +47,7 @@ def _dequantize(codes: np.dtype[Any]) -> Callable[[Lowering, Node], Any]:
     def lower(context: Lowering, node: Node) -> Any:
         source, scale = arguments(node)[:2]
         if context.is_constant(source):
-            shape = tuple(int(size) for size in fake(source).shape)
-            return QuantizedWeight(context.constant(source), context.constant(scale), shape, 8, codes)
+            return context.channel_weight(node, codes)
         factor = _scalar(context, context.constant(scale), numpy_dtype(fake(node).dtype))
         key = f"dequantized {context.value(source)} {factor}"
         if key not in context.scratch:
@@ -67,10 +59,7 @@ def _dequantize(codes: np.dtype[Any]) -> Callable[[Lowering, Node], Any]:
 
 
 def _dequantize_groups(context: Lowering, node: Node) -> QuantizedWeight:
-    codes, scale, *_ = arguments(node)
-    shape = tuple(int(size) for size in fake(codes).shape)
-    group = shape[1] // int(fake(scale).shape[1])
-    return QuantizedWeight(context.constant(codes), context.constant(scale), shape, 4, INT4, group)
+    return context.group_weight(node)
 
 
 def _scalar(context: Lowering, scale: Constant, dtype: np.dtype[Any]) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from dsvl_export.lowering import arguments, without_weights
 from dsvl_export.onnx_graph.builder import Graph, Initializer
-from dsvl_export.onnx_graph.context import arguments
 from dsvl_export.onnx_graph.dialect_ort import OrtDialect
-from dsvl_export.onnx_graph.lower import lower, without_weights
+from dsvl_export.onnx_graph.lower import lower
 from dsvl_export.planner.targets import WEIGHT_BITS
 from reference.trace import TracedComponent
 
