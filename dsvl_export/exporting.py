@@ -124,6 +124,7 @@ def export(
     try:
         staging.open()
         _check_same_checkpoint(staging, source)
+        options = replace(options, preprocessing=specs[0])
         if capacity is None and staging.previous:  # of the bundle that is extended
             options = replace(options, capacity=staging.previous.default_capacity)
         run = _Run(source, staging, report, compiler, options)
@@ -303,10 +304,10 @@ class _Run:
             engine = compiled.engine
             artifact = Artifact(
                 component, backend, plan.name, compiled.target, compiled.dialect,
-                tuple(f"{name}/{file.name}" for file in compiled.files),
+                tuple(f"{name}/{file.relative_to(folder).as_posix()}" for file in compiled.files),
                 {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
                 replace(engine, file=f"{name}/{engine.file}") if engine else None,
-                plan.base,
+                plan.base, compiled.capacity,
             )  # fmt: skip
             return {"artifact": asdict(artifact), "rests_on": self._rests_on(plan.name)}
 

@@ -83,8 +83,7 @@ class Staging:
         if self.previous:
             files = self.previous.to_dict()["files"]
             for artifact in self.previous.artifacts:
-                stage = artifact.files[0].rpartition("/")[0]
-                record[stage] = {
+                record[artifact.stage] = {
                     "key": "",  # unknown: redone when it is asked for, kept otherwise
                     "result": {"artifact": asdict(artifact)},
                     "files": {path: files[path] for path in artifact.files},

@@ -57,7 +57,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One component compiled for one backend: its main file first, data files and engine after."""
+    """One component compiled for one backend: its main file first, data files and engine after.
+
+    ``base`` is what is not quantized computes in. ``capacity`` is that of a decoder whose KV cache was fixed
+    when it was compiled.
+    """
 
     component: str
     backend: str
@@ -67,7 +71,13 @@ class Artifact:
     files: tuple[str, ...]
     tools: dict[str, str]
     engine: Engine | None = None
-    base: str = "fp32"  # what is not quantized computes in this
+    base: str = "fp32"
+    capacity: int | None = None
+
+    @property
+    def stage(self) -> str:
+        """Folder of its files in the bundle."""
+        return f"{self.backend}/{self.precision}/{self.component}"
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Artifact:

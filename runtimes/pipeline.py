@@ -92,9 +92,10 @@ class Pipeline:
             module.open_component(files["adaptor"], contracts["adaptor"], options),
             module.open_decoder(files["decoder"], contracts["decoder"], options),
         )
+        decoder = artifacts["decoder"]
         # An engine for the GPU holds what it was built for.
-        engine = artifacts["decoder"].engine if device != "cpu" else None
-        most = min(manifest.default_capacity, engine.capacity) if engine else manifest.default_capacity
+        built = decoder.engine.capacity if decoder.engine and device != "cpu" else decoder.capacity
+        most = min(manifest.default_capacity, built or manifest.default_capacity)
         return cls(chain, manifest.prompt.system_prompt, capacity or most)
 
     def chat(

@@ -14,11 +14,12 @@ from runtimes.backends import load_entry
 from runtimes.bundle import Engine
 from runtimes.contracts import Contract
 from runtimes.errors import UserError
+from runtimes.preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
     from reference.trace import TracedComponent
 
-BUILT_IN = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+BUILT_IN = ("coreml", "onnxruntime", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.compilers"
 
 
@@ -26,7 +27,8 @@ GROUP = "dsvl_export.compilers"
 class Compiled:
     """What a compiler made of one component: its files (the main one first) and how.
 
-    ``engine``, where one was built, names its file by the bare name.
+    ``engine``, where one was built, names its file by the bare name. ``capacity`` is that of a decoder whose
+    KV cache was fixed when it was compiled.
     """
 
     files: tuple[Path, ...]
@@ -34,6 +36,7 @@ class Compiled:
     dialect: str
     tools: dict[str, str]
     engine: Engine | None = None
+    capacity: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ class CompileOptions:
         tensorrt: version of TensorRT that will build or run, as in ``10.3``; None is the target's.
         capabilities: compute capabilities, as in 89, of engines that are built for several; empty is the
             target's, or the compiler's choice.
+        preprocessing: of the model's images, for programs that take an image itself.
     """
 
     target: Target | None = None
     capacity: int = 2048
     tensorrt: str | None = None
     capabilities: tuple[int, ...] = ()
+    preprocessing: PreprocessSpec | None = None
 
 
 class Compiler(Protocol):

@@ -142,7 +142,7 @@ def _build(
     if item.component != "vision_encoder":
         settings = replace(settings, dla_core=None)
     engine = Engine(
-        file=f"{Path(item.files[0]).parent.as_posix()}/{item.component}.engine",
+        file=f"{item.stage}/{item.component}.engine",
         sm=sm,
         gpu=device.gpu.name,
         driver=device.gpu.driver,
@@ -162,7 +162,7 @@ def _build(
     try:
         build_engine(device.trt, file, contract, settings, temporary)
         done = replace(item, engine=engine, files=tuple(dict.fromkeys((*item.files, engine.file))))
-        stage = Path(item.files[0]).parent.as_posix()
+        stage = item.stage
         staging.attach(stage, temporary, {"artifact": asdict(done)})
     finally:
         temporary.unlink(missing_ok=True)

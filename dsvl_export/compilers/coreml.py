@@ -1,0 +1,62 @@
+"""Compiler ``coreml``: a ``.mlpackage`` per component for iOS 18 and macOS 15."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import coremltools
+
+from dsvl_export.compilers import Compiled, CompileOptions
+from dsvl_export.mil_program.check import check_package
+from dsvl_export.mil_program.context import Weights
+from dsvl_export.mil_program.debug import debug_build
+from dsvl_export.mil_program.functions import build_functions
+from dsvl_export.mil_program.package import write_package
+from runtimes.mil.package import package_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reference.trace import TracedComponent
+
+PRECISIONS = ("fp16",)
+LAYER_PRECISIONS = ("int8", "int8-weights", "int4")
+CACHE_PRECISIONS: tuple[str, ...] = ()  # states are half precision
+RECIPE_BASE = "fp16"
+__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
+
+
+def settings(options: CompileOptions) -> dict[str, Any]:
+    return {"capacity": options.capacity}
+
+
+def compile_component(
+    traced: TracedComponent,
+    load: Callable[[str], Tensor],
+    folder: Path,
+    on_bytes: Callable[[int], None],
+    options: CompileOptions,
+) -> Compiled:
+    """Write ``<component>.mlpackage``, whose specification is the main file.
+
+    Raises:
+        ValueError: the written package breaks the contract.
+    """
+    weights = Weights()
+    functions = build_functions(traced, load, weights, options.capacity, options.preprocessing)
+    package = write_package(folder, traced, functions, weights, {}, on_bytes)
+    check_package(package, traced.contract)
+    tools = {"coremltools": coremltools.__version__}
+    capacity = options.capacity if traced.contract.states else None
+    return Compiled(tuple(package_files(package)), "apple", "mil", tools, capacity=capacity)
+
+
+def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
+    """Weights alone; the program itself is small beside them."""
+    from dsvl_export.lowering import without_weights
+
+    weights = Weights(sizes_only=True)
+    build_functions(traced, without_weights, weights, options.capacity, options.preprocessing)
+    return sum(weights.bytes.values())
