@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import coremltools
-
 from dsvl_export.compilers import Compiled, CompileOptions
 from dsvl_export.mil_program.check import check_package
-from dsvl_export.mil_program.context import Weights
 from dsvl_export.mil_program.debug import debug_build
-from dsvl_export.mil_program.functions import build_functions
-from dsvl_export.mil_program.package import write_package
 from runtimes.mil.package import package_files
 
 if TYPE_CHECKING:
@@ -44,11 +40,16 @@ def compile_component(
     Raises:
         ValueError: the written package breaks the contract.
     """
+    # Here, so that a debug build needs no torch.
+    from dsvl_export.mil_program.context import Weights
+    from dsvl_export.mil_program.functions import build_functions
+    from dsvl_export.mil_program.package import write_package
+
     weights = Weights()
     functions = build_functions(traced, load, weights, options.capacity, options.preprocessing)
     package = write_package(folder, traced, functions, weights, {}, on_bytes)
     check_package(package, traced.contract)
-    tools = {"coremltools": coremltools.__version__}
+    tools = {"coremltools": version("coremltools")}
     capacity = options.capacity if traced.contract.states else None
     return Compiled(tuple(package_files(package)), "apple", "mil", tools, capacity=capacity)
 
@@ -56,6 +57,8 @@ def compile_component(
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
     """Weights alone; the program itself is small beside them."""
     from dsvl_export.lowering import without_weights
+    from dsvl_export.mil_program.context import Weights
+    from dsvl_export.mil_program.functions import build_functions
 
     weights = Weights(sizes_only=True)
     build_functions(traced, without_weights, weights, options.capacity, options.preprocessing)

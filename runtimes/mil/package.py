@@ -115,8 +115,8 @@ class Package:
 
 
 def identifier(name: str) -> str:
-    """A name in the letters that MIL allows."""
-    return re.sub(r"\W", "_", name)
+    """A name in the letters that MIL allows; ``low.norm`` and ``low_norm`` stay two."""
+    return re.sub(r"\W", "_", name.replace(".", "__"))
 
 
 def package_folder(file: Path) -> Path:
