@@ -21,8 +21,8 @@ from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, build_component
 from runtimes.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
-DEFAULT_GROUP = 32
-KINDS = ("float", "int8", "fp8", "int8-weights", "int4")
+KINDS = ("float", "int8", "fp8", "int8-weights", "int4", "palette4")
+GROUPS = {"int4": 32, "palette4": 16}  # of those that have groups, the usual one
 CACHES = ("float", "int8", "fp8")
 
 
@@ -32,23 +32,24 @@ class LayerPrecision:
 
     ``float``: in the plan's base. ``int8`` and ``fp8`` (E4M3): weights per output channel and activations
     per tensor. ``int8-weights``: weights per output channel alone. ``int4``: weights alone, a scale for
-    every ``group`` of consecutive inputs.
+    every ``group`` of consecutive inputs. ``palette4``: weights alone, each one of 16 numbers that
+    ``group`` consecutive output channels share.
     """
 
     kind: str
-    group: int = 0  # of int4
+    group: int = 0  # of int4 and palette4
 
     @classmethod
     def parse(cls, text: str) -> LayerPrecision:
         """From ``int8`` or ``int4-g128``; raises ValueError on anything else."""
-        kind, _, group = text.partition("-g") if text.startswith("int4") else (text, "", "")
-        if kind not in KINDS or (text.startswith("int4-") and not group):
+        kind, dash, group = text.partition("-g") if text.startswith(tuple(GROUPS)) else (text, "", "")
+        if kind not in KINDS or (dash and not group):
             raise ValueError(
                 f"there is no precision {text!r} of a layer; there are {', '.join(KINDS)}, int4-g128"
             )
-        if kind != "int4":
+        if kind not in GROUPS:
             return cls(kind)
-        number = int(group) if group else DEFAULT_GROUP
+        number = int(group) if group else GROUPS[kind]
         if number < 2:
             raise ValueError(f"a group of {number} is too small in {text!r}")
         return cls(kind, number)
@@ -57,8 +58,14 @@ class LayerPrecision:
     def quantizes_activations(self) -> bool:
         return self.kind in ("int8", "fp8")
 
+    def grouped(self, layer: LayerSpec) -> tuple[int, str]:
+        """How many of what a layer has along the axis of groups."""
+        if self.kind == "int4":
+            return layer.inputs, "inputs"
+        return layer.weight[0], "output channels"
+
     def __str__(self) -> str:
-        return f"int4-g{self.group}" if self.kind == "int4" else self.kind
+        return f"{self.kind}-g{self.group}" if self.kind in GROUPS else self.kind
 
 
 FLOAT = LayerPrecision("float")
@@ -108,15 +115,16 @@ class PrecisionPlan:
         for rule in self.rules:
             if rule.matches(layer):
                 precision = rule.precision
-        if precision.kind == "int4":
+        if precision.kind in GROUPS:
             if layer.kind != "linear":
                 raise UserError(
                     f"{layer.name} is a convolution, which {self.name} gives {precision}; only linear layers"
                     " can have 4-bit weights, int8-weights is the nearest."
                 )
-            if layer.inputs % precision.group:
+            along, what = precision.grouped(layer)
+            if along % precision.group:
                 raise UserError(
-                    f"The group size {precision.group} does not divide the {layer.inputs} inputs of"
+                    f"The group size {precision.group} does not divide the {along} {what} of"
                     f" {layer.name}; choose another in the precision plan {self.name}."
                 )
         return precision

@@ -27,6 +27,7 @@ from reference.trace import TRACED_COMPONENTS, TracedComponent, trace
 
 qd = torch.ops.quantized_decomposed
 INT8 = (-128, 127, torch.int8)
+PALETTE = 16  # entries
 INT4 = (-8, 7, torch.int8)  # PyTorch has no 4-bit tensors; compilers pack the codes
 
 
@@ -57,18 +58,51 @@ def _(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(codes, dtype=dtype)
 
 
+@torch.library.custom_op("dsvl::quantize_palette", mutates_args=())
+def quantize_palette(weight: Tensor, palettes: Tensor) -> Tensor:
+    """Index of the nearest palette entry, uint8 ``[out, in]``.
+
+    Args:
+        weight: ``[out, in]``.
+        palettes: ``[out / group, 16]``, ascending; one for each group of consecutive rows.
+    """
+    entries = palettes.float()
+    between = ((entries[:, 1:] + entries[:, :-1]) / 2).contiguous()
+    groups = weight.float().reshape(len(entries), -1).contiguous()
+    return torch.searchsorted(between, groups).to(torch.uint8).reshape(weight.shape)
+
+
+@quantize_palette.register_fake
+def _(weight: Tensor, palettes: Tensor) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.uint8)
+
+
+@torch.library.custom_op("dsvl::dequantize_palette", mutates_args=())
+def dequantize_palette(codes: Tensor, palettes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The palette entries that ``quantize_palette`` chose."""
+    groups = codes.reshape(len(palettes), -1).long()
+    return palettes.gather(1, groups).reshape(codes.shape).to(dtype)
+
+
+@dequantize_palette.register_fake
+def _(codes: Tensor, palettes: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype)
+
+
 def _along_channels(scale: Tensor, x: Tensor) -> Tensor:
     return scale.float().reshape(-1, *[1] * (x.dim() - 1)) if scale.dim() else scale.float()
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, precision: LayerPrecision) -> Tensor:
-    """Codes of a weight ``[out, in, ...]``: int8 (int4's lie in -8..7) or float8.
+    """Codes of a weight ``[out, in, ...]``: int8 (int4's lie in -8..7), float8, or uint8 indices.
 
     Args:
-        scale: ``[out]``, or ``[out, in / group]`` for int4.
+        scale: ``[out]``, ``[out, in / group]`` for int4, or the palettes ``[out / group, 16]``.
     """
     if precision.kind == "fp8":
         return torch.ops.dsvl.quantize_float8(weight, scale)
+    if precision.kind == "palette4":
+        return torch.ops.dsvl.quantize_palette(weight, scale)
     zeros = torch.zeros_like(scale, dtype=torch.int64)
     if precision.kind == "int4":
         return qd.quantize_per_channel_group(weight, scale.float(), zeros, *INT4, precision.group)
@@ -79,6 +113,8 @@ def dequantize_weight(codes: Tensor, scale: Tensor, precision: LayerPrecision, d
     """The weight that a layer computes with, from its codes."""
     if precision.kind == "fp8":
         return torch.ops.dsvl.dequantize_float8(codes, scale, dtype)
+    if precision.kind == "palette4":
+        return torch.ops.dsvl.dequantize_palette(codes, scale, dtype)
     zeros = torch.zeros_like(scale, dtype=torch.int64)
     if precision.kind == "int4":
         return qd.dequantize_per_channel_group(codes, scale.float(), zeros, *INT4, precision.group, dtype)
@@ -107,7 +143,11 @@ class _Quantized(nn.Module):
 
     def quantize(self, precision: LayerPrecision) -> None:
         rows, columns = self.weight.shape[:2]
-        shape = (rows, columns // precision.group) if precision.kind == "int4" else (rows,)
+        shape: tuple[int, ...] = (rows,)
+        if precision.kind == "int4":
+            shape = (rows, columns // precision.group)
+        elif precision.kind == "palette4":
+            shape = (rows // precision.group, PALETTE)
         dtype = self.weight.dtype
         self.precision = precision
         self.weight_scale = nn.Parameter(torch.ones(shape, dtype=dtype))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from calibration.data import Sample
 from calibration.evaluate import Evaluation
-from calibration.precision import LayerPrecision, LayerSpec, component_layers
-from calibration.quantized import fake_quantize, round_trip
+from calibration.precision import GROUPS, LayerPrecision, LayerSpec, component_layers
+from calibration.quantized import PALETTE, fake_quantize, round_trip
 from calibration.table import ScaleTable
 from calibration.weights import FoldedWeights, find_weight_scale
 from reference.checkpoint import Checkpoint
@@ -72,6 +72,8 @@ def weight_bytes(layer: LayerSpec, precision: LayerPrecision, base: str) -> int:
         return count * size
     if precision.kind == "int4":
         return count // 2 + count // precision.group * size
+    if precision.kind == "palette4":
+        return count // 2 + layer.weight[0] // precision.group * PALETTE * size
     if precision.kind == "int8-weights" and layer.kind == "linear":
         blocks = -(-layer.inputs // EIGHT_BIT_BLOCK)
         return layer.weight[0] * blocks * (EIGHT_BIT_BLOCK + size)
@@ -80,7 +82,9 @@ def weight_bytes(layer: LayerSpec, precision: LayerPrecision, base: str) -> int:
 
 def possible(layer: LayerSpec, precision: LayerPrecision) -> bool:
     """Whether a layer can have a precision."""
-    return precision.kind != "int4" or (layer.kind == "linear" and layer.inputs % precision.group == 0)
+    if precision.kind not in GROUPS:
+        return True
+    return layer.kind == "linear" and precision.grouped(layer)[0] % precision.group == 0
 
 
 def measure_sensitivity(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calibration.precision import LayerPrecision, LayerSpec, PrecisionPlan, component_layers
-from calibration.quantized import round_trip
+from calibration.quantized import PALETTE, round_trip
 from calibration.smoothing import Folding, foldings
 from calibration.table import QUANTIZED_MAX, ScaleTable
 from reference.checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from runtimes.errors import UserError
 
 LoadParameter = Callable[[str], Tensor]
 INT4_MAX = 7.0
+PALETTE_ROUNDS = 40  # of k-means; the error no longer moves then
 SCALES = ("weight_scale", "input_scale", "key_scale", "value_scale")
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
@@ -72,7 +73,10 @@ class QuantizedWeights:
         """
         owner, _, kind = parameter.rpartition(".")
         if kind in SCALES:
-            return self._scale(owner, kind).clamp(min=torch.finfo(PRECISION_DTYPES[self.plan.base]).tiny)
+            scale = self._scale(owner, kind)
+            if kind == "weight_scale" and self.plan.of(self._layers[owner]).kind == "palette4":
+                return scale
+            return scale.clamp(min=torch.finfo(PRECISION_DTYPES[self.plan.base]).tiny)
         if kind == "weight" and owner in self._layers:
             tuned = self._tuned(owner)
             return self._folded.load(parameter) if tuned is None else tuned[0]
@@ -146,12 +150,15 @@ def find_weight_scale(weight: Tensor, precision: LayerPrecision, layer: str = "a
     """Scale of a weight ``[out, in, ...]`` in fp32: ``[out]``, or ``[out, in / group]`` for int4.
 
     8-bit scales cover the largest magnitude. 4-bit scales clip it where that lowers the mean squared error.
+    Of a palette it is the entries, ``[out / group, 16]``.
 
     Raises:
         UserError: the weight holds NaN or infinity.
     """
     if not torch.isfinite(weight).all():
         raise UserError(f"The weight of {layer} holds NaN or infinity; are the checkpoint's weights sound?")
+    if precision.kind == "palette4":
+        return find_palettes(weight, precision.group)
     groups = weight.reshape(len(weight), -1, precision.group or weight[0].numel())
     amax = groups.abs().amax(dim=-1)  # [out, groups]
     # A group of zeros alone has the codes 0 with any scale.
@@ -166,6 +173,33 @@ def find_weight_scale(weight: Tensor, precision: LayerPrecision, layer: str = "a
         error = error.reshape(groups.shape).sum(dim=-1)
         scale, best = torch.where(error < best, candidate, scale), torch.minimum(error, best)
     return scale
+
+
+def find_palettes(weight: Tensor, rows: int) -> Tensor:
+    """The 16 numbers that stand best for each group of rows, ascending, ``[out / rows, 16]`` fp32.
+
+    k-means on a line (Lloyd 1982): sorted once, a cluster is a stretch, and its mean a difference of sums.
+
+    Args:
+        weight: ``[out, in]``; rows: consecutive output channels of a group.
+    """
+    values = weight.float().reshape(len(weight) // rows, -1).sort(dim=1).values
+    count = values.shape[1]
+    sums = torch.nn.functional.pad(values.double().cumsum(dim=1), (1, 0))
+    middles = (torch.arange(PALETTE) * 2 + 1) * count // (2 * PALETTE)
+    # Starting half way between quantiles and equal steps, so that the tails get entries too.
+    steps = torch.linspace(0, 1, PALETTE)
+    low, high = values[:, :1], values[:, -1:]
+    entries = (values[:, middles] + low + (high - low) * steps) / 2
+    for _ in range(PALETTE_ROUNDS):
+        between = ((entries[:, 1:] + entries[:, :-1]) / 2).contiguous()
+        ends = torch.searchsorted(values, between)  # [groups, 15]
+        ends = torch.nn.functional.pad(torch.nn.functional.pad(ends, (1, 0)), (0, 1), value=count)
+        sizes = ends.diff(dim=1)
+        totals = sums.gather(1, ends).diff(dim=1)
+        means = (totals / sizes.clamp(min=1)).float()
+        entries = torch.where(sizes > 0, means, entries).sort(dim=1).values
+    return entries
 
 
 def spread(scale: Tensor, precision: LayerPrecision, codes: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ class ProgramLowering(ABC):
     """
 
     form: str  # what programs are lowered to, for messages
+    quantized: tuple[type, ...] = (QuantizedWeight,)
 
     def __init__(
         self,
@@ -144,10 +145,10 @@ class ProgramLowering(ABC):
             raise NotImplementedError(f"{source.name} must be a weight or a constant")
         return value
 
-    def weight(self, source: Node) -> Constant | QuantizedWeight:
-        """A weight, quantized or not."""
+    def weight(self, source: Node) -> Any:
+        """A weight: a ``Constant``, or one of ``quantized``."""
         value = self._values[source]
-        return value if isinstance(value, QuantizedWeight) else self.constant(source)
+        return value if isinstance(value, self.quantized) else self.constant(source)
 
     def channel_weight(self, node: Node, codes: np.dtype[Any]) -> QuantizedWeight:
         """The weight of a dequantize operator with a scale per output channel."""

@@ -49,7 +49,7 @@ def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: Mo
 
 def kinds_of(plan: PrecisionPlan, config: ModelConfig) -> list[str]:
     """The precisions that a target must support for a plan, in the words of ``targets.yaml``."""
-    names = {"float": plan.base, "int8-weights": "int8"}
+    names = {"float": plan.base, "int8-weights": "int8", "palette4": "int4"}
     layers = (layer for name in TRACED_COMPONENTS for layer in component_layers(config, name))
     kinds = dict.fromkeys(plan.of(layer).kind for layer in layers)
     return list(dict.fromkeys(names.get(kind, kind) for kind in kinds))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from reference.trace import TracedComponent
 
 PRECISIONS = ("fp16",)
-LAYER_PRECISIONS = ("int8", "int8-weights", "int4")
+LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # states are half precision
 RECIPE_BASE = "fp16"
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]

@@ -56,6 +56,16 @@ class Weights:
         self.bytes[name] = -(-prod(shape) * bits // 8)
 
 
+@dataclass(frozen=True)
+class PaletteWeight:
+    """A weight as indices ``[out, in]`` into palettes ``[out / group, entries]``."""
+
+    codes: Constant
+    palettes: Constant
+    shape: tuple[int, ...]
+    entries: tuple[int, int]
+
+
 class MilLowering(ProgramLowering):
     """One function; a node's value is a variable of the MIL program.
 
@@ -65,6 +75,7 @@ class MilLowering(ProgramLowering):
     """
 
     form = "Core ML"
+    quantized = (QuantizedWeight, PaletteWeight)
 
     def __init__(
         self,
@@ -169,9 +180,3 @@ class MilLowering(ProgramLowering):
     def emit(self, node: Node, operator: Callable[..., Var], **arguments: Any) -> Var:
         """An operator of MIL, named after the node."""
         return operator(**arguments, name=self.unique(self.name(node)))
-
-    def dense(self, weight: Constant | QuantizedWeight, source: Node) -> Var:
-        """A weight as an operand: constant, or decompressed by Core ML."""
-        from dsvl_export.mil_program.quantization import decompressed
-
-        return decompressed(self, weight) if isinstance(weight, QuantizedWeight) else self.value(source)

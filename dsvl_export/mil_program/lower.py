@@ -12,7 +12,7 @@ from torch.fx import Node
 from dsvl_export.lowering import LoadParameter, arguments, aten, fake, numpy_dtype
 from dsvl_export.mil_program.attention import attention, cached_attention, rms_norm
 from dsvl_export.mil_program.context import MAX_RANK, MIL_NAMES, MilLowering, Var, Weights
-from dsvl_export.mil_program.quantization import DEQUANTIZE, QUANTIZATION
+from dsvl_export.mil_program.quantization import DEQUANTIZE, QUANTIZATION, weight_operand
 from reference.trace import TracedComponent
 
 
@@ -25,7 +25,7 @@ def _reshape(context: MilLowering, node: Node) -> Var:
 
 def _linear(context: MilLowering, node: Node) -> Var:
     x, weight, bias = arguments(node, None, None)
-    dense = context.dense(context.weight(weight), weight)
+    dense = weight_operand(context, weight)
     offset = {} if bias is None else {"bias": context.value(bias)}
     return context.emit(node, mb.linear, x=context.value(x), weight=dense, **offset)
 
@@ -36,7 +36,7 @@ def _conv2d(context: MilLowering, node: Node) -> Var:
     )
     return context.emit(
         node, mb.conv,
-        x=context.value(x), weight=context.dense(context.weight(weight), weight),
+        x=context.value(x), weight=weight_operand(context, weight),
         **({} if bias is None else {"bias": context.value(bias)}),
         strides=stride, pad_type="custom", pad=[side for side in padding for _ in range(2)],
         dilations=dilation, groups=groups,

@@ -12,11 +12,19 @@ from coremltools.converters.mil.mil import types
 from torch.fx import Node
 
 import calibration.quantized  # noqa: F401 -- registers the operators
-from dsvl_export.lowering import QuantizedWeight, arguments, fake, numpy_dtype, to_numpy
-from dsvl_export.mil_program.context import MilLowering, Var
+from dsvl_export.lowering import (
+    Constant,
+    QuantizedWeight,
+    arguments,
+    fake,
+    numpy_dtype,
+    static,
+    to_numpy,
+)
+from dsvl_export.mil_program.context import MilLowering, PaletteWeight, Var
 
 qd = torch.ops.quantized_decomposed
-INT8 = np.dtype(np.int8)
+INT8, HALF = np.dtype(np.int8), np.dtype(np.float16)
 
 
 def _quantize(context: MilLowering, node: Node) -> Var:
@@ -47,26 +55,49 @@ def _scalar(context: MilLowering, scale: Node, like: Node) -> Any:
     return numpy_dtype(fake(like).dtype).type(to_numpy(context.constant(scale).load()))
 
 
-def decompressed(context: MilLowering, weight: QuantizedWeight) -> Var:
-    """A weight ``[out, in, ...]`` from its codes, which Core ML keeps, to decompress them when it likes."""
+def _palette(context: MilLowering, node: Node) -> PaletteWeight:
+    codes, palettes = arguments(node)[:2]
+    shape, (groups, entries) = tuple(static(fake(codes).shape)), static(fake(palettes).shape)
+    return PaletteWeight(context.constant(codes), context.constant(palettes), shape, (groups, entries))
+
+
+def weight_operand(context: MilLowering, source: Node) -> Var:
+    """A weight ``[out, in, ...]``, as it is, or by codes that Core ML keeps and decompresses."""
+    weight = context.weight(source)
+    if isinstance(weight, Constant):
+        return context.value(source)
     name = f"{weight.codes.name}_dense"
-    if name in context.scratch:
-        return context.scratch[name]
+    if name not in context.scratch:
+        emit = _from_palettes if isinstance(weight, PaletteWeight) else _from_scales
+        context.scratch[name] = emit(context, weight, name)
+    return context.scratch[name]
+
+
+def _from_palettes(context: MilLowering, weight: PaletteWeight, name: str) -> Var:
+    groups, entries = weight.entries
+    lut = (groups, 1, entries, 1)  # for each group of rows, for all columns, entries, of one number
+    indices = context.known(
+        weight.codes.name, types.np_uint4_dtype, weight.shape,
+        lambda: to_numpy(weight.codes.load()).astype(types.np_uint4_dtype),
+    )  # fmt: skip
+    palettes = context.known(
+        weight.palettes.name, HALF, lut, lambda: to_numpy(weight.palettes.load()).astype(HALF).reshape(lut)
+    )
+    return mb.constexpr_lut_to_dense(indices=indices, lut=palettes, name=context.unique(name))
+
+
+def _from_scales(context: MilLowering, weight: QuantizedWeight, name: str) -> Var:
     rows, columns, *kernel = weight.shape
     groups = columns // weight.group if weight.group else 1
-    dtype = np.dtype(np.float16)
     stored = types.np_int4_dtype if weight.bits == 4 else np.dtype(np.int8)
     scales = (rows, groups, *(1 for _ in kernel))
     data = context.known(
         weight.codes.name, stored, weight.shape, lambda: to_numpy(weight.codes.load()).astype(stored)
     )
     scale = context.known(
-        weight.scale.name, dtype, scales, lambda: to_numpy(weight.scale.load()).astype(dtype).reshape(scales)
+        weight.scale.name, HALF, scales, lambda: to_numpy(weight.scale.load()).astype(HALF).reshape(scales)
     )
-    context.scratch[name] = mb.constexpr_blockwise_shift_scale(
-        data=data, scale=scale, name=context.unique(name)
-    )
-    return context.scratch[name]
+    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=context.unique(name))
 
 
 DEQUANTIZE = frozenset(
@@ -74,6 +105,7 @@ DEQUANTIZE = frozenset(
         qd.dequantize_per_tensor.tensor,
         qd.dequantize_per_channel.default,
         qd.dequantize_per_channel_group.default,
+        torch.ops.dsvl.dequantize_palette.default,
     }
 )
 QUANTIZATION: dict[Any, Callable[[MilLowering, Node], Any]] = {
@@ -81,4 +113,5 @@ QUANTIZATION: dict[Any, Callable[[MilLowering, Node], Any]] = {
     qd.dequantize_per_tensor.tensor: _dequantize,
     qd.dequantize_per_channel.default: _dequantize,
     qd.dequantize_per_channel_group.default: lambda context, node: context.group_weight(node),
+    torch.ops.dsvl.dequantize_palette.default: _palette,
 }
