@@ -1,7 +1,7 @@
-"""Decoders whose programs have sizes fixed when they were compiled: the capacity, the tokens of a call.
+"""Sessions on compiled assets whose sizes were fixed: the capacity, the tokens of a call.
 
-A call is cut into pieces that the program's functions take; what a piece is padded with is written behind
-its tokens, where later tokens overwrite it before anything sees it.
+A decoder's call is cut into pieces that the asset's functions take. What a piece is padded with is written
+behind its tokens, where later tokens overwrite it before anything sees it.
 """
 
 from __future__ import annotations
@@ -16,56 +16,93 @@ from runtimes.cache import KVCache
 from runtimes.contracts import Contract, TensorSpec
 from runtimes.errors import UserError
 
+# Functions of an asset: of a component without states, and of a decoder (one token, several).
+MAIN, DECODE = "main", "decode"
 
-class FixedCache(KVCache):
-    """A cache whose states have the capacity that a program was compiled for; fewer tokens may be used.
+
+class Asset(Protocol):
+    """A compiled component that can be called; states of a decoder hold one sequence and stay here."""
+
+    def call(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any = None
+    ) -> Mapping[str, np.ndarray]:
+        """Outputs by name, batch 1; the state is updated in place."""
+        ...
+
+    def new_state(self) -> Any:
+        """Zeroed states of one sequence."""
+        ...
+
+    def read_state(self, state: Any, name: str) -> np.ndarray:
+        """``[1, Hkv, C, Dh]``"""
+        ...
+
+    def write_state(self, state: Any, name: str, array: np.ndarray) -> None: ...
+
+
+class AssetCache(KVCache):
+    """A cache whose states stay with the asset, in the capacity that it was compiled for.
+
+    ``arrays`` are copies, of the ``capacity`` tokens that may be used.
 
     Args:
-        compiled: that capacity.
-        states: memory to use, ``[batch, Hkv, compiled, Dh]``; None allocates zeros.
+        states: one for each row.
     """
 
     def __init__(
-        self,
-        specs: tuple[TensorSpec, ...],
-        batch: int,
-        capacity: int,
-        compiled: int,
-        states: list[np.ndarray] | None = None,
+        self, specs: tuple[TensorSpec, ...], batch: int, capacity: int, asset: Asset, states: list[Any]
     ) -> None:
-        sizes = {"batch": batch, "capacity": compiled}
-        self.states = states if states is not None else [spec.allocate(sizes) for spec in specs]
-        self.compiled = compiled
-        super().__init__(specs, batch, capacity, [state[:, :, :capacity] for state in self.states])
+        self.specs, self.batch, self.capacity = specs, batch, capacity
+        self.lengths = np.zeros(batch, dtype=np.int64)
+        self.states, self._asset = states, asset
 
-    def fork(self) -> FixedCache:
-        states = [state.copy() for state in self.states]
-        copy = FixedCache(self.specs, self.batch, self.capacity, self.compiled, states)
+    @property
+    def arrays(self) -> list[np.ndarray]:  # type: ignore[override]
+        return [
+            np.concatenate([self._asset.read_state(state, spec.name) for state in self.states])[
+                :, :, : self.capacity
+            ]
+            for spec in self.specs
+        ]
+
+    @property
+    def addresses(self) -> list[int]:
+        raise NotImplementedError("the states lie where their runtime keeps them")
+
+    def fork(self) -> AssetCache:
+        states = [self._asset.new_state() for _ in self.states]
+        copy = AssetCache(self.specs, self.batch, self.capacity, self._asset, states)
+        copy._write([array[:, :, : self.length] for array in self.arrays])
         copy.lengths[:] = self.lengths
         return copy
 
-    def row(self, index: int) -> FixedCache:
-        states = [state[index : index + 1] for state in self.states]
-        view = FixedCache(self.specs, 1, self.capacity, self.compiled, states)
+    def row(self, index: int) -> AssetCache:
+        view = AssetCache(self.specs, 1, self.capacity, self._asset, [self.states[index]])
         view.lengths = self.lengths[index : index + 1]
         return view
 
-    def named_states(self) -> dict[str, np.ndarray]:
-        return {spec.name: state for spec, state in zip(self.specs, self.states, strict=True)}
+    def _write(self, states: list[np.ndarray]) -> None:
+        for spec, part in zip(self.specs, states, strict=True):
+            for row, state in enumerate(self.states):
+                whole = self._asset.read_state(state, spec.name).copy()
+                whole[0, :, : part.shape[2]] = part[row]
+                self._asset.write_state(state, spec.name, whole)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a program's functions take.
+    """What a decoder's functions take.
 
     Args:
         capacity: of the states.
+        several: the function for several tokens.
         chunk: the most tokens of one call.
-        flexible: calls of several tokens take as many as there are, and any number of logit rows;
-            otherwise always ``chunk`` tokens, and one row.
+        flexible: that function takes as many tokens as there are, and any number of logit rows; otherwise
+            always ``chunk`` tokens, and one row.
     """
 
     capacity: int
+    several: str
     chunk: int
     flexible: bool
 
@@ -81,65 +118,70 @@ class Piece:
 
 
 def pieces(tokens: int, rows: Sequence[int], start: int, sizes: Sizes) -> list[Piece]:
-    """A call cut for the functions of a program.
+    """A call cut for the functions of a decoder.
 
     Args:
         tokens: of the call; rows: those whose logits are wanted.
         start: position of the first token.
     """
     wanted = sorted(set(rows))
+    found = []
     if sizes.flexible:
-        found = []
         for begin in range(0, tokens, sizes.chunk):
             end = min(begin + sizes.chunk, tokens)
             here = tuple(row for row in wanted if begin <= row < end)
             found.append(Piece(begin, end, end - begin, here or (end - 1,)))
         return found
-    found, begin = [], 0
-    ends = {row + 1 for row in wanted} | {tokens}  # one row of logits a call: its last token's
-    for stop in sorted(ends):
+    begin = 0
+    for stop in sorted({row + 1 for row in wanted} | {tokens}):  # one row a call: its last token's
         while begin < stop:
             end = min(begin + sizes.chunk, stop)
             if end - begin > 1 and start + begin + sizes.chunk > sizes.capacity:
                 end = begin + 1  # the padding would not fit
-            length = 1 if end - begin == 1 else sizes.chunk
-            found.append(Piece(begin, end, length, (end - 1,)))
+            found.append(Piece(begin, end, 1 if end - begin == 1 else sizes.chunk, (end - 1,)))
             begin = end
     return found
 
 
-class Program(Protocol):
-    """A compiled decoder: it computes one row of a batch."""
+class FixedComponent:
+    """A stateless component; one image after the other, since assets take one."""
 
-    sizes: Sizes
+    def __init__(self, asset: Asset, contract: Contract) -> None:
+        self.contract, self.asset = contract, asset
 
-    def new_cache(self, specs: tuple[TensorSpec, ...], batch: int, capacity: int) -> KVCache: ...
-
-    def run(self, inputs: Mapping[str, np.ndarray], cache: Any) -> Mapping[str, np.ndarray]:
-        """Outputs by name; the states of the cache, one row of what ``new_cache`` made, are updated.
-
-        ``inputs`` are the contract's, their sizes those of a piece.
-        """
-        ...
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for spec in self.contract.inputs:
+            spec.check(inputs[spec.name])
+        batch = len(inputs[self.contract.inputs[0].name])
+        each = [
+            self.asset.call(MAIN, {name: array[index : index + 1] for name, array in inputs.items()})
+            for index in range(batch)
+        ]
+        return {
+            spec.name: np.concatenate([found[spec.name] for found in each]).astype(spec.dtype)
+            for spec in self.contract.outputs
+        }
 
 
 class FixedDecoder:
-    """A decoder session on such a program."""
+    """A decoder on an asset."""
 
-    def __init__(self, program: Program, contract: Contract) -> None:
-        self.contract, self._program = contract, program
+    def __init__(self, asset: Asset, contract: Contract, sizes: Sizes) -> None:
+        self.contract, self.asset, self.sizes = contract, asset, sizes
         self.tapped: Mapping[str, np.ndarray] = {}
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        most = self._program.sizes.capacity
-        if capacity > most:
+        if capacity > self.sizes.capacity:
             raise UserError(
-                f"The decoder was compiled for {most} tokens, a KV cache of {capacity} was asked for;"
-                f" export it again with --capacity {capacity}."
+                f"The decoder was compiled for {self.sizes.capacity} tokens, a KV cache of {capacity} was"
+                f" asked for; export it again with --capacity {capacity}."
             )
-        return self._program.new_cache(self.contract.states, batch, capacity)
+        states = [self.asset.new_state() for _ in range(batch)]
+        return AssetCache(self.contract.states, batch, capacity, self.asset, states)
 
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
+        if not isinstance(cache, AssetCache):
+            raise TypeError("this cache was made by another backend's session")
         batch, length, _ = inputs_embeds.shape
         if batch > 1 and length > 1:
             raise ValueError("several tokens at once are for one row only; use row()")
@@ -152,7 +194,7 @@ class FixedDecoder:
         positions = cache.append(length)
         try:
             each = [
-                self._row(inputs_embeds[index], positions[index], rows, cache.row(index))
+                self._row(inputs_embeds[index], int(positions[index, 0]), rows, cache.states[index])
                 for index in range(batch)
             ]
         except BaseException:
@@ -163,26 +205,29 @@ class FixedDecoder:
         self.tapped = outputs
         return logits
 
-    def _row(
-        self, embeds: np.ndarray, positions: np.ndarray, rows: list[int], cache: KVCache
-    ) -> dict[str, np.ndarray]:
+    def _row(self, embeds: np.ndarray, start: int, rows: list[int], state: Any) -> dict[str, np.ndarray]:
         """One sequence: outputs ``[S or K, ...]`` by name."""
         by_token: dict[str, list[np.ndarray]] = {}
         by_row: dict[str, dict[int, np.ndarray]] = {}
-        for piece in pieces(len(embeds), rows, int(positions[0]), self._program.sizes):
-            count = piece.end - piece.begin
-            padded = np.zeros((1, piece.length, embeds.shape[1]), embeds.dtype)
-            padded[0, :count] = embeds[piece.begin : piece.end]
-            first = int(positions[piece.begin])
-            wanted = np.array(piece.rows, np.int64) - piece.begin
-            inputs = (padded, np.arange(first, first + piece.length)[None], wanted)
-            named = {spec.name: array for spec, array in zip(self.contract.inputs, inputs, strict=True)}
-            found = self._program.run(named, cache)
+        for piece in pieces(len(embeds), rows, start, self.sizes):
+            found = self._piece(piece, embeds, start, state)
             for spec in self.contract.outputs:
                 value = found[spec.name][0].astype(spec.dtype, copy=False)
                 if spec.shape[1] == "sequence":
-                    by_token.setdefault(spec.name, []).append(value[:count])
+                    by_token.setdefault(spec.name, []).append(value[: piece.end - piece.begin])
                 else:
                     by_row.setdefault(spec.name, {}).update(zip(piece.rows, value, strict=True))
         outputs = {name: np.concatenate(parts) for name, parts in by_token.items()}
         return outputs | {name: np.stack([found[row] for row in rows]) for name, found in by_row.items()}
+
+    def _piece(self, piece: Piece, embeds: np.ndarray, start: int, state: Any) -> Mapping[str, np.ndarray]:
+        padded = np.zeros((1, piece.length, embeds.shape[1]), embeds.dtype)
+        padded[0, : piece.end - piece.begin] = embeds[piece.begin : piece.end]
+        first = start + piece.begin
+        inputs = (
+            padded,
+            np.arange(first, first + piece.length, dtype=np.int64)[None],
+            np.array(piece.rows, np.int64) - piece.begin,
+        )
+        named = {spec.name: array for spec, array in zip(self.contract.inputs, inputs, strict=True)}
+        return self.asset.call(DECODE if piece.length == 1 else self.sizes.several, named, state)

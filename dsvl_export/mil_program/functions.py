@@ -22,7 +22,8 @@ from dsvl_export.mil_program.lower import lower
 from reference.taps import tap_nodes
 from reference.trace import TracedComponent
 from runtimes.contracts import TensorSpec
-from runtimes.mil.package import CHUNK, DECODE, EXTEND, IMAGE, MAIN, PREFILL
+from runtimes.fixed import DECODE, MAIN
+from runtimes.mil.package import CHUNK, EXTEND, IMAGE, PREFILL
 from runtimes.preprocess import PreprocessSpec
 
 TARGET = coremltools.target.iOS18

@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtimes.cache import KVCache
-from runtimes.contracts import TensorSpec
+from runtimes.contracts import Contract
 from runtimes.errors import UserError
-from runtimes.fixed import FixedCache
+from runtimes.fixed import DECODE
 from runtimes.memory import available_memory
 from runtimes.mil.operators import EXACT, OPERATORS
-from runtimes.mil.package import EXTEND, Package, messages
+from runtimes.mil.package import Package, identifier, messages
 
 FLOATS = ("FLOAT16", "FLOAT32")
 HELD_AS = {"FLOAT16": np.float32, "FLOAT32": np.float32, "INT32": np.int32, "INT8": np.int8,
@@ -236,22 +234,22 @@ class Function:
             values[name] = declared.held(value, exact, name)
 
 
-class InterpretedPackage:
+class InterpretedAsset:
     """A package whose functions are interpreted when they are called; they share decompressed weights.
 
     Raises:
-        UserError: it is damaged, or its weights do not fit into memory in float32.
+        UserError: its weights do not fit into memory in float32.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._package = Package(folder)
+    def __init__(self, package: Package, contract: Contract) -> None:
+        self._package, self._contract = package, contract
         self._functions: dict[str, Function] = {}
         self._dense: dict[Any, np.ndarray] = {}
-        needed, free = self._package.values() * 4, available_memory()
+        needed, free = package.values() * 4, available_memory()
         if needed > free:
             raise UserError(
                 f"The MIL interpreter needs {needed / 1e9:.1f} GB of memory for the weights of"
-                f" {folder.name}, {free / 1e9:.1f} GB are free."
+                f" {package.folder.name}, {free / 1e9:.1f} GB are free."
             )
 
     def _function(self, name: str) -> Function:
@@ -259,26 +257,29 @@ class InterpretedPackage:
             self._functions[name] = Function(self._package, name, self._dense)
         return self._functions[name]
 
-    def capacity(self) -> int:
-        """Tokens of the KV cache, of a decoder."""
-        return int(next(iter(self._function(EXTEND).states.values())).shape[2] or 0)
-
-    def length(self, function: str) -> int:
-        """Tokens that a decoder's function takes."""
-        return int(next(iter(self._function(function).inputs.values())).shape[1] or 0)
-
-    def new_cache(self, specs: tuple[TensorSpec, ...], batch: int, capacity: int) -> KVCache:
-        return FixedCache(specs, batch, capacity, self.capacity())
-
     def call(
-        self, function: str, inputs: Mapping[str, np.ndarray], cache: FixedCache | None = None
+        self, function: str, inputs: Mapping[str, np.ndarray], state: Any = None
     ) -> dict[str, np.ndarray]:
         """Outputs of a function; images ``uint8 [N, N, 3]`` reach it as in Core ML, ``[1, 3, N, N]``."""
         given = {
             name: array.transpose(2, 0, 1)[None] if array.dtype == np.uint8 else array
             for name, array in inputs.items()
         }
-        return self._function(function).run(given, cache.named_states() if cache else {})
+        self._package.check_lengths(function, {name: array.shape for name, array in given.items()})
+        found = self._function(function).run(given, state or {})
+        return {spec.name: found[identifier(spec.name)] for spec in self._contract.outputs}
+
+    def new_state(self) -> dict[str, np.ndarray]:
+        return {
+            name: np.zeros([int(size or 0) for size in declared.shape], np.float16)
+            for name, declared in self._function(DECODE).states.items()
+        }
+
+    def read_state(self, state: dict[str, np.ndarray], name: str) -> np.ndarray:
+        return state[name]
+
+    def write_state(self, state: dict[str, np.ndarray], name: str, array: np.ndarray) -> None:
+        state[name][...] = array
 
 
 def _last_uses(block: Any) -> dict[int, list[str]]:

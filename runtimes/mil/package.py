@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -22,9 +22,8 @@ SPECIFICATION = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 # Our keys in a package's metadata.
 TAPS = "dsvl_export.taps"  # function → tap → the variable that is it
-# Functions: of the vision encoder (on pixels, on an image) and the adaptor, and of the decoder.
-MAIN, IMAGE = "main", "image"
-EXTEND, DECODE, PREFILL = "extend", "decode", "prefill"
+# Functions beside MAIN and DECODE: of the vision encoder, and of the decoder.
+IMAGE, EXTEND, PREFILL = "image", "extend", "prefill"
 CHUNK = 256  # tokens that PREFILL takes, and the most that EXTEND takes
 _PROTO = "_dsvl_export_coreml_proto"
 
@@ -107,6 +106,17 @@ class Package:
                     sizes = [dim.constant.size for dim in output.type.tensorType.dimensions]
                     found[output.name] = prod(sizes)
         return sum(found.values())
+
+    def check_lengths(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise UserError where a flexible input of a function is given a length outside of its range."""
+        for feature in self.description(name).input:
+            ranges = feature.type.multiArrayType.shapeRange.sizeRanges
+            for size, allowed in zip(shapes.get(feature.name, ()), ranges, strict=False):
+                if not allowed.lowerBound <= size <= allowed.upperBound:
+                    raise UserError(
+                        f"{name} of {self.folder.name} takes {feature.name} of {allowed.lowerBound} to"
+                        f" {allowed.upperBound}, got {list(shapes[feature.name])}."
+                    )
 
     def description(self, name: str) -> Any:
         """Inputs, outputs and states of a function as apps see them."""
