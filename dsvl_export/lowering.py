@@ -50,6 +50,16 @@ class QuantizedWeight:
     group: int | None = None
 
 
+@dataclass(frozen=True)
+class PaletteWeight:
+    """A weight as indices ``[out, in]`` into palettes ``[out / group, entries]``."""
+
+    codes: Constant
+    palettes: Constant
+    shape: tuple[int, ...]
+    entries: tuple[int, int]
+
+
 class ProgramLowering(ABC):
     """One lowering: what each node of the program became.
 
@@ -62,7 +72,6 @@ class ProgramLowering(ABC):
     """
 
     form: str  # what programs are lowered to, for messages
-    quantized: tuple[type, ...] = (QuantizedWeight,)
 
     def __init__(
         self,
@@ -130,7 +139,11 @@ class ProgramLowering(ABC):
         elif node.target in self._table:
             self._values[node] = self._table[node.target](self, node)
         else:
-            raise NotImplementedError(f"no {self.form} lowering for {node.target} ({self.name(node)})")
+            self._values[node] = self.other(node)
+
+    def other(self, node: Node) -> Any:
+        """What the table lacks."""
+        raise NotImplementedError(f"no {self.form} lowering for {node.target} ({self.name(node)})")
 
     def _evaluate(self, node: Node) -> Tensor:
         args = torch.fx.map_arg(node.args, lambda source: self._values[source].load())
@@ -146,9 +159,9 @@ class ProgramLowering(ABC):
         return value
 
     def weight(self, source: Node) -> Any:
-        """A weight: a ``Constant``, or one of ``quantized``."""
+        """A ``Constant``, a ``QuantizedWeight`` or, of a program that has some, a ``PaletteWeight``."""
         value = self._values[source]
-        return value if isinstance(value, self.quantized) else self.constant(source)
+        return value if isinstance(value, (QuantizedWeight, PaletteWeight)) else self.constant(source)
 
     def channel_weight(self, node: Node, codes: np.dtype[Any]) -> QuantizedWeight:
         """The weight of a dequantize operator with a scale per output channel."""
@@ -163,6 +176,12 @@ class ProgramLowering(ABC):
         group = shape[1] // int(fake(scale).shape[1])
         codes = np.dtype("int4")
         return QuantizedWeight(self.constant(source), self.constant(scale), shape, 4, codes, group)
+
+    def palette_weight(self, node: Node) -> PaletteWeight:
+        """The weight of a dequantize operator with palettes."""
+        codes, palettes = arguments(node)[:2]
+        shape, (groups, entries) = tuple(static(fake(codes).shape)), static(fake(palettes).shape)
+        return PaletteWeight(self.constant(codes), self.constant(palettes), shape, (groups, entries))
 
     def name(self, node: Node) -> str:
         """Module path and operator, as in ``layers.0.mlp.down_proj/linear``."""
@@ -204,6 +223,25 @@ def without_weights(name: str) -> Tensor:
     if name.endswith("input_scale"):
         return torch.tensor(1.0)
     raise AssertionError(f"only sizes are wanted, but the weight {name} was asked for")
+
+
+def weight_bytes(traced: TracedComponent) -> int:
+    """Bytes of a component's parameters as its program keeps them, codes for quantized ones."""
+    qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
+    bits = {
+        qd.quantize_per_channel.default: 8,
+        qd.quantize_per_channel_group.default: 4,
+        dsvl.quantize_float8.default: 8,
+        dsvl.quantize_palette.default: 4,
+    }
+    names = {spec.arg.name for spec in traced.program.graph_signature.input_specs
+             if spec.kind == InputKind.PARAMETER}  # fmt: skip
+    total = 0
+    for node in traced.program.graph.nodes:
+        if node.name in names:
+            codes = [bits[user.target] for user in node.users if user.target in bits and user.args[0] is node]
+            total += fake(node).numel() * (codes[0] if codes else fake(node).dtype.itemsize * 8) // 8
+    return total
 
 
 def _same(value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from runtimes.errors import UserError
 from runtimes.session import Backend
 
-BUILT_IN = ("coreml", "onnxruntime", "tensorrt", "tensorrt_rtx")
+BUILT_IN = ("coreai", "coreml", "onnxruntime", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.runtimes"
 
 

@@ -19,7 +19,7 @@ from runtimes.preprocess import PreprocessSpec
 if TYPE_CHECKING:
     from reference.trace import TracedComponent
 
-BUILT_IN = ("coreml", "onnxruntime", "tensorrt", "tensorrt_rtx")
+BUILT_IN = ("coreai", "coreml", "onnxruntime", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.compilers"
 
 

@@ -55,11 +55,6 @@ def compile_component(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    """Weights alone; the program itself is small beside them."""
-    from dsvl_export.lowering import without_weights
-    from dsvl_export.mil_program.context import Weights
-    from dsvl_export.mil_program.functions import build_functions
+    from dsvl_export.lowering import weight_bytes
 
-    weights = Weights(sizes_only=True)
-    build_functions(traced, without_weights, weights, options.capacity, options.preprocessing)
-    return sum(weights.bytes.values())
+    return weight_bytes(traced)

@@ -22,7 +22,6 @@ from dsvl_export.lowering import (
     Constant,
     LoadParameter,
     ProgramLowering,
-    QuantizedWeight,
     arguments,
     fake,
     numpy_dtype,
@@ -42,28 +41,14 @@ MIL_NAMES = {"float16": "fp16", "float32": "fp32", "int64": "int32"}
 
 @dataclass
 class Weights:
-    """The constants of all functions of a package, by name: their values come when the file is written.
+    """The constants of all functions of a package, by name: their values come when the file is written."""
 
-    With ``sizes_only`` none are asked for, and nothing can be written.
-    """
-
-    sizes_only: bool = False
     loaders: dict[str, Callable[[], np.ndarray]] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, shape: tuple[int, ...], bits: int, load: Callable[[], np.ndarray]) -> None:
         self.loaders[name] = load
         self.bytes[name] = -(-prod(shape) * bits // 8)
-
-
-@dataclass(frozen=True)
-class PaletteWeight:
-    """A weight as indices ``[out, in]`` into palettes ``[out / group, entries]``."""
-
-    codes: Constant
-    palettes: Constant
-    shape: tuple[int, ...]
-    entries: tuple[int, int]
 
 
 class MilLowering(ProgramLowering):
@@ -75,7 +60,6 @@ class MilLowering(ProgramLowering):
     """
 
     form = "Core ML"
-    quantized = (QuantizedWeight, PaletteWeight)
 
     def __init__(
         self,
@@ -158,7 +142,7 @@ class MilLowering(ProgramLowering):
             if dtype == np.int64:
                 dtype, wide = np.dtype(np.int32), load
                 load = lambda: wide().astype(np.int32)  # noqa: E731
-            small = prod(shape) <= HELD and not self._weights.sizes_only
+            small = prod(shape) <= HELD
             held = load().reshape(shape) if small else np.broadcast_to(np.zeros((), dtype), shape)
             var = mb.const(val=held.astype(dtype) if small else held, name=self.unique(name))
             if not small:

@@ -14,14 +14,14 @@ from torch.fx import Node
 import calibration.quantized  # noqa: F401 -- registers the operators
 from dsvl_export.lowering import (
     Constant,
+    PaletteWeight,
     QuantizedWeight,
     arguments,
     fake,
     numpy_dtype,
-    static,
     to_numpy,
 )
-from dsvl_export.mil_program.context import MilLowering, PaletteWeight, Var
+from dsvl_export.mil_program.context import MilLowering, Var
 
 qd = torch.ops.quantized_decomposed
 INT8, HALF = np.dtype(np.int8), np.dtype(np.float16)
@@ -53,12 +53,6 @@ def _dequantize(context: MilLowering, node: Node) -> Any:
 
 def _scalar(context: MilLowering, scale: Node, like: Node) -> Any:
     return numpy_dtype(fake(like).dtype).type(to_numpy(context.constant(scale).load()))
-
-
-def _palette(context: MilLowering, node: Node) -> PaletteWeight:
-    codes, palettes = arguments(node)[:2]
-    shape, (groups, entries) = tuple(static(fake(codes).shape)), static(fake(palettes).shape)
-    return PaletteWeight(context.constant(codes), context.constant(palettes), shape, (groups, entries))
 
 
 def weight_operand(context: MilLowering, source: Node) -> Var:
@@ -113,5 +107,5 @@ QUANTIZATION: dict[Any, Callable[[MilLowering, Node], Any]] = {
     qd.dequantize_per_tensor.tensor: _dequantize,
     qd.dequantize_per_channel.default: _dequantize,
     qd.dequantize_per_channel_group.default: lambda context, node: context.group_weight(node),
-    torch.ops.dsvl.dequantize_palette.default: _palette,
+    torch.ops.dsvl.dequantize_palette.default: lambda context, node: context.palette_weight(node),
 }

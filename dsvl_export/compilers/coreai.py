@@ -1,0 +1,62 @@
+"""Compiler ``coreai``: an ``.aimodel`` per component for iOS 27 and macOS 27."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dsvl_export.compilers import Compiled, CompileOptions
+from runtimes.coreai import PROGRAM, open_asset
+from runtimes.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reference.trace import TracedComponent
+    from runtimes.contracts import Contract
+
+PRECISIONS = ("fp16", "fp32")
+LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
+CACHE_PRECISIONS: tuple[str, ...] = ()
+RECIPE_BASE = "fp16"
+__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
+
+
+def settings(options: CompileOptions) -> dict[str, Any]:
+    return {"capacity": options.capacity}
+
+
+def compile_component(
+    traced: TracedComponent,
+    load: Callable[[str], Tensor],
+    folder: Path,
+    on_bytes: Callable[[int], None],
+    options: CompileOptions,
+) -> Compiled:
+    """Write ``<component>.aimodel`` and load it once in Apple's runtime.
+
+    Raises:
+        UserError: Core AI refuses the program.
+    """
+    # Here, so that its absence is named when a compiler is asked for, and its weight is not felt before.
+    from dsvl_export.coreai_program.asset import write_asset
+
+    asset = write_asset(folder, traced, load, options.capacity)
+    files = sorted(file for file in asset.rglob("*") if file.is_file() and file.name != PROGRAM)
+    on_bytes(sum(file.stat().st_size for file in (asset / PROGRAM, *files)))
+    open_asset(asset / PROGRAM, traced.contract).close()
+    tools = {name: version(name) for name in ("coreai-core", "coreai-torch")}
+    capacity = options.capacity if traced.contract.states else None
+    return Compiled((asset / PROGRAM, *files), "apple", "coreai", tools, capacity=capacity)
+
+
+def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
+    from dsvl_export.lowering import weight_bytes
+
+    return weight_bytes(traced)
+
+
+def debug_build(artifact: Path, contract: Contract, folder: Path) -> NoReturn:
+    raise UserError("Core AI's assets cannot be given taps, so the layer that drifts first cannot be named.")
