@@ -11,11 +11,12 @@ from torch.fx import Node
 
 import calibration.quantized  # noqa: F401 -- registers the operators
 from dsvl_export.aten_program import AtenLowering, Lower
-from dsvl_export.lowering import Constant, PaletteWeight, arguments, aten
+from dsvl_export.lowering import Constant, PaletteWeight, arguments, aten, fake
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it takes 2.13.0+cpu for something newer than 2.13.0
-    import coreai_torch  # noqa: F401 -- registers torch.ops.coreai
+    import coreai_torch
+    import coreai_torch._compression.custom_layers  # noqa: F401 -- registers torch.ops.coreai
 
 qd, coreai = torch.ops.quantized_decomposed, torch.ops.coreai
 INT8 = np.dtype(np.int8)
@@ -23,15 +24,22 @@ INT8 = np.dtype(np.int8)
 
 def _quantize(lowering: AtenLowering, node: Node) -> Node:
     x, scale = arguments(node)[:2]
-    return lowering.call(coreai.quantize.default, lowering.value(x), lowering.value(scale), torch.int8)
+    factor = _scale(lowering, scale, x)
+    return lowering.call(coreai.quantize.default, lowering.value(x), factor, torch.int8)
 
 
 def _dequantize(lowering: AtenLowering, node: Node) -> Any:
     source, scale = arguments(node)[:2]
     if lowering.is_constant(source):
         return lowering.channel_weight(node, INT8)
-    codes, factor = lowering.value(source), lowering.value(scale)
+    codes, factor = lowering.value(source), _scale(lowering, scale, node)
     return lowering.call(coreai.dequantize.default, codes, factor)
+
+
+def _scale(lowering: AtenLowering, source: Any, like: Node) -> Node:
+    """A scale of activations in the dtype of what is not quantized."""
+    scale, dtype = lowering.constant(source), fake(like).dtype
+    return lowering.buffer(f"{scale.name}_{dtype}", lambda: scale.load().to(dtype))
 
 
 def _layer(lowering: AtenLowering, node: Node) -> Node:
@@ -42,7 +50,7 @@ def _layer(lowering: AtenLowering, node: Node) -> Node:
 
 
 def _weight(lowering: AtenLowering, source: Any) -> Node:
-    weight = lowering.weight(source)
+    weight, base = lowering.weight(source), fake(source).dtype
     if isinstance(weight, Constant):
         return lowering.value(source)
     if isinstance(weight, PaletteWeight):
@@ -50,13 +58,14 @@ def _weight(lowering: AtenLowering, source: Any) -> Node:
         # The converter knows 4-bit indices by these names.
         indices = lowering.buffer(f"{weight.codes.name}_indices", weight.codes.load)
         lut = lowering.buffer(
-            f"{weight.palettes.name}_lut", lambda: weight.palettes.load().reshape(groups, 1, entries, 1)
+            f"{weight.palettes.name}_lut",
+            lambda: weight.palettes.load().to(base).reshape(groups, 1, entries, 1),
         )
         return lowering.call(coreai.lut_to_dense.default, indices, lut, 0)
     rows, columns, *kernel = weight.shape
     shape = (rows, columns // weight.group if weight.group else 1, *(1 for _ in kernel))
     codes = lowering.buffer(weight.codes.name, weight.codes.load)
-    scale = lowering.buffer(weight.scale.name, lambda: weight.scale.load().reshape(shape))
+    scale = lowering.buffer(weight.scale.name, lambda: weight.scale.load().to(base).reshape(shape))
     dtype = torch.int4 if weight.bits == 4 else torch.int8  # type: ignore[attr-defined]
     return lowering.call(coreai.constexpr_blockwise_shift_scale.default, codes, scale, None, None, dtype)
 
