@@ -22,8 +22,15 @@ from runtimes.fixed import Asset
 PROGRAM = "import sys; from runtimes.worker import serve; serve(int(sys.argv[1]))"
 
 
+class WorkerState:
+    """A state in the other process, by its number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 class WorkerAsset:
-    """An asset that another process holds; states are kept there, and known here by a number.
+    """An asset that another process holds; states are kept there, as long as they are known here.
 
     Args:
         start: module and function that make the asset, in the other process.
@@ -36,6 +43,7 @@ class WorkerAsset:
 
     def __init__(self, start: tuple[str, str], args: tuple[Any, ...], what: str) -> None:
         self._what, self._lock = what, threading.Lock()
+        self._freed: list[int] = []  # states that nobody here knows any more
         self._connection, theirs = Pipe()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the process
         self._process = subprocess.Popen(
@@ -52,7 +60,8 @@ class WorkerAsset:
     def _ask(self, method: str, *args: Any) -> Any:
         with self._lock:
             try:
-                self._connection.send((method, args))
+                freed = [self._freed.pop() for _ in range(len(self._freed))]
+                self._connection.send((method, args, freed))
                 answer, value = self._connection.recv()
             except (EOFError, OSError) as error:
                 raise UserError(self._obituary()) from error
@@ -69,22 +78,22 @@ class WorkerAsset:
         return f"{self._what} ended its process {how}{said}."
 
     def call(
-        self, function: str, inputs: Mapping[str, np.ndarray], state: int | None = None
+        self, function: str, inputs: Mapping[str, np.ndarray], state: WorkerState | None = None
     ) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = self._ask("call", function, dict(inputs), state)
+        number = state.number if state else None
+        found: dict[str, np.ndarray] = self._ask("call", function, dict(inputs), number)
         return found
 
-    def new_state(self) -> int:
-        return int(self._ask("new_state"))
+    def new_state(self) -> WorkerState:
+        state = WorkerState(self._ask("new_state"))
+        weakref.finalize(state, self._freed.append, state.number)
+        return state
 
-    def free_state(self, state: int) -> None:
-        self._ask("free_state", state)
+    def read_state(self, state: WorkerState, name: str) -> np.ndarray:
+        return np.asarray(self._ask("read_state", state.number, name))
 
-    def read_state(self, state: int, name: str) -> np.ndarray:
-        return np.asarray(self._ask("read_state", state, name))
-
-    def write_state(self, state: int, name: str, array: np.ndarray) -> None:
-        self._ask("write_state", state, name, array)
+    def write_state(self, state: WorkerState, name: str, array: np.ndarray) -> None:
+        self._ask("write_state", state.number, name, array)
 
 
 def _end(connection: Connection, process: subprocess.Popen[bytes], said: Any) -> None:
@@ -115,8 +124,13 @@ class _Served:
         self._states[self._count] = self._asset.new_state()
         return self._count
 
-    def free_state(self, state: int) -> None:
-        del self._states[state]
+    def free(self, states: list[int]) -> None:
+        for state in states:
+            del self._states[state]
+
+    def states(self) -> int:
+        """How many there are."""
+        return len(self._states) - 1
 
     def read_state(self, state: int, name: str) -> Any:
         return self._asset.read_state(self._states[state], name)
@@ -130,9 +144,10 @@ def serve(descriptor: int) -> None:
     connection, served = Connection(descriptor), _Served()
     while True:
         try:
-            method, args = connection.recv()
+            method, args, freed = connection.recv()
         except EOFError:
             return
+        served.free(freed)
         try:
             connection.send(("value", getattr(served, method)(*args)))
         except UserError as error:

@@ -87,6 +87,14 @@ def trt10_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def apple_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Tiny for Core ML and Core AI with a small cache; tests must not change it."""
+    folder = tmp_path_factory.mktemp("apple") / "bundle"
+    export("tiny", folder, "coreml", ["fp16"], goldens=False, capacity=64)
+    return export("tiny", folder, "coreai", ["fp32"], goldens=False, capacity=64)
+
+
+@pytest.fixture(scope="session")
 def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Tiny with engines of TensorRT for this machine's GPU, in the dialect of this machine's TensorRT."""
     pytest.importorskip("tensorrt", reason="TensorRT is not installed here")

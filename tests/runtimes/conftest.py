@@ -17,7 +17,7 @@ from runtimes.session import DecoderSession, SessionOptions
 from tests.runtimes.fake_cuda import loaded
 
 ENGINE_CAPACITY = 48
-# What runs the decoder, and the ONNX dialect (or torch) and precision of its program.
+# What runs the decoder, and the ONNX dialect (or torch, or the device) and precision of its program.
 SESSIONS = (
     "torch torch fp32",
     "onnxruntime ort fp32",
@@ -29,6 +29,9 @@ SESSIONS = (
     "engine-on-a-fake-gpu trt11 fp32",
     "engine-on-a-fake-gpu trt11 fp16",
     "engine-on-a-fake-gpu trt10 fp32",
+    "coreml gpu fp16",
+    "coreml ane fp16",
+    "coreai cpu fp32",
     pytest.param("gpu engines fp16", marks=pytest.mark.gpu),
     pytest.param("onnxruntime-cuda ort fp16", marks=pytest.mark.gpu),
 )
@@ -49,6 +52,12 @@ def decoder(request: pytest.FixtureRequest, tiny_bundle: Bundle) -> DecoderSessi
         return load_backend("tensorrt").open_decoder(
             bundle.path(artifact.files[0]), contract, SessionOptions()
         )
+    if runner in ("coreml", "coreai"):
+        bundle = request.getfixturevalue("apple_bundle")
+        artifact = bundle.artifact("decoder", runner, precision)
+        contract = bundle.manifest.contracts[precision]["decoder"]
+        options = SessionOptions(device=dialect)
+        return load_backend(runner).open_decoder(bundle.path(artifact.files[0]), contract, options)
     bundle = tiny_bundle if dialect == "ort" else request.getfixturevalue(f"{dialect}_bundle")
     backend = "onnxruntime" if dialect == "ort" else "tensorrt"
     file = bundle.path(bundle.artifact("decoder", backend, precision).files[0])
