@@ -81,6 +81,7 @@ class ProgramLowering(ABC):
         boundaries: frozenset[Any] = frozenset(),
     ) -> None:
         self.traced, self._table, self._boundaries = traced, table, boundaries
+        self.scope = ""  # name of the node that is being lowered
         self.scratch: dict[str, Any] = {}  # values that are computed once for all layers
         self._values: dict[Node, Any] = {}
         self._load = load
@@ -106,6 +107,7 @@ class ProgramLowering(ABC):
         self._bind_inputs()
         for node in self.traced.program.graph.nodes:
             if node.op == "call_function":
+                self.scope = self.name(node)
                 self._lower(node)
             elif node.op == "output":
                 self.bind_outputs(arguments(node)[0])

@@ -24,13 +24,15 @@ def rms_norm(context: MilLowering, node: Node) -> Var:
     """
     x, _, weight, epsilon = arguments(node)
     source, root = context.value(x), context.number(epsilon**0.5, node)
-    largest = mb.reduce_max(x=mb.abs(x=source), axes=[-1], keep_dims=True)
-    largest = mb.maximum(x=largest, y=root)
-    scaled = mb.real_div(x=source, y=largest)
-    mean = mb.reduce_mean(x=mb.mul(x=scaled, y=scaled), axes=[-1], keep_dims=True)
-    share = mb.real_div(x=root, y=largest)
-    shifted = mb.add(x=mean, y=mb.mul(x=share, y=share))
-    normed = mb.mul(x=scaled, y=mb.rsqrt(x=shifted, epsilon=context.number(1e-12, node)))
+    largest = context.op("reduce_max", x=context.op("abs", x=source), axes=[-1], keep_dims=True)
+    largest = context.op("maximum", x=largest, y=root)
+    scaled = context.op("real_div", x=source, y=largest)
+    mean = context.op("reduce_mean", x=context.op("mul", x=scaled, y=scaled), axes=[-1], keep_dims=True)
+    share = context.op("real_div", x=root, y=largest)
+    shifted = context.op("add", x=mean, y=context.op("mul", x=share, y=share))
+    normed = context.op(
+        "mul", x=scaled, y=context.op("rsqrt", x=shifted, epsilon=context.number(1e-12, node))
+    )
     return context.emit(node, mb.mul, x=normed, y=context.value(weight))
 
 
@@ -52,40 +54,43 @@ def cached_attention(context: MilLowering, node: Node) -> Var:
     Positions are consecutive in a row, so the new rows are one slice of the state.
     """
     query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
-    name, places = context.name(node), context.value(positions)
+    places = context.value(positions)
     _, kv_heads, capacity, head_dim = context.full_shape(keys)
     length = context.full_shape(query)[1]
     heads = context.full_shape(query)[2] // head_dim
     angles = [_angles(context, table, places, capacity) for table in (cos, sin)]
     q, k, v = (
-        mb.transpose(
-            x=mb.reshape(x=context.value(part), shape=[1, length, count, head_dim]), perm=[0, 2, 1, 3]
+        context.op(
+            "transpose",
+            x=context.op("reshape", x=context.value(part), shape=[1, length, count, head_dim]),
+            perm=[0, 2, 1, 3],
         )
         for part, count in ((query, heads), (key, kv_heads), (value, kv_heads))
     )  # [1, H, S, Dh]
-    q, k = _rotate(q, angles), _rotate(k, angles)
+    q, k = _rotate(context, q, angles), _rotate(context, k, angles)
     begin, end = _span(context, places)
     stored = []
     for state, rows in ((keys, k), (values, v)):
         variable = context.value(state)
-        updated = mb.slice_update(
-            x=mb.read_state(input=variable),
+        updated = context.op(
+            "slice_update",
+            x=context.op("read_state", input=variable),
             update=rows,
             begin=begin,
             end=end,
             begin_mask=[True, True, False, True],
             end_mask=[True, True, False, True],
         )
-        stored.append(mb.coreml_update_state(state=variable, value=updated))
+        stored.append(context.op("coreml_update_state", state=variable, value=updated))
     mask = _visible(context, places, length, capacity, node)
     groups = heads // kv_heads
     if groups > 1:  # the query heads of a group attend like further tokens
-        q = mb.reshape(x=q, shape=[1, kv_heads, -1 if length < 0 else groups * length, head_dim])
-        mask = mb.concat(values=[mask] * groups, axis=2)
-    out = mb.scaled_dot_product_attention(query=q, key=stored[0], value=stored[1], attn_mask=mask)
+        q = context.op("reshape", x=q, shape=[1, kv_heads, -1 if length < 0 else groups * length, head_dim])
+        mask = context.op("concat", values=[mask] * groups, axis=2)
+    out = context.op("scaled_dot_product_attention", query=q, key=stored[0], value=stored[1], attn_mask=mask)
     if groups > 1:
-        out = mb.reshape(x=out, shape=[1, heads, length, head_dim])
-    out = mb.transpose(x=out, perm=[0, 2, 1, 3], name=context.unique(f"{name}_tokens"))
+        out = context.op("reshape", x=out, shape=[1, heads, length, head_dim])
+    out = context.op("transpose", x=out, perm=[0, 2, 1, 3])
     return context.emit(node, mb.reshape, x=out, shape=[1, length, heads * head_dim])
 
 
@@ -100,32 +105,35 @@ def _angles(context: MilLowering, table: Node, positions: Var, capacity: int) ->
             (capacity, int(fake(table).shape[1])),
             lambda: to_numpy(constant.load())[:capacity],
         )
-        rows = mb.gather(x=known, indices=positions, axis=0)
-        context.scratch[key] = mb.expand_dims(x=rows, axes=[1])
+        rows = context.op("gather", x=known, indices=positions, axis=0)
+        context.scratch[key] = context.op("expand_dims", x=rows, axes=[1])
     return context.scratch[key]
 
 
-def _rotate(x: Var, angles: list[Var]) -> Var:
+def _rotate(context: MilLowering, x: Var, angles: list[Var]) -> Var:
     """RoPE in LLaMA's half-split form on ``[1, H, S, Dh]``."""
-    first, second = mb.split(x=x, num_splits=2, axis=-1)
+    first, second = context.op("split", x=x, num_splits=2, axis=-1)
     cos, sin = angles
     turned = [
-        mb.sub(x=mb.mul(x=first, y=cos), y=mb.mul(x=second, y=sin)),
-        mb.add(x=mb.mul(x=second, y=cos), y=mb.mul(x=first, y=sin)),
+        context.op("sub", x=context.op("mul", x=first, y=cos), y=context.op("mul", x=second, y=sin)),
+        context.op("add", x=context.op("mul", x=second, y=cos), y=context.op("mul", x=first, y=sin)),
     ]
-    return mb.concat(values=turned, axis=-1)
+    return context.op("concat", values=turned, axis=-1)
 
 
 def _span(context: MilLowering, positions: Var) -> tuple[Var, Var]:
     """Where the new rows begin and end in a state, for all layers."""
     if "span" not in context.scratch:
         everything: Any = np.array([0], np.int32)
-        first = mb.slice_by_index(x=positions, begin=[0, 0], end=[1, 1], squeeze_mask=[True, False])
-        last = mb.slice_by_index(x=positions, begin=[0, -1], end=[1, 0],
+        first = context.op(
+            "slice_by_index", x=positions, begin=[0, 0], end=[1, 1], squeeze_mask=[True, False]
+        )
+        last = context.op("slice_by_index", x=positions, begin=[0, -1], end=[1, 0],
                                  end_mask=[False, True], squeeze_mask=[True, False])  # fmt: skip
-        after = mb.add(x=last, y=np.array([1], np.int32))
+        after = context.op("add", x=last, y=np.array([1], np.int32))
         context.scratch["span"] = tuple(
-            mb.concat(values=[everything, everything, place, everything], axis=0) for place in (first, after)
+            context.op("concat", values=[everything, everything, place, everything], axis=0)
+            for place in (first, after)
         )
     return context.scratch["span"]
 
@@ -137,7 +145,7 @@ def _visible(context: MilLowering, positions: Var, length: int, capacity: int, n
             "slots", np.dtype(np.int32), (1, 1, 1, capacity),
             lambda: np.arange(capacity, dtype=np.int32).reshape(1, 1, 1, -1),
         )  # fmt: skip
-        down = mb.reshape(x=positions, shape=[1, 1, length, 1])
-        hidden = mb.cast(x=mb.greater(x=slots, y=down), dtype="fp16")
-        context.scratch["visible"] = mb.mul(x=hidden, y=context.number(MASKED, node))
+        down = context.op("reshape", x=positions, shape=[1, 1, length, 1])
+        hidden = context.op("cast", x=context.op("greater", x=slots, y=down), dtype="fp16")
+        context.scratch["visible"] = context.op("mul", x=hidden, y=context.number(MASKED, node))
     return context.scratch["visible"]

@@ -33,8 +33,7 @@ from runtimes.mil.package import identifier
 
 Var = Any  # coremltools' value of a program
 MAX_RANK = 5
-# Constants above this many values are not held while a program is built.
-HELD = 1024
+HELD = 9  # values; larger constants lie in the weight file, and need not be known while a program is built
 MIL_TYPES = {"float16": types.fp16, "float32": types.fp32, "int64": types.int32}
 MIL_NAMES = {"float16": "fp16", "float32": "fp32", "int64": "int32"}
 
@@ -160,6 +159,10 @@ class MilLowering(ProgramLowering):
     def number(self, value: float, like: Node) -> Any:
         """A number in the dtype of a node."""
         return numpy_dtype(fake(like).dtype).type(value)
+
+    def op(self, kind: str, **arguments: Any) -> Any:
+        """An operator of MIL on the way to a node's value."""
+        return getattr(mb, kind)(**arguments, name=self.unique(f"{self.scope}_{kind}"))
 
     def emit(self, node: Node, operator: Callable[..., Var], **arguments: Any) -> Var:
         """An operator of MIL, named after the node."""

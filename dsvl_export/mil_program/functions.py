@@ -109,6 +109,7 @@ def _build(
         else:
             placeholders[item.name] = Placeholder(shape, dtype=MIL_TYPES[item.dtype])
     fixed = {dim: size for dim, size in sizes.items() if isinstance(size, int)}
+    mb.name_count.clear()  # of constants that it names itself: the same in every export
     with Function(placeholders, opset_version=TARGET) as function:
         given = dict(function.inputs)
         if preprocessing:

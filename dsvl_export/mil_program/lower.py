@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from coremltools.converters.mil import Builder as mb
 from torch.fx import Node
@@ -26,8 +27,12 @@ def _reshape(context: MilLowering, node: Node) -> Var:
 def _linear(context: MilLowering, node: Node) -> Var:
     x, weight, bias = arguments(node, None, None)
     dense = weight_operand(context, weight)
-    offset = {} if bias is None else {"bias": context.value(bias)}
-    return context.emit(node, mb.linear, x=context.value(x), weight=dense, **offset)
+    if bias is None:  # coremltools would write zeros for every layer
+        width, dtype = int(fake(node).shape[-1]), numpy_dtype(fake(node).dtype)
+        offset = context.known(f"no_bias_{width}", dtype, (width,), lambda: np.zeros(width, dtype))
+    else:
+        offset = context.value(bias)
+    return context.emit(node, mb.linear, x=context.value(x), weight=dense, bias=offset)
 
 
 def _conv2d(context: MilLowering, node: Node) -> Var:

@@ -48,13 +48,12 @@ class Declared:
         """A value in this type, as the interpreter keeps it.
 
         Raises:
-            UserError: its shape is another.
+            ValueError: its shape is another.
         """
         array = np.asarray(value)
         if not self.fits(array.shape):
-            raise UserError(
-                f"The package declares {name} as {self.dtype}{list(self.shape)}, its operator gives"
-                f" {list(array.shape)}."
+            raise ValueError(
+                f"{name} is declared as {self.dtype}{list(self.shape)}, but is {list(array.shape)}"
             )
         if self.dtype == "FLOAT16" and not exact:
             with np.errstate(over="ignore"):

@@ -126,7 +126,7 @@ COMPUTED: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
                   "zero_point": np.array([1, 2, 3], np.int8)},
      lambda input, scale, output_dtype, axis, zero_point: qd.quantize_per_channel(
          input, scale, zero_point, axis, -128, 127, torch.int8)),
-    ("silu", {"x": X}, F.silu),
+    ("silu", {"x": X}, lambda x: F.silu(x)),
     ("dequantize", {"input": CODES, "scale": np.float32(0.3)}, lambda input, scale: input.float() * 0.3),
     ("dequantize", {"input": CODES, "scale": floats(6), "axis": 0},
      lambda input, scale, axis: input.float() * scale[:, None]),
