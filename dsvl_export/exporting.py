@@ -20,7 +20,7 @@ from calibration.quantized import trace_planned
 from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
 from dsvl_export.calibrating import SAMPLES, CalibrationOptions, calibrate
-from dsvl_export.compilers import CompileOptions, Compiler, load_compiler
+from dsvl_export.compilers import App, CompileOptions, Compiler, load_compiler
 from dsvl_export.ladder.noise import measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.planner.targets import find_target
@@ -44,6 +44,7 @@ from runtimes.errors import UserError
 from runtimes.files import sha256_of_file, write_json
 from runtimes.recording import record_goldens
 from runtimes.taps import take_all_taps
+from runtimes.tokenizer import PromptSpec
 
 TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
 MAX_DEFAULT_CAPACITY = 2048
@@ -78,6 +79,7 @@ def export(
     tensorrt: str | None = None,
     capacity: int | None = None,
     capabilities: Sequence[int] = (),
+    deployment: str | None = None,
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
 
@@ -94,6 +96,7 @@ def export(
         tensorrt: version of TensorRT that will build; None takes the target's.
         capacity: tokens of the KV cache that an engine is built for, and the bundle's default.
         capabilities: compute capabilities, as in 89, that TensorRT-RTX builds for.
+        deployment: the oldest Apple system to run on, as in ``iOS18``.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
@@ -113,7 +116,7 @@ def export(
         check_plan(backend, compiler, plan, source.config)
         if device:
             check_target(device, backend, plan, source.config)
-    options = CompileOptions(device, capacity or usual, tensorrt, tuple(capabilities))
+    options = CompileOptions(device, capacity or usual, tensorrt, tuple(capabilities), deployment)
     compiler.settings(options)
     table = ScaleTable.load(Path(scales).expanduser()) if scales else None
     if table:
@@ -137,6 +140,7 @@ def export(
                 run.precision(plan, table)
             for component in TRACED_COMPONENTS:
                 run.component(backend, plan, component)
+            run.listing(backend, plan, specs[1])
         run.noise()
         staging.finish(_manifest(source, staging, options.capacity, *specs))
     except (OSError, SafetensorError) as error:
@@ -280,6 +284,27 @@ class _Run:
 
         name, _, file = noise_file(precision).rpartition("/")
         self._stage(name, build, {"goldens": goldens, **self._rests_on(precision)})
+
+    def listing(self, backend: str, plan: PrecisionPlan, prompt: PromptSpec) -> None:
+        """Source code for those who build an app on the artifacts, where the compiler has some."""
+        write = getattr(self.compiler, "write_listing", None)
+        if write is None:
+            return
+        assert self.options.preprocessing
+        contracts = {
+            component: component_contract(self.source.config, component, plan.base, plan.kv_cache)
+            for component in TRACED_COMPONENTS
+        }
+        app = App(
+            contracts, self.options.preprocessing, prompt, self.staging.folder / TOKEN_EMBEDDING,
+            self.options.capacity, self.source.folder.name, plan.name,
+        )  # fmt: skip
+
+        def build(folder: Path) -> dict[str, Any]:
+            write(folder, app)
+            return {}
+
+        self._stage(f"{backend}/{plan.name}/listing", build, {"capacity": self.options.capacity})
 
     def component(self, backend: str, plan: PrecisionPlan, component: str) -> None:
         """Trace, lower and check one component; weights stream from the checkpoint."""

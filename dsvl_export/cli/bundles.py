@@ -47,14 +47,16 @@ def export(
     backend: Annotated[
         Optional[str],
         typer.Option(
-            help="onnxruntime, tensorrt or tensorrt_rtx. Default: the target's first, or onnxruntime."
+            help="onnxruntime, tensorrt, tensorrt_rtx, coreml or coreai. Default: the target's first, or"
+            " onnxruntime."
         ),
     ] = None,
     precision: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Precision, repeatable: fp32, fp16, bf16, int8, fp8, int4, int8-int4, int8-weights, kv-int8,"
-            " or the YAML file of a precision plan. Default: fp32."
+            help="Precision, repeatable: fp32, fp16, bf16, int8, fp8, int4, int8-int4, int8-weights,"
+            " palette4, kv-int8, or the YAML file of a precision plan. Default: fp32, or fp16 where there is"
+            " no fp32."
         ),
     ] = None,
     scales: Annotated[
@@ -83,7 +85,17 @@ def export(
     capacity: Annotated[
         Optional[int],
         typer.Option(
-            min=1, help="Tokens of the KV cache, fixed in engines. Default: 2048, or the model's positions."
+            min=1,
+            help="Tokens of the KV cache, fixed in engines and Apple's packages. Default: 2048, or the"
+            " model's positions.",
+        ),
+    ] = None,
+    deployment: Annotated[
+        Optional[str],
+        typer.Option(
+            "--deployment-target",
+            metavar="SYSTEM",
+            help="Oldest system to run on, for coreml (iOS18, macOS15) and coreai (iOS27, macOS27).",
         ),
     ] = None,
     goldens: Annotated[
@@ -113,8 +125,9 @@ def export(
 
     device = find_target(target) if target else None
     backend = backend or (next(iter(device.backends)) if device else "onnxruntime")
-    given = precision or ["fp32"]
-    plans = [plan_for(load_compiler(backend), each) for each in given]
+    compiler = load_compiler(backend)
+    given = precision or ["fp32" if "fp32" in compiler.PRECISIONS else compiler.PRECISIONS[0]]
+    plans = [plan_for(compiler, each) for each in given]
     precisions = [plan.name for plan in plans]
     for each in precisions:
         for defect in warnings_for(backend, each, device.name if device else None):
@@ -135,8 +148,9 @@ def export(
                 bars.console.print(f"[dim]{progress.stage}: unchanged, reused[/]")
 
         bundle = run_export(
-            checkpoint, output, backend, given, goldens, report, scales, target, tensorrt, capacity, sm or ()
-        )
+            checkpoint, output, backend, given, goldens, report, scales, target, tensorrt, capacity, sm or (),
+            deployment,
+        )  # fmt: skip
     verdicts = [
         judge(output, f"{backend} {each}", partial(_climb, backend, each))
         for each in precisions

@@ -17,7 +17,7 @@ Device = Annotated[
     Optional[str],
     typer.Option(
         help="cpu, cuda, or tensorrt (ONNX Runtime's); default: the backend's own. cpu runs the ONNX files of"
-        " TensorRT's backends in ONNX Runtime."
+        " TensorRT's backends in ONNX Runtime. Of coreml: gpu, ane (the functions of fixed lengths) or cpu."
     ),
 ]
 Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: the backend's choice.")]

@@ -15,6 +15,7 @@ from runtimes.bundle import Engine
 from runtimes.contracts import Contract
 from runtimes.errors import UserError
 from runtimes.preprocess import PreprocessSpec
+from runtimes.tokenizer import PromptSpec
 
 if TYPE_CHECKING:
     from reference.trace import TracedComponent
@@ -49,6 +50,7 @@ class CompileOptions:
         tensorrt: version of TensorRT that will build or run, as in ``10.3``; None is the target's.
         capabilities: compute capabilities, as in 89, of engines that are built for several; empty is the
             target's, or the compiler's choice.
+        deployment: the oldest system to run on, as in ``iOS18``; None is the oldest that the backend has.
         preprocessing: of the model's images, for programs that take an image itself.
     """
 
@@ -56,7 +58,24 @@ class CompileOptions:
     capacity: int = 2048
     tensorrt: str | None = None
     capabilities: tuple[int, ...] = ()
+    deployment: str | None = None
     preprocessing: PreprocessSpec | None = None
+
+    def target_name(self, otherwise: str) -> str:
+        return self.target.name if self.target else otherwise
+
+
+@dataclass(frozen=True)
+class App:
+    """What an app that uses a bundle's artifacts has to know."""
+
+    contracts: dict[str, Contract]
+    preprocessing: PreprocessSpec
+    prompt: PromptSpec
+    embedding: Path
+    capacity: int
+    model: str
+    precision: str
 
 
 class Compiler(Protocol):
@@ -64,6 +83,8 @@ class Compiler(Protocol):
 
     ``PRECISIONS`` are the float precisions that it compiles, ``LAYER_PRECISIONS`` and ``CACHE_PRECISIONS``
     what a precision plan may give single layers and the KV cache. Recipes are taken on ``RECIPE_BASE``.
+    A compiler may also have ``write_listing(folder, app)``, which writes source code for those who build
+    an app on the artifacts of a precision.
     """
 
     PRECISIONS: tuple[str, ...]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsvl_export.compilers import Compiled, CompileOptions
+from dsvl_export.deployment import check_deployment
 from runtimes.coreai import PROGRAM, open_asset
 from runtimes.errors import UserError
 
@@ -17,15 +19,20 @@ if TYPE_CHECKING:
     from reference.trace import TracedComponent
     from runtimes.contracts import Contract
 
+if find_spec("coreai_torch") is None:
+    raise ModuleNotFoundError("there is no coreai_torch", name="coreai_torch")
+
 PRECISIONS = ("fp16", "fp32")
 LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp16"
+TARGET, SINCE = "apple", {"iOS": 27, "macOS": 27}
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    return {"capacity": options.capacity}
+    check_deployment(options.deployment, SINCE, "Core AI")
+    return {"capacity": options.capacity, "target": options.target_name(TARGET)}
 
 
 def compile_component(
@@ -49,7 +56,8 @@ def compile_component(
     open_asset(asset / PROGRAM, traced.contract).close()
     tools = {name: version(name) for name in ("coreai-core", "coreai-torch")}
     capacity = options.capacity if traced.contract.states else None
-    return Compiled((asset / PROGRAM, *files), "apple", "coreai", tools, capacity=capacity)
+    target = options.target_name(TARGET)
+    return Compiled((asset / PROGRAM, *files), target, "coreai", tools, capacity=capacity)
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:

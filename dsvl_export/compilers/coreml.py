@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsvl_export.compilers import Compiled, CompileOptions
+from dsvl_export.compilers import App, Compiled, CompileOptions
+from dsvl_export.deployment import check_deployment
 from dsvl_export.mil_program.check import check_package
 from dsvl_export.mil_program.debug import debug_build
 from runtimes.mil.package import package_files
@@ -17,15 +19,20 @@ if TYPE_CHECKING:
 
     from reference.trace import TracedComponent
 
+if find_spec("coremltools") is None:
+    raise ModuleNotFoundError("there is no coremltools", name="coremltools")
+
 PRECISIONS = ("fp16",)
 LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # states are half precision
 RECIPE_BASE = "fp16"
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
+TARGET, SINCE = "apple", {"iOS": 18, "macOS": 15}
+__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings", "write_listing"]
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    return {"capacity": options.capacity}
+    check_deployment(options.deployment, SINCE, "the states that hold the KV cache in Core ML")
+    return {"capacity": options.capacity, "target": options.target_name(TARGET)}
 
 
 def compile_component(
@@ -51,7 +58,15 @@ def compile_component(
     check_package(package, traced.contract)
     tools = {"coremltools": version("coremltools")}
     capacity = options.capacity if traced.contract.states else None
-    return Compiled(tuple(package_files(package)), "apple", "mil", tools, capacity=capacity)
+    target, files = options.target_name(TARGET), tuple(package_files(package))
+    return Compiled(files, target, "mil", tools, capacity=capacity)
+
+
+def write_listing(folder: Path, app: App) -> None:
+    """The decode loop in Swift."""
+    from dsvl_export.mil_program.listing import FILE, listing
+
+    (folder / FILE).write_text(listing(app), encoding="utf-8")
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:

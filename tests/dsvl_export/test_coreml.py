@@ -16,6 +16,7 @@ from reference.tiny import HELDOUT
 from reference.tiny.pictures import draw
 from runtimes.backends import load_backend
 from runtimes.bundle import MANIFEST, Bundle
+from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 from runtimes.files import write_json
 from runtimes.fixed import DECODE
@@ -285,6 +286,37 @@ def test_exports_are_the_same_byte_for_byte(bundle: Bundle, tmp_path: Path) -> N
     for component in ("vision_encoder", "decoder"):
         for file in bundle.artifact(component, "coreml", "fp16").files:
             assert again.manifest.files[file].sha256 == bundle.manifest.files[file].sha256
+
+
+def test_the_listing_is_of_this_bundle(bundle: Bundle) -> None:
+    """Every tensor's and function's name, and the numbers of the token embeddings, from the bundle itself."""
+    text = bundle.path("coreml/fp16/listing/DeepSeekVL.swift").read_text()
+    contracts = bundle.manifest.contracts["fp16"]
+    for contract in contracts.values():
+        for spec in (*contract.outputs, *(contract.inputs if contract.component == "decoder" else ())):
+            assert f'"{spec.name}"' in text
+    for function in (IMAGE, DECODE, PREFILL, EXTEND):
+        assert f'"{function}"' in text
+    table = TokenEmbedding(bundle.path(bundle.manifest.token_embedding))
+    assert f"let place = {table.rows.offset} + (token * {table.rows.shape[1]} + index)" in text
+    assert "capacity = 1024, chunk = 256" in text
+    assert f"token != {bundle.manifest.prompt.eos_id}" in text
+    assert "${" not in text and "$$" not in text
+    assert text.count("{") == text.count("}") and text.count("(") == text.count(")")
+
+
+@pytest.mark.parametrize("backend, asked, sentence", [
+    ("coreml", "iOS17", "iOS 17 lacks the states that hold the KV cache in Core ML; iOS 18 and macOS 15 are the oldest"),
+    ("coreml", "macOS 14.4", "macOS 14 lacks the states"),
+    ("coreml", "watchOS11", "'watchOS11' is no deployment target; write it as iOS18 or macOS15."),
+    ("coreai", "iOS26", "iOS 26 lacks Core AI; iOS 27 and macOS 27 are the oldest"),
+])  # fmt: skip
+def test_systems_that_are_too_old_are_refused(
+    backend: str, asked: str, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        export("tiny", tmp_path / "b", backend, ["fp16"], deployment=asked)
+    assert not (tmp_path / "b").exists()
 
 
 def test_bundles_keep_the_capacity(bundle: Bundle) -> None:

@@ -13,7 +13,7 @@ from dsvl_export import doctor
 from dsvl_export.compilers import load_compiler
 from dsvl_export.defects import Defect
 from dsvl_export.machine import describe_machine, package_versions
-from runtimes import onnxruntime
+from runtimes import coreai, coreml, onnxruntime
 from runtimes.errors import UserError
 
 
@@ -43,6 +43,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(onnxruntime, "_import", no_runtime)
+    for backend in (coreai, coreml):
+        monkeypatch.setattr(backend, "devices", no_runtime)
     monkeypatch.setattr(doctor, "load_compiler", no_compiler)
     found = doctor.diagnose()
     assert not found["healthy"]

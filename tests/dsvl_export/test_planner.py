@@ -214,16 +214,16 @@ def test_warnings_fit_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
         return {defect.id for defect in warnings_for(*request)}  # type: ignore[arg-type]
 
     assert ids("onnxruntime", "fp16", "cpu", 4096) == set()
-    assert "coreml-palette-states" in ids("coreml", "int4", "iphone", 1024)
+    assert "coreml-palette-states" in ids("coreml", "palette4", "iphone", 1024)
     assert "coreml-palette-states" not in ids("coreml", "int8", "iphone", 1024)
     assert "coreai-pipelined-kv" in ids("coreai", "fp16", "iphone", 2048)
     assert "coreai-pipelined-kv" not in ids("coreai", "fp16", "iphone", 1024)
     assert "coreai-pipelined-kv" not in ids("coreai", "fp16", "mac", 4096)
     assert "onnxruntime-silent-cpu" not in ids("onnxruntime", "fp32", "cpu", 100)  # handled
     # Before a target is chosen, all of them count; installed versions without the defect do not have it.
-    assert "coreml-palette-states" in ids("coreml", "int4")
+    assert "coreml-palette-states" in ids("coreml", "palette4")
     monkeypatch.setattr("dsvl_export.defects.package_versions", lambda: {"coremltools": "8.3"})
-    assert "coreml-palette-states" not in ids("coreml", "int4")
+    assert "coreml-palette-states" not in ids("coreml", "palette4")
     monkeypatch.setattr("dsvl_export.defects.package_versions", lambda: {"tensorrt": "11.1.0"})
     assert "tensorrt-jetson-11" in ids("tensorrt", "fp16", "jetson-thor")
     assert "tensorrt-jetson-11" not in ids("tensorrt", "fp16", "l4")
@@ -235,10 +235,12 @@ def test_a_plan_needs_the_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     source = open_checkpoint(str(tmp_path), weights=False)
     assert source.embedding_bytes() is None
-    plan = Planner(source.config).plan(find_target("mac"), Request("coreml", "int8", 500))
+    plan = Planner(source.config).plan(find_target("android"), Request("executorch", "int8", 500))
     assert plan.embedding_bytes == 512 * 128 * 2
     assert not plan.exact
-    without = Planner(source.config).plan(find_target("mac"), Request("coreml", "int8", 500, images=0))
+    without = Planner(source.config).plan(
+        find_target("android"), Request("executorch", "int8", 500, images=0)
+    )
     assert without.vision_seconds == 0
     assert without.prompt_tokens == 100
 

@@ -37,7 +37,7 @@ def test_engines_and_the_ladder_on_the_same_files(rtx: Bundle, precision: str) -
     """Engines of every component, and all rungs, taps and held-out questions on the ONNX they were built from."""
     backend_name, name = rtx.select("tensorrt_rtx", precision)
     assert name == NAMES[precision]
-    result = parity(rtx, backend_name, name, task=load_task(HELDOUT), taps=True)
+    result = parity(rtx, backend_name, name, task=load_task(HELDOUT)[::4], taps=True)
     assert str(result.execution) == PROOF
     assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
     assert not any(drift.first for drift in result.drift)
@@ -78,7 +78,7 @@ def test_random_checkpoints_build_and_climb(
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int8-int4"])
 def test_jetpack_6_climbs_the_ladder(jetson: Bundle, precision: str) -> None:
     """Primitives of opset 20 (21 with 4-bit weights), for TensorRT 10.3 on SM 87."""
-    result = parity(jetson, *jetson.select("tensorrt", precision), task=load_task(HELDOUT), taps=True)
+    result = parity(jetson, *jetson.select("tensorrt", precision), task=load_task(HELDOUT)[::4], taps=True)
     assert result.execution.kind == "simulated"
     assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
     for component in ("vision_encoder", "adaptor", "decoder"):
