@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
 import sys
 import time
 from pathlib import Path
@@ -20,37 +18,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from make_checkpoint import config_of, write
+from measuring import cost, measured
 
 CAPACITY = 1024
 LAYERS, VISION_LAYERS = 1, 2  # of SAM, one in windows and one global
 FOUR_BIT = "base: fp16\nrules:\n- {layers: 'decoder.*', kind: linear, precision: int4-g128}\n"
-
-
-def _measured(work: Any, *arguments: Any) -> dict[str, Any]:
-    """Run in a process of its own; its result with seconds and peak resident memory."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(sender, work, arguments))
-    process.start()
-    sender.close()
-    try:
-        found: dict[str, Any] = receiver.recv()
-    except EOFError:
-        process.join()
-        raise SystemExit(f"{work.__name__}{arguments} ended with {process.exitcode}") from None
-    process.join()
-    return found
-
-
-def _cost(found: dict[str, Any]) -> str:
-    return f"{found['seconds']:.0f} s, peak {found['peak'] / 1e9:.1f} GB"
-
-
-def _report(sender: Any, work: Any, arguments: Any) -> None:
-    started = time.perf_counter()
-    result = work(*arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sender.send({"result": result, "seconds": time.perf_counter() - started, "peak": peak})
 
 
 def export_onnx(
@@ -114,7 +86,7 @@ def calibrated(checkpoint: Path, folder: Path) -> None:
 
 def builds(bundle: Path, precision: str, sm: int) -> None:
     for component in ("vision_encoder", "adaptor", "decoder"):
-        found = _measured(build, bundle, precision, component, sm)
+        found = measured(build, bundle, precision, component, sm)
         sizes = found["result"]
         print(
             f"| {precision} | {component} | {sm} | {sizes['onnx'] / 1e6:.0f} | {sizes['engine'] / 1e6:.0f} |"
@@ -137,19 +109,19 @@ def widths(work: Path, sizes: list[str]) -> None:
             write(config_of(size, LAYERS, VISION_LAYERS, 1031), checkpoint)
         scales = work / f"{size}-scales"
         if not scales.exists():
-            print(f"calibrated in {_measured(calibrated, checkpoint, scales)['seconds']:.0f} s", flush=True)
+            print(f"calibrated in {measured(calibrated, checkpoint, scales)['seconds']:.0f} s", flush=True)
         plan = work / "four-bit.yaml"
         plan.write_text(FOUR_BIT)
         for asked in ("fp16", "int8", "fp8", str(plan)):
             bundle = work / f"{size}-bundle"
-            found = _measured(
+            found = measured(
                 export_onnx, checkpoint, bundle, asked, scales if asked in ("int8", "fp8") else None, True
             )
             precision = found["result"]["precision"]
-            print(f"\n{size}, {precision}: exported in {_cost(found)}\n\n{HEAD}")
+            print(f"\n{size}, {precision}: exported in {cost(found)}\n\n{HEAD}")
             builds(bundle, precision, 89)
-            proof = _measured(climb, bundle, precision)
-            print(f"\nLadder: {json.dumps(proof['result'])} in {_cost(proof)}", flush=True)
+            proof = measured(climb, bundle, precision)
+            print(f"\nLadder: {json.dumps(proof['result'])} in {cost(proof)}", flush=True)
 
 
 def full(work: Path, sizes: list[str]) -> None:
@@ -163,9 +135,9 @@ def full(work: Path, sizes: list[str]) -> None:
     plan.write_text(FOUR_BIT)
     for asked in ("fp16", str(plan)):
         bundle = work / "1.3b-bundle"
-        found = _measured(export_onnx, checkpoint, bundle, asked, None, False)
+        found = measured(export_onnx, checkpoint, bundle, asked, None, False)
         precision = found["result"]["precision"]
-        print(f"\n{precision}: exported in {_cost(found)}\n\n{HEAD}")
+        print(f"\n{precision}: exported in {cost(found)}\n\n{HEAD}")
         builds(bundle, precision, 89)
 
 
