@@ -1,4 +1,4 @@
-"""Core ML itself, on a Mac. Nothing here runs elsewhere; the tests marked ``mac`` hold it to the contract."""
+"""Core ML itself: on a Mac the session contract and the ladder go through here, elsewhere nothing does."""
 
 from __future__ import annotations
 
