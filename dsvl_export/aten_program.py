@@ -45,7 +45,6 @@ class AtenLowering(ProgramLowering):
         self.form, self.graph, self.root = form, Graph(), nn.Module()
         self._sizes = sizes
         self._buffers: dict[str, Node] = {}
-        self._names: set[str] = set()
 
     def bind_input(self, spec: TensorSpec, node: Node) -> Node:
         if spec in self.traced.contract.states:
@@ -60,14 +59,8 @@ class AtenLowering(ProgramLowering):
         shape = [dim if isinstance(dim, int) else self._sizes[dim] for dim in spec.shape]
         return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 
-    def unique(self, name: str) -> str:
-        name = candidate = name.replace(".", "_").replace("/", "_")
-        count = 1
-        while candidate in self._names:
-            count += 1
-            candidate = f"{name}_{count}"
-        self._names.add(candidate)
-        return candidate
+    def spelled(self, name: str) -> str:
+        return name.replace(".", "_").replace("/", "_")
 
     def buffer(self, name: str, load: Callable[[], Tensor]) -> Node:
         """A tensor of the program's own, made once."""

@@ -84,6 +84,7 @@ class ProgramLowering(ABC):
         self.scope = ""  # name of the node that is being lowered
         self.scratch: dict[str, Any] = {}  # values that are computed once for all layers
         self._values: dict[Node, Any] = {}
+        self._names: set[str] = set()
         self._load = load
 
     @abstractmethod
@@ -94,9 +95,19 @@ class ProgramLowering(ABC):
     def bind_outputs(self, sources: list[Node]) -> None:
         """Give the values of these nodes, one for each output of the contract, to the outside."""
 
-    @abstractmethod
+    def spelled(self, name: str) -> str:
+        """A name in the letters that the target allows."""
+        return name
+
     def unique(self, name: str) -> str:
-        """A name that nothing else has."""
+        """A name that nothing else has: ``name``, or ``name_2`` and so on where it is taken."""
+        name = candidate = self.spelled(name)
+        count = 1
+        while candidate in self._names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self._names.add(candidate)
+        return candidate
 
     def lower_program(self) -> None:
         """Lower every node.
@@ -200,6 +211,20 @@ def arguments(node: Node, *defaults: Any) -> list[Any]:
         defaults: the operator's arguments after the first; only those that the node lacks are used.
     """
     return [*node.args, *defaults[max(len(node.args) - 1, 0) :]]
+
+
+def swapped_axes(node: Node) -> list[int]:
+    """The permutation that a transpose of two axes is."""
+    order = list(range(fake(node).dim()))
+    _, first, second = arguments(node)
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def permuted_axes(node: Node) -> list[int]:
+    """The permutation of a permute, counted from the front."""
+    _, order = arguments(node)
+    return [axis % len(order) for axis in order]
 
 
 def fake(source: Any) -> Any:

@@ -73,7 +73,7 @@ class MilLowering(ProgramLowering):
         super().__init__(traced, load, table, boundaries)
         self._weights, self._inputs, self._sizes = weights, inputs, sizes
         self._constants: dict[str, Var] = {}
-        self._names: set[str] = set(inputs)
+        self._names.update(inputs)
         self.outputs: list[Var] = []
 
     def bind_input(self, spec: TensorSpec, node: Node) -> Var:
@@ -83,15 +83,8 @@ class MilLowering(ProgramLowering):
         for spec, source in zip(self.traced.contract.outputs, sources, strict=True):
             self.outputs.append(mb.cast(x=self.value(source), dtype=MIL_NAMES[spec.dtype], name=spec.name))
 
-    def unique(self, name: str) -> str:
-        """``name`` in the letters that MIL allows, numbered where it is taken."""
-        name = candidate = identifier(name)
-        count = 1
-        while candidate in self._names:
-            count += 1
-            candidate = f"{name}_{count}"
-        self._names.add(candidate)
-        return candidate
+    def spelled(self, name: str) -> str:
+        return identifier(name)
 
     @cached_property
     def _symbols(self) -> dict[Any, int]:

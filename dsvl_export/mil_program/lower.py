@@ -10,7 +10,15 @@ import torch
 from coremltools.converters.mil import Builder as mb
 from torch.fx import Node
 
-from dsvl_export.lowering import LoadParameter, arguments, aten, fake, numpy_dtype
+from dsvl_export.lowering import (
+    LoadParameter,
+    arguments,
+    aten,
+    fake,
+    numpy_dtype,
+    permuted_axes,
+    swapped_axes,
+)
 from dsvl_export.mil_program.attention import attention, cached_attention, rms_norm
 from dsvl_export.mil_program.context import MAX_RANK, MIL_NAMES, MilLowering, Var, Weights
 from dsvl_export.mil_program.quantization import DEQUANTIZE, QUANTIZATION, weight_operand
@@ -88,18 +96,6 @@ def _permutation(order: Callable[[Node], list[int]]) -> Callable[[MilLowering, N
     return lower
 
 
-def _swap(node: Node) -> list[int]:
-    order = list(range(fake(node).dim()))
-    _, first, second = arguments(node)
-    order[first], order[second] = order[second], order[first]
-    return order
-
-
-def _permuted(node: Node) -> list[int]:
-    _, order = arguments(node)
-    return [axis % len(order) for axis in order]
-
-
 def _chunk(context: MilLowering, node: Node) -> list[Var]:
     x, _, axis = arguments(node, 0, 0)
     sizes = [int(part.shape[axis]) for part in fake(node)]
@@ -165,8 +161,8 @@ TABLE: dict[Any, Callable[[MilLowering, Node], Any]] = {
     aten.flatten.using_ints: _reshape,
     aten.unflatten.int: _reshape,
     aten.unsqueeze.default: _reshape,
-    aten.transpose.int: _permutation(_swap),
-    aten.permute.default: _permutation(_permuted),
+    aten.transpose.int: _permutation(swapped_axes),
+    aten.permute.default: _permutation(permuted_axes),
     aten.chunk.default: _chunk,
     aten.slice.Tensor: _slice,
     aten.pad.default: _pad,

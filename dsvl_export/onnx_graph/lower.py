@@ -16,7 +16,9 @@ from dsvl_export.lowering import (
     aten,
     fake,
     numpy_dtype,
+    permuted_axes,
     static,
+    swapped_axes,
     to_numpy,
 )
 from dsvl_export.onnx_graph.builder import Graph, element_type
@@ -148,18 +150,6 @@ def _permutation(order: Callable[[Node], list[int]]) -> Callable[[Lowering, Node
     return lower
 
 
-def _swap(node: Node) -> list[int]:
-    order = list(range(fake(node).dim()))
-    _, first, second = arguments(node)
-    order[first], order[second] = order[second], order[first]
-    return order
-
-
-def _permuted(node: Node) -> list[int]:
-    _, order = arguments(node)
-    return [axis % len(order) for axis in order]
-
-
 def _unsqueeze(context: Lowering, node: Node) -> str:
     x, axis = arguments(node)
     axis %= fake(node).dim()
@@ -230,8 +220,8 @@ TABLE: dict[Any, Callable[[Lowering, Node], Any]] = {
     aten.div.Tensor: _binary("Div"),
     aten.flatten.using_ints: _reshape,
     aten.unflatten.int: _reshape,
-    aten.transpose.int: _permutation(_swap),
-    aten.permute.default: _permutation(_permuted),
+    aten.transpose.int: _permutation(swapped_axes),
+    aten.permute.default: _permutation(permuted_axes),
     aten.unsqueeze.default: _unsqueeze,
     aten.chunk.default: _chunk,
     aten.slice.Tensor: _slice,
