@@ -387,8 +387,9 @@ def test_plan_command(run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     )
     assert machine["artifact_bytes"] == pytest.approx(written, rel=0.02)
     assert machine["exact"]
-    iphone = run("plan", "tiny", "--target", "iphone", "--backend", "coreml", "--precision", "int4")
-    assert "This release cannot export int4 for coreml yet." in iphone.out
+    phone = run("plan", "tiny", "--target", "android", "--precision", "int4")
+    assert "This release cannot export int4 for executorch yet." in phone.out
+    iphone = run("plan", "tiny", "--target", "iphone", "--backend", "coreml", "--precision", "palette4")
     assert "https://github.com/apple/coremltools/issues/2716" in iphone.out
     assert refused(
         run("plan", "tiny", "--target", "jetson-agx-orin", "--precision", "fp8"),
