@@ -30,6 +30,7 @@ class AtenLowering(ProgramLowering):
     Args:
         sizes: of the contract's named dims.
         form: what the program is for, in messages.
+        tensors: weights and constants by name, which other programs of the component have made or will use.
     """
 
     def __init__(
@@ -40,15 +41,16 @@ class AtenLowering(ProgramLowering):
         table: Mapping[Any, Lower],
         boundaries: frozenset[Any],
         form: str,
+        tensors: dict[str, Tensor],
     ) -> None:
         super().__init__(traced, load, {**TABLE, **table}, boundaries)
         self.form, self.graph, self.root = form, Graph(), nn.Module()
-        self._sizes = sizes
+        self._sizes, self._tensors = sizes, tensors
         self._buffers: dict[str, Node] = {}
 
     def bind_input(self, spec: TensorSpec, node: Node) -> Node:
         if spec in self.traced.contract.states:
-            return self.buffer(spec.name, lambda: self.example(spec))
+            return self._registered(spec.name, self.example(spec))
         return self.graph.placeholder(spec.name)
 
     def bind_outputs(self, sources: list[Node]) -> None:
@@ -63,12 +65,17 @@ class AtenLowering(ProgramLowering):
         return name.replace(".", "_").replace("/", "_")
 
     def buffer(self, name: str, load: Callable[[], Tensor]) -> Node:
-        """A tensor of the program's own, made once."""
+        """A weight or constant, made once."""
         if name not in self._buffers:
-            target = self.unique(name)
-            self.root.register_buffer(target, load().detach().contiguous())
-            self._buffers[name] = self.graph.get_attr(target)
+            if name not in self._tensors:
+                self._tensors[name] = load().detach().contiguous()
+            self._buffers[name] = self._registered(name, self._tensors[name])
         return self._buffers[name]
+
+    def _registered(self, name: str, tensor: Tensor) -> Node:
+        target = self.unique(name)
+        self.root.register_buffer(target, tensor)
+        return self.graph.get_attr(target)
 
     def value(self, source: Node) -> Any:
         value = self._values[source]
@@ -102,13 +109,16 @@ def fixed_program(
     form: str,
     table: Mapping[Any, Lower],
     boundaries: frozenset[Any],
+    tensors: dict[str, Tensor],
 ) -> ExportedProgram:
     """Export a traced component with fixed sizes; inputs and states are named as in the contract.
+
+    See ``AtenLowering`` for the arguments.
 
     Raises:
         NotImplementedError: a quantized operator that the table lacks.
     """
-    lowering = AtenLowering(traced, load, sizes, table, boundaries, form)
+    lowering = AtenLowering(traced, load, sizes, table, boundaries, form, tensors)
     lowering.lower_program()
     module = GraphModule(lowering.root, lowering.graph).eval()
     examples = tuple(map(lowering.example, traced.contract.inputs))

@@ -252,7 +252,7 @@ def without_weights(name: str) -> Tensor:
     raise AssertionError(f"only sizes are wanted, but the weight {name} was asked for")
 
 
-def weight_bytes(traced: TracedComponent) -> int:
+def parameter_bytes(traced: TracedComponent) -> int:
     """Bytes of a component's parameters as its program keeps them, codes for quantized ones."""
     qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
     bits = {

@@ -20,7 +20,7 @@ from reference.constants import materialise_constants
 from reference.layouts import UNUSED, Shape, Source, sources
 from reference.model import DeepSeekVL
 from reference.tiny import TINY
-from runtimes.errors import UserError
+from runtimes.errors import UserError, first_line
 from runtimes.files import read_json, sha256_of_file, sha256_of_text, write_json
 from runtimes.prompt import BOS, EOS, PAD
 
@@ -73,7 +73,7 @@ class TensorFiles:
             except Exception as error:  # torch.load raises a dozen types on bad files
                 raise UserError(
                     f"{file} cannot be read as plain weights (it is damaged or holds code):"
-                    f" {_first_line(error)}."
+                    f" {first_line(error)}."
                 ) from error
             content = self._pickled[file]
             if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
@@ -118,12 +118,8 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"The weight file {file} is damaged or cut short ({_first_line(error)}); download it again."
+            f"The weight file {file} is damaged or cut short ({first_line(error)}); download it again."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -297,7 +293,7 @@ def resolve(checkpoint: str, weights: bool = True) -> Path:
         return Path(snapshot_download(checkpoint, allow_patterns=patterns))
     except Exception as error:  # network, authorisation and hub errors share no base class
         raise UserError(
-            f"There is no folder {checkpoint}, and the hub did not give it: {_first_line(error)}."
+            f"There is no folder {checkpoint}, and the hub did not give it: {first_line(error)}."
         ) from error
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
-from runtimes.errors import UserError
+from runtimes.errors import UserError, first_line
 from runtimes.session import Backend
 
 BUILT_IN = ("coreai", "coreml", "onnxruntime", "tensorrt", "tensorrt_rtx")
@@ -42,5 +42,5 @@ def load_entry(entry: EntryPoint) -> Any:
         return entry.load()
     except Exception as error:  # whatever a foreign module raises while it is imported
         owner = entry.dist.name if entry.dist else entry.value
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(f"The backend {entry.name!r} of {owner} cannot be loaded: {reason}.") from error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtimes.contracts import Contract
-from runtimes.errors import UserError
+from runtimes.errors import UserError, first_line
 from runtimes.files import read_json
 from runtimes.fixed import FixedComponent, FixedDecoder, Sizes
 from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
@@ -64,9 +64,13 @@ def open_component(file: Path, contract: Contract, options: SessionOptions) -> C
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
-    sizes = read_json(file.parent / SIZES)
-    several = sizes[PREFILL]
-    fixed = Sizes(several["capacity"], PREFILL, several["sequence"], flexible=False)
+    try:
+        several = read_json(file.parent / SIZES)[PREFILL]
+        fixed = Sizes(several["capacity"], PREFILL, several["sequence"], flexible=False)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file.parent / SIZES} does not say what the decoder takes; export it again."
+        ) from error
     return FixedDecoder(open_asset(file, contract), contract, fixed)
 
 
@@ -93,7 +97,7 @@ class CoreAIAsset:
             self._sizes = next(iter(sizes.values()))
             self._wait(self._load(folder, list(sizes)))
         except (OSError, RuntimeError, ValueError, StopIteration) as error:
-            raise UserError(f"Core AI cannot load {folder}: {_line(error)}.") from error
+            raise UserError(f"Core AI cannot load {folder}: {first_line(error)}.") from error
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -117,7 +121,9 @@ class CoreAIAsset:
         try:
             found = self._wait(self._functions[function](inputs=given, state=state or {}))
         except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"Core AI failed in the {self._contract.component}: {_line(error)}.") from error
+            raise UserError(
+                f"Core AI failed in the {self._contract.component}: {first_line(error)}."
+            ) from error
         return {spec.name: found[spec.name].numpy() for spec in self._contract.outputs}
 
     def new_state(self) -> dict[str, Any]:
@@ -132,7 +138,3 @@ class CoreAIAsset:
         from coreai.runtime import NDArray
 
         state[name] = NDArray(np.ascontiguousarray(array))
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

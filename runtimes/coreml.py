@@ -46,19 +46,18 @@ def execution(artifact: Artifact, device: str | None = None) -> Execution:
 
 
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
-    return CoreMLComponent(_load(file, contract, options), contract)
+    return CoreMLComponent(_asset(Package(package_folder(file)), contract, options), contract)
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
-    description = Package(package_folder(file)).description(EXTEND)
-    capacity = int(description.state[0].type.stateType.arrayType.shape[2])
+    package = Package(package_folder(file))
+    capacity = package.capacity()
     flexible = (options.device or DEVICES[0]) in FLEXIBLE
     sizes = Sizes(capacity, EXTEND if flexible else PREFILL, min(CHUNK, capacity), flexible)
-    return FixedDecoder(_load(file, contract, options), contract, sizes)
+    return FixedDecoder(_asset(package, contract, options), contract, sizes)
 
 
-def _load(file: Path, contract: Contract, options: SessionOptions) -> Asset:
-    package = Package(package_folder(file))
+def _asset(package: Package, contract: Contract, options: SessionOptions) -> Asset:
     if sys.platform == "darwin":
         from runtimes.mil.native import NativeAsset
 

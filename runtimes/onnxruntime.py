@@ -10,7 +10,7 @@ import numpy as np
 
 from runtimes.cache import KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state, updated_state
-from runtimes.errors import UserError
+from runtimes.errors import UserError, first_line
 from runtimes.memory import available_memory
 from runtimes.session import Execution, SessionOptions
 
@@ -83,7 +83,7 @@ def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
     try:
         session = ort.InferenceSession(str(file), settings, providers=_providers(device))
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(f"ONNX Runtime cannot load {file}: {reason}.") from error
     if session.get_providers()[0] != provider:
         # It falls back to the CPU without an error where a provider's libraries, driver or GPU are missing.
@@ -288,7 +288,7 @@ def write_rows(cache: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> No
 
 
 def _failed(contract: Contract, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0].rstrip(".")
+    reason = first_line(error)
     return UserError(f"ONNX Runtime failed in the {contract.component}: {reason}.")
 
 

@@ -44,6 +44,7 @@ class WorkerAsset:
     def __init__(self, start: tuple[str, str], args: tuple[Any, ...], what: str) -> None:
         self._what, self._lock = what, threading.Lock()
         self._freed: list[int] = []  # states that nobody here knows any more
+        self._asked = 0
         self._connection, theirs = Pipe()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the process
         self._process = subprocess.Popen(
@@ -60,9 +61,12 @@ class WorkerAsset:
     def _ask(self, method: str, *args: Any) -> Any:
         with self._lock:
             try:
+                self._asked += 1
                 freed = [self._freed.pop() for _ in range(len(self._freed))]
-                self._connection.send((method, args, freed))
-                answer, value = self._connection.recv()
+                self._connection.send((self._asked, method, args, freed))
+                number = 0
+                while number != self._asked:  # an interrupted call left its answer behind
+                    number, answer, value = self._connection.recv()
             except (EOFError, OSError) as error:
                 raise UserError(self._obituary()) from error
         if answer == "error":
@@ -141,14 +145,15 @@ class _Served:
 
 def serve(descriptor: int) -> None:
     """Answer until the other side goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it here too, but it is the user's call
     connection, served = Connection(descriptor), _Served()
     while True:
         try:
-            method, args, freed = connection.recv()
+            number, method, args, freed = connection.recv()
         except EOFError:
             return
         served.free(freed)
         try:
-            connection.send(("value", getattr(served, method)(*args)))
+            connection.send((number, "value", getattr(served, method)(*args)))
         except UserError as error:
-            connection.send(("error", str(error)))
+            connection.send((number, "error", str(error)))

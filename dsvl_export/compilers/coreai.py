@@ -61,9 +61,9 @@ def compile_component(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    from dsvl_export.lowering import weight_bytes
+    from dsvl_export.lowering import parameter_bytes
 
-    return weight_bytes(traced)
+    return parameter_bytes(traced)
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> NoReturn:

@@ -54,7 +54,7 @@ def compile_component(
 
     weights = Weights()
     functions = build_functions(traced, load, weights, options.capacity, options.preprocessing)
-    package = write_package(folder, traced, functions, weights, {}, on_bytes)
+    package = write_package(folder, traced, functions, weights, on_bytes)
     check_package(package, traced.contract)
     tools = {"coremltools": version("coremltools")}
     capacity = options.capacity if traced.contract.states else None
@@ -70,6 +70,6 @@ def write_listing(folder: Path, app: App) -> None:
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    from dsvl_export.lowering import weight_bytes
+    from dsvl_export.lowering import parameter_bytes
 
-    return weight_bytes(traced)
+    return parameter_bytes(traced)

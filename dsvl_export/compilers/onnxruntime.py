@@ -12,7 +12,7 @@ import onnxruntime
 from dsvl_export.compilers import Compiled, CompileOptions
 from dsvl_export.onnx_graph.check import check_file
 from dsvl_export.onnx_graph.debug import debug_build
-from runtimes.errors import UserError
+from runtimes.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ def _load_once(file: Path) -> None:
     try:
         onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {file.name}: {reason}."
         ) from error

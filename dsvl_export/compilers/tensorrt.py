@@ -29,13 +29,14 @@ LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # KVCacheUpdate takes float caches alone
 RECIPE_BASE = "fp16"
 LATEST = "11.4"
+TARGET = "cuda"
 OLDEST = Version("10.3")
 EXTERNAL_ABOVE = 64 << 20  # bytes of weights that lie beside the graph, so that a board need not hold them
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    return {"target": _target(options), "tensorrt": str(tensorrt_version(options))}
+    return {"target": options.target_name(TARGET), "tensorrt": str(tensorrt_version(options))}
 
 
 def tensorrt_version(options: CompileOptions) -> Version:
@@ -81,7 +82,7 @@ def compile_component(
     files = write_onnx(traced, load, folder, on_bytes, release.dialect)
     refuse(files[0], release)
     tools = {"onnx": onnx.__version__, "for": str(release.version)}
-    return Compiled(tuple(files), _target(options), release.dialect, tools)
+    return Compiled(tuple(files), options.target_name(TARGET), release.dialect, tools)
 
 
 def write_onnx(
@@ -114,7 +115,3 @@ def onnx_bytes(traced: TracedComponent, dialect: str) -> int:
 
     graph = lower(traced, without_weights, make_dialect(dialect, traced))
     return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()
-
-
-def _target(options: CompileOptions) -> str:
-    return options.target.name if options.target else "cuda"

@@ -83,6 +83,6 @@ def compile_component(
     built = Engine(
         engine.name, capabilities, "", "", tensorrt_rtx.__version__, building.capacity, building.max_batch
     )
-    target = options.target.name if options.target else "rtx"
+    target = options.target_name("rtx")
     tools = {"onnx": onnx.__version__, "tensorrt-rtx": tensorrt_rtx.__version__}
     return Compiled((*files, engine), target, DIALECT, tools, built)

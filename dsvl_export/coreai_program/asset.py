@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from dsvl_export.aten_program import fixed_program
 from dsvl_export.coreai_program.lower import BOUNDARIES, TABLE, coreai_torch
 from dsvl_export.lowering import LoadParameter
 from reference.trace import TracedComponent
 from runtimes.coreai import CHUNK, PREFILL, SIZES, SUFFIX
-from runtimes.errors import UserError
+from runtimes.errors import UserError, first_line
 from runtimes.fixed import DECODE, MAIN
 
 
@@ -37,47 +38,34 @@ def write_asset(folder: Path, traced: TracedComponent, load: LoadParameter, capa
         UserError: Core AI's converter refuses the program.
     """
     contract = traced.contract
-    loaded: dict[str, torch.Tensor] = {}
-
-    def load_once(name: str) -> torch.Tensor:
-        if name not in loaded:
-            loaded[name] = load(name)
-        return loaded[name]
-
+    tensors: dict[str, Tensor] = {}  # of all entry points: quantized once, and written once
     converter = coreai_torch.TorchConverter(mode=coreai_torch.TorchConverter.Mode.RELEASE)
     asset = folder / f"{contract.component}{SUFFIX}"
     with _quiet():
-        points = entry_points(traced, capacity)
+        points, programs = entry_points(traced, capacity), {}
         for name, sizes in points.items():
-            program = fixed_program(traced, load_once, sizes, "Core AI", TABLE, BOUNDARIES)
-            try:
+            program = fixed_program(traced, load, sizes, "Core AI", TABLE, BOUNDARIES, tensors)
+            programs[name] = program.run_decompositions(coreai_torch.get_decomp_table())
+        try:
+            for name, program in programs.items():
                 converter.add_exported_program(
-                    program.run_decompositions(coreai_torch.get_decomp_table()),
+                    program,
                     input_names=[spec.name for spec in contract.inputs],
                     output_names=[spec.name for spec in contract.outputs],
                     state_names=[spec.name for spec in contract.states],
                     entrypoint_name=name,
                 )
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                raise UserError(
-                    f"Core AI cannot convert the {contract.component}: {_line(error)}."
-                ) from error
-        converter.to_coreai().save_asset(asset)
+            converter.to_coreai().save_asset(asset)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            reason = first_line(error)
+            raise UserError(f"Core AI cannot convert the {contract.component}: {reason}.") from error
     (asset / SIZES).write_text(json.dumps(points), encoding="utf-8")
     return asset
 
 
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-class _quiet(contextlib.ExitStack):
+@contextmanager
+def _quiet() -> Iterator[None]:
     """The converter's warnings and progress bars are not for our users."""
-
-    def __enter__(self) -> _quiet:
-        super().__enter__()
-        self.enter_context(warnings.catch_warnings())
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        self.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        self.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        return self
+        yield

@@ -131,16 +131,18 @@ class MilLowering(ProgramLowering):
             dtype: numpy's, or coremltools' own for codes of four bits.
         """
         if name not in self._constants:
-            if dtype == np.int64:
-                dtype, wide = np.dtype(np.int32), load
-                load = lambda: wide().astype(np.int32)  # noqa: E731
+            stored = np.dtype(np.int32) if dtype == np.int64 else dtype
             small = prod(shape) <= HELD
-            held = load().reshape(shape) if small else np.broadcast_to(np.zeros((), dtype), shape)
-            var = mb.const(val=held.astype(dtype) if small else held, name=self.unique(name))
+            held = (
+                load().reshape(shape).astype(stored)
+                if small
+                else np.broadcast_to(np.zeros((), stored), shape)
+            )
+            var = mb.const(val=held, name=self.unique(name))
             if not small:
-                bits = 4 if var.dtype in (types.int4, types.uint4) else dtype.itemsize * 8
+                bits = 4 if var.dtype in (types.int4, types.uint4) else stored.itemsize * 8
                 var.op.weight_id = name
-                self._weights.add(name, shape, bits, load)
+                self._weights.add(name, shape, bits, lambda: load().astype(stored, copy=False))
             self._constants[name] = var
         return self._constants[name]
 

@@ -60,14 +60,12 @@ def write_package(
     traced: TracedComponent,
     functions: Mapping[str, Built],
     weights: Weights,
-    metadata: Mapping[str, str],
     on_bytes: Callable[[int], None],
 ) -> Path:
     """Write ``<component>.mlpackage`` into a folder.
 
     Args:
         functions: by name, the first one is what an app gets that asks for none.
-        metadata: what goes into the package beside what is written here.
     """
     program = Program()
     for name, built in functions.items():
@@ -86,12 +84,8 @@ def write_package(
     about.versionString = __version__
     about.license = "The weights are under the licence of their checkpoint."
     taps = {name: built.taps for name, built in functions.items()}
-    for key, value in {
-        "com.github.apple.coremltools.version": coremltools.__version__,
-        TAPS: json.dumps(taps),
-        **metadata,
-    }.items():
-        about.userDefined[key] = value
+    about.userDefined["com.github.apple.coremltools.version"] = coremltools.__version__
+    about.userDefined[TAPS] = json.dumps(taps)
     (package / SPECIFICATION).write_bytes(model.SerializeToString(deterministic=True))
     _write_manifest(package)
     return package

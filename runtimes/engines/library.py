@@ -7,7 +7,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from runtimes.errors import UserError
+from runtimes.errors import UserError, first_line
 
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 _LOGGERS: dict[str, Any] = {}
@@ -28,7 +28,7 @@ def import_library(name: str) -> ModuleType:
             f"{hint if name == 'tensorrt' else ''}."
         ) from error
     except (ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UserError(f"The library {name} cannot be loaded here: {reason}; install it again.") from error
 
 

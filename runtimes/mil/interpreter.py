@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.contracts import Contract
-from runtimes.errors import UserError
+from runtimes.errors import UserError, first_line
 from runtimes.fixed import DECODE
 from runtimes.memory import available_memory
 from runtimes.mil.operators import EXACT, OPERATORS
@@ -253,7 +253,15 @@ class InterpretedAsset:
 
     def _function(self, name: str) -> Function:
         if name not in self._functions:
-            self._functions[name] = Function(self._package, name, self._dense)
+            try:
+                self._functions[name] = Function(self._package, name, self._dense)
+            except (KeyError, IndexError, ValueError, TypeError) as error:
+                reason = f"{name} of {self._package.folder} cannot be read ({first_line(error)})"
+                raise UserError(f"{reason}; the package is damaged.") from error
+            given = self._functions[name].outputs
+            for spec in self._contract.outputs:
+                if identifier(spec.name) not in given:
+                    raise UserError(f"{name} of {self._package.folder} does not give {spec.name}.")
         return self._functions[name]
 
     def call(

@@ -107,6 +107,16 @@ class Package:
                     found[output.name] = prod(sizes)
         return sum(found.values())
 
+    def capacity(self) -> int:
+        """Tokens of a decoder's states.
+
+        Raises:
+            UserError: it has no states.
+        """
+        for state in self.description(EXTEND).state:
+            return int(state.type.stateType.arrayType.shape[2])
+        raise UserError(f"{self.folder} has no states, so it is no decoder.")
+
     def check_lengths(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UserError where a flexible input of a function is given a length outside of its range."""
         for feature in self.description(name).input:

@@ -259,6 +259,30 @@ def test_what_the_interpreter_cannot_do_is_named(short: Path) -> None:
         (folder / SPECIFICATION).write_bytes(before)
 
 
+def test_a_package_that_is_something_else_is_named(short: Path) -> None:
+    folder = package(Bundle.open(short), "fp16", "decoder")
+    before = (folder / SPECIFICATION).read_bytes()
+
+    def without_states(opened: Opened) -> None:
+        for item in opened.package.model.description.functions:
+            del item.state[:]
+
+    def of_another_opset(opened: Opened) -> None:
+        opened.package.function(DECODE).opset = "CoreML99"
+
+    for edit, sentence in (
+        (without_states, "has no states"),
+        (of_another_opset, "decode .* does not give logits"),
+    ):
+        opened = Opened(folder)
+        edit(opened)
+        opened.save()
+        with pytest.raises(UserError, match=sentence):
+            Package(folder).capacity()
+            step(short)
+        (folder / SPECIFICATION).write_bytes(before)
+
+
 def test_lengths_outside_of_the_range_are_refused(bundle: Bundle) -> None:
     session = open_decoder(bundle.folder)
     width = int(session.contract.inputs[0].shape[-1])

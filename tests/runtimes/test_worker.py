@@ -103,6 +103,29 @@ def test_a_crash_names_its_signal_and_its_last_words() -> None:
         asset.call("main", {"x": X})
 
 
+def test_an_interrupted_call_does_not_answer_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the runtime computes: the process lives on, and its late answer is nobody's."""
+    asset = worker()
+    receive = asset._connection.recv
+    monkeypatch.setattr(asset, "_connection", Interrupted(asset._connection))
+    os.kill(asset._process.pid, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        asset.call("main", {"x": X})
+    monkeypatch.undo()
+    assert asset._connection.recv == receive
+    assert np.array_equal(asset.call("main", {"x": 10 * X})["y"], 20 * X)
+
+
+class Interrupted:
+    """A connection whose answer is awaited in vain."""
+
+    def __init__(self, connection: Any) -> None:
+        self.send = connection.send
+
+    def recv(self) -> None:
+        raise KeyboardInterrupt
+
+
 def test_nothing_is_printed_and_nothing_is_left(capfd: pytest.CaptureFixture[str]) -> None:
     asset = worker()
     asset.call("print", {"x": X})
