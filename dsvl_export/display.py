@@ -74,6 +74,8 @@ def parity_table(result: ParityResult) -> Table:
     table.caption = f"compared with {escape(result.reference)}"
     if result.overridden:
         table.caption += ", tolerances overridden"
+    if result.left_out:
+        table.caption += f"; {result.left_out} more do not fit into the decoder's KV cache"
     for heading in ("stage", "relative RMS", "bound", "SNR", "max abs", "verdict"):
         table.add_column(heading, justify="left" if heading in ("stage", "verdict") else "right")
     for rung in result.rungs:

@@ -32,10 +32,15 @@ class Pipeline:
 
     The cache of the last conversation is kept: a prompt that begins like the last one (the next
     turn of a chat, another question about the same image) prefills only what is new.
+
+    Args:
+        capacity: tokens of that cache.
+        longest: the most that a cache can have, where the decoder was compiled for so many.
     """
 
-    def __init__(self, chain: Chain, system_prompt: str, capacity: int) -> None:
+    def __init__(self, chain: Chain, system_prompt: str, capacity: int, longest: int | None = None) -> None:
         self.chain, self.system_prompt, self.capacity = chain, system_prompt, capacity
+        self.longest = longest
         self._cache: KVCache | None = None
         self._keys: list[Key] = []  # what the cache holds, position by position
         self._requests = 0
@@ -71,9 +76,9 @@ class Pipeline:
         backend, precision = bundle.select(backend, precision)
         parts = ("vision_encoder", "adaptor", "decoder")
         artifacts = {part: bundle.artifact(part, backend, precision) for part in parts}
-        longest = int(manifest.model["decoder"]["max_positions"])
-        if capacity is not None and not 1 <= capacity <= longest:
-            raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {capacity}.")
+        positions = int(manifest.model["decoder"]["max_positions"])
+        if capacity is not None and not 1 <= capacity <= positions:
+            raise UserError(f"The capacity must lie between 1 and the model's {positions}, got {capacity}.")
         if verify:
             paths = [path for artifact in artifacts.values() for path in artifact.files]
             bundle.check([*paths, manifest.token_embedding, "tokenizer/tokenizer.json"])
@@ -94,9 +99,9 @@ class Pipeline:
         )
         decoder = artifacts["decoder"]
         # An engine for the GPU holds what it was built for.
-        built = decoder.engine.capacity if decoder.engine and device != "cpu" else decoder.capacity
-        most = min(manifest.default_capacity, built or manifest.default_capacity)
-        return cls(chain, manifest.prompt.system_prompt, capacity or most)
+        longest = decoder.engine.capacity if decoder.engine and device != "cpu" else decoder.capacity
+        most = min(manifest.default_capacity, longest or manifest.default_capacity)
+        return cls(chain, manifest.prompt.system_prompt, capacity or most, longest)
 
     def chat(
         self,

@@ -121,8 +121,8 @@ def build_engine(
     needed = longest_golden(opened)
     if needed > settings.capacity:
         display.err.print(
-            f"[yellow]parity needs a capacity of {needed} for the bundle's longest golden,"
-            f" not {settings.capacity}.[/]"
+            f"[yellow]The bundle's longest golden needs a capacity of {needed}, not {settings.capacity};"
+            " parity will leave out what does not fit.[/]"
         )
     with display.step_bar("build-engine") as on_step:
         built = build_engines(bundle, settings, precision, on_step=on_step)

@@ -54,7 +54,7 @@ def compile_component(
 
     weights = Weights()
     functions = build_functions(traced, load, weights, options.capacity, options.preprocessing)
-    package = write_package(folder, traced, functions, weights, on_bytes)
+    package = write_package(folder, traced, functions, weights, options.preprocessing, on_bytes)
     check_package(package, traced.contract)
     tools = {"coremltools": version("coremltools")}
     capacity = options.capacity if traced.contract.states else None

@@ -71,7 +71,10 @@ def compare(
         return result
     one = Pipeline.open(first, *first_pair, threads=threads, device=runs[0].device)
     checkpoint = first.manifest.checkpoint["sha256"]
-    recorded = Goldens.of_bundle(first)
+    other = Pipeline.open(second, *second_pair, threads=threads, device=runs[1].device)
+    whole = Goldens.of_bundle(first)
+    recorded = whole.within(one.longest).within(other.longest)
+    result.left_out = len(whole.files) - len(recorded.files)
     loaded = [recorded.load(index, checkpoint) for index in range(len(recorded.files))]
     with tempfile.TemporaryDirectory() as temporary:
         requests = [GoldenRequest(golden.prompt, tuple(recorded.images(golden))) for golden in loaded]
@@ -80,9 +83,8 @@ def compare(
         record_goldens(
             one.chain, requests, folder, checkpoint, positions, partial(on_step, f"goldens of {name}")
         )
-        goldens = Goldens.recorded_into(folder)
+        goldens = replace(Goldens.recorded_into(folder), numbers=recorded.numbers)
         baseline = (name, counted(one, task, f"task by {name}", on_step)) if task else None
-        other = Pipeline.open(second, *second_pair, threads=threads, device=runs[1].device)
         noise = read_noise(first, first_pair[1]).plus(read_noise(second, second_pair[1]))
         climb(other.chain, goldens, checkpoint, result, noise, on_step)
         if task:

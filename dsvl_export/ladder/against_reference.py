@@ -78,6 +78,8 @@ def parity(
             goldens, noise = _record_live(bundle, live, precision, folder, on_step)
         else:
             goldens, noise = Goldens.of_bundle(bundle), read_noise(bundle, precision)
+        fitting = goldens.within(pipeline.longest)
+        result.left_out, goldens = len(goldens.files) - len(fitting.files), fitting
         climb(pipeline.chain, goldens, checkpoint, result, noise, on_step)
         if task:
             judge_task(

@@ -27,10 +27,10 @@ def climb(
 ) -> None:
     """Fill the result's rungs (all but the task) and tokens."""
     result.goldens = len(goldens.files)
-    for index in range(result.goldens):
-        on_step("goldens", index, result.goldens)
-        golden = goldens.load(index, checkpoint)
-        goldens.check_fits(index, golden, chain)
+    for position, index in enumerate(goldens.numbers):
+        on_step("goldens", position, result.goldens)
+        golden = goldens.load(position, checkpoint)
+        goldens.check_fits(position, golden, chain)
         images = [load_image(image) for image in goldens.images(golden)]
         squares = np.stack([resize_and_pad(image, chain.preprocessing) for image in images])
         exact = result.bound("preprocess", None)

@@ -163,6 +163,7 @@ class ParityResult:
     execution: Execution
     reference: str  # what it was compared with
     goldens: int = 0
+    left_out: int = 0  # goldens that the decoder's KV cache is too short for
     tolerance: Tolerance | None = None
     overridden: bool = False  # the tolerance is not the shipped one
     rungs: list[Rung] = field(default_factory=lambda: [Rung(name) for name in RUNGS])

@@ -11,7 +11,7 @@ import numpy as np
 from runtimes.bundle import Bundle
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens import GREEDY_TOKENS, Golden, load_golden, teacher_forced
+from runtimes.goldens import GREEDY_TOKENS, Golden, load_golden, teacher_forced, tokens_of_golden
 from runtimes.preprocess import to_pixel_values
 
 STEPS = 8  # single decode steps per golden whose logits are judged
@@ -19,10 +19,11 @@ STEPS = 8  # single decode steps per golden whose logits are judged
 
 @dataclass(frozen=True)
 class Goldens:
-    """A folder of goldens, their files in order."""
+    """A folder of goldens, their files in order, and the number that each goes by."""
 
     folder: Path
     files: tuple[Path, ...]
+    numbers: tuple[int, ...]
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Goldens:
@@ -36,11 +37,27 @@ class Goldens:
         if not names:
             raise UserError(f"The bundle {bundle.folder} has no goldens; export it again with goldens.")
         bundle.check(paths)
-        return cls(bundle.path("goldens"), tuple(bundle.path(path) for path in names))
+        return cls(bundle.path("goldens"), tuple(map(bundle.path, names)), tuple(range(len(names))))
 
     @classmethod
     def recorded_into(cls, folder: Path) -> Goldens:
-        return cls(folder, tuple(sorted(folder.glob("*.safetensors"))))
+        files = tuple(sorted(folder.glob("*.safetensors")))
+        return cls(folder, files, tuple(range(len(files))))
+
+    def within(self, longest: int | None) -> Goldens:
+        """Those that fit into a KV cache of ``longest`` tokens; None is no limit.
+
+        Raises:
+            UserError: none does.
+        """
+        sizes = [tokens_of_golden(file) for file in self.files]
+        kept = [index for index, size in enumerate(sizes) if longest is None or size <= longest]
+        if not kept:
+            raise UserError(
+                f"No golden fits into the decoder's KV cache of {longest} tokens; the shortest needs"
+                f" {min(sizes)}, export again with at least that --capacity."
+            )
+        return Goldens(self.folder, tuple(self.files[i] for i in kept), tuple(self.numbers[i] for i in kept))
 
     def images(self, golden: Golden) -> list[Path]:
         return [self.folder / "images" / name for name in golden.images]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ from dsvl_export.mil_program.context import Var, Weights
 from dsvl_export.mil_program.functions import Built
 from dsvl_export.version import __version__
 from reference.trace import TracedComponent
-from runtimes.mil.package import SPECIFICATION, SUFFIX, TAPS, WEIGHTS
+from runtimes.mil.package import CONTRACT, PREPROCESSING, SPECIFICATION, SUFFIX, TAPS, WEIGHTS
+from runtimes.preprocess import PreprocessSpec
 
 SPECIFICATION_VERSION = 9  # iOS 18 and macOS 15: states, several functions, 4-bit weights in blocks
 ARRAYS = FeatureTypes_pb2.ArrayFeatureType
@@ -60,12 +62,14 @@ def write_package(
     traced: TracedComponent,
     functions: Mapping[str, Built],
     weights: Weights,
+    preprocessing: PreprocessSpec | None,
     on_bytes: Callable[[int], None],
 ) -> Path:
     """Write ``<component>.mlpackage`` into a folder.
 
     Args:
         functions: by name, the first one is what an app gets that asks for none.
+        preprocessing: stands in the metadata, as the contract does, so that a package explains itself.
     """
     program = Program()
     for name, built in functions.items():
@@ -86,6 +90,9 @@ def write_package(
     taps = {name: built.taps for name, built in functions.items()}
     about.userDefined["com.github.apple.coremltools.version"] = coremltools.__version__
     about.userDefined[TAPS] = json.dumps(taps)
+    about.userDefined[CONTRACT] = json.dumps(asdict(traced.contract))
+    if preprocessing:
+        about.userDefined[PREPROCESSING] = json.dumps(asdict(preprocessing))
     (package / SPECIFICATION).write_bytes(model.SerializeToString(deterministic=True))
     _write_manifest(package)
     return package

@@ -177,14 +177,13 @@ class Planner:
         return self._predict(target, request, prompt)
 
     def _predict(self, target: Target, request: Request, prompt: int) -> Plan:
-        context, given = request.context, None
-        precision = request.precision
+        context, precision, given = request.context, request.precision, None
+        exported = self._exportable(request)
         if precision not in WEIGHT_BITS:
-            given = load_precision(precision)
+            given = exported or load_precision(precision)
             quantized = [name for name in self.precisions(request) if name in ("int8", "fp8")]
             precision = quantized[0] if quantized and given.quantizes_activations else given.base
         works = {component: self.workload(component, precision) for component in TRACED_COMPONENTS}
-        exported = self._exportable(request)
         artifacts = self._artifact_bytes(target, request, exported, works) if exported else {}
         stored = {component: work.weight_bytes(precision) for component, work in works.items()}
         if exported and exported.quantizes:

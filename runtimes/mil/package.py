@@ -22,6 +22,8 @@ SPECIFICATION = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 # Our keys in a package's metadata.
 TAPS = "dsvl_export.taps"  # function → tap → the variable that is it
+CONTRACT = "dsvl_export.contract"  # of the component, as in the bundle's manifest
+PREPROCESSING = "dsvl_export.preprocessing"  # of the model's images, likewise
 # Functions beside MAIN and DECODE: of the vision encoder, and of the decoder.
 IMAGE, EXTEND, PREFILL = "image", "extend", "prefill"
 CHUNK = 256  # tokens that PREFILL takes, and the most that EXTEND takes

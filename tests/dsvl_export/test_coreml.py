@@ -17,15 +17,25 @@ from reference.tiny import HELDOUT
 from reference.tiny.pictures import draw
 from runtimes.backends import load_backend
 from runtimes.bundle import MANIFEST, Bundle
+from runtimes.contracts import Contract
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 from runtimes.files import write_json
 from runtimes.fixed import DECODE, FixedDecoder, Sizes
 from runtimes.goldens import relative_rms
 from runtimes.mil.interpreter import Function, InterpretedAsset
-from runtimes.mil.package import EXTEND, IMAGE, PREFILL, SPECIFICATION, WEIGHTS, Package
+from runtimes.mil.package import (
+    CONTRACT,
+    EXTEND,
+    IMAGE,
+    PREFILL,
+    PREPROCESSING,
+    SPECIFICATION,
+    WEIGHTS,
+    Package,
+)
 from runtimes.pipeline import Pipeline
-from runtimes.preprocess import preprocess
+from runtimes.preprocess import PreprocessSpec, preprocess
 from runtimes.session import SessionOptions
 from runtimes.task import load_task
 from tests.conftest import OraclePair
@@ -125,12 +135,15 @@ def test_coremltools_reads_the_packages(bundle: Bundle) -> None:
         program = load.load(model.get_spec(), model.get_spec().specificationVersion, model.weights_dir)
         assert set(program.functions) == set(Package(folder).function_names)
         spec = model.get_spec()
-        assert spec.description.metadata.shortDescription.startswith("DeepSeek-VL")
+        about = spec.description.metadata
+        assert about.shortDescription.startswith("DeepSeek-VL") and about.license
+        contract = bundle.manifest.contracts["int4-fp16"][component]
+        assert Contract.from_dict(json.loads(about.userDefined[CONTRACT])) == contract
+        spelled = json.loads(about.userDefined[PREPROCESSING])
+        assert PreprocessSpec.from_dict(spelled) == bundle.manifest.preprocessing
         described = {item.name: item for item in spec.description.functions} or {"main": spec.description}
         for name, item in described.items():
-            assert {feature.name for feature in item.output} == {
-                spec.name for spec in bundle.manifest.contracts["int4-fp16"][component].outputs
-            }
+            assert {feature.name for feature in item.output} == {spec.name for spec in contract.outputs}
             assert all(feature.shortDescription for feature in (*item.input, *item.output, *item.state))
             assert not item.state or name in (DECODE, EXTEND, PREFILL)
 
@@ -196,6 +209,25 @@ def test_planted_faults_are_caught(short: Path, fault: PackageFault) -> None:
 def test_the_unspoiled_copy_passes(short: Path) -> None:
     """What the test above rests on."""
     assert parity(Bundle.open(short), "coreml", "fp16").passed
+
+
+def test_goldens_that_do_not_fit_are_left_out(short: Path) -> None:
+    """A decoder compiled for less than a golden needs is judged by the others; for none of them, it is said."""
+
+    def compiled_for(capacity: int) -> Bundle:
+        manifest = Bundle.open(short).manifest
+        artifacts = tuple(
+            replace(item, capacity=capacity) if item.component == "decoder" else item
+            for item in manifest.artifacts
+        )
+        write_json(short / MANIFEST, replace(manifest, artifacts=artifacts).to_dict())
+        return Bundle.open(short)
+
+    result = parity(compiled_for(200), "coreml", "fp16")
+    assert (result.verdict, result.goldens, result.left_out) == ("passed", 3, 1)
+    assert [each.golden for each in result.tokens] == [0, 2, 3]
+    with pytest.raises(UserError, match="cache of 100 tokens; the shortest needs 156"):
+        parity(compiled_for(100), "coreml", "fp16")
 
 
 def test_there_are_twenty_faults() -> None:
