@@ -121,7 +121,8 @@ def few(checkpoint: Path, bundle: Path) -> dict[str, float]:
     pixels = preprocess(astronaut(), judge.preprocessing)[None]
     features, wanted = ours.encode_pixels(pixels), judge.encode_pixels(pixels)
     errors = {name: relative_rms(features[name], wanted[name]) for name in wanted}
-    errors["image_embeds"] = relative_rms(ours.adapt(wanted), judge.adapt(wanted))
+    given = {name: array.astype(features[name].dtype) for name, array in wanted.items()}
+    errors["image_embeds"] = relative_rms(ours.adapt(given), judge.adapt(wanted))
     caches = [chain.decoder.new_cache(1, 64) for chain in (ours, judge)]
     steps = [
         [chain.decode_one([token], cache)[0] for token in range(7, 7 + TOKENS)]

@@ -20,7 +20,15 @@ from calibration.quantized import trace_planned
 from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
 from dsvl_export.calibrating import SAMPLES, CalibrationOptions, calibrate
-from dsvl_export.compilers import App, CompileOptions, Compiler, load_compiler
+from dsvl_export.compilers import (
+    App,
+    Compiled,
+    CompileOptions,
+    CompileProgram,
+    Compiler,
+    Parts,
+    load_compiler,
+)
 from dsvl_export.ladder.noise import measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.planner.targets import find_target
@@ -138,9 +146,7 @@ def export(
         for plan in plans:
             if plan.name not in PRECISION_DTYPES:
                 run.precision(plan, table)
-            for component in TRACED_COMPONENTS:
-                run.component(backend, plan, component)
-            run.listing(backend, plan, specs[1])
+            run.program(backend, plan, specs[1])
         run.noise()
         staging.finish(_manifest(source, staging, options.capacity, *specs))
     except (OSError, SafetensorError) as error:
@@ -285,11 +291,8 @@ class _Run:
         name, _, file = noise_file(precision).rpartition("/")
         self._stage(name, build, {"goldens": goldens, **self._rests_on(precision)})
 
-    def listing(self, backend: str, plan: PrecisionPlan, prompt: PromptSpec) -> None:
-        """Source code for those who build an app on the artifacts, where the compiler has some."""
-        write = getattr(self.compiler, "write_listing", None)
-        if write is None:
-            return
+    def program(self, backend: str, plan: PrecisionPlan, prompt: PromptSpec) -> None:
+        """All components, in files of their own or in one, as the backend has it, and the listing for apps."""
         assert self.options.preprocessing
         contracts = {
             component: component_contract(self.source.config, component, plan.base, plan.kv_cache)
@@ -299,20 +302,50 @@ class _Run:
             contracts, self.options.preprocessing, prompt, self.staging.folder / TOKEN_EMBEDDING,
             self.options.capacity, self.source.folder.name, plan.name,
         )  # fmt: skip
+        whole = getattr(self.compiler, "compile_program", None)
+        if whole:
+            self._compiled(
+                f"{backend}/{plan.name}/program", backend, plan, TRACED_COMPONENTS, partial(whole, app)
+            )
+        else:
+            for component in TRACED_COMPONENTS:
+                self._compiled(
+                    f"{backend}/{plan.name}/{component}", backend, plan, (component,), self._one(component)
+                )
+        write = getattr(self.compiler, "write_listing", None)
+        if write:
+
+            def build(folder: Path) -> dict[str, Any]:
+                write(folder, app)
+                return {}
+
+            self._stage(f"{backend}/{plan.name}/listing", build, {"capacity": self.options.capacity})
+
+    def _one(self, component: str) -> CompileProgram:
+        """The compiler's work on one component in the form of its work on all of them."""
+
+        def compile_one(
+            parts: Parts, folder: Path, on_bytes: Callable[[int], None], options: CompileOptions
+        ) -> Compiled:
+            return self.compiler.compile_component(*parts[component], folder, on_bytes, options)
+
+        return compile_one
+
+    def _compiled(
+        self, name: str, backend: str, plan: PrecisionPlan, components: Sequence[str], work: CompileProgram
+    ) -> None:
+        """Trace, lower and check components in one stage; weights stream from the checkpoint."""
 
         def build(folder: Path) -> dict[str, Any]:
-            write(folder, app)
-            return {}
-
-        self._stage(f"{backend}/{plan.name}/listing", build, {"capacity": self.options.capacity})
-
-    def component(self, backend: str, plan: PrecisionPlan, component: str) -> None:
-        """Trace, lower and check one component; weights stream from the checkpoint."""
-        name = f"{backend}/{plan.name}/{component}"
-
-        def build(folder: Path) -> dict[str, Any]:
-            traced = trace_planned(self.source.config, component, plan)
-            total = self.compiler.artifact_bytes(traced, self.options)
+            weights = self.weights(plan.name)
+            parts: Parts = {
+                component: (
+                    trace_planned(self.source.config, component, plan),
+                    lambda parameter, component=component: weights.load(f"{component}.{parameter}"),
+                )
+                for component in components
+            }
+            total = sum(self.compiler.artifact_bytes(traced, self.options) for traced, _ in parts.values())
             done = 0
 
             def on_bytes(count: int) -> None:
@@ -320,21 +353,19 @@ class _Run:
                 done += count
                 self.report(ExportProgress(name, min(done, total), max(total, 1)))
 
-            weights = self.weights(plan.name)
-
-            def load(parameter: str) -> torch.Tensor:
-                return weights.load(f"{component}.{parameter}")
-
-            compiled = self.compiler.compile_component(traced, load, folder, on_bytes, self.options)
+            compiled = work(parts, folder, on_bytes, self.options)
             engine = compiled.engine
-            artifact = Artifact(
-                component, backend, plan.name, compiled.target, compiled.dialect,
-                tuple(f"{name}/{file.relative_to(folder).as_posix()}" for file in compiled.files),
-                {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
-                replace(engine, file=f"{name}/{engine.file}") if engine else None,
-                plan.base, compiled.capacity,
-            )  # fmt: skip
-            return {"artifact": asdict(artifact), "rests_on": self._rests_on(plan.name)}
+            artifacts = [
+                Artifact(
+                    component, backend, plan.name, compiled.target, compiled.dialect,
+                    tuple(f"{name}/{file.relative_to(folder).as_posix()}" for file in compiled.files),
+                    {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
+                    replace(engine, file=f"{name}/{engine.file}") if engine else None,
+                    plan.base, compiled.capacity,
+                )
+                for component in components
+            ]  # fmt: skip
+            return {"artifacts": list(map(asdict, artifacts)), "rests_on": self._rests_on(plan.name)}
 
         self._stage(name, build, {**self._rests_on(plan.name), **self.compiler.settings(self.options)})
 
@@ -377,10 +408,10 @@ def _plan_hashes(staging: Staging, precision: str) -> dict[str, str]:
 def _artifacts(staging: Staging) -> tuple[Artifact, ...]:
     """Finished artifacts; those of a plan or scales that were replaced since do not count."""
     rows = [
-        result["artifact"]
+        row
         for result in staging.results()
-        if "artifact" in result
-        and result.get("rests_on", {}) in ({}, _plan_hashes(staging, result["artifact"]["precision"]))
+        for row in result.get("artifacts", [result["artifact"]] if "artifact" in result else [])  # until 0.4
+        if result.get("rests_on", {}) in ({}, _plan_hashes(staging, row["precision"]))
     ]
     return tuple(map(Artifact.from_dict, rows))
 

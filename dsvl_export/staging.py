@@ -83,11 +83,10 @@ class Staging:
         if self.previous:
             files = self.previous.to_dict()["files"]
             for artifact in self.previous.artifacts:
-                record[artifact.stage] = {
-                    "key": "",  # unknown: redone when it is asked for, kept otherwise
-                    "result": {"artifact": asdict(artifact)},
-                    "files": {path: files[path] for path in artifact.files},
-                }
+                unknown = {"key": "", "result": {"artifacts": []}, "files": {}}  # redone when it is asked for
+                stage = record.setdefault(artifact.stage, unknown)
+                stage["result"]["artifacts"].append(asdict(artifact))
+                stage["files"] |= {path: files[path] for path in artifact.files}
             for path in files:
                 if path.startswith("precisions/"):  # plans and scales, which nothing else makes again
                     stage = path.rpartition("/")[0]

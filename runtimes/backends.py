@@ -9,7 +9,7 @@ from typing import Any, cast
 from runtimes.errors import UserError, first_line
 from runtimes.session import Backend
 
-BUILT_IN = ("coreai", "coreml", "onnxruntime", "tensorrt", "tensorrt_rtx")
+BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.runtimes"
 
 

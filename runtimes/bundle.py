@@ -76,8 +76,8 @@ class Artifact:
 
     @property
     def stage(self) -> str:
-        """Folder of its files in the bundle."""
-        return f"{self.backend}/{self.precision}/{self.component}"
+        """Folder of its files in the bundle: ``<backend>/<precision>/<component>``, or what it shares."""
+        return "/".join(self.files[0].split("/")[:3])
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Artifact:

@@ -66,7 +66,7 @@ def open_component(file: Path, contract: Contract, options: SessionOptions) -> C
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
     try:
         several = read_json(file.parent / SIZES)[PREFILL]
-        fixed = Sizes(several["capacity"], PREFILL, several["sequence"], flexible=False)
+        fixed = Sizes(several["capacity"], PREFILL, several["sequence"], flexible=False, any_rows=False)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{file.parent / SIZES} does not say what the decoder takes; export it again."

@@ -53,7 +53,9 @@ def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> Dec
     package = Package(package_folder(file))
     capacity = package.capacity()
     flexible = (options.device or DEVICES[0]) in FLEXIBLE
-    sizes = Sizes(capacity, EXTEND if flexible else PREFILL, min(CHUNK, capacity), flexible)
+    sizes = Sizes(
+        capacity, EXTEND if flexible else PREFILL, min(CHUNK, capacity), flexible, any_rows=flexible
+    )
     return FixedDecoder(_asset(package, contract, options), contract, sizes)
 
 

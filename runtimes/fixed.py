@@ -98,14 +98,15 @@ class Sizes:
         capacity: of the states.
         several: the function for several tokens.
         chunk: the most tokens of one call.
-        flexible: that function takes as many tokens as there are, and any number of logit rows; otherwise
-            always ``chunk`` tokens, and one row.
+        flexible: that function takes as many tokens as there are; otherwise always ``chunk``.
+        any_rows: it gives any number of logit rows; otherwise the last token's.
     """
 
     capacity: int
     several: str
     chunk: int
     flexible: bool
+    any_rows: bool
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def pieces(tokens: int, rows: Sequence[int], start: int, sizes: Sizes) -> list[P
     """
     wanted = sorted(set(rows))
     found = []
-    if sizes.flexible:
+    if sizes.any_rows:
         for begin in range(0, tokens, sizes.chunk):
             end = min(begin + sizes.chunk, tokens)
             here = tuple(row for row in wanted if begin <= row < end)
@@ -137,9 +138,10 @@ def pieces(tokens: int, rows: Sequence[int], start: int, sizes: Sizes) -> list[P
     for stop in sorted({row + 1 for row in wanted} | {tokens}):  # one row a call: its last token's
         while begin < stop:
             end = min(begin + sizes.chunk, stop)
-            if end - begin > 1 and start + begin + sizes.chunk > sizes.capacity:
-                end = begin + 1  # the padding would not fit
-            found.append(Piece(begin, end, 1 if end - begin == 1 else sizes.chunk, (end - 1,)))
+            padded = end - begin > 1 and not sizes.flexible
+            if padded and start + begin + sizes.chunk > sizes.capacity:
+                end, padded = begin + 1, False  # the padding would not fit
+            found.append(Piece(begin, end, sizes.chunk if padded else end - begin, (end - 1,)))
             begin = end
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -20,7 +20,7 @@ from runtimes.tokenizer import PromptSpec
 if TYPE_CHECKING:
     from reference.trace import TracedComponent
 
-BUILT_IN = ("coreai", "coreml", "onnxruntime", "tensorrt", "tensorrt_rtx")
+BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.compilers"
 
 
@@ -78,13 +78,19 @@ class App:
     precision: str
 
 
+# Component → its program, and what loads its parameters by name.
+Parts = Mapping[str, tuple["TracedComponent", Callable[[str], Any]]]
+CompileProgram = Callable[[Parts, Path, Callable[[int], None], CompileOptions], Compiled]
+
+
 class Compiler(Protocol):
     """A module ``dsvl_export/compilers/<backend>.py``.
 
     ``PRECISIONS`` are the float precisions that it compiles, ``LAYER_PRECISIONS`` and ``CACHE_PRECISIONS``
     what a precision plan may give single layers and the KV cache. Recipes are taken on ``RECIPE_BASE``.
     A compiler may also have ``write_listing(folder, app)``, which writes source code for those who build
-    an app on the artifacts of a precision.
+    an app on the artifacts of a precision, and, in place of ``compile_component``, ``compile_program(app,
+    parts, folder, on_bytes, options)``, which writes all components into the same files.
     """
 
     PRECISIONS: tuple[str, ...]

@@ -163,7 +163,7 @@ def _build(
         build_engine(device.trt, file, contract, settings, temporary)
         done = replace(item, engine=engine, files=tuple(dict.fromkeys((*item.files, engine.file))))
         stage = item.stage
-        staging.attach(stage, temporary, {"artifact": asdict(done)})
+        staging.attach(stage, temporary, {"artifacts": [asdict(done)]})
     finally:
         temporary.unlink(missing_ok=True)
     _publish(bundle, staging, item, done)

@@ -18,7 +18,7 @@ CAPACITY, CHUNK = 40, 8
 )
 def test_pieces_cover_a_call(tokens: int, start: int, flexible: bool) -> None:
     """Every token once, in order, in what the function takes; every wanted row once; no padding past the end."""
-    sizes = Sizes(CAPACITY, "several", CHUNK, flexible)
+    sizes = Sizes(CAPACITY, "several", CHUNK, flexible, flexible)
     for rows in ([tokens - 1], [0], list(range(tokens)), [tokens // 2, 0, tokens // 2]):
         found = pieces(tokens, rows, start, sizes)
         assert [token for piece in found for token in range(piece.begin, piece.end)] == list(range(tokens))
@@ -38,7 +38,7 @@ def test_pieces_cover_a_call(tokens: int, start: int, flexible: bool) -> None:
 
 
 def test_a_prompt_takes_few_calls() -> None:
-    sizes = Sizes(CAPACITY, "several", CHUNK, flexible=False)
+    sizes = Sizes(CAPACITY, "several", CHUNK, flexible=False, any_rows=False)
     assert [piece.length for piece in pieces(25, [24], 0, sizes)] == [8, 8, 8, 1]
     assert [piece.length for piece in pieces(6, [5], 34, sizes)] == [1] * 6  # 8 would not fit behind 34
     assert np.array_equal([piece.length for piece in pieces(12, [3, 11], 0, sizes)], [8, 8])

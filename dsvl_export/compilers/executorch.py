@@ -1,0 +1,66 @@
+"""Compiler ``executorch``: one ``.pte`` of all components, for phones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dsvl_export.compilers import App, Compiled, CompileOptions, Parts
+from runtimes.errors import UserError
+from runtimes.executorch import DIALECT, SUFFIX, load_program
+
+if TYPE_CHECKING:
+    from reference.trace import TracedComponent
+    from runtimes.contracts import Contract
+
+if find_spec("executorch") is None:
+    raise ModuleNotFoundError("there is no executorch", name="executorch")
+
+PRECISIONS = ("fp32", "fp16")
+LAYER_PRECISIONS: tuple[str, ...] = ()
+CACHE_PRECISIONS: tuple[str, ...] = ()
+RECIPE_BASE = "fp32"
+TARGET = "phone"
+
+
+def settings(options: CompileOptions) -> dict[str, Any]:
+    return {"capacity": options.capacity, "target": options.target_name(TARGET)}
+
+
+def compile_program(
+    app: App,
+    parts: Parts,
+    folder: Path,
+    on_bytes: Callable[[int], None],
+    options: CompileOptions,
+) -> Compiled:
+    """Write ``model.pte`` and load it once.
+
+    Raises:
+        UserError: ExecuTorch refuses a program.
+    """
+    # Here, so that its absence is named when a compiler is asked for, and its weight is not felt before.
+    from dsvl_export.executorch_program.program import write_program
+
+    file = folder / f"model{SUFFIX}"
+    pieces = write_program(file, parts, app)
+    load_program(file)
+    tools = {name: version(name) for name in ("executorch", "torchao")}
+    tools["partitions"] = ", ".join(f"{name} {count}" for name, count in pieces.items())
+    target = options.target_name(TARGET)
+    return Compiled((file,), target, DIALECT, tools, capacity=options.capacity)
+
+
+def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
+    from dsvl_export.lowering import parameter_bytes
+
+    return parameter_bytes(traced)
+
+
+def debug_build(artifact: Path, contract: Contract, folder: Path) -> NoReturn:
+    raise UserError(
+        "ExecuTorch's programs cannot be given taps, so the layer that drifts first cannot be named."
+    )

@@ -1,0 +1,127 @@
+"""One ``.pte`` of several methods from a model's traced components."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import MemoryPlanningPass
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.export import Dim
+
+from dsvl_export.compilers import App, Parts
+from dsvl_export.executorch_program.lower import Method, largest_chunk, method
+from runtimes.executorch import MAX_CHUNK, MAX_CONTEXT, METHODS, TOKEN_EMBEDDING
+
+
+class FoldedEncoder(nn.Module):
+    """The vision encoder with the adaptor: what the stock runner calls the vision encoder."""
+
+    def __init__(self, encoder: nn.Module, adaptor: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.adaptor = encoder, adaptor
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """``[1, 3, N, N]`` → the image tokens ``[1, T, D]``, then the features by which it is judged."""
+        features = self.encoder(pixel_values)
+        return (*self.adaptor(*features), *features)
+
+
+class Embedding(nn.Module):
+    """The token table, kept as the checkpoint has it."""
+
+    table: Tensor
+
+    def __init__(self, file: Path, dtype: torch.dtype) -> None:
+        super().__init__()
+        with safe_open(file, framework="pt") as handle:
+            table = handle.get_tensor("token_embedding")
+        # ExecuTorch has no bfloat16 here; half precision holds a bfloat16 table's values but for tiny ones.
+        self.register_buffer("table", table.half() if table.dtype == torch.bfloat16 else table)
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``[1, S]`` int64 → ``[1, S, D]``"""
+        return torch.nn.functional.embedding(tokens, self.table).to(self.dtype)
+
+
+def methods_of(parts: Parts, app: App) -> dict[str, Method]:
+    """The methods of a program, by name."""
+    made = {component: method(*part, app.capacity) for component, part in parts.items()}
+    encoder, adaptor = made["vision_encoder"], made["adaptor"]
+    made["vision_encoder"] = Method(
+        FoldedEncoder(encoder.module, adaptor.module), encoder.examples, encoder.dynamic
+    )
+    sequence = Dim("sequence", min=1, max=largest_chunk(app.capacity))
+    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    embeds = app.contracts["decoder"].inputs[0]
+    embedding = Embedding(app.embedding, getattr(torch, embeds.dtype))
+    return {
+        **{METHODS[component]: made[component] for component in parts},
+        TOKEN_EMBEDDING: Method(embedding, (tokens,), ({1: sequence},)),
+    }
+
+
+def constants_of(app: App) -> dict[str, int | bool | list[int]]:
+    """What the stock runner asks a program for, and what our sessions do."""
+    (vocabulary,) = (spec.shape[2] for spec in app.contracts["decoder"].outputs)
+    assert isinstance(vocabulary, int)
+    return {
+        MAX_CHUNK: largest_chunk(app.capacity),
+        MAX_CONTEXT: app.capacity,
+        "get_vocab_size": vocabulary,
+        "get_bos_id": app.prompt.bos_id,
+        "get_eos_ids": [app.prompt.eos_id],
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+
+
+def write_program(file: Path, parts: Parts, app: App) -> dict[str, int]:
+    """Lower all methods and write the program.
+
+    Returns:
+        How many pieces XNNPACK took each method in.
+    """
+    with _quiet():
+        programs = {name: made.program() for name, made in methods_of(parts, app).items()}
+        edge = to_edge_transform_and_lower(
+            programs,
+            partitioner={name: [XnnpackPartitioner()] for name in programs},
+            constant_methods=constants_of(app),
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        )
+        program = edge.to_executorch(
+            ExecutorchBackendConfig(
+                # The methods of a program share one memory; unshared, a method overwrites another's KV cache.
+                memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
+                emit_mutable_buffer_names=True,
+            )
+        )
+        with file.open("wb") as stream:
+            program.write_to_file(stream)
+    return {
+        name: sum("call_delegate" in str(node.target) for node in edge.exported_program(name).graph.nodes)
+        for name in programs
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's warnings are not for our users."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,182 @@
+"""Backend ``executorch``: a program of several methods in ExecuTorch's own runtime, on XNNPACK's kernels.
+
+A program has one KV cache, in its own memory. Several caches take turns in it: the one whose turn ends is copied
+out, as far as it is used, and copied back when its turn comes.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtimes.contracts import Contract
+from runtimes.errors import UserError, first_line
+from runtimes.fixed import DECODE, FixedComponent, FixedDecoder, Sizes
+from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Artifact
+
+SUFFIX = ".pte"
+MAGIC = b"ET12"  # bytes 4 to 8
+DIALECT = "xnnpack"
+# Component → the method that is it. The names of the first and the last are those that the stock runner asks for.
+METHODS = {"vision_encoder": "vision_encoder", "adaptor": "adaptor", "decoder": "text_decoder"}
+TOKEN_EMBEDDING = "token_embedding"  # a method for the stock runner; here the bundle's table is read
+MAX_CONTEXT, MAX_CHUNK = "get_max_context_len", "get_max_seq_len"  # methods that say a number
+
+
+def devices() -> list[str]:
+    _version()
+    return ["cpu"]
+
+
+def _version() -> str:
+    try:
+        return version("executorch")
+    except PackageNotFoundError as error:
+        raise UserError(
+            "The backend executorch is not installed; run: pip install 'dsvl-export[executorch]'."
+        ) from error
+
+
+def execution(artifact: Artifact, device: str | None = None) -> Execution:
+    try:
+        installed = _version()
+    except UserError as error:
+        return Execution("not run", str(error).rstrip("."))
+    if device not in (None, "cpu"):
+        return Execution("not run", f"executorch runs on cpu here, not on {device}")
+    if artifact.dialect != DIALECT:
+        return Execution("built only", f"ExecuTorch {installed} for {artifact.dialect}")
+    return Execution("ran", f"ExecuTorch {installed} with XNNPACK")
+
+
+def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
+    return FixedComponent(ExecuTorchAsset(file, contract, options.threads), contract)
+
+
+def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
+    asset = ExecuTorchAsset(file, contract, options.threads)
+    sizes = Sizes(asset.number(MAX_CONTEXT), DECODE, asset.number(MAX_CHUNK), flexible=True, any_rows=False)
+    return FixedDecoder(asset, contract, sizes)
+
+
+@dataclass(eq=False)
+class State:
+    """The KV cache of one sequence: in the program while it has its turn, else here."""
+
+    used: int = 0  # positions that were written
+    arrays: list[np.ndarray] = field(default_factory=list)  # [1, used, Hkv, Dh] each
+
+
+class ExecuTorchAsset:
+    """One method of a program.
+
+    Raises:
+        UserError: no program, one that was damaged, or more threads than cores.
+    """
+
+    def __init__(self, file: Path, contract: Contract, threads: int | None = None) -> None:
+        self._file, self._contract = file, contract
+        self._program = load_program(file, threads)
+        self._turn: weakref.ref[State] | None = None
+        try:
+            self._method = self._program.load_method(METHODS[contract.component])
+            self._views = [self._method.get_attribute(spec.name).numpy() for spec in contract.states]
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{file} has no {METHODS[contract.component]}: {first_line(error)}.") from error
+
+    def number(self, method: str) -> int:
+        """What a method without inputs says."""
+        try:
+            return int(self._program.load_method(method).call([])[0])
+        except RuntimeError as error:
+            raise UserError(f"{self._file} does not say its {method}; export it again.") from error
+
+    def call(
+        self, function: str, inputs: Mapping[str, np.ndarray], state: State | None = None
+    ) -> dict[str, np.ndarray]:
+        import torch
+
+        given = [inputs[spec.name] for spec in self._contract.inputs]
+        if state is not None:
+            self._take_turn(state)
+            given = [inputs["inputs_embeds"], inputs["positions"][0]]
+            state.used = max(state.used, int(given[1][-1]) + 1)
+        try:
+            found = self._method.call([torch.from_numpy(np.ascontiguousarray(array)) for array in given])
+        except RuntimeError as error:
+            raise UserError(
+                f"ExecuTorch failed in the {self._contract.component}: {first_line(error)}."
+            ) from error
+        # The vision encoder gives the image tokens first, for the stock runner.
+        wanted = found[len(found) - len(self._contract.outputs) :]
+        return {spec.name: array.numpy() for spec, array in zip(self._contract.outputs, wanted, strict=True)}
+
+    def new_state(self) -> State:
+        return State()
+
+    def read_state(self, state: State, name: str) -> np.ndarray:
+        self._take_turn(state)
+        return self._view(name).transpose(0, 2, 1, 3)
+
+    def write_state(self, state: State, name: str, array: np.ndarray) -> None:
+        self._take_turn(state)
+        self._view(name)[:] = array.transpose(0, 2, 1, 3)
+        state.used = array.shape[2]
+
+    def _view(self, name: str) -> np.ndarray:
+        """``[1, C, Hkv, Dh]``"""
+        names = [spec.name for spec in self._contract.states]
+        return self._views[names.index(name)]
+
+    def _take_turn(self, state: State) -> None:
+        """Put a state into the program, and what is there aside."""
+        current = self._turn() if self._turn else None
+        if current is state:
+            return
+        if current is not None:
+            current.arrays = [view[:, : current.used].copy() for view in self._views]
+        for view, array in zip(self._views, state.arrays, strict=False):  # a new one has none
+            view[:, : state.used] = array
+        state.arrays = []
+        self._turn = weakref.ref(state)
+
+
+def load_program(file: Path, threads: int | None = None) -> Any:
+    """Open a program after the checks that ExecuTorch itself ends the process for, or does not make.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise UserError(f"ExecuTorch was asked for {threads} threads, but there are {cores} cores.")
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(8)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    if head[4:] != MAGIC:
+        raise UserError(f"{file} is no ExecuTorch program of this release's format ({MAGIC.decode()}).")
+    _version()
+    import executorch.kernels.quantized  # noqa: F401 -- registers quantized embeddings
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 -- registers attention with a cache
+    from executorch.extension.pybindings import portable_lib
+
+    if threads is not None:
+        portable_lib._unsafe_reset_threadpool(threads)
+    try:
+        return portable_lib._load_program(
+            str(file), program_verification=portable_lib.Verification.InternalConsistency
+        )
+    except RuntimeError as error:
+        raise UserError(f"ExecuTorch cannot load {file}: {first_line(error)}.") from error
