@@ -22,6 +22,8 @@ from runtimes.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 KINDS = ("float", "int8", "fp8", "int8-weights", "int4", "palette4")
+# Weights alone, as in the kind, on activations that are quantized as they come, token by token.
+DYNAMIC = {"8da8w": "int8-weights", "8da4w": "int4"}
 GROUPS = {"int4": 32, "palette4": 16}  # of those that have groups, the usual one
 CACHES = ("float", "int8", "fp8")
 
@@ -33,26 +35,32 @@ class LayerPrecision:
     ``float``: in the plan's base. ``int8`` and ``fp8`` (E4M3): weights per output channel and activations
     per tensor. ``int8-weights``: weights per output channel alone. ``int4``: weights alone, a scale for
     every ``group`` of consecutive inputs. ``palette4``: weights alone, each one of 16 numbers that
-    ``group`` consecutive output channels share.
+    ``group`` consecutive output channels share. ``dynamic``: activations in 8 bits besides, with a scale and
+    a zero point for each token that its own range gives; ``8da8w`` and ``8da4w`` in plans.
     """
 
     kind: str
     group: int = 0  # of int4 and palette4
+    dynamic: bool = False
 
     @classmethod
     def parse(cls, text: str) -> LayerPrecision:
         """From ``int8`` or ``int4-g128``; raises ValueError on anything else."""
-        kind, dash, group = text.partition("-g") if text.startswith(tuple(GROUPS)) else (text, "", "")
-        if kind not in KINDS or (dash and not group):
+        family, dash, group = text.partition("-g")
+        if family not in (*KINDS, *DYNAMIC):
+            family, dash = text, ""
+        kind, dynamic = DYNAMIC.get(family, family), family in DYNAMIC
+        if kind not in KINDS or (dash and (not group or kind not in GROUPS)):
             raise ValueError(
-                f"there is no precision {text!r} of a layer; there are {', '.join(KINDS)}, int4-g128"
+                f"there is no precision {text!r} of a layer; there are {', '.join((*KINDS, *DYNAMIC))},"
+                " int4-g128"
             )
         if kind not in GROUPS:
-            return cls(kind)
+            return cls(kind, dynamic=dynamic)
         number = int(group) if group else GROUPS[kind]
         if number < 2:
             raise ValueError(f"a group of {number} is too small in {text!r}")
-        return cls(kind, number)
+        return cls(kind, number, dynamic)
 
     @property
     def quantizes_activations(self) -> bool:
@@ -64,8 +72,13 @@ class LayerPrecision:
             return layer.inputs, "inputs"
         return layer.weight[0], "output channels"
 
+    @property
+    def family(self) -> str:
+        """As in a plan, without the group: what a backend has or has not."""
+        return next((name for name, kind in DYNAMIC.items() if self.dynamic and kind == self.kind), self.kind)
+
     def __str__(self) -> str:
-        return f"{self.kind}-g{self.group}" if self.kind in GROUPS else self.kind
+        return f"{self.family}-g{self.group}" if self.kind in GROUPS else self.family
 
 
 FLOAT = LayerPrecision("float")
@@ -115,12 +128,12 @@ class PrecisionPlan:
         for rule in self.rules:
             if rule.matches(layer):
                 precision = rule.precision
+        if layer.kind != "linear" and (precision.kind in GROUPS or precision.dynamic):
+            raise UserError(
+                f"{layer.name} is a convolution, which {self.name} gives {precision}; only linear layers"
+                " can have that, int8-weights is the nearest."
+            )
         if precision.kind in GROUPS:
-            if layer.kind != "linear":
-                raise UserError(
-                    f"{layer.name} is a convolution, which {self.name} gives {precision}; only linear layers"
-                    " can have 4-bit weights, int8-weights is the nearest."
-                )
             along, what = precision.grouped(layer)
             if along % precision.group:
                 raise UserError(

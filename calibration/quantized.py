@@ -136,6 +136,13 @@ def fake_quantize(x: Tensor, scale: Tensor, precision: LayerPrecision) -> Tensor
     return qd.dequantize_per_tensor.tensor(codes, scale.float(), zero, *INT8, out_dtype=x.dtype)
 
 
+def quantize_tokens(x: Tensor) -> Tensor:
+    """Activations ``[..., C]`` through 8 bits, each token by its own range (torchao's 8da)."""
+    scale, zero = qd.choose_qparams_per_token_asymmetric(x, torch.int8)
+    codes = qd.quantize_per_token(x, scale, zero, *INT8)
+    return qd.dequantize_per_token(codes, scale, zero, *INT8, x.dtype)
+
+
 class _Quantized(nn.Module):
     """What quantized linear layers and convolutions share."""
 
@@ -158,6 +165,8 @@ class _Quantized(nn.Module):
         """Input and weight as the precision keeps them."""
         if self.precision.quantizes_activations:
             x = fake_quantize(x, self.input_scale, self.precision)
+        if self.precision.dynamic:
+            x = quantize_tokens(x)
         return x, round_trip(self.weight, self.weight_scale, self.precision)
 
 

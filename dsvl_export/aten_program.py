@@ -21,7 +21,7 @@ from reference.operators import cached_attention
 from reference.trace import TracedComponent
 from runtimes.contracts import TensorSpec
 
-Lower = Callable[["AtenLowering", Node], Any]
+Lower = Callable[[Any, Node], Any]  # of an AtenLowering
 
 
 class AtenLowering(ProgramLowering):

@@ -292,7 +292,7 @@ class _Run:
         self._stage(name, build, {"goldens": goldens, **self._rests_on(precision)})
 
     def program(self, backend: str, plan: PrecisionPlan, prompt: PromptSpec) -> None:
-        """All components, in files of their own or in one, as the backend has it, and the listing for apps."""
+        """All components, in one file where the backend has it so, and the listing for apps."""
         assert self.options.preprocessing
         contracts = {
             component: component_contract(self.source.config, component, plan.base, plan.kv_cache)
@@ -338,11 +338,12 @@ class _Run:
 
         def build(folder: Path) -> dict[str, Any]:
             weights = self.weights(plan.name)
+
+            def loading(component: str) -> Callable[[str], torch.Tensor]:
+                return lambda parameter: weights.load(f"{component}.{parameter}")
+
             parts: Parts = {
-                component: (
-                    trace_planned(self.source.config, component, plan),
-                    lambda parameter, component=component: weights.load(f"{component}.{parameter}"),
-                )
+                component: (trace_planned(self.source.config, component, plan), loading(component))
                 for component in components
             }
             total = sum(self.compiler.artifact_bytes(traced, self.options) for traced, _ in parts.values())

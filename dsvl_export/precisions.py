@@ -34,10 +34,10 @@ def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: Mo
         )
     layers = {layer.name: layer for name in TRACED_COMPONENTS for layer in component_layers(config, name)}
     for name, layer in layers.items():
-        kind = plan.of(layer).kind
-        if kind not in ("float", *compiler.LAYER_PRECISIONS):
+        family = plan.of(layer).family
+        if family not in ("float", *compiler.LAYER_PRECISIONS):
             raise UserError(
-                f"The backend {backend} cannot compute {name} in {kind}; it has"
+                f"The backend {backend} cannot compute {name} in {family}; it has"
                 f" {', '.join(compiler.LAYER_PRECISIONS)}."
             )
     if plan.kv_cache not in ("float", *compiler.CACHE_PRECISIONS):

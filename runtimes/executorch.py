@@ -1,7 +1,7 @@
 """Backend ``executorch``: a program of several methods in ExecuTorch's own runtime, on XNNPACK's kernels.
 
-A program has one KV cache, in its own memory. Several caches take turns in it: the one whose turn ends is copied
-out, as far as it is used, and copied back when its turn comes.
+A program has one KV cache, in its own memory. Several caches take turns in it: the one whose turn ends is
+copied out, as far as it is used, and copied back when its turn comes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SUFFIX = ".pte"
 MAGIC = b"ET12"  # bytes 4 to 8
 DIALECT = "xnnpack"
-# Component → the method that is it. The names of the first and the last are those that the stock runner asks for.
+# Component → its method. The stock runner asks for the first and the last by these names.
 METHODS = {"vision_encoder": "vision_encoder", "adaptor": "adaptor", "decoder": "text_decoder"}
 TOKEN_EMBEDDING = "token_embedding"  # a method for the stock runner; here the bundle's table is read
 MAX_CONTEXT, MAX_CHUNK = "get_max_context_len", "get_max_seq_len"  # methods that say a number
@@ -111,6 +111,8 @@ class ExecuTorchAsset:
             self._take_turn(state)
             given = [inputs["inputs_embeds"], inputs["positions"][0]]
             state.used = max(state.used, int(given[1][-1]) + 1)
+        if self._contract.component == "vision_encoder":
+            given = [array.astype(np.float32) for array in given]  # as the stock runner gives them
         try:
             found = self._method.call([torch.from_numpy(np.ascontiguousarray(array)) for array in given])
         except RuntimeError as error:
@@ -136,7 +138,8 @@ class ExecuTorchAsset:
     def _view(self, name: str) -> np.ndarray:
         """``[1, C, Hkv, Dh]``"""
         names = [spec.name for spec in self._contract.states]
-        return self._views[names.index(name)]
+        view: np.ndarray = self._views[names.index(name)]
+        return view
 
     def _take_turn(self, state: State) -> None:
         """Put a state into the program, and what is there aside."""

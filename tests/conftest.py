@@ -95,6 +95,12 @@ def apple_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Tiny for ExecuTorch in float and in XNNPACK's fast precision; tests must not change it."""
+    return export("tiny", tmp_path_factory.mktemp("executorch") / "bundle", "executorch", ["fp32", "8da4w"])
+
+
+@pytest.fixture(scope="session")
 def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Tiny with engines of TensorRT for this machine's GPU, in the dialect of this machine's TensorRT."""
     pytest.importorskip("tensorrt", reason="TensorRT is not installed here")

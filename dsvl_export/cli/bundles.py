@@ -47,16 +47,16 @@ def export(
     backend: Annotated[
         Optional[str],
         typer.Option(
-            help="onnxruntime, tensorrt, tensorrt_rtx, coreml or coreai. Default: the target's first, or"
-            " onnxruntime."
+            help="onnxruntime, tensorrt, tensorrt_rtx, coreml, coreai or executorch. Default: the target's"
+            " first, or onnxruntime."
         ),
     ] = None,
     precision: Annotated[
         Optional[list[str]],
         typer.Option(
             help="Precision, repeatable: fp32, fp16, bf16, int8, fp8, int4, int8-int4, int8-weights,"
-            " palette4, kv-int8, or the YAML file of a precision plan. Default: fp32, or fp16 where there is"
-            " no fp32."
+            " palette4, kv-int8, 8da4w, 8da8w, or the YAML file of a precision plan. Default: fp32, or fp16"
+            " where there is no fp32."
         ),
     ] = None,
     scales: Annotated[

@@ -20,7 +20,7 @@ if find_spec("executorch") is None:
     raise ModuleNotFoundError("there is no executorch", name="executorch")
 
 PRECISIONS = ("fp32", "fp16")
-LAYER_PRECISIONS: tuple[str, ...] = ()
+LAYER_PRECISIONS = ("8da4w", "8da8w")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp32"
 TARGET = "phone"

@@ -92,8 +92,8 @@ def relative_attention(
     """Attention over an ``n × n`` grid whose scores are shifted by ``by_row + by_column``.
 
     The shift of a pair is a product as well, of the query's shifts with the key's cell; put behind the head's
-    own dimensions, both come out of one product, and nothing of the size of the scores is added. One head at a time: a
-    global layer's scores take 64 MB for each.
+    own dimensions, both come out of one product, and nothing of the size of the scores is added. One head at
+    a time: a global layer's scores take 64 MB for each.
 
     Args:
         q, k, v: ``[B, H, T, Dh]``, T the cells of the grid.
@@ -103,7 +103,9 @@ def relative_attention(
     shifts = torch.cat([by_row.flatten(2, 3), by_column.flatten(2, 3)], -1)  # [B, H, T, 2n]
     heads = []
     for head in range(q.shape[1]):
-        query, shift, key, value = (part[:, head : head + 1].flatten(0, 1) for part in (q * scale, shifts, k, v))
+        query, shift, key, value = (
+            part[:, head : head + 1].flatten(0, 1) for part in (q * scale, shifts, k, v)
+        )
         key = torch.cat([key, cells], -1)
         weights = torch.softmax(torch.bmm(torch.cat([query, shift], -1), key.transpose(1, 2)), -1)
         images, cells_of_image, width = value.shape

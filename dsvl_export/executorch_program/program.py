@@ -22,15 +22,18 @@ from runtimes.executorch import MAX_CHUNK, MAX_CONTEXT, METHODS, TOKEN_EMBEDDING
 
 
 class FoldedEncoder(nn.Module):
-    """The vision encoder with the adaptor: what the stock runner calls the vision encoder."""
+    """The vision encoder with the adaptor: what the stock runner calls the vision encoder.
 
-    def __init__(self, encoder: nn.Module, adaptor: nn.Module) -> None:
+    It takes float32 in every precision, as that runner gives.
+    """
+
+    def __init__(self, encoder: nn.Module, adaptor: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.encoder, self.adaptor = encoder, adaptor
+        self.encoder, self.adaptor, self.dtype = encoder, adaptor, dtype
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """``[1, 3, N, N]`` → the image tokens ``[1, T, D]``, then the features by which it is judged."""
-        features = self.encoder(pixel_values)
+        features = self.encoder(pixel_values.to(self.dtype))
         return (*self.adaptor(*features), *features)
 
 
@@ -56,9 +59,9 @@ def methods_of(parts: Parts, app: App) -> dict[str, Method]:
     """The methods of a program, by name."""
     made = {component: method(*part, app.capacity) for component, part in parts.items()}
     encoder, adaptor = made["vision_encoder"], made["adaptor"]
-    made["vision_encoder"] = Method(
-        FoldedEncoder(encoder.module, adaptor.module), encoder.examples, encoder.dynamic
-    )
+    (pixels,) = encoder.examples
+    folded = FoldedEncoder(encoder.module, adaptor.module, pixels.dtype)
+    made["vision_encoder"] = Method(folded, (pixels.float(),), encoder.dynamic)
     sequence = Dim("sequence", min=1, max=largest_chunk(app.capacity))
     tokens = torch.zeros(1, 5, dtype=torch.int64)
     embeds = app.contracts["decoder"].inputs[0]
