@@ -47,6 +47,7 @@ def compile_program(
 
     file = folder / f"model{SUFFIX}"
     pieces = write_program(file, parts, app)
+    on_bytes(file.stat().st_size)
     load_program(file)
     tools = {name: version(name) for name in ("executorch", "torchao")}
     tools["partitions"] = ", ".join(f"{name} {count}" for name, count in pieces.items())

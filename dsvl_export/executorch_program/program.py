@@ -18,6 +18,7 @@ from torch.export import Dim
 
 from dsvl_export.compilers import App, Parts
 from dsvl_export.executorch_program.lower import Method, largest_chunk, method
+from runtimes.errors import UserError, first_line
 from runtimes.executorch import MAX_CHUNK, MAX_CONTEXT, METHODS, TOKEN_EMBEDDING
 
 
@@ -93,7 +94,17 @@ def write_program(file: Path, parts: Parts, app: App) -> dict[str, int]:
 
     Returns:
         How many pieces XNNPACK took each method in.
+
+    Raises:
+        UserError: ExecuTorch refuses a program.
     """
+    try:
+        return _write(file, parts, app)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"ExecuTorch cannot lower the model: {first_line(error)}.") from error
+
+
+def _write(file: Path, parts: Parts, app: App) -> dict[str, int]:
     with _quiet():
         programs = {name: made.program() for name, made in methods_of(parts, app).items()}
         edge = to_edge_transform_and_lower(

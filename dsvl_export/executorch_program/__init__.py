@@ -1,0 +1,1 @@
+"""Traced components as one ExecuTorch program of several methods."""
