@@ -91,7 +91,9 @@ def test_plans_that_do_not_fit(tmp_path: Path, hybrid_pair: OraclePair) -> None:
             QuantizedWeights(source, load_precision(write(tmp_path, text)))
     with pytest.raises(UserError, match="needs a scale table"):
         QuantizedWeights(source, load_precision("int8"))
-    with pytest.raises(UserError, match="no precision 'int3'; there are fp32, fp16, bf16, fp8, int4"):
+    with pytest.raises(
+        UserError, match="no precision 'int3'; there are fp32, fp16, bf16, 8da4w, 8da8w, fp8, int4"
+    ):
         load_precision("int3")
     with pytest.raises(UserError, match=r"nowhere.yaml cannot be read"):
         load_precision("nowhere.yaml")

@@ -13,7 +13,7 @@ from dsvl_export import doctor
 from dsvl_export.compilers import load_compiler
 from dsvl_export.defects import Defect
 from dsvl_export.machine import describe_machine, package_versions
-from runtimes import coreai, coreml, onnxruntime
+from runtimes import coreai, coreml, executorch, onnxruntime
 from runtimes.errors import UserError
 
 
@@ -43,7 +43,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(onnxruntime, "_import", no_runtime)
-    for backend in (coreai, coreml):
+    for backend in (coreai, coreml, executorch):
         monkeypatch.setattr(backend, "devices", no_runtime)
     monkeypatch.setattr(doctor, "load_compiler", no_compiler)
     found = doctor.diagnose()
@@ -117,7 +117,8 @@ def test_version_pairs_that_break(
     monkeypatch.setattr(doctor, "package_versions", lambda: versions)
     found = doctor.diagnose()
     assert {row["id"] for row in found["broken_pairs"]} == broken
-    assert found["healthy"]  # no backend of this release is among them
+    # Only the first breaks a backend of this release.
+    assert found["healthy"] == (broken != {"executorch-torch"})
 
 
 def test_defects_need_all_their_packages() -> None:

@@ -224,7 +224,7 @@ def test_leftovers_of_a_killed_export_go(tmp_path: Path) -> None:
 
 def test_bad_requests_write_nothing(tmp_path: Path) -> None:
     for backend, precision, sentence in (
-        ("onnxruntime", "int3", "no precision 'int3'; there are fp32, fp16, bf16, fp8"),
+        ("onnxruntime", "int3", "no precision 'int3'; there are fp32, fp16, bf16, 8da4w, 8da8w, fp8"),
         ("quantum", "fp32", "no backend 'quantum'"),
     ):
         with pytest.raises(UserError, match=sentence):
