@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -33,10 +34,14 @@ def _main(
     pass
 
 
-def main() -> None:
-    """Entry point: errors of the user's making are one sentence and exit code 2."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors of the user's making are one sentence and exit code 2.
+
+    Args:
+        arguments: instead of the process's.
+    """
     try:
-        app(prog_name="dsvl-export")
+        app(arguments, prog_name="dsvl-export")
     except SystemExit as done:
         if done.code == 130:  # how typer reports Ctrl-C
             print("Interrupted; an export goes on where it stopped when it is run again.", file=sys.stderr)
