@@ -1,4 +1,4 @@
-"""Other runtimes on the same shapes, each in an environment of its own that is made when it is first asked for."""
+"""Other runtimes on the same shapes, each in an environment of its own, made when it is first asked for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def run(peer: str, work: Path, *arguments: object) -> str:
     """``peer_<name>.py`` with these arguments; what it printed."""
     script = Path(__file__).with_name(f"peer_{peer}.py")
     command = [str(python_of(peer, work)), str(script), *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    return subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ).stdout
 
 
 def llama_file(config: DecoderConfig, work: Path, name: str) -> Path:
