@@ -140,7 +140,8 @@ def eager(checkpoint: Path, repeats: int) -> list[float]:
 
     torch.set_num_threads(THREADS)
     opened = open_checkpoint(str(checkpoint))
-    encoder, size = opened.model().vision_encoder, opened.preprocessing.image_size
+    encoder, vision = opened.model().vision_encoder, opened.config.vision
+    size = (vision.sam or vision.siglip).image_size
     with torch.inference_mode():
         return [_timed(lambda: encoder(torch.rand(1, 3, size, size))) for _ in range(repeats)]
 

@@ -1,12 +1,14 @@
 """Backend ``executorch``: a program of several methods in ExecuTorch's own runtime, on XNNPACK's kernels.
 
-A program has one KV cache, in its own memory. Several caches take turns in it: the one whose turn ends is
-copied out, as far as it is used, and copied back when its turn comes.
+A file is loaded once for all sessions on it. A program has one KV cache, in its own memory. Several caches
+take turns in it: the one whose turn ends is copied out, as far as it is used, and copied back when its turn
+comes.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -77,6 +79,25 @@ class State:
     arrays: list[np.ndarray] = field(default_factory=list)  # [1, used, Hkv, Dh] each
 
 
+class Program:
+    """A loaded file: its methods share one memory, and with it the KV cache."""
+
+    def __init__(self, loaded: Any) -> None:
+        self._loaded = loaded
+        self._methods: dict[str, Any] = {}
+        self.lock = threading.RLock()  # a turn and its call are one
+        self.turn: weakref.ref[State] | None = None
+
+    def method(self, name: str) -> Any:
+        """Loaded once; raises RuntimeError where there is none."""
+        if name not in self._methods:
+            self._methods[name] = self._loaded.load_method(name)
+        return self._methods[name]
+
+
+_PROGRAMS: weakref.WeakValueDictionary[tuple[int, ...], Program] = weakref.WeakValueDictionary()
+
+
 class ExecuTorchAsset:
     """One method of a program.
 
@@ -87,9 +108,8 @@ class ExecuTorchAsset:
     def __init__(self, file: Path, contract: Contract, threads: int | None = None) -> None:
         self._file, self._contract = file, contract
         self._program = load_program(file, threads)
-        self._turn: weakref.ref[State] | None = None
         try:
-            self._method = self._program.load_method(METHODS[contract.component])
+            self._method = self._program.method(METHODS[contract.component])
             self._views = [self._method.get_attribute(spec.name).numpy() for spec in contract.states]
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{file} has no {METHODS[contract.component]}: {first_line(error)}.") from error
@@ -97,7 +117,7 @@ class ExecuTorchAsset:
     def number(self, method: str) -> int:
         """What a method without inputs says."""
         try:
-            return int(self._program.load_method(method).call([])[0])
+            return int(self._program.method(method).call([])[0])
         except RuntimeError as error:
             raise UserError(f"{self._file} does not say its {method}; export it again.") from error
 
@@ -108,17 +128,20 @@ class ExecuTorchAsset:
 
         given = [inputs[spec.name] for spec in self._contract.inputs]
         if state is not None:
-            self._take_turn(state)
             given = [inputs["inputs_embeds"], inputs["positions"][0]]
-            state.used = max(state.used, int(given[1][-1]) + 1)
         if self._contract.component == "vision_encoder":
             given = [array.astype(np.float32) for array in given]  # as the stock runner gives them
-        try:
-            found = self._method.call([torch.from_numpy(np.ascontiguousarray(array)) for array in given])
-        except RuntimeError as error:
-            raise UserError(
-                f"ExecuTorch failed in the {self._contract.component}: {first_line(error)}."
-            ) from error
+        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in given]
+        with self._program.lock:
+            if state is not None:
+                self._take_turn(state)
+                state.used = max(state.used, int(given[1][-1]) + 1)
+            try:
+                found = self._method.call(tensors)
+            except RuntimeError as error:
+                raise UserError(
+                    f"ExecuTorch failed in the {self._contract.component}: {first_line(error)}."
+                ) from error
         # The vision encoder gives the image tokens first, for the stock runner.
         wanted = found[len(found) - len(self._contract.outputs) :]
         return {spec.name: array.numpy() for spec, array in zip(self._contract.outputs, wanted, strict=True)}
@@ -127,13 +150,15 @@ class ExecuTorchAsset:
         return State()
 
     def read_state(self, state: State, name: str) -> np.ndarray:
-        self._take_turn(state)
-        return self._view(name).transpose(0, 2, 1, 3)
+        with self._program.lock:
+            self._take_turn(state)
+            return self._view(name).transpose(0, 2, 1, 3).copy()
 
     def write_state(self, state: State, name: str, array: np.ndarray) -> None:
-        self._take_turn(state)
-        self._view(name)[:] = array.transpose(0, 2, 1, 3)
-        state.used = array.shape[2]
+        with self._program.lock:
+            self._take_turn(state)
+            self._view(name)[:] = array.transpose(0, 2, 1, 3)
+            state.used = array.shape[2]
 
     def _view(self, name: str) -> np.ndarray:
         """``[1, C, Hkv, Dh]``"""
@@ -143,7 +168,7 @@ class ExecuTorchAsset:
 
     def _take_turn(self, state: State) -> None:
         """Put a state into the program, and what is there aside."""
-        current = self._turn() if self._turn else None
+        current = self._program.turn() if self._program.turn else None
         if current is state:
             return
         if current is not None:
@@ -151,11 +176,13 @@ class ExecuTorchAsset:
         for view, array in zip(self._views, state.arrays, strict=False):  # a new one has none
             view[:, : state.used] = array
         state.arrays = []
-        self._turn = weakref.ref(state)
+        self._program.turn = weakref.ref(state)
 
 
-def load_program(file: Path, threads: int | None = None) -> Any:
+def load_program(file: Path, threads: int | None = None) -> Program:
     """Open a program after the checks that ExecuTorch itself ends the process for, or does not make.
+
+    A file that is loaded already is not loaded again.
 
     Raises:
         UserError: it cannot be loaded.
@@ -166,6 +193,7 @@ def load_program(file: Path, threads: int | None = None) -> Any:
     try:
         with file.open("rb") as stream:
             head = stream.read(8)
+            status = os.fstat(stream.fileno())
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     if head[4:] != MAGIC:
@@ -177,9 +205,14 @@ def load_program(file: Path, threads: int | None = None) -> Any:
 
     if threads is not None:
         portable_lib._unsafe_reset_threadpool(threads)
+    key = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+    if (known := _PROGRAMS.get(key)) is not None:
+        return known
     try:
-        return portable_lib._load_program(
+        loaded = portable_lib._load_program(
             str(file), program_verification=portable_lib.Verification.InternalConsistency
         )
     except RuntimeError as error:
         raise UserError(f"ExecuTorch cannot load {file}: {first_line(error)}.") from error
+    _PROGRAMS[key] = program = Program(loaded)
+    return program

@@ -42,8 +42,10 @@ def compile_program(
     Raises:
         UserError: ExecuTorch refuses a program.
     """
-    # Here, so that its absence is named when a compiler is asked for, and its weight is not felt before.
-    from dsvl_export.executorch_program.program import write_program
+    from dsvl_export.executorch_program import quiet
+
+    with quiet():  # imported here, so that its weight is not felt before
+        from dsvl_export.executorch_program.program import write_program
 
     file = folder / f"model{SUFFIX}"
     pieces = write_program(file, parts, app)

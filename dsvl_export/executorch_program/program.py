@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import executorch.kernels.quantized  # noqa: F401 -- registers embeddings in 8 bits
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
@@ -16,10 +13,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.export import Dim
 
+from calibration.precision import LayerPrecision
+from calibration.quantized import quantize_weight
+from calibration.weights import find_weight_scale
 from dsvl_export.compilers import App, Parts
-from dsvl_export.executorch_program.lower import Method, largest_chunk, method
+from dsvl_export.executorch_program import quiet
+from dsvl_export.executorch_program.lower import BOUNDARIES, Method, largest_chunk, method
 from runtimes.errors import UserError, first_line
 from runtimes.executorch import MAX_CHUNK, MAX_CONTEXT, METHODS, TOKEN_EMBEDDING
+
+qd = torch.ops.quantized_decomposed
+BYTES = LayerPrecision("int8-weights")
 
 
 class FoldedEncoder(nn.Module):
@@ -39,21 +43,32 @@ class FoldedEncoder(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The token table, kept as the checkpoint has it."""
+    """The token table as the checkpoint has it, or in 8 bits for each token's row."""
 
     table: Tensor
+    scale: Tensor | None
 
-    def __init__(self, file: Path, dtype: torch.dtype) -> None:
+    def __init__(self, file: Path, dtype: torch.dtype, quantized: bool) -> None:
         super().__init__()
         with safe_open(file, framework="pt") as handle:
             table = handle.get_tensor("token_embedding")
+        if quantized:
+            table = table.float()
+            scale = find_weight_scale(table, BYTES)
+            table = quantize_weight(table, scale, BYTES)
         # ExecuTorch has no bfloat16 here; half precision holds a bfloat16 table's values but for tiny ones.
         self.register_buffer("table", table.half() if table.dtype == torch.bfloat16 else table)
+        self.register_buffer("scale", scale.float() if quantized else None)
         self.dtype = dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``[1, S]`` int64 → ``[1, S, D]``"""
-        return torch.nn.functional.embedding(tokens, self.table).to(self.dtype)
+        if self.scale is None:
+            return torch.nn.functional.embedding(tokens, self.table).to(self.dtype)
+        found: Tensor = qd.embedding_byte.dtype(
+            self.table, self.scale, None, -128, 127, tokens, dtype=self.dtype
+        )
+        return found
 
 
 def methods_of(parts: Parts, app: App) -> dict[str, Method]:
@@ -66,7 +81,9 @@ def methods_of(parts: Parts, app: App) -> dict[str, Method]:
     sequence = Dim("sequence", min=1, max=largest_chunk(app.capacity))
     tokens = torch.zeros(1, 5, dtype=torch.int64)
     embeds = app.contracts["decoder"].inputs[0]
-    embedding = Embedding(app.embedding, getattr(torch, embeds.dtype))
+    nodes = parts["decoder"][0].program.graph.nodes
+    quantized = any(node.target in BOUNDARIES for node in nodes)
+    embedding = Embedding(app.embedding, getattr(torch, embeds.dtype), quantized)
     return {
         **{METHODS[component]: made[component] for component in parts},
         TOKEN_EMBEDDING: Method(embedding, (tokens,), ({1: sequence},)),
@@ -105,7 +122,7 @@ def write_program(file: Path, parts: Parts, app: App) -> dict[str, int]:
 
 
 def _write(file: Path, parts: Parts, app: App) -> dict[str, int]:
-    with _quiet():
+    with quiet():
         programs = {name: made.program() for name, made in methods_of(parts, app).items()}
         edge = to_edge_transform_and_lower(
             programs,
@@ -126,16 +143,3 @@ def _write(file: Path, parts: Parts, app: App) -> dict[str, int]:
         name: sum("call_delegate" in str(node.target) for node in edge.exported_program(name).graph.nodes)
         for name in programs
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's warnings are not for our users."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
