@@ -88,6 +88,7 @@ def export(
     capacity: int | None = None,
     capabilities: Sequence[int] = (),
     deployment: str | None = None,
+    delegate: str | None = None,
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
 
@@ -105,6 +106,7 @@ def export(
         capacity: tokens of the KV cache that an engine is built for, and the bundle's default.
         capabilities: compute capabilities, as in 89, that TensorRT-RTX builds for.
         deployment: the oldest Apple system to run on, as in ``iOS18``.
+        delegate: what ExecuTorch runs the encoders on: ``xnnpack``, ``coreml`` or ``vulkan``.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
@@ -124,7 +126,9 @@ def export(
         check_plan(backend, compiler, plan, source.config)
         if device:
             check_target(device, backend, plan, source.config)
-    options = CompileOptions(device, capacity or usual, tensorrt, tuple(capabilities), deployment)
+    options = CompileOptions(
+        device, capacity or usual, tensorrt, tuple(capabilities), deployment, delegate=delegate
+    )
     compiler.settings(options)
     table = ScaleTable.load(Path(scales).expanduser()) if scales else None
     if table:

@@ -98,6 +98,13 @@ def export(
             help="Oldest system to run on, for coreml (iOS18, macOS15) and coreai (iOS27, macOS27).",
         ),
     ] = None,
+    delegate: Annotated[
+        Optional[str],
+        typer.Option(
+            help="What executorch runs the encoders on: xnnpack (the default), or coreml or vulkan, which"
+            " only a device executes."
+        ),
+    ] = None,
     goldens: Annotated[
         bool, typer.Option("--goldens/--no-goldens", help="Record the reference's outputs for 'parity'.")
     ] = True,
@@ -149,7 +156,7 @@ def export(
 
         bundle = run_export(
             checkpoint, output, backend, given, goldens, report, scales, target, tensorrt, capacity, sm or (),
-            deployment,
+            deployment, delegate,
         )  # fmt: skip
     verdicts = [
         judge(output, f"{backend} {each}", partial(_climb, backend, each))

@@ -52,6 +52,7 @@ class CompileOptions:
             target's, or the compiler's choice.
         deployment: the oldest system to run on, as in ``iOS18``; None is the oldest that the backend has.
         preprocessing: of the model's images, for programs that take an image itself.
+        delegate: what ExecuTorch runs the encoders on; None is the compiler's choice.
     """
 
     target: Target | None = None
@@ -60,6 +61,7 @@ class CompileOptions:
     capabilities: tuple[int, ...] = ()
     deployment: str | None = None
     preprocessing: PreprocessSpec | None = None
+    delegate: str | None = None
 
     def target_name(self, otherwise: str) -> str:
         return self.target.name if self.target else otherwise

@@ -24,10 +24,19 @@ LAYER_PRECISIONS = ("8da4w", "8da8w")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp32"
 TARGET = "phone"
+DELEGATES = (DIALECT, "coreml", "vulkan")
+
+
+def delegate_of(options: CompileOptions) -> str:
+    delegate = options.delegate or DIALECT
+    if delegate not in DELEGATES:
+        raise UserError(f"ExecuTorch has no delegate {delegate!r} here; it has {', '.join(DELEGATES)}.")
+    return delegate
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    return {"capacity": options.capacity, "target": options.target_name(TARGET)}
+    target, delegate = options.target_name(TARGET), delegate_of(options)
+    return {"capacity": options.capacity, "target": target, "delegate": delegate}
 
 
 def compile_program(
@@ -48,13 +57,14 @@ def compile_program(
         from dsvl_export.executorch_program.program import write_program
 
     file = folder / f"model{SUFFIX}"
-    pieces = write_program(file, parts, app)
+    delegate = delegate_of(options)
+    pieces = write_program(file, parts, app, delegate)
     on_bytes(file.stat().st_size)
     load_program(file)
     tools = {name: version(name) for name in ("executorch", "torchao")}
     tools["partitions"] = ", ".join(f"{name} {count}" for name, count in pieces.items())
     target = options.target_name(TARGET)
-    return Compiled((file,), target, DIALECT, tools, capacity=options.capacity)
+    return Compiled((file,), target, delegate, tools, capacity=options.capacity)
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:

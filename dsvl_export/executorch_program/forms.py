@@ -35,21 +35,22 @@ def last_row(x: Tensor) -> Tensor:
     return x[:, -1:]
 
 
-def rms_norm(x: Tensor, weight: Tensor, mean: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, mean: Tensor, eps: Tensor) -> Tensor:
     """RMSNorm (arXiv 1910.07467), in float32 inside.
 
     Args:
         mean: ``[1, C]``, each ``1 / C``.
+        eps: ``[1]``
     """
     wide = x.float()
-    return (wide * torch.rsqrt(F.linear(wide * wide, mean) + eps)).to(x.dtype) * weight
+    return (wide * torch.rsqrt(F.linear(wide * wide, mean, eps))).to(x.dtype) * weight
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, eps: float) -> Tensor:
-    """LayerNorm (arXiv 1607.06450), in float32 inside; ``mean`` as in ``rms_norm``."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, eps: Tensor) -> Tensor:
+    """LayerNorm (arXiv 1607.06450), in float32 inside; ``mean`` and ``eps`` as in ``rms_norm``."""
     wide = x.float()
     centred = wide - F.linear(wide, mean)
-    return (centred * torch.rsqrt(F.linear(centred * centred, mean) + eps)).to(x.dtype) * weight + bias
+    return (centred * torch.rsqrt(F.linear(centred * centred, mean, eps))).to(x.dtype) * weight + bias
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

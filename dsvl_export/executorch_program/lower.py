@@ -94,10 +94,11 @@ class MethodLowering(AtenLowering):
         found: Node = self.scratch[key]
         return found
 
-    def mean(self, like: Any) -> Node:
-        """``[1, C]`` whose product with ``[..., C]`` is the mean."""
+    def mean(self, like: Any, eps: float) -> tuple[Node, Node]:
+        """``[1, C]`` whose product with ``[..., C]`` is the mean, and what is added to a mean, ``[1]``."""
         width = int(fake(like).shape[-1])
-        return self.buffer(f"mean_of_{width}", lambda: torch.full((1, width), 1 / width))
+        mean = self.buffer(f"mean_of_{width}", lambda: torch.full((1, width), 1 / width))
+        return mean, self.buffer(f"eps_{eps}", lambda: torch.tensor([eps]))
 
     def kept(self, constant: Constant, part: Part | None, dtype: torch.dtype) -> Node:
         """A weight, a bias, codes or scales, or the rows of them that are wanted."""
@@ -164,12 +165,24 @@ def _chunk(lowering: MethodLowering, node: Node) -> Any:
 
 def _rms_norm(lowering: MethodLowering, node: Node) -> Node:
     x, _, weight, eps = arguments(node)
-    return lowering.call(forms.rms_norm, lowering.value(x), lowering.value(weight), lowering.mean(x), eps)
+    return lowering.call(forms.rms_norm, lowering.value(x), lowering.value(weight), *lowering.mean(x, eps))
 
 
 def _layer_norm(lowering: MethodLowering, node: Node) -> Node:
     x, _, weight, bias, eps = arguments(node, None, None, 1e-5)[:5]
-    return lowering.call(forms.layer_norm, *map(lowering.value, (x, weight, bias)), lowering.mean(x), eps)
+    return lowering.call(forms.layer_norm, *map(lowering.value, (x, weight, bias)), *lowering.mean(x, eps))
+
+
+def _conv2d(lowering: MethodLowering, node: Node) -> Node:
+    """A convolution; its bias is added apart, since Core ML's delegate confuses the dtypes of the two."""
+    x, weight, bias, *places = arguments(node, None)
+    kernel = lowering.value(weight)
+    out = lowering.call(aten.conv2d.default, lowering.value(x), kernel, None, *places)
+    if bias is None:
+        return out
+    constant = lowering.constant(bias)
+    column = lowering.buffer(f"{constant.name}_column", lambda: constant.load()[:, None, None].clone())
+    return lowering.call(aten.add.Tensor, out, column)
 
 
 def _gelu(lowering: MethodLowering, node: Node) -> Node:
@@ -248,6 +261,7 @@ def _index_select(lowering: MethodLowering, node: Node) -> Node:
 
 TABLE: Mapping[Any, Lower] = {
     aten.linear.default: _projection,
+    aten.conv2d.default: _conv2d,
     aten.gelu.default: _gelu,
     aten.matmul.default: _matmul,
     aten.chunk.default: _chunk,

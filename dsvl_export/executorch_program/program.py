@@ -6,21 +6,22 @@ from pathlib import Path
 
 import executorch.kernels.quantized  # noqa: F401 -- registers embeddings in 8 bits
 import torch
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.fx import Graph
 
 from calibration.precision import LayerPrecision
 from calibration.quantized import quantize_weight
 from calibration.weights import find_weight_scale
 from dsvl_export.compilers import App, Parts
 from dsvl_export.executorch_program import quiet
+from dsvl_export.executorch_program.delegates import encoder_partitioner, xnnpack
 from dsvl_export.executorch_program.lower import BOUNDARIES, Method, largest_chunk, method
 from runtimes.errors import UserError, first_line
-from runtimes.executorch import MAX_CHUNK, MAX_CONTEXT, METHODS, TOKEN_EMBEDDING
+from runtimes.executorch import DIALECT, MAX_CHUNK, MAX_CONTEXT, METHODS, TOKEN_EMBEDDING
 
 qd = torch.ops.quantized_decomposed
 BYTES = LayerPrecision("int8-weights")
@@ -71,6 +72,10 @@ class Embedding(nn.Module):
         return found
 
 
+def _quantized(parts: Parts, component: str) -> bool:
+    return any(node.target in BOUNDARIES for node in parts[component][0].program.graph.nodes)
+
+
 def methods_of(parts: Parts, app: App) -> dict[str, Method]:
     """The methods of a program, by name."""
     made = {component: method(*part, app.capacity) for component, part in parts.items()}
@@ -81,9 +86,7 @@ def methods_of(parts: Parts, app: App) -> dict[str, Method]:
     sequence = Dim("sequence", min=1, max=largest_chunk(app.capacity))
     tokens = torch.zeros(1, 5, dtype=torch.int64)
     embeds = app.contracts["decoder"].inputs[0]
-    nodes = parts["decoder"][0].program.graph.nodes
-    quantized = any(node.target in BOUNDARIES for node in nodes)
-    embedding = Embedding(app.embedding, getattr(torch, embeds.dtype), quantized)
+    embedding = Embedding(app.embedding, getattr(torch, embeds.dtype), _quantized(parts, "decoder"))
     return {
         **{METHODS[component]: made[component] for component in parts},
         TOKEN_EMBEDDING: Method(embedding, (tokens,), ({1: sequence},)),
@@ -106,40 +109,66 @@ def constants_of(app: App) -> dict[str, int | bool | list[int]]:
     }
 
 
-def write_program(file: Path, parts: Parts, app: App) -> dict[str, int]:
+def write_program(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
     """Lower all methods and write the program.
 
+    Args:
+        delegate: what runs the vision encoder and the adaptor; XNNPACK runs the rest.
+
     Returns:
-        How many pieces XNNPACK took each method in.
+        How many pieces each method was taken in.
 
     Raises:
-        UserError: ExecuTorch refuses a program.
+        UserError: ExecuTorch or the delegate refuses a program.
     """
     try:
-        return _write(file, parts, app)
+        with quiet():
+            return _write(file, parts, app, delegate)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(f"ExecuTorch cannot lower the model: {first_line(error)}.") from error
 
 
-def _write(file: Path, parts: Parts, app: App) -> dict[str, int]:
-    with quiet():
-        programs = {name: made.program() for name, made in methods_of(parts, app).items()}
-        edge = to_edge_transform_and_lower(
-            programs,
-            partitioner={name: [XnnpackPartitioner()] for name in programs},
-            constant_methods=constants_of(app),
-            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+def _write(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
+    if delegate != DIALECT and (_quantized(parts, "vision_encoder") or _quantized(parts, "adaptor")):
+        raise UserError(
+            f"ExecuTorch's delegate {delegate} takes encoders in float alone, {app.precision} quantizes them;"
+            " use fp16, a plan for the decoder alone, or the delegate xnnpack."
         )
-        program = edge.to_executorch(
-            ExecutorchBackendConfig(
-                # The methods of a program share one memory; unshared, a method overwrites another's KV cache.
-                memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
-                emit_mutable_buffer_names=True,
+    programs = {name: made.program() for name, made in methods_of(parts, app).items()}
+    dtype = getattr(torch, app.contracts["decoder"].inputs[0].dtype)
+    encoders = [METHODS["vision_encoder"], METHODS["adaptor"]]
+    edge = to_edge_transform_and_lower(
+        programs,
+        partitioner={
+            name: [encoder_partitioner(delegate, dtype) if name in encoders else xnnpack()]
+            for name in programs
+        },
+        constant_methods=constants_of(app),
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+    )
+    graphs = {name: edge.exported_program(name).graph for name in programs}
+    for name in encoders:
+        if left := _left(graphs[name]):
+            raise UserError(
+                f"ExecuTorch's delegate {delegate} does not take {', '.join(left)} of the {name}; use the"
+                " delegate xnnpack."
             )
+    program = edge.to_executorch(
+        ExecutorchBackendConfig(
+            # The methods of a program share one memory; unshared, a method overwrites another's KV cache.
+            memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
+            emit_mutable_buffer_names=True,
         )
-        with file.open("wb") as stream:
-            program.write_to_file(stream)
+    )
+    with file.open("wb") as stream:
+        program.write_to_file(stream)
     return {
-        name: sum("call_delegate" in str(node.target) for node in edge.exported_program(name).graph.nodes)
-        for name in programs
+        name: sum("call_delegate" in str(node.target) for node in graph.nodes)
+        for name, graph in graphs.items()
     }
+
+
+def _left(graph: Graph) -> list[str]:
+    """The operators that no delegate took."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    return sorted(name for name in called if "call_delegate" not in name and "getitem" not in name)

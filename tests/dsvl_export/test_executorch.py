@@ -169,6 +169,31 @@ def test_bad_calls_get_a_sentence(bundle: Bundle) -> None:
     assert decoder.decode(np.zeros((1, 1, 128), np.float32), last, cache).shape == (1, 1, 512)
 
 
+@pytest.mark.parametrize("delegate", ["coreml", "vulkan"])
+def test_encoders_for_other_delegates_are_built(
+    delegate: str, siglip_pair: OraclePair, tmp_path: Path
+) -> None:
+    """On an iPhone or an Android GPU they would run; here the whole encoder is shown to be taken."""
+    folder = siglip_pair.checkpoint.folder
+    made = export(
+        folder, tmp_path / "b", "executorch", ["fp16"], goldens=False, capacity=64, delegate=delegate
+    )
+    encoder = made.artifact("vision_encoder", "executorch", "fp16")
+    assert encoder.dialect == delegate
+    assert encoder.tools["partitions"].startswith("vision_encoder 1, adaptor 1, ")
+    execution = load_backend("executorch").execution(encoder)
+    assert execution.kind == "built only" and delegate in str(execution)
+    with pytest.raises(UserError, match="has no vision_encoder"):
+        Pipeline.open(made)
+
+
+def test_what_other_delegates_do_not_take_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="delegate 'metal' here; it has xnnpack, coreml, vulkan"):
+        export("tiny", tmp_path / "a", "executorch", delegate="metal")
+    with pytest.raises(UserError, match="coreml takes encoders in float alone, 8da8w quantizes them"):
+        export("tiny", tmp_path / "b", "executorch", ["8da8w"], goldens=False, delegate="coreml")
+
+
 def test_precisions_that_xnnpack_lacks_are_refused(tmp_path: Path) -> None:
     for precision, sentence in {
         "int4": "cannot compute vision_encoder.* in int8-weights; it has 8da4w, 8da8w",
