@@ -19,6 +19,7 @@ from reference.tiny.pictures import draw
 from runtimes.bundle import Bundle
 from runtimes.engines.backend import find_gpu
 from tests.calibration.calibrated import random_calibrated, tiny_calibrated
+from tests.dsvl_export.command_line import optimum
 from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
 
 torch.manual_seed(0)
@@ -96,8 +97,17 @@ def apple_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="session")
 def executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Tiny for ExecuTorch in float and in XNNPACK's fast precision; tests must not change it."""
-    return export("tiny", tmp_path_factory.mktemp("executorch") / "bundle", "executorch", ["fp32", "8da4w"])
+    """Tiny for ExecuTorch in float and in XNNPACK's fast precision, by way of optimum's command line.
+
+    Lowering takes a minute, so that ``test_optimum`` shares it. Tests must not change it.
+    """
+    folder = tmp_path_factory.mktemp("executorch") / "bundle"
+    done = optimum(
+        "--model", "tiny", "--backend", "executorch", "--precision", "fp32", "--precision", "8da4w",
+        "--no-parity", "--output", str(folder),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    return Bundle.open(folder)
 
 
 @pytest.fixture(scope="session")

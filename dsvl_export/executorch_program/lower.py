@@ -175,7 +175,7 @@ def _layer_norm(lowering: MethodLowering, node: Node) -> Node:
 
 def _conv2d(lowering: MethodLowering, node: Node) -> Node:
     """A convolution; its bias is added apart, since Core ML's delegate confuses the dtypes of the two."""
-    x, weight, bias, *places = arguments(node, None)
+    x, weight, bias, *places = arguments(node, None, None)
     kernel = lowering.value(weight)
     out = lowering.call(aten.conv2d.default, lowering.value(x), kernel, None, *places)
     if bias is None:

@@ -1,7 +1,10 @@
-"""Running the command line inside the tests' process."""
+"""Running the command line, and what a refusal looks like."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -9,6 +12,13 @@ class Done(NamedTuple):
     code: int
     out: str
     err: str
+
+
+def optimum(*arguments: str) -> Done:
+    """``optimum-cli export dsvl`` in a process of its own."""
+    command = [str(Path(sys.executable).with_name("optimum-cli")), "export", "dsvl", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def refused(done: Done, sentence: str) -> bool:

@@ -66,7 +66,7 @@ def test_a_large_method_leaves_the_cache_alone(bundle: Bundle) -> None:
     import torch
 
     program = load_program(program_of(bundle, "fp32"))
-    decoder, encoder = (program.load_method(name) for name in ("text_decoder", "vision_encoder"))
+    decoder, encoder = (program.method(name) for name in ("text_decoder", "vision_encoder"))
     random = torch.manual_seed(0)
     prompt, token = (torch.randn(1, length, 128, generator=random) for length in (9, 1))
     decoder.call([prompt, torch.arange(9)])

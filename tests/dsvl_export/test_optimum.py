@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,27 +10,28 @@ import pytest
 from dsvl_export.compilers import load_compiler
 from runtimes.backends import BUILT_IN
 from runtimes.bundle import Bundle
-from tests.dsvl_export.command_line import Done, refused
+from tests.dsvl_export.command_line import optimum, refused
 
 
-def optimum(*arguments: str) -> Done:
-    command = [str(Path(sys.executable).with_name("optimum-cli")), "export", "dsvl", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return Done(done.returncode, done.stdout, done.stderr)
+def judge(bundle: Bundle, backend: str, precision: str) -> None:
+    assert bundle.select(backend, precision) == (backend, precision)
+    assert not bundle.problems(list(bundle.manifest.files))
 
 
-@pytest.mark.parametrize("backend", BUILT_IN)
+@pytest.mark.parametrize("backend", [backend for backend in BUILT_IN if backend != "executorch"])
 def test_every_backend(backend: str, tmp_path: Path) -> None:
-    precision = load_compiler(backend).PRECISIONS[0]
+    precision, folder = load_compiler(backend).PRECISIONS[0], str(tmp_path / "bundle")
     done = optimum(
-        "--model", "tiny", "--backend", backend, "--precision", precision, "--output", str(tmp_path / "bundle"),
+        "--model", "tiny", "--backend", backend, "--precision", precision, "--output", folder,
         "--capacity", "64", "--no-goldens", "--no-parity", "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert json.loads(done.out)["bundle"] == str(tmp_path / "bundle")
-    bundle = Bundle.open(tmp_path / "bundle")
-    bundle.verify()
-    assert bundle.select(backend, precision)
+    assert json.loads(done.out)["bundle"] == folder
+    judge(Bundle.open(folder), backend, precision)
+
+
+def test_executorch(executorch_bundle: Bundle) -> None:
+    judge(executorch_bundle, "executorch", "8da4w")
 
 
 def test_options_are_those_of_our_own_command() -> None:
@@ -43,7 +42,7 @@ def test_options_are_those_of_our_own_command() -> None:
 def test_bad_requests_are_sentences(tmp_path: Path) -> None:
     folder = str(tmp_path / "bundle")
     assert refused(
-        optimum("--model", "tiny", "--output", folder, "--precision", "int3"), "There is no precision 'int3'"
+        optimum("--model", "tiny", "--output", folder, "--precision", "int3"), "no precision 'int3'"
     )
     assert refused(optimum("--model", str(tmp_path / "none"), "--output", folder), "none")
     assert not Path(folder).exists()
