@@ -15,13 +15,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from make_checkpoint import config_of, write
-from measuring import cost, measured
+from measuring import climb, cost, measured
 
 CAPACITY = 1024
 LAYERS, VISION_LAYERS = 1, 2
@@ -46,18 +45,6 @@ def convert(checkpoint: Path, bundle: Path, backend: str, precision: str, golden
         for item in made.manifest.artifacts
         if (item.backend, item.precision) == (backend, name)
     }
-
-
-def climb(bundle: Path, backend: str, precision: str) -> dict[str, Any]:
-    """The ladder."""
-    from dsvl_export.ladder import parity
-    from runtimes.bundle import Bundle
-
-    opened = Bundle.open(bundle)
-    result = parity(opened, *opened.select(backend, precision))
-    errors = {rung.name: rung.errors.relative_rms for rung in result.rungs if rung.errors}
-    failed = [str(rung) for rung in result.rungs if rung.state == "failed"]
-    return {"verdict": result.verdict, "by": str(result.execution), "errors": errors, "failed": failed}
 
 
 def plans(work: Path, texts: dict[str, str]) -> list[str]:

@@ -24,10 +24,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import peers
 from make_checkpoint import config_of, write
-from measuring import cost, measured
+from measuring import climb, cost, measured
 
 from reference.released import released_config
-from runtimes.bundle import Bundle
 
 THREADS, CAPACITY = 2, 1024
 PROMPT, CONTEXT, TOKENS, ROUNDS = 640, 700, 40, 5
@@ -177,16 +176,6 @@ def sam(work: Path, precisions: list[str]) -> None:
         print(f"Ratio to eager fp32: {spread(ratios)}", flush=True)
 
 
-def climb(bundle: Path, precision: str) -> dict[str, Any]:
-    """The ladder."""
-    from dsvl_export.ladder import parity
-
-    result = parity(Bundle.open(bundle), "executorch", precision)
-    errors = {rung.name: rung.errors.relative_rms for rung in result.rungs if rung.errors}
-    failed = [str(rung) for rung in result.rungs if rung.state == "failed"]
-    return {"verdict": result.verdict, "errors": errors, "failed": failed}
-
-
 def widths(work: Path, precisions: list[str]) -> None:
     """Full width, one decoder layer, two vision layers."""
     for size in ("1.3b", "7b"):
@@ -195,7 +184,7 @@ def widths(work: Path, precisions: list[str]) -> None:
             bundle = work / f"{size}-widths"
             found = measured(convert, checkpoint, bundle, precision, True)
             print(f"{size} {precision}: {json.dumps(found['result'])}; {cost(found)}", flush=True)
-            proof = measured(climb, bundle, precision)
+            proof = measured(climb, bundle, "executorch", precision)
             print(f"Ladder: {json.dumps(proof['result'])} in {cost(proof)}", flush=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -26,6 +27,16 @@ def measured(work: Any, *arguments: Any) -> dict[str, Any]:
 
 def cost(found: dict[str, Any]) -> str:
     return f"{found['seconds']:.0f} s, peak {found['peak'] / 1e9:.1f} GB"
+
+
+def climb(bundle: Path, backend: str, precision: str) -> dict[str, Any]:
+    """The ladder."""
+    from dsvl_export.ladder import parity
+
+    result = parity(bundle, backend, precision)
+    errors = {rung.name: rung.errors.relative_rms for rung in result.rungs if rung.errors}
+    failed = [str(rung) for rung in result.rungs if rung.state == "failed"]
+    return {"verdict": result.verdict, "by": str(result.execution), "errors": errors, "failed": failed}
 
 
 def _report(sender: Any, work: Any, arguments: Any) -> None:

@@ -30,9 +30,10 @@ def run(peer: str, work: Path, *arguments: object) -> str:
     """``peer_<name>.py`` with these arguments; what it printed."""
     script = Path(__file__).with_name(f"peer_{peer}.py")
     command = [str(python_of(peer, work)), str(script), *map(str, arguments)]
-    return subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ).stdout
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{script.name} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
 
 
 def llama_file(config: DecoderConfig, work: Path, name: str) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from make_checkpoint import config_of, write
-from measuring import cost, measured
+from measuring import climb, cost, measured
 
 CAPACITY = 1024
 LAYERS, VISION_LAYERS = 1, 2  # of SAM, one in windows and one global
@@ -64,19 +64,6 @@ def build(bundle: Path, precision: str, component: str, sm: int) -> dict[str, in
     return {"onnx": stored, "engine": size}
 
 
-def climb(bundle: Path, precision: str) -> dict[str, Any]:
-    """The ladder of the same files in ONNX Runtime."""
-    from dsvl_export.ladder import parity
-
-    result = parity(bundle, "tensorrt", precision)
-    errors = {rung.name: rung.errors.relative_rms for rung in result.rungs if rung.errors}
-    return {
-        "verdict": result.verdict,
-        "errors": errors,
-        "rungs": [str(r) for r in result.rungs if r.state == "failed"],
-    }
-
-
 def calibrated(checkpoint: Path, folder: Path) -> None:
     from dsvl_export.calibrating import CalibrationOptions, calibrate
     from reference.checkpoint import open_checkpoint
@@ -120,7 +107,7 @@ def widths(work: Path, sizes: list[str]) -> None:
             precision = found["result"]["precision"]
             print(f"\n{size}, {precision}: exported in {cost(found)}\n\n{HEAD}")
             builds(bundle, precision, 89)
-            proof = measured(climb, bundle, precision)
+            proof = measured(climb, bundle, "tensorrt", precision)
             print(f"\nLadder: {json.dumps(proof['result'])} in {cost(proof)}", flush=True)
 
 

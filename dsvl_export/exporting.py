@@ -19,6 +19,7 @@ from calibration.precision import PrecisionPlan
 from calibration.quantized import trace_planned
 from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
+from dsvl_export.assembling import TOKEN_EMBEDDING, finished_artifacts, manifest_of, plan_hashes
 from dsvl_export.calibrating import SAMPLES, CalibrationOptions, calibrate
 from dsvl_export.compilers import (
     App,
@@ -33,7 +34,6 @@ from dsvl_export.ladder.noise import measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.planner.targets import find_target
 from dsvl_export.precisions import (
-    bundled_plan,
     check_plan,
     check_target,
     plan_for,
@@ -47,14 +47,13 @@ from reference.goldens import golden_requests
 from reference.session import reference_chain, write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, component_contract
-from runtimes.bundle import JUDGED_WITH, MANIFEST, Artifact, Bundle, Manifest
+from runtimes.bundle import Artifact, Bundle
 from runtimes.errors import UserError
-from runtimes.files import sha256_of_file, write_json
+from runtimes.files import write_json
 from runtimes.recording import record_goldens
 from runtimes.taps import take_all_taps
 from runtimes.tokenizer import PromptSpec
 
-TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
 MAX_DEFAULT_CAPACITY = 2048
 
 
@@ -130,6 +129,9 @@ def export(
         device, capacity or usual, tensorrt, tuple(capabilities), deployment, delegate=delegate
     )
     compiler.settings(options)
+    if check := getattr(compiler, "check", None):
+        for plan in plans:
+            check(plan, source.config, options)
     table = ScaleTable.load(Path(scales).expanduser()) if scales else None
     if table:
         for plan in plans:
@@ -152,7 +154,7 @@ def export(
                 run.precision(plan, table)
             run.program(backend, plan, specs[1])
         run.noise()
-        staging.finish(_manifest(source, staging, options.capacity, *specs))
+        staging.finish(manifest_of(source, staging, options.capacity, *specs))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -242,7 +244,7 @@ class _Run:
         hashes = {
             path: entry.sha256 for path, entry in self.staging.files().items() if path.startswith("goldens/")
         }
-        for precision in dict.fromkeys(item.precision for item in _artifacts(self.staging)):
+        for precision in dict.fromkeys(item.precision for item in finished_artifacts(self.staging)):
             if hashes and precision != "fp32":
                 self._noise_of(precision, hashes)
 
@@ -279,7 +281,7 @@ class _Run:
         return planned_weights(self.source, self.staging.folder, precision)
 
     def _rests_on(self, precision: str) -> dict[str, str]:
-        return _plan_hashes(self.staging, precision)
+        return plan_hashes(self.staging, precision)
 
     def _noise_of(self, precision: str, goldens: dict[str, str]) -> None:
         def build(folder: Path) -> dict[str, Any]:
@@ -373,79 +375,3 @@ class _Run:
             return {"artifacts": list(map(asdict, artifacts)), "rests_on": self._rests_on(plan.name)}
 
         self._stage(name, build, {**self._rests_on(plan.name), **self.compiler.settings(self.options)})
-
-
-def _manifest(
-    source: Checkpoint, staging: Staging, capacity: int, preprocessing: Any, prompt: Any
-) -> Manifest:
-    artifacts = _complete(staging)
-    unfinished = {
-        path for artifact in _artifacts(staging) if artifact not in artifacts for path in artifact.files
-    }
-    precisions = dict.fromkeys(artifact.precision for artifact in artifacts)
-    plans = {name: bundled_plan(staging.folder, name) for name in precisions}
-    return Manifest(
-        model=source.config.to_dict(),
-        checkpoint={"name": source.folder.name, "sha256": source.digest, "layout": source.config.layout},
-        preprocessing=preprocessing,
-        prompt=prompt,
-        token_embedding=TOKEN_EMBEDDING,
-        default_capacity=capacity,
-        contracts={
-            precision: {
-                component: component_contract(source.config, component, plan.base, plan.kv_cache)
-                for component in TRACED_COMPONENTS
-            }
-            for precision, plan in plans.items()
-        },
-        artifacts=artifacts,
-        files={path: entry for path, entry in staging.files().items() if path not in unfinished},
-        parity=_kept_verdicts(staging),
-    )
-
-
-def _plan_hashes(staging: Staging, precision: str) -> dict[str, str]:
-    """Hashes of a precision's plan and scales, which its artifacts rest on."""
-    folder = staging.folder / precision_folder(precision)
-    return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*"))}
-
-
-def _artifacts(staging: Staging) -> tuple[Artifact, ...]:
-    """Finished artifacts; those of a plan or scales that were replaced since do not count."""
-    rows = [
-        row
-        for result in staging.results()
-        for row in result.get("artifacts", [result["artifact"]] if "artifact" in result else [])  # until 0.4
-        if result.get("rests_on", {}) in ({}, _plan_hashes(staging, row["precision"]))
-    ]
-    return tuple(map(Artifact.from_dict, rows))
-
-
-def _complete(staging: Staging) -> tuple[Artifact, ...]:
-    """Artifacts of backends and precisions that have every component; an interrupted one has not."""
-    artifacts = _artifacts(staging)
-    there = {(item.backend, item.precision, item.component) for item in artifacts}
-    return tuple(
-        item
-        for item in artifacts
-        if all((item.backend, item.precision, component) in there for component in TRACED_COMPONENTS)
-    )
-
-
-def _kept_verdicts(staging: Staging) -> dict[str, Any]:
-    """Verdicts of the bundle that is extended, where nothing that they rest on has changed."""
-    old, files = staging.previous, staging.files()
-    if old is None:
-        return {}
-    # Read anew where it is still there: parity may have run meanwhile.
-    manifest = staging.folder / MANIFEST
-    verdicts = Bundle.open(staging.folder).manifest.parity if manifest.exists() else old.parity
-    return {
-        pair: verdict
-        for pair, verdict in verdicts.items()
-        if all(
-            files.get(path) == entry
-            for path, entry in old.files.items()
-            if path.startswith((f"{pair}/", *JUDGED_WITH))
-        )
-    }

@@ -203,7 +203,7 @@ def load_program(file: Path, threads: int | None = None) -> Program:
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 -- registers attention with a cache
     from executorch.extension.pybindings import portable_lib
 
-    if threads is not None:
+    if threads not in (None, portable_lib._threadpool_get_thread_count()):
         portable_lib._unsafe_reset_threadpool(threads)
     key = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
     if (known := _PROGRAMS.get(key)) is not None:

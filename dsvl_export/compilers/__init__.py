@@ -90,9 +90,11 @@ class Compiler(Protocol):
 
     ``PRECISIONS`` are the float precisions that it compiles, ``LAYER_PRECISIONS`` and ``CACHE_PRECISIONS``
     what a precision plan may give single layers and the KV cache. Recipes are taken on ``RECIPE_BASE``.
-    A compiler may also have ``write_listing(folder, app)``, which writes source code for those who build
-    an app on the artifacts of a precision, and, in place of ``compile_component``, ``compile_program(app,
-    parts, folder, on_bytes, options)``, which writes all components into the same files.
+    A compiler may also have ``check(plan, config, options)``, which refuses before any work what its options
+    and a plan cannot have together, ``write_listing(folder, app)``, which writes source code for those who
+    build an app on the artifacts of a precision, and, in place of ``compile_component``,
+    ``compile_program(app, parts, folder, on_bytes, options)``, which writes all components into the same
+    files.
     """
 
     PRECISIONS: tuple[str, ...]

@@ -8,11 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from calibration.precision import component_layers
 from dsvl_export.compilers import App, Compiled, CompileOptions, Parts
 from runtimes.errors import UserError
 from runtimes.executorch import DIALECT, SUFFIX, load_program
 
 if TYPE_CHECKING:
+    from calibration.precision import PrecisionPlan
+    from reference.config import ModelConfig
     from reference.trace import TracedComponent
     from runtimes.contracts import Contract
 
@@ -32,6 +35,22 @@ def delegate_of(options: CompileOptions) -> str:
     if delegate not in DELEGATES:
         raise UserError(f"ExecuTorch has no delegate {delegate!r} here; it has {', '.join(DELEGATES)}.")
     return delegate
+
+
+def check(plan: PrecisionPlan, config: ModelConfig, options: CompileOptions) -> None:
+    """Core ML's and Vulkan's delegates take encoders in float alone.
+
+    Raises:
+        UserError: names the first layer that the plan quantizes.
+    """
+    delegate = delegate_of(options)
+    layers = [layer for name in ("vision_encoder", "adaptor") for layer in component_layers(config, name)]
+    quantized = [layer.name for layer in layers if plan.of(layer).family != "float"]
+    if quantized and delegate != DIALECT:
+        raise UserError(
+            f"ExecuTorch's delegate {delegate} takes encoders in float alone, {plan.name} quantizes"
+            f" {quantized[0]}; use fp16, a plan for the decoder alone, or the delegate {DIALECT}."
+        )
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import executorch.kernels.quantized  # noqa: F401 -- registers embeddings in 8 bits
 import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 from safetensors import safe_open
@@ -18,7 +19,7 @@ from calibration.quantized import quantize_weight
 from calibration.weights import find_weight_scale
 from dsvl_export.compilers import App, Parts
 from dsvl_export.executorch_program import quiet
-from dsvl_export.executorch_program.delegates import encoder_partitioner, xnnpack
+from dsvl_export.executorch_program.delegates import encoder_partitioner
 from dsvl_export.executorch_program.lower import BOUNDARIES, Method, largest_chunk, method
 from runtimes.errors import UserError, first_line
 from runtimes.executorch import DIALECT, MAX_CHUNK, MAX_CONTEXT, METHODS, TOKEN_EMBEDDING
@@ -72,10 +73,6 @@ class Embedding(nn.Module):
         return found
 
 
-def _quantized(parts: Parts, component: str) -> bool:
-    return any(node.target in BOUNDARIES for node in parts[component][0].program.graph.nodes)
-
-
 def methods_of(parts: Parts, app: App) -> dict[str, Method]:
     """The methods of a program, by name."""
     made = {component: method(*part, app.capacity) for component, part in parts.items()}
@@ -86,7 +83,8 @@ def methods_of(parts: Parts, app: App) -> dict[str, Method]:
     sequence = Dim("sequence", min=1, max=largest_chunk(app.capacity))
     tokens = torch.zeros(1, 5, dtype=torch.int64)
     embeds = app.contracts["decoder"].inputs[0]
-    embedding = Embedding(app.embedding, getattr(torch, embeds.dtype), _quantized(parts, "decoder"))
+    quantized = any(node.target in BOUNDARIES for node in parts["decoder"][0].program.graph.nodes)
+    embedding = Embedding(app.embedding, getattr(torch, embeds.dtype), quantized)
     return {
         **{METHODS[component]: made[component] for component in parts},
         TOKEN_EMBEDDING: Method(embedding, (tokens,), ({1: sequence},)),
@@ -129,25 +127,20 @@ def write_program(file: Path, parts: Parts, app: App, delegate: str) -> dict[str
 
 
 def _write(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
-    if delegate != DIALECT and (_quantized(parts, "vision_encoder") or _quantized(parts, "adaptor")):
-        raise UserError(
-            f"ExecuTorch's delegate {delegate} takes encoders in float alone, {app.precision} quantizes them;"
-            " use fp16, a plan for the decoder alone, or the delegate xnnpack."
-        )
     programs = {name: made.program() for name, made in methods_of(parts, app).items()}
     dtype = getattr(torch, app.contracts["decoder"].inputs[0].dtype)
     encoders = [METHODS["vision_encoder"], METHODS["adaptor"]]
     edge = to_edge_transform_and_lower(
         programs,
         partitioner={
-            name: [encoder_partitioner(delegate, dtype) if name in encoders else xnnpack()]
+            name: [encoder_partitioner(delegate, dtype) if name in encoders else XnnpackPartitioner()]
             for name in programs
         },
         constant_methods=constants_of(app),
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     graphs = {name: edge.exported_program(name).graph for name in programs}
-    for name in encoders if delegate != DIALECT else ():  # what XNNPACK leaves, its process runs
+    for name in encoders if delegate != DIALECT else ():  # what XNNPACK leaves, ExecuTorch runs
         if left := _left(graphs[name]):
             raise UserError(
                 f"ExecuTorch's delegate {delegate} does not take {', '.join(left)} of the {name}; use the"

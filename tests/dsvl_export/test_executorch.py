@@ -190,8 +190,11 @@ def test_encoders_for_other_delegates_are_built(
 def test_what_other_delegates_do_not_take_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="delegate 'metal' here; it has xnnpack, coreml, vulkan"):
         export("tiny", tmp_path / "a", "executorch", delegate="metal")
-    with pytest.raises(UserError, match="coreml takes encoders in float alone, 8da8w quantizes them"):
+    with pytest.raises(
+        UserError, match="coreml takes encoders in float alone, 8da8w quantizes vision_encoder."
+    ):
         export("tiny", tmp_path / "b", "executorch", ["8da8w"], goldens=False, delegate="coreml")
+    assert not list(tmp_path.iterdir())
 
 
 def test_precisions_that_xnnpack_lacks_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""What the finished stages of an export amount to: the bundle's manifest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsvl_export.precisions import bundled_plan, precision_folder
+from dsvl_export.staging import Staging
+from reference.checkpoint import Checkpoint
+from reference.trace import TRACED_COMPONENTS, component_contract
+from runtimes.bundle import JUDGED_WITH, MANIFEST, Artifact, Bundle, Manifest
+from runtimes.files import sha256_of_file
+
+TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
+
+
+def manifest_of(
+    source: Checkpoint, staging: Staging, capacity: int, preprocessing: Any, prompt: Any
+) -> Manifest:
+    """The manifest of all that is finished."""
+    artifacts = _complete(staging)
+    others = (artifact for artifact in finished_artifacts(staging) if artifact not in artifacts)
+    unfinished = {path for artifact in others for path in artifact.files}
+    precisions = dict.fromkeys(artifact.precision for artifact in artifacts)
+    plans = {name: bundled_plan(staging.folder, name) for name in precisions}
+    return Manifest(
+        model=source.config.to_dict(),
+        checkpoint={"name": source.folder.name, "sha256": source.digest, "layout": source.config.layout},
+        preprocessing=preprocessing,
+        prompt=prompt,
+        token_embedding=TOKEN_EMBEDDING,
+        default_capacity=capacity,
+        contracts={
+            precision: {
+                component: component_contract(source.config, component, plan.base, plan.kv_cache)
+                for component in TRACED_COMPONENTS
+            }
+            for precision, plan in plans.items()
+        },
+        artifacts=artifacts,
+        files={path: entry for path, entry in staging.files().items() if path not in unfinished},
+        parity=_kept_verdicts(staging),
+    )
+
+
+def plan_hashes(staging: Staging, precision: str) -> dict[str, str]:
+    """Hashes of a precision's plan and scales, which its artifacts rest on."""
+    folder = staging.folder / precision_folder(precision)
+    return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*"))}
+
+
+def finished_artifacts(staging: Staging) -> tuple[Artifact, ...]:
+    """Finished artifacts; those of a plan or scales that were replaced since do not count."""
+    rows = [
+        row
+        for result in staging.results()
+        for row in result.get("artifacts", [result["artifact"]] if "artifact" in result else [])  # until 0.4
+        if result.get("rests_on", {}) in ({}, plan_hashes(staging, row["precision"]))
+    ]
+    return tuple(map(Artifact.from_dict, rows))
+
+
+def _complete(staging: Staging) -> tuple[Artifact, ...]:
+    """Artifacts of backends and precisions that have every component; an interrupted one has not."""
+    artifacts = finished_artifacts(staging)
+    there = {(item.backend, item.precision, item.component) for item in artifacts}
+    return tuple(
+        item
+        for item in artifacts
+        if all((item.backend, item.precision, component) in there for component in TRACED_COMPONENTS)
+    )
+
+
+def _kept_verdicts(staging: Staging) -> dict[str, Any]:
+    """Verdicts of the bundle that is extended, where nothing that they rest on has changed."""
+    old, files = staging.previous, staging.files()
+    if old is None:
+        return {}
+    # Read anew where it is still there: parity may have run meanwhile.
+    manifest = staging.folder / MANIFEST
+    verdicts = Bundle.open(staging.folder).manifest.parity if manifest.exists() else old.parity
+    return {
+        pair: verdict
+        for pair, verdict in verdicts.items()
+        if all(
+            files.get(path) == entry
+            for path, entry in old.files.items()
+            if path.startswith((f"{pair}/", *JUDGED_WITH))
+        )
+    }
