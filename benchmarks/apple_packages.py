@@ -112,7 +112,7 @@ def few(checkpoint: Path, bundle: Path) -> dict[str, float]:
     errors["image_embeds"] = relative_rms(ours.adapt(given), judge.adapt(wanted))
     caches = [chain.decoder.new_cache(1, 64) for chain in (ours, judge)]
     steps = [
-        [chain.decode_one([token], cache)[0] for token in range(7, 7 + TOKENS)]
+        [chain.decode(np.array([[token]]), cache)[0, 0] for token in range(7, 7 + TOKENS)]
         for chain, cache in zip((ours, judge), caches, strict=True)
     ]
     errors["logits"] = relative_rms(np.stack(steps[0]), np.stack(steps[1]))

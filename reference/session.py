@@ -20,6 +20,7 @@ from runtimes.cache import KVCache
 from runtimes.chain import Chain
 from runtimes.contracts import Contract
 from runtimes.embedding import TokenEmbedding
+from runtimes.session import ANY_ROWS
 from runtimes.tokenizer import Tokenizer
 
 
@@ -47,6 +48,8 @@ class TorchComponent:
 
 class TorchDecoder:
     """The decoder in eager PyTorch, writing into the cache's numpy memory; ``taps`` as above."""
+
+    most_rows = ANY_ROWS
 
     def __init__(self, module: Decoder, contract: Contract, taps: Sequence[Tap] = ()) -> None:
         self.contract, self._module, self._taps = contract, module, taps

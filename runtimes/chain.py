@@ -82,7 +82,7 @@ class Chain:
         return digest, embeds
 
     def embed_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """``[S, D]`` text embeddings."""
+        """``[..., D]`` embeddings of text tokens."""
         return self.embedding.lookup(np.asarray(tokens, dtype=np.int64), self._embeds_dtype)
 
     def merge(self, tokens: np.ndarray, image_embeds: np.ndarray) -> np.ndarray:
@@ -118,6 +118,7 @@ class Chain:
             logits = self.decoder.decode(chunk, np.array([chunk.shape[1] - 1]), cache)[0, 0]
         return logits
 
-    def decode_one(self, tokens: Sequence[int] | np.ndarray, cache: KVCache) -> np.ndarray:
-        """One step for every row: ``[B]`` tokens → ``[B, V]`` logits."""
-        return self.decoder.decode(self.embed_tokens(tokens)[:, None], np.array([0]), cache)[:, 0]
+    def decode(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
+        """``tokens [B, S]`` behind what the cache holds → the logits after each, ``[B, S, V]``."""
+        embeds = self.embed_tokens(tokens)  # [B, S, D]
+        return self.decoder.decode(embeds, np.arange(embeds.shape[1]), cache)

@@ -31,7 +31,7 @@ class TokenEmbedding:
             raise UserError(f"The token embedding {file} cannot be read ({error}).") from error
 
     def lookup(self, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """``[S]`` ids → ``[S, D]``."""
+        """``[...]`` ids → ``[..., D]``."""
         rows = np.asarray(self.rows[ids])
         if self.dtype == "BF16":
             rows = (rows.astype(np.uint32) << 16).view(np.float32)

@@ -171,6 +171,7 @@ class FixedDecoder:
 
     def __init__(self, asset: Asset, contract: Contract, sizes: Sizes) -> None:
         self.contract, self.asset, self.sizes = contract, asset, sizes
+        self.most_rows = sizes.chunk if sizes.any_rows else 1
         self.tapped: Mapping[str, np.ndarray] = {}
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:

@@ -10,6 +10,7 @@ import numpy as np
 
 from runtimes.cache import KVCache
 from runtimes.chain import Chain
+from runtimes.drafting import PromptLookup
 from runtimes.sampling import GenerationOptions, Sampler
 from runtimes.tokenizer import TokenStream
 
@@ -19,7 +20,8 @@ class Answer:
     """What came out, and what it took.
 
     ``finish_reason``: ``eos``, ``stop`` (a stop string), ``length`` (max_new_tokens) or
-    ``capacity`` (the cache is full). Times are seconds.
+    ``capacity`` (the cache is full). Of ``drafted_tokens``, which were guessed and judged several in a
+    call, ``accepted_tokens`` are in the answer. Times are seconds.
     """
 
     text: str = ""
@@ -27,6 +29,8 @@ class Answer:
     finish_reason: str = ""
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     first_token_seconds: float = 0.0
     seconds: float = 0.0
 
@@ -52,6 +56,11 @@ class Writer:
     def finished(self) -> bool:
         return bool(self.answer.finish_reason)
 
+    @property
+    def left(self) -> int:
+        """Tokens that the answer may still have."""
+        return self._options.max_new_tokens - len(self.answer.tokens)
+
     def push(self, logits: np.ndarray) -> str:
         """Pick a token from ``logits [V]``; returns the text that is now certain."""
         token = self._sampler.pick(logits, self._seen)
@@ -68,6 +77,15 @@ class Writer:
         if len(answer.tokens) >= self._options.max_new_tokens:
             return self.finish("length")
         return self._release(len(self._held) - self._stop_prefix())
+
+    def follow(self, rows: np.ndarray, draft: Sequence[int]) -> str:
+        """Pick a token from each of ``rows [K, V]`` for as long as the draft ``[K - 1]`` comes true."""
+        text = ""
+        for row, guess in zip(rows, [*draft, None], strict=True):
+            text += self.push(row)
+            if self.finished or self.answer.tokens[-1] != guess:
+                break
+        return text
 
     def finish(self, reason: str) -> str:
         """End the answer; returns what was held back."""
@@ -107,15 +125,10 @@ def generate(
         pieces = [
             "" if writer.finished else writer.push(row) for writer, row in zip(writers, logits, strict=True)
         ]
-        full = [row for row, writer in enumerate(writers)
-                if not writer.finished and cache.lengths[row] >= cache.capacity]  # fmt: skip
-        for row in full:
-            pieces[row] += writers[row].finish("capacity")
-        elapsed = perf_counter() - started
+        for row, writer in enumerate(writers):
+            pieces[row] += _end_at_capacity(writer, int(cache.lengths[row]), cache)
         for writer in active:
-            writer.answer.seconds = elapsed
-            if len(writer.answer.tokens) == 1:
-                writer.answer.first_token_seconds = elapsed
+            _stamp(writer.answer, started)
         yield pieces
         if all(writer.finished for writer in writers):
             return
@@ -123,5 +136,51 @@ def generate(
         finished = np.array([writer.finished for writer in writers])
         cache.lengths[finished] = np.minimum(cache.lengths[finished], cache.capacity - 1)
         kept = cache.lengths.copy()
-        logits = chain.decode_one([writer.answer.tokens[-1] for writer in writers], cache)
+        last = np.array([[writer.answer.tokens[-1]] for writer in writers])
+        logits = chain.decode(last, cache)[:, 0]
         cache.lengths[finished] = kept[finished]
+
+
+def generate_one(
+    chain: Chain, logits: np.ndarray, cache: KVCache, writer: Writer, started: float, lookup: PromptLookup
+) -> Iterator[str]:
+    """Decode one sequence until it has ended, with drafts; yields the new text per step.
+
+    Between two steps the cache holds the prompt and all tokens of the answer but the last.
+
+    Args:
+        logits: ``[V]`` after the prompt.
+        lookup: knows the prompt.
+    """
+    answer, rows, draft = writer.answer, logits[None], []  # type: ignore[var-annotated]
+    seconds, written = 0.0, 0
+    while True:
+        text = writer.follow(rows, draft)
+        accepted = len(answer.tokens) - written - 1
+        cache.rewind(len(draft) - accepted)
+        text += _end_at_capacity(writer, cache.length, cache)
+        answer.drafted_tokens += len(draft)
+        answer.accepted_tokens += accepted
+        _stamp(answer, started)
+        yield text
+        if writer.finished:
+            return
+        lookup.extend(answer.tokens[written:])
+        if written:  # not the prefill
+            lookup.judge(len(draft), accepted, seconds)
+        written = len(answer.tokens)
+        draft = lookup.draft(min(cache.capacity - cache.length, writer.left) - 1)
+        begun = perf_counter()
+        rows = chain.decode(np.array([[answer.tokens[-1], *draft]]), cache)[0]
+        seconds = perf_counter() - begun
+
+
+def _end_at_capacity(writer: Writer, length: int, cache: KVCache) -> str:
+    """End an answer whose next token would have no place; its last text."""
+    full = not writer.finished and length >= cache.capacity
+    return writer.finish("capacity") if full else ""
+
+
+def _stamp(answer: Answer, started: float) -> None:
+    answer.seconds = perf_counter() - started
+    answer.first_token_seconds = answer.first_token_seconds or answer.seconds

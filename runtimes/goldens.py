@@ -135,7 +135,7 @@ def greedy(
     logits = [np.stack([chain.prefill(embeds, cache.row(row)) for row, embeds in enumerate(prompts)])]
     on_step()
     while len(logits) < count:
-        logits.append(chain.decode_one(logits[-1].argmax(-1), cache))
+        logits.append(chain.decode(logits[-1].argmax(-1)[:, None], cache)[:, 0])
         on_step()
     table = np.stack(logits, axis=1)
     return table.argmax(-1), table

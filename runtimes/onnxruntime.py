@@ -12,7 +12,7 @@ from runtimes.cache import KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state, updated_state
 from runtimes.errors import UserError, first_line
 from runtimes.memory import available_memory
-from runtimes.session import Execution, SessionOptions
+from runtimes.session import ANY_ROWS, Execution, SessionOptions
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact
@@ -218,6 +218,8 @@ class OrtDecoder:
     A graph that updates its states has inputs and outputs bound to the same memory; one that gives a step's
     rows has them copied to their places after the step.
     """
+
+    most_rows = ANY_ROWS
 
     def __init__(self, session: Any, contract: Contract, memory: str = CPU) -> None:
         self.contract, self._session, self._memory = contract, session, memory

@@ -14,9 +14,10 @@ from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.cache import KVCache
 from runtimes.chain import Chain, Key, PromptInputs
+from runtimes.drafting import PromptLookup
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
-from runtimes.generate import Answer, Writer, generate
+from runtimes.generate import Answer, Writer, generate, generate_one
 from runtimes.preprocess import ImageSource
 from runtimes.prompt import IMAGE_PLACEHOLDER, Message, format_chat
 from runtimes.sampling import GenerationOptions
@@ -163,7 +164,9 @@ class Pipeline:
         self._keys = list(inputs.keys)
         writer = self._writer(inputs, options)
         writer.answer.reused_tokens = reused
-        for (piece,) in generate(self.chain, logits[None], cache, [writer], started):
+        most = self.chain.decoder.most_rows - 1 if options.drafts else 0
+        lookup = PromptLookup(inputs.tokens, most, self.chain.tokenizer.spec.image_token_id)
+        for piece in generate_one(self.chain, logits, cache, writer, started, lookup):
             written = writer.answer.tokens[: cache.length - len(inputs.keys)]
             self._keys = inputs.keys + [("", token) for token in written]
             yield piece, writer.answer

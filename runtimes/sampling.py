@@ -23,6 +23,7 @@ class GenerationOptions:
             or multiplied (negative) by it (CTRL, arXiv 1909.05858); 1 is off.
         seed: of the sampling; the same seed gives the same answer.
         stop: strings that end the answer; they are not part of it.
+        drafts: guess tokens from what the text repeats and judge several in one call; the answer is the same.
     """
 
     max_new_tokens: int = 256
@@ -32,6 +33,7 @@ class GenerationOptions:
     repetition_penalty: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    drafts: bool = True
 
     def __post_init__(self) -> None:
         checks = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from runtimes.contracts import Contract
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact
+
+ANY_ROWS = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,12 @@ class ComponentSession(Protocol):
 class DecoderSession(Protocol):
     """The decoder with its cache.
 
-    ``tapped`` are the taps of the last call, where the session was opened on a debug build.
+    ``tapped`` are the taps of the last call, where the session was opened on a debug build. ``most_rows``
+    are the logit rows that one run of the backend gives; a call that wants more is cut into several.
     """
 
     contract: Contract
+    most_rows: int
     tapped: Mapping[str, np.ndarray]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:

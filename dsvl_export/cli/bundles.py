@@ -15,6 +15,7 @@ from dsvl_export.cli.options import (
     Capacity,
     Checkpoint,
     Device,
+    Drafts,
     Images,
     Json,
     JsonLines,
@@ -215,6 +216,7 @@ def run(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     stop: Stop = None,
+    drafts: Drafts = True,
     device: Device = None,
     threads: Threads = None,
     capacity: Capacity = None,
@@ -231,7 +233,7 @@ def run(
     from runtimes.sampling import GenerationOptions
 
     options = GenerationOptions(
-        max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ())
+        max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()), drafts
     )
     pipeline = Pipeline.open(
         bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
@@ -259,6 +261,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    drafts: Drafts = True,
     device: Device = None,
     threads: Threads = None,
     capacity: Capacity = None,
@@ -273,7 +276,7 @@ def chat(
     from runtimes.pipeline import Pipeline
     from runtimes.sampling import GenerationOptions
 
-    options = GenerationOptions(max_new_tokens, temperature, seed=seed)
+    options = GenerationOptions(max_new_tokens, temperature, seed=seed, drafts=drafts)
     pipeline = Pipeline.open(
         bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
     )

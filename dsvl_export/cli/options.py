@@ -37,6 +37,13 @@ TopP = Annotated[float, typer.Option(help="Sample from the smallest set with thi
 Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 Stop = Annotated[Optional[list[str]], typer.Option(help="String that ends the answer; repeatable.")]
+Drafts = Annotated[
+    bool,
+    typer.Option(
+        "--drafts/--no-drafts",
+        help="Guess tokens that repeat earlier text and judge several in one call; the answer is the same.",
+    ),
+]
 Tolerances = Annotated[
     Optional[Path],
     typer.Option(metavar="YAML", help="Bounds that override the shipped ones (ladder/tolerances.yaml)."),

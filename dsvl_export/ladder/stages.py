@@ -139,7 +139,7 @@ def stages(chain: Chain, golden: Golden, steps: int = 0) -> Iterator[Stage]:
     logits = chain.prefill(embeds, cache)[None]
     yield Stage("prefill_logits", "logits", logits, golden.logits[:1])
     if steps:
-        rows = [chain.decode_one([token], cache)[0] for token in golden.greedy_tokens[:steps]]
+        rows = [chain.decode(np.array([[token]]), cache)[0, 0] for token in golden.greedy_tokens[:steps]]
         yield Stage("teacher_forced_logits", "step_logits", np.stack(rows), golden.logits[1 : steps + 1])
     logits = teacher_forced(chain, embeds, golden.greedy_tokens.tolist())
     yield Stage("teacher_forced_logits", "logits", logits, golden.logits)

@@ -17,6 +17,7 @@ from runtimes.engines.cache import DeviceCache
 from runtimes.engines.cuda import Cuda, DeviceMemory, PinnedArray, import_cuda
 from runtimes.engines.layout import (
     DECODE,
+    PREFILL,
     Sizes,
     aliases,
     append_copies,
@@ -253,7 +254,8 @@ class EngineDecoder:
         self.no_graph: str | None = None  # why decode steps cannot be captured, where they cannot
         self.tapped: Mapping[str, np.ndarray] = {}
         # Appended rows leave the capacity to the cache; an engine that updates it has a fixed one.
-        self._most = self._runner.limits[0]["capacity"]
+        self._most = self._runner.limits[PREFILL]["capacity"]
+        self.most_rows = self._runner.limits[PREFILL]["rows"]
 
     def new_cache(self, batch: int, capacity: int) -> DeviceCache:
         """A cache on the device.

@@ -1,0 +1,144 @@
+"""Drafts by prompt lookup: the same answers in fewer calls, and none where they lose time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from runtimes.bundle import Bundle
+from runtimes.cache import KVCache
+from runtimes.drafting import FIRST, MOST, PAUSE, PromptLookup
+from runtimes.pipeline import Pipeline
+from runtimes.sampling import GenerationOptions
+
+IMAGE = 1
+DOCUMENT = list(range(10, 60))
+
+
+def lookup_with_plain_steps(tokens: list[int], longest: int = MOST) -> PromptLookup:
+    lookup = PromptLookup(tokens, longest, IMAGE)
+    lookup.judge(0, 0, 1.0)
+    return lookup
+
+
+def test_a_draft_is_what_followed_the_same_three_tokens() -> None:
+    lookup = lookup_with_plain_steps([*DOCUMENT, 3, 20, 21, 22])
+    assert lookup.draft(100) == [23, 24, 25, 26]
+    assert lookup.draft(2) == [23, 24]
+    assert lookup.draft(0) == lookup.draft(-1) == []
+    lookup.extend([99])
+    assert lookup.draft(100) == []
+
+
+def test_the_newest_of_two_occurrences_counts() -> None:
+    assert lookup_with_plain_steps([5, 6, 7, 8, 5, 6, 7, 9, 2, 5, 6, 7]).draft(1) == [9]
+
+
+def test_no_draft_before_a_plain_step_was_timed() -> None:
+    lookup = PromptLookup([5, 6, 7, 8, 5, 6, 7], MOST, IMAGE)
+    assert lookup.draft(4) == []
+    lookup.judge(0, 0, 1.0)
+    assert lookup.draft(1) == [8]
+
+
+def test_image_tokens_and_what_a_backend_cannot_judge_are_not_drafted() -> None:
+    assert lookup_with_plain_steps([5, 6, 7, 8, IMAGE, 9, 5, 6, 7]).draft(4) == [8]
+    assert lookup_with_plain_steps([5, 6, 7, 8, 9, 5, 6, 7], longest=0).draft(4) == []
+
+
+def test_drafts_grow_while_they_come_true() -> None:
+    lookup = lookup_with_plain_steps([*DOCUMENT, 3, 10, 11, 12])
+    sizes = []
+    for _ in range(4):
+        draft = lookup.draft(100)
+        sizes.append(len(draft))
+        lookup.extend(draft)
+        lookup.judge(len(draft), len(draft), 1.5)
+    assert sizes == [FIRST, 2 * FIRST, MOST, MOST]
+    lookup.judge(MOST, 3, 1.5)
+    assert len(lookup.draft(100)) == FIRST
+
+
+def test_drafts_that_lose_time_pause_longer_and_longer() -> None:
+    """Every draft is wrong and makes a step twice as long."""
+    lookup = lookup_with_plain_steps([7] * 4)
+    seconds, tokens, drafted = 0.0, 1500, []
+    for place in range(tokens):
+        draft = lookup.draft(100)
+        cost = 2.0 if draft else 1.0
+        drafted += [place] if draft else []
+        seconds += cost
+        lookup.judge(len(draft), 0, cost)
+        lookup.extend([7])
+    assert tokens / seconds > 0.98
+    pauses = [later - earlier for earlier, later in pairwise(drafted) if later - earlier > 1]
+    assert pauses == sorted(pauses)
+    assert pauses[0] >= PAUSE
+
+
+class Parrot:
+    """A decoder that writes ``script`` whatever it is given, and counts its calls."""
+
+    def __init__(self, pipeline: Pipeline, script: list[int]) -> None:
+        self._inside, self._script = pipeline.chain.decoder, script
+        self.contract, self.most_rows, self.tapped = self._inside.contract, self._inside.most_rows, {}
+        self.calls, self.prompt = 0, 0
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        return self._inside.new_cache(batch, capacity)
+
+    def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
+        self.calls += 1
+        start = cache.length
+        cache.append(inputs_embeds.shape[1])
+        self.prompt = self.prompt or cache.length
+        logits = np.zeros((1, len(logit_rows), int(self.contract.outputs[0].shape[2])), np.float32)
+        for index, row in enumerate(logit_rows):
+            place = start + int(row) + 1 - self.prompt
+            logits[0, index, self._script[min(place, len(self._script) - 1)]] = 1
+        return logits
+
+
+@pytest.mark.parametrize("capacity", [None, 100])
+def test_copying_takes_few_calls_and_gives_the_same(tiny_bundle: Bundle, capacity: int | None) -> None:
+    pipeline = Pipeline.open(tiny_bundle, precision="fp32", capacity=capacity)
+    tokenizer = pipeline.chain.tokenizer
+    text = "The red circle is left of the blue square. The green star is above the white ring."
+    document = tokenizer.encode(text)
+    script = [*document, tokenizer.spec.eos_id]
+    answers = {}
+    for drafts in (False, True):
+        parrot = Parrot(pipeline, script)
+        pipeline.chain.decoder, pipeline._cache = parrot, None
+        pipeline.reset()
+        options = GenerationOptions(max_new_tokens=len(document) + 1, drafts=drafts)
+        answers[drafts] = (pipeline.generate(text, options=options), parrot.calls)
+    (plain, plain_calls), (drafted, calls) = answers[False], answers[True]
+    assert drafted.tokens == plain.tokens
+    assert (drafted.text, drafted.finish_reason) == (plain.text, plain.finish_reason)
+    assert calls < plain_calls / 2
+    assert drafted.accepted_tokens == plain_calls - calls
+    assert plain.drafted_tokens == plain.accepted_tokens == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafts_change_no_token(tiny_bundle: Bundle, temperature: float) -> None:
+    """Of the real model, greedy and sampled, made to repeat itself; the cache is right after drafts too."""
+    pipeline = Pipeline.open(tiny_bundle, precision="fp32")
+    prompts = ["The circle is red. The square is red. The", "The circle is red. The square is red. The star"]
+    found: list[list[int]] = []
+    drafted = accepted = 0
+    for drafts in (False, True):
+        pipeline.reset()
+        for seed in range(3):
+            options = GenerationOptions(60, temperature, repetition_penalty=0.7, seed=seed, drafts=drafts)
+            for prompt in prompts:
+                answer = pipeline.generate(prompt, options=options)
+                found.append(answer.tokens)
+                drafted += answer.drafted_tokens
+                accepted += answer.accepted_tokens
+    half = len(found) // 2
+    assert found[:half] == found[half:]
+    assert drafted > accepted > 0
