@@ -1,12 +1,23 @@
-"""Work in processes of their own, so that each one's peak memory is its own."""
+"""What the benchmarks share: work in processes of their own, random checkpoints, timed components."""
 
 from __future__ import annotations
 
 import multiprocessing
 import resource
+import statistics
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from make_checkpoint import config_of, write
+
+CAPACITY = 1024
+PROMPT, CONTEXT, TOKENS = 640, 700, 40
 
 
 def measured(work: Any, *arguments: Any) -> dict[str, Any]:
@@ -27,6 +38,74 @@ def measured(work: Any, *arguments: Any) -> dict[str, Any]:
 
 def cost(found: dict[str, Any]) -> str:
     return f"{found['seconds']:.0f} s, peak {found['peak'] / 1e9:.1f} GB"
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def checkpoint_of(work: Path, size: str, layers: int | None, vision: int | None, words: int | None) -> Path:
+    """A random checkpoint; None keeps the released size."""
+    folder = work / f"{size}-{layers or 'all'}-{vision or 'all'}-{words or 'all'}"
+    if not folder.exists():
+        partial = work / f"{folder.name}.partial"
+        write(config_of(size, layers, vision, words), partial)
+        partial.rename(folder)
+    return folder
+
+
+def export_to(bundle: Path, checkpoint: Path, backend: str, precision: str, goldens: bool = False) -> Any:
+    """Export, unless that has been done; bytes by component, and the tools that the manifest names."""
+    from dsvl_export.exporting import export
+
+    made = export(str(checkpoint), bundle, backend, [precision], goldens, capacity=CAPACITY)
+    items = [a for a in made.manifest.artifacts if (a.backend, a.precision) == (backend, precision)]
+    sizes = {item.component: sum(made.manifest.files[file].bytes for file in item.files) for item in items}
+    return {"bytes": sizes, "tools": items[0].tools}
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def decoder_times(bundle: Path, backend: str, precision: str, threads: int) -> dict[str, Any]:
+    """Seconds of a prefill and of each decoded token; seconds and resident bytes of opening."""
+    from runtimes.pipeline import Pipeline
+
+    before, started = resident(), time.perf_counter()
+    pipeline = Pipeline.open(bundle, backend, precision, threads=threads, verify=False)
+    opened = time.perf_counter() - started
+    decoder = pipeline.chain.decoder
+    (_, _, width), dtype = decoder.contract.inputs[0].shape, decoder.contract.inputs[0].dtype
+    random = np.random.default_rng(0)
+    embeds = random.standard_normal((1, CONTEXT + TOKENS, int(width)), dtype=np.float32).astype(dtype)
+    last = np.array([0])
+
+    def feed(start: int, end: int) -> float:
+        return timed(lambda: decoder.decode(embeds[:, start:end], last + end - start - 1, cache))
+
+    cache = decoder.new_cache(1, CAPACITY)
+    feed(0, PROMPT)  # warms both up
+    feed(PROMPT, PROMPT + 1)
+    cache.reset()
+    loaded = resident() - before
+    prefill = feed(0, PROMPT)
+    feed(PROMPT, CONTEXT)
+    decode = [feed(index, index + 1) for index in range(CONTEXT, CONTEXT + TOKENS)]
+    return {"prefill": prefill, "decode": decode, "open": opened, "loaded": loaded}
+
+
+def rates(found: dict[str, Any]) -> tuple[float, float]:
+    """Tokens per second of the prefill and of decoding."""
+    return PROMPT / found["prefill"], 1 / statistics.median(found["decode"])
 
 
 def climb(bundle: Path, backend: str, precision: str) -> dict[str, Any]:

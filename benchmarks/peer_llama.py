@@ -1,21 +1,19 @@
-"""llama.cpp on a decoder of random weights in Q4_0; run by ``peers.py`` in an environment of its own.
+"""llama.cpp on a decoder of random weights; run by ``peers.py`` in an environment of its own.
 
-    python peer_llama.py make SHAPE.json FILE.gguf     # one layer's weights serve all, as speed does not ask
-    python peer_llama.py time FILE.gguf --threads 2 --prompt 640 --context 700 --tokens 40
-
-The second prints one JSON object: seconds of the prefill, and of each decoded token.
+The form is ``q4_0``. One layer's weights serve all, as speed does not ask.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from peer_command import Feed, main
 
 
-def make(shape: dict[str, int], file: Path) -> None:
+def make(form: str, shape: dict[str, Any], file: Path) -> None:
     import gguf
     import numpy as np
 
@@ -58,7 +56,7 @@ def make(shape: dict[str, int], file: Path) -> None:
     writer.close()
 
 
-def measure(file: Path, threads: int, prompt: int, context: int, tokens: int) -> dict[str, object]:
+def load(form: str, file: Path, threads: int) -> tuple[Feed, Callable[[], None]]:
     import llama_cpp as llama
 
     llama.llama_backend_init()
@@ -68,40 +66,14 @@ def measure(file: Path, threads: int, prompt: int, context: int, tokens: int) ->
     options.n_threads = options.n_threads_batch = threads
     session = llama.llama_init_from_model(model, options)
 
-    def feed(ids: list[int]) -> float:
+    def feed(ids: list[int]) -> None:
         given = (ctypes.c_int * len(ids))(*ids)
-        started = time.perf_counter()
         if llama.llama_decode(session, llama.llama_batch_get_one(given, len(ids))):
             raise SystemExit("llama.cpp could not decode.")
         llama.llama_synchronize(session)
-        return time.perf_counter() - started
 
-    ids = [7 * index % 1000 for index in range(context)]
-    feed(ids[:8])
-    llama.llama_memory_clear(llama.llama_get_memory(session), True)
-    prefill = feed(ids[:prompt])
-    feed(ids[prompt:])
-    return {"prefill": prefill, "decode": [feed([index]) for index in range(tokens)]}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    making = commands.add_parser("make")
-    making.add_argument("shape", type=Path)
-    making.add_argument("file", type=Path)
-    timing = commands.add_parser("time")
-    timing.add_argument("file", type=Path)
-    for name in ("--threads", "--prompt", "--context", "--tokens"):
-        timing.add_argument(name, type=int, required=True)
-    given = parser.parse_args()
-    if given.command == "make":
-        make(json.loads(given.shape.read_text()), given.file)
-    else:
-        print(json.dumps(measure(given.file, given.threads, given.prompt, given.context, given.tokens)))
+    return feed, lambda: llama.llama_memory_clear(llama.llama_get_memory(session), True)
 
 
 if __name__ == "__main__":
-    main()
+    main(make, load)

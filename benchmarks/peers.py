@@ -1,17 +1,28 @@
-"""Other runtimes on the same shapes, each in an environment of its own, made when it is first asked for."""
+"""Other runtimes on the same shapes, each in an environment of its own, made when it is first asked for.
+
+A peer is ``peer_<name>.py``: ``make`` writes what it loads, ``time`` prints one JSON object.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from reference.config import DecoderConfig
 
-PEERS = {"llama": ("llama-cpp-python==0.3.36", "gguf")}
+# What each environment holds.
+PEERS: dict[str, tuple[str, ...]] = {
+    "llama": ("llama-cpp-python==0.3.36", "gguf"),
+    "transformers": ("torch==2.13.0", "transformers", "accelerate"),
+    "genai": ("torch==2.13.0", "onnxruntime-genai", "onnxruntime", "transformers", "onnx", "onnx_ir"),
+    "vision": ("torch==2.13.0", "transformers", "openvino"),
+    "openvino": ("torch==2.13.0", "openvino-genai", "optimum-intel[openvino]", "nncf"),
+}
 
 
 def python_of(peer: str, work: Path) -> Path:
@@ -36,20 +47,28 @@ def run(peer: str, work: Path, *arguments: object) -> str:
     return done.stdout
 
 
-def llama_file(config: DecoderConfig, work: Path, name: str) -> Path:
-    """A Q4_0 file of the decoder's shape."""
-    file = work / f"{name}-q4_0.gguf"
-    if not file.exists():
+def decoder(
+    peer: str, form: str, config: DecoderConfig, work: Path, name: str
+) -> Callable[[int, int, int, int], dict[str, Any]]:
+    """A peer with a decoder of this shape: seconds of a prefill and of each decoded token.
+
+    Args:
+        form: how the peer keeps and computes the weights, as its script names it.
+
+    Returns:
+        A function of threads, tokens of the prompt, of the context, and to decode.
+    """
+    output = work / f"{name}-{peer}-{form}"
+    if not output.exists():
         shape = work / f"{name}-shape.json"
         shape.write_text(json.dumps(asdict(config)))
-        partial = file.with_suffix(".partial")
-        run("llama", work, "make", shape, partial)
-        partial.rename(file)
-    return file
+        partial = work / f"{output.name}.partial"
+        run(peer, work, "make", form, shape, partial)
+        partial.rename(output)
 
+    def measure(threads: int, prompt: int, context: int, tokens: int) -> dict[str, Any]:
+        numbers = ("--threads", threads, "--prompt", prompt, "--context", context, "--tokens", tokens)
+        found: dict[str, Any] = json.loads(run(peer, work, "time", form, output, *numbers).splitlines()[-1])
+        return found
 
-def llama(file: Path, work: Path, threads: int, prompt: int, context: int, tokens: int) -> dict[str, Any]:
-    """Seconds of a prefill and of each decoded token."""
-    numbers = ("--threads", threads, "--prompt", prompt, "--context", context, "--tokens", tokens)
-    found: dict[str, Any] = json.loads(run("llama", work, "time", file, *numbers))
-    return found
+    return measure

@@ -21,6 +21,7 @@ LoadParameter = Callable[[str], Tensor]
 INT4_MAX = 7.0
 PALETTE_ROUNDS = 40  # of k-means; the error no longer moves then
 SCALES = ("weight_scale", "input_scale", "key_scale", "value_scale")
+CLIPPED_ROWS = 256  # of a weight at a time: they stay in a processor's cache, which is six times faster
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
@@ -159,12 +160,21 @@ def find_weight_scale(weight: Tensor, precision: LayerPrecision, layer: str = "a
         raise UserError(f"The weight of {layer} holds NaN or infinity; are the checkpoint's weights sound?")
     if precision.kind == "palette4":
         return find_palettes(weight, precision.group)
-    groups = weight.reshape(len(weight), -1, precision.group or weight[0].numel())
-    amax = groups.abs().amax(dim=-1)  # [out, groups]
-    # A group of zeros alone has the codes 0 with any scale.
-    amax = torch.where(amax > 0, amax, torch.ones_like(amax))
-    if precision.kind != "int4":
-        return amax[:, 0] / QUANTIZED_MAX["fp8" if precision.kind == "fp8" else "int8"]
+    if precision.kind == "int4":
+        return torch.cat([_clipped_scale(rows, precision) for rows in weight.split(CLIPPED_ROWS)])
+    return _largest(weight.flatten(1)) / QUANTIZED_MAX["fp8" if precision.kind == "fp8" else "int8"]
+
+
+def _largest(groups: Tensor) -> Tensor:
+    """The largest magnitude of each ``[..., numbers]``; of zeros 1, as any scale gives them the codes 0."""
+    amax = groups.abs().amax(dim=-1)
+    return torch.where(amax > 0, amax, torch.ones_like(amax))
+
+
+def _clipped_scale(weight: Tensor, precision: LayerPrecision) -> Tensor:
+    """Scales ``[out, in / group]`` that clip the largest magnitude where that lowers the error."""
+    groups = weight.unflatten(1, (-1, precision.group))
+    amax = _largest(groups)  # [out, in / group]
     best = torch.full_like(amax, torch.inf)
     scale = amax / INT4_MAX
     for clip in CLIPS:

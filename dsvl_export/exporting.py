@@ -88,6 +88,7 @@ def export(
     capabilities: Sequence[int] = (),
     deployment: str | None = None,
     delegate: str | None = None,
+    prefill: bool = True,
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
 
@@ -106,6 +107,8 @@ def export(
         capabilities: compute capabilities, as in 89, that TensorRT-RTX builds for.
         deployment: the oldest Apple system to run on, as in ``iOS18``.
         delegate: what ExecuTorch runs the encoders on: ``xnnpack``, ``coreml`` or ``vulkan``.
+        prefill: whether ONNX Runtime gets a second decoder for prompts, with weights of 8 bits, where the
+            first has 4 bits and rounds activations token by token.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
@@ -126,7 +129,13 @@ def export(
         if device:
             check_target(device, backend, plan, source.config)
     options = CompileOptions(
-        device, capacity or usual, tensorrt, tuple(capabilities), deployment, delegate=delegate
+        device,
+        capacity or usual,
+        tensorrt,
+        tuple(capabilities),
+        deployment,
+        delegate=delegate,
+        prefill=prefill,
     )
     compiler.settings(options)
     if check := getattr(compiler, "check", None):

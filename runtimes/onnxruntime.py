@@ -25,6 +25,7 @@ PROVIDERS = {
 }
 CPU, CUDA = "cpu", "cuda"  # kinds of memory
 DIALECTS = ("ort",)
+PREFILL_FROM = 32  # tokens of a call that the graph for prompts takes; drafts are shorter
 
 
 def _import() -> Any:
@@ -119,13 +120,24 @@ def _check_memory(file: Path, contract: Contract) -> None:
         )
 
 
+def prefill_file(file: Path) -> Path:
+    """Where a decoder's graph for prompts lies, if it has one."""
+    return file.with_stem(f"{file.stem}_prefill")
+
+
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> OrtComponent:
     return OrtComponent(_open(file, contract, options), contract)
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> OrtDecoder:
-    memory = CPU if options.device in (None, CPU) else CUDA
-    return OrtDecoder(_open(file, contract, options), contract, memory)
+    memory, prefill = CPU if options.device in (None, CPU) else CUDA, prefill_file(file)
+    with_prefill = memory == CPU and prefill.exists()
+    return OrtDecoder(
+        _open(file, contract, options),
+        contract,
+        memory,
+        _open(prefill, contract, options) if with_prefill else None,
+    )
 
 
 class OrtComponent:
@@ -146,10 +158,13 @@ class OrtComponent:
 
 
 class OrtCache(KVCache):
-    """A cache with the binding that ties its memory to the session's inputs and outputs."""
+    """A cache with the bindings that tie its memory to the inputs and outputs of sessions."""
 
     memory = CPU
-    binding: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.bindings: dict[Any, Any] = {}  # by session
 
 
 class OrtDeviceCache(OrtCache):
@@ -173,6 +188,7 @@ class OrtDeviceCache(OrtCache):
         self.lengths = np.zeros(batch, dtype=np.int64)
         sizes = {"batch": batch, "capacity": capacity}
         self._first_row = first_row
+        self.bindings = {}
         self._values = values or [self._value(spec.allocate(sizes)) for spec in specs]
 
     def _value(self, array: np.ndarray) -> Any:
@@ -217,12 +233,18 @@ class OrtDecoder:
 
     A graph that updates its states has inputs and outputs bound to the same memory; one that gives a step's
     rows has them copied to their places after the step.
+
+    Args:
+        prefill: a session of the same decoder that is faster for many tokens.
     """
 
     most_rows = ANY_ROWS
 
-    def __init__(self, session: Any, contract: Contract, memory: str = CPU) -> None:
+    def __init__(
+        self, session: Any, contract: Contract, memory: str = CPU, prefill: Any | None = None
+    ) -> None:
         self.contract, self._session, self._memory = contract, session, memory
+        self._prefill = prefill or session
         self.tapped: Mapping[str, np.ndarray] = {}
         outputs = {item.name for item in session.get_outputs()}
         appended = [appended_state(spec) for spec in contract.states]
@@ -245,19 +267,21 @@ class OrtDecoder:
         embeds = np.ascontiguousarray(inputs_embeds)
         embeds_spec.check(embeds)
         rows = np.ascontiguousarray(logit_rows, dtype=np.int64)
-        if cache.binding is None:
-            cache.binding = self._bind_states(cache)
+        session = self._session if length < PREFILL_FROM else self._prefill
+        if session not in cache.bindings:
+            cache.bindings[session] = self._bind_states(session, cache)
+        binding = cache.bindings[session]
         positions = cache.append(length)
         feeds = ((embeds_spec, embeds), (positions_spec, positions), (rows_spec, rows))
         for spec, array in feeds:
-            _bind(cache.binding.bind_input, spec, array)
+            _bind(binding.bind_input, spec, array)
         sizes = {"batch": batch, "sequence": length, "rows": len(rows)}
         specs = (*self.contract.outputs, *self._appended)
         outputs = {spec.name: spec.allocate(sizes) for spec in specs}
         for spec in specs:
-            _bind(cache.binding.bind_output, spec, outputs[spec.name])
+            _bind(binding.bind_output, spec, outputs[spec.name])
         try:
-            self._session.run_with_iobinding(cache.binding)
+            session.run_with_iobinding(binding)
         except BaseException as error:
             cache.rewind(length)  # what was claimed was not written
             if isinstance(error, Exception):
@@ -270,9 +294,9 @@ class OrtDecoder:
         self.tapped = outputs
         return logits
 
-    def _bind_states(self, cache: OrtCache) -> Any:
+    def _bind_states(self, session: Any, cache: OrtCache) -> Any:
         """Bind the cache where it lies; the cache keeps its memory alive."""
-        binding = self._session.io_binding()
+        binding = session.io_binding()
         sizes = {"batch": cache.batch, "capacity": cache.capacity}
         for spec, address in zip(self.contract.states, cache.addresses, strict=True):
             shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]

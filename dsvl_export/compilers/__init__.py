@@ -62,6 +62,7 @@ class CompileOptions:
     deployment: str | None = None
     preprocessing: PreprocessSpec | None = None
     delegate: str | None = None
+    prefill: bool = True
 
     def target_name(self, otherwise: str) -> str:
         return self.target.name if self.target else otherwise

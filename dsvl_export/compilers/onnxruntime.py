@@ -10,24 +10,41 @@ import onnx
 import onnxruntime
 
 from dsvl_export.compilers import Compiled, CompileOptions
+from dsvl_export.onnx_graph import debug as taps
 from dsvl_export.onnx_graph.check import check_file
-from dsvl_export.onnx_graph.debug import debug_build
 from runtimes.errors import UserError, first_line
+from runtimes.onnxruntime import prefill_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from calibration.precision import PrecisionPlan
+    from dsvl_export.onnx_graph.builder import Graph
+    from reference.config import ModelConfig
     from reference.trace import TracedComponent
+    from runtimes.contracts import Contract
 
 PRECISIONS = ("fp32", "fp16")
-LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
+LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4", "8da4w", "8da8w")
 CACHE_PRECISIONS = ("int8",)
 RECIPE_BASE = "fp32"
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    return {}
+    return {"prefill": options.prefill}
+
+
+def check(plan: PrecisionPlan, config: ModelConfig, options: CompileOptions) -> None:
+    """Activations that are rounded token by token want a base of fp32.
+
+    Raises:
+        UserError: it is another.
+    """
+    dynamic = [str(rule.precision) for rule in plan.rules if rule.precision.dynamic]
+    if dynamic and plan.base != "fp32":
+        raise UserError(
+            f"ONNX Runtime computes {dynamic[0]} on a base of fp32 alone, {plan.name} has {plan.base}."
+        )
 
 
 def compile_component(
@@ -37,34 +54,62 @@ def compile_component(
     on_bytes: Callable[[int], None],
     options: CompileOptions,
 ) -> Compiled:
-    """Write ``<component>.onnx`` (with ``.data`` beside it above 1 GB of weights).
+    """Write ``<component>.onnx`` (with ``.data`` beside it above 64 MB of weights).
+
+    A decoder whose activations are rounded token by token gets a second graph for prompts, which has the
+    4-bit weights in 8 bits and all others from the first one's file.
 
     Raises:
         ValueError: the written file breaks the contract or a rule of quantization.
         UserError: ONNX Runtime has no kernel for the decoder's head size.
     """
     # Here, so that a debug build needs no torch.
-    from dsvl_export.onnx_graph.dialect_ort import OrtDialect
-    from dsvl_export.onnx_graph.lower import lower
-    from dsvl_export.onnx_graph.writer import write_model
+    from dsvl_export.onnx_graph.quantization import TOKENS
+    from dsvl_export.onnx_graph.writer import Places, write_model
 
-    graph = lower(traced, load, OrtDialect())
-    file = folder / f"{traced.contract.component}.onnx"
-    files = write_model(graph, file, on_bytes)
-    check_file(file, traced.contract)
-    _load_once(file)
+    written: list[Path] = []
+    places: Places = {}
+    main = folder / f"{traced.contract.component}.onnx"
+    by_tokens = TOKENS in _operators(traced)
+    for file, graph in zip((main, prefill_file(main)), _graphs(traced, load, options), strict=False):
+        written += write_model(graph, file, on_bytes, places=places)
+        check_file(file, traced.contract, tensorrt_rules=not by_tokens)
+        _load_once(file)
     tools = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    return Compiled(tuple(files), "cpu", "ort", tools)
+    return Compiled(tuple(written), "cpu", "ort", tools)
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    """Weights and graph; alignment and protobuf's own bytes per weight are left out."""
+    """Weights and graphs; alignment and protobuf's own bytes per weight are left out."""
     from dsvl_export.lowering import without_weights
-    from dsvl_export.onnx_graph.dialect_ort import OrtDialect
-    from dsvl_export.onnx_graph.lower import lower
+    from dsvl_export.onnx_graph.writer import weight_bytes
 
-    graph = lower(traced, without_weights, OrtDialect())
-    return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()
+    graphs = _graphs(traced, without_weights, options)
+    return weight_bytes(graphs) + sum(graph.model().ByteSize() for graph in graphs)
+
+
+def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
+    """See ``onnx_graph.debug``; a graph for prompts is built as well."""
+    prefill = prefill_file(artifact)
+    if prefill.exists():
+        taps.debug_build(prefill, contract, folder)
+    return taps.debug_build(artifact, contract, folder)
+
+
+def _graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
+    """The component's graph, and that for prompts where there is one."""
+    from dsvl_export.onnx_graph.dialect_ort import OrtDialect, OrtPrefillDialect
+    from dsvl_export.onnx_graph.lower import lower
+    from dsvl_export.onnx_graph.quantization import FOUR_BIT, TOKENS
+
+    dialects = [OrtDialect()]
+    if traced.contract.states and options.prefill and {TOKENS, FOUR_BIT} <= _operators(traced):
+        dialects.append(OrtPrefillDialect())
+    return [lower(traced, load, dialect) for dialect in dialects]
+
+
+def _operators(traced: TracedComponent) -> set[Any]:
+    return {node.target for node in traced.program.graph.nodes}
 
 
 def _load_once(file: Path) -> None:

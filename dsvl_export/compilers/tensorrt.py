@@ -31,7 +31,6 @@ RECIPE_BASE = "fp16"
 LATEST = "11.4"
 TARGET = "cuda"
 OLDEST = Version("10.3")
-EXTERNAL_ABOVE = 64 << 20  # bytes of weights that lie beside the graph, so that a board need not hold them
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
 
 
@@ -99,7 +98,7 @@ def write_onnx(
 
     form = make_dialect(dialect, traced)
     file = folder / f"{traced.contract.component}.onnx"
-    files = write_model(lower(traced, load, form), file, on_bytes, EXTERNAL_ABOVE)
+    files = write_model(lower(traced, load, form), file, on_bytes)
     check_file(file, traced.contract, form.state_output)
     return files
 

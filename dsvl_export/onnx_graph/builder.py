@@ -27,6 +27,11 @@ class Initializer:
     load: Callable[[], np.ndarray]
 
     @property
+    def key(self) -> tuple[str, str, tuple[int, ...]]:
+        """What says that two graphs of a component mean the same values."""
+        return self.name, self.dtype.name, self.shape
+
+    @property
     def nbytes(self) -> int:
         """As stored: 4-bit numbers take half a byte."""
         count = prod(self.shape)

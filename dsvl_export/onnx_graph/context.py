@@ -45,6 +45,10 @@ class Dialect(Protocol):
         """``x @ W^T`` where the weight alone is quantized."""
         ...
 
+    def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        """``x @ W^T`` where ``x`` is rounded to 8 bits as well, each token by its own range."""
+        ...
+
 
 class Lowering(ProgramLowering):
     """The graph so far; a node's value is its name in ONNX."""
@@ -122,11 +126,16 @@ class Lowering(ProgramLowering):
         return [self.dialect.state_output(by_name[self.value(state)]).name for state in states]
 
     @cached_property
-    def base(self) -> np.dtype[Any]:
-        """Dtype of what is not quantized: that of the program's first input."""
+    def first_input(self) -> Any:
+        """The fake tensor of the program's first input."""
         name = str(self.traced.program.graph_signature.user_inputs[0])
         (first,) = (node for node in self.traced.program.graph.nodes if node.name == name)
-        return numpy_dtype(fake(first).dtype)
+        return fake(first)
+
+    @property
+    def base(self) -> np.dtype[Any]:
+        """Dtype of what is not quantized: that of the program's first input."""
+        return numpy_dtype(self.first_input.dtype)
 
     def operand(self, node: Node, position: int) -> str:
         """A tensor argument, or a Python number as a constant of the output's dtype."""

@@ -12,7 +12,11 @@ from dsvl_export.lowering import QuantizedWeight, arguments, fake, numpy_dtype, 
 from dsvl_export.onnx_graph.builder import element_type
 from dsvl_export.onnx_graph.context import Lowering
 from dsvl_export.onnx_graph.dialect_standard import StandardDialect
+from dsvl_export.onnx_graph.token_integers import in_eight_bits, integer_linear
 from runtimes.errors import UserError
+
+# MatMulNBits' accuracy_level: what it rounds activations to.
+FLOAT_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
 
 
 class OrtDialect(StandardDialect):
@@ -61,6 +65,15 @@ class OrtDialect(StandardDialect):
         )  # fmt: skip
 
     def weight_only_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        return self._blocks(context, node, x, weight, FLOAT_ACTIVATIONS)
+
+    def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        """``MatMulNBits`` rounds activations in blocks, which is finer than by tokens."""
+        if weight.bits == 8:
+            return integer_linear(context, node, x, weight)
+        return self._blocks(context, node, x, weight, INT8_ACTIVATIONS)
+
+    def _blocks(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight, accuracy: int) -> str:
         """``MatMulNBits``: codes with an offset, 4-bit ones two to a byte, the lower half first.
 
         A scale per output channel is repeated for blocks of ``EIGHT_BIT_BLOCK`` inputs.
@@ -92,7 +105,9 @@ class OrtDialect(StandardDialect):
             graph.initializer(name, np.dtype(np.uint8), shape, codes),
             graph.initializer(f"{weight.scale.name}_of_blocks", dtype, (rows, blocks), scales),
         ]
-        attributes = {"K": columns, "N": rows, "bits": weight.bits, "block_size": block, "accuracy_level": 1}
+        attributes = {
+            "K": columns, "N": rows, "bits": weight.bits, "block_size": block, "accuracy_level": accuracy,
+        }  # fmt: skip
         return graph.node("MatMulNBits", inputs, context.name(node), attributes, domain="com.microsoft")
 
     def _lengths(self, context: Lowering, positions: str) -> tuple[str, str]:
@@ -110,3 +125,16 @@ class OrtDialect(StandardDialect):
             one = graph.constant(np.array(1, np.int32), "one")
             known["total"] = graph.node("Add", [longest, one], "lengths/total")
         return known["lengths"], known["total"]
+
+
+class OrtPrefillDialect(OrtDialect):
+    """The same for many tokens at a time: 4-bit weights are widened to 8 bits beforehand.
+
+    ``MatMulNBits`` is made for one token; on several hundred, products of 8-bit integers are twice as fast.
+    """
+
+    def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        *_, tokens, _ = fake(node).shape
+        if weight.bits == 8 or tokens != context.first_input.shape[1]:  # the head, of the wanted rows
+            return super().dynamic_linear(context, node, x, weight)
+        return integer_linear(context, node, x, in_eight_bits(weight))

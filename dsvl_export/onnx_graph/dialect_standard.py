@@ -39,6 +39,9 @@ class StandardDialect:
         """A product with a DequantizeLinear by blocks (4 bits) or by channels (8 bits)."""
         return context.emit(node, "MatMul", [x, dequantized(context, weight, 1)])
 
+    def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        raise NotImplementedError(f"{context.name(node)} with activations in 8 bits, token by token")
+
 
 def attention_inputs(node: Node) -> tuple[list[Node], list[Node]]:
     """Query, key and value of a scaled_dot_product_attention, and its bias where it has one.

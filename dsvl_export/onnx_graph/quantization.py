@@ -20,6 +20,7 @@ from dsvl_export.onnx_graph.context import Lowering
 
 qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
 FOUR_BIT = qd.dequantize_per_channel_group.default
+TOKENS = qd.dequantize_per_token.default
 INT8, INT4, FLOAT8 = np.dtype(np.int8), np.dtype("int4"), numpy_dtype(torch.float8_e4m3fn)
 
 
@@ -62,6 +63,16 @@ def _dequantize_groups(context: Lowering, node: Node) -> QuantizedWeight:
     return context.group_weight(node)
 
 
+def _tokens(context: Lowering, node: Node) -> str:
+    """The activation itself; the layers that read it round it, each in its dialect's way."""
+    return context.value(arguments(node)[0])
+
+
+def _token_ranges(context: Lowering, node: Node) -> list[str]:
+    """Scale and zero point of each token, which only ``_tokens`` reads."""
+    return ["", ""]
+
+
 def _scalar(context: Lowering, scale: Constant, dtype: np.dtype[Any]) -> str:
     return context.graph.constant(to_numpy(scale.load()).astype(dtype), "scale")
 
@@ -72,6 +83,8 @@ def _zero(context: Lowering, dtype: np.dtype[Any]) -> str:
 
 def quantized_linear(context: Lowering, node: Node, x: Node, weight: QuantizedWeight) -> str:
     """``x @ W^T`` of a quantized weight."""
+    if x.target == TOKENS:
+        return context.dialect.dynamic_linear(context, node, context.value(x), weight)
     if x.target not in DEQUANTIZE:
         return context.dialect.weight_only_linear(context, node, context.value(x), weight)
     return context.emit(node, "MatMul", [context.value(x), dequantized(context, weight, 1)])
@@ -123,6 +136,9 @@ QUANTIZATION: dict[Any, Callable[[Lowering, Node], Any]] = {
     qd.dequantize_per_tensor.tensor: _dequantize(INT8),
     qd.dequantize_per_channel.default: _dequantize(INT8),
     FOUR_BIT: _dequantize_groups,
+    qd.choose_qparams_per_token_asymmetric.default: _token_ranges,
+    qd.quantize_per_token.default: _tokens,
+    TOKENS: _tokens,
     dsvl.quantize_float8.default: _quantize(FLOAT8),
     dsvl.dequantize_float8.default: _dequantize(FLOAT8),
 }
