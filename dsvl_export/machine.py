@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
+
+import numpy as np
 
 from dsvl_export.version import __version__
 from runtimes.memory import available_memory
@@ -51,3 +56,25 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that all cores together read from memory."""
+    cores = os.cpu_count() or 1
+    parts = [np.ones(32 << 20, np.float32) for _ in range(cores)]  # 134 MB each
+    with ThreadPoolExecutor(cores) as pool:
+        return sum(part.nbytes for part in parts) / best_of(lambda: list(pool.map(_square, parts)))
+
+
+def best_of(work: Callable[[], object], repeats: int = 4) -> float:
+    """The fewest seconds that some work took."""
+    seconds = []
+    for _ in range(repeats):
+        started = perf_counter()
+        work()
+        seconds.append(perf_counter() - started)
+    return min(seconds)
+
+
+def _square(part: np.ndarray) -> float:
+    return float(np.dot(part, part))

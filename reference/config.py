@@ -138,6 +138,29 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of ``to_dict``, also of what JSON makes of it."""
+
+        def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+            }
+
+        vision = raw["vision"]
+        norms = (vision["low_norm"], vision["high_norm"])
+        return cls(
+            VisionConfig(
+                SiglipConfig(**vision["siglip"]),
+                SamConfig(**tuples(vision["sam"])) if vision["sam"] else None,
+                *(NormalizationConfig(**tuples(norm)) if norm else None for norm in norms),
+            ),
+            AdaptorConfig(**raw["adaptor"]),
+            DecoderConfig(**raw["decoder"]),
+            raw["layout"],
+            raw["tied_head"],
+        )
+
     def __post_init__(self) -> None:
         _check_sizes(self)
 

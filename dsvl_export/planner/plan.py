@@ -112,7 +112,7 @@ class Planner:
         table = config.decoder.vocab_size * config.decoder.width * EMBEDDING_ITEM_BYTES
         self.embedding_bytes = table if embedding_bytes is None else embedding_bytes
         self._workloads: dict[tuple[str, str], Workload] = {}
-        self._artifacts: dict[tuple[str, str, str, str], int] = {}
+        self._artifacts: dict[tuple[Any, ...], int] = {}
 
     def workload(self, component: str, precision: str) -> Workload:
         """The component traced in fp32, or in half precision for all that is smaller."""
@@ -213,6 +213,7 @@ class Planner:
         prefill = decoder.operations(batch=1, sequence=prompt, rows=1, capacity=(prompt + 1) // 2)
         step = decoder.operations(batch=1, sequence=1, rows=1, capacity=context)
         kv = self.kv_bytes(request, context)
+        read = weights["decoder"] - (self._prefill_bytes(target, request, exported) if exported else 0)
         per_image = sum(seconds(work.operations(batch=1), weights[name]) for name, work in encoders.items())
         return Plan(
             target=target,
@@ -231,7 +232,7 @@ class Planner:
             prompt_tokens=prompt,
             vision_seconds=request.images * per_image,
             prefill_seconds=seconds(prefill, ceil(prompt / PREFILL_CHUNK) * weights["decoder"]),
-            tokens_per_second=1 / seconds(step, weights["decoder"] + kv),
+            tokens_per_second=1 / seconds(step, read + kv),
         )
 
     def _exportable(self, request: Request) -> PrecisionPlan | None:
@@ -250,14 +251,32 @@ class Planner:
         self, target: Target, request: Request, plan: PrecisionPlan, works: dict[str, Workload]
     ) -> dict[str, int]:
         """What the compiler would write."""
-        compiler, found = load_compiler(request.backend), {}
-        for component, work in works.items():
-            key = (target.name, request.backend, plan.name, component)
-            if key not in self._artifacts:
-                traced = trace_planned(self.config, component, plan) if plan.quantizes else work.traced
-                self._artifacts[key] = compiler.artifact_bytes(traced, CompileOptions(target))
-            found[component] = self._artifacts[key]
-        return found
+        return {
+            component: self._compiled_bytes(request.backend, plan, work, CompileOptions(target))
+            for component, work in works.items()
+        }
+
+    def _prefill_bytes(self, target: Target, request: Request, plan: PrecisionPlan) -> int:
+        """Bytes of the decoder that only prompts read."""
+        if not any(rule.precision.dynamic for rule in plan.rules):
+            return 0
+        decoder = self.workload("decoder", plan.base)
+        both, one = (
+            self._compiled_bytes(request.backend, plan, decoder, CompileOptions(target, prefill=prefill))
+            for prefill in (True, False)
+        )
+        return both - one
+
+    def _compiled_bytes(
+        self, backend: str, plan: PrecisionPlan, work: Workload, options: CompileOptions
+    ) -> int:
+        component = work.traced.contract.component
+        target = options.target.name if options.target else None
+        key = (target, backend, plan.name, component, options.prefill)
+        if key not in self._artifacts:
+            traced = trace_planned(self.config, component, plan) if plan.quantizes else work.traced
+            self._artifacts[key] = load_compiler(backend).artifact_bytes(traced, options)
+        return self._artifacts[key]
 
     def nearest_fit(self, target: Target, request: Request) -> str | None:
         """The largest smaller precision with which the request fits into the target, if any."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import yaml
 
+from dsvl_export.machine import best_of, read_bandwidth
 from runtimes.errors import UserError
 from runtimes.memory import available_memory
 
@@ -90,25 +90,14 @@ def find_target(name: str) -> Target:
 def measured(target: Target) -> Target:
     """The target; where it is this machine, with its memory, and its bandwidth and throughput by trial.
 
-    A copy and a matrix product in fp32, the best of four each.
+    Reading by all cores, and a matrix product in fp32; the best of four each.
     """
     if target.bandwidth_gbs:
         return target
     free = available_memory() / 1e9
-    source = np.ones(32 << 20, np.float32)  # 134 MB
-    copy = np.empty_like(source)
-    bandwidth = 2 * source.nbytes / _best(lambda: np.copyto(copy, source)) / 1e9
+    bandwidth = read_bandwidth() / 1e9
     side = 1536
     matrix = np.ones((side, side), np.float32)
     product = np.empty_like(matrix)
-    operations = 2 * side**3 / _best(lambda: np.matmul(matrix, matrix, out=product)) / 1e12
+    operations = 2 * side**3 / best_of(lambda: np.matmul(matrix, matrix, out=product)) / 1e12
     return replace(target, memory_gb=free, usable_gb=free, bandwidth_gbs=bandwidth, tops={"fp32": operations})
-
-
-def _best(work: Callable[[], object], repeats: int = 4) -> float:
-    seconds = []
-    for _ in range(repeats):
-        started = perf_counter()
-        work()
-        seconds.append(perf_counter() - started)
-    return min(seconds)
