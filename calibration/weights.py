@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ LoadParameter = Callable[[str], Tensor]
 INT4_MAX = 7.0
 PALETTE_ROUNDS = 40  # of k-means; the error no longer moves then
 SCALES = ("weight_scale", "input_scale", "key_scale", "value_scale")
-CLIPPED_ROWS = 256  # of a weight at a time: they stay in a processor's cache, which is six times faster
+CLIPPED_AT_ONCE = 1 << 19  # numbers: they stay in a processor's cache, which is six times faster
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
@@ -51,7 +51,7 @@ class QuantizedWeights:
             for layer in component_layers(source.config, component)
         }
         self._folded = FoldedWeights(source, table.smoothing if table else {})
-        self._weight_scale = lru_cache(maxsize=2)(self._find_weight_scale)
+        self._weight_scale = cache(self._find_weight_scale)  # sought once for all that is made of a weight
 
     def check(self) -> None:
         """Raise UserError where the table lacks a scale that the plan needs."""
@@ -161,7 +161,8 @@ def find_weight_scale(weight: Tensor, precision: LayerPrecision, layer: str = "a
     if precision.kind == "palette4":
         return find_palettes(weight, precision.group)
     if precision.kind == "int4":
-        return torch.cat([_clipped_scale(rows, precision) for rows in weight.split(CLIPPED_ROWS)])
+        rows = max(CLIPPED_AT_ONCE // weight.shape[1], 1)
+        return torch.cat([_clipped_scale(part, precision) for part in weight.split(rows)])
     return _largest(weight.flatten(1)) / QUANTIZED_MAX["fp8" if precision.kind == "fp8" else "int8"]
 
 

@@ -12,7 +12,6 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 from dsvl_export.machine import describe_machine, package_versions, read_bandwidth
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
-from runtimes.contracts import Contract
+from runtimes.cache import cache_bytes
 from runtimes.errors import UserError
 from runtimes.onnxruntime import prefill_file
 from runtimes.pipeline import Pipeline
@@ -154,10 +153,10 @@ def bench(
     artifact = bundle.artifact("decoder", backend, precision)
     execution = load_backend(backend).execution(artifact, options.device)
     bandwidth = read_bandwidth() if execution.device == "cpu" and execution.kind == "ran" else None
-    weights, contract = _decode_weights(bundle, backend, precision), pipeline.chain.decoder.contract
+    weights, states = _decode_weights(bundle, backend, precision), pipeline.chain.decoder.contract.states
     decoding = []
     for context, seconds in steps_of.items():
-        read = weights + kv_bytes(contract, context) if weights else None
+        read = weights + cache_bytes(states, 1, context) if weights else None
         roof = bandwidth / read if bandwidth and read else None
         decoding.append(Decoding(context, Timing.of(seconds), read, roof))
     return BenchResult(
@@ -175,16 +174,6 @@ def bench(
         decoding=decoding,
         predicted=_predicted(bundle, backend, precision, contexts[-1], prompt),
         machine={**describe_machine(), "packages": package_versions()},
-    )
-
-
-def kv_bytes(contract: Contract, context: int) -> int:
-    """Keys and values of one sequence."""
-    sizes = {"batch": 1, "capacity": context}
-    return sum(
-        prod(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)
-        * np.dtype(spec.dtype).itemsize
-        for spec in contract.states
     )
 
 

@@ -10,8 +10,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from dsvl_export.ladder import ParityResult, Rung
 from runtimes.bundle import Bundle
@@ -26,10 +36,26 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+class AmountColumn(ProgressColumn):
+    """How much of how much, for tasks whose field ``in_bytes`` is set."""
+
+    def render(self, task: Task) -> Text:
+        known = task.fields.get("in_bytes") and task.total
+        return Text(f"{size(int(task.completed))} of {size(int(task.total or 0))}" if known else "")
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """Bars on stderr that vanish when they are done."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        AmountColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as progress:
         yield progress
 

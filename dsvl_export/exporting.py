@@ -30,6 +30,7 @@ from dsvl_export.compilers import (
     Parts,
     load_compiler,
 )
+from dsvl_export.display import size
 from dsvl_export.ladder.noise import measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.planner.targets import find_target
@@ -46,7 +47,7 @@ from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.goldens import golden_requests
 from reference.session import reference_chain, write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
-from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, component_contract
+from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent, component_contract
 from runtimes.bundle import Artifact, Bundle
 from runtimes.errors import UserError
 from runtimes.files import write_json
@@ -65,6 +66,7 @@ class ExportProgress:
     done: int = 0
     total: int = 1
     state: Literal["running", "finished", "reused"] = "running"
+    in_bytes: bool = False
 
 
 Report = Callable[[ExportProgress], None]
@@ -154,6 +156,7 @@ def export(
         if capacity is None and staging.previous:  # of the bundle that is extended
             options = replace(options, capacity=staging.previous.default_capacity)
         run = _Run(source, staging, report, compiler, options)
+        run.check_disk(backend, plans)
         run.tokenizer()
         run.token_embedding()
         if goldens:
@@ -209,6 +212,35 @@ class _Run:
         self.compiler, self.options = compiler, options
         self._inputs = {"checkpoint": source.digest, "version": __version__}
         self._scales: ScaleTable | None = None
+        self._traced: dict[tuple[str, str], tuple[TracedComponent, int]] = {}
+
+    def check_disk(self, backend: str, plans: Sequence[PrecisionPlan]) -> None:
+        """Refuse what the disk cannot hold, before any work; what is finished already is not counted.
+
+        Raises:
+            UserError: with both figures.
+        """
+        needed = 0 if self.staging.holds("token_embedding") else self.source.embedding_bytes() or 0
+        for plan in plans:
+            for component in TRACED_COMPONENTS:
+                stages = (f"{backend}/{plan.name}/{part}" for part in (component, "program"))
+                if not any(map(self.staging.holds, stages)):
+                    self.report(ExportProgress(f"sizes of {plan.name}"))
+                    needed += self._trace(component, plan)[1]
+            self.report(ExportProgress(f"sizes of {plan.name}", 1, 1, "finished"))
+        free = shutil.disk_usage(self.staging.folder).free
+        if needed > free:
+            raise UserError(
+                f"The export takes {size(needed)} in {self.staging.folder}, {size(free)} are free there."
+            )
+
+    def _trace(self, component: str, plan: PrecisionPlan) -> tuple[TracedComponent, int]:
+        """A component's program, and the bytes of its artifact."""
+        key = (component, plan.name)
+        if key not in self._traced:
+            traced = trace_planned(self.source.config, component, plan)
+            self._traced[key] = (traced, self.compiler.artifact_bytes(traced, self.options))
+        return self._traced[key]
 
     def _stage(
         self,
@@ -357,17 +389,14 @@ class _Run:
             def loading(component: str) -> Callable[[str], torch.Tensor]:
                 return lambda parameter: weights.load(f"{component}.{parameter}")
 
-            parts: Parts = {
-                component: (trace_planned(self.source.config, component, plan), loading(component))
-                for component in components
-            }
-            total = sum(self.compiler.artifact_bytes(traced, self.options) for traced, _ in parts.values())
-            done = 0
+            traced = {component: self._trace(component, plan) for component in components}
+            parts: Parts = {name: (program, loading(name)) for name, (program, _) in traced.items()}
+            total, done = sum(count for _, count in traced.values()), 0
 
             def on_bytes(count: int) -> None:
                 nonlocal done
                 done += count
-                self.report(ExportProgress(name, min(done, total), max(total, 1)))
+                self.report(ExportProgress(name, min(done, total), max(total, 1), in_bytes=True))
 
             compiled = work(parts, folder, on_bytes, self.options)
             engine = compiled.engine

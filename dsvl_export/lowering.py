@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import ml_dtypes  # noqa: F401 -- registers float8 and int4 with numpy
 import numpy as np
@@ -24,7 +24,13 @@ from reference.trace import TracedComponent
 from runtimes.contracts import TensorSpec
 
 LoadParameter = Callable[[str], Tensor]
-aten = torch.ops.aten
+aten, qd = torch.ops.aten, torch.ops.quantized_decomposed
+# Operators on weights ``[out, ...]`` and scales ``[out, ...]`` that can be computed some rows at a time.
+BY_ROWS = {
+    qd.quantize_per_channel.default,
+    qd.quantize_per_channel_group.default,
+}
+EVALUATED_AT_ONCE = 1 << 21  # numbers
 
 
 @dataclass(frozen=True)
@@ -159,8 +165,16 @@ class ProgramLowering(ABC):
         raise NotImplementedError(f"no {self.form} lowering for {node.target} ({self.name(node)})")
 
     def _evaluate(self, node: Node) -> Tensor:
-        args = torch.fx.map_arg(node.args, lambda source: self._values[source].load())
-        return cast(Any, node.target)(*args, **node.kwargs)
+        args: Any = torch.fx.map_arg(node.args, lambda source: self._values[source].load())
+        target: Any = node.target
+        if target not in BY_ROWS:
+            return target(*args, **node.kwargs)
+        rows = max(EVALUATED_AT_ONCE * len(args[0]) // args[0].numel(), 1)
+        parts = []
+        for start in range(0, len(args[0]), rows):  # temporaries are several times the size of a weight
+            cut = [arg[start : start + rows] if isinstance(arg, Tensor) else arg for arg in args]
+            parts.append(target(*cut, **node.kwargs))
+        return torch.cat(parts)
 
     def is_constant(self, source: Node) -> bool:
         return isinstance(self._values[source], Constant)
@@ -254,7 +268,7 @@ def without_weights(name: str) -> Tensor:
 
 def parameter_bytes(traced: TracedComponent) -> int:
     """Bytes of a component's parameters as its program keeps them, codes for quantized ones."""
-    qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
+    dsvl = torch.ops.dsvl
     bits = {
         qd.quantize_per_channel.default: 8,
         qd.quantize_per_channel_group.default: 4,

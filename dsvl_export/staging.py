@@ -33,6 +33,7 @@ class Staging:
         self._previous_file = self._work / "previous.json"
         self._stages: dict[str, Any] = {}
         self._lock: IO[str] | None = None
+        self._new = not folder.exists()
 
     def open(self) -> None:
         """Create or reopen the folder.
@@ -132,6 +133,10 @@ class Staging:
         write_json(self._record_file, self._stages)
         return False
 
+    def holds(self, name: str) -> bool:
+        """Whether a stage was finished, with these inputs or others."""
+        return name in self._stages
+
     def attach(self, name: str, file: Path, result: Any) -> None:
         """Add a file to a finished stage, or replace it there, and the stage's result.
 
@@ -170,9 +175,14 @@ class Staging:
         self._previous_file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let other exports in."""
-        if self._lock:
-            self._lock.close()
+        """Let other exports in; a folder in which nothing was finished is left as it was found."""
+        if not self._lock:
+            return
+        if not self._stages and self.previous is None:
+            shutil.rmtree(self._work)
+            if self._new and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+        self._lock.close()
 
     def _present(self, files: dict[str, dict[str, Any]]) -> bool:
         paths = {path: self.folder / path for path in files}

@@ -7,6 +7,7 @@ moves them between steps. Rows of a batch may have different lengths.
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,16 @@ from runtimes.errors import UserError
 
 class CapacityError(UserError):
     """The sequence does not fit into the cache."""
+
+
+def cache_bytes(specs: tuple[TensorSpec, ...], batch: int, capacity: int) -> int:
+    """Bytes of the states of a cache."""
+    sizes = {"batch": batch, "capacity": capacity}
+    total = 0
+    for spec in specs:
+        shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
+        total += prod(shape) * np.dtype(spec.dtype).itemsize
+    return total
 
 
 class KVCache:

@@ -12,7 +12,7 @@ import numpy as np
 
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
-from runtimes.cache import KVCache
+from runtimes.cache import KVCache, cache_bytes
 from runtimes.chain import Chain, Key, PromptInputs
 from runtimes.drafting import PromptLookup
 from runtimes.embedding import TokenEmbedding
@@ -26,6 +26,7 @@ from runtimes.tokenizer import Tokenizer
 
 AnyMessage = Union[Message, Mapping[str, str]]
 GREEDY = GenerationOptions()
+PARTS = ("vision_encoder", "adaptor", "decoder")  # components that a session runs
 
 
 class Pipeline:
@@ -75,8 +76,7 @@ class Pipeline:
             bundle = Bundle.open(bundle)
         manifest = bundle.manifest
         backend, precision = bundle.select(backend, precision)
-        parts = ("vision_encoder", "adaptor", "decoder")
-        artifacts = {part: bundle.artifact(part, backend, precision) for part in parts}
+        artifacts = {part: bundle.artifact(part, backend, precision) for part in PARTS}
         positions = int(manifest.model["decoder"]["max_positions"])
         if capacity is not None and not 1 <= capacity <= positions:
             raise UserError(f"The capacity must lie between 1 and the model's {positions}, got {capacity}.")
@@ -226,6 +226,21 @@ class Pipeline:
     def _last(pieces: Iterator[tuple[str, Answer]]) -> Answer:
         *_, (_, answer) = pieces
         return answer
+
+
+def needed_memory(bundle: Bundle, backend: str | None, precision: str | None, capacity: int | None) -> int:
+    """Bytes that weights and a KV cache take at least while a bundle runs.
+
+    Half precision in ONNX Runtime on a CPU counts twice, as its kernels there widen weights.
+    """
+    backend, precision = bundle.select(backend, precision)
+    contract = bundle.manifest.contracts[precision]["decoder"]
+    artifacts = (bundle.artifact(part, backend, precision) for part in PARTS)
+    files = {file for artifact in artifacts for file in artifact.files}
+    weights = sum(bundle.manifest.files[file].bytes for file in files)
+    widened = 2 if backend == "onnxruntime" and contract.inputs[0].dtype == "float16" else 1
+    cache = cache_bytes(contract.states, 1, capacity or bundle.manifest.default_capacity)
+    return widened * weights + cache
 
 
 def _listed(images: Sequence[ImageSource] | ImageSource) -> Sequence[ImageSource]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from dsvl_export.ladder import ParityResult
     from dsvl_export.ladder.against_reference import OnStep
     from runtimes.bundle import Bundle
+    from runtimes.pipeline import Pipeline
 
 
 @app.command()
@@ -159,7 +160,12 @@ def export(
         def report(progress: ExportProgress) -> None:
             if progress.stage not in tasks:
                 tasks[progress.stage] = bars.add_task(progress.stage, total=None)
-            bars.update(tasks[progress.stage], completed=progress.done, total=progress.total)
+            bars.update(
+                tasks[progress.stage],
+                completed=progress.done,
+                total=progress.total,
+                in_bytes=progress.in_bytes,
+            )
             if progress.state == "reused":
                 bars.console.print(f"[dim]{progress.stage}: unchanged, reused[/]")
 
@@ -203,6 +209,33 @@ def _climb(backend: str, precision: str, bundle: Bundle, on_step: OnStep) -> Par
     return parity(bundle, backend, precision, on_step=on_step)
 
 
+def open_pipeline(
+    folder: Path,
+    backend: str | None,
+    precision: str | None,
+    threads: int | None,
+    device: str | None,
+    capacity: int | None,
+    verify: bool,
+) -> Pipeline:
+    """Open a bundle to run it; says so where the machine's free memory is less than that takes."""
+    from dsvl_export import display
+    from runtimes.bundle import Bundle
+    from runtimes.memory import available_memory
+    from runtimes.pipeline import Pipeline, needed_memory
+
+    bundle = Bundle.open(folder)
+    needed, free = needed_memory(bundle, backend, precision, capacity), available_memory()
+    if device in (None, "cpu") and needed > free:
+        display.err.print(
+            f"[yellow]Short of memory:[/] weights and KV cache take {display.size(needed)},"
+            f" {display.size(free)} are free; take a smaller precision or --capacity."
+        )
+    return Pipeline.open(
+        bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
+    )
+
+
 @app.command()
 def run(
     bundle: BundleFolder,
@@ -237,15 +270,12 @@ def run(
     """
     from dsvl_export import display
     from runtimes.generate import Answer
-    from runtimes.pipeline import Pipeline
     from runtimes.sampling import GenerationOptions
 
     options = GenerationOptions(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()), drafts
     )
-    pipeline = Pipeline.open(
-        bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
-    )
+    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify)
     answer = Answer()
     for piece, answer in pipeline.stream_chat(prompt, image or [], options):  # noqa: B007
         if not as_json:
@@ -281,13 +311,10 @@ def chat(
     Inside: /image FILE adds an image to the next message, /reset starts over, /quit (or Ctrl-D) ends.
     """
     from dsvl_export.chatting import converse
-    from runtimes.pipeline import Pipeline
     from runtimes.sampling import GenerationOptions
 
     options = GenerationOptions(max_new_tokens, temperature, seed=seed, drafts=drafts)
-    pipeline = Pipeline.open(
-        bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
-    )
+    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify)
     converse(pipeline, image or [], options, as_json)
 
 

@@ -90,7 +90,7 @@ class OrtDialect(StandardDialect):
         def codes() -> np.ndarray:
             offset = 1 << (weight.bits - 1)
             padded = np.full((rows, blocks * block), offset, np.uint8)
-            padded[:, :columns] = to_numpy(weight.codes.load()).astype(np.int16) + offset
+            padded[:, :columns] = to_numpy(weight.codes.load()).view(np.uint8) + np.uint8(offset)
             packed = padded[:, ::2] | (padded[:, 1::2] << 4) if weight.bits == 4 else padded
             return np.asarray(packed, np.uint8).reshape(rows, blocks, -1)
 

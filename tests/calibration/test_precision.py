@@ -43,7 +43,7 @@ def test_every_recipe_fits_tiny() -> None:
     config = open_checkpoint("tiny").config
     calibrated, others = (
         ["fp8", "int8", "int8-int4", "kv-int8"],
-        ["8da4w", "8da8w", "int4", "int8-weights", "palette4"],
+        ["8da4w", "8da4w-g128", "8da8w", "int4", "int8-weights", "palette4"],
     )
     assert recipe_names() == sorted(calibrated + others)
     for name in recipe_names():
@@ -92,7 +92,8 @@ def test_plans_that_do_not_fit(tmp_path: Path, hybrid_pair: OraclePair) -> None:
     with pytest.raises(UserError, match="needs a scale table"):
         QuantizedWeights(source, load_precision("int8"))
     with pytest.raises(
-        UserError, match="no precision 'int3'; there are fp32, fp16, bf16, 8da4w, 8da8w, fp8, int4"
+        UserError,
+        match="no precision 'int3'; there are fp32, fp16, bf16, 8da4w, 8da4w-g128, 8da8w, fp8, int4",
     ):
         load_precision("int3")
     with pytest.raises(UserError, match=r"nowhere.yaml cannot be read"):

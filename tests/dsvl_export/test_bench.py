@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from dsvl_export.benching import BenchOptions, BenchResult, bench, kv_bytes
+from dsvl_export.benching import BenchOptions, BenchResult, bench
 from dsvl_export.cli import main
 from dsvl_export.report.bench_plot import bench_plot
 from reference.checkpoint import open_checkpoint
 from reference.config import ModelConfig
 from runtimes.bundle import Bundle
+from runtimes.cache import cache_bytes
 from runtimes.errors import UserError
 
 QUICK = BenchOptions(contexts=(40, 200), tokens=3, repeats=2)
@@ -37,10 +38,13 @@ def test_roof_and_plan_agree_on_the_bytes(result: BenchResult, tiny_bundle: Bund
     """The file's bytes and the contract's states against what ``plan`` derives from shapes."""
     contract = tiny_bundle.manifest.contracts["fp32"]["decoder"]
     decoder = open_checkpoint("tiny").config.decoder
-    assert kv_bytes(contract, 200) == 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 200 * 4
+    assert (
+        cache_bytes(contract.states, 1, 200)
+        == 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 200 * 4
+    )
     row = result.decoding[-1]
     file = tiny_bundle.path(tiny_bundle.artifact("decoder", "onnxruntime", "fp32").files[0])
-    assert row.bytes_per_token == file.stat().st_size + kv_bytes(contract, 200)
+    assert row.bytes_per_token == file.stat().st_size + cache_bytes(contract.states, 1, 200)
     assert result.bandwidth
     assert row.roof == pytest.approx(result.bandwidth / row.bytes_per_token)
     assert isinstance(result.predicted, dict)
@@ -54,7 +58,7 @@ def test_the_graph_for_prompts_is_not_read_by_a_token(tiny_bundle: Bundle, tmp_p
     bundle = export("tiny", tmp_path / "b", precisions=["8da4w-g128"], goldens=False)
     found = bench(bundle.folder, None, None, QUICK)
     file = bundle.path(bundle.artifact("decoder", "onnxruntime", "8da4w-g128").files[0])
-    states = kv_bytes(bundle.manifest.contracts["8da4w-g128"]["decoder"], 200)
+    states = cache_bytes(bundle.manifest.contracts["8da4w-g128"]["decoder"].states, 1, 200)
     assert found.decoding[-1].bytes_per_token == file.stat().st_size + states
     assert isinstance(found.predicted, dict)
     assert found.bandwidth

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -33,6 +35,8 @@ class Recorder:
     def __call__(self, progress: ExportProgress) -> None:
         if progress.stage == self.fail_at:
             raise KeyboardInterrupt
+        if progress.stage.startswith("sizes of"):  # no stage of the bundle
+            return
         self.states[progress.stage] = progress.state
 
     def count(self) -> Counter[str]:
@@ -224,7 +228,11 @@ def test_leftovers_of_a_killed_export_go(tmp_path: Path) -> None:
 
 def test_bad_requests_write_nothing(tmp_path: Path) -> None:
     for backend, precision, sentence in (
-        ("onnxruntime", "int3", "no precision 'int3'; there are fp32, fp16, bf16, 8da4w, 8da8w, fp8"),
+        (
+            "onnxruntime",
+            "int3",
+            "no precision 'int3'; there are fp32, fp16, bf16, 8da4w, 8da4w-g128, 8da8w, fp8",
+        ),
         ("quantum", "fp32", "no backend 'quantum'"),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -234,25 +242,54 @@ def test_bad_requests_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-@pytest.mark.parametrize("megabytes", [1, 6])
-def test_a_full_disk_is_one_sentence_and_then_goes_on(tmp_path: Path, megabytes: int) -> None:
-    """Tries the real thing: a file system too small for the embedding, or for the encoder."""
+@pytest.fixture(params=[1, 6])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A real file system, too small for the embedding, or for the encoder."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", disk], check=False)
-    if mounted.returncode:
+    options = f"size={request.param}m"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], check=False).returncode:
         pytest.skip("this machine does not allow mounting")
-    try:
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_that_is_too_small_is_refused_before_any_work(small_disk: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(UserError, match=r"takes 11\.\d MB in .*/b, \d\.\d MB are free there"):
+        export("tiny", small_disk / "b", goldens=False, report=recorder)
+    assert not recorder.states
+    assert list(small_disk.iterdir()) == []
+    (small_disk / "b").mkdir()
+    with pytest.raises(UserError, match="are free there"):
+        export("tiny", small_disk / "b", goldens=False)
+    assert list((small_disk / "b").iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_that_fills_up_is_one_sentence_and_then_goes_on(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where something else writes to it meanwhile."""
+    with monkeypatch.context() as patch:
+        patch.setattr("dsvl_export.exporting.shutil.disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
         with pytest.raises(UserError, match=r"The export stopped: .*[Nn]o space"):
-            export("tiny", disk / "b", goldens=False)
-        assert not (disk / "b" / MANIFEST).exists()
-        staged = [path for path in (disk / "b" / ".staging").iterdir() if path.is_dir()]
-        assert staged == []
-        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
-        assert export("tiny", disk / "b", goldens=False).problems() == []
-    finally:
-        subprocess.run(["umount", disk], check=True)
+            export("tiny", small_disk / "b", goldens=False)
+    assert not (small_disk / "b" / MANIFEST).exists()
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    recorder = Recorder()
+    assert export("tiny", small_disk / "b", goldens=False, report=recorder).problems() == []
+
+
+def test_what_is_finished_needs_no_disk_again(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(free=0)
+    monkeypatch.setattr("dsvl_export.exporting.shutil.disk_usage", lambda folder: usage)
+    precisions = list(Bundle.open(bundle_copy).manifest.contracts)
+    export("tiny", bundle_copy, precisions=precisions)
+    with pytest.raises(UserError, match="0 B are free there"):
+        export("tiny", bundle_copy, precisions=[*precisions, "int8-weights"])
+    assert Bundle.open(bundle_copy).problems() == []
 
 
 def test_checkpoints_do_not_mix(bundle_copy: Path, tiny_copy: Path) -> None:
