@@ -21,7 +21,7 @@ LoadParameter = Callable[[str], Tensor]
 INT4_MAX = 7.0
 PALETTE_ROUNDS = 40  # of k-means; the error no longer moves then
 SCALES = ("weight_scale", "input_scale", "key_scale", "value_scale")
-CLIPPED_AT_ONCE = 1 << 19  # numbers: they stay in a processor's cache, which is six times faster
+AT_ONCE = 1 << 19  # numbers of a weight: they stay in a processor's cache, which is six times faster
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
@@ -108,7 +108,7 @@ class QuantizedWeights:
         tuned = self._tuned(layer)
         if tuned is not None:
             return tuned[1]
-        weight = self._folded.load(f"{layer}.weight").float()
+        weight = self._folded.load(f"{layer}.weight")
         return find_weight_scale(weight, self.plan.of(self._layers[layer]), layer)
 
 
@@ -156,13 +156,17 @@ def find_weight_scale(weight: Tensor, precision: LayerPrecision, layer: str = "a
     Raises:
         UserError: the weight holds NaN or infinity.
     """
-    if not torch.isfinite(weight).all():
+    if not all(torch.isfinite(extreme) for extreme in weight.aminmax()):
         raise UserError(f"The weight of {layer} holds NaN or infinity; are the checkpoint's weights sound?")
     if precision.kind == "palette4":
         return find_palettes(weight, precision.group)
-    if precision.kind == "int4":
-        rows = max(CLIPPED_AT_ONCE // weight.shape[1], 1)
-        return torch.cat([_clipped_scale(part, precision) for part in weight.split(rows)])
+    find = _clipped_scale if precision.kind == "int4" else _covering_scale
+    rows = max(AT_ONCE * len(weight) // weight.numel(), 1)
+    return torch.cat([find(part.float(), precision) for part in weight.split(rows)])
+
+
+def _covering_scale(weight: Tensor, precision: LayerPrecision) -> Tensor:
+    """Scales ``[out]`` that cover the largest magnitude."""
     return _largest(weight.flatten(1)) / QUANTIZED_MAX["fp8" if precision.kind == "fp8" else "int8"]
 
 

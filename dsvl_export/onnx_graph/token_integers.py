@@ -7,7 +7,6 @@ signed, and seventeen times slower for signed times signed (1.32 on AVX512-VNNI)
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import torch
@@ -50,24 +49,27 @@ def in_eight_bits(weight: QuantizedWeight) -> QuantizedWeight:
     The rounding that this adds is a sixteenth of that of the 4 bits, or less.
     """
 
-    @cache
+    known: list[Tensor] = []  # the scale, once it was needed; the weight itself is not kept
+
     def values() -> Tensor:
         groups = weight.codes.load().float().unflatten(1, (-1, weight.group))
-        return (groups * weight.scale.load().float()[:, :, None]).flatten(1)
+        return groups.mul_(weight.scale.load().float()[:, :, None]).flatten(1)
 
-    def scale() -> Tensor:
-        largest = values().abs().amax(dim=1) / LARGEST
-        return torch.where(largest > 0, largest, torch.ones_like(largest))
+    def scale_of(wide: Tensor) -> Tensor:
+        if not known:
+            low, high = wide.aminmax(dim=1)
+            largest = torch.maximum(-low, high) / LARGEST
+            known.append(torch.where(largest > 0, largest, torch.ones_like(largest)))
+        return known[0]
 
     def codes() -> Tensor:
-        found = (values() / scale()[:, None]).round().to(torch.int8)
-        values.cache_clear()
-        return found
+        wide = values()
+        return wide.div_(scale_of(wide)[:, None]).round_().to(torch.int8)
 
     return replace(
         weight,
         codes=Constant(f"{weight.codes.name}_in_8_bits", codes),
-        scale=Constant(f"{weight.scale.name}_in_8_bits", scale),
+        scale=Constant(f"{weight.scale.name}_in_8_bits", lambda: known[0] if known else scale_of(values())),
         bits=8,
         dtype=np.dtype(np.int8),
         group=None,
