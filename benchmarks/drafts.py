@@ -1,0 +1,111 @@
+"""Drafts by prompt lookup at full shape: tokens per second with and without, on what they help and harm.
+
+    python benchmarks/drafts.py BUNDLE [--backend onnxruntime] [--precision 8da4w-g128]
+
+The decoder computes every step in earnest; what it says is replaced by a script, since weights are random:
+
+    copy       the answer repeats 200 tokens of the prompt
+    quotes     stretches of 12 tokens from the prompt between 12 new ones
+    new        nothing that was there before
+    misleading every 4th token ends three that were there, and is followed by another token than there
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from measuring import spread
+
+PROMPT, ANSWER, THREADS = 400, 200, 2
+
+
+class Scripted:
+    """A decoder whose logits name the script's next token, whatever it computes."""
+
+    def __init__(self, inside: Any, prompt: int, script: list[int]) -> None:
+        self._inside, self._prompt, self._script = inside, prompt, script
+        self.contract, self.most_rows, self.tapped = inside.contract, inside.most_rows, {}
+
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        return self._inside.new_cache(batch, capacity)
+
+    def decode(self, embeds: np.ndarray, rows: np.ndarray, cache: Any) -> np.ndarray:
+        start = cache.length
+        logits: np.ndarray = self._inside.decode(embeds, rows, cache)
+        for index, row in enumerate(rows):
+            place = min(max(start + int(row) + 1 - self._prompt, 0), len(self._script) - 1)
+            logits[0, index, self._script[place]] = logits.max() + 1
+        return logits
+
+
+def scripts(prompt: list[int], fresh: list[int]) -> dict[str, list[int]]:
+    """Answers by name; ``fresh`` are tokens that the prompt lacks."""
+    new = iter(fresh)
+    quotes: list[int] = []
+    misleading: list[int] = []
+    for start in range(0, ANSWER, 24):
+        quotes += prompt[start : start + 12] + [next(new) for _ in range(12)]
+    for start in range(0, ANSWER, 4):
+        misleading += [*prompt[start : start + 3], next(new)]
+    return {
+        "copy": prompt[50 : 50 + ANSWER],
+        "quotes": quotes[:ANSWER],
+        "new": [next(new) for _ in range(ANSWER)],
+        "misleading": misleading[:ANSWER],
+    }
+
+
+def main() -> None:
+    from runtimes.drafting import PromptLookup
+    from runtimes.generate import Writer, generate_one
+    from runtimes.pipeline import Pipeline
+    from runtimes.sampling import GenerationOptions
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--backend")
+    parser.add_argument("--precision")
+    parser.add_argument("--turns", type=int, default=3)
+    given = parser.parse_args()
+    pipeline = Pipeline.open(given.bundle, given.backend, given.precision, threads=THREADS, verify=False)
+    chain, spec = pipeline.chain, pipeline.chain.tokenizer.spec
+    decoder, words = chain.decoder, len(chain.embedding.rows)
+    order = np.random.default_rng(0).permutation(np.arange(300, min(words, 4000))).tolist()
+    prompt, fresh = order[:PROMPT], order[PROMPT:]
+    print("| | tokens/s without | with drafts | ratio | drafted | accepted |\n|---|---|---|---|---|---|")
+    for name, script in scripts(prompt, fresh).items():
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        answer = None
+        for _ in range(given.turns):
+            for drafts in (False, True):
+                chain.decoder = Scripted(decoder, PROMPT, script)
+                cache = chain.decoder.new_cache(1, pipeline.capacity)
+                logits = chain.prefill(chain.embed_tokens(prompt), cache)
+                writer = Writer(chain.tokenizer.stream(), spec.eos_id, GenerationOptions(ANSWER), prompt)
+                most = chain.decoder.most_rows - 1 if drafts else 0
+                lookup = PromptLookup(prompt, most, spec.image_token_id)
+                for _ in generate_one(chain, logits, cache, writer, 0.0, lookup):
+                    pass
+                answer = writer.answer
+                if answer.tokens != script:
+                    raise SystemExit(f"{name}: the answer is not the script")
+                rates[drafts].append(answer.tokens_per_second)
+        assert answer
+        ratios = [new / old for old, new in zip(rates[False], rates[True], strict=True)]
+        columns = (spread(rates[False]), spread(rates[True]), spread(ratios))
+        print(
+            f"| {name} | {' | '.join(columns)} | {answer.drafted_tokens} | {answer.accepted_tokens} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
