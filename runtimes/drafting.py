@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 NGRAM = 3  # tokens that must be the same
-FIRST, MOST = 4, 16  # tokens of a draft: at first, and after drafts that came true
+FIRST, MOST = 2, 16  # tokens of a draft: at first, and after drafts that came true
 PAUSE, LONGEST_PAUSE = 16, 256  # tokens without drafts, after they have lost time
+LOSS = 0.5  # plain steps that drafts may lose before they pause
 SMOOTHING = 0.25  # weight of the newest plain step in the mean of their seconds
 
 
@@ -21,7 +22,7 @@ class PromptLookup:
 
     A call that judges a draft takes longer than a plain one, by how much depends on the backend and the
     machine. So calls are timed: what drafts have won or lost against plain steps is summed up, and once they
-    have lost a plain step they pause, twice as long each time.
+    have lost half a plain step they pause, twice as long each time.
 
     Args:
         tokens: the prompt.
@@ -66,6 +67,6 @@ class PromptLookup:
         self._won = min(self._won + (1 + accepted) * self._plain - seconds, 4 * self._plain)
         if self._won >= self._plain:
             self._pause = PAUSE
-        elif self._won < -self._plain:
+        elif self._won < -LOSS * self._plain:
             self._won, self._resume_at = 0.0, len(self._tokens) + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
