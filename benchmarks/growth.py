@@ -21,12 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measuring import checkpoint_of, measured, timed
 
 BACKEND, PRECISION, THREADS = "onnxruntime", "8da4w-g128", 2
-CONTEXTS, IMAGES, DEPTHS, WIDTHS = (
-    (128, 512, 1024, 2048, 4096, 8192),
-    (1, 2, 4, 8),
-    (6, 12, 24),
-    ("1.3b", "7b"),
-)
+CONTEXTS, IMAGES = (128, 512, 1024, 2048, 4096, 8192), (1, 2, 4, 8)
+DEPTHS, WIDTHS = (6, 12, 24), {"1.3b": 2048, "7b": 4096}
 WIDTH_LAYERS, TOKENS = 4, 12
 
 
@@ -128,6 +124,8 @@ def plot(found: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
             axes.set_ylim(bottom=0)
             axes.set_yscale("symlog" if axis == "context" else "linear")
             axes.set_xlabel(axis)
+            if axis != "context":
+                axes.set_xticks(places)
             lines = [*axes.get_lines(), *memory.get_lines()]
             axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False)
         figure.savefig(file, metadata={"Date": None, "Creator": None})

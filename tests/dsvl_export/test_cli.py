@@ -25,7 +25,7 @@ from tests.dsvl_export.faults import plant, scaled, weight
 
 COMMANDS = (
     "demo", "export", "run", "chat", "inspect", "verify", "parity", "compare", "doctor", "targets", "plan",
-    "calibrate", "sensitivity", "plan-precision", "lint", "build-engine",
+    "calibrate", "sensitivity", "plan-precision", "lint", "build-engine", "bench",
 )  # fmt: skip
 
 
@@ -309,6 +309,17 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(
     monkeypatch.undo()
     assert run(*ask, "--max-new-tokens", "1").code == 0
     assert available_memory() > 1 << 28
+
+
+def test_short_memory_is_said_with_both_figures(
+    run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle runs all the same: the system may still find room."""
+    monkeypatch.setattr("runtimes.memory.available_memory", lambda: 12_000_000)
+    done = run("run", tiny_bundle.folder, "--prompt", "Describe the picture.", "--max-new-tokens", "1")
+    assert done.code == 0
+    assert "Short of memory: weights and KV cache take 1" in done.err.replace("\n", " ")
+    assert "12.0 MB are free" in done.err.replace("\n", " ")
 
 
 def test_a_device_that_is_not_there_is_refused(tiny_bundle: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def test_the_decoder_keeps_its_attention_whole(pair: OraclePair) -> None:
     targets = [str(node.target) for node in program.graph.nodes]
     assert targets.count("dsvl.cached_attention.default") == 3
     assert not any("scatter" in target or "softmax" in target for target in targets)
+
+
+def test_the_towers_keep_their_attention_whole(pair: OraclePair) -> None:
+    """Nothing is left of the axes that the program exchanges for it: what a node gives is read."""
+    traced = trace(pair.checkpoint.config, "vision_encoder", "fp32")
+    graph = lower(traced, loader(pair, "vision_encoder"), OrtDialect())
+    nodes, vision = graph.model().graph.node, pair.checkpoint.config.vision
+    operators = Counter(node.op_type for node in nodes)
+    layers = vision.siglip.layers + (vision.sam.layers if vision.sam else 0)
+    assert operators["MultiHeadAttention"] == layers
+    assert "Softmax" not in operators
+    read = {name for node in nodes for name in node.input} | set(graph.taps.values())
+    read |= {value.name for value in graph.outputs}
+    assert all(read.intersection(node.output) for node in nodes)
+    assert len(nodes) < len(graph.nodes)
 
 
 def test_weights_load_one_at_a_time(hybrid_pair: OraclePair, tmp_path: Path) -> None:
