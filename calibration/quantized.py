@@ -28,6 +28,7 @@ from reference.trace import TRACED_COMPONENTS, TracedComponent, trace
 qd = torch.ops.quantized_decomposed
 INT8 = (-128, 127, torch.int8)
 PALETTE = 16  # entries
+AT_ONCE = 1 << 19  # numbers of a weight that are worked on at a time
 INT4 = (-8, 7, torch.int8)  # PyTorch has no 4-bit tensors; compilers pack the codes
 
 
@@ -126,6 +127,15 @@ def round_trip(weight: Tensor, scale: Tensor, precision: LayerPrecision) -> Tens
     return dequantize_weight(quantize_weight(weight, scale, precision), scale, precision, weight.dtype)
 
 
+def round_trip_by_rows(weight: Tensor, scale: Tensor, precision: LayerPrecision) -> Tensor:
+    """``round_trip`` in a fourth of the time: some rows at a time, which stay in a processor's cache."""
+    if precision.kind == "palette4":  # a palette is of several rows
+        return round_trip(weight, scale, precision)
+    rows = max(AT_ONCE * len(weight) // weight.numel(), 1)
+    parts = zip(weight.split(rows), scale.split(rows), strict=True)
+    return torch.cat([round_trip(part, scales, precision) for part, scales in parts])
+
+
 def fake_quantize(x: Tensor, scale: Tensor, precision: LayerPrecision) -> Tensor:
     """Activations as the precision keeps them, in their own dtype; ``scale`` is one value."""
     if precision.kind == "fp8":
@@ -144,9 +154,13 @@ def quantize_tokens(x: Tensor) -> Tensor:
 
 
 class _Quantized(nn.Module):
-    """What quantized linear layers and convolutions share."""
+    """What quantized linear layers and convolutions share.
+
+    ``by_rows`` computes the weight in parts, which a traced program must not.
+    """
 
     weight: Any
+    by_rows = False
 
     def quantize(self, precision: LayerPrecision) -> None:
         rows, columns = self.weight.shape[:2]
@@ -167,7 +181,8 @@ class _Quantized(nn.Module):
             x = fake_quantize(x, self.input_scale, self.precision)
         if self.precision.dynamic:
             x = quantize_tokens(x)
-        return x, round_trip(self.weight, self.weight_scale, self.precision)
+        kept = round_trip_by_rows if self.by_rows else round_trip
+        return x, kept(self.weight, self.weight_scale, self.precision)
 
 
 class QuantizedLinear(_Quantized, nn.Linear):
@@ -203,9 +218,12 @@ def quantize_layer(layer: Any, precision: LayerPrecision) -> None:
 
 
 def quantize_model(model: DeepSeekVL, plan: PrecisionPlan) -> None:
-    """``quantize_layers`` for every component."""
+    """``quantize_layers`` for every component of a model that is run, not traced."""
     for component in TRACED_COMPONENTS:
         quantize_layers(getattr(model, component), component, plan)
+    for module in model.modules():
+        if isinstance(module, _Quantized):
+            module.by_rows = True
 
 
 def trace_planned(config: ModelConfig, component: str, plan: PrecisionPlan) -> TracedComponent:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calibration.precision import LayerPrecision, LayerSpec, PrecisionPlan, component_layers
-from calibration.quantized import PALETTE, round_trip
+from calibration.quantized import AT_ONCE, PALETTE, round_trip
 from calibration.smoothing import Folding, foldings
 from calibration.table import QUANTIZED_MAX, ScaleTable
 from reference.checkpoint import Checkpoint
@@ -21,7 +21,6 @@ LoadParameter = Callable[[str], Tensor]
 INT4_MAX = 7.0
 PALETTE_ROUNDS = 40  # of k-means; the error no longer moves then
 SCALES = ("weight_scale", "input_scale", "key_scale", "value_scale")
-AT_ONCE = 1 << 19  # numbers of a weight: they stay in a processor's cache, which is six times faster
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
@@ -150,7 +149,8 @@ class FoldedWeights:
 def find_weight_scale(weight: Tensor, precision: LayerPrecision, layer: str = "a layer") -> Tensor:
     """Scale of a weight ``[out, in, ...]`` in fp32: ``[out]``, or ``[out, in / group]`` for int4.
 
-    8-bit scales cover the largest magnitude. 4-bit scales clip it where that lowers the mean squared error.
+    8-bit scales cover the largest magnitude. 4-bit scales clip it where that lowers the mean squared error;
+    sought some rows at a time, which stay in a processor's cache, they take a sixth of the time.
     Of a palette it is the entries, ``[out / group, 16]``.
 
     Raises:
