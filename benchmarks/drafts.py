@@ -40,7 +40,7 @@ class Scripted:
         logits: np.ndarray = self._inside.decode(embeds, rows, cache)
         for index, row in enumerate(rows):
             place = min(max(start + int(row) + 1 - self._prompt, 0), len(self._script) - 1)
-            logits[0, index, self._script[place]] = logits.max() + 1
+            logits[0, index, self._script[place]] = logits[0, index].max() + 1
         return logits
 
 

@@ -6,6 +6,7 @@ A peer is ``peer_<name>.py``: ``make`` writes what it loads, ``time`` prints one
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,10 +19,23 @@ from reference.config import DecoderConfig
 # What each environment holds.
 PEERS: dict[str, tuple[str, ...]] = {
     "llama": ("llama-cpp-python==0.3.36", "gguf"),
-    "transformers": ("torch==2.13.0", "transformers", "accelerate"),
-    "genai": ("torch==2.13.0", "onnxruntime-genai", "onnxruntime", "transformers", "onnx", "onnx_ir"),
-    "vision": ("torch==2.13.0", "transformers", "openvino"),
-    "openvino": ("torch==2.13.0", "openvino-genai", "optimum-intel[openvino]", "nncf"),
+    "transformers": ("torch==2.13.0", "transformers==5.5.4"),
+    "genai": (
+        "torch==2.13.0",
+        "onnxruntime-genai==0.18.0",
+        "onnxruntime==1.32.0",
+        "transformers==5.24.0",
+        "onnx==1.23.2",
+        "onnx_ir==1.1.0",
+    ),
+    "vision": ("torch==2.13.0", "transformers==5.5.4", "openvino==2026.4.1"),
+    "openvino": (
+        "torch==2.13.0",
+        "openvino==2026.4.1",
+        "optimum-intel==2.2.0",
+        "nncf==3.4.0",
+        "transformers==5.5.4",
+    ),
 }
 
 
@@ -63,6 +77,8 @@ def decoder(
         shape = work / f"{name}-shape.json"
         shape.write_text(json.dumps(asdict(config)))
         partial = work / f"{output.name}.partial"
+        if partial.is_dir():
+            shutil.rmtree(partial)
         run(peer, work, "make", form, shape, partial)
         partial.rename(output)
 

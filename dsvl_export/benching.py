@@ -74,7 +74,8 @@ class BenchResult:
     """One precision on one machine; times in seconds, sizes in bytes.
 
     ``stages`` are those before the first token, for one image. ``loaded`` is what opening added to the
-    process, ``peak`` the most that the process had. ``bandwidth`` is read bandwidth in bytes per second.
+    process, ``peak`` the most that the process had. ``bandwidth`` is what the asked threads, or all cores,
+    read from memory in bytes per second.
     ``predicted`` is what ``plan`` says of the largest context, or why it says nothing.
     """
 
@@ -140,10 +141,10 @@ def bench(
         capacity=room,
     )  # fmt: skip
     opened = perf_counter() - started
+    loaded = max(_resident() - before, 0)
     steps = options.repeats + len(contexts) + 2
     on_step("time to first token", 0, steps)
     stages, prompt = _first_token(pipeline, options, lambda done: on_step("time to first token", done, steps))
-    loaded = max(_resident() - before, 0)
     steps_of: dict[int, list[float]] = {}
     for index, context in enumerate(contexts):
         on_step(f"context {context}", options.repeats + 1 + index, steps)
@@ -152,8 +153,12 @@ def bench(
     on_step("the machine's roof", steps - 1, steps)
     artifact = bundle.artifact("decoder", backend, precision)
     execution = load_backend(backend).execution(artifact, options.device)
-    bandwidth = read_bandwidth() if execution.device == "cpu" and execution.kind == "ran" else None
-    weights, states = _decode_weights(bundle, backend, precision), pipeline.chain.decoder.contract.states
+    here = execution.device == "cpu" and execution.kind == "ran"
+    bandwidth = read_bandwidth(options.threads) if here else None
+    weights, states = (
+        _decode_weights(bundle, backend, precision, execution),
+        pipeline.chain.decoder.contract.states,
+    )
     decoding = []
     for context, seconds in steps_of.items():
         read = weights + cache_bytes(states, 1, context) if weights else None
@@ -172,7 +177,9 @@ def bench(
         bandwidth=bandwidth,
         stages=stages,
         decoding=decoding,
-        predicted=_predicted(bundle, backend, precision, contexts[-1], prompt),
+        predicted=_predicted(bundle, backend, precision, contexts[-1], prompt)
+        if here
+        else f"'plan' knows this machine's CPU, and here it {execution}",
         machine={**describe_machine(), "packages": package_versions()},
     )
 
@@ -250,11 +257,15 @@ def _decode(pipeline: Pipeline, context: int, options: BenchOptions) -> list[flo
     return found
 
 
-def _decode_weights(bundle: Bundle, backend: str, precision: str) -> int | None:
+def _decode_weights(bundle: Bundle, backend: str, precision: str, execution: Execution) -> int | None:
     """Bytes of the decoder that a token reads; None where its file holds other components too."""
-    files = bundle.artifact("decoder", backend, precision).files
+    artifact = bundle.artifact("decoder", backend, precision)
+    engine = artifact.engine.file if artifact.engine else None
+    if engine and execution.device != "cpu":
+        return bundle.manifest.files[engine].bytes
+    files = [file for file in artifact.files if file != engine]
     encoders = [bundle.artifact(name, backend, precision) for name in ("vision_encoder", "adaptor")]
-    others = {file for artifact in encoders for file in artifact.files}
+    others = {file for encoder in encoders for file in encoder.files}
     if others & set(files):
         return None
     prompts = prefill_file(Path(files[0])).name

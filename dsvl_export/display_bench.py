@@ -35,9 +35,7 @@ def print_bench(result: BenchResult) -> None:
         slow, fast = (f"{1 / seconds:,.1f}" for seconds in (row.step.high, row.step.low))
         decoding.add_row(str(row.context), f"{row.rate:,.1f}", slow, fast, read, roof, share)
     if result.bandwidth:
-        decoding.caption = (
-            f"roof: {size(round(result.bandwidth))}/s read by all cores, over the bytes per token"
-        )
+        decoding.caption = f"roof: {size(round(result.bandwidth))}/s from memory, over those bytes"
     out.print(decoding)
     out.print(
         f"Opened in {_time(result.opened)}, {size(result.loaded)} in memory then;"

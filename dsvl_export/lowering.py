@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+import calibration.quantized  # noqa: F401 -- registers the operators
 from reference.trace import TracedComponent
 from runtimes.contracts import TensorSpec
 

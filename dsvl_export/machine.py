@@ -24,6 +24,7 @@ PACKAGES = (
     "numpy", "pillow", "tokenizers", "safetensors",
 )  # fmt: skip
 CPUINFO = Path("/proc/cpuinfo")
+READ_AT_MOST = 512 << 20  # bytes that the bandwidth is measured on: more than a processor's caches hold
 
 
 def describe_machine() -> dict[str, Any]:
@@ -58,12 +59,18 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that all cores together read from memory."""
-    cores = os.cpu_count() or 1
-    parts = [np.ones(32 << 20, np.float32) for _ in range(cores)]  # 134 MB each
-    with ThreadPoolExecutor(cores) as pool:
+def read_bandwidth(threads: int | None = None) -> float:
+    """Bytes per second that so many threads together read from memory; None takes all cores."""
+    threads = threads or usable_cores()
+    part = min(READ_AT_MOST, available_memory() // 4) // threads
+    parts = [np.ones(max(part // 4, 1), np.float32) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
         return sum(part.nbytes for part in parts) / best_of(lambda: list(pool.map(_square, parts)))
+
+
+def usable_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def best_of(work: Callable[[], object], repeats: int = 4) -> float:

@@ -33,7 +33,7 @@ class Staging:
         self._previous_file = self._work / "previous.json"
         self._stages: dict[str, Any] = {}
         self._lock: IO[str] | None = None
-        self._new = not folder.exists()
+        self._made: list[Path] = []  # folders that were not there before
 
     def open(self) -> None:
         """Create or reopen the folder.
@@ -48,6 +48,7 @@ class Staging:
             self.previous = Bundle.open(self.folder).manifest
         elif self.folder.exists() and any(self.folder.iterdir()) and not self._work.is_dir():
             raise UserError(f"The folder {self.folder} is not empty and holds no bundle; give a new one.")
+        self._made = [path for path in (self._work, self.folder) if not path.exists()]
         self._work.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         for leftover in (*self._work.iterdir(), *self.folder.glob(f"{DEBUG_PREFIX}*")):
@@ -72,11 +73,13 @@ class Staging:
         return Bundle(self.folder, Manifest.from_dict(read_json(self._previous_file), where))
 
     def _take_lock(self) -> None:
-        self._lock = (self._work / "lock").open("w")
+        lock = (self._work / "lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            lock.close()
             raise UserError(f"Another export is writing to {self.folder}; wait for it.") from error
+        self._lock = lock
 
     def _recorded(self) -> dict[str, Any]:
         """Finished stages whose files are still there; those of a bundle that lost its record as well."""
@@ -175,12 +178,12 @@ class Staging:
         self._previous_file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let other exports in; a folder in which nothing was finished is left as it was found."""
+        """Let other exports in; folders that this one made and finished nothing in are taken away."""
         if not self._lock:
             return
-        if not self._stages and self.previous is None:
-            shutil.rmtree(self._work)
-            if self._new and not any(self.folder.iterdir()):
+        if self._work in self._made and not self._stages:
+            shutil.rmtree(self._work, ignore_errors=True)
+            if self.folder in self._made and not any(self.folder.iterdir()):
                 self.folder.rmdir()
         self._lock.close()
 

@@ -35,7 +35,9 @@ class PromptLookup:
         self._after: dict[tuple[int, ...], int] = {}  # n-gram → where the token behind its last occurrence is
         self._longest, self._never = min(longest, MOST), never
         self._size = FIRST
-        self._plain = 0.0  # mean seconds of a plain step
+        self._plain = 0.0  # mean seconds of a plain step, the first one, which may be cold, left out
+        self._timed = 0  # plain steps
+        self._wrong = False  # the last draft was; a plain step follows it, so that their mean stays true
         self._won = 0.0  # seconds, since the last pause
         self._pause, self._resume_at = PAUSE, 0
         self.extend(tokens)
@@ -50,7 +52,7 @@ class PromptLookup:
 
     def draft(self, room: int) -> list[int]:
         """Tokens that may follow, at most ``room``; none where nothing repeats or drafts do not pay."""
-        if not self._plain or len(self._tokens) < max(self._resume_at, NGRAM):
+        if self._wrong or not self._plain or len(self._tokens) < max(self._resume_at, NGRAM):
             return []
         start = self._after.get(tuple(self._tokens[-NGRAM:]))
         if start is None:
@@ -60,8 +62,11 @@ class PromptLookup:
 
     def judge(self, drafted: int, accepted: int, seconds: float) -> None:
         """What became of a call: tokens drafted, those of them that came true, and the time it took."""
+        self._wrong = drafted > 0 and not accepted
         if not drafted:
-            self._plain += (seconds - self._plain) * (SMOOTHING if self._plain else 1)
+            self._timed += 1
+            if self._timed > 1:
+                self._plain += (seconds - self._plain) * (SMOOTHING if self._plain else 1)
             return
         self._size = min(2 * self._size, MOST) if accepted == drafted else FIRST
         self._won = min(self._won + (1 + accepted) * self._plain - seconds, 4 * self._plain)

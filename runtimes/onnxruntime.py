@@ -24,7 +24,8 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 CPU, CUDA = "cpu", "cuda"  # kinds of memory
-DIALECTS = ("ort",)
+# What a file is written for; products of integers by tokens have kernels on a CPU alone.
+DIALECTS = ORT, ORT_TOKENS = ("ort", "ort_tokens")
 PREFILL_FROM = 32  # tokens of a call that the graph for prompts takes; drafts are shorter
 
 
@@ -47,8 +48,10 @@ def execution(artifact: Artifact, device: str | None = None) -> Execution:
     device = device or CPU
     if artifact.dialect not in DIALECTS:
         return Execution(
-            "not run", f"it is written in the dialect {artifact.dialect}, this release runs {DIALECTS[0]}"
+            "not run", f"it is written in the dialect {artifact.dialect}, this release runs {ORT}"
         )
+    if artifact.dialect == ORT_TOKENS and device != CPU:
+        return Execution("not run", f"{artifact.precision} runs on a CPU alone, not on {device}")
     try:
         there = devices()
     except UserError as error:

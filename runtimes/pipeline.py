@@ -229,17 +229,19 @@ class Pipeline:
 
 
 def needed_memory(bundle: Bundle, backend: str | None, precision: str | None, capacity: int | None) -> int:
-    """Bytes that weights and a KV cache take at least while a bundle runs.
+    """Bytes that weights and a KV cache take at least while a bundle runs on a CPU.
 
     Half precision in ONNX Runtime on a CPU counts twice, as its kernels there widen weights.
     """
     backend, precision = bundle.select(backend, precision)
     contract = bundle.manifest.contracts[precision]["decoder"]
-    artifacts = (bundle.artifact(part, backend, precision) for part in PARTS)
-    files = {file for artifact in artifacts for file in artifact.files}
+    artifacts = [bundle.artifact(part, backend, precision) for part in PARTS]
+    engines = {artifact.engine.file for artifact in artifacts if artifact.engine}
+    files = {file for artifact in artifacts for file in artifact.files} - engines
     weights = sum(bundle.manifest.files[file].bytes for file in files)
     widened = 2 if backend == "onnxruntime" and contract.inputs[0].dtype == "float16" else 1
-    cache = cache_bytes(contract.states, 1, capacity or bundle.manifest.default_capacity)
+    usual = min(bundle.manifest.default_capacity, artifacts[-1].capacity or bundle.manifest.default_capacity)
+    cache = cache_bytes(contract.states, 1, capacity or usual)
     return widened * weights + cache
 
 

@@ -23,7 +23,8 @@ class GenerationOptions:
             or multiplied (negative) by it (CTRL, arXiv 1909.05858); 1 is off.
         seed: of the sampling; the same seed gives the same answer.
         stop: strings that end the answer; they are not part of it.
-        drafts: guess tokens from what the text repeats and judge several in one call; the answer is the same.
+        drafts: guess tokens from what the text repeats and judge several in one call; the
+            answer is the same but for near ties, which more tokens a call can round the other way.
     """
 
     max_new_tokens: int = 256

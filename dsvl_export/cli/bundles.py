@@ -220,13 +220,16 @@ def open_pipeline(
 ) -> Pipeline:
     """Open a bundle to run it; says so where the machine's free memory is less than that takes."""
     from dsvl_export import display
+    from runtimes.backends import load_backend
     from runtimes.bundle import Bundle
     from runtimes.memory import available_memory
     from runtimes.pipeline import Pipeline, needed_memory
 
     bundle = Bundle.open(folder)
     needed, free = needed_memory(bundle, backend, precision, capacity), available_memory()
-    if device in (None, "cpu") and needed > free:
+    chosen = bundle.artifact("decoder", *bundle.select(backend, precision))
+    on_host = load_backend(chosen.backend).execution(chosen, device).device == "cpu"
+    if on_host and needed > free:
         display.err.print(
             f"[yellow]Short of memory:[/] weights and KV cache take {display.size(needed)},"
             f" {display.size(free)} are free; take a smaller precision or --capacity."

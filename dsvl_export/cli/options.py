@@ -41,7 +41,8 @@ Drafts = Annotated[
     bool,
     typer.Option(
         "--drafts/--no-drafts",
-        help="Guess tokens that repeat earlier text and judge several in one call; the answer is the same.",
+        help="Guess tokens that repeat earlier text and judge several in one call: the same answer but for"
+        " near ties.",
     ),
 ]
 Tolerances = Annotated[

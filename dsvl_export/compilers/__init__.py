@@ -53,6 +53,7 @@ class CompileOptions:
         deployment: the oldest system to run on, as in ``iOS18``; None is the oldest that the backend has.
         preprocessing: of the model's images, for programs that take an image itself.
         delegate: what ExecuTorch runs the encoders on; None is the compiler's choice.
+        prefill: whether a decoder with 4-bit weights and 8-bit activations gets a second graph for prompts.
     """
 
     target: Target | None = None

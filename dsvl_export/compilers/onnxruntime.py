@@ -13,7 +13,7 @@ from dsvl_export.compilers import Compiled, CompileOptions
 from dsvl_export.onnx_graph import debug as taps
 from dsvl_export.onnx_graph.check import check_file
 from runtimes.errors import UserError, first_line
-from runtimes.onnxruntime import prefill_file
+from runtimes.onnxruntime import ORT, ORT_TOKENS, prefill_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ RECIPE_BASE = "fp32"
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    return {"prefill": options.prefill}
+    return {} if options.prefill else {"prefill": False}
 
 
 def check(plan: PrecisionPlan, config: ModelConfig, options: CompileOptions) -> None:
@@ -76,7 +76,7 @@ def compile_component(
         check_file(file, traced.contract, tensorrt_rules=not by_tokens)
         _load_once(file)
     tools = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    return Compiled(tuple(written), "cpu", "ort", tools)
+    return Compiled(tuple(written), "cpu", ORT_TOKENS if by_tokens else ORT, tools)
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:

@@ -98,7 +98,7 @@ class Graph:
 
     def model(self) -> onnx.ModelProto:
         """The model without initializers; ``write_model`` adds them."""
-        graph = helper.make_graph(self._live_nodes(), self.name, self.inputs, self.outputs)
+        graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs)
         domains = {node.domain for node in self.nodes} - {""}
         imports = [helper.make_opsetid("", self.opset)]
         imports += [helper.make_opsetid(domain, 1) for domain in sorted(domains)]
@@ -107,15 +107,16 @@ class Graph:
         helper.set_model_props(model, {TAPS: json.dumps(self.taps)})
         return model
 
-    def _live_nodes(self) -> list[onnx.NodeProto]:
-        """Those whose results an output or a tap rests on."""
+    def prune(self) -> None:
+        """Drop nodes and initializers that no output and no tap rests on."""
         wanted = {value.name for value in self.outputs} | set(self.taps.values())
         live = []
         for node in reversed(self.nodes):
             if wanted.intersection(node.output):
                 wanted.update(node.input)
                 live.append(node)
-        return live[::-1]
+        self.nodes = live[::-1]
+        self.initializers = {name: item for name, item in self.initializers.items() if name in wanted}
 
 
 def element_type(dtype: np.dtype[Any] | str) -> int:

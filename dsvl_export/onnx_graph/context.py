@@ -84,6 +84,7 @@ class Lowering(ProgramLowering):
         self.lower_program()
         for tap, node in tap_nodes(self.traced.program, self.traced.taps).items():
             self.graph.taps[tap] = self.value(node)
+        self.graph.prune()
         return self.graph
 
     def bind_outputs(self, sources: list[Node]) -> None:

@@ -46,7 +46,8 @@ def integer_linear(context: Lowering, node: Node, x: str, weight: QuantizedWeigh
 def in_eight_bits(weight: QuantizedWeight) -> QuantizedWeight:
     """A weight of 4 bits with a scale per group as one of 8 bits with a scale per output channel.
 
-    The rounding that this adds is a sixteenth of that of the 4 bits, or less.
+    The rounding that this adds is about a fourteenth of that of the 4 bits where a row's groups are alike
+    (RMS, normal weights), and more where one stands out.
     """
 
     known: list[Tensor] = []  # the scale, once it was needed; the weight itself is not kept

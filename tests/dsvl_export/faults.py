@@ -129,7 +129,7 @@ def swapped_halves(head_dim: int) -> Callable[[np.ndarray], np.ndarray]:
     return change
 
 
-ATTENTION = "scaled_dot_product_attention"
+ATTENTION = "scaled_dot_product_attention_joined"  # heads of 32 channels
 TINY_FAULTS = [
     # A zeroed row
     Fault("zeroed row, SAM MLP", "vision_encoder", "high.blocks.2",
@@ -166,9 +166,9 @@ TINY_FAULTS = [
           node("high.blocks.2/transpose_2", attribute("perm", [0, 2, 3, 1, 4, 5]))),
     # A scale off by two
     Fault("attention scale twice, SigLIP", "vision_encoder", "low.blocks.1",
-          node(f"low.blocks.1.attn/{ATTENTION}_scale", own_input(1, scaled(2)))),
+          node(f"low.blocks.1.attn/{ATTENTION}", attribute("scale", 2 * 32**-0.5))),
     Fault("attention scale half, SAM", "vision_encoder", "high.blocks.1",
-          node(f"high.blocks.1.attn/{ATTENTION}_scale", own_input(1, scaled(0.5)))),
+          node(f"high.blocks.1.attn/{ATTENTION}", attribute("scale", 0.5 * 32**-0.5))),
     Fault("norm weight twice, decoder", "decoder", "layers.0",
           weight("layers.0.post_attention_layernorm.weight", scaled(2))),
     Fault("final norm half", "decoder", "norm", weight("norm.weight", scaled(0.5))),

@@ -211,6 +211,39 @@ def test_one_export_at_a_time(bundle_copy: Path) -> None:
     export("tiny", bundle_copy)
 
 
+def test_a_refused_export_leaves_the_running_one_alone(tmp_path: Path) -> None:
+    """Of a new folder, and of a bundle whose manifest is away while it is extended."""
+    running = Staging(tmp_path / "new")
+    running.open()
+    (tmp_path / "new/.staging/half").mkdir()
+    with pytest.raises(UserError, match="Another export is writing"):
+        export("tiny", tmp_path / "new", goldens=False)
+    assert (tmp_path / "new/.staging/half").is_dir()
+    running.close()
+    assert not (tmp_path / "new").exists()
+
+    export("tiny", tmp_path / "b", goldens=False)
+    (tmp_path / "b" / MANIFEST).rename(tmp_path / "b/.staging/previous.json")
+    (tmp_path / "b/.staging/stages.json").write_text("{}")
+    running = Staging(tmp_path / "b")
+    running.open()
+    with pytest.raises(UserError, match="Another export is writing"):
+        export("tiny", tmp_path / "b", goldens=False)
+    running.close()
+    assert (tmp_path / "b/.staging/previous.json").exists()
+
+
+@pytest.mark.parametrize("name", ["stages.json", "previous.json"])
+def test_a_damaged_record_is_kept_for_who_is_to_delete_it(tmp_path: Path, name: str) -> None:
+    export("tiny", tmp_path / "b", goldens=False)
+    (tmp_path / "b" / MANIFEST).unlink()
+    (tmp_path / "b/.staging/stages.json").write_text("{}")
+    (tmp_path / "b/.staging" / name).write_text('{"tokenizer": 3}')
+    with pytest.raises(UserError):
+        export("tiny", tmp_path / "b", goldens=False)
+    assert (tmp_path / "b/.staging" / name).exists()
+
+
 def test_leftovers_of_a_killed_export_go(tmp_path: Path) -> None:
     export("tiny", tmp_path / "b", goldens=False)
     leftover = tmp_path / "b/.staging/onnxruntime_fp16_decoder"
