@@ -1,7 +1,8 @@
 """Linear layers in 8-bit integers for ONNX Runtime, whose activations are rounded token by token.
 
-A token's codes are unsigned with the zero point 128: ONNX Runtime's kernels are fast for unsigned times
-signed, and seventeen times slower for signed times signed (1.32 on AVX512-VNNI).
+As the traced program says, a token has a scale and a zero point of its own. Its codes are unsigned around 128:
+ONNX Runtime's kernels are fast for unsigned times signed, and seventeen times slower for signed times signed
+(1.32 on AVX512-VNNI).
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ from dsvl_export.lowering import Constant, QuantizedWeight, to_numpy
 from dsvl_export.onnx_graph.context import Lowering
 
 FLOAT32, LARGEST = np.dtype(np.float32), 127
-ZERO_POINT = np.array(128, np.uint8)
-SMALLEST = np.array(1e-30, np.float32)  # scale of a token of zeros
+MIDDLE = np.array(128, np.uint8)  # what stands for the code 0
+SMALLEST = float(np.finfo(np.float32).eps)  # scale of a token of zeros, as the program has it
 
 
 def integer_linear(context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
-    """``x @ W^T`` of codes with a scale for each token and one for each output channel.
+    """``x @ W^T`` of codes q with a scale s and a zero point z for each token, a scale for each output channel.
+
+    ``s · (q - z) @ W^T = s · (q @ W^T - z · sum(W))``: the product is one of integers.
 
     Args:
         x: float32 ``[..., in]``.
         weight: in 8 bits.
     """
     graph, name = context.graph, context.name(node)
-    codes, scale = _quantized_tokens(context, x)
+    codes, scale, zero = _quantized_tokens(context, x)
     rows, columns = weight.shape
     transposed = graph.initializer(
         f"{weight.codes.name}_transposed", np.dtype(np.int8), (columns, rows),
@@ -38,9 +41,15 @@ def integer_linear(context: Lowering, node: Node, x: str, weight: QuantizedWeigh
     channels = graph.initializer(
         f"{weight.scale.name}_of_channels", FLOAT32, (rows,), lambda: to_numpy(weight.scale.load().float())
     )
-    inputs = [codes, transposed, _one(context), channels, graph.constant(ZERO_POINT, "zero_point")]
+    sums = graph.initializer(
+        f"{weight.codes.name}_sums", FLOAT32, (rows,),
+        lambda: to_numpy(weight.codes.load().sum(dim=1) * weight.scale.load().float()),
+    )  # fmt: skip
+    inputs = [codes, transposed, _number(context, 1), channels, graph.constant(MIDDLE, "middle")]
     product = graph.node("MatMulIntegerToFloat", inputs, f"{name}_product", domain="com.microsoft")
-    return context.emit(node, "Mul", [product, scale])
+    shift = graph.node("Mul", [zero, sums], f"{name}_shift")
+    shifted = graph.node("Sub", [product, shift], f"{name}_shifted")
+    return context.emit(node, "Mul", [shifted, scale])
 
 
 def in_eight_bits(weight: QuantizedWeight) -> QuantizedWeight:
@@ -77,21 +86,31 @@ def in_eight_bits(weight: QuantizedWeight) -> QuantizedWeight:
     )
 
 
-def _quantized_tokens(context: Lowering, x: str) -> tuple[str, str]:
-    """Codes of ``x [..., in]`` and their scales ``[..., 1]``, once for all layers that read it."""
+def _quantized_tokens(context: Lowering, x: str) -> tuple[str, str, str]:
+    """Codes of ``x [..., in]``, their scales and zero points ``[..., 1]``, once for all layers that read it.
+
+    As ``choose_qparams_per_token_asymmetric``: the range from the least to the largest, 0 included, in 255 steps.
+    """
     graph, key = context.graph, f"tokens of {x}"
     if key not in context.scratch:
-        magnitude = graph.node("Abs", [x], f"{x}_magnitude")
-        largest = graph.node("ReduceMax", [magnitude, graph.ints(-1)], f"{x}_largest", {"keepdims": 1})
-        share = graph.constant(np.array(1 / LARGEST, np.float32), "share")
-        scale = graph.node("Mul", [largest, share], f"{x}_share")
-        scale = graph.node("Max", [scale, graph.constant(SMALLEST, "smallest")], f"{x}_scale")
+        ends = []
+        for reduce, keep, what in (("ReduceMin", "Min", "least"), ("ReduceMax", "Max", "largest")):
+            end = graph.node(reduce, [x, graph.ints(-1)], f"{x}_{what}_alone", {"keepdims": 1})
+            ends.append(graph.node(keep, [end, _number(context, 0)], f"{x}_{what}"))
+        width = graph.node("Sub", ends[::-1], f"{x}_width")
+        step = graph.node("Div", [width, _number(context, 255)], f"{x}_step")
+        scale = graph.node("Max", [step, _number(context, SMALLEST)], f"{x}_scale")
+        steps = graph.node("Div", [ends[0], scale], f"{x}_steps")
+        zero = graph.node(
+            "Round", [graph.node("Sub", [_number(context, -128), steps], f"{x}_start")], f"{x}_zero"
+        )
         scaled = graph.node("Div", [x, scale], f"{x}_scaled")
-        inputs = [scaled, _one(context), graph.constant(ZERO_POINT, "zero_point")]
-        context.scratch[key] = (graph.node("QuantizeLinear", inputs, f"{x}_codes"), scale)
-    found: tuple[str, str] = context.scratch[key]
+        placed = graph.node("Add", [scaled, zero], f"{x}_placed")
+        inputs = [placed, _number(context, 1), graph.constant(MIDDLE, "middle")]
+        context.scratch[key] = (graph.node("QuantizeLinear", inputs, f"{x}_codes"), scale, zero)
+    found: tuple[str, str, str] = context.scratch[key]
     return found
 
 
-def _one(context: Lowering) -> str:
-    return context.graph.constant(np.array(1, np.float32), "one")
+def _number(context: Lowering, value: float) -> str:
+    return context.graph.constant(np.array(value, np.float32), "number")

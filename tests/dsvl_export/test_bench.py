@@ -31,7 +31,7 @@ def test_every_stage_and_context_is_measured(result: BenchResult, tiny_bundle: B
     assert [row.context for row in result.decoding] == [40, 200]
     assert {row.step.repeats for row in result.decoding} == {6}
     assert result.prompt_tokens > tiny_bundle.manifest.prompt.image_tokens
-    assert 0 < result.loaded < result.peak
+    assert 0 <= result.loaded < result.peak  # in a process that has memory to spare, opening may add none
 
 
 def test_roof_and_plan_agree_on_the_bytes(result: BenchResult, tiny_bundle: Bundle) -> None:

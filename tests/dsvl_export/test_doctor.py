@@ -22,7 +22,7 @@ def test_this_machine_is_fit() -> None:
     assert found["healthy"]
     assert found["backends"]["onnxruntime"]["compile"] == {
         "able": True,
-        "precisions": ["fp32", "fp16", "int8", "fp8", "int8-weights", "int4"],
+        "precisions": ["fp32", "fp16", "int8", "fp8", "int8-weights", "int4", "8da4w", "8da8w"],
     }
     assert found["backends"]["onnxruntime"]["run"]["devices"] == ["cpu"]
     assert found["packages"]["torch"].startswith("2.13")
