@@ -1,8 +1,8 @@
 """Linear layers in 8-bit integers for ONNX Runtime, whose activations are rounded token by token.
 
-As the traced program says, a token has a scale and a zero point of its own. Its codes are unsigned around 128:
-ONNX Runtime's kernels are fast for unsigned times signed, and seventeen times slower for signed times signed
-(1.32 on AVX512-VNNI).
+As the traced program says, a token has a scale and a zero point of its own. Its codes are unsigned around
+128: ONNX Runtime's kernels are fast for unsigned times signed, and seventeen times slower for signed times
+signed (1.32 on AVX512-VNNI).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMALLEST = float(np.finfo(np.float32).eps)  # scale of a token of zeros, as the 
 
 
 def integer_linear(context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
-    """``x @ W^T`` of codes q with a scale s and a zero point z for each token, a scale for each output channel.
+    """``x @ W^T`` of codes q, with a scale s and a zero point z of each token and a scale of each channel.
 
     ``s · (q - z) @ W^T = s · (q @ W^T - z · sum(W))``: the product is one of integers.
 
@@ -89,7 +89,7 @@ def in_eight_bits(weight: QuantizedWeight) -> QuantizedWeight:
 def _quantized_tokens(context: Lowering, x: str) -> tuple[str, str, str]:
     """Codes of ``x [..., in]``, their scales and zero points ``[..., 1]``, once for all layers that read it.
 
-    As ``choose_qparams_per_token_asymmetric``: the range from the least to the largest, 0 included, in 255 steps.
+    As ``choose_qparams_per_token_asymmetric``: from the least to the largest, 0 included, in 255 steps.
     """
     graph, key = context.graph, f"tokens of {x}"
     if key not in context.scratch:
