@@ -10,6 +10,7 @@ FP8 has operators of its own, ``dsvl::quantize_float8`` and ``dsvl::dequantize_f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -127,13 +128,16 @@ def round_trip(weight: Tensor, scale: Tensor, precision: LayerPrecision) -> Tens
     return dequantize_weight(quantize_weight(weight, scale, precision), scale, precision, weight.dtype)
 
 
-def round_trip_by_rows(weight: Tensor, scale: Tensor, precision: LayerPrecision) -> Tensor:
-    """``round_trip`` in a fourth of the time: some rows at a time, which stay in a processor's cache."""
-    if precision.kind == "palette4":  # a palette is of several rows
-        return round_trip(weight, scale, precision)
+def by_rows(work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``work`` on a weight ``[out, ...]`` and what else has a row for each output channel, in parts.
+
+    What it makes on the way then stays in a processor's cache: 4-bit scales take a sixth of the time, a
+    ``round_trip`` a fourth, and memory is that of the weight and the result.
+    """
+    weight = tensors[0]
     rows = max(AT_ONCE * len(weight) // weight.numel(), 1)
-    parts = zip(weight.split(rows), scale.split(rows), strict=True)
-    return torch.cat([round_trip(part, scales, precision) for part, scales in parts])
+    parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    return torch.cat([work(*part) for part in parts])
 
 
 def fake_quantize(x: Tensor, scale: Tensor, precision: LayerPrecision) -> Tensor:
@@ -156,11 +160,11 @@ def quantize_tokens(x: Tensor) -> Tensor:
 class _Quantized(nn.Module):
     """What quantized linear layers and convolutions share.
 
-    ``by_rows`` computes the weight in parts, which a traced program must not.
+    ``in_parts`` computes the weight some rows at a time, which a traced program must not.
     """
 
     weight: Any
-    by_rows = False
+    in_parts = False
 
     def quantize(self, precision: LayerPrecision) -> None:
         rows, columns = self.weight.shape[:2]
@@ -181,8 +185,10 @@ class _Quantized(nn.Module):
             x = fake_quantize(x, self.input_scale, self.precision)
         if self.precision.dynamic:
             x = quantize_tokens(x)
-        kept = round_trip_by_rows if self.by_rows else round_trip
-        return x, kept(self.weight, self.weight_scale, self.precision)
+        keep = partial(round_trip, precision=self.precision)
+        if self.in_parts and self.precision.kind != "palette4":  # a palette is of several rows
+            return x, by_rows(keep, self.weight, self.weight_scale)
+        return x, keep(self.weight, self.weight_scale)
 
 
 class QuantizedLinear(_Quantized, nn.Linear):
@@ -223,7 +229,7 @@ def quantize_model(model: DeepSeekVL, plan: PrecisionPlan) -> None:
         quantize_layers(getattr(model, component), component, plan)
     for module in model.modules():
         if isinstance(module, _Quantized):
-            module.by_rows = True
+            module.in_parts = True
 
 
 def trace_planned(config: ModelConfig, component: str, plan: PrecisionPlan) -> TracedComponent:

@@ -12,13 +12,14 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from dsvl_export.machine import describe_machine, package_versions, read_bandwidth
+from dsvl_export.machine import describe_machine, package_versions, read_bandwidth, timed
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.cache import cache_bytes
@@ -75,8 +76,8 @@ class BenchResult:
 
     ``stages`` are those before the first token, for one image. ``loaded`` is what opening added to the
     process, ``peak`` the most that the process had. ``bandwidth`` is what the asked threads, or all cores,
-    read from memory in bytes per second.
-    ``predicted`` is what ``plan`` says of the largest context, or why it says nothing.
+    read from memory in bytes per second. ``predicted`` is what ``plan`` says of the largest context, or why
+    it says nothing.
     """
 
     bundle: str
@@ -137,9 +138,8 @@ def bench(
     room = max(contexts[-1] + options.tokens, min(longest, bundle.manifest.default_capacity))
     before, started = _resident(), perf_counter()
     pipeline = Pipeline.open(
-        bundle, backend, precision, threads=options.threads, device=options.device,
-        capacity=room,
-    )  # fmt: skip
+        bundle, backend, precision, threads=options.threads, device=options.device, capacity=room
+    )
     opened = perf_counter() - started
     loaded = max(_resident() - before, 0)
     steps = options.repeats + len(contexts) + 2
@@ -155,10 +155,8 @@ def bench(
     execution = load_backend(backend).execution(artifact, options.device)
     here = execution.device == "cpu" and execution.kind == "ran"
     bandwidth = read_bandwidth(options.threads) if here else None
-    weights, states = (
-        _decode_weights(bundle, backend, precision, execution),
-        pipeline.chain.decoder.contract.states,
-    )
+    weights = _decode_weights(bundle, backend, precision, execution)
+    states = pipeline.chain.decoder.contract.states
     decoding = []
     for context, seconds in steps_of.items():
         read = weights + cache_bytes(states, 1, context) if weights else None
@@ -251,8 +249,8 @@ def _decode(pipeline: Pipeline, context: int, options: BenchOptions) -> list[flo
     cache.rewind(1)
     found = []
     for _ in range(options.repeats):
-        for token in tokens[context:]:
-            found.append(_timed(lambda token=token: chain.decode(np.array([[token]]), cache)))  # type: ignore[misc]
+        for place in range(context, len(tokens)):
+            found.append(timed(partial(chain.decode, tokens[None, place : place + 1], cache)))
         cache.rewind(options.tokens)
     return found
 
@@ -291,12 +289,6 @@ def _predicted(
     except UserError as error:
         return str(error)
     return plan.to_dict()
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = perf_counter()
-    work()
-    return perf_counter() - started
 
 
 def _resident() -> int:

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsvl_export.ladder import ParityResult, Rung
+from dsvl_export.units import size
 from runtimes.bundle import Bundle
 
 # Where the output is no terminal, tables get room enough not to be cut.
@@ -70,15 +71,6 @@ def step_bar(label: str) -> Iterator[Callable[[str, int, int], None]]:
             bars.update(bar, description=f"{label}: {name}", completed=done, total=total)
 
         yield on_step
-
-
-def size(count: int) -> str:
-    """Bytes for people, in units of 1000."""
-    value, units = float(count), iter(("B", "kB", "MB", "GB"))
-    unit = next(units)
-    while value >= 1000 and unit != "GB":
-        value, unit = value / 1000, next(units)
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 COLOURS = {"passed": "green", "failed": "red"}  # all other states are yellow: nothing was proven

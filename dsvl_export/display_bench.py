@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsvl_export.benching import BenchResult, Timing
-from dsvl_export.display import out, size
+from dsvl_export.display import out
+from dsvl_export.units import size
 from runtimes.errors import UserError
 from runtimes.files import write_json, write_text
 

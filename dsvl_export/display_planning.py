@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsvl_export.defects import Defect
-from dsvl_export.display import out, size
+from dsvl_export.display import out
 from dsvl_export.planner.targets import Target
+from dsvl_export.units import size
 
 if TYPE_CHECKING:
     from dsvl_export.planner.plan import Plan

@@ -6,8 +6,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from calibration.sensitivity import Sensitivity
-from dsvl_export.display import size
 from dsvl_export.precision_search import FoundPlan
+from dsvl_export.units import size
 
 SHOWN = 20
 

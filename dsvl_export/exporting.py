@@ -30,7 +30,6 @@ from dsvl_export.compilers import (
     Parts,
     load_compiler,
 )
-from dsvl_export.display import size
 from dsvl_export.ladder.noise import measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.planner.targets import find_target
@@ -42,6 +41,7 @@ from dsvl_export.precisions import (
     precision_folder,
 )
 from dsvl_export.staging import Staging
+from dsvl_export.units import size
 from dsvl_export.version import __version__
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.goldens import golden_requests

@@ -20,18 +20,14 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-import calibration.quantized  # noqa: F401 -- registers the operators
+from calibration.quantized import by_rows  # with it, the operators are registered
 from reference.trace import TracedComponent
 from runtimes.contracts import TensorSpec
 
 LoadParameter = Callable[[str], Tensor]
 aten, qd = torch.ops.aten, torch.ops.quantized_decomposed
-# Operators on weights ``[out, ...]`` and scales ``[out, ...]`` that can be computed some rows at a time.
-BY_ROWS = {
-    qd.quantize_per_channel.default,
-    qd.quantize_per_channel_group.default,
-}
-EVALUATED_AT_ONCE = 1 << 21  # numbers
+# Operators on a weight, its scales and zero points, each ``[out, ...]``, that are computed in parts.
+BY_ROWS = {qd.quantize_per_channel.default, qd.quantize_per_channel_group.default}
 
 
 @dataclass(frozen=True)
@@ -170,12 +166,7 @@ class ProgramLowering(ABC):
         target: Any = node.target
         if target not in BY_ROWS:
             return target(*args, **node.kwargs)
-        rows = max(EVALUATED_AT_ONCE * len(args[0]) // args[0].numel(), 1)
-        parts = []
-        for start in range(0, len(args[0]), rows):  # temporaries are several times the size of a weight
-            cut = [arg[start : start + rows] if isinstance(arg, Tensor) else arg for arg in args]
-            parts.append(target(*cut, **node.kwargs))
-        return torch.cat(parts)
+        return by_rows(lambda *parts: target(*parts, *args[3:], **node.kwargs), *args[:3])
 
     def is_constant(self, source: Node) -> bool:
         return isinstance(self._values[source], Constant)

@@ -75,12 +75,14 @@ def usable_cores() -> int:
 
 def best_of(work: Callable[[], object], repeats: int = 4) -> float:
     """The fewest seconds that some work took."""
-    seconds = []
-    for _ in range(repeats):
-        started = perf_counter()
-        work()
-        seconds.append(perf_counter() - started)
-    return min(seconds)
+    return min(timed(work) for _ in range(repeats))
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that some work took."""
+    started = perf_counter()
+    work()
+    return perf_counter() - started
 
 
 def _square(part: np.ndarray) -> float:

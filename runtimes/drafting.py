@@ -1,9 +1,9 @@
 """Prompt-lookup drafting: what followed the same tokens before is guessed to follow them again.
 
 The guess costs a dictionary lookup; the decoder judges all of it in one call. So text that repeats what the
-prompt or the answer already holds (documents, tables, code) comes several tokens a call, and is the text that
-would have come one by one (speculative decoding, arXiv 2211.17192; drafts by n-grams as in Saxena's
-prompt-lookup decoding, 2023).
+prompt or the answer already holds (documents, tables, code) comes several tokens a call, and is but for near
+ties the text that would have come one by one (speculative decoding, arXiv 2211.17192; drafts by n-grams as
+in Saxena's prompt-lookup decoding, 2023).
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def generate(
             "" if writer.finished else writer.push(row) for writer, row in zip(writers, logits, strict=True)
         ]
         for row, writer in enumerate(writers):
-            pieces[row] += _end_at_capacity(writer, int(cache.lengths[row]), cache)
+            pieces[row] += _end_at_capacity(writer, cache, row)
         for writer in active:
             _stamp(writer.answer, started)
         yield pieces
@@ -152,13 +152,14 @@ def generate_one(
         logits: ``[V]`` after the prompt.
         lookup: knows the prompt.
     """
-    answer, rows, draft = writer.answer, logits[None], []  # type: ignore[var-annotated]
+    answer, rows = writer.answer, logits[None]
+    draft: list[int] = []
     seconds, written = 0.0, 0
     while True:
         text = writer.follow(rows, draft)
         accepted = len(answer.tokens) - written - 1
         cache.rewind(len(draft) - accepted)
-        text += _end_at_capacity(writer, cache.length, cache)
+        text += _end_at_capacity(writer, cache, 0)
         answer.drafted_tokens += len(draft)
         answer.accepted_tokens += accepted
         _stamp(answer, started)
@@ -175,9 +176,9 @@ def generate_one(
         seconds = perf_counter() - begun
 
 
-def _end_at_capacity(writer: Writer, length: int, cache: KVCache) -> str:
+def _end_at_capacity(writer: Writer, cache: KVCache, row: int) -> str:
     """End an answer whose next token would have no place; its last text."""
-    full = not writer.finished and length >= cache.capacity
+    full = not writer.finished and cache.lengths[row] >= cache.capacity
     return writer.finish("capacity") if full else ""
 
 

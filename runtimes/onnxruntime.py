@@ -25,7 +25,7 @@ PROVIDERS = {
 }
 CPU, CUDA = "cpu", "cuda"  # kinds of memory
 # What a file is written for; products of integers by tokens have kernels on a CPU alone.
-DIALECTS = ORT, ORT_TOKENS = ("ort", "ort_tokens")
+ORT, ORT_TOKENS = "ort", "ort_tokens"
 PREFILL_FROM = 32  # tokens of a call that the graph for prompts takes; drafts are shorter
 
 
@@ -46,7 +46,7 @@ def devices() -> list[str]:
 
 def execution(artifact: Artifact, device: str | None = None) -> Execution:
     device = device or CPU
-    if artifact.dialect not in DIALECTS:
+    if artifact.dialect not in (ORT, ORT_TOKENS):
         return Execution(
             "not run", f"it is written in the dialect {artifact.dialect}, this release runs {ORT}"
         )

@@ -228,12 +228,11 @@ class Pipeline:
         return answer
 
 
-def needed_memory(bundle: Bundle, backend: str | None, precision: str | None, capacity: int | None) -> int:
+def needed_memory(bundle: Bundle, backend: str, precision: str, capacity: int | None) -> int:
     """Bytes that weights and a KV cache take at least while a bundle runs on a CPU.
 
     Half precision in ONNX Runtime on a CPU counts twice, as its kernels there widen weights.
     """
-    backend, precision = bundle.select(backend, precision)
     contract = bundle.manifest.contracts[precision]["decoder"]
     artifacts = [bundle.artifact(part, backend, precision) for part in PARTS]
     engines = {artifact.engine.file for artifact in artifacts if artifact.engine}

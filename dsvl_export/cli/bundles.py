@@ -138,6 +138,7 @@ def export(
     from dsvl_export.exporting import export as run_export
     from dsvl_export.planner.targets import find_target
     from dsvl_export.precisions import plan_for
+    from dsvl_export.units import size
     from runtimes.bundle import Bundle
 
     device = find_target(target) if target else None
@@ -189,7 +190,7 @@ def export(
         for result in results:
             display.print_parity(result)
         total = sum(entry.bytes for entry in bundle.manifest.files.values())
-        print(f"Wrote {bundle.folder} ({display.size(total)}).")
+        print(f"Wrote {bundle.folder} ({size(total)}).")
         print(f"Next: {_next_step(bundle, backend)}")
     leave_with(results)
 
@@ -220,19 +221,21 @@ def open_pipeline(
 ) -> Pipeline:
     """Open a bundle to run it; says so where the machine's free memory is less than that takes."""
     from dsvl_export import display
+    from dsvl_export.units import size
     from runtimes.backends import load_backend
     from runtimes.bundle import Bundle
     from runtimes.memory import available_memory
     from runtimes.pipeline import Pipeline, needed_memory
 
     bundle = Bundle.open(folder)
+    backend, precision = bundle.select(backend, precision)
+    decoder = bundle.artifact("decoder", backend, precision)
     needed, free = needed_memory(bundle, backend, precision, capacity), available_memory()
-    chosen = bundle.artifact("decoder", *bundle.select(backend, precision))
-    on_host = load_backend(chosen.backend).execution(chosen, device).device == "cpu"
+    on_host = load_backend(backend).execution(decoder, device).device == "cpu"
     if on_host and needed > free:
         display.err.print(
-            f"[yellow]Short of memory:[/] weights and KV cache take {display.size(needed)},"
-            f" {display.size(free)} are free; take a smaller precision or --capacity."
+            f"[yellow]Short of memory:[/] weights and KV cache take {size(needed)},"
+            f" {size(free)} are free; take a smaller precision or --capacity."
         )
     return Pipeline.open(
         bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify

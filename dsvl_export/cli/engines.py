@@ -105,6 +105,7 @@ def build_engine(
     from dsvl_export.engines.building import EngineSettings
     from dsvl_export.engines.on_device import build_engines, longest_golden
     from dsvl_export.staging import Staging
+    from dsvl_export.units import size
     from runtimes.bundle import Bundle
 
     opened = Staging(bundle).bundle()
@@ -130,6 +131,6 @@ def build_engine(
         display.print_json([asdict(item) for item in built])
         return
     for item in built:
-        size = Bundle.open(bundle).manifest.files[item.files[-1]].bytes
-        print(f"{item.files[-1]} ({display.size(size)})")
+        written = Bundle.open(bundle).manifest.files[item.files[-1]].bytes
+        print(f"{item.files[-1]} ({size(written)})")
     print(f"Next: dsvl-export parity {bundle} --backend tensorrt")

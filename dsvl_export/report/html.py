@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dsvl_export.display import size
 from dsvl_export.report.plots import drift_plot, ladder_plot
+from dsvl_export.units import size
 from runtimes.errors import UserError
 from runtimes.preprocess import load_image
 from runtimes.prompt import IMAGE_PLACEHOLDER

@@ -77,21 +77,6 @@ def scaled(factor: float) -> Callable[[np.ndarray], np.ndarray]:
     return lambda values: values * np.asarray(factor, values.dtype)
 
 
-def own_input(
-    index: int, change: Callable[[np.ndarray], np.ndarray]
-) -> Callable[[onnx.GraphProto, NodeProto], None]:
-    """Give a node its own, changed copy of a constant that other layers share."""
-
-    def edit(graph: onnx.GraphProto, found: NodeProto) -> None:
-        (shared,) = [item for item in graph.initializer if item.name == found.input[index]]
-        name = f"{found.name}/own_{index}"
-        values = np.ascontiguousarray(change(numpy_helper.to_array(shared).copy()))
-        graph.initializer.append(numpy_helper.from_array(values, name))
-        found.input[index] = name
-
-    return edit
-
-
 def attribute(name: str, value: object) -> Callable[[onnx.GraphProto, NodeProto], None]:
     def edit(graph: onnx.GraphProto, found: NodeProto) -> None:
         kept = [item for item in found.attribute if item.name != name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
@@ -133,8 +133,14 @@ def test_copying_takes_few_calls_and_gives_the_same(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_drafts_change_no_token(tiny_bundle: Bundle, temperature: float) -> None:
-    """Of the real model, greedy and sampled, made to repeat itself; the cache is right after drafts too."""
+def test_drafts_change_no_token(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Of the real model, greedy and sampled, made to repeat itself; the cache is right after drafts too.
+
+    On a clock by which every call takes as long, so that the same drafts are made each time.
+    """
+    monkeypatch.setattr("runtimes.generate.perf_counter", partial(next, count()))
     pipeline = Pipeline.open(tiny_bundle, precision="fp32")
     prompts = ["The circle is red. The square is red. The", "The circle is red. The square is red. The star"]
     found: list[list[int]] = []
