@@ -230,18 +230,24 @@ class Checkpoint:
 
 
 def _stream_into(model: DeepSeekVL, load: Callable[[str], Tensor]) -> None:
-    """Hooks that give a module its own parameters before it runs and take them away after."""
+    """Hooks that give a module its own parameters before it runs and take them away after.
+
+    Their memory serves the next module of the same shapes: fresh memory takes longer than the weights.
+    """
+    spare: dict[Shape, list[Tensor]] = {}
 
     def attach(module: nn.Module, prefix: str) -> None:
         empty = dict(module.named_parameters(recurse=False))
 
         def fill(module: nn.Module, args: Any) -> None:
-            for name in empty:
-                value = load(f"{prefix}{name}").to(torch.float32)
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
+            for name, parameter in empty.items():
+                free = spare.get(tuple(parameter.shape))
+                value = free.pop() if free else torch.empty_like(parameter, device="cpu")
+                setattr(module, name, nn.Parameter(value.copy_(load(f"{prefix}{name}")), requires_grad=False))
 
         def drop(module: nn.Module, args: Any, output: Any) -> None:
             for name, parameter in empty.items():
+                spare.setdefault(tuple(parameter.shape), []).append(getattr(module, name).data)
                 setattr(module, name, parameter)
 
         if empty:

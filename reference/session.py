@@ -23,6 +23,8 @@ from runtimes.embedding import TokenEmbedding
 from runtimes.session import ANY_ROWS
 from runtimes.tokenizer import Tokenizer
 
+PREFILL_CHUNK = 2048  # tokens; a model that streams its weights reads all of them for every call
+
 
 class TorchComponent:
     """A stateless component in eager PyTorch.
@@ -105,6 +107,7 @@ def reference_chain(
         TorchComponent(model.vision_encoder, contract("vision_encoder"), taps("vision_encoder")),
         TorchComponent(model.adaptor, contract("adaptor"), taps("adaptor")),
         TorchDecoder(model.decoder, contract("decoder"), taps("decoder")),
+        PREFILL_CHUNK,
     )
 
 

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.chain import Chain, PromptInputs
+from runtimes.cache import cache_bytes
+from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens import GREEDY_TOKENS, Golden, check_finite, greedy, save_golden
+from runtimes.memory import available_memory
 from runtimes.preprocess import load_image, resize_and_pad, to_pixel_values
 from runtimes.taps import Taps
+from runtimes.tokenizer import expand_images
 
-CACHE_BYTES = 2 << 30
+CACHE_SHARE = 8  # one part in so many of the free memory holds the KV cache of prompts decoded together
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class GoldenRequest:
 class _Prepared:
     """A request up to the decoder's input."""
 
+    index: int
     golden: Golden  # without tokens and logits
-    inputs: PromptInputs
+    embeds: np.ndarray  # [S, D]
 
 
 def record_goldens(
@@ -48,8 +52,8 @@ def record_goldens(
 ) -> None:
     """Write images and ``NN.safetensors`` for every request into ``folder``.
 
-    Prompts are decoded together, as many as ``CACHE_BYTES`` allow: where the reference streams its
-    weights, a step costs the same for one as for all.
+    Prompts are decoded together, as many as the memory allows: where the reference streams its weights, a
+    step costs the same for one as for all.
 
     Args:
         checkpoint: SHA-256 of the checkpoint, kept in the goldens.
@@ -61,11 +65,12 @@ def record_goldens(
         UserError: the decoder has too few positions for any request, or what is computed is not finite.
     """
     (folder / "images").mkdir(parents=True)
-    prepared = []
-    for request in requests:
-        prepared.append(_prepare(chain, request, folder / "images", checkpoint))
-        on_step(len(prepared), len(requests) + GREEDY_TOKENS)
-    prepared = [item for item in prepared if len(item.inputs.keys) + GREEDY_TOKENS <= max_positions]
+    prepared: list[_Prepared] = []
+    for done, request in enumerate(requests, 1):
+        item = _prepare(chain, request, folder / "images", checkpoint, len(prepared))
+        if len(item.embeds) + GREEDY_TOKENS <= max_positions:
+            prepared.append(item)
+        on_step(done, len(requests) + GREEDY_TOKENS)
     if not prepared:
         raise UserError(
             f"The decoder's {max_positions} positions are too few for goldens; export with --no-goldens."
@@ -81,17 +86,15 @@ def record_goldens(
         done += 1
         on_step(done, total)
 
-    index = 0
     for group in groups:
-        tokens, logits = greedy(chain, [item.inputs.embeds for item in group], GREEDY_TOKENS, on_token)
+        tokens, logits = greedy(chain, [item.embeds for item in group], GREEDY_TOKENS, on_token)
         for row, item in enumerate(group):
             golden = replace(item.golden, greedy_tokens=tokens[row].astype(np.int64), logits=logits[row])
             check_finite(golden, "What the model computes")
-            save_golden(golden, folder / f"{index:02}.safetensors")
-            index += 1
+            save_golden(golden, folder / f"{item.index:02}.safetensors")
 
 
-def _prepare(chain: Chain, request: GoldenRequest, folder: Path, checkpoint: str) -> _Prepared:
+def _prepare(chain: Chain, request: GoldenRequest, folder: Path, checkpoint: str, index: int) -> _Prepared:
     """Copy the images into ``folder`` and run everything before the decoder."""
     images = [folder / source.name for source in request.images]
     for source, image in zip(request.images, images, strict=True):
@@ -100,33 +103,29 @@ def _prepare(chain: Chain, request: GoldenRequest, folder: Path, checkpoint: str
     features = chain.encode_pixels(
         np.stack([to_pixel_values(square, chain.preprocessing) for square in squares])
     )
-    inputs = chain.embed_prompt(request.prompt, images)
+    image_embeds = chain.adapt(features)
+    tokens = expand_images(chain.tokenizer.encode(request.prompt), chain.tokenizer.spec, len(images))
     golden = Golden(
         checkpoint=checkpoint,
         prompt=request.prompt,
         images=tuple(image.name for image in images),
         squares=np.stack(squares),
         features=features,
-        image_embeds=chain.adapt(features),
-        prompt_tokens=np.array(inputs.tokens, dtype=np.int64),
+        image_embeds=image_embeds,
+        prompt_tokens=tokens,
         greedy_tokens=np.empty(0, np.int64),
         logits=np.empty((0, 0), np.float32),
     )
-    return _Prepared(golden, inputs)
+    return _Prepared(index, golden, chain.merge(tokens, image_embeds))
 
 
-def _groups(chain: Chain, prepared: list[_Prepared]) -> list[list[_Prepared]]:
-    """The requests in order, cut where a group's KV cache would exceed ``CACHE_BYTES``."""
-    per_token = sum(
-        int(spec.shape[1]) * int(spec.shape[3]) * np.dtype(spec.dtype).itemsize
-        for spec in chain.decoder.contract.states
-    )
+def _groups(chain: Chain, prepared: Sequence[_Prepared]) -> list[list[_Prepared]]:
+    """The requests by length, cut where a group's KV cache would exceed its share of the free memory."""
+    most = available_memory() // CACHE_SHARE
     groups: list[list[_Prepared]] = [[]]
-    for item in prepared:
-        grown = [*groups[-1], item]
-        longest = max(len(member.inputs.keys) for member in grown) + GREEDY_TOKENS
-        if groups[-1] and len(grown) * longest * per_token > CACHE_BYTES:
-            groups.append([item])
-        else:
-            groups[-1] = grown
+    for item in sorted(prepared, key=lambda item: len(item.embeds)):
+        rows, longest = len(groups[-1]) + 1, len(item.embeds) + GREEDY_TOKENS
+        if groups[-1] and cache_bytes(chain.decoder.contract.states, rows, longest) > most:
+            groups.append([])
+        groups[-1].append(item)
     return groups

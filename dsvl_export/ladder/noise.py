@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dsvl_export.ladder.measures import changed_choices
-from dsvl_export.ladder.stages import STEPS, Goldens, stages
+from dsvl_export.ladder.stages import STEPS, Goldens, vision_stages
 from runtimes.bundle import Bundle
+from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.files import read_json
-from runtimes.goldens import relative_rms, teacher_forced
+from runtimes.goldens import Golden, relative_rms
 from runtimes.taps import TAPPED_COMPONENTS, take_taps
 
 if TYPE_CHECKING:
@@ -103,24 +106,19 @@ def measure_noise(
     for index in range(len(goldens.files)):
         on_step(index, len(goldens.files))
         golden = goldens.load(index, weights.source.digest)
+        features: dict[str, np.ndarray] = {}
         row: Errors = {}
-        for stage in stages(chain, golden):
-            error = relative_rms(stage.found, stage.expected)
-            if stage.rung == "teacher_forced_logits":
-                row[CHOICES] = changed_choices(stage.found, stage.expected)
-                # The ladder judges single steps by themselves too.
-                first = slice(1, STEPS + 1)
-                error = max(error, relative_rms(stage.found[first], stage.expected[first]))
-                worst = max(map(relative_rms, stage.found, stage.expected))
-                if math.isfinite(worst):
-                    row[WORST_ROW] = max(worst, row.get(WORST_ROW, 0.0))
-            if stage.rung != "preprocess" and math.isfinite(error):
-                row[stage.rung] = max(error, row.get(stage.rung, 0.0))
-        # From the image file on, as greedy tokens are compared.
-        inputs = chain.embed_prompt(golden.prompt, goldens.images(golden))
-        logits = teacher_forced(chain, inputs.embeds, golden.greedy_tokens.tolist())
-        row[CHOICES] = max(row[CHOICES], changed_choices(logits, golden.logits))
-        row[CHAIN] = max(map(relative_rms, logits, golden.logits))
+        for stage in vision_stages(chain, golden):
+            if stage.rung == "vision_encoder":
+                features[stage.tensor] = stage.found
+            _note(row, stage.rung, relative_rms(stage.found, stage.expected))
+        given, own = _logits(chain, golden, (golden.image_embeds, chain.adapt(features)))
+        _note(row, WORST_ROW, max(map(relative_rms, given, golden.logits)))
+        # The ladder judges single steps by themselves too.
+        for part in (slice(None), slice(1, STEPS + 1)):
+            _note(row, "teacher_forced_logits", relative_rms(given[part], golden.logits[part]))
+        row[CHOICES] = max(changed_choices(logits, golden.logits) for logits in (given, own))
+        row[CHAIN] = max(map(relative_rms, own, golden.logits))
         rows.append(row)
         for component, expected in golden.taps.items():
             found = take_taps(chain, golden, component)
@@ -128,3 +126,22 @@ def measure_noise(
             taps[component] = {name: error for name, error in errors.items() if math.isfinite(error)}
     on_step(len(goldens.files), len(goldens.files))
     return {"goldens": rows, "taps": taps}
+
+
+def _note(row: Errors, rung: str, error: float) -> None:
+    """Keep the larger error of a rung."""
+    if math.isfinite(error):
+        row[rung] = max(error, row.get(rung, 0.0))
+
+
+def _logits(chain: Chain, golden: Golden, image_embeds: Sequence[np.ndarray]) -> np.ndarray:
+    """Logits ``[N, n, V]`` that predict the golden's greedy tokens after each of ``N`` image embeddings.
+
+    One call, as the weights are streamed and rounded once for all that it computes.
+    """
+    answer = chain.embed_tokens(golden.greedy_tokens[:-1])
+    inputs = np.stack(
+        [np.concatenate([chain.merge(golden.prompt_tokens, one), answer]) for one in image_embeds]
+    )
+    rows = np.arange(len(golden.prompt_tokens) - 1, inputs.shape[1])
+    return chain.decoder.decode(inputs, rows, chain.decoder.new_cache(*inputs.shape[:2]))

@@ -126,14 +126,7 @@ def stages(chain: Chain, golden: Golden, steps: int = 0) -> Iterator[Stage]:
         steps: decode so many tokens one by one as well; a step may be another kernel, program or
             profile than a prefill.
     """
-    pixels = np.stack([to_pixel_values(square, chain.preprocessing) for square in golden.squares])
-    features = chain.encode_pixels(pixels)
-    for name, expected in golden.features.items():
-        yield Stage("vision_encoder", name, features[name], expected)
-    given = {
-        item.name: golden.features[item.name].astype(item.dtype) for item in chain.adaptor.contract.inputs
-    }
-    yield Stage("adaptor", "image_embeds", chain.adapt(given), golden.image_embeds)
+    yield from vision_stages(chain, golden)
     embeds = chain.merge(golden.prompt_tokens, golden.image_embeds)
     cache = chain.decoder.new_cache(1, len(embeds) + steps)
     logits = chain.prefill(embeds, cache)[None]
@@ -143,3 +136,15 @@ def stages(chain: Chain, golden: Golden, steps: int = 0) -> Iterator[Stage]:
         yield Stage("teacher_forced_logits", "step_logits", np.stack(rows), golden.logits[1 : steps + 1])
     logits = teacher_forced(chain, embeds, golden.greedy_tokens.tolist())
     yield Stage("teacher_forced_logits", "logits", logits, golden.logits)
+
+
+def vision_stages(chain: Chain, golden: Golden) -> Iterator[Stage]:
+    """Vision features and image embeddings of one golden."""
+    pixels = np.stack([to_pixel_values(square, chain.preprocessing) for square in golden.squares])
+    features = chain.encode_pixels(pixels)
+    for name, expected in golden.features.items():
+        yield Stage("vision_encoder", name, features[name], expected)
+    given = {
+        item.name: golden.features[item.name].astype(item.dtype) for item in chain.adaptor.contract.inputs
+    }
+    yield Stage("adaptor", "image_embeds", chain.adapt(given), golden.image_embeds)
