@@ -62,8 +62,7 @@ def scripts(prompt: list[int], fresh: list[int]) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    from runtimes.drafting import PromptLookup
-    from runtimes.generate import Writer, generate_one
+    from runtimes.generate import Decoding, generate_one
     from runtimes.pipeline import Pipeline
     from runtimes.sampling import GenerationOptions
 
@@ -90,12 +89,10 @@ def main() -> None:
                 chain.decoder = Scripted(decoder, PROMPT, script)
                 cache = chain.decoder.new_cache(1, pipeline.capacity)
                 logits = chain.prefill(chain.embed_tokens(prompt), cache)
-                writer = Writer(chain.tokenizer.stream(), spec.eos_id, GenerationOptions(ANSWER), prompt)
-                most = chain.decoder.most_rows - 1 if drafts else 0
-                lookup = PromptLookup(prompt, most, spec.image_token_id)
-                for _ in generate_one(chain, logits, cache, writer, 0.0, lookup):
+                decoding = Decoding(chain, prompt, GenerationOptions(ANSWER, drafts=drafts), 0.0)
+                for _ in generate_one(chain, logits, cache, decoding):
                     pass
-                answer = writer.answer
+                answer = decoding.writer.answer
                 if answer.tokens != script:
                     raise SystemExit(f"{name}: the answer is not the script")
                 rates[drafts].append(answer.tokens_per_second)

@@ -60,16 +60,17 @@ def decoding(bundle: Path, context: int) -> dict[str, float]:
 def images(bundle: Path, count: int) -> dict[str, float]:
     """Seconds to the first token of a question about so many pictures, and of the vision in it."""
     from runtimes.pipeline import Pipeline
+    from runtimes.prompt import IMAGE_PLACEHOLDER
 
     pipeline = Pipeline.open(bundle, BACKEND, PRECISION, threads=THREADS, verify=False, capacity=8192)
     random = np.random.default_rng(0)
     pictures = [random.integers(0, 256, (480, 640, 3), np.uint8) for _ in range(count + 1)]
     chain = pipeline.chain
-    chain.encode_image(pictures[-1])  # warm
-    vision = timed(lambda: [chain.encode_image(picture) for picture in pictures[:count]])
-    inputs = chain.embed_prompt(pipeline.format("Describe them.", count), pictures[:count])
+    chain.embed_prompt(IMAGE_PLACEHOLDER, pictures[-1:])  # warm
+    vision = timed(lambda: chain.embed_prompt(IMAGE_PLACEHOLDER * count, pictures[:count]))
+    embeds = chain.embed_prompt(pipeline.format("Describe them.", count), pictures[:count])
     cache = chain.decoder.new_cache(1, pipeline.capacity)
-    return {"vision": vision, "prefill": timed(lambda: chain.prefill(inputs.embeds, cache))}
+    return {"vision": vision, "prefill": timed(lambda: chain.prefill(embeds, cache))}
 
 
 def point(found: dict[str, Any]) -> dict[str, float]:

@@ -77,7 +77,7 @@ class Evaluation:
         chain = reference_chain(self._source, self._embedding_file, model, kv_cache=kv_cache)
         divergences, kept = [], 0
         for item in self._answered:
-            embeds = chain.embed_prompt(item.prompt, item.images).embeds if vision else item.embeds
+            embeds = chain.embed_prompt(item.prompt, item.images) if vision else item.embeds
             logits = teacher_forced(chain, embeds, item.tokens)
             divergences.append(kl_divergence(item.logits, logits))
             kept += int((logits.argmax(-1) == np.array(item.tokens)).all())
@@ -86,7 +86,7 @@ class Evaluation:
 
 def _answer(chain: Chain, sample: Sample) -> _Answered:
     prompt = ask(chain, sample)
-    embeds = chain.embed_prompt(prompt, sample.images).embeds
+    embeds = chain.embed_prompt(prompt, sample.images)
     (tokens,), (logits,) = greedy(chain, [embeds], ANSWER_TOKENS)
     row = tokens.tolist()
     end = chain.tokenizer.spec.eos_id

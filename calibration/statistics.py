@@ -190,7 +190,7 @@ def _answers(
     prompts = []
     for sample, digest in group:
         with observer.watching(digest):
-            prompts.append(chain.embed_prompt(ask(chain, sample), sample.images).embeds)
+            prompts.append(chain.embed_prompt(ask(chain, sample), sample.images))
     tokens, _ = greedy(chain, prompts, ANSWER_TOKENS)
     answers = []
     for row in tokens.tolist():

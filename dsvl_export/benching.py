@@ -215,9 +215,9 @@ def _first_token(
     if image is None:
         image = np.random.default_rng(0).integers(0, 256, PICTURE, np.uint8)
     prompt = chain.embed_prompt(pipeline.format(QUESTION, 1), [image])
-    if len(prompt.keys) > pipeline.capacity:
+    if len(prompt) > pipeline.capacity:
         raise UserError(
-            f"A question with a picture has {len(prompt.keys)} tokens, the decoder holds {pipeline.capacity}."
+            f"A question with a picture has {len(prompt)} tokens, the decoder holds {pipeline.capacity}."
         )
     cache = chain.decoder.new_cache(1, pipeline.capacity)
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
@@ -230,13 +230,13 @@ def _first_token(
         chain.adapt(features)
         marks.append(perf_counter())
         cache.reset()
-        chain.prefill(prompt.embeds, cache)
+        chain.prefill(prompt, cache)
         marks.append(perf_counter())
         if repeat:  # the first is the warm-up
             for stage, start, end in zip(STAGES, marks, marks[1:], strict=False):
                 seconds[stage].append(end - start)
         on_repeat(repeat + 1)
-    return {stage: Timing.of(each) for stage, each in seconds.items()}, len(prompt.keys)
+    return {stage: Timing.of(each) for stage, each in seconds.items()}, len(prompt)
 
 
 def _decode(pipeline: Pipeline, context: int, options: BenchOptions) -> list[float]:

@@ -20,7 +20,7 @@ from runtimes.cache import KVCache
 from runtimes.chain import Chain
 from runtimes.contracts import Contract
 from runtimes.embedding import TokenEmbedding
-from runtimes.session import ANY_ROWS
+from runtimes.session import ANY_NUMBER
 from runtimes.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 2048  # tokens; a model that streams its weights reads all of them for every call
@@ -51,7 +51,7 @@ class TorchComponent:
 class TorchDecoder:
     """The decoder in eager PyTorch, writing into the cache's numpy memory; ``taps`` as above."""
 
-    most_rows = ANY_ROWS
+    most_rows = most_batch = ANY_NUMBER
 
     def __init__(self, module: Decoder, contract: Contract, taps: Sequence[Tap] = ()) -> None:
         self.contract, self._module, self._taps = contract, module, taps

@@ -97,10 +97,19 @@ class KVCache:
 
     def row(self, index: int) -> KVCache:
         """One sequence as a cache of batch 1 that shares this cache's memory and lengths."""
-        arrays = [array[index : index + 1] for array in self.arrays]
-        view = type(self)(self.specs, 1, self.capacity, arrays)
-        view.lengths = self.lengths[index : index + 1]
+        return self.rows(index, index + 1)
+
+    def rows(self, start: int, stop: int) -> KVCache:
+        """Sequences ``start`` to ``stop`` as a cache that shares this cache's memory and lengths."""
+        arrays = [array[start:stop] for array in self.arrays]
+        view = type(self)(self.specs, stop - start, self.capacity, arrays)
+        view.lengths = self.lengths[start:stop]
         return view
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Make row ``target`` the first ``length`` tokens of row ``source``."""
+        self.row(target)._write([array[:, :, :length] for array in self.row(source).arrays])
+        self.lengths[target] = length
 
     def save(self, file: Path) -> None:
         """Write the used part as safetensors; ``load`` reads it into a cache of any capacity."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from runtimes.cache import KVCache
 from runtimes.embedding import TokenEmbedding
+from runtimes.errors import UserError
 from runtimes.preprocess import ImageSource, PreprocessSpec, preprocess
 from runtimes.session import ComponentSession, DecoderSession
 from runtimes.tokenizer import Tokenizer, expand_images
@@ -20,12 +21,34 @@ Key = tuple[str, int]  # ("", token id) or (image digest, index of the image tok
 
 
 @dataclass(frozen=True)
-class PromptInputs:
-    """A prompt ready for the decoder: ``embeds [S, D]`` and, per position, what it stands for."""
+class Prompt:
+    """A prompt before anything is computed.
 
-    embeds: np.ndarray
-    keys: list[Key]
+    ``keys`` say what each position of ``tokens`` stands for; ``images`` maps digests to pixels ``[3, N, N]``
+    in the order in which they first appear.
+    """
+
     tokens: list[int]
+    keys: list[Key]
+    images: dict[str, np.ndarray]
+
+    def check_fits(self, capacity: int) -> None:
+        """Raise UserError where the prompt is longer than a KV cache."""
+        if len(self.keys) > capacity:
+            raise UserError(
+                f"The prompt has {len(self.keys)} tokens but the KV cache holds {capacity};"
+                " shorten it or open the bundle with a larger capacity."
+            )
+
+    def shared_with(self, keys: Sequence[Key]) -> int:
+        """Length of the beginning that a cache with ``keys`` already holds.
+
+        At least one token is left to prefill, since its logits are needed.
+        """
+        shared, limit = 0, min(len(keys), len(self.keys) - 1)
+        while shared < limit and keys[shared] == self.keys[shared]:
+            shared += 1
+        return shared
 
 
 class Chain:
@@ -68,10 +91,8 @@ class Chain:
         output, *_ = self.adaptor.contract.outputs
         return self.adaptor.run(features)[output.name]
 
-    def encode_image(self, image: ImageSource) -> tuple[str, np.ndarray]:
-        """Digest of the preprocessed image and its ``[T, D]`` embeddings, computed once per content."""
-        pixels = preprocess(image, self.preprocessing)
-        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+    def encode_image(self, digest: str, pixels: np.ndarray) -> np.ndarray:
+        """``[T, D]`` embeddings of ``pixels [3, N, N]``, computed once per content."""
         if digest not in self._images:
             self._images[digest] = self.adapt(self.encode_pixels(pixels[None]))[0]
             self.images_encoded += 1
@@ -79,7 +100,7 @@ class Chain:
         embeds = self._images[digest]
         if len(self._images) > self.kept_images:
             self._images.popitem(last=False)
-        return digest, embeds
+        return embeds
 
     def embed_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """``[..., D]`` embeddings of text tokens."""
@@ -92,23 +113,49 @@ class Chain:
         embeds[places] = image_embeds.reshape(-1, embeds.shape[1])
         return embeds
 
-    def embed_prompt(self, text: str, images: Sequence[ImageSource]) -> PromptInputs:
-        """Tokenize, encode the images and put them in their places.
+    def prepare(self, text: str, images: Sequence[ImageSource]) -> Prompt:
+        """Tokenize and preprocess; no session is used, so that any thread may do it.
 
         Raises:
             UserError: placeholders and images do not match, or an image cannot be read.
         """
         spec = self.tokenizer.spec
         tokens = expand_images(self.tokenizer.encode(text), spec, len(images))
-        embeds = self.embed_tokens(tokens)
         keys: list[Key] = [("", int(token)) for token in tokens]
         slots = np.flatnonzero(tokens == spec.image_token_id).reshape(len(images), spec.image_tokens)
+        prepared: dict[str, np.ndarray] = {}
         for image, places in zip(images, slots, strict=True):
-            digest, image_embeds = self.encode_image(image)
-            embeds[places] = image_embeds
+            pixels = preprocess(image, self.preprocessing)
+            digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+            prepared.setdefault(digest, pixels)
             for index, place in enumerate(places):
                 keys[place] = (digest, index)
-        return PromptInputs(embeds, keys, tokens.tolist())
+        return Prompt(tokens.tolist(), keys, prepared)
+
+    def embed(self, prompt: Prompt, start: int = 0) -> np.ndarray:
+        """Embeddings ``[S - start, D]`` of a prompt's positions from ``start`` on."""
+        *_, embeds = self.embed_stepwise(prompt, start)
+        return embeds
+
+    def embed_stepwise(self, prompt: Prompt, start: int) -> Iterator[np.ndarray]:
+        """As ``embed``, stopping after each image; what is yielded last is complete.
+
+        Only images that have a place behind ``start`` are encoded.
+        """
+        places: dict[str, list[int]] = {}
+        for place, (digest, _) in enumerate(prompt.keys[start:]):
+            places.setdefault(digest, []).append(place)
+        embeds = self.embed_tokens(prompt.tokens[start:])
+        yield embeds
+        for digest in filter(places.__contains__, prompt.images):
+            here = places[digest]
+            indices = [prompt.keys[start + place][1] for place in here]
+            embeds[here] = self.encode_image(digest, prompt.images[digest])[indices]
+            yield embeds
+
+    def embed_prompt(self, text: str, images: Sequence[ImageSource]) -> np.ndarray:
+        """``prepare`` and ``embed``: ``[S, D]``."""
+        return self.embed(self.prepare(text, images))
 
     def prefill(self, embeds: np.ndarray, cache: KVCache) -> np.ndarray:
         """Read ``[S, D]`` into a one-row cache, in chunks; logits ``[V]`` after the last token."""

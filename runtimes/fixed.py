@@ -15,6 +15,7 @@ import numpy as np
 from runtimes.cache import KVCache
 from runtimes.contracts import Contract, TensorSpec
 from runtimes.errors import UserError
+from runtimes.session import ANY_NUMBER
 
 # Functions of an asset: of a component without states, and of a decoder (one token, several).
 MAIN, DECODE = "main", "decode"
@@ -77,9 +78,10 @@ class AssetCache(KVCache):
         copy.lengths[:] = self.lengths
         return copy
 
-    def row(self, index: int) -> AssetCache:
-        view = AssetCache(self.specs, 1, self.capacity, self._asset, [self.states[index]])
-        view.lengths = self.lengths[index : index + 1]
+    def rows(self, start: int, stop: int) -> AssetCache:
+        states = self.states[start:stop]
+        view = AssetCache(self.specs, len(states), self.capacity, self._asset, states)
+        view.lengths = self.lengths[start:stop]
         return view
 
     def _write(self, states: list[np.ndarray]) -> None:
@@ -167,7 +169,9 @@ class FixedComponent:
 
 
 class FixedDecoder:
-    """A decoder on an asset."""
+    """A decoder on an asset, which takes the sequences of a batch one after the other."""
+
+    most_batch = ANY_NUMBER
 
     def __init__(self, asset: Asset, contract: Contract, sizes: Sizes) -> None:
         self.contract, self.asset, self.sizes = contract, asset, sizes

@@ -11,8 +11,8 @@ import numpy as np
 from runtimes.cache import KVCache
 from runtimes.chain import Chain
 from runtimes.drafting import PromptLookup
-from runtimes.sampling import GenerationOptions, Sampler
-from runtimes.tokenizer import TokenStream
+from runtimes.sampling import GenerationOptions, Sampler, TokenLogprobs
+from runtimes.tokenizer import Tokenizer
 
 
 @dataclass
@@ -21,7 +21,8 @@ class Answer:
 
     ``finish_reason``: ``eos``, ``stop`` (a stop string), ``length`` (max_new_tokens) or
     ``capacity`` (the cache is full). Of ``drafted_tokens``, which were guessed and judged several in a
-    call, ``accepted_tokens`` are in the answer. Times are seconds.
+    call, ``accepted_tokens`` are in the answer. ``logprobs`` has one entry per token where they were
+    asked for. Times are seconds.
     """
 
     text: str = ""
@@ -31,6 +32,7 @@ class Answer:
     reused_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     first_token_seconds: float = 0.0
     seconds: float = 0.0
 
@@ -44,11 +46,9 @@ class Answer:
 class Writer:
     """Turns one sequence's tokens into text, and knows when the answer ends."""
 
-    def __init__(
-        self, stream: TokenStream, eos_id: int, options: GenerationOptions, prompt: Sequence[int]
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: GenerationOptions, prompt: Sequence[int]) -> None:
         self.answer = Answer(prompt_tokens=len(prompt))
-        self._stream, self._eos_id, self._options = stream, eos_id, options
+        self._stream, self._eos_id, self._options = tokenizer.stream(), tokenizer.spec.eos_id, options
         self._sampler, self._seen = Sampler(options), list(prompt)
         self._held = ""  # text that may turn out to be the start of a stop string
 
@@ -67,6 +67,8 @@ class Writer:
         self._seen.append(token)
         answer = self.answer
         answer.tokens.append(token)
+        if self._options.logprobs is not None:
+            answer.logprobs.append(TokenLogprobs.of(token, logits, self._options.logprobs))
         if token == self._eos_id:
             return self.finish("eos")
         self._held += self._stream.push(token)
@@ -141,39 +143,69 @@ def generate(
         cache.lengths[finished] = kept[finished]
 
 
-def generate_one(
-    chain: Chain, logits: np.ndarray, cache: KVCache, writer: Writer, started: float, lookup: PromptLookup
-) -> Iterator[str]:
-    """Decode one sequence until it has ended, with drafts; yields the new text per step.
+class Decoding:
+    """One sequence while it is decoded: which tokens come next, and what becomes of their logits.
 
-    Between two steps the cache holds the prompt and all tokens of the answer but the last.
+    Between two calls the cache holds the prompt and all tokens of the answer but the last.
+
+    Args:
+        prompt: its tokens.
+        started: ``perf_counter()`` when the request began.
+    """
+
+    def __init__(
+        self, chain: Chain, prompt: Sequence[int], options: GenerationOptions, started: float
+    ) -> None:
+        self.writer, self._started = Writer(chain.tokenizer, options, prompt), started
+        longest = chain.decoder.most_rows - 1 if options.drafts else 0
+        self._lookup = PromptLookup(prompt, longest, chain.tokenizer.spec.image_token_id)
+        self._draft: list[int] = []
+        self._known = 0  # tokens of the answer that the lookup has
+
+    def tokens(self, cache: KVCache, drafts: bool = True) -> list[int]:
+        """The last token and, where they pay, a draft of what follows; all are to be decoded."""
+        answer = self.writer.answer
+        self._lookup.extend(answer.tokens[self._known :])
+        self._known = len(answer.tokens)
+        room = min(cache.capacity - cache.length, self.writer.left) - 1
+        self._draft = self._lookup.draft(room) if drafts else []
+        return [answer.tokens[-1], *self._draft]
+
+    def take(self, rows: np.ndarray, cache: KVCache, seconds: float | None = None) -> str:
+        """The new text that ``rows [K, V]``, the logits of those tokens or of the prompt, make certain.
+
+        Args:
+            cache: of this sequence alone; wrong tokens are taken back.
+            seconds: that the call took, for the lookup to judge its drafts by.
+        """
+        answer, before = self.writer.answer, len(self.writer.answer.tokens)
+        text = self.writer.follow(rows, self._draft)
+        accepted = len(answer.tokens) - before - 1
+        cache.rewind(len(self._draft) - accepted)
+        text += _end_at_capacity(self.writer, cache, 0)
+        answer.drafted_tokens += len(self._draft)
+        answer.accepted_tokens += accepted
+        _stamp(answer, self._started)
+        if seconds is not None:
+            self._lookup.judge(len(self._draft), accepted, seconds)
+        return text
+
+
+def generate_one(chain: Chain, logits: np.ndarray, cache: KVCache, decoding: Decoding) -> Iterator[str]:
+    """Decode one sequence until it has ended, with drafts; yields the new text per step.
 
     Args:
         logits: ``[V]`` after the prompt.
-        lookup: knows the prompt.
     """
-    answer, rows = writer.answer, logits[None]
-    draft: list[int] = []
-    seconds, written = 0.0, 0
+    text = decoding.take(logits[None], cache)
     while True:
-        text = writer.follow(rows, draft)
-        accepted = len(answer.tokens) - written - 1
-        cache.rewind(len(draft) - accepted)
-        text += _end_at_capacity(writer, cache, 0)
-        answer.drafted_tokens += len(draft)
-        answer.accepted_tokens += accepted
-        _stamp(answer, started)
         yield text
-        if writer.finished:
+        if decoding.writer.finished:
             return
-        lookup.extend(answer.tokens[written:])
-        if written:  # not the prefill
-            lookup.judge(len(draft), accepted, seconds)
-        written = len(answer.tokens)
-        draft = lookup.draft(min(cache.capacity - cache.length, writer.left) - 1)
+        tokens = np.array([decoding.tokens(cache)])
         begun = perf_counter()
-        rows = chain.decode(np.array([[answer.tokens[-1], *draft]]), cache)[0]
-        seconds = perf_counter() - begun
+        rows = chain.decode(tokens, cache)[0]
+        text = decoding.take(rows, cache, perf_counter() - begun)
 
 
 def _end_at_capacity(writer: Writer, cache: KVCache, row: int) -> str:

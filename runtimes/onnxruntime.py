@@ -12,7 +12,7 @@ from runtimes.cache import KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state, updated_state
 from runtimes.errors import UserError, first_line
 from runtimes.memory import available_memory
-from runtimes.session import ANY_ROWS, Execution, SessionOptions
+from runtimes.session import ANY_NUMBER, Execution, SessionOptions
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact
@@ -217,10 +217,10 @@ class OrtDeviceCache(OrtCache):
         copy.lengths[:] = self.lengths
         return copy
 
-    def row(self, index: int) -> OrtDeviceCache:
-        first = self._first_row + index
-        view = OrtDeviceCache(self.specs, 1, self.capacity, self.memory, self._values, first)
-        view.lengths = self.lengths[index : index + 1]
+    def rows(self, start: int, stop: int) -> OrtDeviceCache:
+        first, count = self._first_row + start, stop - start
+        view = OrtDeviceCache(self.specs, count, self.capacity, self.memory, self._values, first)
+        view.lengths = self.lengths[start:stop]
         return view
 
     def _write(self, states: list[np.ndarray]) -> None:
@@ -241,7 +241,7 @@ class OrtDecoder:
         prefill: a session of the same decoder that is faster for many tokens.
     """
 
-    most_rows = ANY_ROWS
+    most_rows = most_batch = ANY_NUMBER
 
     def __init__(
         self, session: Any, contract: Contract, memory: str = CPU, prefill: Any | None = None

@@ -13,11 +13,10 @@ import numpy as np
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.cache import KVCache, cache_bytes
-from runtimes.chain import Chain, Key, PromptInputs
-from runtimes.drafting import PromptLookup
+from runtimes.chain import Chain, Key, Prompt
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
-from runtimes.generate import Answer, Writer, generate, generate_one
+from runtimes.generate import Answer, Decoding, Writer, generate, generate_one
 from runtimes.preprocess import ImageSource
 from runtimes.prompt import IMAGE_PLACEHOLDER, Message, format_chat
 from runtimes.sampling import GenerationOptions
@@ -154,21 +153,20 @@ class Pipeline:
     ) -> Iterator[tuple[str, Answer]]:
         """As ``generate``, yielding each new piece of text with the answer so far."""
         started = perf_counter()
-        inputs = self.chain.embed_prompt(prompt, _listed(images))
-        cache, reused = self._prepare(inputs)
+        asked = self.chain.prepare(prompt, _listed(images))
+        cache, reused = self._prepare(asked)
         self._requests += 1
         request = self._requests
         # Until the prompt is in, the cache vouches only for what it shares with the last one.
-        self._keys = inputs.keys[:reused]
-        logits = self.chain.prefill(inputs.embeds[reused:], cache)
-        self._keys = list(inputs.keys)
-        writer = self._writer(inputs, options)
+        self._keys = asked.keys[:reused]
+        logits = self.chain.prefill(self.chain.embed(asked, reused), cache)
+        self._keys = list(asked.keys)
+        decoding = Decoding(self.chain, asked.tokens, options, started)
+        writer = decoding.writer
         writer.answer.reused_tokens = reused
-        most = self.chain.decoder.most_rows - 1 if options.drafts else 0
-        lookup = PromptLookup(inputs.tokens, most, self.chain.tokenizer.spec.image_token_id)
-        for piece in generate_one(self.chain, logits, cache, writer, started, lookup):
-            written = writer.answer.tokens[: cache.length - len(inputs.keys)]
-            self._keys = inputs.keys + [("", token) for token in written]
+        for piece in generate_one(self.chain, logits, cache, decoding):
+            written = writer.answer.tokens[: cache.length - len(asked.keys)]
+            self._keys = asked.keys + [("", token) for token in written]
             yield piece, writer.answer
             if request != self._requests and not writer.finished:
                 raise UserError("Another request took over the pipeline's KV cache; finish one stream first.")
@@ -182,12 +180,14 @@ class Pipeline:
         if not requests:
             return []
         started = perf_counter()
-        prompts = [self.chain.embed_prompt(text, _listed(images)) for text, images in requests]
-        for inputs in prompts:
-            self._check_fits(inputs)
+        prompts = [self.chain.prepare(text, _listed(images)) for text, images in requests]
+        for prompt in prompts:
+            prompt.check_fits(self.capacity)
         cache = self.chain.decoder.new_cache(len(prompts), self.capacity)
-        logits = [self.chain.prefill(inputs.embeds, cache.row(row)) for row, inputs in enumerate(prompts)]
-        writers = [self._writer(inputs, options) for inputs in prompts]
+        logits = [
+            self.chain.prefill(self.chain.embed(prompt), cache.row(row)) for row, prompt in enumerate(prompts)
+        ]
+        writers = [Writer(self.chain.tokenizer, options, prompt.tokens) for prompt in prompts]
         for _ in generate(self.chain, np.stack(logits), cache, writers, started):
             pass
         return [writer.answer for writer in writers]
@@ -196,29 +196,12 @@ class Pipeline:
         """Forget the last conversation; the cache's memory is kept."""
         self._keys = []
 
-    def _writer(self, inputs: PromptInputs, options: GenerationOptions) -> Writer:
-        tokenizer = self.chain.tokenizer
-        return Writer(tokenizer.stream(), tokenizer.spec.eos_id, options, inputs.tokens)
-
-    def _check_fits(self, inputs: PromptInputs) -> None:
-        if len(inputs.keys) > self.capacity:
-            raise UserError(
-                f"The prompt has {len(inputs.keys)} tokens but the KV cache holds {self.capacity};"
-                " shorten it or open the bundle with a larger capacity."
-            )
-
-    def _prepare(self, inputs: PromptInputs) -> tuple[KVCache, int]:
-        """The cache, rewound to the longest beginning that it shares with the prompt, and its length.
-
-        At least one token is left to prefill, since its logits are needed.
-        """
-        self._check_fits(inputs)
+    def _prepare(self, prompt: Prompt) -> tuple[KVCache, int]:
+        """The cache, rewound to the longest beginning that it shares with the prompt, and its length."""
+        prompt.check_fits(self.capacity)
         if self._cache is None:
             self._cache = self.chain.decoder.new_cache(1, self.capacity)
-        shared = 0
-        limit = min(len(self._keys), len(inputs.keys) - 1)
-        while shared < limit and self._keys[shared] == inputs.keys[shared]:
-            shared += 1
+        shared = prompt.shared_with(self._keys)
         self._cache.rewind(self._cache.length - shared)
         return self._cache, shared
 

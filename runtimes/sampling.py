@@ -23,6 +23,8 @@ class GenerationOptions:
             or multiplied (negative) by it (CTRL, arXiv 1909.05858); 1 is off.
         seed: of the sampling; the same seed gives the same answer.
         stop: strings that end the answer; they are not part of it.
+        logprobs: report the log probability of each token, and of so many of the likeliest in its place;
+            None reports nothing.
         drafts: guess tokens from what the text repeats and judge several in one call; the
             answer is the same but for near ties, which more tokens a call can round the other way.
     """
@@ -35,6 +37,7 @@ class GenerationOptions:
     seed: int = 0
     stop: tuple[str, ...] = ()
     drafts: bool = True
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         checks = [
@@ -46,10 +49,29 @@ class GenerationOptions:
             (not isinstance(self.stop, str), "stop must be a tuple of strings, not one string"),
             (all(self.stop), "stop strings must not be empty"),
             (self.seed >= 0, "seed must not be negative"),
+            (self.logprobs is None or self.logprobs >= 0, "logprobs must not be negative"),
         ]
         for holds, sentence in checks:
             if not holds:
                 raise UserError(f"{sentence[0].upper()}{sentence[1:]}.")
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The natural logarithm of a token's probability before sampling options, and the likeliest ``top``."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, token: int, logits: np.ndarray, count: int) -> TokenLogprobs:
+        """Of ``logits [V]``."""
+        scores = logits.astype(np.float64)
+        scores -= scores.max()
+        scores -= np.log(np.exp(scores).sum())
+        likeliest = np.argsort(-scores, kind="stable")[:count].tolist()
+        return cls(token, float(scores[token]), tuple((each, float(scores[each])) for each in likeliest))
 
 
 class Sampler:

@@ -16,7 +16,7 @@ from runtimes.contracts import Contract
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact
 
-ANY_ROWS = sys.maxsize
+ANY_NUMBER = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,12 @@ class DecoderSession(Protocol):
 
     ``tapped`` are the taps of the last call, where the session was opened on a debug build. ``most_rows``
     are the logit rows that one run of the backend gives; a call that wants more is cut into several.
+    ``most_batch`` are the sequences that a cache can have.
     """
 
     contract: Contract
     most_rows: int
+    most_batch: int
     tapped: Mapping[str, np.ndarray]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:

@@ -57,11 +57,11 @@ def _compare_tokens(
     A first difference that is a near tie for the reference is reported, and does not fail.
     """
     rung = result.rung("greedy_tokens")
-    own = chain.embed_prompt(golden.prompt, images)
+    own = chain.prepare(golden.prompt, images)
     if own.tokens != golden.prompt_tokens.tolist():
         rung.fail(f"the tokenizer reads the prompt of golden {index} differently")
         return
-    (tokens,), (logits,) = greedy(chain, [own.embeds], len(golden.greedy_tokens))
+    (tokens,), (logits,) = greedy(chain, [chain.embed(own)], len(golden.greedy_tokens))
     if not np.isfinite(logits).all():
         rung.fail(f"NaN or infinity in the logits of golden {index}")
         return

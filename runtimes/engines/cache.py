@@ -65,12 +65,12 @@ class DeviceCache(KVCache):
         copy.lengths[:] = self.lengths
         return copy
 
-    def row(self, index: int) -> DeviceCache:
+    def rows(self, start: int, stop: int) -> DeviceCache:
         view = DeviceCache(
-            self.specs, 1, self.capacity, self.slots, self._cuda, self._stream, self._block,
-            self._first_row + index,
+            self.specs, stop - start, self.capacity, self.slots, self._cuda, self._stream, self._block,
+            self._first_row + start,
         )  # fmt: skip
-        view.lengths = self.lengths[index : index + 1]
+        view.lengths = self.lengths[start:stop]
         return view
 
     def _write(self, states: list[np.ndarray]) -> None:

@@ -256,6 +256,7 @@ class EngineDecoder:
         # Appended rows leave the capacity to the cache; an engine that updates it has a fixed one.
         self._most = self._runner.limits[PREFILL]["capacity"]
         self.most_rows = self._runner.limits[PREFILL]["rows"]
+        self.most_batch = self._runner.limits[DECODE]["batch"]
 
     def new_cache(self, batch: int, capacity: int) -> DeviceCache:
         """A cache on the device.
@@ -268,11 +269,10 @@ class EngineDecoder:
                 f"The engine {self._loaded.file} holds {self._most} tokens, a KV cache of {capacity} was"
                 f" asked for; take at most {self._most}, or build it with a larger --capacity."
             )
-        largest = self._runner.limits[DECODE]["batch"]
-        if batch > largest:
+        if batch > self.most_batch:
             raise UserError(
-                f"The engine {self._loaded.file} decodes at most {largest} sequences together, not {batch};"
-                " build it for a larger batch."
+                f"The engine {self._loaded.file} decodes at most {self.most_batch} sequences together,"
+                f" not {batch}; build it for a larger batch."
             )
         slots = capacity if self._runner.appended else self._most
         loaded = self._loaded

@@ -13,7 +13,7 @@ from runtimes.bundle import Bundle
 from runtimes.errors import UserError
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import load_image, preprocess
-from runtimes.prompt import Message
+from runtimes.prompt import IMAGE_PLACEHOLDER, Message
 from runtimes.sampling import GenerationOptions
 
 LONG = GenerationOptions(max_new_tokens=40)
@@ -200,7 +200,7 @@ def test_preprocessed_content_is_the_key(pipeline: Pipeline, pictures: list[Path
     """Two files with the same pixels are one image; see also the embeddings' cache bound."""
     pipeline.chain.kept_images = 2
     for picture in pictures[:3] * 2:
-        pipeline.chain.encode_image(picture)
+        pipeline.chain.embed_prompt(IMAGE_PLACEHOLDER, [picture])
     assert pipeline.chain.images_encoded == 6
     spec = pipeline.chain.preprocessing
     assert preprocess(pictures[0], spec).shape == (3, spec.image_size, spec.image_size)

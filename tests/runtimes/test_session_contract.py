@@ -186,6 +186,26 @@ def test_bad_calls_leave_the_cache_as_it_was(decoder: DecoderSession) -> None:
     assert cache.length == 2
 
 
+def test_some_rows_of_a_cache(decoder: DecoderSession) -> None:
+    """A view of rows decodes those alone; a prefix is copied from one row to another."""
+    assert decoder.most_batch >= 3
+    cache, x = decoder.new_cache(3, CAPACITY), embeds(decoder, 1, 9)
+    expected = decoder.decode(x, np.array([8]), decoder.new_cache(1, CAPACITY))
+    decoder.decode(embeds(decoder, 1, 4, seed=1), np.array([0]), cache.row(0))
+    decoder.decode(x[:, :7], np.array([0]), cache.row(1))
+    cache.copy_prefix(1, 2, 6)
+    assert cache.lengths.tolist() == [4, 7, 6]
+    decoder.decode(x[:, 6:7], np.array([0]), cache.row(2))
+    first = [array[:1].copy() for array in cache.arrays]
+    pair = cache.rows(1, 3)
+    for place in (7, 8):
+        found = decoder.decode(np.concatenate([x[:, place : place + 1]] * 2), np.array([0]), pair)
+    assert close(decoder, found[:1], expected)
+    assert close(decoder, found[1:], expected)
+    assert cache.lengths.tolist() == [4, 9, 9]
+    assert all(np.array_equal(a[:1], b) for a, b in zip(cache.arrays, first, strict=True))
+
+
 def test_batch_rows_of_different_lengths(decoder: DecoderSession) -> None:
     """Prefill row by row, decode together: as each sequence alone."""
     lengths, steps = (7, 3, 11), 4

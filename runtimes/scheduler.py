@@ -1,0 +1,347 @@
+"""Several conversations on one model: a fixed pool of KV cache rows, decoded together step by step."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Union
+
+import numpy as np
+
+from runtimes.cache import KVCache
+from runtimes.chain import Chain, Key, Prompt
+from runtimes.errors import UserError
+from runtimes.generate import Answer, Decoding
+from runtimes.sampling import GenerationOptions, TokenLogprobs
+
+CHUNK = 128  # tokens of a prompt that are read between two steps of the others
+WORTH_COPYING = 64  # tokens; a shorter beginning is computed again
+
+log = logging.getLogger(__name__)
+
+
+class BusyError(UserError):
+    """There is no room for another request now."""
+
+
+class LateError(UserError):
+    """A request's time was over before its answer was complete."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step added to an answer; ``answer`` is there once it is complete."""
+
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    answer: Answer | None = None
+
+
+Deliver = Callable[[Union[Step, Exception]], None]
+
+
+class Job:
+    """One request. ``cancel`` may be called from any thread; nothing is delivered after it took effect."""
+
+    def __init__(
+        self, prompt: Prompt, options: GenerationOptions, deliver: Deliver, seconds: float | None
+    ) -> None:
+        self.prompt, self.options, self.deliver = prompt, options, deliver
+        self.started = perf_counter()
+        self.deadline = None if seconds is None else self.started + seconds
+        self.cancelled = False
+        self.row = -1
+        self.reading: Iterator[None] | None = None
+        self.decoding: Decoding | None = None  # once the prompt is read
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Scheduler:
+    """Answers requests in the order in which they come, as many at once as the pool has rows.
+
+    A thread of its own runs all sessions. In turns it decodes one token of every answer, in one call, and
+    does one piece of reading (an image, or some tokens of a prompt) for one of the prompts that wait. So a
+    late request does not wait for a long one, and a long prompt does not stop the others. A row that is
+    free keeps what it holds: a prompt that begins so reads only the rest, also in another row.
+
+    Args:
+        capacity: tokens of each row.
+        slots: rows, the answers written at once.
+        queue: requests that may wait for a row.
+
+    Raises:
+        UserError: the decoder takes fewer sequences together than there are slots.
+    """
+
+    def __init__(
+        self, chain: Chain, capacity: int, slots: int = 8, queue: int = 64, chunk: int = CHUNK
+    ) -> None:
+        self.chain, self.capacity, self.slots, self.queue, self.chunk = chain, capacity, slots, queue, chunk
+        self._cache = chain.decoder.new_cache(slots, capacity)
+        self._views: dict[tuple[int, int], KVCache] = {}
+        self._keys: list[list[Key]] = [[] for _ in range(slots)]  # what each row holds
+        self._used = [0.0] * slots  # when each row was last left
+        self._waiting: deque[Job] = deque()
+        self._jobs: dict[int, Job] = {}  # by row
+        self._readers: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a row."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests with a row."""
+        return len(self._jobs)
+
+    def submit(
+        self, prompt: Prompt, options: GenerationOptions, deliver: Deliver, seconds: float | None = None
+    ) -> Job:
+        """Queue a request.
+
+        Args:
+            deliver: called in the scheduler's thread with each ``Step``, or with the error that ends the
+                request; it must not block.
+            seconds: after which the request is given up, counted from now.
+
+        Raises:
+            UserError: the prompt exceeds the capacity.
+            BusyError: the queue is full, or the scheduler is closing.
+        """
+        prompt.check_fits(self.capacity)
+        job = Job(prompt, options, deliver, seconds)
+        with self._changed:
+            if self._closing:
+                raise BusyError("The server is stopping; it takes no more requests.")
+            if len(self._waiting) + len(self._jobs) >= self.slots + self.queue:
+                raise BusyError(
+                    f"{self.slots} requests are being answered and {self.queue} are waiting;"
+                    " try again in a moment."
+                )
+            self._waiting.append(job)
+            self._changed.notify()
+        return job
+
+    def stream(self, prompt: Prompt, options: GenerationOptions) -> Iterator[Step]:
+        """A request's steps, as they come; leaving early cancels it.
+
+        Raises:
+            UserError: as ``submit``, and what ends the request.
+        """
+        found: SimpleQueue[Step | Exception] = SimpleQueue()
+        job = self.submit(prompt, options, found.put)
+        try:
+            while True:
+                step = found.get()
+                if isinstance(step, Exception):
+                    raise step
+                yield step
+                if step.answer:
+                    return
+        finally:
+            job.cancel()
+
+    def close(self) -> None:
+        """Finish what is running and waiting, and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._jobs or self._closing):
+                    self._changed.wait()
+                if not (self._waiting or self._jobs):
+                    return
+            try:
+                self._sweep()
+                self._admit()
+                self._read()
+                self._write()
+            except Exception as error:  # a fault of ours must not leave every client waiting
+                log.exception("The scheduler failed")
+                for job in [*self._jobs.values(), *self._take_waiting()]:
+                    self._end(job, error)
+
+    def _take_waiting(self) -> list[Job]:
+        with self._changed:
+            jobs, self._waiting = list(self._waiting), deque()
+        return jobs
+
+    def _sweep(self) -> None:
+        """Drop requests that were given up or are late."""
+        now = perf_counter()
+        with self._changed:
+            jobs = [*self._jobs.values(), *self._waiting]
+        for job in jobs:
+            if job.cancelled:
+                self._end(job)
+            elif job.deadline is not None and now > job.deadline:
+                spent = now - job.started
+                self._end(job, LateError(f"The answer was not complete after {spent:.0f} seconds."))
+
+    def _admit(self) -> None:
+        """Give rows to the requests that have waited longest."""
+        while len(self._jobs) < self.slots:
+            with self._changed:
+                if not self._waiting:
+                    return
+                job = self._waiting.popleft()
+            job.row = self._place(job.prompt)
+            self._jobs[job.row] = job
+            job.reading = self._reading(job)
+            self._readers.append(job)
+
+    def _place(self, prompt: Prompt) -> int:
+        """A free row that holds as much of the prompt's beginning as any row does."""
+        shared = [prompt.shared_with(keys) for keys in self._keys]
+        free = [row for row in range(self.slots) if row not in self._jobs]
+        best = max(range(self.slots), key=shared.__getitem__)
+        if best in free and 2 * shared[best] >= len(self._keys[best]):
+            row = best  # little is lost that another conversation could go on with
+        else:
+            row = min(free, key=self._used.__getitem__)
+            if shared[best] >= shared[row] + WORTH_COPYING:
+                self._cache.copy_prefix(best, row, shared[best])
+                shared[row] = shared[best]
+        self._keys[row] = prompt.keys[: shared[row]]
+        self._cache.lengths[row] = shared[row]
+        return row
+
+    def _reading(self, job: Job) -> Iterator[None]:
+        """Read a prompt piece by piece."""
+        row, keys = self._view(job.row, job.row + 1), job.prompt.keys
+        reused = row.length
+        for embeds in self.chain.embed_stepwise(job.prompt, reused):  # noqa: B007
+            yield
+        while True:
+            start = row.length - reused
+            part = embeds[None, start : start + self._chunk()]
+            logits = self.chain.decoder.decode(part, np.array([part.shape[1] - 1]), row)[0]
+            self._keys[job.row] = keys[: row.length]
+            if row.length == len(keys):
+                break
+            yield
+        job.decoding = Decoding(self.chain, job.prompt.tokens, job.options, job.started)
+        job.decoding.writer.answer.reused_tokens = reused
+        self._take(job, logits)
+
+    def _chunk(self) -> int:
+        """Tokens to read at once: fewer while somebody's answer waits for it."""
+        most = self.chain.prefill_chunk
+        return min(self.chunk, most) if any(job.decoding for job in self._jobs.values()) else most
+
+    def _read(self) -> None:
+        """One piece of one prompt; prompts take turns."""
+        if not self._readers:
+            return
+        job = self._readers.popleft()
+        if self._jobs.get(job.row) is not job:
+            return  # it was dropped
+        assert job.reading
+        try:
+            next(job.reading)
+            self._readers.append(job)
+        except StopIteration:
+            pass
+        except Exception as error:  # of a session: this request's alone
+            self._end(job, error)
+
+    def _write(self) -> None:
+        """One step of every answer."""
+        jobs = [job for _, job in sorted(self._jobs.items()) if job.decoding]
+        if not jobs:
+            return
+        try:
+            if len(jobs) == 1:
+                self._write_one(jobs[0])
+            else:
+                self._write_several(jobs)
+        except Exception as error:  # of the decoder: nobody's answer can go on
+            for job in jobs:
+                self._end(job, error)
+
+    def _write_one(self, job: Job) -> None:
+        assert job.decoding
+        row = self._view(job.row, job.row + 1)
+        tokens = np.array([job.decoding.tokens(row)])
+        begun = perf_counter()
+        logits = self.chain.decode(tokens, row)[0]
+        self._take(job, logits, perf_counter() - begun)
+
+    def _write_several(self, jobs: list[Job]) -> None:
+        """All rows from the first to the last job's; idle ones are stepped along, and their step taken back."""
+        first, last = jobs[0].row, jobs[-1].row
+        span = self._view(first, last + 1)
+        tokens = np.zeros((span.batch, 1), np.int64)
+        idle = np.ones(span.batch, bool)
+        for job in jobs:
+            assert job.decoding
+            tokens[job.row - first] = job.decoding.tokens(self._view(job.row, job.row + 1), drafts=False)
+            idle[job.row - first] = False
+        for row in first + np.flatnonzero(idle):
+            self._keys[row] = self._keys[row][: self.capacity - 1]
+        span.lengths[idle] = np.minimum(span.lengths[idle], self.capacity - 1)
+        kept = span.lengths.copy()
+        logits = self.chain.decode(tokens, span)
+        span.lengths[idle] = kept[idle]
+        for job in jobs:
+            self._take(job, logits[job.row - first])
+
+    def _take(self, job: Job, logits: np.ndarray, seconds: float | None = None) -> None:
+        """Deliver what ``logits [K, V]`` add to an answer."""
+        assert job.decoding
+        answer, row = job.decoding.writer.answer, self._view(job.row, job.row + 1)
+        before = len(answer.logprobs)
+        try:
+            text = job.decoding.take(logits, row, seconds)
+        except UserError as error:  # the logits of this answer are not finite
+            self._end(job, error)
+            return
+        written = answer.tokens[: row.length - len(job.prompt.keys)]
+        self._keys[job.row] = job.prompt.keys + [("", token) for token in written]
+        finished = job.decoding.writer.finished
+        step = Step(text, tuple(answer.logprobs[before:]), answer if finished else None)
+        if finished:
+            self._end(job, step)
+        else:
+            self._deliver(job, step)
+
+    def _end(self, job: Job, last: Step | Exception | None = None) -> None:
+        """Free a request's place, and deliver what ends it."""
+        if self._jobs.get(job.row) is job:
+            del self._jobs[job.row]
+            self._used[job.row] = perf_counter()
+        else:
+            with self._changed:
+                if job in self._waiting:
+                    self._waiting.remove(job)
+        if last is not None:
+            self._deliver(job, last)
+
+    def _deliver(self, job: Job, what: Step | Exception) -> None:
+        if not job.cancelled:
+            try:
+                job.deliver(what)
+            except Exception:  # who waited for it is gone
+                job.cancel()
+
+    def _view(self, start: int, stop: int) -> KVCache:
+        """Rows as a cache; made once, as sessions keep what they bind."""
+        if (start, stop) not in self._views:
+            self._views[start, stop] = self._cache.rows(start, stop)
+        return self._views[start, stop]
