@@ -69,7 +69,7 @@ class Writer:
         answer.tokens.append(token)
         if self._options.logprobs is not None:
             answer.logprobs.append(TokenLogprobs.of(token, logits, self._options.logprobs))
-        if token == self._eos_id:
+        if token == self._eos_id and not self._options.ignore_eos:
             return self.finish("eos")
         self._held += self._stream.push(token)
         stops = [at for at in map(self._held.find, self._options.stop) if at >= 0]
@@ -167,8 +167,9 @@ class Decoding:
         answer = self.writer.answer
         self._lookup.extend(answer.tokens[self._known :])
         self._known = len(answer.tokens)
-        room = min(cache.capacity - cache.length, self.writer.left) - 1
-        self._draft = self._lookup.draft(room) if drafts else []
+        self._draft = []
+        if drafts:
+            self._draft = self._lookup.draft(min(cache.capacity - cache.length, self.writer.left) - 1)
         return [answer.tokens[-1], *self._draft]
 
     def take(self, rows: np.ndarray, cache: KVCache, seconds: float | None = None) -> str:
@@ -181,7 +182,8 @@ class Decoding:
         answer, before = self.writer.answer, len(self.writer.answer.tokens)
         text = self.writer.follow(rows, self._draft)
         accepted = len(answer.tokens) - before - 1
-        cache.rewind(len(self._draft) - accepted)
+        if wrong := len(self._draft) - accepted:
+            cache.rewind(wrong)
         text += _end_at_capacity(self.writer, cache, 0)
         answer.drafted_tokens += len(self._draft)
         answer.accepted_tokens += accepted

@@ -26,6 +26,7 @@ PROVIDERS = {
 CPU, CUDA = "cpu", "cuda"  # kinds of memory
 # What a file is written for; products of integers by tokens have kernels on a CPU alone.
 ORT, ORT_TOKENS = "ort", "ort_tokens"
+CONCURRENT = True  # sessions may run at the same time, in several threads
 PREFILL_FROM = 32  # tokens of a call that the graph for prompts takes; drafts are shorter
 
 

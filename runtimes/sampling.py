@@ -23,6 +23,7 @@ class GenerationOptions:
             or multiplied (negative) by it (CTRL, arXiv 1909.05858); 1 is off.
         seed: of the sampling; the same seed gives the same answer.
         stop: strings that end the answer; they are not part of it.
+        ignore_eos: go on past the end of the answer, as far as the other bounds reach; for measuring speed.
         logprobs: report the log probability of each token, and of so many of the likeliest in its place;
             None reports nothing.
         drafts: guess tokens from what the text repeats and judge several in one call; the
@@ -37,6 +38,7 @@ class GenerationOptions:
     seed: int = 0
     stop: tuple[str, ...] = ()
     drafts: bool = True
+    ignore_eos: bool = False
     logprobs: int | None = None
 
     def __post_init__(self) -> None:

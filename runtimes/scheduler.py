@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from time import perf_counter
@@ -20,6 +21,7 @@ from runtimes.generate import Answer, Decoding
 from runtimes.sampling import GenerationOptions, TokenLogprobs
 
 CHUNK = 128  # tokens of a prompt that are read between two steps of the others
+SWEEP_SECONDS = 0.2  # between two looks for late requests while nothing else is to be done
 WORTH_COPYING = 64  # tokens; a shorter beginning is computed again
 
 log = logging.getLogger(__name__)
@@ -49,15 +51,26 @@ class Job:
     """One request. ``cancel`` may be called from any thread; nothing is delivered after it took effect."""
 
     def __init__(
-        self, prompt: Prompt, options: GenerationOptions, deliver: Deliver, seconds: float | None
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        deliver: Deliver,
+        seconds: float | None,
+        every_step: bool,
     ) -> None:
-        self.prompt, self.options, self.deliver = prompt, options, deliver
+        self.prompt, self.options, self.deliver, self.every_step = prompt, options, deliver, every_step
         self.started = perf_counter()
         self.deadline = None if seconds is None else self.started + seconds
         self.cancelled = False
         self.row = -1
         self.reading: Iterator[None] | None = None
+        self.encoding: Future[np.ndarray | None] | None = None  # of an image in another thread
         self.decoding: Decoding | None = None  # once the prompt is read
+
+    @property
+    def encodes(self) -> bool:
+        """Whether an image is being encoded in another thread."""
+        return self.encoding is not None and not self.encoding.done()
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -75,15 +88,24 @@ class Scheduler:
         capacity: tokens of each row.
         slots: rows, the answers written at once.
         queue: requests that may wait for a row.
+        chunk: tokens of a prompt that are read between two steps of the others.
+        concurrent: whether the encoder may run beside the decoder, in a second thread.
 
     Raises:
         UserError: the decoder takes fewer sequences together than there are slots.
     """
 
     def __init__(
-        self, chain: Chain, capacity: int, slots: int = 8, queue: int = 64, chunk: int = CHUNK
+        self,
+        chain: Chain,
+        capacity: int,
+        slots: int = 8,
+        queue: int = 64,
+        chunk: int = CHUNK,
+        concurrent: bool = False,
     ) -> None:
         self.chain, self.capacity, self.slots, self.queue, self.chunk = chain, capacity, slots, queue, chunk
+        self._vision = ThreadPoolExecutor(1, "vision") if concurrent else None
         self._cache = chain.decoder.new_cache(slots, capacity)
         self._views: dict[tuple[int, int], KVCache] = {}
         self._keys: list[list[Key]] = [[] for _ in range(slots)]  # what each row holds
@@ -107,7 +129,12 @@ class Scheduler:
         return len(self._jobs)
 
     def submit(
-        self, prompt: Prompt, options: GenerationOptions, deliver: Deliver, seconds: float | None = None
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        deliver: Deliver,
+        seconds: float | None = None,
+        every_step: bool = True,
     ) -> Job:
         """Queue a request.
 
@@ -115,13 +142,14 @@ class Scheduler:
             deliver: called in the scheduler's thread with each ``Step``, or with the error that ends the
                 request; it must not block.
             seconds: after which the request is given up, counted from now.
+            every_step: False delivers the last one alone.
 
         Raises:
             UserError: the prompt exceeds the capacity.
             BusyError: the queue is full, or the scheduler is closing.
         """
         prompt.check_fits(self.capacity)
-        job = Job(prompt, options, deliver, seconds)
+        job = Job(prompt, options, deliver, seconds, every_step)
         with self._changed:
             if self._closing:
                 raise BusyError("The server is stopping; it takes no more requests.")
@@ -159,6 +187,12 @@ class Scheduler:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        if self._vision:
+            self._vision.shutdown()
+
+    def _wake(self, *_: object) -> None:
+        with self._changed:
+            self._changed.notify()
 
     def _run(self) -> None:
         while True:
@@ -176,6 +210,9 @@ class Scheduler:
                 log.exception("The scheduler failed")
                 for job in [*self._jobs.values(), *self._take_waiting()]:
                     self._end(job, error)
+            with self._changed:
+                if self._jobs and all(job.encodes for job in self._jobs.values()):
+                    self._changed.wait(SWEEP_SECONDS)
 
     def _take_waiting(self) -> list[Job]:
         with self._changed:
@@ -207,17 +244,17 @@ class Scheduler:
             self._readers.append(job)
 
     def _place(self, prompt: Prompt) -> int:
-        """A free row that holds as much of the prompt's beginning as any row does."""
+        """A free row that holds, or is given, as much of the prompt's beginning as any row does."""
         shared = [prompt.shared_with(keys) for keys in self._keys]
+        lost = [len(keys) - count for keys, count in zip(self._keys, shared, strict=True)]
         free = [row for row in range(self.slots) if row not in self._jobs]
         best = max(range(self.slots), key=shared.__getitem__)
-        if best in free and 2 * shared[best] >= len(self._keys[best]):
-            row = best  # little is lost that another conversation could go on with
-        else:
-            row = min(free, key=self._used.__getitem__)
-            if shared[best] >= shared[row] + WORTH_COPYING:
-                self._cache.copy_prefix(best, row, shared[best])
-                shared[row] = shared[best]
+        row = min(free, key=self._used.__getitem__)
+        if best in free and lost[best] <= lost[row]:
+            row = best  # what another conversation could go on with stays
+        elif shared[best] >= shared[row] + WORTH_COPYING:
+            self._cache.copy_prefix(best, row, shared[best])
+            shared[row] = shared[best]
         self._keys[row] = prompt.keys[: shared[row]]
         self._cache.lengths[row] = shared[row]
         return row
@@ -226,8 +263,7 @@ class Scheduler:
         """Read a prompt piece by piece."""
         row, keys = self._view(job.row, job.row + 1), job.prompt.keys
         reused = row.length
-        for embeds in self.chain.embed_stepwise(job.prompt, reused):  # noqa: B007
-            yield
+        embeds = yield from self._embedding(job, reused)
         while True:
             start = row.length - reused
             part = embeds[None, start : start + self._chunk()]
@@ -240,19 +276,36 @@ class Scheduler:
         job.decoding.writer.answer.reused_tokens = reused
         self._take(job, logits)
 
+    def _embedding(self, job: Job, start: int) -> Generator[None, None, np.ndarray]:
+        """Encode a prompt's images, in another thread if there is one; embeddings from ``start`` on."""
+        steps = self.chain.embed_stepwise(job.prompt, start)
+        embeds = next(steps)
+        while True:
+            if self._vision and job.prompt.images:
+                job.encoding = self._vision.submit(next, steps, None)
+                job.encoding.add_done_callback(self._wake)
+                yield
+                found = job.encoding.result()
+            else:
+                found = next(steps, None)
+            if found is None:
+                return embeds
+            embeds = found
+            yield
+
     def _chunk(self) -> int:
         """Tokens to read at once: fewer while somebody's answer waits for it."""
         most = self.chain.prefill_chunk
         return min(self.chunk, most) if any(job.decoding for job in self._jobs.values()) else most
 
     def _read(self) -> None:
-        """One piece of one prompt; prompts take turns."""
-        if not self._readers:
+        """One piece of one prompt; prompts take turns, but for those whose image is being encoded."""
+        self._readers = deque(job for job in self._readers if self._jobs.get(job.row) is job)
+        job = next((job for job in self._readers if not job.encodes), None)
+        if job is None:
             return
-        job = self._readers.popleft()
-        if self._jobs.get(job.row) is not job:
-            return  # it was dropped
         assert job.reading
+        self._readers.remove(job)
         try:
             next(job.reading)
             self._readers.append(job)
@@ -284,7 +337,7 @@ class Scheduler:
         self._take(job, logits, perf_counter() - begun)
 
     def _write_several(self, jobs: list[Job]) -> None:
-        """All rows from the first to the last job's; idle ones are stepped along, and their step taken back."""
+        """Rows from the first to the last job's; idle ones are stepped along, and their step taken back."""
         first, last = jobs[0].row, jobs[-1].row
         span = self._view(first, last + 1)
         tokens = np.zeros((span.batch, 1), np.int64)
@@ -306,20 +359,19 @@ class Scheduler:
         """Deliver what ``logits [K, V]`` add to an answer."""
         assert job.decoding
         answer, row = job.decoding.writer.answer, self._view(job.row, job.row + 1)
-        before = len(answer.logprobs)
+        before, asked = len(answer.logprobs), job.prompt.keys
         try:
             text = job.decoding.take(logits, row, seconds)
         except UserError as error:  # the logits of this answer are not finite
             self._end(job, error)
             return
-        written = answer.tokens[: row.length - len(job.prompt.keys)]
-        self._keys[job.row] = job.prompt.keys + [("", token) for token in written]
-        finished = job.decoding.writer.finished
-        step = Step(text, tuple(answer.logprobs[before:]), answer if finished else None)
-        if finished:
-            self._end(job, step)
-        else:
-            self._deliver(job, step)
+        keys = self._keys[job.row]
+        written = answer.tokens[len(keys) - len(asked) : row.length - len(asked)]
+        keys.extend(("", token) for token in written)
+        if job.decoding.writer.finished:
+            self._end(job, Step(text, tuple(answer.logprobs[before:]), answer))
+        elif job.every_step:
+            self._deliver(job, Step(text, tuple(answer.logprobs[before:])))
 
     def _end(self, job: Job, last: Step | Exception | None = None) -> None:
         """Free a request's place, and deliver what ends it."""

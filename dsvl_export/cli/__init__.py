@@ -1,6 +1,6 @@
 """The command line: ``dsvl-export COMMAND``."""
 
-from dsvl_export.cli import bundles, engines, planning, proof, quantizing, speed
+from dsvl_export.cli import bundles, engines, planning, proof, quantizing, serving, speed
 from dsvl_export.cli.app import app, main
 
-__all__ = ["app", "bundles", "engines", "main", "planning", "proof", "quantizing", "speed"]
+__all__ = ["app", "bundles", "engines", "main", "planning", "proof", "quantizing", "serving", "speed"]

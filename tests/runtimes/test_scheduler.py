@@ -31,12 +31,14 @@ def pipeline(tiny_bundle: Bundle) -> Pipeline:
     return Pipeline.open(tiny_bundle, "onnxruntime", "fp32", threads=1)
 
 
-@pytest.fixture
-def start(pipeline: Pipeline) -> Iterator[Start]:
+@pytest.fixture(params=[False, True], ids=["one thread", "vision apart"])
+def start(pipeline: Pipeline, request: pytest.FixtureRequest) -> Iterator[Start]:
     opened: list[Scheduler] = []
 
     def make(slots: int = 3, **settings: Any) -> Scheduler:
-        opened.append(Scheduler(pipeline.chain, pipeline.capacity, slots, **settings))
+        opened.append(
+            Scheduler(pipeline.chain, pipeline.capacity, slots, concurrent=request.param, **settings)
+        )
         return opened[-1]
 
     yield make

@@ -1,0 +1,54 @@
+"""Errors of a request, in the form of the OpenAI protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from runtimes.errors import UserError
+from runtimes.scheduler import BusyError, LateError
+
+INTERNAL = "The server failed at this request; its log says why."
+
+
+class RequestError(UserError):
+    """A request that is answered with a status and one sentence.
+
+    Args:
+        status: of HTTP.
+        kind, code: ``type`` and ``code`` of the protocol's error object.
+        param: the field of the request that is at fault.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        sentence: str,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(sentence)
+        self.status, self.kind, self.code, self.param = status, kind, code, param
+        self.headers = dict(headers or {})
+
+    def document(self) -> dict[str, Any]:
+        """The body of the response."""
+        return {
+            "error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code},
+        }
+
+
+def request_error(error: Exception) -> RequestError:
+    """What any error of a request is told as."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, BusyError):
+        return RequestError(429, str(error), "rate_limit_error", "busy", headers={"Retry-After": "1"})
+    if isinstance(error, LateError):
+        return RequestError(504, str(error), "timeout_error", "late")
+    if isinstance(error, UserError):
+        return RequestError(400, str(error))
+    return RequestError(500, INTERNAL, "server_error")

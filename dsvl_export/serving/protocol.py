@@ -1,0 +1,249 @@
+"""The OpenAI chat-completions protocol: requests read and checked, answers written."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Optional, Union
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dsvl_export.serving.errors import RequestError
+from runtimes.generate import Answer
+from runtimes.prompt import IMAGE_PLACEHOLDER, Message
+from runtimes.sampling import GenerationOptions, TokenLogprobs
+from runtimes.tokenizer import Tokenizer
+
+FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "capacity": "length"}
+MOST_STOPS, MOST_TOP = 16, 20
+# Parameters that would change the answer, and those of their values that do not; all others are ignored.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+}
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(BaseModel):
+    url: str
+
+
+class ImagePart(BaseModel):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Part = Annotated[Union[TextPart, ImagePart], Field(discriminator="type")]
+
+
+class ChatMessage(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Union[str, list[Part]]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """A request; ``top_k``, ``repetition_penalty`` and ``ignore_eos`` are additions to the protocol."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    stream: bool = False
+    stream_options: Optional[StreamOptions] = None
+    max_tokens: Optional[int] = Field(None, ge=1)
+    max_completion_tokens: Optional[int] = Field(None, ge=1)
+    temperature: Optional[float] = Field(None, ge=0, le=2)
+    top_p: Optional[float] = Field(None, gt=0, le=1)
+    top_k: Optional[int] = Field(None, ge=0)
+    repetition_penalty: Optional[float] = Field(None, gt=0)
+    seed: Optional[int] = Field(None, ge=0)
+    ignore_eos: Optional[bool] = None
+    stop: Union[str, list[str], None] = None
+    logprobs: Optional[bool] = None
+    top_logprobs: Optional[int] = Field(None, ge=0, le=MOST_TOP)
+
+    @property
+    def wants_usage(self) -> bool:
+        """Of a stream."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def options(self, longest: int) -> GenerationOptions:
+        """How to generate; ``longest`` are the tokens of an answer where the request does not say."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stop) > MOST_STOPS or not all(stop):
+            raise RequestError(
+                400, f"stop takes up to {MOST_STOPS} strings, none of them empty.", param="stop"
+            )
+        given = {
+            name: value
+            for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "ignore_eos")
+            if (value := getattr(self, name)) is not None
+        }
+        tokens = self.max_completion_tokens or self.max_tokens or longest
+        options = GenerationOptions(tokens, stop=tuple(stop), **given)
+        return replace(options, logprobs=self.top_logprobs or 0) if self.logprobs else options
+
+
+def read_request(body: bytes) -> ChatRequest:
+    """Raises RequestError, in one sentence, where the body is no request that can be answered."""
+    try:
+        raw = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, "The body is not valid JSON.", code="invalid_json") from error
+    try:
+        request = ChatRequest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = ".".join(map(str, first["loc"])) or None
+        raise RequestError(400, f"{param or 'The body'}: {first['msg']}.", param=param) from error
+    for name, value in (request.model_extra or {}).items():
+        if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
+            raise RequestError(400, f"The parameter {name} is not supported; leave it out.", param=name)
+    return request
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a request: turns with placeholders, the images' URLs in order, the system prompt."""
+
+    turns: tuple[Message, ...]
+    urls: tuple[str, ...]
+    system: str | None  # None is the model's own
+
+
+def conversation(messages: Sequence[ChatMessage], most_images: int) -> Conversation:
+    """Raises RequestError for what the prompt format has no place for."""
+    turns: list[Message] = []
+    urls: list[str] = []
+    system: list[str] = []
+    for index, message in enumerate(messages):
+        where = f"messages.{index}"
+        content = message.content
+        parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+        text = ""
+        for part in parts:
+            if isinstance(part, ImagePart):
+                if message.role != "user":
+                    raise RequestError(400, f"{where}: only user messages have images.", param=where)
+                urls.append(part.image_url.url)
+                text += IMAGE_PLACEHOLDER
+            elif IMAGE_PLACEHOLDER in part.text:
+                raise RequestError(
+                    400,
+                    f"{where}: its text holds {IMAGE_PLACEHOLDER}; give images as parts instead.",
+                    param=where,
+                )
+            else:
+                text += part.text
+        if message.role in ("system", "developer"):
+            if turns:
+                raise RequestError(400, f"{where}: a system message comes first.", param=where)
+            system.append(text)
+        else:
+            turns.append(Message("user" if message.role == "user" else "assistant", text))
+    if len(urls) > most_images:
+        raise RequestError(
+            400, f"The request has {len(urls)} images, this server takes {most_images}.", param="messages"
+        )
+    if not turns or turns[-1].role != "user":
+        raise RequestError(400, "The last message must be the user's.", param="messages")
+    return Conversation(tuple(turns), tuple(urls), "\n\n".join(system) if system else None)
+
+
+class Completion:
+    """Writes one answer, whole or in chunks."""
+
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        self.model, self.created = model, int(time.time())
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._tokenizer = tokenizer
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": self._logprobs(answer.logprobs) if answer.logprobs else None,
+            "finish_reason": FINISH_REASONS[answer.finish_reason],
+        }
+        return {**self._head("chat.completion"), "choices": [choice], "usage": usage(answer)}
+
+    def chunk(
+        self,
+        text: str = "",
+        logprobs: Sequence[TokenLogprobs] = (),
+        reason: str | None = None,
+        first: bool = False,
+    ) -> dict[str, Any]:
+        """What a step added.
+
+        Args:
+            reason: why the answer ended, in the last chunk.
+            first: the chunk that opens the message.
+        """
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        if text or first:
+            delta["content"] = text
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": self._logprobs(logprobs) if logprobs else None,
+            "finish_reason": reason and FINISH_REASONS[reason],
+        }
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(answer)}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Of all tokens that are text, which the end of the answer is not."""
+        eos = self._tokenizer.spec.eos_id
+        content = [
+            {
+                **self._logprob(entry.token, entry.logprob),
+                "top_logprobs": [self._logprob(token, value) for token, value in entry.top],
+            }
+            for entry in entries
+            if entry.token != eos
+        ]
+        return {"content": content, "refusal": None}
+
+    def _logprob(self, token: int, value: float) -> dict[str, Any]:
+        (piece,) = self._tokenizer.pieces([token])
+        # JSON has no infinity; this is what the protocol says for very unlikely tokens.
+        value = value if math.isfinite(value) else -9999.0
+        return {"token": piece, "logprob": value, "bytes": list(piece.encode())}
+
+
+def usage(answer: Answer) -> dict[str, Any]:
+    """Token counts; of the prompt's, ``cached_tokens`` were there already."""
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": len(answer.tokens),
+        "total_tokens": answer.prompt_tokens + len(answer.tokens),
+        "prompt_tokens_details": {"cached_tokens": answer.reused_tokens},
+    }
