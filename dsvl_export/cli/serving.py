@@ -76,23 +76,25 @@ def serve(
     from dsvl_export import display
     from runtimes.bundle import Bundle
 
-    listening = _listen(host, port)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    choice = ModelOptions(backend, precision, device, threads, capacity, slots, queue, models, verify)
-    served = Models(Bundle.open(bundle), choice)
-    hosts = frozenset(each.lower() for each in image_host or ())
-    limits = ImageLimits(max_pixels * 1_000_000, max_images, max_body * 1_000_000, hosts)
-    options = ServeOptions(api_key or None, max_new_tokens, timeout, max_body * 1_000_000, limits)
-    config = uvicorn.Config(
-        create_app(served, options), log_config=None, access_log=False, http="h11", server_header=False,
-        limit_concurrency=MOST_CONNECTIONS,
-    )  # fmt: skip
-    if host not in LOOPBACK and not api_key:
-        display.err.print("[yellow]Open to the network:[/] anybody who reaches it may ask; give --api-key.")
-    address = listening.getsockname()
-    name = f"[{address[0]}]" if ":" in address[0] else address[0]
-    print(f"Serving {served.default} at http://{name}:{address[1]} (Ctrl-C stops)", flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
+    with _listen(host, port) as listening:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+        choice = ModelOptions(backend, precision, device, threads, capacity, slots, queue, models, verify)
+        served = Models(Bundle.open(bundle), choice)
+        hosts = frozenset(each.lower() for each in image_host or ())
+        limits = ImageLimits(max_pixels * 1_000_000, max_images, max_body * 1_000_000, hosts)
+        options = ServeOptions(api_key or None, max_new_tokens, timeout, max_body * 1_000_000, limits)
+        config = uvicorn.Config(
+            create_app(served, options), log_config=None, access_log=False, http="h11", server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
+        )  # fmt: skip
+        if host not in LOOPBACK and not api_key:
+            display.err.print(
+                "[yellow]Open to the network:[/] anybody who reaches it may ask; give --api-key."
+            )
+        address = listening.getsockname()
+        name = f"[{address[0]}]" if ":" in address[0] else address[0]
+        print(f"Serving {served.default} at http://{name}:{address[1]} (Ctrl-C stops)", flush=True)
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

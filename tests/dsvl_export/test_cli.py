@@ -25,7 +25,7 @@ from tests.dsvl_export.faults import plant, scaled, weight
 
 COMMANDS = (
     "demo", "export", "run", "chat", "inspect", "verify", "parity", "compare", "doctor", "targets", "plan",
-    "calibrate", "sensitivity", "plan-precision", "lint", "build-engine", "bench",
+    "calibrate", "sensitivity", "plan-precision", "lint", "build-engine", "bench", "serve",
 )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,6 +18,7 @@ from runtimes.pipeline import Pipeline
 from runtimes.prompt import Message
 from runtimes.sampling import GenerationOptions
 from runtimes.scheduler import BusyError, Job, LateError, Scheduler, Step
+from tests.runtimes.gate import Gate
 
 DESCRIBE = "Describe the picture."
 QUESTIONS = (DESCRIBE, "How many objects are there?", "What number is in the picture?", "What shape is it?")
@@ -87,19 +87,6 @@ class Client:
         last = self.last.get(timeout=60)
         assert isinstance(last, Exception)
         return last
-
-
-class Gate:
-    """Holds a scheduler before its next step, so that what follows comes in a known order."""
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.open, sweep = threading.Event(), scheduler._sweep
-
-        def wait() -> None:
-            assert self.open.wait(60)
-            sweep()
-
-        scheduler._sweep = wait  # type: ignore[method-assign]
 
 
 def test_answers_are_those_of_one_user(pipeline: Pipeline, start: Start, pictures: list[Path]) -> None:

@@ -1,0 +1,75 @@
+"""A server on a free port, in a thread of the tests' own process."""
+
+from __future__ import annotations
+
+import base64
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from dsvl_export.cli.serving import _listen
+from dsvl_export.serving.app import ServeOptions, create_app
+from dsvl_export.serving.models import ModelOptions, Models
+from runtimes.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server."""
+
+    url: str
+    models: Models
+
+    def post(self, body: Any, **more: Any) -> httpx.Response:
+        """A chat completion; with ``content`` the body as it is."""
+        given = more if "content" in more else {"json": body, **more}
+        return httpx.post(f"{self.url}/v1/chat/completions", timeout=60, **given)
+
+    def busy(self) -> int:
+        return sum(model.scheduler.running + model.scheduler.waiting for model in self.models.open)
+
+    def rests(self) -> None:
+        """Wait until nothing is answered any more."""
+        until = time.monotonic() + 20
+        while self.busy():
+            assert time.monotonic() < until, "a request was not given up"
+            time.sleep(0.01)
+
+
+@contextmanager
+def serving(bundle: Bundle, options: ServeOptions | None = None, **choice: Any) -> Iterator[Served]:
+    models = Models(bundle, ModelOptions(**{"threads": 1, **choice}))
+    listening = _listen("127.0.0.1", 0)
+    config = uvicorn.Config(create_app(models, options or ServeOptions()), http="h11", log_config=None)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield Served(url, models)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listening.close()
+        assert not thread.is_alive()
+
+
+def data_url(image: bytes | Path) -> str:
+    data = image if isinstance(image, bytes) else image.read_bytes()
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def ask(question: str, *images: bytes | Path | str) -> list[dict[str, Any]]:
+    """Messages of one turn, images (files, bytes or URLs) first."""
+    urls = [image if isinstance(image, str) else data_url(image) for image in images]
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]

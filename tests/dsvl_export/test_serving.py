@@ -1,0 +1,499 @@
+"""``serve`` as its clients meet it: the official openai client, and clients that mean no good."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+import dsvl_export.serving.app as serving_app
+from dsvl_export.serving.app import ServeOptions
+from dsvl_export.serving.images import ImageLimits
+from runtimes.bundle import Bundle
+from runtimes.pipeline import Pipeline
+from runtimes.sampling import GenerationOptions
+from tests.dsvl_export.command_line import refused
+from tests.dsvl_export.serving import Served, ask, data_url, serving
+from tests.runtimes.gate import Gate
+
+MODEL = "onnxruntime/fp32"
+DESCRIBE = "Describe the picture."
+LONG = {"ignore_eos": True, "max_tokens": 600}
+
+
+@pytest.fixture(scope="module")
+def served(tiny_bundle: Bundle) -> Iterator[Served]:
+    with serving(tiny_bundle) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_bundle: Bundle) -> Pipeline:
+    """What one user gets from Python."""
+    return Pipeline.open(tiny_bundle, "onnxruntime", "fp32", threads=1)
+
+
+def sentence(response: httpx.Response) -> str:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return str(error["message"])
+
+
+def test_an_answer(client: openai.OpenAI, alone: Pipeline, pictures: list[Path]) -> None:
+    expected = alone.chat(DESCRIBE, [pictures[0]])
+    found = client.chat.completions.create(model=MODEL, messages=ask(DESCRIBE, pictures[0]))  # type: ignore[arg-type]
+    (choice,) = found.choices
+    assert choice.message.content == expected.text
+    assert choice.finish_reason == "stop"
+    assert found.usage
+    assert found.usage.prompt_tokens == expected.prompt_tokens
+    assert found.usage.completion_tokens == len(expected.tokens)
+    assert found.usage.total_tokens == expected.prompt_tokens + len(expected.tokens)
+
+
+def test_a_stream(client: openai.OpenAI, alone: Pipeline, pictures: list[Path]) -> None:
+    expected = alone.chat(DESCRIBE, [pictures[1]])
+    stream = client.chat.completions.create(
+        model=MODEL, messages=ask(DESCRIBE, pictures[1]), stream=True,  # type: ignore[arg-type]
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    *chunks, last = stream
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
+    assert len(chunks) > 5
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "stop"]
+    assert last.usage
+    assert last.usage.completion_tokens == len(expected.tokens)
+
+
+def test_turns_images_and_system(client: openai.OpenAI, alone: Pipeline, pictures: list[Path]) -> None:
+    """Two pictures amid the text, a second turn that reuses the first, a system prompt of the client's."""
+    first = alone.chat(DESCRIBE, pictures[:1])
+    again = "What number is in the picture?"
+    turns = [*ask(DESCRIBE, pictures[0]), {"role": "assistant", "content": first.text}]
+    found = client.chat.completions.create(
+        model=MODEL,
+        messages=[*turns, {"role": "user", "content": again}],  # type: ignore[list-item]
+    )
+    history = [
+        {"role": "user", "content": f"<image_placeholder>{DESCRIBE}"},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": again},
+    ]
+    assert found.choices[0].message.content == alone.chat(history, pictures[:1]).text
+    assert found.usage
+    assert found.usage.prompt_tokens_details
+    assert (found.usage.prompt_tokens_details.cached_tokens or 0) >= first.prompt_tokens
+    parts = [
+        {"type": "text", "text": "Compare "},
+        {"type": "image_url", "image_url": {"url": data_url(pictures[0]), "detail": "high"}},
+        {"type": "text", "text": " and "},
+        {"type": "image_url", "image_url": {"url": data_url(pictures[1])}},
+    ]
+    mine = {"role": "system", "content": "Be brief."}
+    found = client.chat.completions.create(
+        model=MODEL,
+        messages=[mine, {"role": "user", "content": parts}],  # type: ignore[list-item]
+    )
+    text = "Be brief.\n\nUser: Compare <image_placeholder> and <image_placeholder>\n\nAssistant:"
+    assert found.choices[0].message.content == alone.generate(text, pictures[:2]).text
+
+
+def test_options(client: openai.OpenAI, alone: Pipeline, pictures: list[Path]) -> None:
+    asked: Any = {"model": MODEL, "messages": ask(DESCRIBE, pictures[0])}
+    sampled = client.chat.completions.create(**asked, temperature=1.5, top_p=0.9, seed=7, max_tokens=12)
+    options = GenerationOptions(12, 1.5, top_p=0.9, seed=7)
+    expected = alone.chat(DESCRIBE, [pictures[0]], options)
+    assert sampled.choices[0].message.content == expected.text
+    cut = client.chat.completions.create(**asked, max_completion_tokens=3)
+    assert cut.choices[0].finish_reason == "length"
+    assert cut.usage
+    assert cut.usage.completion_tokens == 3
+    whole = alone.chat(DESCRIBE, [pictures[0]]).text
+    stopped = client.chat.completions.create(**asked, stop=[whole[8:12]])
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.choices[0].message.content == whole[:8]
+    ignored = client.chat.completions.create(**asked, user="me", n=1, frequency_penalty=0)
+    assert ignored.choices[0].message.content == whole
+
+
+def test_logprobs(client: openai.OpenAI, pictures: list[Path]) -> None:
+    asked: Any = {"model": MODEL, "messages": ask(DESCRIBE, pictures[0]), "logprobs": True}
+    whole = client.chat.completions.create(**asked, top_logprobs=2).choices[0]
+    assert whole.logprobs
+    entries = whole.logprobs.content or []
+    assert "".join(entry.token for entry in entries).strip() == whole.message.content
+    for entry in entries:
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0
+        assert len(entry.top_logprobs) == 2
+        assert bytes(entry.bytes or []).decode() == entry.token
+    stream = client.chat.completions.create(**asked, stream=True)
+    found = [
+        entry
+        for chunk in stream
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
+    assert [entry.token for entry in found] == [entry.token for entry in entries]
+    assert not found[0].top_logprobs
+
+
+def test_models(client: openai.OpenAI, served: Served) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL, "onnxruntime/fp16"]
+    assert client.models.retrieve(MODEL).owned_by == "dsvl-export"
+    assert httpx.get(f"{served.url}/healthz").json() == {"status": "ok", "models": [MODEL]}
+    with pytest.raises(openai.NotFoundError, match="There is no model 'gpt' here"):
+        client.models.retrieve("gpt")
+
+
+def test_many_at_once(client: openai.OpenAI, served: Served, alone: Pipeline, pictures: list[Path]) -> None:
+    """Twenty requests in eight slots: nobody gets anybody else's answer, and all answers are a single user's."""
+    rows = [(f"Describe the picture. {index}", pictures[index % 4]) for index in range(20)]
+    expected = [alone.chat(question, [picture]).text for question, picture in rows]
+
+    def one(row: tuple[str, Path]) -> str | None:
+        found = client.chat.completions.create(model=MODEL, messages=ask(*row))  # type: ignore[arg-type]
+        return found.choices[0].message.content
+
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(one, rows)) == expected
+    served.rests()
+
+
+def test_switching_models(tiny_bundle: Bundle, pictures: list[Path]) -> None:
+    """One model at a time: another is opened when the first rests, and refused while it answers."""
+    with serving(tiny_bundle, keep=1) as found:
+        body = {"model": "onnxruntime/fp16", "messages": ask(DESCRIBE, pictures[0])}
+        assert found.post(body).json()["model"] == "onnxruntime/fp16"
+        assert [model.name for model in found.models.open] == ["onnxruntime/fp16"]
+        with held(found, body):
+            refusal = found.post({**body, "model": MODEL})
+            assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "5")
+            assert "1 models are answering" in sentence(refusal)
+        named = found.post({**body, "model": tiny_bundle.folder.name})
+        assert named.json()["model"] == MODEL
+
+
+BAD: list[tuple[dict[str, Any], int, str]] = [
+    ({"model": "gpt-4"}, 404, "There is no model 'gpt-4' here, only onnxruntime/fp32, onnxruntime/fp16."),
+    ({"model": "../../etc/passwd"}, 404, "There is no model '../../etc/passwd' here"),
+    ({"messages": []}, 400, "messages: List should have at least 1 item"),
+    ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "The last message must be the user's."),
+    ({"messages": ask("<image_placeholder>")}, 400, "its text holds <image_placeholder>; give images as parts"),
+    ({"messages": ask("x", "data:image/png;base64,@@@")}, 400, "image 1: the data URL is not valid base64."),
+    ({"messages": ask("x", "data:text/plain,hello")}, 400, "a data URL reads data:image/png;base64,"),
+    ({"messages": ask("x", b"no image")}, 400, "image 1 is no image that can be read."),
+    ({"messages": ask("x", "http://127.0.0.1/x.png")}, 400, "this server takes data URLs only."),
+    ({"messages": ask("x", "file:///etc/passwd")}, 400, "this server takes data URLs only."),
+    ({"messages": ask("word " * 5000)}, 400, "tokens but the KV cache holds 1024"),
+    ({"messages": ask("\ud800")}, 400, "not valid UTF-8"),
+    ({"messages": ask("x", *["data:,"] * 10_000)}, 400, "The request has 10000 images, this server takes 16."),
+    ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2."),
+    ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1."),
+    ({"stop": [""]}, 400, "stop takes up to 16 strings, none of them empty."),
+    ({"n": 2}, 400, "The parameter n is not supported; leave it out."),
+    ({"tools": [{"type": "function"}]}, 400, "The parameter tools is not supported"),
+    ({"response_format": {"type": "json_object"}}, 400, "The parameter response_format is not supported"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "status", "text"), BAD)
+def test_bad_requests(served: Served, more: dict[str, Any], status: int, text: str) -> None:
+    content = json.dumps({"model": MODEL, "messages": ask("Hello."), **more})
+    refusal = served.post(None, content=content, headers={"Content-Type": "application/json"})
+    assert refusal.status_code == status
+    assert text in sentence(refusal)
+
+
+def test_bad_bodies_and_paths(served: Served) -> None:
+    as_json = {"Content-Type": "application/json"}
+    for content, headers, status, text in (
+        (b"{", as_json, 400, "not valid JSON"),
+        (b"[" * 100_000, as_json, 400, "not valid JSON"),
+        (b"\xff\xfe", as_json, 400, "not valid JSON"),
+        (b"[]", as_json, 400, "The body: Input should be"),
+        (b"{}", {"Content-Type": "text/plain"}, 415, "must be application/json"),
+        (b"{}", {**as_json, "X-Long": "x" * 20_000}, 431, "more than 64 headers or 16384 bytes"),
+        (b"{}", {**as_json, **{f"X-{i}": "x" for i in range(70)}}, 431, "more than 64 headers"),
+    ):
+        refusal = served.post(None, content=content, headers=headers)
+        assert refusal.status_code == status
+        assert text in sentence(refusal)
+    for path in ("/nothing", "/%2e%2e/manifest.json", "/v1/../../etc/passwd", "//etc/passwd", "/page.html"):
+        assert httpx.get(served.url + path).status_code == 404
+    wrong = httpx.get(f"{served.url}/v1/chat/completions")
+    assert (wrong.status_code, sentence(wrong)) == (405, "/v1/chat/completions does not take GET.")
+
+
+def test_image_bombs(served: Served) -> None:
+    """A small file of 400 million pixels, and one of more than this server takes."""
+    for side, text in ((20_000, "too many pixels to decode safely"), (7_000, "49000000|7000 × 7000 pixels")):
+        file = io.BytesIO()
+        Image.new("1", (side, side)).save(file, "PNG")
+        refusal = served.post({"model": MODEL, "messages": ask("x", file.getvalue())})
+        assert refusal.status_code == 400
+        assert any(part in sentence(refusal) for part in text.split("|"))
+
+
+def test_tokens(tiny_bundle: Bundle) -> None:
+    with serving(tiny_bundle, ServeOptions(token="secret")) as found:
+        assert httpx.get(f"{found.url}/healthz").status_code == 200
+        assert httpx.get(f"{found.url}/").status_code == 200
+        for path in ("/v1/models", "/metrics", f"/v1/models/{MODEL}"):
+            for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+                refusal = httpx.get(found.url + path, headers=header)
+                assert refusal.status_code == 401
+                assert refusal.headers["www-authenticate"] == "Bearer"
+                assert sentence(refusal) == "The bearer token is missing or wrong."
+            assert httpx.get(found.url + path, headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert found.post({"model": MODEL, "messages": ask("x")}).status_code == 401
+
+
+def test_limits(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies that are too large, announced or not, and one that never ends; the server goes on."""
+    monkeypatch.setattr(serving_app, "BODY_SECONDS", 0.5)
+    with serving(tiny_bundle, ServeOptions(body=10_000)) as found:
+        large = found.post({"model": MODEL, "messages": ask("x" * 20_000)})
+        assert large.status_code == 413
+        assert sentence(large) == "The body is larger than the 10000 bytes that this server takes."
+        address = httpx.URL(found.url)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        for rest, status in (
+            (b"Transfer-Encoding: chunked\r\n\r\n" + b"1000\r\n" + b"x" * 4096 + b"\r\n", b"408"),
+            (b"Transfer-Encoding: chunked\r\n\r\n" + b"4000\r\n" + b"x" * 16384 + b"\r\n", b"413"),
+            (b"Content-Length: 99999\r\n\r\n", b"413"),
+            (b"Content-Length: 100\r\n\r\n{", b"408"),
+        ):
+            with socket.create_connection((address.host, address.port or 0), timeout=10) as connection:
+                connection.sendall(head + rest)
+                assert connection.recv(64).startswith(b"HTTP/1.1 " + status)
+        assert found.post({"model": MODEL, "messages": ask("Hello.")}).status_code == 200
+
+
+def test_busy_and_late(tiny_bundle: Bundle, pictures: list[Path]) -> None:
+    """More than the queue holds is told to retry; what takes too long ends."""
+    body = {"model": MODEL, "messages": ask(DESCRIBE, pictures[0])}
+    with serving(tiny_bundle, slots=1, queue=0) as found:
+        with held(found, body):
+            refusal = found.post(body)
+            assert (refusal.status_code, refusal.headers["retry-after"]) == (429, "1")
+            assert "1 requests are being answered and 0 are waiting" in sentence(refusal)
+        assert found.post(body).status_code == 200
+    with serving(tiny_bundle, ServeOptions(seconds=0.0)) as found:
+        late = found.post(body)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "late")
+
+
+def test_a_stream_that_fails_says_so(
+    served: Served, client: openai.OpenAI, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = served.models.get(MODEL).pipeline.chain
+    plain, calls = chain.decode, 0
+
+    def decode(tokens: np.ndarray, cache: Any) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise RuntimeError("a secret path")
+        return plain(tokens, cache)
+
+    monkeypatch.setattr(chain, "decode", decode)
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=ask(DESCRIBE, pictures[0]),
+        stream=True,  # type: ignore[arg-type]
+    )
+    with pytest.raises(openai.APIError, match="The server failed at this request; its log says why"):
+        list(stream)
+    monkeypatch.undo()
+    served.rests()
+    assert served.post({"model": MODEL, "messages": ask("Hello.")}).status_code == 200
+
+
+def test_clients_that_go_away_free_their_slots(
+    served: Served, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the answer began, and in the middle of a stream."""
+    scheduler = served.models.get(MODEL).scheduler
+    chain, taken = scheduler.chain, []
+    plain, submit = chain.decode, scheduler.submit
+    monkeypatch.setattr(scheduler, "submit", lambda *given: taken.append(submit(*given)) or taken[-1])
+    monkeypatch.setattr(chain, "decode", lambda *given: time.sleep(0.005) or plain(*given))
+    for stream, waits in ((False, True), (True, True), (True, False)):
+        gate = Gate(scheduler) if waits else None
+        with connected(served, ask(DESCRIBE, pictures[0]), stream) as connection:
+            while not taken:
+                time.sleep(0.001)
+            if not waits:
+                assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
+        until = time.monotonic() + 10
+        while not taken[0].cancelled and time.monotonic() < until:
+            time.sleep(0.001)
+        if gate:
+            gate.open.set()
+        served.rests()
+        job = taken.pop()
+        assert job.cancelled
+        assert (job.decoding is None) == waits
+        assert waits or len(job.decoding.writer.answer.tokens) < 400
+
+
+@contextmanager
+def connected(served: Served, messages: list[dict[str, Any]], stream: bool) -> Iterator[socket.socket]:
+    """A connection that has sent a request for a long answer, closed at the end."""
+    content = json.dumps({"model": MODEL, "messages": messages, **LONG, "stream": stream}).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    address = httpx.URL(served.url)
+    with socket.create_connection((address.host, address.port or 0), timeout=20) as connection:
+        connection.sendall(head.encode() + content)
+        yield connection
+
+
+@contextmanager
+def held(found: Served, body: dict[str, Any]) -> Iterator[None]:
+    """While a request is being answered, which is then answered well."""
+    gate = Gate(found.models.open[0].scheduler)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(found.post, body)
+        try:
+            while not found.busy():
+                time.sleep(0.001)
+            yield
+        finally:
+            gate.open.set()
+        assert answer.result().status_code == 200
+
+
+def test_a_bundle_that_changes(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle.folder, folder)
+    with serving(Bundle.open(folder)) as found:
+        assert found.post({"model": MODEL, "messages": ask("Hello.")}).status_code == 200
+        file = folder / tiny_bundle.artifact("adaptor", "onnxruntime", "fp32").files[0]
+        os.utime(file, (1, 1))
+        refusal = found.post({"model": MODEL, "messages": ask("Hello.")})
+        assert refusal.status_code == 503
+        assert "of the bundle changed while it was served; start the server again." in sentence(refusal)
+        health = httpx.get(f"{found.url}/healthz")
+        assert (health.status_code, health.json()["status"]) == (503, "changed")
+
+
+def test_remote_images_of_allowed_hosts(tiny_bundle: Bundle, pictures: list[Path]) -> None:
+    class Host(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", "http://169.254.169.254/")
+                self.end_headers()
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"x" * 300_000 if self.path == "/large" else pictures[0].read_bytes())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=host.serve_forever).start()
+    at = f"http://127.0.0.1:{host.server_port}"
+    try:
+        limits = ImageLimits(bytes=200_000, hosts=frozenset({"127.0.0.1"}))
+        with serving(tiny_bundle, ServeOptions(images=limits)) as found:
+            body = {"model": MODEL, "messages": ask(DESCRIBE, f"{at}/x.png")}
+            remote, local = found.post(body), found.post({**body, "messages": ask(DESCRIBE, pictures[0])})
+            assert remote.json()["choices"] == local.json()["choices"]
+            for url, text in (
+                (f"{at}/moved", "127.0.0.1 did not give the image (HTTP Error 302: Found)."),
+                (f"{at}/large", "image 1 has more than 200000 bytes."),
+                ("http://localhost/x", "this server takes data URLs or URLs of 127.0.0.1 only."),
+                ("http://127.0.0.1:1/x", "did not give the image"),
+            ):
+                refusal = found.post({**body, "messages": ask("x", url)})
+                assert refusal.status_code == 400
+                assert text in sentence(refusal)
+    finally:
+        host.shutdown()
+        host.server_close()
+
+
+def test_figures(tiny_bundle: Bundle, pictures: list[Path]) -> None:
+    with serving(tiny_bundle) as found:
+        body = {"model": MODEL, "messages": ask(DESCRIBE, pictures[0])}
+        used = [found.post(body).json()["usage"] for _ in range(2)]
+        found.post({**body, "n": 3})
+        lines = httpx.get(f"{found.url}/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    model = f'{{model="{MODEL}"}}'
+    assert values['dsvl_requests_total{path="/v1/chat/completions",status="200"}'] == "2.0"
+    assert values['dsvl_requests_total{path="/v1/chat/completions",status="400"}'] == "1.0"
+    assert float(values[f"dsvl_prompt_tokens_total{model}"]) == sum(use["prompt_tokens"] for use in used)
+    assert float(values[f"dsvl_completion_tokens_total{model}"]) == sum(
+        use["completion_tokens"] for use in used
+    )
+    assert float(values[f"dsvl_reused_tokens_total{model}"]) == used[1]["prompt_tokens"] - 1
+    assert values[f"dsvl_images_encoded_total{model}"] == "1.0"
+    assert values[f"dsvl_first_token_seconds_count{model}"] == "2.0"
+    assert values[f"dsvl_running_requests{model}"] == "0.0"
+
+
+def test_the_command_stops_gracefully(tiny_bundle: Bundle, pictures: list[Path]) -> None:
+    """SIGTERM while an answer streams: the answer is finished, then the process ends well."""
+    command = [sys.executable, "-m", "dsvl_export.cli", "serve", str(tiny_bundle.folder), "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+        assert line.startswith(f"Serving {MODEL} at http://127.0.0.1:")
+        url = line.split()[3]
+        body = {"model": MODEL, "messages": ask(DESCRIBE, pictures[0]), **LONG, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [text for text in lines if text]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert "Traceback" not in errors
+
+
+def test_what_cannot_be_served(run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    folder = str(tiny_bundle.folder)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        sentence = f"Cannot listen at 127.0.0.1 port {port}: Address already in use."
+        assert refused(run("serve", folder, "--port", port), sentence)
+    assert refused(run("serve", str(tmp_path / "none"), "--port", "0"), "none")
+    assert refused(run("serve", folder, "--port", "0", "--precision", "int3"), "int3")
