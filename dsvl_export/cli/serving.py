@@ -14,6 +14,7 @@ from dsvl_export.cli.options import (
     BundleFolder,
     Capacity,
     Device,
+    Drafts,
     Precision,
     Threads,
     Verify,
@@ -46,6 +47,7 @@ def serve(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer where a request does not say, tokens.")
     ] = 512,
+    drafts: Drafts = True,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a request is given up.")] = 300,
     max_body: Annotated[int, typer.Option(min=1, help="Megabytes of a request.")] = 32,
     max_images: Annotated[int, typer.Option(min=0, help="Images of a request.")] = 16,
@@ -82,7 +84,7 @@ def serve(
         served = Models(Bundle.open(bundle), choice)
         hosts = frozenset(each.lower() for each in image_host or ())
         limits = ImageLimits(max_pixels * 1_000_000, max_images, max_body * 1_000_000, hosts)
-        options = ServeOptions(api_key or None, max_new_tokens, timeout, max_body * 1_000_000, limits)
+        options = ServeOptions(api_key or None, max_new_tokens, drafts, timeout, max_body * 1_000_000, limits)
         config = uvicorn.Config(
             create_app(served, options), log_config=None, access_log=False, http="h11", server_header=False,
             limit_concurrency=MOST_CONNECTIONS,

@@ -48,6 +48,7 @@ class ServeOptions:
     Args:
         token: the bearer token that requests must have; None asks for none.
         longest: tokens of an answer where the request does not say.
+        drafts: whether an answer that is written alone may guess what repeats.
         seconds: after which a request is given up.
         body: bytes of a request.
         images: of a request.
@@ -55,6 +56,7 @@ class ServeOptions:
 
     token: str | None = None
     longest: int = 512
+    drafts: bool = True
     seconds: float = 300.0
     body: int = 32_000_000
     images: ImageLimits = field(default_factory=ImageLimits)
@@ -129,7 +131,7 @@ def create_app(models: Models, options: ServeOptions) -> FastAPI:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise RequestError(415, "The body must be application/json.")
         asked = read_request(await request.body())
-        generation = asked.options(options.longest)
+        generation = asked.options(options.longest, options.drafts)
         talk = conversation(asked.messages, options.images.images)
         model = await run_in_threadpool(models.get, asked.model)
         async with preparing:

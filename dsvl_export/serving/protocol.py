@@ -89,7 +89,7 @@ class ChatRequest(BaseModel):
         """Of a stream."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def options(self, longest: int) -> GenerationOptions:
+    def options(self, longest: int, drafts: bool) -> GenerationOptions:
         """How to generate; ``longest`` are the tokens of an answer where the request does not say."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MOST_STOPS or not all(stop):
@@ -102,7 +102,7 @@ class ChatRequest(BaseModel):
             if (value := getattr(self, name)) is not None
         }
         tokens = self.max_completion_tokens or self.max_tokens or longest
-        options = GenerationOptions(tokens, stop=tuple(stop), **given)
+        options = GenerationOptions(tokens, stop=tuple(stop), drafts=drafts, **given)
         return replace(options, logprobs=self.top_logprobs or 0) if self.logprobs else options
 
 

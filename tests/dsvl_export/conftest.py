@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from dsvl_export import cli
 from dsvl_export.exporting import export
 from runtimes.bundle import Bundle
 from tests.dsvl_export.command_line import Done
+from tests.dsvl_export.in_browser import BROWSER
 
 
 @pytest.fixture
@@ -45,3 +48,13 @@ def jetson(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Tiny for JetPack 6; tests must not change it."""
     folder = tmp_path_factory.mktemp("jetson") / "bundle"
     return export("tiny", folder, "tensorrt", ("fp16", "int8", "int8-int4"), target="jetson-orin")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield opened
+        opened.close()
