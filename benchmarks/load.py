@@ -175,7 +175,7 @@ async def raw(url: str, question: Question, stream: bool, pace: float, drop: boo
     reader, writer = await asyncio.open_connection(address.host, address.port)
     body = json.dumps({**question.body, "stream": stream}).encode()
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     try:

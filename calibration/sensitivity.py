@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,13 @@ def measure_sensitivity(
     table: ScaleTable | None = None,
     base: str = "fp32",
     on_step: Callable[[str, int, int], None] = lambda name, done, total: None,
+    spread: Callable[..., Iterator[tuple[int, Row]]] | None = None,
 ) -> Sensitivity:
     """Quantize every layer alone in every candidate precision; what is done is kept in ``folder``.
 
     Args:
         table: scales of activations, for candidates that quantize those; its smoothing is folded in.
+        spread: measures layers and precisions elsewhere, giving the number of each in a list and its row.
 
     Raises:
         UserError: a candidate needs scales and there is no table, or the folder is of other measurements.
@@ -136,19 +139,45 @@ def measure_sensitivity(
     if not todo:
         return result
     folder.mkdir(parents=True, exist_ok=True)
-    trial = Trial(source, table)
-    evaluation = Evaluation(
-        source, embedding_file, samples, trial.model, lambda d, t: on_step("answering", d, t)
-    )
-    for layer, precision in todo:
-        on_step(f"{layer.name} in {precision}", len(result.rows), len(wanted))
-        with trial.quantized(layer.name, precision):
-            cost = evaluation.cost(trial.model, vision=not layer.name.startswith("decoder."))
-        size = weight_bytes(layer, precision, base)
-        result.rows.append(Row(layer.name, str(precision), cost.kl, cost.kept, size))
+    if spread:
+        on_step("answering", 0, len(samples))
+        measured = spread(todo)
+    else:
+        on_answer = partial(on_step, "answering")
+        trials = Trials(source, embedding_file, samples, table, base, on_answer)
+        measured = ((index, trials.row(*each)) for index, each in enumerate(todo))
+    for index, row in measured:
+        result.rows.append(row)
         result.save(file)
+        layer, precision = todo[index]
+        on_step(f"{layer.name} in {precision}", len(result.rows), len(wanted))
+    order = {(layer.name, str(precision)): place for place, (layer, precision) in enumerate(wanted)}
+    result.rows.sort(key=lambda row: order.get((row.layer, row.precision), len(order)))
+    result.save(file)
     on_step("done", len(wanted), len(wanted))
     return result
+
+
+class Trials:
+    """Measures single layers against the answers of the whole model in fp32."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        embedding_file: Path,
+        samples: Sequence[Sample],
+        table: ScaleTable | None,
+        base: str,
+        on_answer: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._trial, self._base = Trial(source, table), base
+        self._evaluation = Evaluation(source, embedding_file, samples, self._trial.model, on_answer)
+
+    def row(self, layer: LayerSpec, precision: LayerPrecision) -> Row:
+        with self._trial.quantized(layer.name, precision):
+            cost = self._evaluation.cost(self._trial.model, vision=not layer.name.startswith("decoder."))
+        size = weight_bytes(layer, precision, self._base)
+        return Row(layer.name, str(precision), cost.kl, cost.kept, size)
 
 
 def _parse(candidate: str) -> LayerPrecision:

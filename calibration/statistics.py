@@ -116,6 +116,25 @@ def observed_as(config: ModelConfig) -> dict[str, str]:
     }
 
 
+def known_statistics(
+    source: Checkpoint, samples: Sequence[Sample], folder: Path, keep: int = ROWS
+) -> Statistics:
+    """What a folder holds already of these samples; nothing where there is no file.
+
+    Raises:
+        UserError: it is of another checkpoint or of other samples, or keeps another number of rows.
+    """
+    file = folder / STATISTICS_FILE
+    statistics = Statistics.load(file) if file.exists() else Statistics(source.digest, keep)
+    if (statistics.checkpoint, statistics.keep) != (source.digest, keep):
+        raise UserError(
+            f"{file} is of another checkpoint or keeps another number of rows; give another folder."
+        )
+    if not set(statistics.samples) <= {sample.digest for sample in samples}:
+        raise UserError(f"{file} holds samples that are not among the data; give another folder.")
+    return statistics
+
+
 def collect(
     source: Checkpoint,
     embedding_file: Path,
@@ -139,15 +158,8 @@ def collect(
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / STATISTICS_FILE
-    statistics = Statistics.load(file) if file.exists() else Statistics(source.digest, keep)
-    if (statistics.checkpoint, statistics.keep) != (source.digest, keep):
-        raise UserError(
-            f"{file} is of another checkpoint or keeps another number of rows; give another folder."
-        )
-    digests = [sample.digest for sample in samples]
-    known = set(statistics.samples)
-    if not known <= set(digests):
-        raise UserError(f"{file} holds samples that are not among the data; give another folder.")
+    statistics = known_statistics(source, samples, folder, keep)
+    digests, known = [sample.digest for sample in samples], set(statistics.samples)
     todo = [(s, d) for s, d in dict(zip(samples, digests, strict=True)).items() if d not in known]
     done = len(samples) - len(todo)
     on_step(done, len(samples))

@@ -6,16 +6,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from calibration.calibrate import make_table
-from calibration.data import load_data
+from calibration.data import Sample, load_data
 from calibration.precision import load_precision
 from calibration.ranges import METHODS, PERCENTILE
-from calibration.statistics import ROWS, STATISTICS_FILE, Statistics, collect
+from calibration.statistics import GROUP, ROWS, STATISTICS_FILE, Statistics, collect, known_statistics
 from calibration.table import ScaleTable
-from reference.checkpoint import Checkpoint
+from dsvl_export.cluster import Spread
+from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.session import write_token_embedding
 from runtimes.errors import UserError
 
@@ -70,6 +71,7 @@ def calibrate(
     options: CalibrationOptions,
     merge: Sequence[Path] = (),
     on_step: OnStep = lambda name, done, total: None,
+    spread: Spread | None = None,
 ) -> Calibrated:
     """Write ``scales.json`` and ``scales.safetensors`` into ``output``, beside the statistics they rest on.
 
@@ -77,6 +79,7 @@ def calibrate(
 
     Args:
         merge: folders of statistics that make up the whole; the data is not run then.
+        spread: runs parts of the data on other machines; the result is the same.
 
     Raises:
         UserError: bad data or options, or statistics of another checkpoint.
@@ -100,15 +103,68 @@ def calibrate(
         samples, skipped = data.samples[index - 1 :: count], data.skipped
         if not samples:
             raise UserError(f"Part {index} of {count} has no samples; give more samples or fewer parts.")
-        with token_embedding(source) as embedding:
-            statistics = collect(
-                source, embedding, samples, output, options.rows, partial(on_step, "calibrating")
-            )
+        on_sample = partial(on_step, "calibrating")
+        if spread:
+            statistics = _collect_spread(source, samples, output, options.rows, on_sample, spread)
+        else:
+            with token_embedding(source) as embedding:
+                statistics = collect(source, embedding, samples, output, options.rows, on_sample)
     table = make_table(
         source, statistics, options.method, options.percentile, plan, options.smooth, options.gptq, on_step
     )
     table.save(output)
     return Calibrated(table, skipped)
+
+
+def _collect_spread(
+    source: Checkpoint,
+    samples: Sequence[Sample],
+    folder: Path,
+    keep: int,
+    on_sample: Callable[[int, int], None],
+    spread: Spread,
+) -> Statistics:
+    """``collect`` with groups of samples on other machines, merged as they come."""
+    statistics = known_statistics(source, samples, folder, keep)
+    by_digest, known = {sample.digest: sample for sample in samples}, set(statistics.samples)
+    missing = [sample for digest, sample in by_digest.items() if digest not in known]
+    groups = [missing[start : start + GROUP] for start in range(0, len(missing), GROUP)]
+    on_sample(len(statistics.samples), len(samples))
+    parts = [(str(source.folder), source.digest, group, keep) for group in groups]
+    for _, found in spread(collect_part, parts):
+        statistics.merge(found)
+        statistics.save(folder / STATISTICS_FILE)
+        on_sample(len(statistics.samples), len(samples))
+    statistics.samples = list(by_digest)
+    statistics.save(folder / STATISTICS_FILE)
+    return statistics
+
+
+def collect_part(folder: str, digest: str, samples: Sequence[Sample], keep: int) -> Statistics:
+    """Statistics of some samples, on the machine that this runs on."""
+    source, embedding = checkpoint_here(folder, digest)
+    with tempfile.TemporaryDirectory() as scratch:
+        return collect(source, embedding, samples, Path(scratch), keep)
+
+
+@cache
+def checkpoint_here(folder: str, digest: str) -> tuple[Checkpoint, Path]:
+    """A checkpoint and its token table on this machine, kept for the parts that follow.
+
+    Raises:
+        UserError: it is missing here, or another one.
+    """
+    source = open_checkpoint(folder)
+    if source.digest != digest:
+        raise UserError(f"{folder} on one of the machines is another checkpoint than here.")
+    kept = tempfile.TemporaryDirectory()
+    _KEPT.append(kept)
+    embedding = Path(kept.name) / "token_embedding.safetensors"
+    write_token_embedding(source, embedding)
+    return source, embedding
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []  # for as long as the process lives
 
 
 @contextmanager

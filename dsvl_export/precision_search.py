@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from calibration.data import load_data
+from calibration.data import Sample, load_data
 from calibration.evaluate import Cost, Evaluation
 from calibration.planning import Budget, Planner, Point
 from calibration.precision import (
@@ -22,14 +23,17 @@ from calibration.program import planned_model
 from calibration.sensitivity import (
     CANDIDATES,
     SENSITIVITY_FILE,
+    Row,
     Sensitivity,
+    Trials,
     measure_sensitivity,
     possible,
     weight_bytes,
 )
 from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
-from dsvl_export.calibrating import token_embedding
+from dsvl_export.calibrating import checkpoint_here, token_embedding
+from dsvl_export.cluster import Spread
 from reference.checkpoint import Checkpoint
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS
 from runtimes.errors import UserError
@@ -70,20 +74,52 @@ def sensitivity(
     candidates: Sequence[str] | None,
     scales: Path | None,
     on_step: OnStep,
+    spread: Spread | None = None,
 ) -> tuple[Sensitivity, Path | None]:
-    """Measure and draw into ``folder``; the picture is None where matplotlib is missing."""
+    """Measure and draw into ``folder``; the picture is None where matplotlib is missing.
+
+    Args:
+        spread: measures layers on other machines; the result is the same.
+    """
     chosen = load_data(data, samples, seed).samples
     table = ScaleTable.load(scales.expanduser()) if scales else None
+
+    def measured(todo: Sequence[tuple[LayerSpec, LayerPrecision]]) -> Iterator[tuple[int, Row]]:
+        assert spread
+        found_at = str(scales.expanduser()) if scales else None
+        where = (str(source.folder), source.digest, tuple(chosen), found_at)
+        return spread(row_of, [(*where, layer, precision) for layer, precision in todo])
+
     with token_embedding(source) as embedding:
         found = measure_sensitivity(
-            source, embedding, chosen, folder, candidates or CANDIDATES, table, on_step=on_step
-        )
+            source, embedding, chosen, folder, candidates or CANDIDATES, table, on_step=on_step,
+            spread=measured if spread else None,
+        )  # fmt: skip
     picture = folder / "sensitivity.svg"
     pictures = _pictures()
     if pictures is None:
         return found, None
     pictures.draw_sensitivity(found, picture)
     return found, picture
+
+
+def row_of(
+    folder: str,
+    digest: str,
+    samples: tuple[Sample, ...],
+    scales: str | None,
+    layer: LayerSpec,
+    precision: LayerPrecision,
+) -> Row:
+    """One layer in one precision, on the machine that this runs on."""
+    return _trials_here(folder, digest, samples, scales).row(layer, precision)
+
+
+@cache
+def _trials_here(folder: str, digest: str, samples: tuple[Sample, ...], scales: str | None) -> Trials:
+    source, embedding = checkpoint_here(folder, digest)
+    table = ScaleTable.load(Path(scales)) if scales else None
+    return Trials(source, embedding, samples, table, "fp32")
 
 
 def find_plan(

@@ -242,13 +242,16 @@ def _stream_into(model: DeepSeekVL, load: Callable[[str], Tensor]) -> None:
         def fill(module: nn.Module, args: Any) -> None:
             for name, parameter in empty.items():
                 free = spare.get(tuple(parameter.shape))
-                value = free.pop() if free else torch.empty_like(parameter, device="cpu")
+                with torch.inference_mode(False):  # else they could serve in that mode alone
+                    value = free.pop() if free else torch.empty_like(parameter, device="cpu")
                 setattr(module, name, nn.Parameter(value.copy_(load(f"{prefix}{name}")), requires_grad=False))
 
         def drop(module: nn.Module, args: Any, output: Any) -> None:
             for name, parameter in empty.items():
-                spare.setdefault(tuple(parameter.shape), []).append(getattr(module, name).data)
-                setattr(module, name, parameter)
+                filled = getattr(module, name)
+                if filled is not parameter:  # as it is where loading failed
+                    spare.setdefault(tuple(parameter.shape), []).append(filled.data)
+                    setattr(module, name, parameter)
 
         if empty:
             module.register_forward_pre_hook(fill)

@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
@@ -75,6 +76,7 @@ class Chain:
         self.prefill_chunk, self.kept_images = prefill_chunk, kept_images
         self.images_encoded = 0
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._lock = Lock()  # an encoder may run beside the decoder
         self._embeds_dtype = np.dtype(decoder.contract.inputs[0].dtype)
 
     def encode_pixels(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -93,14 +95,22 @@ class Chain:
 
     def encode_image(self, digest: str, pixels: np.ndarray) -> np.ndarray:
         """``[T, D]`` embeddings of ``pixels [3, N, N]``, computed once per content."""
-        if digest not in self._images:
-            self._images[digest] = self.adapt(self.encode_pixels(pixels[None]))[0]
+        with self._lock:
+            known = self._images.get(digest)
+            if known is not None:
+                self._images.move_to_end(digest)
+                return known
+        embeds: np.ndarray = self.adapt(self.encode_pixels(pixels[None]))[0]
+        with self._lock:
             self.images_encoded += 1
-        self._images.move_to_end(digest)
-        embeds = self._images[digest]
-        if len(self._images) > self.kept_images:
-            self._images.popitem(last=False)
+            self._images[digest] = embeds
+            if len(self._images) > self.kept_images:
+                self._images.popitem(last=False)
         return embeds
+
+    def must_encode(self, prompt: Prompt, start: int) -> bool:
+        """Whether ``embed`` has to run the encoder for the positions from ``start`` on."""
+        return any(digest and digest not in self._images for digest, _ in prompt.keys[start:])
 
     def embed_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """``[..., D]`` embeddings of text tokens."""

@@ -75,7 +75,7 @@ def load_image(source: ImageSource) -> Image.Image:
         raise UserError(
             f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels, too many to decode safely."
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # of Pillow's many decoders
         raise UserError(f"{name} cannot be decoded: {error}.") from error
 
 

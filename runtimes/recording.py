@@ -16,12 +16,11 @@ from runtimes.cache import cache_bytes
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens import GREEDY_TOKENS, Golden, check_finite, greedy, save_golden
-from runtimes.memory import available_memory
 from runtimes.preprocess import load_image, resize_and_pad, to_pixel_values
 from runtimes.taps import Taps
 from runtimes.tokenizer import expand_images
 
-CACHE_SHARE = 8  # one part in so many of the free memory holds the KV cache of prompts decoded together
+CACHE_BYTES = 5 << 29  # of the KV cache of prompts that are decoded together: four of the 7B's with one image
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def record_goldens(
 ) -> None:
     """Write images and ``NN.safetensors`` for every request into ``folder``.
 
-    Prompts are decoded together, as many as the memory allows: where the reference streams its weights, a
+    Prompts are decoded together, as many as ``CACHE_BYTES`` allow: where the reference streams its weights, a
     step costs the same for one as for all.
 
     Args:
@@ -120,12 +119,11 @@ def _prepare(chain: Chain, request: GoldenRequest, folder: Path, checkpoint: str
 
 
 def _groups(chain: Chain, prepared: Sequence[_Prepared]) -> list[list[_Prepared]]:
-    """The requests by length, cut where a group's KV cache would exceed its share of the free memory."""
-    most = available_memory() // CACHE_SHARE
+    """The requests by length, cut where a group's KV cache would exceed ``CACHE_BYTES``."""
     groups: list[list[_Prepared]] = [[]]
     for item in sorted(prepared, key=lambda item: len(item.embeds)):
         rows, longest = len(groups[-1]) + 1, len(item.embeds) + GREEDY_TOKENS
-        if groups[-1] and cache_bytes(chain.decoder.contract.states, rows, longest) > most:
+        if groups[-1] and cache_bytes(chain.decoder.contract.states, rows, longest) > CACHE_BYTES:
             groups.append([])
         groups[-1].append(item)
     return groups

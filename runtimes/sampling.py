@@ -72,7 +72,7 @@ class TokenLogprobs:
         scores = logits.astype(np.float64)
         scores -= scores.max()
         scores -= np.log(np.exp(scores).sum())
-        likeliest = np.argsort(-scores, kind="stable")[:count].tolist()
+        likeliest = np.argsort(-scores, kind="stable")[:count].tolist() if count else []
         return cls(token, float(scores[token]), tuple((each, float(scores[each])) for each in likeliest))
 
 
@@ -103,8 +103,9 @@ class Sampler:
         order = np.argsort(-logits, kind="stable")
         if options.top_k:
             order = order[: options.top_k]
-        scores = logits[order].astype(np.float64) / options.temperature
-        weights = np.exp(scores - scores.max())
+        scores = logits[order].astype(np.float64)
+        with np.errstate(over="ignore"):  # of the smallest temperatures
+            weights = np.exp((scores - scores[0]) / options.temperature)
         weights /= weights.sum()
         keep = int(np.searchsorted(np.cumsum(weights), options.top_p)) + 1
         weights = weights[:keep] / weights[:keep].sum()

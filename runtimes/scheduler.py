@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Union
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 class BusyError(UserError):
     """There is no room for another request now."""
+
+
+class ClosedError(UserError):
+    """No more requests are taken."""
 
 
 class LateError(UserError):
@@ -79,10 +83,11 @@ class Job:
 class Scheduler:
     """Answers requests in the order in which they come, as many at once as the pool has rows.
 
-    A thread of its own runs all sessions. In turns it decodes one token of every answer, in one call, and
-    does one piece of reading (an image, or some tokens of a prompt) for one of the prompts that wait. So a
-    late request does not wait for a long one, and a long prompt does not stop the others. A row that is
-    free keeps what it holds: a prompt that begins so reads only the rest, also in another row.
+    A thread of its own runs the sessions (``concurrent``: the encoder's has another). In turns it decodes one
+    token of every answer, in one call, and does one piece of reading (an image, or some tokens of a prompt)
+    for one of the prompts that wait. So a late request does not wait for a long one, and a long prompt does
+    not stop the others. A row that is free keeps what it holds: a prompt that begins so reads only the rest,
+    also in another row.
 
     Args:
         capacity: tokens of each row.
@@ -146,13 +151,14 @@ class Scheduler:
 
         Raises:
             UserError: the prompt exceeds the capacity.
-            BusyError: the queue is full, or the scheduler is closing.
+            BusyError: the queue is full.
+            ClosedError: the scheduler is closing.
         """
         prompt.check_fits(self.capacity)
         job = Job(prompt, options, deliver, seconds, every_step)
         with self._changed:
             if self._closing:
-                raise BusyError("The server is stopping; it takes no more requests.")
+                raise ClosedError("The server is stopping; it takes no more requests.")
             if len(self._waiting) + len(self._jobs) >= self.slots + self.queue:
                 raise BusyError(
                     f"{self.slots} requests are being answered and {self.queue} are waiting;"
@@ -264,6 +270,7 @@ class Scheduler:
         row, keys = self._view(job.row, job.row + 1), job.prompt.keys
         reused = row.length
         embeds = yield from self._embedding(job, reused)
+        job.prompt = replace(job.prompt, images={})  # the pixels are not needed any more
         while True:
             start = row.length - reused
             part = embeds[None, start : start + self._chunk()]
@@ -281,7 +288,7 @@ class Scheduler:
         steps = self.chain.embed_stepwise(job.prompt, start)
         embeds = next(steps)
         while True:
-            if self._vision and job.prompt.images:
+            if self._vision and self.chain.must_encode(job.prompt, start):
                 job.encoding = self._vision.submit(next, steps, None)
                 job.encoding.add_done_callback(self._wake)
                 yield
@@ -319,25 +326,28 @@ class Scheduler:
         jobs = [job for _, job in sorted(self._jobs.items()) if job.decoding]
         if not jobs:
             return
+        begun = perf_counter()
         try:
-            if len(jobs) == 1:
-                self._write_one(jobs[0])
-            else:
-                self._write_several(jobs)
+            logits = self._decode_one(jobs[0]) if len(jobs) == 1 else self._decode_several(jobs)
         except Exception as error:  # of the decoder: nobody's answer can go on
             for job in jobs:
                 self._end(job, error)
+            return
+        seconds = perf_counter() - begun if len(jobs) == 1 else None
+        for job, rows in zip(jobs, logits, strict=True):
+            self._take(job, rows, seconds)
 
-    def _write_one(self, job: Job) -> None:
+    def _decode_one(self, job: Job) -> np.ndarray:
+        """Logits ``[1, K, V]`` of an answer's last token and a draft."""
         assert job.decoding
         row = self._view(job.row, job.row + 1)
-        tokens = np.array([job.decoding.tokens(row)])
-        begun = perf_counter()
-        logits = self.chain.decode(tokens, row)[0]
-        self._take(job, logits, perf_counter() - begun)
+        return self.chain.decode(np.array([job.decoding.tokens(row)]), row)
 
-    def _write_several(self, jobs: list[Job]) -> None:
-        """Rows from the first to the last job's; idle ones are stepped along, and their step taken back."""
+    def _decode_several(self, jobs: list[Job]) -> np.ndarray:
+        """Logits ``[jobs, 1, V]`` of each answer's last token.
+
+        The rows from the first to the last job's are decoded; the step of idle ones is taken back.
+        """
         first, last = jobs[0].row, jobs[-1].row
         span = self._view(first, last + 1)
         tokens = np.zeros((span.batch, 1), np.int64)
@@ -350,10 +360,10 @@ class Scheduler:
             self._keys[row] = self._keys[row][: self.capacity - 1]
         span.lengths[idle] = np.minimum(span.lengths[idle], self.capacity - 1)
         kept = span.lengths.copy()
-        logits = self.chain.decode(tokens, span)
-        span.lengths[idle] = kept[idle]
-        for job in jobs:
-            self._take(job, logits[job.row - first])
+        try:
+            return self.chain.decode(tokens, span)[~idle]
+        finally:
+            span.lengths[idle] = kept[idle]
 
     def _take(self, job: Job, logits: np.ndarray, seconds: float | None = None) -> None:
         """Deliver what ``logits [K, V]`` add to an answer."""
@@ -362,7 +372,7 @@ class Scheduler:
         before, asked = len(answer.logprobs), job.prompt.keys
         try:
             text = job.decoding.take(logits, row, seconds)
-        except UserError as error:  # the logits of this answer are not finite
+        except Exception as error:  # of this answer alone: its logits are not finite, say
             self._end(job, error)
             return
         keys = self._keys[job.row]
@@ -375,6 +385,8 @@ class Scheduler:
 
     def _end(self, job: Job, last: Step | Exception | None = None) -> None:
         """Free a request's place, and deliver what ends it."""
+        if job.encoding:
+            job.encoding.cancel()
         if self._jobs.get(job.row) is job:
             del self._jobs[job.row]
             self._used[job.row] = perf_counter()

@@ -50,6 +50,14 @@ class TaskScore:
         else:
             self.wrong.append((item, answer))
 
+    def merge(self, other: TaskScore) -> None:
+        """Take in the answers to the questions that come next."""
+        self.right += other.right
+        self.asked += other.asked
+        self.wrong += other.wrong
+        self.answers += other.answers
+        self.tokens += other.tokens
+
     @property
     def mean_tokens(self) -> float:
         return sum(self.tokens) / max(len(self.tokens), 1)

@@ -59,3 +59,11 @@ Task = Annotated[
 Taps = Annotated[
     bool, typer.Option("--taps", help="Locate drift layer by layer even where every stage passes.")
 ]
+Ray = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="ADDRESS",
+        help="Ray cluster to spread the work over: auto, HOST:PORT or ray://HOST:PORT. Checkpoint, bundle and"
+        " data must have the same paths on all machines. Default: this machine alone.",
+    ),
+]

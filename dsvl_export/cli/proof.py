@@ -17,6 +17,7 @@ from dsvl_export.cli.options import (
     Device,
     Json,
     Precision,
+    Ray,
     Taps,
     Task,
     Threads,
@@ -54,6 +55,7 @@ def parity(
     report: ReportFolder = None,
     device: Device = None,
     threads: Threads = None,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Compare a bundle with the PyTorch reference, stage by stage; needs no PyTorch.
@@ -64,6 +66,7 @@ def parity(
     Exit code 0: all passed; 1: something differs; 3: something could not be judged here.
     """
     from dsvl_export import display
+    from dsvl_export.cluster import ray_cluster
     from dsvl_export.ladder import parity as run_parity
     from dsvl_export.ladder.tolerances import load_tolerances
     from runtimes.bundle import Bundle
@@ -84,13 +87,15 @@ def parity(
             threads=threads,
             device=device,
             on_step=on_step,
+            spread=spread,
         )
 
     results = []
-    for pair in pairs:
-        results.append(judge(bundle, " ".join(pair), run, report))
-        if not as_json:
-            display.print_parity(results[-1][1])
+    with ray_cluster(ray) as spread:
+        for pair in pairs:
+            results.append(judge(bundle, " ".join(pair), run, report))
+            if not as_json:
+                display.print_parity(results[-1][1])
     if as_json:
         display.print_json([document for document, _ in results])
     leave_with([result for _, result in results])

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from dsvl_export.cli.app import app
-from dsvl_export.cli.options import Checkpoint, Json
+from dsvl_export.cli.options import Checkpoint, Json, Ray
 from runtimes.errors import UserError
 
 Data = Annotated[
@@ -55,6 +55,7 @@ def calibrate(
         Optional[list[Path]],
         typer.Option(metavar="FOLDER", help="Merge the statistics of these folders instead of running data."),
     ] = None,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Find the scales of all activations and of the KV cache, once for every backend.
@@ -68,14 +69,15 @@ def calibrate(
     from dsvl_export import display
     from dsvl_export.calibrating import CalibrationOptions
     from dsvl_export.calibrating import calibrate as run_calibrate
+    from dsvl_export.cluster import ray_cluster
     from reference.checkpoint import open_checkpoint
 
     wanted = CalibrationOptions(
         data, samples, seed, _part(part), method, percentile, rows, tune, smooth, gptq
     )
     source = open_checkpoint(checkpoint)
-    with display.step_bar("calibrate") as on_step:
-        done = run_calibrate(source, output.expanduser(), wanted, merge or (), on_step)
+    with ray_cluster(ray) as spread, display.step_bar("calibrate") as on_step:
+        done = run_calibrate(source, output.expanduser(), wanted, merge or (), on_step, spread)
     for image in done.skipped:
         display.err.print(f"[yellow]Skipped, it cannot be read:[/] {image}")
     table = done.table
@@ -119,6 +121,7 @@ def sensitivity(
         typer.Option(help="Precision to try, repeatable. Default: int4-g128, int4-g32 and int8-weights."),
     ] = None,
     scales: Scales = None,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Measure what quantizing each layer alone does to the answers: KL divergence, and answers kept.
@@ -126,14 +129,15 @@ def sensitivity(
     What is done is kept; the same command goes on where it stopped.
     """
     from dsvl_export import display
+    from dsvl_export.cluster import ray_cluster
     from dsvl_export.display_quantizing import sensitivity_table
     from dsvl_export.precision_search import sensitivity as run_sensitivity
     from reference.checkpoint import open_checkpoint
 
     source = open_checkpoint(checkpoint)
-    with display.step_bar("sensitivity") as on_step:
+    with ray_cluster(ray) as spread, display.step_bar("sensitivity") as on_step:
         found, picture = run_sensitivity(
-            source, output.expanduser(), data, samples, seed, candidate, scales, on_step
+            source, output.expanduser(), data, samples, seed, candidate, scales, on_step, spread
         )
     if as_json:
         display.print_json(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from contextlib import suppress
 from typing import Annotated, Optional
 
 import typer
@@ -51,7 +52,7 @@ def serve(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a request is given up.")] = 300,
     max_body: Annotated[int, typer.Option(min=1, help="Megabytes of a request.")] = 32,
     max_images: Annotated[int, typer.Option(min=0, help="Images of a request.")] = 16,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Megapixels of an image.")] = 40,
+    max_pixels: Annotated[int, typer.Option(min=1, max=89, help="Megapixels of an image.")] = 40,
     image_host: Annotated[
         Optional[list[str]],
         typer.Option(help="Host whose image URLs are fetched, repeatable. Default: data URLs only."),
@@ -70,7 +71,8 @@ def serve(
     try:
         import uvicorn
 
-        from dsvl_export.serving.app import ServeOptions, create_app
+        from dsvl_export.serving.app import create_app
+        from dsvl_export.serving.exchange import ServeOptions
         from dsvl_export.serving.images import ImageLimits
         from dsvl_export.serving.models import ModelOptions, Models
     except ImportError as error:
@@ -84,10 +86,13 @@ def serve(
         served = Models(Bundle.open(bundle), choice)
         hosts = frozenset(each.lower() for each in image_host or ())
         limits = ImageLimits(max_pixels * 1_000_000, max_images, max_body * 1_000_000, hosts)
-        options = ServeOptions(api_key or None, max_new_tokens, drafts, timeout, max_body * 1_000_000, limits)
+        options = ServeOptions(
+            api_key or None, host in LOOPBACK and not api_key, max_new_tokens, drafts, timeout,
+            max_body * 1_000_000, limits,
+        )  # fmt: skip
         config = uvicorn.Config(
             create_app(served, options), log_config=None, access_log=False, http="h11", server_header=False,
-            limit_concurrency=MOST_CONNECTIONS,
+            limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=int(timeout) + 5,
         )  # fmt: skip
         if host not in LOOPBACK and not api_key:
             display.err.print(
@@ -96,7 +101,8 @@ def serve(
         address = listening.getsockname()
         name = f"[{address[0]}]" if ":" in address[0] else address[0]
         print(f"Serving {served.default} at http://{name}:{address[1]} (Ctrl-C stops)", flush=True)
-        uvicorn.Server(config).run(sockets=[listening])
+        with suppress(KeyboardInterrupt):  # the server has stopped already
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -88,7 +88,7 @@ def compare(
         noise = read_noise(first, first_pair[1]).plus(read_noise(second, second_pair[1]))
         climb(other.chain, goldens, checkpoint, result, noise, on_step)
         if task:
-            judge_task(other, task, result, baseline, on_step)
+            judge_task(counted(other, task, "task", on_step), result, baseline)
         options = [SessionOptions(threads, each.device) for each in runs]
         for component in TAPPED_COMPONENTS if taps else suspects(result):
             on_step(f"taps of the {component}", 0, 1)

@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from dsvl_export.cluster import Spread
 from dsvl_export.ladder.climb import climb
 from dsvl_export.ladder.drift import locate, suspects
 from dsvl_export.ladder.noise import Noise, measure_noise, read_noise
 from dsvl_export.ladder.result import ParityResult
 from dsvl_export.ladder.stages import Goldens
-from dsvl_export.ladder.task import counted, judge_task
+from dsvl_export.ladder.task import counted, counted_spread, judge_task
 from dsvl_export.ladder.tolerances import Tolerance, load_tolerances, tolerance_for
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
@@ -42,6 +43,7 @@ def parity(
     threads: int | None = None,
     device: str | None = None,
     on_step: OnStep = silent,
+    spread: Spread | None = None,
 ) -> ParityResult:
     """Compare a bundle's artifacts with the reference. Needs no torch, unless ``live``.
 
@@ -54,6 +56,7 @@ def parity(
         tolerances: from ``load_tolerances``; None takes the shipped table.
         device: what to run on; None is the backend's own, or what can stand for it here.
         on_step: called with what is being done, how much of it is done, and of how much.
+        spread: asks the task's questions on other machines.
 
     Raises:
         UserError: the bundle has no goldens or cannot be opened, or the checkpoint is another one.
@@ -82,9 +85,13 @@ def parity(
         result.left_out, goldens = len(goldens.files) - len(fitting.files), fitting
         climb(pipeline.chain, goldens, checkpoint, result, noise, on_step)
         if task:
-            judge_task(
-                pipeline, task, result, _baseline(bundle, task, live, result, threads, on_step), on_step
-            )
+            baseline = _baseline(bundle, task, live, result, threads, on_step)
+            if spread:
+                where = (str(bundle.folder), backend, precision, threads, device)
+                score = counted_spread(where, task, "task", on_step, spread)
+            else:
+                score = counted(pipeline, task, "task", on_step)
+            judge_task(score, result, baseline)
         for component in TAPPED_COMPONENTS if taps else suspects(result):
             on_step(f"taps of the {component}", 0, 1)
             options = SessionOptions(threads, device)

@@ -7,29 +7,30 @@ for language models, answers of the same length within 10 % (mlcommons/inference
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
+from dsvl_export.cluster import Spread
 from dsvl_export.ladder.result import ParityResult, TaskResult
 from runtimes.pipeline import Pipeline
 from runtimes.task import TaskItem, TaskScore, run_task
 
 KEPT_WRONG = 20
+PART = 25  # questions that a machine is given at a time
 
 
 def judge_task(
-    pipeline: Pipeline,
-    items: list[TaskItem],
+    score: TaskScore,
     result: ParityResult,
     baseline: tuple[str, TaskScore] | None,
-    on_step: Callable[[str, int, int], None],
 ) -> None:
-    """Ask the questions and fill the result's task rung.
+    """Fill the result's task rung.
 
     Args:
+        score: of the answers to judge.
         baseline: who gave the fp32 answers, and their score; without it only fp32 itself is measured,
             another precision cannot be judged.
     """
     assert result.tolerance
-    score = counted(pipeline, items, "task", on_step)
     name, reference = baseline or (None, None)
     result.task = task = TaskResult(
         questions=score.asked.total(),
@@ -75,3 +76,40 @@ def counted(
         on_step(name, done, len(items))
 
     return run_task(pipeline, items, on_item)
+
+
+def counted_spread(
+    where: tuple[str, str, str, int | None, str | None],
+    items: list[TaskItem],
+    name: str,
+    on_step: Callable[[str, int, int], None],
+    spread: Spread,
+) -> TaskScore:
+    """``counted`` with parts of the questions asked on other machines.
+
+    Args:
+        where: the bundle's folder, backend, precision, threads and device.
+    """
+    parts = [items[start : start + PART] for start in range(0, len(items), PART)]
+    scores: dict[int, TaskScore] = {}
+    for index, score in spread(score_of, [(*where, part) for part in parts]):
+        scores[index] = score
+        on_step(name, sum(len(each.tokens) for each in scores.values()), len(items))
+    whole = TaskScore()
+    for index in sorted(scores):
+        whole.merge(scores[index])
+    return whole
+
+
+def score_of(
+    folder: str, backend: str, precision: str, threads: int | None, device: str | None, items: list[TaskItem]
+) -> TaskScore:
+    """The answers to some questions, on the machine that this runs on."""
+    return run_task(_pipeline_here(folder, backend, precision, threads, device), items, lambda: None)
+
+
+@cache
+def _pipeline_here(
+    folder: str, backend: str, precision: str, threads: int | None, device: str | None
+) -> Pipeline:
+    return Pipeline.open(folder, backend, precision, threads=threads, device=device)

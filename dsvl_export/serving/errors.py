@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtimes.errors import UserError
-from runtimes.scheduler import BusyError, LateError
+from runtimes.scheduler import BusyError, ClosedError, LateError
 
 INTERNAL = "The server failed at this request; its log says why."
 
@@ -41,10 +41,17 @@ class RequestError(UserError):
         }
 
 
+def unavailable(sentence: str) -> RequestError:
+    """The request is well, and may be answered later."""
+    return RequestError(503, sentence, "server_error", headers={"Retry-After": "5"})
+
+
 def request_error(error: Exception) -> RequestError:
     """What any error of a request is told as."""
     if isinstance(error, RequestError):
         return error
+    if isinstance(error, ClosedError):
+        return unavailable(str(error))
     if isinstance(error, BusyError):
         return RequestError(429, str(error), "rate_limit_error", "busy", headers={"Retry-After": "1"})
     if isinstance(error, LateError):

@@ -6,6 +6,8 @@ import base64
 import binascii
 import io
 from dataclasses import dataclass
+from http.client import HTTPException
+from time import monotonic
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -17,6 +19,8 @@ from dsvl_export.serving.errors import RequestError
 from runtimes.errors import first_line
 
 FETCH_SECONDS = 10
+PIECE = 1 << 16  # bytes that are fetched at a time
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow knows others, some of which start programs
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,13 @@ def read_image(url: str, limits: ImageLimits, where: str) -> bytes:
     """
     data = _data(url, where) if url.startswith("data:") else _fetched(url, limits, where)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise RequestError(400, f"{where} is no image that can be read.", param=where) from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, RuntimeError) as error:
+        kinds = ", ".join(FORMATS)
+        raise RequestError(
+            400, f"{where} is no image that can be read; it may be {kinds}.", param=where
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(400, f"{where} has too many pixels to decode safely.", param=where) from error
     if width * height > limits.pixels:
@@ -87,8 +94,12 @@ def _fetched(url: str, limits: ImageLimits, where: str) -> bytes:
     try:
         response: addinfourl
         with build_opener(_NoRedirects).open(Request(url), timeout=FETCH_SECONDS) as response:
-            data: bytes = response.read(limits.bytes + 1)
-    except (URLError, OSError, ValueError) as error:
+            data, until = b"", monotonic() + FETCH_SECONDS
+            while (piece := response.read(PIECE)) and len(data) <= limits.bytes:
+                data += piece
+                if monotonic() > until:
+                    raise TimeoutError(f"it took more than {FETCH_SECONDS} seconds")
+    except (URLError, OSError, ValueError, HTTPException) as error:
         reason = first_line(error)
         raise RequestError(400, f"{where}: {host} did not give the image ({reason}).", param=where) from error
     if len(data) > limits.bytes:

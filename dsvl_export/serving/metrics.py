@@ -30,6 +30,7 @@ class Metrics:
             "dsvl_reused_tokens", "Tokens of prompts that a cache held already.", label, registry=registry
         )
         self._completion = Counter("dsvl_completion_tokens", "Tokens of answers.", label, registry=registry)
+        self._failed = Counter("dsvl_failed_streams", "Streams that ended early.", label, registry=registry)
         self._first = Histogram(
             "dsvl_first_token_seconds", "From a request to its first token.", label,
             buckets=SECONDS, registry=registry,
@@ -45,6 +46,10 @@ class Metrics:
         self._completion.labels(model).inc(len(answer.tokens))
         self._first.labels(model).observe(answer.first_token_seconds)
         self._total.labels(model).observe(answer.seconds)
+
+    def failed(self, model: str) -> None:
+        """A stream that ended with an error, when its status was told already."""
+        self._failed.labels(model).inc()
 
     def text(self) -> bytes:
         """In Prometheus's text format."""
@@ -78,10 +83,21 @@ class CountRequests:
         self._app, self._requests = app, metrics.requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        counted = False
+
+        def count(status: int) -> None:
+            nonlocal counted
+            counted = True
+            self._requests.labels(getattr(scope.get("route"), "path", "other"), status).inc()
+
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                path = getattr(scope.get("route"), "path", "other")
-                self._requests.labels(path, message["status"]).inc()
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, counting if scope["type"] == "http" else send)
+        try:
+            await self._app(scope, receive, counting if scope["type"] == "http" else send)
+        except Exception:
+            if not counted:
+                count(500)  # as it is answered further out
+            raise

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from dsvl_export.ladder.against_reference import execution
-from dsvl_export.serving.errors import RequestError
+from dsvl_export.serving.errors import RequestError, unavailable
 from dsvl_export.units import size
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
@@ -47,15 +47,15 @@ class ModelOptions:
 
 
 class Model:
-    """An open model with its scheduler."""
+    """An open model with its scheduler.
 
-    def __init__(self, name: str, pipeline: Pipeline, scheduler: Scheduler) -> None:
+    ``leases`` are the requests that use it, and ``cache_bytes`` what its KV caches may come to take.
+    """
+
+    def __init__(self, name: str, pipeline: Pipeline, scheduler: Scheduler, cache_bytes: int) -> None:
         self.name, self.pipeline, self.scheduler = name, pipeline, scheduler
-        self.used = monotonic()
-
-    @property
-    def idle(self) -> bool:
-        return not (self.scheduler.running or self.scheduler.waiting)
+        self.cache_bytes = cache_bytes
+        self.leases, self.used = 0, monotonic()
 
 
 class Models:
@@ -68,7 +68,8 @@ class Models:
     def __init__(self, bundle: Bundle, options: ModelOptions) -> None:
         self.bundle, self.options = bundle, options
         self._open: dict[str, Model] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is open and its leases
+        self._opening = threading.Lock()  # held for as long as opening takes
         manifest = bundle.manifest
         self._watched = [manifest.token_embedding, "tokenizer/tokenizer.json"]
         self._watched += [file for artifact in manifest.artifacts for file in artifact.files]
@@ -79,7 +80,7 @@ class Models:
             for choice in bundle.choices()
             if execution(bundle, *choice, options.device).judgeable
         ]
-        self.get(self.default)
+        self._open[self.default] = self._opened(*self.default.split("/"))
 
     @property
     def open(self) -> list[Model]:
@@ -91,34 +92,56 @@ class Models:
         stamps = self._stamp()
         return next((file for file in self._watched if stamps[file] != self._stamps[file]), None)
 
-    def get(self, name: str) -> Model:
-        """A model by its name, ``<backend>/<precision>``, or by the bundle's for the default one.
+    def lease(self, name: str) -> Model | None:
+        """An open model, to be given back by ``release``; None where it is to be opened first.
+
+        Args:
+            name: ``<backend>/<precision>``, or the bundle's for the default one.
 
         Raises:
-            RequestError: there is none of that name, there is no room for it now, or the bundle has changed.
-            UserError: it cannot be opened.
+            RequestError: there is none of that name, or the bundle has changed.
         """
         if (file := self.changed()) is not None:
-            raise RequestError(
-                503,
-                f"{file} of the bundle changed while it was served; start the server again.",
-                "server_error",
-            )
-        name = self.default if name == self.bundle.folder.name else name
+            raise unavailable(f"{file} of the bundle changed while it was served; start the server again.")
+        name = self._named(name)
         with self._lock:
-            if name not in self._open:
-                if name not in self.names and name != self.default:
-                    raise RequestError(
-                        404,
-                        f"There is no model {name!r} here, only {', '.join(self.names)}.",
-                        code="model_not_found",
-                        param="model",
-                    )
-                self._make_room()
-                self._open[name] = self._opened(*name.split("/"))
-            model = self._open[name]
-            model.used = monotonic()
+            model = self._open.get(name)
+            if model:
+                model.leases += 1
             return model
+
+    def ensure(self, name: str) -> None:
+        """Open a model that is not open; takes long, and others wait for it.
+
+        Raises:
+            RequestError: it cannot be opened, or not now.
+        """
+        name = self._named(name)
+        with self._opening:
+            if name in self._open:  # another request has opened it meanwhile
+                return
+            self._make_room()
+            try:
+                model = self._opened(*name.split("/"))
+            except UserError as error:
+                log.exception("%s cannot be opened", name)
+                raise unavailable(str(error)) from error
+            with self._lock:
+                self._open[name] = model
+
+    def _named(self, name: str) -> str:
+        name = self.default if name == self.bundle.folder.name else name
+        if name not in self.names and name != self.default:
+            raise RequestError(
+                404, f"There is no model {name!r} here, only {', '.join(self.names)}.",
+                code="model_not_found", param="model",
+            )  # fmt: skip
+        return name
+
+    def release(self, model: Model) -> None:
+        with self._lock:
+            model.leases -= 1
+            model.used = monotonic()
 
     def close(self) -> None:
         """Finish all requests."""
@@ -126,36 +149,36 @@ class Models:
             model.scheduler.close()
 
     def _make_room(self) -> None:
-        while len(self._open) >= self.options.keep:
-            idle = [model for model in self._open.values() if model.idle]
-            if not idle:
-                raise RequestError(
-                    503,
-                    f"{len(self._open)} models are answering; another one is opened when one of them rests.",
-                    "server_error",
-                    headers={"Retry-After": "5"},
-                )
-            oldest = min(idle, key=lambda model: model.used)
+        """Close the models that were not used for longest."""
+        while True:
+            with self._lock:
+                if len(self._open) < self.options.keep:
+                    return
+                resting = [model for model in self._open.values() if not model.leases]
+                if not resting:
+                    sentence = (
+                        f"{len(self._open)} models are answering; another one is opened when one rests."
+                    )
+                    raise unavailable(sentence)
+                oldest = min(resting, key=lambda model: model.used)
+                del self._open[oldest.name]
             oldest.scheduler.close()
-            del self._open[oldest.name]
 
     def _opened(self, backend: str, precision: str) -> Model:
         options, bundle = self.options, self.bundle
         device = execution(bundle, backend, precision, options.device).device
-        capacity = min(options.capacity or bundle.manifest.default_capacity, bundle.manifest.default_capacity)
-        needed, free = needed_memory(bundle, backend, precision, 1), available_memory()
+        promised = sum(model.cache_bytes for model in self.open)  # caches take memory as they are filled
+        free = available_memory() - promised
+        needed = needed_memory(bundle, backend, precision, options.capacity)
         if device == "cpu" and needed > free and self._open:
-            raise RequestError(
-                503,
-                f"{backend}/{precision} takes {size(needed)} of memory, {size(free)} are free.",
-                "server_error",
-            )
+            raise UserError(f"{backend}/{precision} takes {size(needed)} of memory, {size(free)} are free.")
         pipeline = Pipeline.open(
             bundle, backend, precision, threads=options.threads, device=device,
             capacity=options.capacity, verify=options.verify,
         )  # fmt: skip
         states = bundle.manifest.contracts[precision]["decoder"].states
-        fitting = available_memory() // CACHE_SHARE // cache_bytes(states, 1, capacity)
+        row = cache_bytes(states, 1, pipeline.capacity)
+        fitting = (available_memory() - promised) // CACHE_SHARE // row
         most = pipeline.chain.decoder.most_batch
         slots = options.slots or max(min(MOST_SLOTS, fitting, most), 1)
         if slots > most:
@@ -163,7 +186,7 @@ class Models:
         concurrent = getattr(load_backend(backend), "CONCURRENT", False)
         scheduler = Scheduler(pipeline.chain, pipeline.capacity, slots, options.queue, concurrent=concurrent)
         log.info("opened %s/%s with %d slots of %d tokens", backend, precision, slots, pipeline.capacity)
-        return Model(f"{backend}/{precision}", pipeline, scheduler)
+        return Model(f"{backend}/{precision}", pipeline, scheduler, slots * row)
 
     def _stamp(self) -> dict[str, tuple[int, int, int] | None]:
         """Place, size and time of each file that is read while it is served; None where it is gone."""

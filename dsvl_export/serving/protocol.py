@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Optional, Union
 
@@ -20,6 +21,7 @@ from runtimes.tokenizer import Tokenizer
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "capacity": "length"}
 MOST_STOPS, MOST_TOP = 16, 20
+MOST_ITEMS = 16_384  # messages of a request, and parts of a message
 # Parameters that would change the answer, and those of their values that do not; all others are ignored.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -56,7 +58,7 @@ Part = Annotated[Union[TextPart, ImagePart], Field(discriminator="type")]
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Union[str, list[Part]]
+    content: Union[str, Annotated[list[Part], Field(max_length=MOST_ITEMS, fail_fast=True)]]
 
 
 class StreamOptions(BaseModel):
@@ -66,10 +68,10 @@ class StreamOptions(BaseModel):
 class ChatRequest(BaseModel):
     """A request; ``top_k``, ``repetition_penalty`` and ``ignore_eos`` are additions to the protocol."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
     stream: bool = False
     stream_options: Optional[StreamOptions] = None
     max_tokens: Optional[int] = Field(None, ge=1)
@@ -77,8 +79,8 @@ class ChatRequest(BaseModel):
     temperature: Optional[float] = Field(None, ge=0, le=2)
     top_p: Optional[float] = Field(None, gt=0, le=1)
     top_k: Optional[int] = Field(None, ge=0)
-    repetition_penalty: Optional[float] = Field(None, gt=0)
-    seed: Optional[int] = Field(None, ge=0)
+    repetition_penalty: Optional[float] = Field(None, ge=0.01, le=100)
+    seed: Optional[int] = None
     ignore_eos: Optional[bool] = None
     stop: Union[str, list[str], None] = None
     logprobs: Optional[bool] = None
@@ -98,9 +100,10 @@ class ChatRequest(BaseModel):
             )
         given = {
             name: value
-            for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed", "ignore_eos")
+            for name in ("temperature", "top_p", "top_k", "repetition_penalty", "ignore_eos")
             if (value := getattr(self, name)) is not None
         }
+        given["seed"] = secrets.randbits(63) if self.seed is None else self.seed % (1 << 63)
         tokens = self.max_completion_tokens or self.max_tokens or longest
         options = GenerationOptions(tokens, stop=tuple(stop), drafts=drafts, **given)
         return replace(options, logprobs=self.top_logprobs or 0) if self.logprobs else options
@@ -115,13 +118,20 @@ def read_request(body: bytes) -> ChatRequest:
     try:
         request = ChatRequest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        param = ".".join(map(str, first["loc"])) or None
+        first = max(error.errors(include_input=False, include_url=False), key=_telling)
+        # Without pydantic's names of a union's branches.
+        path = [str(each) for each in first["loc"] if each != "str" and "[" not in str(each)]
+        param = ".".join(path) or None
         raise RequestError(400, f"{param or 'The body'}: {first['msg']}.", param=param) from error
     for name, value in (request.model_extra or {}).items():
         if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
             raise RequestError(400, f"The parameter {name} is not supported; leave it out.", param=name)
     return request
+
+
+def _telling(error: Mapping[str, Any]) -> tuple[bool, int]:
+    """Of the errors of a union's branches, that of the branch which was meant says most."""
+    return "str" not in error["loc"], len(error["loc"])
 
 
 @dataclass(frozen=True)
@@ -195,12 +205,14 @@ class Completion:
         logprobs: Sequence[TokenLogprobs] = (),
         reason: str | None = None,
         first: bool = False,
+        usage: bool = False,
     ) -> dict[str, Any]:
         """What a step added.
 
         Args:
             reason: why the answer ended, in the last chunk.
             first: the chunk that opens the message.
+            usage: whether another chunk will tell the usage.
         """
         delta: dict[str, Any] = {"role": "assistant"} if first else {}
         if text or first:
@@ -211,7 +223,8 @@ class Completion:
             "logprobs": self._logprobs(logprobs) if logprobs else None,
             "finish_reason": reason and FINISH_REASONS[reason],
         }
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+        later = {"usage": None} if usage else {}
+        return {**self._head("chat.completion.chunk"), "choices": [choice], **later}
 
     def usage_chunk(self, answer: Answer) -> dict[str, Any]:
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(answer)}
@@ -236,7 +249,8 @@ class Completion:
         (piece,) = self._tokenizer.pieces([token])
         # JSON has no infinity; this is what the protocol says for very unlikely tokens.
         value = value if math.isfinite(value) else -9999.0
-        return {"token": piece, "logprob": value, "bytes": list(piece.encode())}
+        whole = "\ufffd" not in piece  # else it is a part of a character
+        return {"token": piece, "logprob": value, "bytes": list(piece.encode()) if whole else None}
 
 
 def usage(answer: Answer) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import pytest
 from PIL import Image
 
 import dsvl_export.serving.app as serving_app
-from dsvl_export.serving.app import ServeOptions
+from dsvl_export.serving.exchange import ServeOptions
 from dsvl_export.serving.images import ImageLimits
 from runtimes.bundle import Bundle
 from runtimes.pipeline import Pipeline
@@ -209,12 +209,19 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": ask("<image_placeholder>")}, 400, "its text holds <image_placeholder>; give images as parts"),
     ({"messages": ask("x", "data:image/png;base64,@@@")}, 400, "image 1: the data URL is not valid base64."),
     ({"messages": ask("x", "data:text/plain,hello")}, 400, "a data URL reads data:image/png;base64,"),
-    ({"messages": ask("x", b"no image")}, 400, "image 1 is no image that can be read."),
+    ({"messages": ask("x", b"no image")}, 400, "image 1 is no image that can be read; it may be PNG, JPEG, WEBP, GIF, BMP."),
     ({"messages": ask("x", "http://127.0.0.1/x.png")}, 400, "this server takes data URLs only."),
     ({"messages": ask("x", "file:///etc/passwd")}, 400, "this server takes data URLs only."),
     ({"messages": ask("word " * 5000)}, 400, "tokens but the KV cache holds 1024"),
     ({"messages": ask("\ud800")}, 400, "not valid UTF-8"),
     ({"messages": ask("x", *["data:,"] * 10_000)}, 400, "The request has 10000 images, this server takes 16."),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 400, "messages.0.content.0.image_url.image_url: "),
+    ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, 400, "messages.0.content.0: Input tag 'video'"),
+    ({"messages": [0] * 100_000}, 400, "messages.0: Input should be a valid dictionary"),
+    ({"messages": ask("word " * 100_000)}, 400, "The prompt has at least"),
+    ({"messages": ask("x", *["data:image/png;base64,AAAA"] * 16)}, 400, "The prompt has at least 1027 tokens but"),
+    ({"temperature": float("inf")}, 400, "temperature: Input should be"),
+    ({"repetition_penalty": 1e-300}, 400, "repetition_penalty: Input should be"),
     ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2."),
     ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1."),
     ({"stop": [""]}, 400, "stop takes up to 16 strings, none of them empty."),
@@ -252,6 +259,32 @@ def test_bad_bodies_and_paths(served: Served) -> None:
     assert (wrong.status_code, sentence(wrong)) == (405, "/v1/chat/completions does not take GET.")
 
 
+def test_sampling_without_a_seed(served: Served) -> None:
+    """Each answer is another one; a seed of any size repeats it; the smallest temperature is greedy."""
+    body = {"model": MODEL, "messages": ask("Hello."), "temperature": 2, "max_tokens": 30, "ignore_eos": True}
+    texts = [
+        served.post({**body, **seed}).json()["choices"][0]["message"]["content"]
+        for seed in ({}, {}, {"seed": -1}, {"seed": -1})
+    ]
+    assert len(set(texts)) == 3
+    cold, greedy = (served.post({**body, "temperature": value}).json()["choices"] for value in (9.8e-308, 0))
+    assert cold == greedy
+
+
+def test_hosts(tiny_bundle: Bundle, served: Served) -> None:
+    """On this machine alone, a page of another host cannot pose as it; with a name of its own it is not asked."""
+    for host, status in (
+        ("localhost", 200),
+        ("[::1]:80", 200),
+        ("127.0.0.1:8000", 200),
+        ("evil.example", 403),
+        ("localhost.evil:80", 403),
+    ):
+        assert httpx.get(f"{served.url}/healthz", headers={"Host": host}).status_code == status
+    with serving(tiny_bundle, ServeOptions(local=False)) as found:
+        assert httpx.get(f"{found.url}/healthz", headers={"Host": "models.example"}).status_code == 200
+
+
 def test_image_bombs(served: Served) -> None:
     """A small file of 400 million pixels, and one of more than this server takes."""
     for side, text in ((20_000, "too many pixels to decode safely"), (7_000, "49000000|7000 × 7000 pixels")):
@@ -284,7 +317,7 @@ def test_limits(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         assert large.status_code == 413
         assert sentence(large) == "The body is larger than the 10000 bytes that this server takes."
         address = httpx.URL(found.url)
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         for rest, status in (
             (b"Transfer-Encoding: chunked\r\n\r\n" + b"1000\r\n" + b"x" * 4096 + b"\r\n", b"408"),
             (b"Transfer-Encoding: chunked\r\n\r\n" + b"4000\r\n" + b"x" * 16384 + b"\r\n", b"413"),
@@ -314,7 +347,7 @@ def test_busy_and_late(tiny_bundle: Bundle, pictures: list[Path]) -> None:
 def test_a_stream_that_fails_says_so(
     served: Served, client: openai.OpenAI, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chain = served.models.get(MODEL).pipeline.chain
+    chain = served.models.open[0].pipeline.chain
     plain, calls = chain.decode, 0
 
     def decode(tokens: np.ndarray, cache: Any) -> np.ndarray:
@@ -341,7 +374,7 @@ def test_clients_that_go_away_free_their_slots(
     served: Served, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the answer began, and in the middle of a stream."""
-    scheduler = served.models.get(MODEL).scheduler
+    scheduler = served.models.open[0].scheduler
     chain, taken = scheduler.chain, []
     plain, submit = chain.decode, scheduler.submit
     monkeypatch.setattr(scheduler, "submit", lambda *given: taken.append(submit(*given)) or taken[-1])
@@ -370,7 +403,7 @@ def connected(served: Served, messages: list[dict[str, Any]], stream: bool) -> I
     """A connection that has sent a request for a long answer, closed at the end."""
     content = json.dumps({"model": MODEL, "messages": messages, **LONG, "stream": stream}).encode()
     head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\n\r\n"
     )
     address = httpx.URL(served.url)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsvl_export.serving.app import ServeOptions
+from dsvl_export.serving.exchange import ServeOptions
 from runtimes.bundle import Bundle
 from runtimes.pipeline import Pipeline
 from tests.dsvl_export.in_browser import CONTRAST, OVERFLOWING, needs_browser
@@ -107,7 +107,7 @@ def test_streaming_and_stop(
     visit: Open, served: Served, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text is there before the answer is complete; stopping frees the slot and keeps what was written."""
-    chain = served.models.get("onnxruntime/fp32").pipeline.chain
+    chain = served.models.open[0].pipeline.chain
     plain = chain.decode
     monkeypatch.setattr(chain, "decode", lambda *given: time.sleep(0.25) or plain(*given))
     page = visit()

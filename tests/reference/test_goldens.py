@@ -47,7 +47,7 @@ def record(pair: OraclePair, folder: Path, positions: int, tapped: bool = False)
 def test_groups_change_nothing(pair: OraclePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One group of all requests against one group per request; the progress reaches its total."""
     assert record(pair, tmp_path / "together", 300)[-1] == (10 + GREEDY_TOKENS, 10 + GREEDY_TOKENS)
-    monkeypatch.setattr(recording, "CACHE_SHARE", 1 << 60)
+    monkeypatch.setattr(recording, "CACHE_BYTES", 1)
     assert record(pair, tmp_path / "alone", 300)[-1] == (10 + 10 * GREEDY_TOKENS, 10 + 10 * GREEDY_TOKENS)
     for index in range(10):
         together, alone = (
