@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from dsvl_export.serving.errors import RequestError, request_error
 from dsvl_export.serving.exchange import Exchange, Preparing, ServeOptions, Work
@@ -110,9 +111,7 @@ def create_app(models: Models, options: ServeOptions) -> FastAPI:
         completion = Completion(exchange.model.name, exchange.model.pipeline.chain.tokenizer)
         if asked.stream:
             events = _events(asked, completion, found, exchange, metrics)
-            return StreamingResponse(
-                events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-            )
+            return EventStream(events, exchange)
         assert found.answer
         metrics.answered(exchange.model.name, found.answer)
         return JSONResponse(completion.whole(found.answer))
@@ -123,6 +122,20 @@ def create_app(models: Models, options: ServeOptions) -> FastAPI:
     )  # fmt: skip
     app.add_middleware(CountRequests, metrics=metrics)
     return app
+
+
+class EventStream(StreamingResponse):
+    """A stream that gives back what its exchange holds however it ends, also before it began."""
+
+    def __init__(self, events: AsyncIterator[str], exchange: Exchange) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._exchange.close()
 
 
 def describe(models: Models, name: str) -> dict[str, Any]:
@@ -173,8 +186,6 @@ async def _events(
         metrics.failed(exchange.model.name)
         yield _event(known.document())
         return
-    finally:
-        exchange.close()
     metrics.answered(exchange.model.name, step.answer)
     yield _event(completion.chunk(reason=step.answer.finish_reason, usage=usage))
     if usage:
