@@ -72,6 +72,7 @@ def serve(
         import uvicorn
 
         from dsvl_export.serving.app import create_app
+        from dsvl_export.serving.connection import BoundedProtocol
         from dsvl_export.serving.exchange import ServeOptions
         from dsvl_export.serving.images import ImageLimits
         from dsvl_export.serving.models import ModelOptions, Models
@@ -91,7 +92,8 @@ def serve(
             max_body * 1_000_000, limits,
         )  # fmt: skip
         config = uvicorn.Config(
-            create_app(served, options), log_config=None, access_log=False, http="h11", server_header=False,
+            create_app(served, options), log_config=None, access_log=False, http=BoundedProtocol,
+            server_header=False,
             limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=int(timeout) + 5,
         )  # fmt: skip
         if host not in LOOPBACK and not api_key:

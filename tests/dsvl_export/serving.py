@@ -16,6 +16,7 @@ import uvicorn
 
 from dsvl_export.cli.serving import _listen
 from dsvl_export.serving.app import create_app
+from dsvl_export.serving.connection import BoundedProtocol
 from dsvl_export.serving.exchange import ServeOptions
 from dsvl_export.serving.models import ModelOptions, Models
 from runtimes.bundle import Bundle
@@ -49,7 +50,7 @@ def serving(bundle: Bundle, options: ServeOptions | None = None, **choice: Any) 
     models = Models(bundle, ModelOptions(**{"threads": 1, **choice}))
     listening = _listen("127.0.0.1", 0)
     config = uvicorn.Config(
-        create_app(models, options or ServeOptions(local=True)), http="h11", log_config=None
+        create_app(models, options or ServeOptions(local=True)), http=BoundedProtocol, log_config=None
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

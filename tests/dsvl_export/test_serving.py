@@ -26,6 +26,7 @@ import pytest
 from PIL import Image
 
 import dsvl_export.serving.app as serving_app
+from dsvl_export.serving import connection
 from dsvl_export.serving.exchange import ServeOptions
 from dsvl_export.serving.images import ImageLimits
 from runtimes.bundle import Bundle
@@ -324,10 +325,23 @@ def test_limits(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
             (b"Content-Length: 99999\r\n\r\n", b"413"),
             (b"Content-Length: 100\r\n\r\n{", b"408"),
         ):
-            with socket.create_connection((address.host, address.port or 0), timeout=10) as connection:
-                connection.sendall(head + rest)
-                assert connection.recv(64).startswith(b"HTTP/1.1 " + status)
+            with socket.create_connection((address.host, address.port or 0), timeout=10) as sent:
+                sent.sendall(head + rest)
+                assert sent.recv(64).startswith(b"HTTP/1.1 " + status)
         assert found.post({"model": MODEL, "messages": ask("Hello.")}).status_code == 200
+
+
+def test_heads_that_never_end(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+    with serving(tiny_bundle) as found:
+        address = httpx.URL(found.url)
+        with socket.create_connection((address.host, address.port or 0), timeout=10) as half:
+            half.sendall(b"GET /healthz HTTP/1.1\r\nHost: loc")
+            assert half.recv(10) == b""
+        with httpx.Client() as client:  # a connection that has had a request is not closed for its age
+            assert client.get(f"{found.url}/healthz").status_code == 200
+            time.sleep(0.5)
+            assert client.get(f"{found.url}/healthz").status_code == 200
 
 
 def test_busy_and_late(tiny_bundle: Bundle, pictures: list[Path]) -> None:
@@ -381,11 +395,11 @@ def test_clients_that_go_away_free_their_slots(
     monkeypatch.setattr(chain, "decode", lambda *given: time.sleep(0.005) or plain(*given))
     for stream, waits in ((False, True), (True, True), (True, False)):
         gate = Gate(scheduler) if waits else None
-        with connected(served, ask(DESCRIBE, pictures[0]), stream) as connection:
+        with connected(served, ask(DESCRIBE, pictures[0]), stream) as opened:
             while not taken:
                 time.sleep(0.001)
             if not waits:
-                assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
+                assert opened.recv(1000).startswith(b"HTTP/1.1 200 OK")
         until = time.monotonic() + 10
         while not taken[0].cancelled and time.monotonic() < until:
             time.sleep(0.001)
@@ -407,9 +421,9 @@ def connected(served: Served, messages: list[dict[str, Any]], stream: bool) -> I
         f"Content-Length: {len(content)}\r\n\r\n"
     )
     address = httpx.URL(served.url)
-    with socket.create_connection((address.host, address.port or 0), timeout=20) as connection:
-        connection.sendall(head.encode() + content)
-        yield connection
+    with socket.create_connection((address.host, address.port or 0), timeout=20) as opened:
+        opened.sendall(head.encode() + content)
+        yield opened
 
 
 @contextmanager
