@@ -19,6 +19,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -35,6 +36,8 @@ from measuring import spread
 
 from reference.tiny import HELDOUT
 from runtimes.pipeline import Pipeline
+from runtimes.sampling import GenerationOptions
+from runtimes.scheduler import Scheduler
 
 QUESTIONS = ("Describe the picture.", "What number is in the picture?", "How many objects are there?")
 PICTURES = 24
@@ -135,6 +138,30 @@ def compare(bundle: Path, turns: int) -> None:
         name = f"{LONG} tokens" if longest else "as they are (20 tokens)"
         columns = (name, "yes" if drafts else "no", spread(rates[1]), spread(rates[8]), spread(ratios))
         print(f"| {' | '.join(columns)} |", flush=True)
+
+
+def alone(bundle: Path, turns: int) -> None:
+    """The scheduler without HTTP: answers of ``LONG`` tokens without drafts, one and eight at a time."""
+    pipeline = Pipeline.open(bundle, threads=1)
+    scheduler = Scheduler(pipeline.chain, pipeline.capacity, 8)
+    pictures = sorted((HELDOUT.parent / "images").glob("*.png"))[:8]
+    prompts = [pipeline.chain.prepare(pipeline.format(QUESTIONS[0], 1), [picture]) for picture in pictures]
+    options = GenerationOptions(LONG, ignore_eos=True, drafts=False)
+
+    def rate(count: int) -> float:
+        ended, started = threading.Semaphore(0), time.perf_counter()
+        for prompt in prompts[:count]:
+            scheduler.submit(prompt, options, lambda step: ended.release(), every_step=False)
+        for _ in range(count):
+            ended.acquire()
+        return count * LONG / (time.perf_counter() - started)
+
+    rate(8)  # warm
+    rates = [(rate(1), rate(8)) for _ in range(turns)]
+    scheduler.close()
+    one, eight = (list(each) for each in zip(*rates, strict=True))
+    ratios = spread([many / single for single, many in rates])
+    print(f"| {LONG} tokens, without HTTP | no | {spread(one)} | {spread(eight)} | {ratios} |", flush=True)
 
 
 @dataclass
@@ -267,6 +294,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "throughput":
         compare(given.bundle, given.turns)
+        alone(given.bundle, given.turns)
         return
     asked, started = questions(given.bundle, None), time.perf_counter()
     with server(given.bundle) as (url, process):

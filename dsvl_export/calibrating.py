@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -157,14 +157,7 @@ def checkpoint_here(folder: str, digest: str) -> tuple[Checkpoint, Path]:
     source = open_checkpoint(folder)
     if source.digest != digest:
         raise UserError(f"{folder} on one of the machines is another checkpoint than here.")
-    kept = tempfile.TemporaryDirectory()
-    _KEPT.append(kept)
-    embedding = Path(kept.name) / "token_embedding.safetensors"
-    write_token_embedding(source, embedding)
-    return source, embedding
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []  # for as long as the process lives
+    return source, _KEPT.enter_context(token_embedding(source))
 
 
 @contextmanager
@@ -174,6 +167,9 @@ def token_embedding(source: Checkpoint) -> Iterator[Path]:
         file = Path(folder) / "token_embedding.safetensors"
         write_token_embedding(source, file)
         yield file
+
+
+_KEPT = ExitStack()  # token tables, for as long as the process lives
 
 
 def _statistics_file(folder: Path) -> Path:

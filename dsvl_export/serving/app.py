@@ -180,11 +180,10 @@ async def _events(
                 break
             step = await exchange.next()
     except Exception as error:
-        known = request_error(error)
-        if known.status >= 500:
+        if not isinstance(error, UserError):  # those of the model are logged already
             log.error("a stream failed", exc_info=error)
         metrics.failed(exchange.model.name)
-        yield _event(known.document())
+        yield _event(request_error(error).document())
         return
     metrics.answered(exchange.model.name, step.answer)
     yield _event(completion.chunk(reason=step.answer.finish_reason, usage=usage))

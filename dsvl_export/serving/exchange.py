@@ -87,22 +87,8 @@ class Exchange:
             RequestError: the request cannot be answered.
             UserError: its prompt is bad, or it is late.
         """
-        if self._preparing.now >= self._preparing.most:
-            raise BusyError(f"{self._preparing.most} requests are being read; try again in a moment.")
-        self._preparing.now += 1
-        until = perf_counter() + self._options.seconds
         try:
-            prompt = await asyncio.wait_for(self._prepared(), self._options.seconds)
-            self._submit(prompt, until - perf_counter())
-        except asyncio.TimeoutError as error:
-            self.close()
-            raise LateError("The request was not read within its time; the server is busy.") from error
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            self._preparing.now -= 1
-        try:
+            await self._queue()
             step = await self.next()
         except BaseException:
             self.close()
@@ -110,6 +96,20 @@ class Exchange:
         if step.answer:
             self.close()
         return step
+
+    async def _queue(self) -> None:
+        """Lease the model, read the request and submit it, all within its time."""
+        preparing, until = self._preparing, perf_counter() + self._options.seconds
+        if preparing.now >= preparing.most:
+            raise BusyError(f"{preparing.most} requests are being read; try again in a moment.")
+        preparing.now += 1
+        try:
+            prompt = await asyncio.wait_for(self._prepared(), self._options.seconds)
+        except asyncio.TimeoutError as error:
+            raise LateError("The request was not read within its time; the server is busy.") from error
+        finally:
+            preparing.now -= 1
+        self._submit(prompt, until - perf_counter())
 
     async def next(self) -> Step:
         """Raises RequestError where the model fails, LateError where the time is over."""

@@ -72,7 +72,7 @@ class RequestLimits:
             raise RequestError(431, f"The request has more than {HEADERS} headers or {HEADER_BYTES} bytes.")
         given = dict(headers)
         host = given.get(b"host", b"").decode("latin-1")
-        if self._local and host.rpartition(":")[0 if _has_port(host) else 2].lower() not in LOCAL:
+        if self._local and _without_port(host).lower() not in LOCAL:
             raise RequestError(403, f"This server answers to {', '.join(LOCAL)} alone, not to {host!r}.")
         if self._token is not None and scope["path"].startswith(self._guarded):
             kind, _, token = given.get(b"authorization", b"").partition(b" ")
@@ -110,8 +110,9 @@ class RequestLimits:
         return RequestError(413, f"The body is larger than the {self._body} bytes that this server takes.")
 
 
-def _has_port(host: str) -> bool:
-    return ":" in host.rpartition("]")[2]
+def _without_port(host: str) -> str:
+    name, _, port = host.rpartition(":")
+    return name if port.isdigit() and name else host
 
 
 def _replayed(parts: Sequence[bytes], receive: Receive) -> Receive:

@@ -14,6 +14,7 @@ from dsvl_export.exporting import export
 from runtimes.bundle import Bundle
 from tests.dsvl_export.command_line import Done
 from tests.dsvl_export.in_browser import BROWSER
+from tests.dsvl_export.serving import Served, serving
 
 
 @pytest.fixture
@@ -58,3 +59,10 @@ def browser() -> Iterator[Any]:
         opened = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="module")
+def served(tiny_bundle: Bundle) -> Iterator[Served]:
+    """A server on the tiny bundle."""
+    with serving(tiny_bundle) as found:
+        yield found

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,11 @@ from dsvl_export.serving.connection import BoundedProtocol
 from dsvl_export.serving.exchange import ServeOptions
 from dsvl_export.serving.models import ModelOptions, Models
 from runtimes.bundle import Bundle
+from tests.runtimes.gate import Gate
+
+MODEL = "onnxruntime/fp32"
+DESCRIBE = "Describe the picture."
+LONG = {"ignore_eos": True, "max_tokens": 600}
 
 
 @dataclass(frozen=True)
@@ -77,3 +85,38 @@ def ask(question: str, *images: bytes | Path | str) -> list[dict[str, Any]]:
     urls = [image if isinstance(image, str) else data_url(image) for image in images]
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def sentence(response: httpx.Response) -> str:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return str(error["message"])
+
+
+@contextmanager
+def connected(served: Served, messages: list[dict[str, Any]], stream: bool) -> Iterator[socket.socket]:
+    """A connection that has sent a request for a long answer, closed at the end."""
+    content = json.dumps({"model": MODEL, "messages": messages, **LONG, "stream": stream}).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    address = httpx.URL(served.url)
+    with socket.create_connection((address.host, address.port or 0), timeout=20) as opened:
+        opened.sendall(head.encode() + content)
+        yield opened
+
+
+@contextmanager
+def held(found: Served, body: dict[str, Any]) -> Iterator[None]:
+    """While a request is being answered, which is then answered well."""
+    gate = Gate(found.models.open[0].scheduler)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(found.post, body)
+        try:
+            while not found.busy():
+                time.sleep(0.001)
+            yield
+        finally:
+            gate.open.set()
+        assert answer.result().status_code == 200

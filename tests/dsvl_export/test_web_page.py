@@ -13,16 +13,9 @@ from dsvl_export.serving.exchange import ServeOptions
 from runtimes.bundle import Bundle
 from runtimes.pipeline import Pipeline
 from tests.dsvl_export.in_browser import CONTRAST, OVERFLOWING, needs_browser
-from tests.dsvl_export.serving import Served, serving
+from tests.dsvl_export.serving import DESCRIBE, Served, serving
 
-DESCRIBE = "Describe the picture."
 Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def served(tiny_bundle: Bundle) -> Iterator[Served]:
-    with serving(tiny_bundle) as found:
-        yield found
 
 
 @pytest.fixture
