@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtimes.chain import Chain
+from runtimes.chain import PREFILL_CHUNK, Chain
 from runtimes.goldens import Golden
 from runtimes.preprocess import to_pixel_values
 
@@ -55,10 +55,13 @@ def take_all_taps(chain: Chain, golden: Golden) -> dict[str, Taps]:
 
 
 def _tap_decoder(chain: Chain, golden: Golden) -> Taps:
-    """The prompt in prefill chunks, its last tokens as eight and one, so that the cache is read as well."""
+    """The prompt in prefill chunks, its last tokens as eight and one, so that the cache is read as well.
+
+    The chunks are the same for all chains, as each call gives a row of logits.
+    """
     embeds = chain.merge(golden.prompt_tokens, golden.image_embeds)
     cache, parts, most = chain.decoder.new_cache(1, len(embeds)), [], len(embeds) - 9
-    borders = [*range(chain.prefill_chunk, most, chain.prefill_chunk), most, most + 8]
+    borders = [*range(PREFILL_CHUNK, most, PREFILL_CHUNK), most, most + 8]
     for chunk in np.split(embeds, borders):
         chain.decoder.decode(chunk[None], np.array([len(chunk) - 1]), cache)
         parts.append(chain.decoder.tapped)

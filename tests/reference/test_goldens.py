@@ -102,6 +102,21 @@ def test_taps_are_those_of_the_contract(pair: OraclePair, tmp_path: Path) -> Non
     assert not load_golden(tmp_path / "r/goldens/01.safetensors").taps
 
 
+def test_taps_do_not_depend_on_how_a_chain_reads(
+    siglip_pair: OraclePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call gives a row of logits, so that a reference in longer chunks would have other taps."""
+    record(siglip_pair, tmp_path / "r", 300)
+    golden, chain = load_golden(tmp_path / "r/goldens/00.safetensors"), chain_of(siglip_pair, tmp_path, True)
+    monkeypatch.setattr("runtimes.taps.PREFILL_CHUNK", 24)
+    found = []
+    for chain.prefill_chunk in (8, 2048):
+        found.append(take_taps(chain, golden, "decoder"))
+    assert found[0]["head"].size > 3 * siglip_pair.checkpoint.config.decoder.vocab_size
+    for name, taps in found[0].items():
+        assert np.array_equal(taps, found[1][name])
+
+
 def test_samples_favour_no_axis() -> None:
     """A wrong channel, row or plane of a large tensor is hit about as often as its share."""
     shape = (40, 60, 300)
