@@ -20,17 +20,28 @@ REACH_SECONDS = 10
 
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[Spread | None]:
-    """Connect to a cluster: ``auto``, ``host:port`` or ``ray://host:port``; None is this machine alone.
+    """A cluster to spread work over; None is this machine alone.
 
     A part computes with as many threads as this process, so that it gives the same numbers anywhere on
     processors of one kind. Checkpoints, bundles and data must have the same paths on all machines.
 
     Raises:
-        UserError: Ray is not installed, the cluster cannot be reached, or a part failed.
+        UserError: as ``connected``, or a part failed.
     """
     if address is None:
         yield None
         return
+    with connected(address):
+        yield _spread
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Join a cluster: ``auto``, ``host:port`` or ``ray://host:port``.
+
+    Raises:
+        UserError: Ray is not installed, or the cluster cannot be reached.
+    """
     try:
         import ray
     except ImportError as error:
@@ -41,7 +52,7 @@ def ray_cluster(address: str | None) -> Iterator[Spread | None]:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"There is no Ray cluster at {address!r} ({first_line(error)}).") from error
     try:
-        yield _spread
+        yield
     finally:
         ray.shutdown()
 

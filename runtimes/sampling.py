@@ -9,6 +9,8 @@ import numpy as np
 
 from runtimes.errors import UserError
 
+NUCLEUS = 256  # tokens among which the top-p set is looked for first
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -72,8 +74,32 @@ class TokenLogprobs:
         scores = logits.astype(np.float64)
         scores -= scores.max()
         scores -= np.log(np.exp(scores).sum())
-        likeliest = np.argsort(-scores, kind="stable")[:count].tolist() if count else []
-        return cls(token, float(scores[token]), tuple((each, float(scores[each])) for each in likeliest))
+        best = likeliest(scores, count).tolist() if count else []
+        return cls(token, float(scores[token]), tuple((each, float(scores[each])) for each in best))
+
+
+def likeliest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Places of the ``count`` largest of ``scores [V]``, the largest first, of equal ones the first.
+
+    Only these are sorted: of 102,400 that takes a tenth of the time.
+    """
+    if count >= len(scores):
+        return np.argsort(-scores, kind="stable")
+    least = np.partition(scores, -count)[-count]
+    found = np.flatnonzero(scores >= least)
+    best: np.ndarray = found[np.argsort(-scores[found], kind="stable")][:count]
+    return best
+
+
+def nucleus(weights: np.ndarray, mass: float) -> np.ndarray:
+    """Places of the fewest of ``weights [V]``, which add up to 1, that reach ``mass``; the largest first."""
+    count = NUCLEUS
+    while True:
+        best = likeliest(weights, count)
+        sums = np.cumsum(weights[best])
+        if sums[-1] >= mass or count >= len(weights):
+            return best[: int(np.searchsorted(sums, mass)) + 1]
+        count *= 8
 
 
 class Sampler:
@@ -100,13 +126,12 @@ class Sampler:
             logits[ids] = np.where(scores > 0, scores / penalty, scores * penalty)
         if options.temperature == 0:
             return int(logits.argmax())
-        order = np.argsort(-logits, kind="stable")
-        if options.top_k:
-            order = order[: options.top_k]
-        scores = logits[order].astype(np.float64)
+        kept = likeliest(logits, options.top_k) if options.top_k else np.arange(len(logits))
+        scores = logits[kept].astype(np.float64)
         with np.errstate(over="ignore"):  # of the smallest temperatures
-            weights = np.exp((scores - scores[0]) / options.temperature)
+            weights = np.exp((scores - scores.max()) / options.temperature)
         weights /= weights.sum()
-        keep = int(np.searchsorted(np.cumsum(weights), options.top_p)) + 1
-        weights = weights[:keep] / weights[:keep].sum()
-        return int(order[self._random.choice(len(weights), p=weights)])
+        if options.top_p < 1:
+            best = nucleus(weights, options.top_p)
+            kept, weights = kept[best], weights[best] / weights[best].sum()
+        return int(kept[self._random.choice(len(weights), p=weights)])

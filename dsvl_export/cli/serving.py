@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Annotated, Optional
 
 import typer
@@ -17,6 +18,7 @@ from dsvl_export.cli.options import (
     Device,
     Drafts,
     Precision,
+    Ray,
     Threads,
     Verify,
 )
@@ -61,38 +63,59 @@ def serve(
     threads: Threads = None,
     capacity: Capacity = None,
     verify: Verify = True,
+    ray: Ray = None,
+    replicas: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="With --ray: processes that answer, of --threads each. Default: one for each machine."
+        ),
+    ] = None,
 ) -> None:
     """Serve a bundle: the OpenAI chat protocol at /v1, a web page at /, figures at /metrics.
 
-    Several requests are answered at once. Ctrl-C (or SIGTERM) finishes what runs.
+    Several requests are answered at once. Ctrl-C (or SIGTERM) finishes what runs. With --ray the answers come
+    from replicas on a Ray cluster; requests whose replica is lost before it began to answer go to another.
 
     Example: dsvl-export serve tiny-bundle
     """
+    if replicas and not ray:
+        raise UserError("--replicas are processes on a Ray cluster; give --ray ADDRESS.")
     try:
         import uvicorn
 
         from dsvl_export.serving.app import create_app
         from dsvl_export.serving.connection import BoundedProtocol
-        from dsvl_export.serving.exchange import ServeOptions
+        from dsvl_export.serving.exchange import LocalService
         from dsvl_export.serving.images import ImageLimits
-        from dsvl_export.serving.models import ModelOptions, Models
+        from dsvl_export.serving.models import ModelOptions
+        from dsvl_export.serving.replicas import deployed
+        from dsvl_export.serving.service import ServeOptions, Service
     except ImportError as error:
         raise UserError(f"serve needs {error.name}; run: pip install 'dsvl-export[serve]'.") from error
     from dsvl_export import display
     from runtimes.bundle import Bundle
 
-    with _listen(host, port) as listening:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-        choice = ModelOptions(backend, precision, device, threads, capacity, slots, queue, models, verify)
-        served = Models(Bundle.open(bundle), choice)
-        hosts = frozenset(each.lower() for each in image_host or ())
-        limits = ImageLimits(max_pixels * 1_000_000, max_images, max_body * 1_000_000, hosts)
-        options = ServeOptions(
-            api_key or None, host in LOOPBACK and not api_key, max_new_tokens, drafts, timeout,
-            max_body * 1_000_000, limits,
-        )  # fmt: skip
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    choice = ModelOptions(backend, precision, device, threads, capacity, slots, queue, models, verify)
+    hosts = frozenset(each.lower() for each in image_host or ())
+    limits = ImageLimits(max_pixels * 1_000_000, max_images, max_body * 1_000_000, hosts)
+    options = ServeOptions(
+        api_key or None, host in LOOPBACK and not api_key, max_new_tokens, drafts, timeout,
+        max_body * 1_000_000, limits,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        listening = stack.enter_context(_listen(host, port))
+        address = listening.getsockname()
+        place = f"{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}"
+        service: Service
+        if ray:
+            name = f"dsvl-export-{socket.gethostname()}-{place}"  # one server at a time has it
+            replicated = deployed(ray, Bundle.open(bundle), choice, limits, replicas, name)
+            service = stack.enter_context(replicated)
+        else:
+            service = LocalService(Bundle.open(bundle), choice, limits)
         config = uvicorn.Config(
-            create_app(served, options), log_config=None, access_log=False, http=BoundedProtocol,
+            create_app(service, options), log_config=None, access_log=False, http=BoundedProtocol,
             server_header=False,
             limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=int(timeout) + 5,
         )  # fmt: skip
@@ -100,10 +123,9 @@ def serve(
             display.err.print(
                 "[yellow]Open to the network:[/] anybody who reaches it may ask; give --api-key."
             )
-        address = listening.getsockname()
-        name = f"[{address[0]}]" if ":" in address[0] else address[0]
-        print(f"Serving {served.default} at http://{name}:{address[1]} (Ctrl-C stops)", flush=True)
-        with suppress(KeyboardInterrupt):  # the server has stopped already
+        print(f"Serving {service.default} at http://{place} (Ctrl-C stops)", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):  # raised once the server has stopped
             uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -17,11 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from dsvl_export.serving.errors import RequestError, request_error
-from dsvl_export.serving.exchange import Exchange, Preparing, ServeOptions, Work
 from dsvl_export.serving.limits import RequestLimits
 from dsvl_export.serving.metrics import CountRequests, Metrics
-from dsvl_export.serving.models import MOST_SLOTS, Models
 from dsvl_export.serving.protocol import ChatRequest, Completion, conversation, read_request
+from dsvl_export.serving.service import Exchange, ServeOptions, Service, Work
 from dsvl_export.version import __version__
 from runtimes.errors import UserError
 from runtimes.scheduler import Step
@@ -37,20 +36,19 @@ CLIENT_GONE = 499  # a status for the metrics alone, as nginx has it
 log = logging.getLogger(__name__)
 
 
-def create_app(models: Models, options: ServeOptions) -> FastAPI:
+def create_app(service: Service, options: ServeOptions) -> FastAPI:
     """The application; closing it finishes the requests that were taken."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await run_in_threadpool(models.close)
+        await run_in_threadpool(service.close)
 
     app = FastAPI(
         title="dsvl-export", version=__version__, lifespan=lifespan,
         openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False,
     )  # fmt: skip
-    metrics, page = Metrics(models), files("dsvl_export.serving").joinpath("page.html").read_text("utf-8")
-    preparing = Preparing(models.options.queue + 2 * MOST_SLOTS)
+    metrics, page = Metrics(service), files("dsvl_export.serving").joinpath("page.html").read_text("utf-8")
 
     @app.exception_handler(Exception)  # which the server logs
     @app.exception_handler(UserError)
@@ -75,9 +73,9 @@ def create_app(models: Models, options: ServeOptions) -> FastAPI:
 
     @app.get("/healthz")
     async def health() -> Response:
-        if (file := models.changed()) is not None:
-            return JSONResponse({"status": "changed", "detail": f"{file} of the bundle changed."}, 503)
-        return JSONResponse({"status": "ok", "models": [model.name for model in models.open]})
+        if (reason := await run_in_threadpool(service.ailing)) is not None:
+            return JSONResponse({"status": "unavailable", "detail": reason}, 503)
+        return JSONResponse({"status": "ok", "models": service.open})
 
     @app.get("/metrics")
     async def figures() -> Response:
@@ -85,13 +83,13 @@ def create_app(models: Models, options: ServeOptions) -> FastAPI:
 
     @app.get("/v1/models")
     async def listed() -> dict[str, Any]:
-        return {"object": "list", "data": [describe(models, name) for name in models.names]}
+        return {"object": "list", "data": [describe(service, name) for name in service.names]}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        if name not in models.names:
+        if name not in service.names:
             raise RequestError(404, f"There is no model {name!r} here.", code="model_not_found")
-        return describe(models, name)
+        return describe(service, name)
 
     @app.post(CHAT)
     async def chat(request: Request) -> Response:
@@ -103,17 +101,18 @@ def create_app(models: Models, options: ServeOptions) -> FastAPI:
             conversation(asked.messages, options.images.images),
             asked.options(options.longest, options.drafts),
             asked.stream,
+            options.seconds,
         )
-        exchange = Exchange(models, work, options, preparing)
+        exchange = service.exchange(work)
         found = await _unless_gone(request, exchange.first())
         if found is None:
             return Response(status_code=CLIENT_GONE)
-        completion = Completion(exchange.model.name, exchange.model.pipeline.chain.tokenizer)
+        completion = Completion(exchange.model, service.tokenizer)
         if asked.stream:
             events = _events(asked, completion, found, exchange, metrics)
             return EventStream(events, exchange)
         assert found.answer
-        metrics.answered(exchange.model.name, found.answer)
+        metrics.answered(exchange.model, found.answer)
         return JSONResponse(completion.whole(found.answer))
 
     app.add_middleware(
@@ -138,13 +137,13 @@ class EventStream(StreamingResponse):
             self._exchange.close()
 
 
-def describe(models: Models, name: str) -> dict[str, Any]:
+def describe(service: Service, name: str) -> dict[str, Any]:
     """A model as the protocol lists it."""
     backend, precision = name.split("/")
     return {
         "id": name, "object": "model", "created": 0, "owned_by": "dsvl-export", "backend": backend,
-        "precision": precision, "default": name == models.default,
-        "open": any(model.name == name for model in models.open),
+        "precision": precision, "default": name == service.default,
+        "open": name in service.open,
     }  # fmt: skip
 
 
@@ -182,10 +181,10 @@ async def _events(
     except Exception as error:
         if not isinstance(error, UserError):  # those of the model are logged already
             log.error("a stream failed", exc_info=error)
-        metrics.failed(exchange.model.name)
+        metrics.failed(exchange.model)
         yield _event(request_error(error).document())
         return
-    metrics.answered(exchange.model.name, step.answer)
+    metrics.answered(exchange.model, step.answer)
     yield _event(completion.chunk(reason=step.answer.finish_reason, usage=usage))
     if usage:
         yield _event(completion.usage_chunk(step.answer))

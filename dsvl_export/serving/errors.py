@@ -34,6 +34,10 @@ class RequestError(UserError):
         self.status, self.kind, self.code, self.param = status, kind, code, param
         self.headers = dict(headers or {})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it comes from another process."""
+        return RequestError, (self.status, str(self), self.kind, self.code, self.param, self.headers)
+
     def document(self) -> dict[str, Any]:
         """The body of the response."""
         return {

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 from fastapi.concurrency import run_in_threadpool
 
 from dsvl_export.serving.errors import INTERNAL, RequestError
 from dsvl_export.serving.images import ImageLimits, read_image
-from dsvl_export.serving.models import Model, Models
+from dsvl_export.serving.models import MOST_SLOTS, Model, ModelOptions, Models, askable
 from dsvl_export.serving.protocol import Conversation
+from dsvl_export.serving.service import Exchange, Figures, Service, Work
+from runtimes.bundle import Bundle
 from runtimes.chain import Prompt
 from runtimes.prompt import format_chat
-from runtimes.sampling import GenerationOptions
 from runtimes.scheduler import BusyError, Job, LateError, Step
 
 AT_ONCE = 2  # requests whose images are decoded at a time
@@ -24,69 +26,49 @@ CHARACTERS = 128  # that a token stands for at most; more of them are not even t
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """What the server takes.
+class LocalService(Service):
+    """Models of this process.
 
-    Args:
-        token: the bearer token that requests must have; None asks for none.
-        local: whether requests must name this machine as their host.
-        longest: tokens of an answer where the request does not say.
-        drafts: whether an answer that is written alone may guess what repeats.
-        seconds: after which a request is given up.
-        body: bytes of a request.
-        images: of a request.
+    Raises:
+        UserError: as ``Models``.
     """
 
-    token: str | None = None
-    local: bool = False
-    longest: int = 512
-    drafts: bool = True
-    seconds: float = 300.0
-    body: int = 32_000_000
-    images: ImageLimits = field(default_factory=ImageLimits)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a request asks for; ``stream`` wants every step, else the last one alone."""
-
-    model: str
-    talk: Conversation
-    generation: GenerationOptions
-    stream: bool
-
-
-class Preparing:
-    """What all requests share before they are queued.
-
-    Args:
-        most: requests on their way at a time.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most, self.now = most, 0
+    def __init__(self, bundle: Bundle, choice: ModelOptions, images: ImageLimits) -> None:
+        self.models = Models(bundle, choice)
+        super().__init__(bundle, askable(bundle, choice.device), self.models.default)
+        self.images = images
+        self.most, self.preparing = choice.queue + 2 * MOST_SLOTS, 0  # requests on their way to a queue
         self.turn = asyncio.Semaphore(AT_ONCE)
+        self.opener = ThreadPoolExecutor(1, "opener")  # all who wait for a model wait here
+
+    @property
+    def open(self) -> list[str]:
+        return [model.name for model in self.models.open]
+
+    def exchange(self, work: Work) -> LocalExchange:
+        return LocalExchange(self, work)
+
+    def figures(self) -> Iterable[Figures]:
+        for model in self.models.open:
+            at = model.scheduler
+            yield Figures(model.name, at.running, at.waiting, at.slots, at.chain.images_encoded)
+
+    def close(self) -> None:
+        self.models.close()
+        self.opener.shutdown()
 
 
-class Exchange:
-    """A request and its answer; ``close`` gives back what it holds, whatever came of it."""
+class LocalExchange(Exchange):
+    """A request to a model of this process."""
 
-    model: Model  # once there is a first step
-
-    def __init__(self, models: Models, work: Work, options: ServeOptions, preparing: Preparing) -> None:
-        self._models, self._work, self._options, self._preparing = models, work, options, preparing
+    def __init__(self, service: LocalService, work: Work) -> None:
+        self.model = service.named(work.model)
+        self._service, self._work = service, work
         self._leased: Model | None = None
         self._job: Job | None = None
         self._steps: asyncio.Queue[Step | Exception] = asyncio.Queue()
 
     async def first(self) -> Step:
-        """The first step, or the last where no others are wanted; whatever fails gives back what is held.
-
-        Raises:
-            RequestError: the request cannot be answered.
-            UserError: its prompt is bad, or it is late.
-        """
         try:
             await self._queue()
             step = await self.next()
@@ -99,26 +81,32 @@ class Exchange:
 
     async def _queue(self) -> None:
         """Lease the model, read the request and submit it, all within its time."""
-        preparing, until = self._preparing, perf_counter() + self._options.seconds
-        if preparing.now >= preparing.most:
-            raise BusyError(f"{preparing.most} requests are being read; try again in a moment.")
-        preparing.now += 1
+        service, until = self._service, perf_counter() + self._work.seconds
+        if service.preparing >= service.most:
+            raise BusyError(f"{service.most} requests are being read; try again in a moment.")
+        service.preparing += 1
         try:
-            prompt = await asyncio.wait_for(self._prepared(), self._options.seconds)
+            prompt = await asyncio.wait_for(self._prepared(), self._work.seconds)
         except asyncio.TimeoutError as error:
             raise LateError("The request was not read within its time; the server is busy.") from error
         finally:
-            preparing.now -= 1
+            service.preparing -= 1
         self._submit(prompt, until - perf_counter())
 
     async def next(self) -> Step:
-        """Raises RequestError where the model fails, LateError where the time is over."""
+        """What was written since, in one step."""
         step = await self._steps.get()
         if isinstance(step, LateError):
             raise step
         if isinstance(step, Exception):
             log.error("an answer failed", exc_info=step)
             raise RequestError(500, INTERNAL, "server_error") from step
+        while not self._steps.empty():
+            more = self._steps.get_nowait()
+            if isinstance(more, Exception):
+                self._steps.put_nowait(more)
+                break
+            step = Step(step.text + more.text, step.logprobs + more.logprobs, more.answer)
         return step
 
     def close(self) -> None:
@@ -126,15 +114,16 @@ class Exchange:
             self._job.cancel()
             self._job = None
         if self._leased:
-            self._models.release(self._leased)
+            self._service.models.release(self._leased)
             self._leased = None
 
     async def _prepared(self) -> Prompt:
-        while (model := self._models.lease(self._work.model)) is None:
-            await run_in_threadpool(self._models.ensure, self._work.model)
-        self.model = self._leased = model
-        async with self._preparing.turn:
-            return await run_in_threadpool(prepare, model, self._work.talk, self._options.images)
+        service, models = self._service, self._service.models
+        while (model := models.lease(self.model)) is None:
+            await asyncio.get_running_loop().run_in_executor(service.opener, models.ensure, self.model)
+        self._leased = model
+        async with service.turn:
+            return await run_in_threadpool(prepare, model, self._work.talk, service.images)
 
     def _submit(self, prompt: Prompt, seconds: float) -> None:
         loop, steps = asyncio.get_running_loop(), self._steps
@@ -142,7 +131,8 @@ class Exchange:
         def deliver(step: Step | Exception) -> None:
             loop.call_soon_threadsafe(steps.put_nowait, step)
 
-        self._job = self.model.scheduler.submit(
+        assert self._leased
+        self._job = self._leased.scheduler.submit(
             prompt, self._work.generation, deliver, seconds, self._work.stream
         )
 

@@ -9,18 +9,18 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsvl_export.serving.models import Models
+from dsvl_export.serving.service import Service
 from runtimes.generate import Answer
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Counts what is answered, and reads what the models are at."""
+    """Counts what is answered, and reads what the models are doing."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, service: Service) -> None:
         self._registry = registry = CollectorRegistry()
-        registry.register(_State(models))
+        registry.register(_State(service))
         self.requests = Counter(
             "dsvl_requests", "Requests by path and status.", ["path", "status"], registry=registry
         )
@@ -59,20 +59,21 @@ class Metrics:
 class _State(Collector):
     """What the open models are doing at this moment."""
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         running = GaugeMetricFamily("dsvl_running_requests", "Requests being answered.", labels=["model"])
         waiting = GaugeMetricFamily("dsvl_waiting_requests", "Requests that wait.", labels=["model"])
         slots = GaugeMetricFamily("dsvl_slots", "Requests that can be answered at once.", labels=["model"])
         images = CounterMetricFamily("dsvl_images_encoded", "Images encoded.", labels=["model"])
-        for model in self._models.open:
-            scheduler = model.scheduler
-            running.add_metric([model.name], scheduler.running)
-            waiting.add_metric([model.name], scheduler.waiting)
-            slots.add_metric([model.name], scheduler.slots)
-            images.add_metric([model.name], scheduler.chain.images_encoded)
+        for one in self._service.figures():
+            for family, value in (
+                (running, one.running), (waiting, one.waiting), (slots, one.slots),
+                (images, one.images_encoded),
+            ):  # fmt: skip
+                if value is not None:
+                    family.add_metric([one.model], value)
         return running, waiting, slots, images
 
 

@@ -1,4 +1,4 @@
-"""The models of a bundle that is served: one per backend and precision, opened when they are asked for."""
+"""The open models of a bundle that is served: one per backend and precision, opened when asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from dsvl_export.ladder.against_reference import execution
-from dsvl_export.serving.errors import RequestError, unavailable
+from dsvl_export.serving.errors import unavailable
 from dsvl_export.units import size
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
@@ -58,11 +58,16 @@ class Model:
         self.leases, self.used = 0, monotonic()
 
 
+def askable(bundle: Bundle, device: str | None) -> list[str]:
+    """Names of the models of a bundle that can answer here."""
+    return ["/".join(choice) for choice in bundle.choices() if execution(bundle, *choice, device).judgeable]
+
+
 class Models:
-    """The models of one bundle.
+    """The open models of one bundle; ``default`` is the name of the one that is opened first.
 
     Raises:
-        UserError: the bundle cannot be opened, or the one that is opened first cannot run here.
+        UserError: the bundle cannot be opened, or its first model cannot run here.
     """
 
     def __init__(self, bundle: Bundle, options: ModelOptions) -> None:
@@ -70,40 +75,16 @@ class Models:
         self._open: dict[str, Model] = {}
         self._lock = threading.Lock()  # of what is open and its leases
         self._opening = threading.Lock()  # held for as long as opening takes
-        manifest = bundle.manifest
-        self._watched = [manifest.token_embedding, "tokenizer/tokenizer.json"]
-        self._watched += [file for artifact in manifest.artifacts for file in artifact.files]
-        self._stamps = self._stamp()
         self.default = "/".join(bundle.select(options.backend, options.precision))
-        self.names = [
-            "/".join(choice)
-            for choice in bundle.choices()
-            if execution(bundle, *choice, options.device).judgeable
-        ]
-        self._open[self.default] = self._opened(*self.default.split("/"))
+        self._open[self.default] = self._opened(self.default)
 
     @property
     def open(self) -> list[Model]:
         """Those that are open now."""
         return list(self._open.values())
 
-    def changed(self) -> str | None:
-        """A file of the bundle that is no longer what was opened."""
-        stamps = self._stamp()
-        return next((file for file in self._watched if stamps[file] != self._stamps[file]), None)
-
     def lease(self, name: str) -> Model | None:
-        """An open model, to be given back by ``release``; None where it is to be opened first.
-
-        Args:
-            name: ``<backend>/<precision>``, or the bundle's for the default one.
-
-        Raises:
-            RequestError: there is none of that name, or the bundle has changed.
-        """
-        if (file := self.changed()) is not None:
-            raise unavailable(f"{file} of the bundle changed while it was served; start the server again.")
-        name = self._named(name)
+        """An open model, to be given back by ``release``; None where it is to be opened first."""
         with self._lock:
             model = self._open.get(name)
             if model:
@@ -116,27 +97,17 @@ class Models:
         Raises:
             RequestError: it cannot be opened, or not now.
         """
-        name = self._named(name)
         with self._opening:
             if name in self._open:  # another request has opened it meanwhile
                 return
             self._make_room()
             try:
-                model = self._opened(*name.split("/"))
+                model = self._opened(name)
             except UserError as error:
                 log.exception("%s cannot be opened", name)
                 raise unavailable(str(error)) from error
             with self._lock:
                 self._open[name] = model
-
-    def _named(self, name: str) -> str:
-        name = self.default if name == self.bundle.folder.name else name
-        if name not in self.names and name != self.default:
-            raise RequestError(
-                404, f"There is no model {name!r} here, only {', '.join(self.names)}.",
-                code="model_not_found", param="model",
-            )  # fmt: skip
-        return name
 
     def release(self, model: Model) -> None:
         with self._lock:
@@ -164,14 +135,15 @@ class Models:
                 del self._open[oldest.name]
             oldest.scheduler.close()
 
-    def _opened(self, backend: str, precision: str) -> Model:
+    def _opened(self, name: str) -> Model:
         options, bundle = self.options, self.bundle
+        backend, precision = name.split("/")
         device = execution(bundle, backend, precision, options.device).device
         promised = sum(model.cache_bytes for model in self.open)  # caches take memory as they are filled
         free = available_memory() - promised
         needed = needed_memory(bundle, backend, precision, options.capacity)
         if device == "cpu" and needed > free and self._open:
-            raise UserError(f"{backend}/{precision} takes {size(needed)} of memory, {size(free)} are free.")
+            raise UserError(f"{name} takes {size(needed)} of memory, {size(free)} are free.")
         pipeline = Pipeline.open(
             bundle, backend, precision, threads=options.threads, device=device,
             capacity=options.capacity, verify=options.verify,
@@ -185,17 +157,5 @@ class Models:
             raise UserError(f"The decoder answers at most {most} requests at once; give --slots {most}.")
         concurrent = getattr(load_backend(backend), "CONCURRENT", False)
         scheduler = Scheduler(pipeline.chain, pipeline.capacity, slots, options.queue, concurrent=concurrent)
-        log.info("opened %s/%s with %d slots of %d tokens", backend, precision, slots, pipeline.capacity)
-        return Model(f"{backend}/{precision}", pipeline, scheduler, slots * row)
-
-    def _stamp(self) -> dict[str, tuple[int, int, int] | None]:
-        """Place, size and time of each file that is read while it is served; None where it is gone."""
-        found: dict[str, tuple[int, int, int] | None] = {}
-        for file in self._watched:
-            try:
-                status = (self.bundle.folder / file).stat()
-            except OSError:
-                found[file] = None
-            else:
-                found[file] = (status.st_ino, status.st_size, status.st_mtime_ns)
-        return found
+        log.info("opened %s with %d slots of %d tokens", name, slots, pipeline.capacity)
+        return Model(name, pipeline, scheduler, slots * row)

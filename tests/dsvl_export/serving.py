@@ -20,8 +20,9 @@ import uvicorn
 from dsvl_export.cli.serving import _listen
 from dsvl_export.serving.app import create_app
 from dsvl_export.serving.connection import BoundedProtocol
-from dsvl_export.serving.exchange import ServeOptions
+from dsvl_export.serving.exchange import LocalService
 from dsvl_export.serving.models import ModelOptions, Models
+from dsvl_export.serving.service import ServeOptions, Service
 from runtimes.bundle import Bundle
 from tests.runtimes.gate import Gate
 
@@ -55,23 +56,28 @@ class Served:
 
 @contextmanager
 def serving(bundle: Bundle, options: ServeOptions | None = None, **choice: Any) -> Iterator[Served]:
-    models = Models(bundle, ModelOptions(**{"threads": 1, **choice}))
-    listening = _listen("127.0.0.1", 0)
-    config = uvicorn.Config(
-        create_app(models, options or ServeOptions(local=True)), http=BoundedProtocol, log_config=None
-    )
+    options = options or ServeOptions(local=True)
+    service = LocalService(bundle, ModelOptions(**{"threads": 1, **choice}), options.images)
+    with listening(service, options) as url:
+        yield Served(url, service.models)
+
+
+@contextmanager
+def listening(service: Service, options: ServeOptions) -> Iterator[str]:
+    """A service's address; at the end it is stopped and closed."""
+    opened = _listen("127.0.0.1", 0)
+    config = uvicorn.Config(create_app(service, options), http=BoundedProtocol, log_config=None)
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     thread.start()
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     try:
         while not server.started:
             time.sleep(0.01)
-        yield Served(url, models)
+        yield f"http://127.0.0.1:{opened.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(30)
-        listening.close()
+        opened.close()
         assert not thread.is_alive()
 
 

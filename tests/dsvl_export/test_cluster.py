@@ -26,6 +26,7 @@ from runtimes.bundle import Bundle
 from runtimes.errors import UserError
 from runtimes.task import load_task
 from tests.dsvl_export.command_line import refused
+from tests.dsvl_export.nodes import processes, ray_nodes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,31 +40,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two nodes", "four nodes"])
 def nodes(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A cluster whose nodes are processes of this machine, and its address."""
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
-    found = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(request.param - 1):
-        found.add_node(num_cpus=1, object_store_memory=100 << 20)
-    # Workers find these tests' functions.
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    )
-    yield found
-    found.shutdown()
-
-
-def busy_worker() -> int | None:
-    """The process of a worker that runs a part."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if title.startswith(b"ray::_run"):
-            return int(folder.name)
-    return None
+    with ray_nodes(request.param) as found:
+        yield found
 
 
 def kill_a_worker(seen: list[int]) -> threading.Thread:
@@ -72,8 +50,7 @@ def kill_a_worker(seen: list[int]) -> threading.Thread:
     def work() -> None:
         until = time.monotonic() + 90
         while time.monotonic() < until:
-            process = busy_worker()
-            if process is not None:
+            for process in processes("ray::_run"):
                 time.sleep(0.05)  # in the middle of its part, which takes seconds
                 try:
                     os.kill(process, 9)

@@ -67,10 +67,17 @@ def test_a_stream(client: openai.OpenAI, alone: Pipeline, pictures: list[Path]) 
     *chunks, last = stream
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
-    assert len(chunks) > 5
     assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "stop"]
     assert last.usage
     assert last.usage.completion_tokens == len(expected.tokens)
+
+
+def test_a_stream_comes_as_it_is_written(client: openai.OpenAI) -> None:
+    """Steps that were written while the server was busy come in one chunk, the others by themselves."""
+    stream = client.chat.completions.create(
+        model=MODEL, messages=ask(DESCRIBE), stream=True, extra_body=LONG, seed=1  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert len(list(stream)) > 20
 
 
 def test_turns_images_and_system(client: openai.OpenAI, alone: Pipeline, pictures: list[Path]) -> None:
@@ -260,7 +267,7 @@ def test_the_command_stops_gracefully(tiny_bundle: Bundle, pictures: list[Path])
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
         _, errors = process.communicate(timeout=30)
-    assert process.returncode in (0, -signal.SIGTERM)
+    assert process.returncode == 0
     assert "Traceback" not in errors
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 
 import dsvl_export.serving.app as serving_app
 from dsvl_export.serving import connection
-from dsvl_export.serving.exchange import ServeOptions
 from dsvl_export.serving.images import ImageLimits
+from dsvl_export.serving.service import ServeOptions
 from runtimes.bundle import Bundle
 from tests.dsvl_export.serving import (
     DESCRIBE,
@@ -219,7 +219,7 @@ def test_a_bundle_that_changes(tiny_bundle: Bundle, tmp_path: Path) -> None:
         assert refusal.status_code == 503
         assert "of the bundle changed while it was served; start the server again." in sentence(refusal)
         health = httpx.get(f"{found.url}/healthz")
-        assert (health.status_code, health.json()["status"]) == (503, "changed")
+        assert (health.status_code, health.json()["status"]) == (503, "unavailable")
 
 
 def test_remote_images_of_allowed_hosts(tiny_bundle: Bundle, pictures: list[Path]) -> None:

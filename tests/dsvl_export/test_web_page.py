@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsvl_export.serving.exchange import ServeOptions
+from dsvl_export.serving.service import ServeOptions
 from runtimes.bundle import Bundle
 from runtimes.pipeline import Pipeline
 from tests.dsvl_export.in_browser import CONTRAST, OVERFLOWING, needs_browser

@@ -16,7 +16,7 @@ from reference.tiny import TINY
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 from runtimes.prompt import SYSTEM_PROMPT, Message, format_chat
-from runtimes.sampling import GenerationOptions, Sampler
+from runtimes.sampling import GenerationOptions, Sampler, likeliest, nucleus
 from runtimes.tokenizer import Tokenizer, expand_images
 
 
@@ -96,6 +96,22 @@ def test_sampling_follows_the_distribution() -> None:
     penalised = shares(GenerationOptions(temperature=1.0, repetition_penalty=3.0), seen=(0,))
     weights = np.array([0.125, 0.3, 0.15, 0.05])
     assert np.abs(penalised - weights / weights.sum()).max() < 0.032
+
+
+def test_the_likeliest_of_many() -> None:
+    """As a full sort gives them, of many equal scores too; the nucleus is found however large it is."""
+    random = np.random.default_rng(5)
+    scores = random.integers(0, 400, 20_000).astype(np.float32)
+    order = np.argsort(-scores, kind="stable")
+    for count in (1, 50, 777, 20_000, 30_000):
+        assert np.array_equal(likeliest(scores, count), order[:count])
+    weights = random.random(20_000)
+    weights /= weights.sum()
+    sums = np.cumsum(np.sort(weights)[::-1])
+    for mass in (1e-6, 0.01, 0.5, 0.999):
+        kept = weights[nucleus(weights, mass)]
+        assert kept.sum() >= mass > kept[:-1].sum()
+        assert len(kept) == np.searchsorted(sums, mass) + 1
 
 
 def test_greedy_and_seeds() -> None:

@@ -1,0 +1,51 @@
+"""Ray clusters whose nodes are processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def ray_nodes(count: int) -> Iterator[Any]:
+    """A cluster of nodes with one CPU each; its ``address``."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
+    found = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(count - 1):
+        found.add_node(num_cpus=1, object_store_memory=100 << 20)
+    # Workers find these tests' functions.
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    )
+    try:
+        yield found
+    finally:
+        found.shutdown()
+
+
+def processes(title: str) -> list[int]:
+    """Processes of this machine whose title begins so, as Ray's workers have what they run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        if line.startswith(title.encode()):
+            found.append(int(folder.name))
+    return found
+
+
+def replicas(count: int) -> list[int]:
+    """The replicas' processes; waits until there are so many."""
+    until = time.monotonic() + 20
+    while len(found := processes("ray::ServeReplica")) != count:
+        assert time.monotonic() < until, f"{len(found)} replicas instead of {count}"
+        time.sleep(0.05)
+    return found
