@@ -142,8 +142,11 @@ class Models:
         promised = sum(model.cache_bytes for model in self.open)  # caches take memory as they are filled
         free = available_memory() - promised
         needed = needed_memory(bundle, backend, precision, options.capacity)
-        if device == "cpu" and needed > free and self._open:
-            raise UserError(f"{name} takes {size(needed)} of memory, {size(free)} are free.")
+        if device == "cpu" and needed > free:
+            sentence = f"{name} takes {size(needed)} of memory, {size(free)} are free."
+            if self._open:
+                raise UserError(sentence)
+            log.warning("short of memory: %s", sentence)
         pipeline = Pipeline.open(
             bundle, backend, precision, threads=options.threads, device=device,
             capacity=options.capacity, verify=options.verify,

@@ -58,7 +58,7 @@ Part = Annotated[Union[TextPart, ImagePart], Field(discriminator="type")]
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Union[str, Annotated[list[Part], Field(max_length=MOST_ITEMS, fail_fast=True)]]
+    content: Union[str, Annotated[list[Part], Field(max_length=MOST_ITEMS, fail_fast=True)], None]
 
 
 class StreamOptions(BaseModel):
@@ -98,6 +98,8 @@ class ChatRequest(BaseModel):
             raise RequestError(
                 400, f"stop takes up to {MOST_STOPS} strings, none of them empty.", param="stop"
             )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
         given = {
             name: value
             for name in ("temperature", "top_p", "top_k", "repetition_penalty", "ignore_eos")
@@ -151,6 +153,10 @@ def conversation(messages: Sequence[ChatMessage], most_images: int) -> Conversat
     for index, message in enumerate(messages):
         where = f"messages.{index}"
         content = message.content
+        if content is None:
+            if message.role != "assistant":
+                raise RequestError(400, f"{where}: the content is missing.", param=where)
+            content = ""  # of a turn that was broken off
         parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         text = ""
         for part in parts:

@@ -16,13 +16,14 @@ from typing import Any
 
 import httpx
 import uvicorn
+from starlette.types import ASGIApp
 
 from dsvl_export.cli.serving import _listen
 from dsvl_export.serving.app import create_app
 from dsvl_export.serving.connection import BoundedProtocol
 from dsvl_export.serving.exchange import LocalService
 from dsvl_export.serving.models import ModelOptions, Models
-from dsvl_export.serving.service import ServeOptions, Service
+from dsvl_export.serving.service import ServeOptions
 from runtimes.bundle import Bundle
 from tests.runtimes.gate import Gate
 
@@ -58,15 +59,15 @@ class Served:
 def serving(bundle: Bundle, options: ServeOptions | None = None, **choice: Any) -> Iterator[Served]:
     options = options or ServeOptions(local=True)
     service = LocalService(bundle, ModelOptions(**{"threads": 1, **choice}), options.images)
-    with listening(service, options) as url:
+    with running(create_app(service, options)) as url:
         yield Served(url, service.models)
 
 
 @contextmanager
-def listening(service: Service, options: ServeOptions) -> Iterator[str]:
-    """A service's address; at the end it is stopped and closed."""
+def running(app: ASGIApp) -> Iterator[str]:
+    """The address of an application; at the end it is stopped and closed."""
     opened = _listen("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(service, options), http=BoundedProtocol, log_config=None)
+    config = uvicorn.Config(app, http=BoundedProtocol, log_config=None)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     thread.start()

@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 
+from dsvl_export.serving.app import create_app
 from dsvl_export.serving.images import ImageLimits
 from dsvl_export.serving.models import ModelOptions
 from dsvl_export.serving.replicas import ClusterService, deployed
@@ -24,7 +25,7 @@ from runtimes.bundle import Bundle
 from runtimes.pipeline import Pipeline
 from runtimes.sampling import GenerationOptions
 from tests.dsvl_export.nodes import ray_nodes, replicas
-from tests.dsvl_export.serving import DESCRIBE, LONG, MODEL, ask, listening, sentence
+from tests.dsvl_export.serving import DESCRIBE, LONG, MODEL, ask, running, sentence
 
 LIMITS = ImageLimits()
 
@@ -45,7 +46,7 @@ def service(nodes: Any, tiny_bundle: Bundle) -> Iterator[ClusterService]:
 
 @pytest.fixture(scope="module")
 def url(service: ClusterService) -> Iterator[str]:
-    with listening(service, ServeOptions(local=True, seconds=120)) as found:
+    with running(create_app(service, ServeOptions(local=True, seconds=120))) as found:
         yield found
 
 

@@ -29,6 +29,7 @@ from tests.dsvl_export.serving import (
     ask,
     connected,
     held,
+    running,
     sentence,
     serving,
 )
@@ -39,6 +40,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "../../etc/passwd"}, 404, "There is no model '../../etc/passwd' here"),
     ({"messages": []}, 400, "messages: List should have at least 1 item"),
     ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0: the content is missing."),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "The last message must be the user's."),
     ({"messages": ask("<image_placeholder>")}, 400, "its text holds <image_placeholder>; give images as parts"),
@@ -60,6 +62,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2."),
     ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1."),
     ({"stop": [""]}, 400, "stop takes up to 16 strings, none of them empty."),
+    ({"top_logprobs": 3}, 400, "top_logprobs needs logprobs: true."),
     ({"n": 2}, 400, "The parameter n is not supported; leave it out."),
     ({"tools": [{"type": "function"}]}, 400, "The parameter tools is not supported"),
     ({"response_format": {"type": "json_object"}}, 400, "The parameter response_format is not supported"),
@@ -164,6 +167,29 @@ def test_heads_that_never_end(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPat
             assert client.get(f"{found.url}/healthz").status_code == 200
             time.sleep(0.5)
             assert client.get(f"{found.url}/healthz").status_code == 200
+
+
+def test_answers_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that takes nothing for a while is cut off; one that is slow is not."""
+    monkeypatch.setattr(connection, "STALL_SECONDS", 0.4)
+
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(200):
+            await send({"type": "http.response.body", "body": bytes(1 << 18), "more_body": True})
+
+    with running(large) as url:
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port or 0), timeout=10) as slow:
+            slow.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            for _ in range(6):
+                time.sleep(0.2)
+                assert slow.recv(1 << 20)
+        with socket.create_connection((address.host, address.port or 0), timeout=10) as stalled:
+            stalled.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            time.sleep(1.5)
+            assert 0 < sum(map(len, iter(lambda: stalled.recv(1 << 20), b""))) < 200 << 18
 
 
 def test_busy_and_late(tiny_bundle: Bundle, pictures: list[Path]) -> None:
