@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from runtimes.bundle import Bundle
 from runtimes.cache import KVCache
 from runtimes.drafting import FIRST, MOST, PAUSE, PromptLookup
+from runtimes.generate import Decoding
 from runtimes.pipeline import Pipeline
 from runtimes.sampling import GenerationOptions
 
@@ -157,3 +160,40 @@ def test_drafts_change_no_token(
     half = len(found) // 2
     assert found[:half] == found[half:]
     assert drafted > accepted > 0
+
+
+@pytest.mark.parametrize("ending", ["eos", "stop"])
+def test_an_answer_that_ends_inside_a_draft(
+    tiny_bundle: Bundle, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """The same question again and again: drafts reach past the end, and the next turn knows nothing of that."""
+    inside: list[int] = []  # tokens of a draft that ended an answer
+    take = Decoding.take
+
+    def watched(self: Decoding, *given: Any) -> str:
+        draft, text = self._draft, take(self, *given)
+        if self.writer.finished and self.writer.answer.finish_reason == ending:
+            inside.append(len(draft))
+        return text
+
+    monkeypatch.setattr(Decoding, "take", watched)
+    monkeypatch.setattr("runtimes.generate.perf_counter", partial(next, count()))
+    question = {"role": "user", "content": "Describe the picture."}
+    found = []
+    for drafts in (False, True):
+        pipeline = Pipeline.open(tiny_bundle, precision="fp32")
+        whole = pipeline.chat([question], [pictures[0]]).text
+        stop = () if ending == "eos" else (".",)
+        options = GenerationOptions(drafts=drafts, stop=stop)
+        first = {**question, "content": f"<image_placeholder>{question['content']}"}
+        turns, answers = [first], []
+        for _ in range(4):
+            answers.append(pipeline.chat(turns, [pictures[0]], options))
+            turns += [{"role": "assistant", "content": whole}, question]
+        found.append([(answer.tokens, answer.text, answer.finish_reason) for answer in answers])
+        assert all(answer.finish_reason == ending for answer in answers)
+        if drafts:
+            assert max(inside) > 0
+        else:
+            inside.clear()
+    assert found[0] == found[1]
