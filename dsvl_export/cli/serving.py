@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-from contextlib import ExitStack, suppress
-from typing import Annotated, Optional
+from contextlib import AbstractContextManager, ExitStack, suppress
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -18,11 +18,13 @@ from dsvl_export.cli.options import (
     Device,
     Drafts,
     Precision,
-    Ray,
     Threads,
     Verify,
 )
 from runtimes.errors import UserError
+
+if TYPE_CHECKING:
+    from dsvl_export.serving.service import Service
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MOST_CONNECTIONS = 512
@@ -63,7 +65,14 @@ def serve(
     threads: Threads = None,
     capacity: Capacity = None,
     verify: Verify = True,
-    ray: Ray = None,
+    ray: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="ADDRESS",
+            help="Ray cluster whose machines answer: auto or HOST:PORT. The bundle must have the same path on"
+            " all of them; --slots and --models are each replica's. Default: this process answers.",
+        ),
+    ] = None,
     replicas: Annotated[
         Optional[int],
         typer.Option(
@@ -88,8 +97,7 @@ def serve(
         from dsvl_export.serving.exchange import LocalService
         from dsvl_export.serving.images import ImageLimits
         from dsvl_export.serving.models import ModelOptions
-        from dsvl_export.serving.replicas import deployed
-        from dsvl_export.serving.service import ServeOptions, Service
+        from dsvl_export.serving.service import ServeOptions
     except ImportError as error:
         raise UserError(f"serve needs {error.name}; run: pip install 'dsvl-export[serve]'.") from error
     from dsvl_export import display
@@ -110,7 +118,7 @@ def serve(
         service: Service
         if ray:
             name = f"dsvl-export-{socket.gethostname()}-{place}"  # one server at a time has it
-            replicated = deployed(ray, Bundle.open(bundle), choice, limits, replicas, name)
+            replicated = _deployed(ray, Bundle.open(bundle), choice, limits, replicas, name)
             service = stack.enter_context(replicated)
         else:
             service = LocalService(Bundle.open(bundle), choice, limits)
@@ -127,6 +135,14 @@ def serve(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):  # raised once the server has stopped
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def _deployed(*given: Any) -> AbstractContextManager[Service]:
+    try:
+        from dsvl_export.serving.deploying import deployed
+    except ImportError as error:
+        raise UserError(f"--ray needs {error.name}; run: pip install 'dsvl-export[ray]'.") from error
+    return deployed(*given)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -106,6 +106,7 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
         exchange = service.exchange(work)
         found = await _unless_gone(request, exchange.first())
         if found is None:
+            exchange.close()  # it may have begun at that moment
             return Response(status_code=CLIENT_GONE)
         completion = Completion(exchange.model, service.tokenizer)
         if asked.stream:
@@ -157,6 +158,7 @@ async def _unless_gone(request: Request, work: Awaitable[Step]) -> Step | None:
     finally:
         for each in (task, gone):
             each.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

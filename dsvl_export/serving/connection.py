@@ -25,17 +25,27 @@ class BoundedProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall = asyncio.get_running_loop().call_later(STALL_SECONDS, self.transport.abort)
+        self._watch(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._reads_on()
+        self._unwatch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._reads_on()
+        self._unwatch()
         super().connection_lost(exc)
 
-    def _reads_on(self) -> None:
+    def _watch(self, unsent: int) -> None:
+        """Look again after a while, at how much of the bytes that wait has been taken."""
+        self._stall = asyncio.get_running_loop().call_later(STALL_SECONDS, self._check_taken, unsent)
+
+    def _check_taken(self, unsent: int) -> None:
+        if (left := self.transport.get_write_buffer_size()) < unsent:
+            self._watch(left)
+        else:
+            self.transport.abort()
+
+    def _unwatch(self) -> None:
         if self._stall:
             self._stall.cancel()
             self._stall = None

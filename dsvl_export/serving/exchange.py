@@ -14,7 +14,7 @@ from dsvl_export.serving.errors import INTERNAL, RequestError
 from dsvl_export.serving.images import ImageLimits, read_image
 from dsvl_export.serving.models import MOST_SLOTS, Model, ModelOptions, Models, askable
 from dsvl_export.serving.protocol import Conversation
-from dsvl_export.serving.service import Exchange, Figures, Service, Work
+from dsvl_export.serving.service import BundleWatch, Exchange, Figures, Service, Work
 from runtimes.bundle import Bundle
 from runtimes.chain import Prompt
 from runtimes.prompt import format_chat
@@ -34,8 +34,9 @@ class LocalService(Service):
     """
 
     def __init__(self, bundle: Bundle, choice: ModelOptions, images: ImageLimits) -> None:
+        watch = BundleWatch(bundle)
         self.models = Models(bundle, choice)
-        super().__init__(bundle, askable(bundle, choice.device), self.models.default)
+        super().__init__(bundle, watch, askable(bundle, choice.device), self.models.default)
         self.images = images
         self.most, self.preparing = choice.queue + 2 * MOST_SLOTS, 0  # requests on their way to a queue
         self.turn = asyncio.Semaphore(AT_ONCE)
@@ -68,16 +69,9 @@ class LocalExchange(Exchange):
         self._job: Job | None = None
         self._steps: asyncio.Queue[Step | Exception] = asyncio.Queue()
 
-    async def first(self) -> Step:
-        try:
-            await self._queue()
-            step = await self.next()
-        except BaseException:
-            self.close()
-            raise
-        if step.answer:
-            self.close()
-        return step
+    async def _begin(self) -> Step:
+        await self._queue()
+        return await self.next()
 
     async def _queue(self) -> None:
         """Lease the model, read the request and submit it, all within its time."""

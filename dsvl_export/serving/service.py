@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -70,7 +71,6 @@ class Exchange(ABC):
 
     model: str
 
-    @abstractmethod
     async def first(self) -> Step:
         """The first step, or the last where no others are wanted; whatever fails gives back what is held.
 
@@ -78,6 +78,17 @@ class Exchange(ABC):
             RequestError: the request cannot be answered.
             UserError: its prompt is bad, or it is late.
         """
+        try:
+            step = await self._begin()
+        except BaseException:
+            self.close()
+            raise
+        if step.answer:
+            self.close()
+        return step
+
+    @abstractmethod
+    async def _begin(self) -> Step: ...
 
     @abstractmethod
     async def next(self) -> Step:
@@ -85,7 +96,46 @@ class Exchange(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what is held, whatever came of the request."""
+        """Give back what is held, whatever came of the request; may be called again."""
+
+
+class BundleWatch:
+    """What a bundle is when the watch is made, which is before any of it is read."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle, manifest = bundle, bundle.manifest
+        self._files = sorted(
+            {
+                manifest.token_embedding,
+                TOKENIZER,
+                *(path for item in manifest.artifacts for path in item.files),
+            }
+        )
+        self._stamps = self._stamp()
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same files, wherever they lie."""
+        lines = [f"{path} {self._bundle.manifest.files[path].sha256}\n" for path in self._files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def changed(self) -> str | None:
+        """A sentence that names a file which is not what it was."""
+        stamps = self._stamp()
+        file = next((file for file in self._files if stamps[file] != self._stamps[file]), None)
+        return file and f"{file} of the bundle changed while it was served; start the server again."
+
+    def _stamp(self) -> dict[str, tuple[int, int, int] | None]:
+        """Place, size and time of each file that is read while it is served; None where it is gone."""
+        found: dict[str, tuple[int, int, int] | None] = {}
+        for file in self._files:
+            try:
+                status = (self._bundle.folder / file).stat()
+            except OSError:
+                found[file] = None
+            else:
+                found[file] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        return found
 
 
 class Service(ABC):
@@ -96,13 +146,9 @@ class Service(ABC):
         default: the one that the bundle's own name stands for.
     """
 
-    def __init__(self, bundle: Bundle, names: Sequence[str], default: str) -> None:
-        self.bundle, self.names, self.default = bundle, list(names), default
+    def __init__(self, bundle: Bundle, watch: BundleWatch, names: Sequence[str], default: str) -> None:
+        self.bundle, self.watch, self.names, self.default = bundle, watch, list(names), default
         self.tokenizer = Tokenizer(bundle.path(TOKENIZER), bundle.manifest.prompt)
-        manifest = bundle.manifest
-        self._watched = [manifest.token_embedding, TOKENIZER]
-        self._watched += [file for artifact in manifest.artifacts for file in artifact.files]
-        self._stamps = self._stamp()
 
     @property
     @abstractmethod
@@ -122,18 +168,11 @@ class Service(ABC):
 
     def ailing(self) -> str | None:
         """Why nothing can be answered now, in a sentence; may block."""
-        return self._changed()
-
-    def _changed(self) -> str | None:
-        stamps = self._stamp()
-        changed = next((file for file in self._watched if stamps[file] != self._stamps[file]), None)
-        if changed is None:
-            return None
-        return f"{changed} of the bundle changed while it was served; start the server again."
+        return self.watch.changed()
 
     def named(self, name: str) -> str:
         """The model of a name; raises RequestError where it cannot be asked."""
-        if (reason := self._changed()) is not None:
+        if (reason := self.watch.changed()) is not None:
             raise unavailable(reason)
         name = self.default if name == self.bundle.folder.name else name
         if name not in self.names and name != self.default:
@@ -142,15 +181,3 @@ class Service(ABC):
                 code="model_not_found", param="model",
             )  # fmt: skip
         return name
-
-    def _stamp(self) -> dict[str, tuple[int, int, int] | None]:
-        """Place, size and time of each file that is read while it is served; None where it is gone."""
-        found: dict[str, tuple[int, int, int] | None] = {}
-        for file in self._watched:
-            try:
-                status = (self.bundle.folder / file).stat()
-            except OSError:
-                found[file] = None
-            else:
-                found[file] = (status.st_ino, status.st_size, status.st_mtime_ns)
-        return found

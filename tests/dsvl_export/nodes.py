@@ -15,14 +15,14 @@ def ray_nodes(count: int) -> Iterator[Any]:
     """A cluster of nodes with one CPU each; its ``address``."""
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
-    found = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(count - 1):
-        found.add_node(num_cpus=1, object_store_memory=100 << 20)
     # Workers find these tests' functions.
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     )
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
+    found = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(count - 1):
+        found.add_node(num_cpus=1, object_store_memory=100 << 20)
     try:
         yield found
     finally:
@@ -42,10 +42,10 @@ def processes(title: str) -> list[int]:
     return found
 
 
-def replicas(count: int) -> list[int]:
-    """The replicas' processes; waits until there are so many."""
-    until = time.monotonic() + 20
-    while len(found := processes("ray::ServeReplica")) != count:
+def replicas(count: int, application: str = "") -> list[int]:
+    """The processes of an application's replicas; waits until there are so many."""
+    until = time.monotonic() + 30
+    while len(found := processes(f"ray::ServeReplica:{application}")) != count:
         assert time.monotonic() < until, f"{len(found)} replicas instead of {count}"
         time.sleep(0.05)
     return found

@@ -16,18 +16,21 @@ import httpx
 import openai
 import pytest
 
+from dsvl_export.serving import deploying
 from dsvl_export.serving.app import create_app
 from dsvl_export.serving.images import ImageLimits
 from dsvl_export.serving.models import ModelOptions
-from dsvl_export.serving.replicas import ClusterService, deployed
+from dsvl_export.serving.replicas import ClusterService
 from dsvl_export.serving.service import ServeOptions
 from runtimes.bundle import Bundle
 from runtimes.pipeline import Pipeline
 from runtimes.sampling import GenerationOptions
 from tests.dsvl_export.nodes import ray_nodes, replicas
-from tests.dsvl_export.serving import DESCRIBE, LONG, MODEL, ask, running, sentence
+from tests.dsvl_export.replicas import SlowReplica
+from tests.dsvl_export.serving import DESCRIBE, MODEL, ask, running, sentence
 
-LIMITS = ImageLimits()
+NAME = "tested"
+LONG = {"ignore_eos": True, "max_tokens": 200}  # a second
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two nodes", "four nodes"])
@@ -39,15 +42,25 @@ def nodes(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def service(nodes: Any, tiny_bundle: Bundle) -> Iterator[ClusterService]:
     choice = ModelOptions(threads=1, slots=3)
-    with deployed(nodes.address, tiny_bundle, choice, LIMITS, None, "tested") as found:
-        yield found
-    replicas(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deploying, "Replica", SlowReplica)
+        with deploying.deployed(nodes.address, tiny_bundle, choice, ImageLimits(), None, NAME) as found:
+            yield found
+    replicas(0, NAME)
 
 
 @pytest.fixture(scope="module")
 def url(service: ClusterService) -> Iterator[str]:
     with running(create_app(service, ServeOptions(local=True, seconds=120))) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def handle(service: ClusterService) -> Any:
+    """Of the deployment."""
+    from ray import serve
+
+    return serve.get_app_handle(NAME)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +100,7 @@ def test_the_same_face(
     url: str, service: ClusterService, nodes: Any, alone: Pipeline, pictures: list[Path]
 ) -> None:
     """Answers, streams, log probabilities and seeds are those of one machine, from all replicas."""
-    replicas(len(nodes.list_all_nodes()))
+    replicas(len(nodes.list_all_nodes()), NAME)
     options = GenerationOptions(40, 1.3, top_p=0.9, seed=7)
     jobs = [(DESCRIBE, picture) for picture in pictures] * 3
     expected = [alone.chat(question, [picture]).text for question, picture in jobs]
@@ -134,8 +147,8 @@ def test_what_is_refused(url: str, service: ClusterService) -> None:
     assert not service.running.total()
 
 
-def test_a_client_that_goes_away(url: str, service: ClusterService) -> None:
-    """Its replica stops, and takes others: two rounds of more streams than there are slots."""
+def test_clients_that_go_away(url: str, service: ClusterService, handle: Any) -> None:
+    """Their replicas stop at once, in the middle of answers of five seconds and before they began."""
     endless = {
         "model": MODEL,
         "messages": ask(DESCRIBE),
@@ -143,12 +156,16 @@ def test_a_client_that_goes_away(url: str, service: ClusterService) -> None:
         "max_tokens": 900,
         "stream": True,
     }
-    for _ in range(2):
-        for _ in range(16):
-            with httpx.stream("POST", f"{url}/v1/chat/completions", json=endless, timeout=60) as answer:
-                next(answer.iter_lines())
-    assert post(url, messages=ask("Hello."), max_tokens=5).status_code == 200
+    for _ in range(2 * service.most // 3):
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=endless, timeout=60) as answer:
+            next(answer.iter_lines())
+    for _ in range(5):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/chat/completions", json={**endless, "stream": False}, timeout=0.3)
     rests(service)
+    until = time.monotonic() + 2
+    while any(handle.busy.remote().result() for _ in range(12)):  # any of them is asked
+        assert time.monotonic() < until, "a replica goes on"
 
 
 def test_a_replica_killed_under_load(
@@ -160,16 +177,18 @@ def test_a_replica_killed_under_load(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whole answers are complete and right; a stream that breaks had begun, rightly, and says so."""
-    options = GenerationOptions(600, ignore_eos=True)
+    options = GenerationOptions(LONG["max_tokens"], ignore_eos=True)
     expected = [alone.chat(DESCRIBE, [picture], options).text for picture in pictures]
     asked = [{"messages": ask(DESCRIBE, picture), **LONG} for picture in pictures] * 3
-    victim, *others = replicas(len(nodes.list_all_nodes()))
+    victim, *others = replicas(len(nodes.list_all_nodes()), NAME)
     with ThreadPoolExecutor(24) as pool, caplog.at_level(logging.WARNING, "dsvl_export"):
         whole = [pool.submit(post, url, **body) for body in asked]
         streams = [pool.submit(streamed, url, body) for body in asked]
+        until = time.monotonic() + 20
         while service.running.total() < 24:
+            assert time.monotonic() < until
             time.sleep(0.01)
-        time.sleep(0.3)
+        time.sleep(0.5)
         os.kill(victim, signal.SIGKILL)
         texts = [each.result().json()["choices"][0]["message"]["content"] for each in whole]
         found = [each.result() for each in streams]
@@ -185,7 +204,7 @@ def test_a_replica_killed_under_load(
             broken += 1
     lost = [record for record in caplog.records if "lost" in record.getMessage()]
     assert len(lost) > broken  # requests that had not begun were on it as well
-    assert victim not in replicas(len(others) + 1)
+    assert victim not in replicas(len(others) + 1, NAME)
     assert post(url, messages=ask("Hello.")).status_code == 200
 
 
@@ -205,10 +224,28 @@ def test_a_request_that_ends_replicas(
         async def __anext__(self) -> None:
             raise ActorDiedError()
 
-        def cancel(self) -> None: ...
+        def cancel(self) -> None:
+            raise ActorDiedError()
 
     monkeypatch.setattr(service, "answer", Dying())
     refusal = post(url, messages=ask("Hello."))
     assert (refusal.status_code, sentence(refusal)) == (503, "3 replicas were lost at this request.")
     assert Dying.calls == 3
     assert not service.running.total()
+
+
+def test_a_machine_that_is_lost(
+    url: str, service: ClusterService, nodes: Any, alone: Pipeline, pictures: list[Path]
+) -> None:
+    """As a replica, but that no other takes its place."""
+    options = GenerationOptions(LONG["max_tokens"], ignore_eos=True)
+    expected = [alone.chat(DESCRIBE, [picture], options).text for picture in pictures]
+    count = len(nodes.list_all_nodes())
+    with ThreadPoolExecutor(8) as pool:
+        whole = [pool.submit(post, url, messages=ask(DESCRIBE, picture), **LONG) for picture in pictures * 2]
+        time.sleep(0.5)
+        nodes.remove_node(nodes.list_all_nodes()[-1], allow_graceful=False)
+        texts = [each.result().json()["choices"][0]["message"]["content"] for each in whole]
+    assert texts == expected * 2
+    replicas(count - 1, NAME)
+    assert httpx.get(f"{url}/healthz").status_code == 200
