@@ -18,7 +18,7 @@ check: $(VENV)/dev.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=20
 
 # The tests again, a fifth slower, with the lines that they reach.
 coverage: $(VENV)/dev.installed

@@ -1,7 +1,7 @@
 """Load on ``dsvl-export serve``: throughput of one client and of eight, and a soak of mixed traffic.
 
     python benchmarks/load.py BUNDLE throughput
-    python benchmarks/load.py BUNDLE soak --minutes 30 --requests 200000
+    python benchmarks/load.py BUNDLE soak --minutes 30
 
 The server runs in a process of its own, on a bundle of the tiny checkpoint in fp32. A soak sends valid
 requests (whole and streamed), malformed ones, bodies that come slowly, and drops connections in the middle.
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("what", choices=("throughput", "soak"))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--requests", type=int, default=200_000)
+    parser.add_argument("--requests", type=int, default=1_000_000)
     given = parser.parse_args()
     if given.what == "throughput":
         compare(given.bundle, given.turns)

@@ -140,8 +140,8 @@ class ClusterExchange(Exchange):
         self._counted = True
         for attempt in range(1, TRIES + 1):
             work = replace(self._work, model=self.model, seconds=max(self._left(), 0))
-            self._steps = self._service.answer.remote(work)
             try:
+                self._steps = self._service.answer.remote(work)
                 step = await self._step()
             except LOST as error:
                 log.warning(
