@@ -15,6 +15,9 @@ from runtimes.errors import UserError
 from runtimes.files import read_json, sha256_of_file, sha256_of_text, write_json
 
 STAGING = ".staging"
+# Files of a stage that is being built: what it is made from, and how far a file is written that has the
+# journal's name without its ending.
+INPUTS, JOURNAL = ".inputs", ".journal"
 Build = Callable[[Path], dict[str, Any]]  # builds into a folder, returns what the manifest shall know
 
 
@@ -52,7 +55,7 @@ class Staging:
         self._work.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         for leftover in (*self._work.iterdir(), *self.folder.glob(f"{DEBUG_PREFIX}*")):
-            if leftover.is_dir():
+            if leftover.is_dir() and not _journals(leftover):
                 shutil.rmtree(leftover)
         if self.previous is None and self._previous_file.exists():
             raw = read_json(self._previous_file)
@@ -110,7 +113,8 @@ class Staging:
         Args:
             name: the stage's folder in the bundle.
             inputs: JSON-able; whatever the result depends on.
-            build: called with an empty folder to fill; its result is kept for ``results``.
+            build: called with a folder to fill, empty but for what an interrupted call with the same inputs
+                left with a journal; its result is kept for ``results``.
 
         Returns:
             Whether an earlier result was reused.
@@ -120,17 +124,19 @@ class Staging:
         if known and known["key"] == key and self._intact(known["files"]):
             return True
         temporary = self._work / name.replace("/", "_")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        _prepare(temporary, key)
         try:
             result = build(temporary)
+            for file in (temporary / INPUTS, *_journals(temporary)):
+                file.unlink()
             for file in temporary.rglob("*"):
                 if file.is_file():
                     file.chmod(0o644)  # safetensors writes files that only their owner can read
             files = self._entries(temporary, name)
             self._replace(temporary, self.folder / name)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException as error:
+            if not (isinstance(error, KeyboardInterrupt) and _journals(temporary)):
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._stages[name] = {"key": key, "result": result, "files": files}
         write_json(self._record_file, self._stages)
@@ -181,7 +187,7 @@ class Staging:
         """Let other exports in; folders that this one made and finished nothing in are taken away."""
         if not self._lock:
             return
-        if self._work in self._made and not self._stages:
+        if self._work in self._made and not self._stages and not _journals(self._work):
             shutil.rmtree(self._work, ignore_errors=True)
             if self.folder in self._made and not any(self.folder.iterdir()):
                 self.folder.rmdir()
@@ -217,3 +223,22 @@ class Staging:
         manifest = self.folder / MANIFEST
         if manifest.exists():
             manifest.replace(self._previous_file)
+
+
+def _journals(folder: Path) -> list[Path]:
+    return sorted(folder.rglob(f"*{JOURNAL}"))
+
+
+def _prepare(folder: Path, key: str) -> None:
+    """A folder for what has these inputs; of what is there already, files with journals are kept."""
+    inputs = folder / INPUTS
+    kept: set[Path] = set()
+    if inputs.exists() and inputs.read_text() == key:
+        kept = {
+            path for file in _journals(folder) for path in (file, file.with_name(file.name[: -len(JOURNAL)]))
+        }
+    for file in folder.rglob("*"):
+        if file.is_file() and file not in kept:
+            file.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs.write_text(key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from dsvl_export.onnx_graph.builder import Graph, Initializer, element_type
+from dsvl_export.staging import JOURNAL
 
 EXTERNAL_ABOVE = 64 << 20  # bytes of weights; a file beside the graph is mapped, what is in it is copied
 INLINE_UP_TO = 1024  # bytes; shape inference reads shapes and axes, which must stand in the file itself
@@ -25,7 +28,8 @@ class Place:
     offset: int
 
 
-Places = dict[tuple[str, str, tuple[int, ...]], Place]  # by name, dtype and shape
+Key = tuple[str, str, tuple[int, ...]]  # name, dtype and shape
+Places = dict[Key, Place]
 
 
 def write_model(
@@ -36,6 +40,9 @@ def write_model(
     places: Places | None = None,
 ) -> list[Path]:
     """Write ``file`` and, above ``external_above`` bytes of weights, ``file.data`` beside it.
+
+    A journal beside the data says what of it is written, so that a call that was interrupted goes on there
+    when it is made again; it belongs to the stage of the export, which takes it away.
 
     Args:
         on_bytes: called with the size of each initializer once it is written.
@@ -55,20 +62,53 @@ def write_model(
         return [file]
     places = {} if places is None else places
     data = file.with_name(file.name + ".data")
-    with data.open("wb") as handle:
+    journal = data.with_name(data.name + JOURNAL)
+    written = _written(data, journal)
+    with data.open("r+b" if written else "wb") as handle, journal.open("a") as log:
+        handle.seek(0, 2)
         for item in initializers:
             if item.nbytes <= INLINE_UP_TO:
                 model.graph.initializer.append(_inline(item))
                 on_bytes(item.nbytes)
                 continue
             if item.key not in places:
-                handle.write(b"\0" * (-handle.tell() % ALIGNMENT))
-                places[item.key] = Place(data.name, handle.tell())
-                handle.write(_bytes(item))
+                if item.key not in written:
+                    written[item.key] = handle.tell() + -handle.tell() % ALIGNMENT
+                    content = _bytes(item)
+                    handle.write(b"\0" * (written[item.key] - handle.tell()) + content)
+                    handle.flush()
+                    log.write(
+                        json.dumps([item.key, written[item.key], len(content), zlib.crc32(content)]) + "\n"
+                    )
+                    log.flush()
+                places[item.key] = Place(data.name, written[item.key])
                 on_bytes(item.nbytes)
             model.graph.initializer.append(_external(item, places[item.key]))
     file.write_bytes(model.SerializeToString())
     return [file, data]
+
+
+def _written(data: Path, journal: Path) -> dict[Key, int]:
+    """Offsets of the tensors that an interrupted call left whole; what comes after them is cut off."""
+    found: dict[Key, int] = {}
+    end = lines = 0
+    if data.exists() and journal.exists():
+        kept = journal.read_text().splitlines(keepends=True)
+        with data.open("r+b") as handle:
+            for line in kept:
+                if not line.endswith("\n"):
+                    break
+                (name, dtype, shape), offset, size, check = json.loads(line)
+                handle.seek(offset)
+                if zlib.crc32(handle.read(size)) != check:
+                    break
+                found[name, dtype, tuple(shape)] = offset
+                end, lines = offset + size, lines + 1
+            handle.truncate(end)
+        journal.write_text("".join(kept[:lines]))
+    else:
+        journal.unlink(missing_ok=True)
+    return found
 
 
 def weight_bytes(graphs: Sequence[Graph]) -> int:
