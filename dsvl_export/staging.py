@@ -232,11 +232,10 @@ def _journals(folder: Path) -> list[Path]:
 def _prepare(folder: Path, key: str) -> None:
     """A folder for what has these inputs; of what is there already, files with journals are kept."""
     inputs = folder / INPUTS
-    kept: set[Path] = set()
-    if inputs.exists() and inputs.read_text() == key:
-        kept = {
-            path for file in _journals(folder) for path in (file, file.with_name(file.name[: -len(JOURNAL)]))
-        }
+    if not (inputs.exists() and inputs.read_text() == key):
+        shutil.rmtree(folder, ignore_errors=True)
+    journals = _journals(folder)
+    kept = {*journals, *(file.with_name(file.name.removesuffix(JOURNAL)) for file in journals)}
     for file in folder.rglob("*"):
         if file.is_file() and file not in kept:
             file.unlink()
