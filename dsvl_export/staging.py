@@ -179,9 +179,12 @@ class Staging:
         return [stage["result"] for stage in self._stages.values()]
 
     def finish(self, manifest: Manifest) -> None:
-        """Write the manifest: from now on the folder is a bundle."""
+        """Write the manifest: from now on the folder is a bundle, and what was interrupted before is gone."""
         write_json(self.folder / MANIFEST, manifest.to_dict())
         self._previous_file.unlink(missing_ok=True)
+        for leftover in self._work.iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
 
     def close(self) -> None:
         """Let other exports in; folders that this one made and finished nothing in are taken away."""

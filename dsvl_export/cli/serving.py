@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-from contextlib import AbstractContextManager, ExitStack, suppress
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from contextlib import ExitStack, suppress
+from typing import Annotated, Optional
 
 import typer
 
@@ -22,9 +22,6 @@ from dsvl_export.cli.options import (
     Verify,
 )
 from runtimes.errors import UserError
-
-if TYPE_CHECKING:
-    from dsvl_export.serving.service import Service
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MOST_CONNECTIONS = 512
@@ -97,9 +94,13 @@ def serve(
         from dsvl_export.serving.exchange import LocalService
         from dsvl_export.serving.images import ImageLimits
         from dsvl_export.serving.models import ModelOptions
-        from dsvl_export.serving.service import ServeOptions
+        from dsvl_export.serving.service import ServeOptions, Service
+
+        if ray:
+            from dsvl_export.serving.deploying import deployed
     except ImportError as error:
-        raise UserError(f"serve needs {error.name}; run: pip install 'dsvl-export[serve]'.") from error
+        extras = "serve,ray" if ray else "serve"
+        raise UserError(f"serve needs {error.name}; run: pip install 'dsvl-export[{extras}]'.") from error
     from dsvl_export import display
     from runtimes.bundle import Bundle
 
@@ -118,7 +119,7 @@ def serve(
         service: Service
         if ray:
             name = f"dsvl-export-{socket.gethostname()}-{place}"  # one server at a time has it
-            replicated = _deployed(ray, Bundle.open(bundle), choice, limits, replicas, name)
+            replicated = deployed(ray, Bundle.open(bundle), choice, limits, replicas, name)
             service = stack.enter_context(replicated)
         else:
             service = LocalService(Bundle.open(bundle), choice, limits)
@@ -135,14 +136,6 @@ def serve(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):  # raised once the server has stopped
             uvicorn.Server(config).run(sockets=[listening])
-
-
-def _deployed(*given: Any) -> AbstractContextManager[Service]:
-    try:
-        from dsvl_export.serving.deploying import deployed
-    except ImportError as error:
-        raise UserError(f"--ray needs {error.name}; run: pip install 'dsvl-export[ray]'.") from error
-    return deployed(*given)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -93,12 +93,13 @@ def _written(data: Path, journal: Path) -> dict[Key, int]:
     found: dict[Key, int] = {}
     end = lines = 0
     if data.exists() and journal.exists():
-        kept = journal.read_text().splitlines(keepends=True)
+        kept = journal.read_text(errors="replace").splitlines(keepends=True)
         with data.open("r+b") as handle:
             for line in kept:
-                if not line.endswith("\n"):
+                try:
+                    (name, dtype, shape), offset, size, check = json.loads(line)
+                except ValueError:  # half a line, or what a power cut makes of one
                     break
-                (name, dtype, shape), offset, size, check = json.loads(line)
                 handle.seek(offset)
                 if zlib.crc32(handle.read(size)) != check:
                     break
@@ -113,7 +114,7 @@ def _written(data: Path, journal: Path) -> dict[Key, int]:
 
 def weight_bytes(graphs: Sequence[Graph]) -> int:
     """Bytes of what graphs of one folder hold, where those with a file beside them share it."""
-    inside, beside = 0, dict[tuple[str, str, tuple[int, ...]], int]()
+    inside, beside = 0, dict[Key, int]()
     for graph in graphs:
         items = list(graph.initializers.values())
         total = sum(item.nbytes for item in items)

@@ -143,15 +143,13 @@ def _room(bundle: Bundle, choice: ModelOptions, replicas: int | None) -> tuple[i
             break
     else:
         raise UserError(f"The cluster has room for {places} replicas of {needs}, not for {count}.")
+    needed = {"CPU": count * each, "GPU": count * gpus}
     until = time.monotonic() + FREED_SECONDS
-    while (free := ray.available_resources()).get("CPU", 0) < count * each or free.get(
-        "GPU", 0
-    ) < count * gpus:
+    while any((free := ray.available_resources()).get(kind, 0) < all_ for kind, all_ in needed.items()):
         if time.monotonic() > until:
-            taken = f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
             raise UserError(
                 f"{count} replicas need {count * each} CPUs and {count * gpus} GPUs, but other work has the"
-                f" cluster's; free are {taken}."
+                f" cluster's; free are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs."
             )
         time.sleep(LOOK_SECONDS)
     return count, {"num_cpus": each, "num_gpus": gpus}

@@ -1,4 +1,4 @@
-"""One request on its way: its model leased, its images read, its prompt queued, its steps as they come."""
+"""Requests to models of this process: a model leased, images read, a prompt queued, steps as they come."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class LocalService(Service):
     def __init__(self, bundle: Bundle, choice: ModelOptions, images: ImageLimits) -> None:
         watch = BundleWatch(bundle)
         self.models = Models(bundle, choice)
-        super().__init__(bundle, watch, askable(bundle, choice.device), self.models.default)
+        (first,) = self.models.open
+        names = askable(bundle, choice.device)
+        super().__init__(bundle, watch, first.pipeline.chain.tokenizer, names, first.name)
         self.images = images
         self.most, self.preparing = choice.queue + 2 * MOST_SLOTS, 0  # requests on their way to a queue
         self.turn = asyncio.Semaphore(AT_ONCE)

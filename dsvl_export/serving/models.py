@@ -64,7 +64,7 @@ def askable(bundle: Bundle, device: str | None) -> list[str]:
 
 
 class Models:
-    """The open models of one bundle; ``default`` is the name of the one that is opened first.
+    """The open models of one bundle.
 
     Raises:
         UserError: the bundle cannot be opened, or its first model cannot run here.
@@ -75,8 +75,8 @@ class Models:
         self._open: dict[str, Model] = {}
         self._lock = threading.Lock()  # of what is open and its leases
         self._opening = threading.Lock()  # held for as long as opening takes
-        self.default = "/".join(bundle.select(options.backend, options.precision))
-        self._open[self.default] = self._opened(self.default)
+        first = "/".join(bundle.select(options.backend, options.precision))
+        self._open[first] = self._opened(first)
 
     @property
     def open(self) -> list[Model]:

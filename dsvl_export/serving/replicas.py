@@ -20,10 +20,11 @@ from dsvl_export.serving.errors import RequestError, request_error, unavailable
 from dsvl_export.serving.exchange import LocalService
 from dsvl_export.serving.images import ImageLimits
 from dsvl_export.serving.models import ModelOptions
-from dsvl_export.serving.service import BundleWatch, Exchange, Figures, Service, Work
+from dsvl_export.serving.service import TOKENIZER, BundleWatch, Exchange, Figures, Service, Work
 from runtimes.bundle import Bundle
 from runtimes.errors import UserError, first_line
 from runtimes.scheduler import BusyError, LateError, Step
+from runtimes.tokenizer import Tokenizer
 
 DEPLOYMENT = "replica"
 TRIES = 3  # of a request whose replica was lost; it may be the request that ends them
@@ -86,7 +87,8 @@ class ClusterService(Service):
         self, bundle: Bundle, watch: BundleWatch, handle: Any, application: str, replicas: int, queue: int
     ) -> None:
         names, default, slots = handle.described.remote().result()
-        super().__init__(bundle, watch, names, default)
+        tokenizer = Tokenizer(bundle.path(TOKENIZER), bundle.manifest.prompt)
+        super().__init__(bundle, watch, tokenizer, names, default)
         self.answer = handle.options(stream=True).answer
         self.most = replicas * slots + queue
         self.running: Counter[str] = Counter()

@@ -146,9 +146,11 @@ class Service(ABC):
         default: the one that the bundle's own name stands for.
     """
 
-    def __init__(self, bundle: Bundle, watch: BundleWatch, names: Sequence[str], default: str) -> None:
-        self.bundle, self.watch, self.names, self.default = bundle, watch, list(names), default
-        self.tokenizer = Tokenizer(bundle.path(TOKENIZER), bundle.manifest.prompt)
+    def __init__(
+        self, bundle: Bundle, watch: BundleWatch, tokenizer: Tokenizer, names: Sequence[str], default: str
+    ) -> None:
+        self.bundle, self.watch, self.tokenizer = bundle, watch, tokenizer
+        self.names, self.default = list(names), default
 
     @property
     @abstractmethod

@@ -12,6 +12,7 @@ import pytest
 from dsvl_export import cli
 from dsvl_export.exporting import export
 from runtimes.bundle import Bundle
+from runtimes.pipeline import Pipeline
 from tests.dsvl_export.command_line import Done
 from tests.dsvl_export.in_browser import BROWSER
 from tests.dsvl_export.serving import Served, serving
@@ -59,6 +60,12 @@ def browser() -> Iterator[Any]:
         opened = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_bundle: Bundle) -> Pipeline:
+    """What one user gets from Python."""
+    return Pipeline.open(tiny_bundle, "onnxruntime", "fp32", threads=1)
 
 
 @pytest.fixture(scope="module")

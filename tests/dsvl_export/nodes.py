@@ -9,24 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 @contextmanager
 def ray_nodes(count: int) -> Iterator[Any]:
     """A cluster of nodes with one CPU each; its ``address``."""
     from ray.cluster_utils import Cluster
 
-    # Workers find these tests' functions.
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    )
     head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
-    found = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(count - 1):
-        found.add_node(num_cpus=1, object_store_memory=100 << 20)
-    try:
-        yield found
-    finally:
-        found.shutdown()
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)  # workers find these tests' functions
+        found = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            for _ in range(count - 1):
+                found.add_node(num_cpus=1, object_store_memory=100 << 20)
+            yield found
+        finally:
+            found.shutdown()
 
 
 def processes(title: str) -> list[int]:

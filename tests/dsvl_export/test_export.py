@@ -114,6 +114,13 @@ def half_a_line(folder: Path) -> None:
     journal.write_text(journal.read_text()[:-9])
 
 
+def rubbish(folder: Path) -> None:
+    """Another thing that a power cut leaves: the last line has its length, but not its bytes."""
+    journal = newest(folder, ".journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]) + bytes(len(lines[-1]) - 2) + b"\xff\n")
+
+
 class Computed:
     """Names of the decoder's tensors beside its graphs, as they are computed, up to an interruption."""
 
@@ -147,7 +154,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("left", "spoil", "again"), [(-12, None, 0), (-1, None, 0), (-12, torn, 1), (-12, half_a_line, 1)]
+    ("left", "spoil", "again"),
+    [(-12, None, 0), (-1, None, 0), (-12, torn, 1), (-12, half_a_line, 1), (-12, rubbish, 1)],
 )
 def test_an_export_goes_on_within_a_component(
     tmp_path: Path,
@@ -170,6 +178,20 @@ def test_an_export_goes_on_within_a_component(
     assert computed.names == [*names[:left], *names[left - again :]]
     assert not [*tmp_path.rglob("*.journal"), *tmp_path.rglob(".inputs")]
     assert made.manifest.files == bundle.manifest.files
+
+
+def test_what_was_interrupted_goes_with_the_next_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gigabytes of another precision do not stay hidden in a bundle."""
+    computed = Computed(monkeypatch)
+    computed.most = 3
+    with pytest.raises(KeyboardInterrupt):
+        computed.export(tmp_path)
+    computed.most = None
+    assert list((tmp_path / ".staging").rglob("*.data"))
+    export("tiny", tmp_path, goldens=False)
+    assert {file.name for file in (tmp_path / ".staging").iterdir()} == {"stages.json", "lock"}
 
 
 def test_a_precision_that_was_interrupted_is_no_choice(tmp_path: Path) -> None:

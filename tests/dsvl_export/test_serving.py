@@ -40,12 +40,6 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_bundle: Bundle) -> Pipeline:
-    """What one user gets from Python."""
-    return Pipeline.open(tiny_bundle, "onnxruntime", "fp32", threads=1)
-
-
 def test_an_answer(client: openai.OpenAI, alone: Pipeline, pictures: list[Path]) -> None:
     expected = alone.chat(DESCRIBE, [pictures[0]])
     found = client.chat.completions.create(model=MODEL, messages=ask(DESCRIBE, pictures[0]))  # type: ignore[arg-type]

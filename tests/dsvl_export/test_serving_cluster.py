@@ -63,12 +63,6 @@ def handle(service: ClusterService) -> Any:
     return serve.get_app_handle(NAME)
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_bundle: Bundle) -> Pipeline:
-    """What one user gets from Python."""
-    return Pipeline.open(tiny_bundle, "onnxruntime", "fp32", threads=1)
-
-
 def post(url: str, **body: Any) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", json={"model": MODEL, **body}, timeout=120)
 
