@@ -28,6 +28,7 @@ from dsvl_export.compilers import (
     CompileProgram,
     Compiler,
     Parts,
+    check_options,
     load_compiler,
 )
 from dsvl_export.ladder.noise import measure_noise, noise_file
@@ -44,15 +45,13 @@ from dsvl_export.staging import Staging
 from dsvl_export.units import size
 from dsvl_export.version import __version__
 from reference.checkpoint import Checkpoint, open_checkpoint
-from reference.goldens import golden_requests
-from reference.session import reference_chain, write_token_embedding
+from reference.goldens import record_reference
+from reference.session import write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent, component_contract
 from runtimes.bundle import Artifact, Bundle
 from runtimes.errors import UserError
 from runtimes.files import write_json
-from runtimes.recording import record_goldens
-from runtimes.taps import take_all_taps
 from runtimes.tokenizer import PromptSpec
 
 MAX_DEFAULT_CAPACITY = 2048
@@ -139,6 +138,7 @@ def export(
         delegate=delegate,
         prefill=prefill,
     )
+    check_options(backend, compiler, options)
     compiler.settings(options)
     if check := getattr(compiler, "check", None):
         for plan in plans:
@@ -176,17 +176,6 @@ def export(
     finally:
         staging.close()
     return Bundle.open(staging.folder)
-
-
-def record_reference(
-    source: Checkpoint, embedding_file: Path, folder: Path, on_step: Callable[[int, int], None]
-) -> None:
-    """Goldens of the fp32 reference, with taps, into ``folder``."""
-    model = source.model()
-    chain, tapped = (reference_chain(source, embedding_file, model, tapped) for tapped in (False, True))
-    requests = golden_requests(chain.tokenizer.spec.system_prompt)
-    positions = source.config.decoder.max_positions
-    record_goldens(chain, requests, folder, source.digest, positions, on_step, partial(take_all_taps, tapped))
 
 
 def _check_same_checkpoint(staging: Staging, source: Checkpoint) -> None:

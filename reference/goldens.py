@@ -1,16 +1,32 @@
-"""What goldens are recorded of: rendered pictures and, where scikit-image is installed, photographs."""
+"""Goldens of the reference: rendered pictures and, where scikit-image is installed, photographs."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from reference.checkpoint import Checkpoint
+from reference.session import reference_chain
 from reference.tiny import HELDOUT
 from runtimes.prompt import Message, format_chat
-from runtimes.recording import GoldenRequest
+from runtimes.recording import GoldenRequest, record_goldens
+from runtimes.taps import take_all_taps
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png")  # both free of rights (NASA; CC0)
+
+
+def record_reference(
+    source: Checkpoint, embedding_file: Path, folder: Path, on_step: Callable[[int, int], None]
+) -> None:
+    """Goldens of the fp32 reference, with taps, into ``folder``."""
+    model = source.model()
+    chain, tapped = (reference_chain(source, embedding_file, model, tapped) for tapped in (False, True))
+    requests = golden_requests(chain.tokenizer.spec.system_prompt)
+    positions = source.config.decoder.max_positions
+    record_goldens(chain, requests, folder, source.digest, positions, on_step, partial(take_all_taps, tapped))
 
 
 def golden_requests(system_prompt: str) -> list[GoldenRequest]:

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.compilers"
+# Options that only some backends have, and how the command line writes them.
+FLAGS = {
+    "tensorrt": "--tensorrt",
+    "capabilities": "--sm",
+    "deployment": "--deployment-target",
+    "delegate": "--delegate",
+    "prefill": "--no-prefill",
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Compiler(Protocol):
 
     ``PRECISIONS`` are the float precisions that it compiles, ``LAYER_PRECISIONS`` and ``CACHE_PRECISIONS``
     what a precision plan may give single layers and the KV cache. Recipes are taken on ``RECIPE_BASE``.
+    ``OPTIONS`` are those of ``FLAGS`` that it has.
     A compiler may also have ``check(plan, config, options)``, which refuses before any work what its options
     and a plan cannot have together, ``write_listing(folder, app)``, which writes source code for those who
     build an app on the artifacts of a precision, and, in place of ``compile_component``,
@@ -103,6 +112,7 @@ class Compiler(Protocol):
     LAYER_PRECISIONS: tuple[str, ...]
     CACHE_PRECISIONS: tuple[str, ...]
     RECIPE_BASE: str
+    OPTIONS: tuple[str, ...]
 
     def settings(self, options: CompileOptions) -> dict[str, Any]:
         """JSON-able: what of the options the artifacts depend on; where it changes, they are made anew.
@@ -166,3 +176,15 @@ def load_compiler(name: str) -> Compiler:
         if entry.name == name:
             return cast(Compiler, load_entry(entry))
     raise UserError(f"There is no backend {name!r}; there are {', '.join(compiler_names())}.")
+
+
+def check_options(backend: str, compiler: Compiler, options: CompileOptions) -> None:
+    """Refuse an option that would change nothing.
+
+    Raises:
+        UserError: it was given, and the backend does not have it.
+    """
+    usual = CompileOptions()
+    for name, flag in FLAGS.items():
+        if name not in compiler.OPTIONS and getattr(options, name) != getattr(usual, name):
+            raise UserError(f"{backend} has no {flag}; see 'dsvl-export export --help' for whose it is.")

@@ -26,6 +26,7 @@ PRECISIONS = ("fp16", "fp32")
 LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp16"
+OPTIONS = ("deployment",)
 TARGET, SINCE = "apple", {"iOS": 27, "macOS": 27}
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
 

@@ -26,6 +26,7 @@ PRECISIONS = ("fp16",)
 LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # states are half precision
 RECIPE_BASE = "fp16"
+OPTIONS = ("deployment",)
 TARGET, SINCE = "apple", {"iOS": 18, "macOS": 15}
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "settings", "write_listing"]
 

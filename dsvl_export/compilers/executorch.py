@@ -26,6 +26,7 @@ PRECISIONS = ("fp32", "fp16")
 LAYER_PRECISIONS = ("8da4w", "8da8w")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp32"
+OPTIONS = ("delegate",)
 TARGET = "phone"
 DELEGATES = (DIALECT, "coreml", "vulkan")
 

@@ -28,6 +28,7 @@ PRECISIONS = ("fp32", "fp16")
 LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4", "8da4w", "8da8w")
 CACHE_PRECISIONS = ("int8",)
 RECIPE_BASE = "fp32"
+OPTIONS = ("prefill",)
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:

@@ -28,6 +28,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # KVCacheUpdate takes float caches alone
 RECIPE_BASE = "fp16"
+OPTIONS = ("tensorrt",)
 LATEST = "11.4"
 TARGET = "cuda"
 OLDEST = Version("10.3")

@@ -23,7 +23,6 @@ from dsvl_export.linter import Release, refuse
 from dsvl_export.linter.types import SINCE_SM
 from dsvl_export.onnx_graph.debug import debug_build
 from runtimes.bundle import Engine
-from runtimes.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 # GPUs with tensor cores that TensorRT-RTX builds for: Ampere, Ada, Blackwell.
 CAPABILITIES = (86, 89, 120)
+OPTIONS = ("capabilities",)
 DIALECT = "trt11"
 __all__ = [
     "CACHE_PRECISIONS", "LAYER_PRECISIONS", "PRECISIONS", "RECIPE_BASE",
@@ -40,11 +40,6 @@ __all__ = [
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    if options.tensorrt:
-        raise UserError(
-            "tensorrt_rtx builds with the TensorRT-RTX that is installed;"
-            " --tensorrt is for the backend tensorrt."
-        )
     sm = options.target.sm if options.target else None
     return {
         "capabilities": options.capabilities or ((sm,) if sm else CAPABILITIES),

@@ -118,9 +118,9 @@ def _record_live(
     bundle: Bundle, live: str, precision: str, folder: Path, on_step: OnStep
 ) -> tuple[Goldens, Noise]:
     """Goldens and noise computed now from the checkpoint, its token embeddings included."""
-    from dsvl_export.exporting import record_reference
     from dsvl_export.precisions import planned_weights
     from reference.checkpoint import open_checkpoint
+    from reference.goldens import record_reference
     from reference.session import write_token_embedding
 
     source = open_checkpoint(live)

@@ -7,17 +7,16 @@ import os
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jsonschema
 import pytest
 
 from dsvl_export import export, parity
 from dsvl_export.exporting import ExportProgress
-from dsvl_export.onnx_graph import writer
-from dsvl_export.onnx_graph.builder import Initializer
 from dsvl_export.records import record_verdict
 from dsvl_export.staging import Staging
 from runtimes.bundle import MANIFEST, Bundle
@@ -97,101 +96,6 @@ def test_an_interrupted_export_goes_on(tmp_path: Path) -> None:
     bundle = export("tiny", folder, goldens=False, report=recorder)
     assert recorder.count() == {"reused": 4, "finished": 1}
     assert bundle.problems() == []
-
-
-def newest(folder: Path, ending: str) -> Path:
-    return max(folder.rglob(f"*{ending}"), key=lambda file: file.stat().st_mtime_ns)
-
-
-def torn(folder: Path) -> None:
-    """As a power cut leaves it: the last tensor is not on the disk as the journal says."""
-    data = newest(folder, ".data")
-    data.write_bytes(data.read_bytes()[:-100] + bytes(100))
-
-
-def half_a_line(folder: Path) -> None:
-    journal = newest(folder, ".journal")
-    journal.write_text(journal.read_text()[:-9])
-
-
-def rubbish(folder: Path) -> None:
-    """Another thing that a power cut leaves: the last line has its length, but not its bytes."""
-    journal = newest(folder, ".journal")
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:-1]) + bytes(len(lines[-1]) - 2) + b"\xff\n")
-
-
-class Computed:
-    """Names of the decoder's tensors beside its graphs, as they are computed, up to an interruption."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.names: list[str] = []
-        self.most: int | None = None
-        self._stage, self._plain = "", writer._bytes
-        patch.setattr(writer.write_model, "__defaults__", (0, None))
-        patch.setattr(writer, "_bytes", self._bytes)
-
-    def export(self, folder: Path) -> Bundle:
-        return export("tiny", folder, precisions=["8da4w"], goldens=False, report=self._follow)
-
-    def _follow(self, progress: ExportProgress) -> None:
-        self._stage = progress.stage
-
-    def _bytes(self, item: Initializer) -> bytes:
-        if self._stage.endswith("/decoder") and item.nbytes > writer.INLINE_UP_TO:
-            if len(self.names) == self.most:
-                raise KeyboardInterrupt
-            self.names.append(item.name)
-        return self._plain(item)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, list[str]]:
-    """An export of two graphs that share their weights, and the order in which these are computed."""
-    with pytest.MonkeyPatch.context() as patch:
-        computed = Computed(patch)
-        return computed.export(tmp_path_factory.mktemp("whole") / "b"), computed.names
-
-
-@pytest.mark.parametrize(
-    ("left", "spoil", "again"),
-    [(-12, None, 0), (-1, None, 0), (-12, torn, 1), (-12, half_a_line, 1), (-12, rubbish, 1)],
-)
-def test_an_export_goes_on_within_a_component(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    whole: tuple[Bundle, list[str]],
-    left: int,
-    spoil: Callable[[Path], None] | None,
-    again: int,
-) -> None:
-    """No tensor that is written is computed again, also not by the second graph; the bundle is the same."""
-    bundle, names = whole
-    computed = Computed(monkeypatch)
-    computed.most = len(names) + left
-    with pytest.raises(KeyboardInterrupt):
-        computed.export(tmp_path)
-    computed.most = None
-    if spoil:
-        spoil(tmp_path / ".staging")
-    made = computed.export(tmp_path)
-    assert computed.names == [*names[:left], *names[left - again :]]
-    assert not [*tmp_path.rglob("*.journal"), *tmp_path.rglob(".inputs")]
-    assert made.manifest.files == bundle.manifest.files
-
-
-def test_what_was_interrupted_goes_with_the_next_bundle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gigabytes of another precision do not stay hidden in a bundle."""
-    computed = Computed(monkeypatch)
-    computed.most = 3
-    with pytest.raises(KeyboardInterrupt):
-        computed.export(tmp_path)
-    computed.most = None
-    assert list((tmp_path / ".staging").rglob("*.data"))
-    export("tiny", tmp_path, goldens=False)
-    assert {file.name for file in (tmp_path / ".staging").iterdir()} == {"stages.json", "lock"}
 
 
 def test_a_precision_that_was_interrupted_is_no_choice(tmp_path: Path) -> None:
@@ -372,6 +276,22 @@ def test_bad_requests_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize(("backend", "option", "flag"), [
+    ("onnxruntime", {"delegate": "coreml"}, "--delegate"),
+    ("onnxruntime", {"tensorrt": "11.4"}, "--tensorrt"),
+    ("coreml", {"prefill": False}, "--no-prefill"),
+    ("executorch", {"deployment": "iOS18"}, "--deployment-target"),
+    ("tensorrt_rtx", {"tensorrt": "11.4"}, "--tensorrt"),
+    ("tensorrt", {"capabilities": (89,)}, "--sm"),
+])  # fmt: skip
+def test_options_that_would_change_nothing_are_refused(
+    tmp_path: Path, backend: str, option: dict[str, Any], flag: str
+) -> None:
+    with pytest.raises(UserError, match=f"{backend} has no {flag};"):
+        export("tiny", tmp_path / "b", backend, ["fp16"], **option)
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.fixture(params=[1, 6])
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A real file system, too small for the embedding, or for the encoder."""
@@ -445,7 +365,7 @@ def test_noise_follows_the_goldens(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(first["goldens"]) == 10
     assert parity(tmp_path / "b", precision="fp16").passed
     requests = goldens.golden_requests
-    monkeypatch.setattr("dsvl_export.exporting.golden_requests", lambda system: requests(system)[::-1])
+    monkeypatch.setattr("reference.goldens.golden_requests", lambda system: requests(system)[::-1])
     monkeypatch.setattr("dsvl_export.exporting.__version__", "0.0.1")
     export("tiny", tmp_path / "b", precisions=["fp32"])
     # The goldens are decoded together, so their order shows in the last bits.

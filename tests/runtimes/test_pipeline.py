@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 
 from reference.checkpoint import open_checkpoint
 from reference.session import reference_chain
-from runtimes.bundle import Bundle
+from runtimes.bundle import Bundle, Engine
 from runtimes.errors import UserError
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline import Pipeline, needed_memory
 from runtimes.preprocess import load_image, preprocess
 from runtimes.prompt import IMAGE_PLACEHOLDER, Message
 from runtimes.sampling import GenerationOptions
@@ -204,3 +205,25 @@ def test_preprocessed_content_is_the_key(pipeline: Pipeline, pictures: list[Path
     assert pipeline.chain.images_encoded == 6
     spec = pipeline.chain.preprocessing
     assert preprocess(pictures[0], spec).shape == (3, spec.image_size, spec.image_size)
+
+
+@pytest.mark.parametrize(("precision", "widened", "item"), [("fp32", 1, 4), ("fp16", 2, 2)])
+def test_needed_memory_is_weights_and_cache(
+    tiny_bundle: Bundle, precision: str, widened: int, item: int
+) -> None:
+    folder = tiny_bundle.folder / "onnxruntime" / precision
+    weights = widened * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    a_token = 2 * 4 * 4 * 32 * item  # keys and values of 4 layers with 4 heads of 32
+    needed = [needed_memory(tiny_bundle, "onnxruntime", precision, capacity) for capacity in (None, 100)]
+    assert needed == [weights + 1024 * a_token, weights + 100 * a_token]
+
+
+def test_needed_memory_leaves_engines_to_their_gpu(tiny_bundle: Bundle) -> None:
+    plain = needed_memory(tiny_bundle, "onnxruntime", "fp32", None)
+    file = tiny_bundle.manifest.token_embedding  # any other file of the bundle in an engine's place
+    engine = Engine(file, (87,), "", "", "11.4", 1024, 1)
+    artifacts = tuple(
+        replace(item, files=(*item.files, file), engine=engine) for item in tiny_bundle.manifest.artifacts
+    )
+    built = Bundle(tiny_bundle.folder, replace(tiny_bundle.manifest, artifacts=artifacts))
+    assert needed_memory(built, "onnxruntime", "fp32", None) == plain
