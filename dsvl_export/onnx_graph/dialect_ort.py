@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ from runtimes.errors import UserError
 
 # MatMulNBits' accuracy_level: what it rounds activations to.
 FLOAT_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
+# Scores of a block of queries. SAM-B has 201 million, for 4,096 tokens: in blocks of 25 million its encoder
+# takes 1.0 GB instead of 2.6 in fp32, in the same time.
+MOST_SCORES = 1 << 25
 
 
 class OrtDialect(StandardDialect):
@@ -38,17 +42,24 @@ class OrtDialect(StandardDialect):
     """
 
     def attention(self, context: Lowering, node: Node) -> str:
-        """``MultiHeadAttention``: scores block by block, a bias added inside their product.
+        """``MultiHeadAttention``, which adds a bias inside the product of queries and keys.
 
         It takes and gives ``[B, T, H * Dh]``, so that the program's transposes around it fall away.
         """
         operands, bias = attention_inputs(node)
         heads, name, graph = int(fake(operands[0]).shape[1]), context.name(node), context.graph
         query, key, value = (self._before_heads(context, source) for source in operands)
-        inputs = [query, key, value, *(["", "", context.value(bias[0])] if bias else [])]
-        joined = graph.node(
-            "MultiHeadAttention", inputs, f"{name}_joined", {"num_heads": heads}, domain="com.microsoft"
-        )
+        parts = [
+            graph.node(
+                "MultiHeadAttention",
+                [queries, key, value, *(["", "", added] if added else [])],
+                f"{name}_joined",
+                {"num_heads": heads},
+                domain="com.microsoft",
+            )
+            for queries, added in _query_blocks(context, query, bias)
+        ]
+        joined = graph.node("Concat", parts, f"{name}_whole", {"axis": 1}) if len(parts) > 1 else parts[0]
         split = graph.node(
             "Reshape", [joined, graph.ints(0, 0, heads, int(fake(node).shape[-1]))], f"{name}_split"
         )
@@ -175,3 +186,34 @@ class OrtPrefillDialect(OrtDialect):
         if weight.bits == 8 or tokens != context.first_input.shape[1]:  # the head, of the wanted rows
             return super().dynamic_linear(context, node, x, weight)
         return integer_linear(context, node, x, in_eight_bits(weight))
+
+
+def _query_blocks(context: Lowering, query: str, bias: list[Node]) -> list[tuple[str, str]]:
+    """Queries ``[B, t, H * Dh]`` and their bias ``[B, H, t, T]``, empty where there is none, block by block.
+
+    Where all scores at once would be too many, and the bias is a sum of one of rows ``[B, H, n, n, kh, 1]``
+    and one of columns ``[B, H, n, n, 1, kw]``, a block has some rows of the grid.
+    """
+    if not bias:
+        return [(query, "")]
+    _, *scores = fake(bias[0]).shape
+    source = bias[0]
+    while source.target == aten.flatten.using_ints:
+        source = arguments(source)[0]
+    least = math.ceil(math.prod(map(int, scores)) / MOST_SCORES)
+    if least == 1 or source.target != aten.add.Tensor or fake(source).dim() != 6:
+        return [(query, context.value(bias[0]))]
+    rows = int(fake(source).shape[2])
+    count = next(count for count in range(min(least, rows), rows + 1) if rows % count == 0)
+    graph, name = context.graph, context.name(bias[0])
+
+    def blocks(value: str, axis: int) -> list[str]:
+        outputs = [graph.unique(f"{name}_block") for _ in range(count)]
+        graph.node("Split", [value], f"{name}_blocks", {"axis": axis, "num_outputs": count}, outputs)
+        return outputs
+
+    of_rows, of_columns = (blocks(context.value(part), 2) for part in arguments(source)[:2])
+    sums = [graph.node("Add", pair, f"{name}_sum") for pair in zip(of_rows, of_columns, strict=True)]
+    flat = graph.ints(0, 0, -1, int(scores[-1]))
+    added = [graph.node("Reshape", [each, flat], f"{name}_flat") for each in sums]
+    return list(zip(blocks(query, 1), added, strict=True))

@@ -106,6 +106,27 @@ def test_the_towers_keep_their_attention_whole(pair: OraclePair) -> None:
     assert graph.initializers.keys() <= read
 
 
+def test_attention_in_blocks_of_queries_changes_no_bit(
+    hybrid_pair: OraclePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with more than one image, and where the most that is allowed is less than one row's scores."""
+    side = hybrid_pair.model.config.vision.image_size
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).numpy()
+    traced = trace(hybrid_pair.checkpoint.config, "vision_encoder", "fp32")
+    found, attentions = {}, {}
+    for most in (1 << 25, 1 << 9, 1):
+        monkeypatch.setattr("dsvl_export.onnx_graph.dialect_ort.MOST_SCORES", most)
+        graph = lower(traced, loader(hybrid_pair, "vision_encoder"), OrtDialect())
+        (file,) = write_model(graph, tmp_path / f"{most}.onnx", lambda count: None)
+        attentions[most] = Counter(node.op_type for node in graph.nodes)["MultiHeadAttention"]
+        found[most] = onnxruntime.InferenceSession(str(file)).run(None, {"pixel_values": pixels})
+    whole, some, rows = attentions.values()
+    assert whole < some < rows
+    for most in (1 << 9, 1):
+        for array, expected in zip(found[most], found[1 << 25], strict=True):
+            np.testing.assert_array_equal(array, expected)
+
+
 def test_weights_load_one_at_a_time(hybrid_pair: OraclePair, tmp_path: Path) -> None:
     """With external data no weight is loaded before the one before it is written."""
     events: list[str] = []
