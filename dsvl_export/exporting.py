@@ -45,7 +45,7 @@ from dsvl_export.staging import Staging
 from dsvl_export.units import size
 from dsvl_export.version import __version__
 from reference.checkpoint import Checkpoint, open_checkpoint
-from reference.goldens import record_reference
+from reference.goldens import goldens_bytes, record_reference
 from reference.session import write_token_embedding
 from reference.specs import preprocess_spec, prompt_spec
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent, component_contract
@@ -156,7 +156,7 @@ def export(
         if capacity is None and staging.previous:  # of the bundle that is extended
             options = replace(options, capacity=staging.previous.default_capacity)
         run = _Run(source, staging, report, compiler, options)
-        run.check_disk(backend, plans)
+        run.check_disk(backend, plans, goldens)
         run.tokenizer()
         run.token_embedding()
         if goldens:
@@ -203,13 +203,15 @@ class _Run:
         self._scales: ScaleTable | None = None
         self._traced: dict[tuple[str, str], tuple[TracedComponent, int]] = {}
 
-    def check_disk(self, backend: str, plans: Sequence[PrecisionPlan]) -> None:
+    def check_disk(self, backend: str, plans: Sequence[PrecisionPlan], goldens: bool) -> None:
         """Refuse what the disk cannot hold, before any work; what is finished already is not counted.
 
         Raises:
             UserError: with both figures.
         """
         needed = 0 if self.staging.holds("token_embedding") else self.source.embedding_bytes() or 0
+        if goldens and not self.staging.holds("goldens"):
+            needed += goldens_bytes(self.source.config)
         for plan in plans:
             for component in TRACED_COMPONENTS:
                 stages = (f"{backend}/{plan.name}/{part}" for part in (component, "program"))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from reference.checkpoint import Checkpoint
+from reference.config import ModelConfig
 from reference.session import reference_chain
 from reference.tiny import HELDOUT
+from reference.trace import component_contract
+from runtimes.goldens import GREEDY_TOKENS
 from runtimes.prompt import Message, format_chat
 from runtimes.recording import GoldenRequest, record_goldens
-from runtimes.taps import take_all_taps
+from runtimes.taps import SAMPLES, TAPPED_COMPONENTS, take_all_taps
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png")  # both free of rights (NASA; CC0)
 
@@ -27,6 +31,19 @@ def record_reference(
     requests = golden_requests(chain.tokenizer.spec.system_prompt)
     positions = source.config.decoder.max_positions
     record_goldens(chain, requests, folder, source.digest, positions, on_step, partial(take_all_taps, tapped))
+
+
+def goldens_bytes(config: ModelConfig) -> int:
+    """The most bytes that ``record_reference`` writes; headers and the pictures themselves are left out."""
+    vision, adaptor, decoder = (
+        component_contract(config, component, "fp32") for component in TAPPED_COMPONENTS
+    )
+    requests = golden_requests("")
+    values = math.prod(map(int, decoder.outputs[0].shape[2:])) * GREEDY_TOKENS * len(requests)
+    values += SAMPLES * sum(len(contract.taps) for contract in (vision, adaptor, decoder))
+    of_an_image = sum(math.prod(map(int, spec.shape[1:])) for spec in (*vision.outputs, *adaptor.outputs))
+    square = 3 * config.vision.image_size**2
+    return 4 * values + (4 * of_an_image + square) * sum(len(request.images) for request in requests)
 
 
 def golden_requests(system_prompt: str) -> list[GoldenRequest]:

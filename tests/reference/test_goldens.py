@@ -12,7 +12,7 @@ import pytest
 from calibration.precision import load_precision
 from calibration.program import planned_chain
 from calibration.weights import QuantizedWeights
-from reference.goldens import PHOTOGRAPHS, golden_requests
+from reference.goldens import PHOTOGRAPHS, golden_requests, goldens_bytes
 from reference.model import DeepSeekVL
 from reference.session import reference_chain, write_token_embedding
 from reference.trace import TRACED_COMPONENTS, component_contract
@@ -140,3 +140,12 @@ def test_rounding_costs_what_half_precision_costs(pair: OraclePair, tmp_path: Pa
         found = take_taps(chain, golden, component)
         for name, expected in taps.items():
             assert 5e-5 < relative_rms(found[name], expected) < 5e-3, (component, name)
+
+
+def test_what_goldens_take_is_known_before(pair: OraclePair, tmp_path: Path) -> None:
+    """To the byte, but for headers, tokens, and taps that have fewer values than are sampled."""
+    record(pair, tmp_path / "b", 300)
+    found = sum(file.stat().st_size for file in (tmp_path / "b/goldens").glob("*.safetensors"))
+    contracts = (component_contract(pair.model.config, name, "fp32") for name in TAPPED_COMPONENTS)
+    taps = 4 * SAMPLES * sum(len(contract.taps) for contract in contracts)
+    assert 0 < found - (goldens_bytes(pair.model.config) - taps) < 10 * 5000
