@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dsvl_export import display
-from dsvl_export.exporting import ExportProgress, export
+from dsvl_export.export_stages import ExportProgress
+from dsvl_export.exporting import export
 from dsvl_export.ladder import ParityResult, parity
 from dsvl_export.records import record_verdict
 from dsvl_export.report.document import make_document

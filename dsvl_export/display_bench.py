@@ -23,7 +23,7 @@ def print_bench(result: BenchResult) -> None:
     for name, timing in result.stages.items():
         stages.add_row(name, *_times(timing))
     stages.add_section()
-    stages.add_row("[bold]first token[/]", f"[bold]{_time(result.first_token)}[/]", "", "")
+    stages.add_row("[bold]first token[/]", *(f"[bold]{each}[/]" for each in _times(result.first_token)))
     stages.caption = f"one picture, {result.prompt_tokens} tokens of prompt"
     out.print(stages)
     decoding = Table(title="Decoding")

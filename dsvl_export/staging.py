@@ -5,20 +5,21 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 from runtimes.bundle import DEBUG_PREFIX, MANIFEST, Bundle, FileEntry, Manifest
 from runtimes.errors import UserError
-from runtimes.files import read_json, sha256_of_file, sha256_of_text, write_json
+from runtimes.files import read_json, sha256_of_file, sha256_of_files, sha256_of_text, write_json
 
 STAGING = ".staging"
 # Files of a stage that is being built: what it is made from, and how far a file is written that has the
 # journal's name without its ending.
 INPUTS, JOURNAL = ".inputs", ".journal"
 Build = Callable[[Path], dict[str, Any]]  # builds into a folder, returns what the manifest shall know
+Hashed = Callable[[int, int], None]  # bytes that are hashed, and all
 
 
 class Staging:
@@ -107,7 +108,9 @@ class Staging:
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{self._record_file} is damaged; delete it and run again.") from error
 
-    def stage(self, name: str, inputs: Any, build: Build) -> bool:
+    def stage(
+        self, name: str, inputs: Any, build: Build, on_hashed: Hashed = lambda done, total: None
+    ) -> bool:
         """Run a stage, or reuse its result where its inputs and files are as before.
 
         Args:
@@ -115,36 +118,65 @@ class Staging:
             inputs: JSON-able; whatever the result depends on.
             build: called with a folder to fill, empty but for what an interrupted call with the same inputs
                 left with a journal; its result is kept for ``results``.
+            on_hashed: called with the bytes that are hashed of the result, or of the earlier one, and all.
 
         Returns:
             Whether an earlier result was reused.
         """
-        key = sha256_of_text(json.dumps(inputs, sort_keys=True))
-        known = self._stages.get(name)
-        if known and known["key"] == key and self._intact(known["files"]):
+        key, known = _key(inputs), self._stages.get(name)
+        if known and known["key"] == key and self._intact(known["files"], on_hashed):
             return True
-        temporary = self._work / name.replace("/", "_")
+        temporary = self._folder_of(name)
         _prepare(temporary, key)
         try:
             result = build(temporary)
+            files = self._entries(temporary, name, on_hashed)
             for file in (temporary / INPUTS, *_journals(temporary)):
                 file.unlink()
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o644)  # safetensors writes files that only their owner can read
-            files = self._entries(temporary, name)
             self._replace(temporary, self.folder / name)
         except BaseException as error:
-            if not (isinstance(error, KeyboardInterrupt) and _journals(temporary)):
+            mendable = isinstance(error, (KeyboardInterrupt, OSError, MemoryError))
+            if not (mendable and _journals(temporary)):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._stages[name] = {"key": key, "result": result, "files": files}
         write_json(self._record_file, self._stages)
         return False
 
-    def holds(self, name: str) -> bool:
-        """Whether a stage was finished, with these inputs or others."""
-        return name in self._stages
+    def left(self, name: str, inputs: Callable[[], Any], size: Callable[[], int]) -> int:
+        """Bytes that a stage has still to write.
+
+        Args:
+            inputs: those it would be run with; asked for where something of it is there.
+            size: of all that it writes, in bytes; asked for where not all of it is there.
+        """
+        known, temporary = self._stages.get(name), self._folder_of(name)
+        key = _key(inputs()) if known or temporary.is_dir() else ""
+        if known and known["key"] == key:
+            return 0
+        written = _kept(temporary) if _is_of(temporary, key) else set()
+        return max(size() - sum(file.stat().st_size for file in written if file.exists()), 0)
+
+    def forget_all_but(self, names: Iterable[str]) -> None:
+        """Take away what was interrupted of other stages."""
+        kept = {self._folder_of(name) for name in names}
+        for leftover in self._work.iterdir():
+            if leftover.is_dir() and leftover not in kept:
+                shutil.rmtree(leftover)
+
+    def scratch(self, name: str, inputs: Any) -> Path:
+        """A folder for work with these inputs, kept until the bundle is finished."""
+        folder, key = self._folder_of(name), _key(inputs)
+        if not _is_of(folder, key):
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        (folder / INPUTS).write_text(key)
+        (folder / f"all{JOURNAL}").touch()
+        return folder
+
+    def _folder_of(self, name: str) -> Path:
+        """Where a stage is made."""
+        return self._work / name.replace("/", "_")
 
     def attach(self, name: str, file: Path, result: Any) -> None:
         """Add a file to a finished stage, or replace it there, and the stage's result.
@@ -200,18 +232,24 @@ class Staging:
         paths = {path: self.folder / path for path in files}
         return all(f.is_file() and f.stat().st_size == files[p]["bytes"] for p, f in paths.items())
 
-    def _intact(self, files: dict[str, dict[str, Any]]) -> bool:
-        return self._present(files) and all(
-            sha256_of_file(self.folder / path) == entry["sha256"] for path, entry in files.items()
-        )
+    def _intact(self, files: dict[str, dict[str, Any]], on_hashed: Hashed) -> bool:
+        if not self._present(files):
+            return False
+        paths = {path: self.folder / path for path in files}
+        hashes = sha256_of_files(paths.values(), on_hashed)
+        return all(hashes[paths[path]] == entry["sha256"] for path, entry in files.items())
 
-    def _entries(self, built: Path, stage: str) -> dict[str, dict[str, Any]]:
-        return {
-            f"{stage}/{file.relative_to(built).as_posix()}": asdict(
-                FileEntry(file.stat().st_size, sha256_of_file(file))
-            )
+    def _entries(self, built: Path, stage: str, on_hashed: Hashed) -> dict[str, dict[str, Any]]:
+        files = [
+            file
             for file in sorted(built.rglob("*"))
-            if file.is_file()
+            if file.is_file() and file.name != INPUTS and file.suffix != JOURNAL
+        ]
+        for file in files:
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
+        return {
+            f"{stage}/{file.relative_to(built).as_posix()}": asdict(FileEntry(file.stat().st_size, digest))
+            for file, digest in sha256_of_files(files, on_hashed).items()
         }
 
     def _replace(self, source: Path, target: Path) -> None:
@@ -228,19 +266,32 @@ class Staging:
             manifest.replace(self._previous_file)
 
 
+def _key(inputs: Any) -> str:
+    return sha256_of_text(json.dumps(inputs, sort_keys=True))
+
+
 def _journals(folder: Path) -> list[Path]:
     return sorted(folder.rglob(f"*{JOURNAL}"))
 
 
+def _kept(folder: Path) -> set[Path]:
+    """Files that have a journal."""
+    return {file.with_name(file.name.removesuffix(JOURNAL)) for file in _journals(folder)}
+
+
+def _is_of(folder: Path, key: str) -> bool:
+    """Whether what a folder holds was made from these inputs."""
+    inputs = folder / INPUTS
+    return inputs.exists() and inputs.read_text() == key
+
+
 def _prepare(folder: Path, key: str) -> None:
     """A folder for what has these inputs; of what is there already, files with journals are kept."""
-    inputs = folder / INPUTS
-    if not (inputs.exists() and inputs.read_text() == key):
+    if not _is_of(folder, key):
         shutil.rmtree(folder, ignore_errors=True)
-    journals = _journals(folder)
-    kept = {*journals, *(file.with_name(file.name.removesuffix(JOURNAL)) for file in journals)}
+    kept = {*_journals(folder), *_kept(folder)}
     for file in folder.rglob("*"):
         if file.is_file() and file not in kept:
             file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    inputs.write_text(key)
+    (folder / INPUTS).write_text(key)

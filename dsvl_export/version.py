@@ -1,3 +1,20 @@
-"""The version of this package."""
+"""The version of this package, and of its code."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
 
 __version__ = "0.4.0"
+PACKAGES = ("calibration", "dsvl_export", "reference", "runtimes")
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 of the sources: in a checkout, what an export writes can change without the version."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

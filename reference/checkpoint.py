@@ -21,7 +21,7 @@ from reference.layouts import UNUSED, Shape, Source, sources
 from reference.model import DeepSeekVL
 from reference.tiny import TINY
 from runtimes.errors import UserError, first_line
-from runtimes.files import read_json, sha256_of_file, sha256_of_text, write_json
+from runtimes.files import read_json, sha256_of_files, sha256_of_text, write_json
 from runtimes.prompt import BOS, EOS, PAD
 
 STREAM_ABOVE = 2 << 30  # bytes of fp32 weights
@@ -215,10 +215,20 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over config, tokenizer, preprocessing and weights: the checkpoint's identity."""
+        return self.identify(lambda done, total: None)
+
+    def identify(self, on_step: Callable[[int, int], None]) -> str:
+        """Compute ``digest`` now, which reads all weights.
+
+        Args:
+            on_step: called with the bytes that are read, and all.
+        """
         names = ("config.json", "preprocessor_config.json", "processor_config.json")
         settings = [self.folder / name for name in names if (self.folder / name).exists()]
-        files = [*settings, *self.tokenizer_files, *self._files.files]
-        return sha256_of_text("\n".join(f"{file.name} {sha256_of_file(file)}" for file in files))
+        hashes = sha256_of_files([*settings, *self.tokenizer_files, *self._files.files], on_step)
+        digest = sha256_of_text("\n".join(f"{file.name} {found}" for file, found in hashes.items()))
+        vars(self)["digest"] = digest  # where the property keeps it
+        return digest
 
     @property
     def tokenizer_files(self) -> list[Path]:

@@ -23,14 +23,19 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png")  # both free of rights (NASA; CC0
 
 
 def record_reference(
-    source: Checkpoint, embedding_file: Path, folder: Path, on_step: Callable[[int, int], None]
+    source: Checkpoint,
+    embedding_file: Path,
+    folder: Path,
+    on_step: Callable[[int, int], None],
+    on_saved: Callable[[Path], None] = lambda file: None,
 ) -> None:
-    """Goldens of the fp32 reference, with taps, into ``folder``."""
+    """Goldens of the fp32 reference, with taps, into ``folder``; see ``record_goldens``."""
     model = source.model()
     chain, tapped = (reference_chain(source, embedding_file, model, tapped) for tapped in (False, True))
     requests = golden_requests(chain.tokenizer.spec.system_prompt)
     positions = source.config.decoder.max_positions
-    record_goldens(chain, requests, folder, source.digest, positions, on_step, partial(take_all_taps, tapped))
+    tap = partial(take_all_taps, tapped)
+    record_goldens(chain, requests, folder, source.digest, positions, on_step, tap, on_saved)
 
 
 def goldens_bytes(config: ModelConfig) -> int:

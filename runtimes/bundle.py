@@ -60,7 +60,8 @@ class Artifact:
     """One component compiled for one backend: its main file first, data files and engine after.
 
     ``base`` is what is not quantized computes in. ``capacity`` is that of a decoder whose KV cache was fixed
-    when it was compiled.
+    when it was compiled. ``activation_bytes`` is what ``plan`` says of its intermediate tensors, for one
+    image, or a chunk of a prompt in the bundle's default capacity; 0 where that is not known.
     """
 
     component: str
@@ -73,6 +74,7 @@ class Artifact:
     engine: Engine | None = None
     base: str = "fp32"
     capacity: int | None = None
+    activation_bytes: int = 0
 
     @property
     def stage(self) -> str:

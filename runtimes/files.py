@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,27 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sha256_of_file(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in chunks."""
+def sha256_of_file(file: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """Hexadecimal SHA-256 of a file, read in chunks; ``on_bytes`` is called with the size of each."""
     with file.open("rb") as handle:
         digest = hashlib.sha256()
         while chunk := handle.read(1 << 22):
             digest.update(chunk)
+            on_bytes(len(chunk))
     return digest.hexdigest()
+
+
+def sha256_of_files(files: Iterable[Path], on_step: Callable[[int, int], None]) -> dict[Path, str]:
+    """Hashes of files; ``on_step`` is called with the bytes that are hashed, and all."""
+    files, done = list(files), 0
+    total = sum(file.stat().st_size for file in files)
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_step(done, total)
+
+    return {file: sha256_of_file(file, on_bytes) for file in files}
 
 
 def sha256_of_text(text: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from runtimes.cache import KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state, updated_state
 from runtimes.errors import UserError, first_line
-from runtimes.memory import available_memory
+from runtimes.memory import available_memory, widening
 from runtimes.session import ANY_NUMBER, Execution, SessionOptions
 
 if TYPE_CHECKING:
@@ -110,12 +110,9 @@ def _providers(device: str) -> list[str]:
 
 
 def _check_memory(file: Path, contract: Contract) -> None:
-    """Refuse what cannot fit, before the system kills the process for it.
-
-    A lower bound: ONNX Runtime's CPU kernels compute half precision in fp32 and widen its weights.
-    """
+    """Refuse what cannot fit, before the system kills the process for it; a lower bound."""
     stored = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
-    needed = stored * (2 if contract.inputs[0].dtype == "float16" else 1)
+    needed = stored * widening("onnxruntime", contract)
     free = available_memory()
     if needed > free:
         raise UserError(

@@ -11,12 +11,13 @@ from typing import Union
 import numpy as np
 
 from runtimes.backends import load_backend
-from runtimes.bundle import Bundle
+from runtimes.bundle import Artifact, Bundle
 from runtimes.cache import KVCache, cache_bytes
 from runtimes.chain import Chain, Key, Prompt
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 from runtimes.generate import Answer, Decoding, Writer, generate, generate_one
+from runtimes.memory import widening
 from runtimes.preprocess import ImageSource
 from runtimes.prompt import IMAGE_PLACEHOLDER, Message, format_chat
 from runtimes.sampling import GenerationOptions
@@ -80,8 +81,7 @@ class Pipeline:
         if capacity is not None and not 1 <= capacity <= positions:
             raise UserError(f"The capacity must lie between 1 and the model's {positions}, got {capacity}.")
         if verify:
-            paths = [path for artifact in artifacts.values() for path in artifact.files]
-            bundle.check([*paths, manifest.token_embedding, "tokenizer/tokenizer.json"])
+            check_files(bundle, backend, precision)
         module, options = load_backend(backend), SessionOptions(threads, device)
         for artifact in artifacts.values():
             state = module.execution(artifact, device)
@@ -97,9 +97,7 @@ class Pipeline:
             module.open_component(files["adaptor"], contracts["adaptor"], options),
             module.open_decoder(files["decoder"], contracts["decoder"], options),
         )
-        decoder = artifacts["decoder"]
-        # An engine for the GPU holds what it was built for.
-        longest = decoder.engine.capacity if decoder.engine and device != "cpu" else decoder.capacity
+        longest = compiled_capacity(artifacts["decoder"], device)
         most = min(manifest.default_capacity, longest or manifest.default_capacity)
         return cls(chain, manifest.prompt.system_prompt, capacity or most, longest)
 
@@ -211,20 +209,31 @@ class Pipeline:
         return answer
 
 
-def needed_memory(bundle: Bundle, backend: str, precision: str, capacity: int | None) -> int:
-    """Bytes that weights and a KV cache take at least while a bundle runs on a CPU.
+def check_files(bundle: Bundle, backend: str, precision: str) -> None:
+    """The SHA-256 of all that a pipeline loads; raises UserError where one is another."""
+    paths = [path for part in PARTS for path in bundle.artifact(part, backend, precision).files]
+    bundle.check([*paths, bundle.manifest.token_embedding, "tokenizer/tokenizer.json"])
 
-    Half precision in ONNX Runtime on a CPU counts twice, as its kernels there widen weights.
+
+def compiled_capacity(decoder: Artifact, device: str | None) -> int | None:
+    """Tokens of the KV cache that a decoder was compiled for; None where it takes any.
+
+    An engine for the GPU holds what it was built for; on ``cpu``, its ONNX file runs instead.
     """
+    return decoder.engine.capacity if decoder.engine and device != "cpu" else decoder.capacity
+
+
+def needed_memory(bundle: Bundle, backend: str, precision: str, capacity: int | None) -> int:
+    """Bytes that weights, a KV cache and activations take while a bundle runs on a CPU."""
     contract = bundle.manifest.contracts[precision]["decoder"]
     artifacts = [bundle.artifact(part, backend, precision) for part in PARTS]
     engines = {artifact.engine.file for artifact in artifacts if artifact.engine}
     files = {file for artifact in artifacts for file in artifact.files} - engines
     weights = sum(bundle.manifest.files[file].bytes for file in files)
-    widened = 2 if backend == "onnxruntime" and contract.inputs[0].dtype == "float16" else 1
     usual = min(bundle.manifest.default_capacity, artifacts[-1].capacity or bundle.manifest.default_capacity)
     cache = cache_bytes(contract.states, 1, capacity or usual)
-    return widened * weights + cache
+    active = max(artifact.activation_bytes for artifact in artifacts)
+    return widening(backend, contract) * (weights + active) + cache
 
 
 def _listed(images: Sequence[ImageSource] | ImageSource) -> Sequence[ImageSource]:

@@ -15,7 +15,7 @@ import numpy as np
 from runtimes.cache import cache_bytes
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens import GREEDY_TOKENS, Golden, check_finite, greedy, save_golden
+from runtimes.goldens import GREEDY_TOKENS, Golden, check_finite, greedy, load_golden, save_golden
 from runtimes.preprocess import load_image, resize_and_pad, to_pixel_values
 from runtimes.taps import Taps
 from runtimes.tokenizer import expand_images
@@ -32,12 +32,17 @@ class GoldenRequest:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A request up to the decoder's input."""
+class _Planned:
+    """A request that the decoder has positions for, with its golden's number and its prompt's tokens."""
 
     index: int
-    golden: Golden  # without tokens and logits
-    embeds: np.ndarray  # [S, D]
+    request: GoldenRequest
+    tokens: np.ndarray  # [S] int64, images expanded
+
+    @property
+    def steps(self) -> int:
+        """Tokens in the KV cache."""
+        return len(self.tokens) + GREEDY_TOKENS
 
 
 def record_goldens(
@@ -48,82 +53,109 @@ def record_goldens(
     max_positions: int,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     tap: Callable[[Golden], dict[str, Taps]] | None = None,
+    on_saved: Callable[[Path], None] = lambda file: None,
 ) -> None:
     """Write images and ``NN.safetensors`` for every request into ``folder``.
 
     Prompts are decoded together, as many as ``CACHE_BYTES`` allow: where the reference streams its weights, a
-    step costs the same for one as for all.
+    step costs the same for one as for all. Of goldens that are there already, those that were decoded
+    together are left as they are.
 
     Args:
         checkpoint: SHA-256 of the checkpoint, kept in the goldens.
         max_positions: of the decoder; longer requests are left out.
         on_step: called with the steps done and their total.
         tap: takes the taps of all components, which go into the first golden.
+        on_saved: called with each golden's file.
 
     Raises:
         UserError: the decoder has too few positions for any request, or what is computed is not finite.
     """
-    (folder / "images").mkdir(parents=True)
-    prepared: list[_Prepared] = []
-    for done, request in enumerate(requests, 1):
-        item = _prepare(chain, request, folder / "images", checkpoint, len(prepared))
-        if len(item.embeds) + GREEDY_TOKENS <= max_positions:
-            prepared.append(item)
-        on_step(done, len(requests) + GREEDY_TOKENS)
-    if not prepared:
-        raise UserError(
-            f"The decoder's {max_positions} positions are too few for goldens; export with --no-goldens."
-        )
-    if tap:
-        first = prepared[0].golden
-        prepared[0] = replace(prepared[0], golden=replace(first, taps=tap(first)))
-    groups = _groups(chain, prepared)
-    done, total = len(requests), len(requests) + GREEDY_TOKENS * len(groups)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    planned = _plan(chain, requests, max_positions)
+    for image in {image for item in planned for image in item.request.images}:
+        shutil.copyfile(image, folder / "images" / image.name)
+    groups = _groups(chain, planned)
+    done, total = 0, len(planned) + bool(tap) + GREEDY_TOKENS * len(groups)
 
-    def on_token() -> None:
+    def step(count: int = 1) -> None:
         nonlocal done
-        done += 1
+        done += count
         on_step(done, total)
 
     for group in groups:
-        tokens, logits = greedy(chain, [item.embeds for item in group], GREEDY_TOKENS, on_token)
-        for row, item in enumerate(group):
-            golden = replace(item.golden, greedy_tokens=tokens[row].astype(np.int64), logits=logits[row])
-            check_finite(golden, "What the model computes")
-            save_golden(golden, folder / f"{item.index:02}.safetensors")
+        tapped = tap is not None and group[0].index == 0
+        files = [folder / f"{item.index:02}.safetensors" for item in group]
+        if all(map(_is_golden, files)):
+            step(len(group) + tapped + GREEDY_TOKENS)
+            continue
+        goldens = []
+        for item in group:
+            goldens.append(_prepare(chain, item, folder / "images", checkpoint))
+            step()
+        if tap and tapped:
+            goldens[0] = replace(goldens[0], taps=tap(goldens[0]))
+            step()
+        embeds = [chain.merge(golden.prompt_tokens, golden.image_embeds) for golden in goldens]
+        tokens, logits = greedy(chain, embeds, GREEDY_TOKENS, step)
+        for row, (golden, file) in enumerate(zip(goldens, files, strict=True)):
+            whole = replace(golden, greedy_tokens=tokens[row].astype(np.int64), logits=logits[row])
+            check_finite(whole, "What the model computes")
+            save_golden(whole, file)
+            on_saved(file)
 
 
-def _prepare(chain: Chain, request: GoldenRequest, folder: Path, checkpoint: str, index: int) -> _Prepared:
-    """Copy the images into ``folder`` and run everything before the decoder."""
-    images = [folder / source.name for source in request.images]
-    for source, image in zip(request.images, images, strict=True):
-        shutil.copyfile(source, image)
+def _is_golden(file: Path) -> bool:
+    """Whether a golden is there, and whole."""
+    try:
+        load_golden(file)
+    except UserError:
+        return False
+    return True
+
+
+def _plan(chain: Chain, requests: Sequence[GoldenRequest], max_positions: int) -> list[_Planned]:
+    """The requests that fit, numbered."""
+    planned: list[_Planned] = []
+    for request in requests:
+        given = chain.tokenizer.encode(request.prompt)
+        tokens = expand_images(given, chain.tokenizer.spec, len(request.images))
+        item = _Planned(len(planned), request, tokens)
+        if item.steps <= max_positions:
+            planned.append(item)
+    if not planned:
+        raise UserError(
+            f"The decoder's {max_positions} positions are too few for goldens; export with --no-goldens."
+        )
+    return planned
+
+
+def _prepare(chain: Chain, item: _Planned, folder: Path, checkpoint: str) -> Golden:
+    """Everything before the decoder, on the images in ``folder``; without greedy tokens and logits."""
+    images = [folder / source.name for source in item.request.images]
     squares = [resize_and_pad(load_image(image), chain.preprocessing) for image in images]
     features = chain.encode_pixels(
         np.stack([to_pixel_values(square, chain.preprocessing) for square in squares])
     )
-    image_embeds = chain.adapt(features)
-    tokens = expand_images(chain.tokenizer.encode(request.prompt), chain.tokenizer.spec, len(images))
-    golden = Golden(
+    return Golden(
         checkpoint=checkpoint,
-        prompt=request.prompt,
+        prompt=item.request.prompt,
         images=tuple(image.name for image in images),
         squares=np.stack(squares),
         features=features,
-        image_embeds=image_embeds,
-        prompt_tokens=tokens,
+        image_embeds=chain.adapt(features),
+        prompt_tokens=item.tokens,
         greedy_tokens=np.empty(0, np.int64),
         logits=np.empty((0, 0), np.float32),
     )
-    return _Prepared(index, golden, chain.merge(tokens, image_embeds))
 
 
-def _groups(chain: Chain, prepared: Sequence[_Prepared]) -> list[list[_Prepared]]:
+def _groups(chain: Chain, planned: Sequence[_Planned]) -> list[list[_Planned]]:
     """The requests by length, cut where a group's KV cache would exceed ``CACHE_BYTES``."""
-    groups: list[list[_Prepared]] = [[]]
-    for item in sorted(prepared, key=lambda item: len(item.embeds)):
-        rows, longest = len(groups[-1]) + 1, len(item.embeds) + GREEDY_TOKENS
-        if groups[-1] and cache_bytes(chain.decoder.contract.states, rows, longest) > CACHE_BYTES:
+    groups: list[list[_Planned]] = [[]]
+    for item in sorted(planned, key=lambda item: item.steps):
+        rows = len(groups[-1]) + 1
+        if groups[-1] and cache_bytes(chain.decoder.contract.states, rows, item.steps) > CACHE_BYTES:
             groups.append([])
         groups[-1].append(item)
-    return groups
+    return [sorted(group, key=lambda item: item.index) for group in groups]

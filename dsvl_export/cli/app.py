@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(arguments, prog_name="dsvl-export")
     except SystemExit as done:
         if done.code == 130:  # how typer reports Ctrl-C
-            print("Interrupted; an export goes on where it stopped when it is run again.", file=sys.stderr)
+            print("Interrupted.", file=sys.stderr)
         raise
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from dsvl_export.cli.app import app
+from dsvl_export.cli.memory import warn_of_memory
 from dsvl_export.cli.options import (
     Backend,
     BundleFolder,
@@ -134,7 +135,7 @@ def export(
     from dsvl_export import display
     from dsvl_export.compilers import load_compiler
     from dsvl_export.defects import warnings_for
-    from dsvl_export.exporting import ExportProgress
+    from dsvl_export.export_stages import ExportProgress
     from dsvl_export.exporting import export as run_export
     from dsvl_export.planner.targets import find_target
     from dsvl_export.precisions import plan_for
@@ -170,10 +171,14 @@ def export(
             if progress.state == "reused":
                 bars.console.print(f"[dim]{progress.stage}: unchanged, reused[/]")
 
-        bundle = run_export(
-            checkpoint, output, backend, given, goldens, report, scales, target, tensorrt, capacity, sm or (),
-            deployment, delegate, prefill,
-        )  # fmt: skip
+        try:
+            bundle = run_export(
+                checkpoint, output, backend, given, goldens, report, scales, target, tensorrt, capacity,
+                sm or (), deployment, delegate, prefill,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            display.err.print("The export goes on where it stopped when it is run again.")
+            raise
     verdicts = [
         judge(output, f"{backend} {each}", partial(_climb, backend, each))
         for each in precisions
@@ -207,6 +212,7 @@ def _next_step(bundle: Bundle, backend: str) -> str:
 def _climb(backend: str, precision: str, bundle: Bundle, on_step: OnStep) -> ParityResult:
     from dsvl_export.ladder import parity
 
+    warn_of_memory(bundle, backend, precision)
     return parity(bundle, backend, precision, on_step=on_step)
 
 
@@ -220,23 +226,12 @@ def open_pipeline(
     verify: bool,
 ) -> Pipeline:
     """Open a bundle to run it; says so where the machine's free memory is less than that takes."""
-    from dsvl_export import display
-    from dsvl_export.units import size
-    from runtimes.backends import load_backend
     from runtimes.bundle import Bundle
-    from runtimes.memory import available_memory
-    from runtimes.pipeline import Pipeline, needed_memory
+    from runtimes.pipeline import Pipeline
 
     bundle = Bundle.open(folder)
     backend, precision = bundle.select(backend, precision)
-    decoder = bundle.artifact("decoder", backend, precision)
-    needed, free = needed_memory(bundle, backend, precision, capacity), available_memory()
-    on_host = load_backend(backend).execution(decoder, device).device == "cpu"
-    if on_host and needed > free:
-        display.err.print(
-            f"[yellow]Short of memory:[/] weights and KV cache take {size(needed)},"
-            f" {size(free)} are free; take a smaller precision or --capacity."
-        )
+    warn_of_memory(bundle, backend, precision, device, capacity)
     return Pipeline.open(
         bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from dsvl_export.cli.app import app
+from dsvl_export.cli.memory import warn_of_memory
 from dsvl_export.cli.options import (
     Backend,
     BundleFolder,
@@ -93,6 +94,7 @@ def parity(
     results = []
     with ray_cluster(ray) as spread:
         for pair in pairs:
+            warn_of_memory(opened, *pair, device)
             results.append(judge(bundle, " ".join(pair), run, report))
             if not as_json:
                 display.print_parity(results[-1][1])

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from dsvl_export.cli.app import app
+from dsvl_export.cli.memory import warn_of_memory
 from dsvl_export.cli.options import Backend, BundleFolder, Device, Json, Precision, Threads
 
 
@@ -50,7 +51,10 @@ def bench(
     from dsvl_export.benching import BenchOptions
     from dsvl_export.benching import bench as run_bench
     from dsvl_export.display_bench import print_bench, write_bench
+    from runtimes.bundle import Bundle
 
+    opened = Bundle.open(bundle)
+    warn_of_memory(opened, *opened.select(backend, precision), device, max(contexts) if contexts else None)
     options = BenchOptions(threads, device, image, tuple(contexts or ()), tokens, repeats)
     with display.step_bar("bench") as on_step:
         result = run_bench(bundle, backend, precision, options, on_step)

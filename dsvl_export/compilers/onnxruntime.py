@@ -36,16 +36,21 @@ def settings(options: CompileOptions) -> dict[str, Any]:
 
 
 def check(plan: PrecisionPlan, config: ModelConfig, options: CompileOptions) -> None:
-    """Activations that are rounded token by token want a base of fp32.
+    """Activations that are rounded token by token want a base of fp32; few plans have two decoders.
 
     Raises:
-        UserError: it is another.
+        UserError: the base is another, or there is no second decoder to leave out.
     """
     dynamic = [str(rule.precision) for rule in plan.rules if rule.precision.dynamic]
     if dynamic and plan.base != "fp32":
         raise UserError(
             f"ONNX Runtime computes {dynamic[0]} on a base of fp32 alone, {plan.name} has {plan.base}."
         )
+    from calibration.precision import component_layers  # here, as a debug build needs no torch
+
+    decoder = [plan.of(layer) for layer in component_layers(config, "decoder")]
+    if not options.prefill and not any(layer.dynamic and layer.kind == "int4" for layer in decoder):
+        raise UserError(f"{plan.name} has no second decoder for prompts; leave out --no-prefill.")
 
 
 def compile_component(

@@ -188,20 +188,25 @@ class OrtPrefillDialect(OrtDialect):
         return integer_linear(context, node, x, in_eight_bits(weight))
 
 
+def sum_of_positions(bias: Node) -> Node | None:
+    """The node in a bias that adds rows ``[B, H, n, n, kh, 1]`` and columns ``[B, H, n, n, 1, kw]``."""
+    while bias.target == aten.flatten.using_ints:
+        bias = arguments(bias)[0]
+    return bias if bias.target == aten.add.Tensor and fake(bias).dim() == 6 else None
+
+
 def _query_blocks(context: Lowering, query: str, bias: list[Node]) -> list[tuple[str, str]]:
     """Queries ``[B, t, H * Dh]`` and their bias ``[B, H, t, T]``, empty where there is none, block by block.
 
-    Where all scores at once would be too many, and the bias is a sum of one of rows ``[B, H, n, n, kh, 1]``
-    and one of columns ``[B, H, n, n, 1, kw]``, a block has some rows of the grid.
+    Where all scores at once would be too many, and the bias is a sum of rows and columns, a block has some
+    rows of the grid.
     """
     if not bias:
         return [(query, "")]
     _, *scores = fake(bias[0]).shape
-    source = bias[0]
-    while source.target == aten.flatten.using_ints:
-        source = arguments(source)[0]
+    source = sum_of_positions(bias[0])
     least = math.ceil(math.prod(map(int, scores)) / MOST_SCORES)
-    if least == 1 or source.target != aten.add.Tensor or fake(source).dim() != 6:
+    if least == 1 or source is None:
         return [(query, context.value(bias[0]))]
     rows = int(fake(source).shape[2])
     count = next(count for count in range(min(least, rows), rows + 1) if rows % count == 0)

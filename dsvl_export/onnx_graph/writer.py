@@ -75,7 +75,8 @@ def write_model(
                 if item.key not in written:
                     written[item.key] = handle.tell() + -handle.tell() % ALIGNMENT
                     content = _bytes(item)
-                    handle.write(b"\0" * (written[item.key] - handle.tell()) + content)
+                    handle.write(b"\0" * (written[item.key] - handle.tell()))
+                    handle.write(content)
                     handle.flush()
                     log.write(
                         json.dumps([item.key, written[item.key], len(content), zlib.crc32(content)]) + "\n"
@@ -136,17 +137,17 @@ def _values(item: Initializer) -> np.ndarray:
 
 
 def _inline(item: Initializer) -> TensorProto:
-    return helper.make_tensor(item.name, element_type(item.dtype), item.shape, _bytes(item), raw=True)
+    return helper.make_tensor(item.name, element_type(item.dtype), item.shape, bytes(_bytes(item)), raw=True)
 
 
-def _bytes(item: Initializer) -> bytes:
-    """The values as ONNX stores them; of two 4-bit numbers in a byte, the first is the lower half."""
+def _bytes(item: Initializer) -> memoryview:
+    """The values as ONNX stores them, uint8; of two 4-bit numbers in a byte, the first is the lower half."""
     values = _values(item)
     if item.dtype.name == "int4":
         codes = values.reshape(-1).astype(np.int8).view(np.uint8) & 15
         codes = np.append(codes, np.zeros(len(codes) % 2, np.uint8))
         values = codes[::2] | (codes[1::2] << 4)
-    return values.tobytes()
+    return values.reshape(-1).view(np.uint8).data
 
 
 def _external(item: Initializer, place: Place) -> TensorProto:

@@ -16,7 +16,7 @@ from calibration.quantized import trace_planned
 from calibration.sensitivity import weight_bytes
 from dsvl_export.compilers import CompileOptions, compiler_names, load_compiler
 from dsvl_export.planner.targets import WEIGHT_BITS, Target
-from dsvl_export.planner.workload import Workload
+from dsvl_export.planner.workload import Workload, activations
 from dsvl_export.precisions import check_plan, kinds_of, plan_for
 from reference.config import ModelConfig
 from reference.trace import TRACED_COMPONENTS, trace
@@ -195,11 +195,11 @@ class Planner:
         decoder = works["decoder"]
         encoders = {name: work for name, work in works.items() if name != "decoder" and request.images}
 
+        running = [decoder, *encoders.values()]
+
         def needed(tokens: int) -> int:
             """Bytes of KV cache and activations for a context."""
-            chunk = min(PREFILL_CHUNK, prompt)
-            active = decoder.activation_bytes(batch=1, sequence=chunk, rows=1, capacity=tokens)
-            most = max([active, *(work.activation_bytes(batch=1) for work in encoders.values())])
+            most = max(activations(work, request.backend, prompt, tokens) for work in running)
             return self.kv_bytes(request, tokens) + factor * most
 
         runtime, usable = round(target.runtime_gb * GIGA), round(target.usable_gb * GIGA)

@@ -12,10 +12,12 @@ from torch.fx import Node
 
 from dsvl_export.lowering import arguments, without_weights
 from dsvl_export.onnx_graph.builder import Graph, Initializer
-from dsvl_export.onnx_graph.dialect_ort import OrtDialect
+from dsvl_export.onnx_graph.dialect_ort import MOST_SCORES, OrtDialect, sum_of_positions
+from dsvl_export.onnx_graph.dialect_standard import attention_inputs
 from dsvl_export.onnx_graph.lower import lower
 from dsvl_export.planner.targets import WEIGHT_BITS
 from reference.trace import TracedComponent
+from runtimes.chain import PREFILL_CHUNK
 
 aten = torch.ops.aten
 # Operators whose result shares its input's memory in every runtime.
@@ -53,11 +55,14 @@ class Workload:
         """
         return sum(self._node_operations(node, sizes) for node in self._nodes)
 
-    def activation_bytes(self, **sizes: int) -> int:
+    def activation_bytes(self, most_scores: int | None = None, **sizes: int) -> int:
         """Largest sum of live intermediate tensors of one call, run in the program's order.
 
         Scores and probabilities of attention are counted as tensors, as ONNX Runtime on a CPU and
-        every runtime without a fused kernel keep them.
+        every runtime without a fused kernel keep them. What follows from weights alone is not counted.
+
+        Args:
+            most_scores: the most that are there at once, for runtimes that go block by block of queries.
         """
         last_use: dict[Node, int] = {}
         for place, node in enumerate(self._nodes):
@@ -69,14 +74,34 @@ class Workload:
         live, peak = 0, 0
         expiring: dict[int, int] = {}
         for place, node in enumerate(self._nodes):
-            own = 0 if node.target in VIEWS else self._bytes(node, sizes)
+            counted = node in self._varying and node.target not in VIEWS
+            own = self._bytes(node, sizes) if counted else 0
+            if most_scores and node in self._positions:
+                own = min(own, most_scores * node.meta["val"].element_size())
             live += own
-            peak = max(peak, live + self._attention_bytes(node, sizes))
+            peak = max(peak, live + self._attention_bytes(node, most_scores, sizes))
             if own:
                 end = last_use.get(node, place)
                 expiring[end] = expiring.get(end, 0) + own
             live -= expiring.pop(place, 0)
         return peak
+
+    @cached_property
+    def _varying(self) -> set[Node]:
+        """Nodes that rest on an input or a state, not on weights alone."""
+        inputs = set(map(str, self.traced.program.graph_signature.user_inputs))
+        found: set[Node] = set()
+        for node in self.traced.program.graph.nodes:
+            if node.name in inputs or found.intersection(node.all_input_nodes):
+                found.add(node)
+        return found
+
+    @cached_property
+    def _positions(self) -> set[Node]:
+        """Sums of relative positions of rows and columns, which are as large as the scores."""
+        attentions = (n for n in self._nodes if n.target is aten.scaled_dot_product_attention.default)
+        biases = (bias for node in attentions for bias in attention_inputs(node)[1])
+        return {found for bias in biases if (found := sum_of_positions(bias))}
 
     def _shape(self, value: Any, sizes: dict[str, int]) -> list[int]:
         """Sizes of a fake tensor with its symbols filled in."""
@@ -101,12 +126,12 @@ class Workload:
             return batch * (width // head), queries * capacity, head
         return None
 
-    def _attention_bytes(self, node: Node, sizes: dict[str, int]) -> int:
+    def _attention_bytes(self, node: Node, most: int | None, sizes: dict[str, int]) -> int:
         found = self._attention(node, sizes)
         if found is None:
             return 0
         rows, scores, _ = found
-        return int(2 * rows * scores * node.meta["val"].element_size())
+        return int(2 * min(rows * scores, most or rows * scores) * node.meta["val"].element_size())
 
     def _node_operations(self, node: Node, sizes: dict[str, int]) -> int:
         attention = self._attention(node, sizes)
@@ -122,6 +147,19 @@ class Workload:
 
     def _input(self, node: Node, position: int, sizes: dict[str, int]) -> list[int]:
         return self._shape(arguments(node)[position].meta["val"], sizes)
+
+
+def activations(work: Workload, backend: str, prompt: int, capacity: int) -> int:
+    """Bytes of intermediate tensors at most, while a component runs for one image or one sequence.
+
+    Args:
+        prompt: tokens that are read at once, up to a chunk.
+    """
+    blocks = MOST_SCORES if backend == "onnxruntime" else None
+    if not work.traced.contract.states:
+        return work.activation_bytes(blocks, batch=1)
+    chunk = min(PREFILL_CHUNK, prompt, capacity)
+    return work.activation_bytes(None, batch=1, sequence=chunk, rows=1, capacity=capacity)
 
 
 def _symbols(traced: TracedComponent) -> dict[Any, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,10 @@ import pytest
 from dsvl_export.defects import Defect
 from dsvl_export.ladder.tolerances import load_tolerances
 from dsvl_export.planner.targets import find_target, measured
+from dsvl_export.units import size
 from runtimes.bundle import MANIFEST, Bundle
 from runtimes.memory import available_memory
+from runtimes.pipeline import needed_memory
 from tests.dsvl_export.command_line import refused
 from tests.dsvl_export.faults import plant, scaled, weight
 
@@ -311,15 +314,25 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(
     assert available_memory() > 1 << 28
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "--prompt", "Describe the picture.", "--max-new-tokens", "1"),
+        ("bench", "--context", "30", "--tokens", "1", "--repeats", "1"),
+        ("parity",),
+    ],
+)
 def test_short_memory_is_said_with_both_figures(
-    run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    run, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
     """The bundle runs all the same: the system may still find room."""
-    monkeypatch.setattr("runtimes.memory.available_memory", lambda: 12_000_000)
-    done = run("run", tiny_bundle.folder, "--prompt", "Describe the picture.", "--max-new-tokens", "1")
-    assert done.code == 0
-    assert "Short of memory: weights and KV cache take 1" in done.err.replace("\n", " ")
-    assert "12.0 MB are free" in done.err.replace("\n", " ")
+    needed = needed_memory(Bundle.open(bundle_copy), "onnxruntime", "fp32", None)
+    for free, said in ((needed - 1, True), (needed, False)):
+        monkeypatch.setattr("runtimes.memory.available_memory", lambda free=free: free)
+        done = run(command[0], bundle_copy, *command[1:], "--precision", "fp32")
+        assert done.code == 0
+        sentence = rf"Short of memory: onnxruntime fp32 takes [\d.]+ MB .*, {size(free)} are free"
+        assert bool(re.search(sentence, done.err.replace("\n", " "))) == said
 
 
 def test_a_device_that_is_not_there_is_refused(tiny_bundle: Bundle) -> None:
@@ -358,7 +371,7 @@ def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Interrupted; an export goes on where it stopped when it is run again." in errors
+    assert errors.endswith("The export goes on where it stopped when it is run again.\nInterrupted.\n")
     assert "Traceback" not in errors
     assert not (tmp_path / "b" / MANIFEST).exists()
     again = subprocess.run(command, capture_output=True, text=True, check=False)

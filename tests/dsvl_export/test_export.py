@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 
 from dsvl_export import export, parity
-from dsvl_export.exporting import ExportProgress
+from dsvl_export.export_stages import ExportProgress
 from dsvl_export.records import record_verdict
 from dsvl_export.staging import Staging
 from runtimes.bundle import MANIFEST, Bundle
@@ -36,7 +36,7 @@ class Recorder:
     def __call__(self, progress: ExportProgress) -> None:
         if progress.stage == self.fail_at:
             raise KeyboardInterrupt
-        if progress.stage.startswith("sizes of"):  # no stage of the bundle
+        if progress.stage.startswith(("sizes of", "hash of")):  # no stages of the bundle
             return
         self.states[progress.stage] = progress.state
 
@@ -323,7 +323,9 @@ def test_a_disk_that_fills_up_is_one_sentence_and_then_goes_on(
 ) -> None:
     """As where something else writes to it meanwhile."""
     with monkeypatch.context() as patch:
-        patch.setattr("dsvl_export.exporting.shutil.disk_usage", lambda folder: SimpleNamespace(free=1 << 40))
+        patch.setattr(
+            "dsvl_export.export_stages.shutil.disk_usage", lambda folder: SimpleNamespace(free=1 << 40)
+        )
         with pytest.raises(UserError, match=r"The export stopped: .*[Nn]o space"):
             export("tiny", small_disk / "b", goldens=False)
     assert not (small_disk / "b" / MANIFEST).exists()
@@ -334,7 +336,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_then_goes_on(
 
 def test_what_is_finished_needs_no_disk_again(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = SimpleNamespace(free=0)
-    monkeypatch.setattr("dsvl_export.exporting.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("dsvl_export.export_stages.shutil.disk_usage", lambda folder: usage)
     precisions = list(Bundle.open(bundle_copy).manifest.contracts)
     export("tiny", bundle_copy, precisions=precisions)
     with pytest.raises(UserError, match="0 B are free there"):
@@ -366,7 +368,7 @@ def test_noise_follows_the_goldens(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert parity(tmp_path / "b", precision="fp16").passed
     requests = goldens.golden_requests
     monkeypatch.setattr("reference.goldens.golden_requests", lambda system: requests(system)[::-1])
-    monkeypatch.setattr("dsvl_export.exporting.__version__", "0.0.1")
+    monkeypatch.setattr("dsvl_export.export_stages.__version__", "0.0.1")
     export("tiny", tmp_path / "b", precisions=["fp32"])
     # The goldens are decoded together, so their order shows in the last bits.
     for found, expected in zip(json.loads(noise.read_text())["goldens"], first["goldens"][::-1], strict=True):

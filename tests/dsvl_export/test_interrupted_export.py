@@ -1,17 +1,24 @@
-"""Exports that are interrupted within a component go on at the tensor."""
+"""Exports that are interrupted, or fail, within a stage: they go on there, and need the disk of the rest."""
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from dsvl_export import export
-from dsvl_export.exporting import ExportProgress
+from dsvl_export import export, parity
+from dsvl_export.calibrating import SAMPLES
+from dsvl_export.export_stages import ExportProgress
 from dsvl_export.onnx_graph import writer
 from dsvl_export.onnx_graph.builder import Initializer
+from runtimes import recording
 from runtimes.bundle import Bundle
+from runtimes.errors import UserError
 
 
 def newest(folder: Path, ending: str) -> Path:
@@ -42,6 +49,8 @@ class Computed:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
         self.most: int | None = None
+        self.error: type[BaseException] = KeyboardInterrupt
+        self.stop_when_hashed = False
         self._stage, self._plain = "", writer._bytes
         patch.setattr(writer.write_model, "__defaults__", (0, None))
         patch.setattr(writer, "_bytes", self._bytes)
@@ -51,11 +60,14 @@ class Computed:
 
     def _follow(self, progress: ExportProgress) -> None:
         self._stage = progress.stage
+        hashing = progress.in_bytes and progress.state == "running" and 2 * progress.done > progress.total
+        if hashing and self.stop_when_hashed and self._stage.endswith("/decoder"):
+            raise KeyboardInterrupt
 
-    def _bytes(self, item: Initializer) -> bytes:
+    def _bytes(self, item: Initializer) -> memoryview:
         if self._stage.endswith("/decoder") and item.nbytes > writer.INLINE_UP_TO:
             if len(self.names) == self.most:
-                raise KeyboardInterrupt
+                raise self.error
             self.names.append(item.name)
         return self._plain(item)
 
@@ -107,3 +119,131 @@ def test_what_was_interrupted_goes_with_the_next_bundle(
     assert list((tmp_path / ".staging").rglob("*.data"))
     export("tiny", tmp_path, goldens=False)
     assert {file.name for file in (tmp_path / ".staging").iterdir()} == {"stages.json", "lock"}
+
+
+@pytest.mark.parametrize("error", [OSError, MemoryError])
+def test_what_can_be_mended_loses_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: tuple[Bundle, list[str]],
+    error: type[Exception],
+) -> None:
+    """A full disk, a share that was away, memory that another process had."""
+    bundle, names = whole
+    computed = Computed(monkeypatch)
+    computed.most, computed.error = len(names) - 3, error
+    with pytest.raises((UserError, MemoryError)):
+        computed.export(tmp_path)
+    computed.most = None
+    assert computed.export(tmp_path).manifest.files == bundle.manifest.files
+    assert computed.names == names
+
+
+def test_an_interruption_while_files_are_hashed_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Bundle, list[str]]
+) -> None:
+    bundle, names = whole
+    computed = Computed(monkeypatch)
+    computed.stop_when_hashed = True
+    with pytest.raises(KeyboardInterrupt):
+        computed.export(tmp_path)
+    computed.stop_when_hashed = False
+    assert computed.export(tmp_path).manifest.files == bundle.manifest.files
+    assert computed.names == names
+
+
+def test_the_disk_is_asked_for_the_rest_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what was interrupted; where that was of another precision, it is given up first."""
+
+    def free(count: int) -> None:
+        usage = SimpleNamespace(free=count)
+        monkeypatch.setattr("dsvl_export.export_stages.shutil.disk_usage", lambda folder: usage)
+
+    computed = Computed(monkeypatch)
+    computed.most = 10
+    with pytest.raises(KeyboardInterrupt):
+        computed.export(tmp_path / "b")
+    (data,) = (tmp_path / "b/.staging").rglob("*.data")
+    written = data.stat().st_size
+    shutil.copytree(tmp_path / "b", tmp_path / "other")
+    free(0)
+    with pytest.raises(UserError, match=r"takes .* 0 B are free there") as refused:
+        computed.export(tmp_path / "b")
+    assert data.stat().st_size == written
+    figure = re.search(r"takes ([\d.]+) MB", str(refused.value))
+    assert figure
+    with pytest.raises(UserError, match="0 B are free there"):
+        export("tiny", tmp_path / "other", precisions=["int4"], goldens=False)
+    assert not list((tmp_path / "other/.staging").rglob("*.data"))
+    free(1 << 40)
+    computed.most = None
+    made = computed.export(tmp_path / "b")
+    artifact = made.artifact("decoder", "onnxruntime", "8da4w")
+    decoder = sum(made.manifest.files[file].bytes for file in artifact.files)
+    assert float(figure[1]) * 1e6 == pytest.approx(decoder - written, rel=0.05)
+
+
+def test_what_other_inputs_make_anew_needs_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old files stay until the new ones are there."""
+    bundle = export("tiny", tmp_path, goldens=False)
+    usage = SimpleNamespace(free=0)
+    monkeypatch.setattr("dsvl_export.export_stages.shutil.disk_usage", lambda folder: usage)
+    export("tiny", tmp_path, goldens=False)
+    monkeypatch.setattr("dsvl_export.export_stages.__version__", "0.0.1")
+    with pytest.raises(UserError, match=r"takes 11\.\d MB in"):
+        export("tiny", tmp_path, goldens=False)
+    assert bundle.problems() == []
+
+
+def test_goldens_go_on_at_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request per group: those that are recorded are not computed again, and progress never falls."""
+    decoded: list[int] = []
+    plain = recording.greedy
+
+    def greedy(*arguments: Any) -> Any:
+        if len(decoded) == 4:
+            raise KeyboardInterrupt
+        decoded.append(len(arguments[1]))
+        return plain(*arguments)
+
+    steps: list[tuple[int, int]] = []
+
+    def follow(progress: ExportProgress) -> None:
+        if progress.stage == "goldens" and not progress.in_bytes:
+            steps.append((progress.done, progress.total))
+
+    monkeypatch.setattr(recording, "CACHE_BYTES", 1)
+    monkeypatch.setattr(recording, "greedy", greedy)
+    with pytest.raises(KeyboardInterrupt):
+        export("tiny", tmp_path / "b")
+    monkeypatch.setattr(recording, "greedy", lambda *arguments: decoded.append(1) or plain(*arguments))
+    bundle = export("tiny", tmp_path / "b", report=follow)
+    assert len(decoded) == 10
+    assert (
+        len([path for path in bundle.manifest.files if re.fullmatch(r"goldens/\d\d\.safetensors", path)])
+        == 10
+    )
+    shares = [done / total for done, total in steps[1:-1]]
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert parity(bundle).passed
+
+
+def test_calibration_inside_an_export_goes_on(tmp_path: Path) -> None:
+    """Samples that were seen before the interruption are not run again; nothing of it stays in the bundle."""
+    seen: list[int] = []
+
+    def until(stop: int) -> Callable[[ExportProgress], None]:
+        def follow(progress: ExportProgress) -> None:
+            if progress.stage == "precisions/int8" and progress.total == SAMPLES:
+                seen.append(progress.done)
+                if progress.done == stop:
+                    raise KeyboardInterrupt
+
+        return follow
+
+    with pytest.raises(KeyboardInterrupt):
+        export("tiny", tmp_path / "b", precisions=["int8"], goldens=False, report=until(SAMPLES // 2))
+    seen.clear()
+    export("tiny", tmp_path / "b", precisions=["int8"], goldens=False, report=until(-1))
+    assert SAMPLES // 4 <= seen[0] <= SAMPLES // 2
+    assert {file.name for file in (tmp_path / "b/.staging").iterdir()} == {"stages.json", "lock"}

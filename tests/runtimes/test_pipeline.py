@@ -208,14 +208,18 @@ def test_preprocessed_content_is_the_key(pipeline: Pipeline, pictures: list[Path
 
 
 @pytest.mark.parametrize(("precision", "widened", "item"), [("fp32", 1, 4), ("fp16", 2, 2)])
-def test_needed_memory_is_weights_and_cache(
+def test_needed_memory_is_weights_cache_and_activations(
     tiny_bundle: Bundle, precision: str, widened: int, item: int
 ) -> None:
     folder = tiny_bundle.folder / "onnxruntime" / precision
     weights = widened * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     a_token = 2 * 4 * 4 * 32 * item  # keys and values of 4 layers with 4 heads of 32
+    parts = ("vision_encoder", "adaptor", "decoder")
+    of_parts = [tiny_bundle.artifact(part, "onnxruntime", precision).activation_bytes for part in parts]
+    rest = weights + widened * max(of_parts)
+    assert all(of_parts)
     needed = [needed_memory(tiny_bundle, "onnxruntime", precision, capacity) for capacity in (None, 100)]
-    assert needed == [weights + 1024 * a_token, weights + 100 * a_token]
+    assert needed == [rest + 1024 * a_token, rest + 100 * a_token]
 
 
 def test_needed_memory_leaves_engines_to_their_gpu(tiny_bundle: Bundle) -> None:

@@ -1,0 +1,29 @@
+"""What commands say before they open a bundle that the machine's memory is too small for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtimes.bundle import Bundle
+
+
+def warn_of_memory(
+    bundle: Bundle, backend: str, precision: str, device: str | None = None, capacity: int | None = None
+) -> None:
+    """Say what a bundle takes where less is free; the system may still find room."""
+    from dsvl_export import display
+    from dsvl_export.units import size
+    from runtimes.backends import load_backend
+    from runtimes.memory import available_memory
+    from runtimes.pipeline import needed_memory
+
+    decoder = bundle.artifact("decoder", backend, precision)
+    if load_backend(backend).execution(decoder, device).device != "cpu":
+        return
+    needed, free = needed_memory(bundle, backend, precision, capacity), available_memory()
+    if needed > free:
+        display.err.print(
+            f"[yellow]Short of memory:[/] {backend} {precision} takes {size(needed)} with KV cache and"
+            f" activations, {size(free)} are free; take a smaller precision or --capacity."
+        )

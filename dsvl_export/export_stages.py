@@ -1,0 +1,335 @@
+"""The stages of an export, each made from the checkpoint and what came before it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from calibration.precision import PrecisionPlan
+from calibration.quantized import trace_planned
+from calibration.table import ScaleTable
+from calibration.weights import QuantizedWeights
+from dsvl_export.assembling import TOKEN_EMBEDDING, finished_artifacts, plan_hashes
+from dsvl_export.calibrating import SAMPLES, CalibrationOptions, calibrate
+from dsvl_export.compilers import (
+    App,
+    Compiled,
+    CompileOptions,
+    CompileProgram,
+    Compiler,
+    Parts,
+)
+from dsvl_export.ladder.noise import measure_noise, noise_file
+from dsvl_export.ladder.stages import Goldens
+from dsvl_export.planner.workload import Workload, activations
+from dsvl_export.precisions import (
+    planned_weights,
+    precision_folder,
+)
+from dsvl_export.staging import JOURNAL, Staging
+from dsvl_export.units import size as size_of
+from dsvl_export.version import __version__, code_digest
+from reference.checkpoint import Checkpoint
+from reference.goldens import goldens_bytes, record_reference
+from reference.session import write_token_embedding
+from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent, component_contract
+from runtimes.bundle import Artifact
+from runtimes.errors import UserError
+from runtimes.files import write_json
+from runtimes.tokenizer import PromptSpec
+
+CALIBRATION = "calibration"  # where an export without scales keeps what it finds
+
+
+@dataclass(frozen=True)
+class ExportProgress:
+    """What an export reports: the stage, and how far it is (units of the stage's own choosing)."""
+
+    stage: str
+    done: int = 0
+    total: int = 1
+    state: Literal["running", "finished", "reused"] = "running"
+    in_bytes: bool = False
+
+
+Report = Callable[[ExportProgress], None]
+
+
+def identify(source: Checkpoint, report: Report) -> str:
+    """Hash the checkpoint, once."""
+    if "digest" not in vars(source):
+        name = "hash of the checkpoint"
+        source.identify(lambda done, total: report(ExportProgress(name, done, max(total, 1), in_bytes=True)))
+        report(ExportProgress(name, 1, 1, "finished"))
+    return source.digest
+
+
+class ExportStages:
+    """The stages of one export."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        staging: Staging,
+        report: Report,
+        backend: str,
+        compiler: Compiler,
+        options: CompileOptions,
+        table: ScaleTable | None,
+    ) -> None:
+        self.source, self.staging, self.report = source, staging, report
+        self.backend, self.compiler, self.options = backend, compiler, options
+        self.table = table  # as it was given
+        self._scales: ScaleTable | None = None
+        self._traced: dict[tuple[str, str], tuple[TracedComponent, int]] = {}
+        self._written = 0  # bytes of the stage that runs, before they are hashed
+
+    @property
+    def _inputs(self) -> dict[str, Any]:
+        """What every stage rests on."""
+        checkpoint = identify(self.source, self.report)
+        return {"checkpoint": checkpoint, "version": __version__, "code": code_digest()}
+
+    def make_room(self, plans: Sequence[PrecisionPlan], goldens: bool) -> None:
+        """Drop what was interrupted of other stages, and refuse what the disk cannot hold, before any work.
+
+        What is finished already, or was written before an interruption, is not counted.
+
+        Raises:
+            UserError: with both figures.
+        """
+        stages = [(plan, stage) for plan in plans for stage in self._stages(plan).items()]
+        names = (name for _, (name, _) in stages)
+        self.staging.forget_all_but(("token_embedding", "goldens", CALIBRATION, *names))
+        config, left = self.source.config, self.staging.left
+        needed = left("token_embedding", lambda: self._inputs, lambda: self.source.embedding_bytes() or 0)
+        if goldens:
+            needed += left("goldens", lambda: self._inputs, lambda: goldens_bytes(config))
+        for plan, (name, components) in stages:
+
+            def size(plan: PrecisionPlan = plan, components: Sequence[str] = components) -> int:
+                self.report(ExportProgress(f"sizes of {plan.name}"))
+                return sum(self._trace(component, plan)[1] for component in components)
+
+            needed += left(name, partial(self._inputs_of, plan), size) if self._is_current(plan) else size()
+            self.report(ExportProgress(f"sizes of {plan.name}", 1, 1, "finished"))
+        free = shutil.disk_usage(self.staging.folder).free
+        if needed > free:
+            raise UserError(
+                f"The export takes {size_of(needed)} in {self.staging.folder},"
+                f" {size_of(free)} are free there."
+            )
+
+    def _stages(self, plan: PrecisionPlan) -> dict[str, tuple[str, ...]]:
+        """Stages that compile, and their components: all in one where the backend has them in one file."""
+        folder = f"{self.backend}/{plan.name}"
+        if hasattr(self.compiler, "compile_program"):
+            return {f"{folder}/program": TRACED_COMPONENTS}
+        return {f"{folder}/{component}": (component,) for component in TRACED_COMPONENTS}
+
+    def _is_current(self, plan: PrecisionPlan) -> bool:
+        """Whether a precision's plan and scales lie in the bundle as this export has them."""
+        stage = precision_folder(plan.name)
+        of_plan = partial(self._inputs_of_precision, plan)
+        return plan.name in PRECISION_DTYPES or not self.staging.left(stage, of_plan, lambda: 1)
+
+    def _inputs_of(self, plan: PrecisionPlan) -> dict[str, Any]:
+        """What a compiled stage rests on."""
+        return {**self._inputs, **self._rests_on(plan.name), **self.compiler.settings(self.options)}
+
+    def _inputs_of_precision(self, plan: PrecisionPlan) -> dict[str, Any]:
+        return {
+            **self._inputs,
+            "plan": plan.to_dict(),
+            "scales": self.table.digest if self.table else None,
+        }
+
+    def _trace(self, component: str, plan: PrecisionPlan) -> tuple[TracedComponent, int]:
+        """A component's program, and the bytes of its artifact."""
+        key = (component, plan.name)
+        if key not in self._traced:
+            traced = trace_planned(self.source.config, component, plan)
+            self._traced[key] = (traced, self.compiler.artifact_bytes(traced, self.options))
+        return self._traced[key]
+
+    def _stage(
+        self, name: str, build: Callable[[Path], dict[str, Any]], inputs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Run a stage; without ``inputs``, its result follows from the checkpoint and this release."""
+        self._written = 0
+
+        def on_hashed(done: int, total: int) -> None:
+            written = self._written
+            self.report(ExportProgress(name, written + done, max(written + total, 1), in_bytes=True))
+
+        self.report(ExportProgress(name))
+        reused = self.staging.stage(name, inputs or self._inputs, build, on_hashed)
+        self.report(ExportProgress(name, 1, 1, "reused" if reused else "finished"))
+
+    def tokenizer(self) -> None:
+        def build(folder: Path) -> dict[str, Any]:
+            for file in self.source.tokenizer_files:
+                shutil.copyfile(file, folder / file.name)
+            return {"checkpoint": self.source.digest}
+
+        self._stage("tokenizer", build)
+
+    def token_embedding(self) -> None:
+        def build(folder: Path) -> dict[str, Any]:
+            write_token_embedding(self.source, folder / Path(TOKEN_EMBEDDING).name)
+            return {}
+
+        self._stage("token_embedding", build)
+
+    def goldens(self) -> None:
+        def build(folder: Path) -> dict[str, Any]:
+            record_reference(
+                self.source,
+                self.staging.folder / TOKEN_EMBEDDING,
+                folder,
+                lambda done, total: self.report(ExportProgress("goldens", done, total)),
+                lambda file: file.with_name(file.name + JOURNAL).touch(),
+            )
+            return {"reference": "torch fp32", "torch": torch.__version__}
+
+        self._stage("goldens", build)
+
+    def noise(self) -> None:
+        """What each precision of the bundle costs the reference itself on the recorded goldens."""
+        hashes = {
+            path: entry.sha256 for path, entry in self.staging.files().items() if path.startswith("goldens/")
+        }
+        for precision in dict.fromkeys(item.precision for item in finished_artifacts(self.staging)):
+            if hashes and precision != "fp32":
+                self._noise_of(precision, hashes)
+
+    def precision(self, plan: PrecisionPlan) -> None:
+        """Keep a quantized precision's plan and scales in the bundle; calibrate where there are none."""
+        name = precision_folder(plan.name)
+
+        def build(folder: Path) -> dict[str, Any]:
+            plan.save(folder / f"{plan.name}.yaml")
+            found = self.table
+            if found is None and plan.needs_scales(self.source.config):
+                found = self._calibrated(name)
+            if found:
+                found.save(folder)
+            return {}
+
+        self._stage(name, build, self._inputs_of_precision(plan))
+
+    def _calibrated(self, stage: str) -> ScaleTable:
+        """Scales from the bundled pictures, made once for all precisions of this export.
+
+        What they rest on is kept until the bundle is finished, so that an interruption loses little.
+        """
+        if self._scales is None:
+            self._scales = calibrate(
+                self.source,
+                self.staging.scratch(CALIBRATION, self._inputs),
+                CalibrationOptions(samples=SAMPLES, rows=0),
+                on_step=lambda _, done, total: self.report(ExportProgress(stage, done, total)),
+            ).table
+        return self._scales
+
+    def weights(self, precision: str) -> QuantizedWeights:
+        """Parameters of a precision that the bundle holds."""
+        return planned_weights(self.source, self.staging.folder, precision)
+
+    def _rests_on(self, precision: str) -> dict[str, str]:
+        return plan_hashes(self.staging, precision)
+
+    def _noise_of(self, precision: str, goldens: dict[str, str]) -> None:
+        def build(folder: Path) -> dict[str, Any]:
+            noise = measure_noise(
+                self.weights(precision),
+                self.staging.folder / TOKEN_EMBEDDING,
+                Goldens.recorded_into(self.staging.folder / "goldens"),
+                lambda done, total: self.report(ExportProgress(name, done, total)),
+            )
+            write_json(folder / file, noise)
+            return {}
+
+        name, _, file = noise_file(precision).rpartition("/")
+        self._stage(name, build, {**self._inputs, "goldens": goldens, **self._rests_on(precision)})
+
+    def program(self, plan: PrecisionPlan, prompt: PromptSpec) -> None:
+        """All components, and the listing for apps."""
+        assert self.options.preprocessing
+        contracts = {
+            component: component_contract(self.source.config, component, plan.base, plan.kv_cache)
+            for component in TRACED_COMPONENTS
+        }
+        app = App(
+            contracts, self.options.preprocessing, prompt, self.staging.folder / TOKEN_EMBEDDING,
+            self.options.capacity, self.source.folder.name, plan.name,
+        )  # fmt: skip
+        whole = getattr(self.compiler, "compile_program", None)
+        for name, components in self._stages(plan).items():
+            work = partial(whole, app) if whole else self._one(components[0])
+            self._compiled(name, plan, components, work)
+        write = getattr(self.compiler, "write_listing", None)
+        if write:
+
+            def build(folder: Path) -> dict[str, Any]:
+                write(folder, app)
+                return {}
+
+            inputs = {**self._inputs, "capacity": self.options.capacity}
+            self._stage(f"{self.backend}/{plan.name}/listing", build, inputs)
+
+    def _one(self, component: str) -> CompileProgram:
+        """The compiler's work on one component in the form of its work on all of them."""
+
+        def compile_one(
+            parts: Parts, folder: Path, on_bytes: Callable[[int], None], options: CompileOptions
+        ) -> Compiled:
+            return self.compiler.compile_component(*parts[component], folder, on_bytes, options)
+
+        return compile_one
+
+    def _compiled(
+        self, name: str, plan: PrecisionPlan, components: Sequence[str], work: CompileProgram
+    ) -> None:
+        """Trace, lower and check components in one stage; weights stream from the checkpoint.
+
+        Progress counts each byte twice, as it is written and as it is hashed.
+        """
+
+        def build(folder: Path) -> dict[str, Any]:
+            weights = self.weights(plan.name)
+
+            def loading(component: str) -> Callable[[str], torch.Tensor]:
+                return lambda parameter: weights.load(f"{component}.{parameter}")
+
+            traced = {component: self._trace(component, plan)[0] for component in components}
+            parts: Parts = {name: (program, loading(name)) for name, program in traced.items()}
+            total = sum(self._trace(component, plan)[1] for component in components)
+
+            def on_bytes(count: int) -> None:
+                self._written = min(self._written + count, total)
+                self.report(ExportProgress(name, self._written, max(2 * total, 1), in_bytes=True))
+
+            compiled = work(parts, folder, on_bytes, self.options)
+            engine = compiled.engine
+            artifacts = [
+                Artifact(
+                    component, self.backend, plan.name, compiled.target, compiled.dialect,
+                    tuple(f"{name}/{file.relative_to(folder).as_posix()}" for file in compiled.files),
+                    {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
+                    replace(engine, file=f"{name}/{engine.file}") if engine else None,
+                    plan.base, compiled.capacity,
+                    activations(Workload(traced[component]), self.backend, self.options.capacity,
+                                self.options.capacity),
+                )
+                for component in components
+            ]  # fmt: skip
+            return {"artifacts": list(map(asdict, artifacts)), "rests_on": self._rests_on(plan.name)}
+
+        self._stage(name, build, self._inputs_of(plan))
