@@ -204,7 +204,9 @@ class Planner:
 
         runtime, usable = round(target.runtime_gb * GIGA), round(target.usable_gb * GIGA)
         free = usable - runtime - sum(weights.values())
-        operations, bandwidth = target.operations(precision), target.bandwidth_gbs * GIGA
+        in_integers = given is not None and any(rule.precision.dynamic for rule in given.rules)
+        operations = target.operations("int8" if in_integers else precision)
+        bandwidth = target.bandwidth_gbs * GIGA
 
         def seconds(work: int, moved: int) -> float:
             return max(work / operations, moved / bandwidth)

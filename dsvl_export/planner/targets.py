@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from dsvl_export.machine import best_of, read_bandwidth
@@ -18,6 +17,7 @@ TABLE = Path(__file__).parent / "targets.yaml"
 # Bits per weight of a linear layer, and the precision that its products are computed in.
 WEIGHT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
 COMPUTES_IN = {"int4": "fp16"}
+SIDE = 1536  # of the matrices whose product is timed
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,16 @@ def find_target(name: str) -> Target:
 def measured(target: Target) -> Target:
     """The target; where it is this machine, with its memory, and its bandwidth and throughput by trial.
 
-    Reading by all cores, and a matrix product in fp32; the best of four each.
+    Reading by all cores, and matrix products in fp32 and of 8-bit integers; the best of four each.
     """
+    import torch
+
     if target.bandwidth_gbs:
         return target
     free = available_memory() / 1e9
     bandwidth = read_bandwidth() / 1e9
-    side = 1536
-    matrix = np.ones((side, side), np.float32)
-    product = np.empty_like(matrix)
-    operations = 2 * side**3 / best_of(lambda: np.matmul(matrix, matrix, out=product)) / 1e12
-    return replace(target, memory_gb=free, usable_gb=free, bandwidth_gbs=bandwidth, tops={"fp32": operations})
+    floats = torch.ones(SIDE, SIDE)
+    codes = floats.to(torch.int8)
+    works = {"fp32": lambda: torch.mm(floats, floats), "int8": lambda: torch._int_mm(codes, codes)}
+    tops = {name: 2 * SIDE**3 / best_of(work) / 1e12 for name, work in works.items()}
+    return replace(target, memory_gb=free, usable_gb=free, bandwidth_gbs=bandwidth, tops=tops)

@@ -53,14 +53,26 @@ def test_roof_and_plan_agree_on_the_bytes(result: BenchResult, tiny_bundle: Bund
     assert artifacts == pytest.approx(row.bytes_per_token, rel=0.02)
 
 
-def test_the_graph_for_prompts_is_not_read_by_a_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a memory so slow that it alone decides, the roof is what ``plan`` predicts."""
-    from dsvl_export.exporting import export
-
+@pytest.fixture
+def slow_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So slow that it alone decides how long a token takes."""
     for module in ("benching", "planner.targets"):
         monkeypatch.setattr(f"dsvl_export.{module}.read_bandwidth", lambda threads=None: 1e6)
+
+
+def test_halves_are_read_as_they_lie_in_memory(tiny_bundle: Bundle, slow_memory: None) -> None:
+    """ONNX Runtime widens them on a CPU: the roof is what ``plan`` predicts."""
+    found = bench(tiny_bundle.folder, "onnxruntime", "fp16", QUICK)
+    file = tiny_bundle.path(tiny_bundle.artifact("decoder", "onnxruntime", "fp16").files[0])
+    states = cache_bytes(tiny_bundle.manifest.contracts["fp16"]["decoder"].states, 1, 200)
+    assert found.decoding[-1].bytes_per_token == 2 * file.stat().st_size + states
+    assert isinstance(found.predicted, dict)
+    assert found.predicted["tokens_per_second"] == pytest.approx(found.decoding[-1].roof, rel=0.02)
+
+
+def test_the_graph_for_prompts_is_not_read_by_a_token(tmp_path: Path, slow_memory: None) -> None:
+    from dsvl_export.exporting import export
+
     bundle = export("tiny", tmp_path / "b", precisions=["8da4w-g128"], goldens=False)
     found = bench(bundle.folder, None, None, QUICK)
     file = bundle.path(bundle.artifact("decoder", "onnxruntime", "8da4w-g128").files[0])

@@ -314,25 +314,22 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(
     assert available_memory() > 1 << 28
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("run", "--prompt", "Describe the picture.", "--max-new-tokens", "1"),
-        ("bench", "--context", "30", "--tokens", "1", "--repeats", "1"),
-        ("parity",),
-    ],
-)
+@pytest.mark.parametrize(("command", "spare", "said"), [
+    (("run", "--prompt", "Describe the picture.", "--max-new-tokens", "1"), -1, True),
+    (("run", "--prompt", "Describe the picture.", "--max-new-tokens", "1"), 0, False),
+    (("bench", "--context", "30", "--tokens", "1", "--repeats", "1"), -1, True),
+    (("parity",), -1, True),
+])  # fmt: skip
 def test_short_memory_is_said_with_both_figures(
-    run, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+    run, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], spare: int, said: bool
 ) -> None:
     """The bundle runs all the same: the system may still find room."""
-    needed = needed_memory(Bundle.open(bundle_copy), "onnxruntime", "fp32", None)
-    for free, said in ((needed - 1, True), (needed, False)):
-        monkeypatch.setattr("runtimes.memory.available_memory", lambda free=free: free)
-        done = run(command[0], bundle_copy, *command[1:], "--precision", "fp32")
-        assert done.code == 0
-        sentence = rf"Short of memory: onnxruntime fp32 takes [\d.]+ MB .*, {size(free)} are free"
-        assert bool(re.search(sentence, done.err.replace("\n", " "))) == said
+    free = needed_memory(Bundle.open(bundle_copy), "onnxruntime", "fp32", None) + spare
+    monkeypatch.setattr("runtimes.memory.available_memory", lambda: free)
+    done = run(command[0], bundle_copy, *command[1:], "--precision", "fp32")
+    assert done.code == 0
+    sentence = rf"Short of memory: onnxruntime fp32 takes [\d.]+ MB .*, {size(free)} are free"
+    assert bool(re.search(sentence, done.err.replace("\n", " "))) == said
 
 
 def test_a_device_that_is_not_there_is_refused(tiny_bundle: Bundle) -> None:
@@ -371,7 +368,8 @@ def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.endswith("The export goes on where it stopped when it is run again.\nInterrupted.\n")
+    said = [line for line in errors.splitlines() if line]
+    assert said[-2:] == ["The export goes on where it stopped when it is run again.", "Interrupted."]
     assert "Traceback" not in errors
     assert not (tmp_path / "b" / MANIFEST).exists()
     again = subprocess.run(command, capture_output=True, text=True, check=False)

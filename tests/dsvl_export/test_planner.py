@@ -10,11 +10,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from calibration.precision import load_precision
+from calibration.quantized import trace_planned
 from dsvl_export.defects import load_defects, warnings_for
 from dsvl_export.exporting import export
 from dsvl_export.planner.plan import Planner, Request
 from dsvl_export.planner.targets import WEIGHT_BITS, find_target, load_targets, measured, nearest
-from dsvl_export.planner.workload import Workload
+from dsvl_export.planner.workload import Workload, activations
 from reference.checkpoint import open_checkpoint
 from reference.released import released_config
 from reference.tiny import TINY
@@ -93,6 +95,32 @@ def test_activations_grow_with_what_is_alive(planner: Planner) -> None:
     assert decoder.activation_bytes(batch=2, sequence=512, rows=1, capacity=1024) == 2 * large
 
 
+def test_the_scores_of_sam_are_there_in_blocks() -> None:
+    """ONNX Runtime's encoder grows by 0.51 GB while it runs at full size; whole scores and bias are 2.4 GB."""
+    sam = Workload(trace(released_config("7b"), "vision_encoder", "fp32"))
+    assert activations(sam, "onnxruntime", 640, 2048) / 1e9 == pytest.approx(0.51, rel=0.3)
+    assert activations(sam, "tensorrt", 640, 2048) / 1e9 == pytest.approx(2.5, rel=0.1)
+
+
+def test_weights_of_a_quantized_program_are_no_activations(planner: Planner) -> None:
+    """What is unpacked from codes follows from weights alone; rounding x keeps a copy or two of it."""
+    config = planner.config
+    plan = load_precision("int4")
+    quantized = Workload(trace_planned(config, "decoder", plan))
+    floats = planner.workload("decoder", "fp32")
+    sizes = {"batch": 1, "sequence": 512, "rows": 1, "capacity": 1024}
+    assert quantized.activation_bytes(**sizes) == floats.activation_bytes(**sizes)
+
+
+def test_what_rounds_activations_is_bound_by_integers(planner: Planner) -> None:
+    slow_floats = replace(find_target("cpu"), tops={"fp32": 1e-3, "int8": 1.0}, bandwidth_gbs=1e9)
+    seconds = {
+        precision: planner.plan(slow_floats, Request("onnxruntime", precision, 512)).first_token_seconds
+        for precision in ("int4", "8da4w")
+    }
+    assert seconds["int4"] == pytest.approx(1000 * seconds["8da4w"], rel=0.01)
+
+
 def test_released_sizes_are_what_is_known_of_them() -> None:
     """1.3B: 2.9 GB of fp16 decoder; 7B: 13 GB; int4 takes a bit more than a quarter."""
     for size, gigabytes in (("1.3b", 2.89), ("7b", 12.99)):
@@ -121,6 +149,7 @@ def test_every_target_is_complete() -> None:
     assert here.usable_gb > 0.2
     assert here.bandwidth_gbs > 0.5
     assert here.operations("fp16") == here.operations("fp32") > 1e9
+    assert here.operations("int8") > 1e9
 
 
 @pytest.mark.parametrize(
