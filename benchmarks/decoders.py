@@ -41,10 +41,9 @@ def ours(work: Path, size: str, given: str) -> Callable[[], dict[str, Any]]:
     """``BACKEND:PRECISION`` of this project, exported if need be."""
     backend, _, precision = given.partition(":")
     bundle = work / f"{size}-{backend}-{precision}"
-    if not (bundle / "manifest.json").exists():
-        checkpoint = checkpoint_of(work, size, None, VISION_LAYERS, None)
-        found = measured(export_to, bundle, checkpoint, backend, precision)
-        print(f"{given}: {json.dumps(found['result'])}; exported in {cost(found)}", flush=True)
+    checkpoint = checkpoint_of(work, size, None, VISION_LAYERS, None)
+    found = measured(export_to, bundle, checkpoint, backend, precision)
+    print(f"{given}: {json.dumps(found['result'])}; exported in {cost(found)}", flush=True)
 
     def measure() -> dict[str, Any]:
         result: dict[str, Any] = measured(decoder_times, bundle, backend, precision, THREADS)["result"]
@@ -66,7 +65,8 @@ def main() -> None:
     )
     parser.add_argument("work", type=Path)
     parser.add_argument("ours", nargs="+", metavar="BACKEND:PRECISION")
-    parser.add_argument("--peers", nargs="+", default=["llama:q4_0"], metavar="PEER:FORM")
+    known = [f"{peer}:{form}" for peer, forms in peers.FORMS.items() for form in forms]
+    parser.add_argument("--peers", nargs="+", default=["llama:q4_0"], choices=known, metavar="PEER:FORM")
     parser.add_argument("--size", choices=("1.3b", "7b"), default="1.3b")
     parser.add_argument("--turns", type=int, default=5)
     given = parser.parse_args()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import peers
 from make_checkpoint import config_of, write
-from measuring import checkpoint_of, cost, export_to, measured, spread, timed
+from measuring import checkpoint_of, cost, export_to, made_once, measured, spread, timed
 
 THREADS, REPEATS = 2, 3
 PEERS = ("eager-fp32", "eager-bf16", "compile-fp32", "compile-bf16", "openvino-fp32", "openvino-bf16")
@@ -29,12 +30,9 @@ def checkpoint(work: Path, tower: str) -> Path:
     """One tower at full size with the smallest of everything else."""
     if tower == "siglip":
         return checkpoint_of(work, "1.3b", 1, 24, 1031)
-    folder = work / "sam"
-    if not folder.exists():
-        raw = config_of("7b", 1, 12, 1031)
-        raw["vision_config"]["num_hidden_layers"] = 1
-        write(raw, folder)
-    return folder
+    raw = config_of("7b", 1, 12, 1031)
+    raw["vision_config"]["num_hidden_layers"] = 1
+    return made_once(work / "sam", partial(write, raw))
 
 
 def encode(bundle: Path, backend: str, precision: str) -> list[float]:
@@ -66,9 +64,8 @@ def main() -> None:
         backend, _, precision = name.partition(":")
         bundle = given.work / f"{given.tower}-{backend}-{precision}"
         bundles[name] = (bundle, backend, precision)
-        if not (bundle / "manifest.json").exists():
-            found = measured(export_to, bundle, checkpoint(given.work, given.tower), backend, precision)
-            print(f"{name}: {json.dumps(found['result'])}; exported in {cost(found)}", flush=True)
+        found = measured(export_to, bundle, checkpoint(given.work, given.tower), backend, precision)
+        print(f"{name}: {json.dumps(found['result'])}; exported in {cost(found)}", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in (*given.peers, *given.ours)}
     for _ in range(given.turns):
         for name in seconds:

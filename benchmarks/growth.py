@@ -27,10 +27,9 @@ WIDTH_LAYERS, TOKENS = 4, 12
 
 
 def export_once(work: Path, size: str, layers: int | None, vision: int | None) -> Path:
-    """A bundle of this shape."""
+    """A bundle of this shape, as this code exports it."""
     bundle = work / f"growth-{size}-{layers or 'all'}-{vision or 'all'}"
-    if not (bundle / "manifest.json").exists():
-        measured(_export, bundle, checkpoint_of(work, size, layers, vision, None))
+    measured(_export, bundle, checkpoint_of(work, size, layers, vision, None))
     return bundle
 
 

@@ -139,6 +139,8 @@ def main() -> None:
     for name in ("--layers", "--vision-layers", "--vocabulary"):
         parser.add_argument(name, type=int)
     given = parser.parse_args()
+    if given.folder.exists():
+        parser.error(f"{given.folder} is there already; give a new folder")
     raw = config_of(given.size, given.layers, given.vision_layers, given.vocabulary)
     print(f"{write(raw, given.folder) / 1e9:.2f} GB in {given.folder}")
 

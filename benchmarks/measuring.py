@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +52,25 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def made_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """A file or folder, made beside its place if it is not there; what an interruption left goes first."""
+    if not path.exists():
+        half = path.with_name(f"{path.name}.partial")
+        if half.is_dir():
+            shutil.rmtree(half)
+        make(half)
+        half.rename(path)
+    return path
+
+
 def checkpoint_of(work: Path, size: str, layers: int | None, vision: int | None, words: int | None) -> Path:
     """A random checkpoint; None keeps the released size."""
     folder = work / f"{size}-{layers or 'all'}-{vision or 'all'}-{words or 'all'}"
-    if not folder.exists():
-        partial = work / f"{folder.name}.partial"
-        write(config_of(size, layers, vision, words), partial)
-        partial.rename(folder)
-    return folder
+    return made_once(folder, partial(write, config_of(size, layers, vision, words)))
 
 
 def export_to(bundle: Path, checkpoint: Path, backend: str, precision: str, goldens: bool = False) -> Any:
-    """Export, unless that has been done; bytes by component, and the tools that the manifest names."""
+    """Export what is not there yet; bytes by component, and the tools that the manifest names."""
     from dsvl_export.exporting import export
 
     made = export(str(checkpoint), bundle, backend, [precision], goldens, capacity=CAPACITY)

@@ -6,13 +6,14 @@ A peer is ``peer_<name>.py``: ``make`` writes what it loads, ``time`` prints one
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from measuring import made_once
 
 from reference.config import DecoderConfig
 
@@ -36,6 +37,15 @@ PEERS: dict[str, tuple[str, ...]] = {
         "nncf==3.4.0",
         "transformers==5.5.4",
     ),
+}
+
+
+# How the peers of a decoder keep and compute their weights; the scripts say what is meant.
+FORMS: dict[str, tuple[str, ...]] = {
+    "llama": ("q4_0",),
+    "transformers": ("fp32", "bf16", "bf16-compile"),
+    "genai": ("int4-32", "int4-128"),
+    "openvino": ("int4-32", "int4-128"),
 }
 
 
@@ -67,20 +77,16 @@ def decoder(
     """A peer with a decoder of this shape: seconds of a prefill and of each decoded token.
 
     Args:
-        form: how the peer keeps and computes the weights, as its script names it.
+        form: one of the peer's ``FORMS``.
 
     Returns:
         A function of threads, tokens of the prompt, of the context, and to decode.
     """
-    output = work / f"{name}-{peer}-{form}"
-    if not output.exists():
-        shape = work / f"{name}-shape.json"
-        shape.write_text(json.dumps(asdict(config)))
-        partial = work / f"{output.name}.partial"
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        run(peer, work, "make", form, shape, partial)
-        partial.rename(output)
+    shape = work / f"{name}-shape.json"
+    shape.write_text(json.dumps(asdict(config)))
+    output = made_once(
+        work / f"{name}-{peer}-{form}", lambda place: run(peer, work, "make", form, shape, place)
+    )
 
     def measure(threads: int, prompt: int, context: int, tokens: int) -> dict[str, Any]:
         numbers = ("--threads", threads, "--prompt", prompt, "--context", context, "--tokens", tokens)
