@@ -105,20 +105,16 @@ class ExportStages:
             UserError: with both figures.
         """
         stages = [(plan, stage) for plan in plans for stage in self._stages(plan).items()]
-        names = (name for _, (name, _) in stages)
-        self.staging.forget_all_but(("token_embedding", "goldens", CALIBRATION, *names))
+        judged = {*(plan.name for plan in plans), *self._exported()}
+        names = {*(name for _, (name, _) in stages), *map(_noise_stage, judged)}
+        self.staging.forget_all_but({"token_embedding", "goldens", CALIBRATION, *names})
         config, left = self.source.config, self.staging.left
         needed = left("token_embedding", lambda: self._inputs, lambda: self.source.embedding_bytes() or 0)
         if goldens:
             needed += left("goldens", lambda: self._inputs, lambda: goldens_bytes(config))
         for plan, (name, components) in stages:
-
-            def size(plan: PrecisionPlan = plan, components: Sequence[str] = components) -> int:
-                self.report(ExportProgress(f"sizes of {plan.name}"))
-                return sum(self._trace(component, plan)[1] for component in components)
-
+            size = partial(self._size, plan, components)
             needed += left(name, partial(self._inputs_of, plan), size) if self._is_current(plan) else size()
-            self.report(ExportProgress(f"sizes of {plan.name}", 1, 1, "finished"))
         free = shutil.disk_usage(self.staging.folder).free
         if needed > free:
             raise UserError(
@@ -132,6 +128,18 @@ class ExportStages:
         if hasattr(self.compiler, "compile_program"):
             return {f"{folder}/program": TRACED_COMPONENTS}
         return {f"{folder}/{component}": (component,) for component in TRACED_COMPONENTS}
+
+    def _size(self, plan: PrecisionPlan, components: Sequence[str]) -> int:
+        """Bytes of the artifacts of components."""
+        name = f"sizes of {plan.name}"
+        self.report(ExportProgress(name))
+        total = sum(self._trace(component, plan)[1] for component in components)
+        self.report(ExportProgress(name, 1, 1, "finished"))
+        return total
+
+    def _exported(self) -> list[str]:
+        """Precisions that the bundle has."""
+        return list(dict.fromkeys(item.precision for item in finished_artifacts(self.staging)))
 
     def _is_current(self, plan: PrecisionPlan) -> bool:
         """Whether a precision's plan and scales lie in the bundle as this export has them."""
@@ -205,7 +213,7 @@ class ExportStages:
         hashes = {
             path: entry.sha256 for path, entry in self.staging.files().items() if path.startswith("goldens/")
         }
-        for precision in dict.fromkeys(item.precision for item in finished_artifacts(self.staging)):
+        for precision in self._exported():
             if hashes and precision != "fp32":
                 self._noise_of(precision, hashes)
 
@@ -247,16 +255,18 @@ class ExportStages:
 
     def _noise_of(self, precision: str, goldens: dict[str, str]) -> None:
         def build(folder: Path) -> dict[str, Any]:
+            found = folder / f"noise{JOURNAL}"
             noise = measure_noise(
                 self.weights(precision),
                 self.staging.folder / TOKEN_EMBEDDING,
                 Goldens.recorded_into(self.staging.folder / "goldens"),
                 lambda done, total: self.report(ExportProgress(name, done, total)),
+                found,
             )
             write_json(folder / file, noise)
             return {}
 
-        name, _, file = noise_file(precision).rpartition("/")
+        name, file = _noise_stage(precision), Path(noise_file(precision)).name
         self._stage(name, build, {**self._inputs, "goldens": goldens, **self._rests_on(precision)})
 
     def program(self, plan: PrecisionPlan, prompt: PromptSpec) -> None:
@@ -333,3 +343,7 @@ class ExportStages:
             return {"artifacts": list(map(asdict, artifacts)), "rests_on": self._rests_on(plan.name)}
 
         self._stage(name, build, self._inputs_of(plan))
+
+
+def _noise_stage(precision: str) -> str:
+    return noise_file(precision).rpartition("/")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,14 +97,18 @@ def measure_noise(
     embedding_file: Path,
     goldens: Goldens,
     on_step: Callable[[int, int], None],
+    journal: Path | None = None,
 ) -> dict[str, Any]:
-    """Climb with what a precision plan computes in PyTorch; JSON-able, read again by ``read_noise``."""
+    """Climb with what a precision plan computes in PyTorch; JSON-able, read again by ``read_noise``.
+
+    Args:
+        journal: what an interrupted call has found, a line for each golden; this call goes on with it.
+    """
     from calibration.program import planned_chain
 
     chain = planned_chain(weights, embedding_file, tapped=True)
-    rows: list[Errors] = []
-    taps: dict[str, Errors] = {}
-    for index in range(len(goldens.files)):
+    found = _recorded(journal) if journal else []
+    for index in range(len(found), len(goldens.files)):
         on_step(index, len(goldens.files))
         golden = goldens.load(index, weights.source.digest)
         features: dict[str, np.ndarray] = {}
@@ -119,13 +124,32 @@ def measure_noise(
             _note(row, "teacher_forced_logits", relative_rms(given[part], golden.logits[part]))
         row[CHOICES] = max(changed_choices(logits, golden.logits) for logits in (given, own))
         row[CHAIN] = max(map(relative_rms, own, golden.logits))
-        rows.append(row)
+        taps: dict[str, Errors] = {}
         for component, expected in golden.taps.items():
-            found = take_taps(chain, golden, component)
-            errors = {name: relative_rms(found[name], array) for name, array in expected.items()}
+            tapped = take_taps(chain, golden, component)
+            errors = {name: relative_rms(tapped[name], array) for name, array in expected.items()}
             taps[component] = {name: error for name, error in errors.items() if math.isfinite(error)}
+        found.append((row, taps))
+        if journal:
+            with journal.open("a") as lines:
+                lines.write(json.dumps(found[-1]) + "\n")
     on_step(len(goldens.files), len(goldens.files))
-    return {"goldens": rows, "taps": taps}
+    of_layers = {component: errors for _, taps in found for component, errors in taps.items()}
+    return {"goldens": [row for row, _ in found], "taps": of_layers}
+
+
+def _recorded(journal: Path) -> list[tuple[Errors, dict[str, Errors]]]:
+    """Errors of goldens and of their taps; half a line ends them, and is cut off."""
+    lines = journal.read_text(errors="replace").splitlines(keepends=True) if journal.exists() else []
+    found: list[tuple[Errors, dict[str, Errors]]] = []
+    for line in lines:
+        try:
+            row, taps = json.loads(line)
+        except ValueError:
+            break
+        found.append((row, taps))
+    journal.write_text("".join(lines[: len(found)]))
+    return found
 
 
 def _note(row: Errors, rung: str, error: float) -> None:

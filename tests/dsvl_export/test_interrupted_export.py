@@ -14,6 +14,7 @@ import pytest
 from dsvl_export import export, parity
 from dsvl_export.calibrating import SAMPLES
 from dsvl_export.export_stages import ExportProgress
+from dsvl_export.ladder import noise
 from dsvl_export.onnx_graph import writer
 from dsvl_export.onnx_graph.builder import Initializer
 from runtimes import recording
@@ -247,3 +248,26 @@ def test_calibration_inside_an_export_goes_on(tmp_path: Path) -> None:
     export("tiny", tmp_path / "b", precisions=["int8"], goldens=False, report=until(-1))
     assert SAMPLES // 4 <= seen[0] <= SAMPLES // 2
     assert {file.name for file in (tmp_path / "b/.staging").iterdir()} == {"stages.json", "lock"}
+
+
+def test_noise_goes_on_at_the_golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    plain = noise.vision_stages
+
+    def vision_stages(*arguments: Any) -> Any:
+        measured.append(1)
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    whole = export("tiny", tmp_path / "whole", precisions=["fp16"])
+    monkeypatch.setattr(noise, "vision_stages", vision_stages)
+    with pytest.raises(KeyboardInterrupt):
+        export("tiny", tmp_path / "b", precisions=["fp16"])
+    (journal,) = (tmp_path / "b/.staging").rglob("*.journal")
+    journal.write_text(journal.read_text()[:-9])  # half of the fourth line
+    made = export("tiny", tmp_path / "b", precisions=["fp16"])
+    assert len(measured) == 5 + 7
+    name = "noise/fp16/noise.json"
+    assert (made.folder / name).read_text() == (whole.folder / name).read_text()
+    assert not any("journal" in path for path in made.manifest.files)
