@@ -158,16 +158,16 @@ def export(
         )
     with display.progress_bar() as bars:
         tasks: dict[str, TaskID] = {}
+        in_bytes: set[str] = set()
 
         def report(progress: ExportProgress) -> None:
-            if progress.stage not in tasks:
-                tasks[progress.stage] = bars.add_task(progress.stage, total=None)
-            bars.update(
-                tasks[progress.stage],
-                completed=progress.done,
-                total=progress.total,
-                in_bytes=progress.in_bytes,
-            )
+            name, counted = progress.stage, progress.in_bytes
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=None)
+            if counted and name not in in_bytes:  # what was there before does not count as speed
+                in_bytes.add(name)
+                bars.reset(tasks[name], total=progress.total, completed=progress.done, in_bytes=True)
+            bars.update(tasks[name], completed=progress.done, total=progress.total, in_bytes=counted)
             if progress.state == "reused":
                 bars.console.print(f"[dim]{progress.stage}: unchanged, reused[/]")
 

@@ -64,6 +64,9 @@ def write_model(
     data = file.with_name(file.name + ".data")
     journal = data.with_name(data.name + JOURNAL)
     written = _written(data, journal)
+    resumed = set(written)
+    if resumed:  # at once, so that the speed that progress shows is that of writing
+        on_bytes(sum(item.nbytes for item in initializers if item.key in resumed))
     with data.open("r+b" if written else "wb") as handle, journal.open("a") as log:
         handle.seek(0, 2)
         for item in initializers:
@@ -83,7 +86,8 @@ def write_model(
                     )
                     log.flush()
                 places[item.key] = Place(data.name, written[item.key])
-                on_bytes(item.nbytes)
+                if item.key not in resumed:
+                    on_bytes(item.nbytes)
             model.graph.initializer.append(_external(item, places[item.key]))
     file.write_bytes(model.SerializeToString())
     return [file, data]
