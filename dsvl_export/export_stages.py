@@ -13,6 +13,7 @@ import torch
 
 from calibration.precision import PrecisionPlan
 from calibration.quantized import trace_planned
+from calibration.statistics import STATISTICS_FILE, Statistics
 from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
 from dsvl_export.assembling import TOKEN_EMBEDDING, finished_artifacts, plan_hashes
@@ -27,7 +28,7 @@ from dsvl_export.compilers import (
 )
 from dsvl_export.ladder.noise import measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
-from dsvl_export.planner.workload import Workload, activations
+from dsvl_export.planner.workload import Workload, activation_growth
 from dsvl_export.precisions import (
     planned_weights,
     precision_folder,
@@ -41,7 +42,7 @@ from reference.session import write_token_embedding
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent, component_contract
 from runtimes.bundle import Artifact
 from runtimes.errors import UserError
-from runtimes.files import write_json
+from runtimes.files import sha256_of_file, write_json, write_text
 from runtimes.tokenizer import PromptSpec
 
 CALIBRATION = "calibration"  # where an export without scales keeps what it finds
@@ -108,13 +109,19 @@ class ExportStages:
         judged = {*(plan.name for plan in plans), *self._exported()}
         names = {*(name for _, (name, _) in stages), *map(_noise_stage, judged)}
         self.staging.forget_all_but({"token_embedding", "goldens", CALIBRATION, *names})
-        config, left = self.source.config, self.staging.left
-        needed = left("token_embedding", lambda: self._inputs, lambda: self.source.embedding_bytes() or 0)
+        config = self.source.config
+        sizes: list[tuple[str, Callable[[], Any] | None, Callable[[], int]]] = [
+            ("token_embedding", lambda: self._inputs, lambda: self.source.embedding_bytes() or 0)
+        ]
         if goldens:
-            needed += left("goldens", lambda: self._inputs, lambda: goldens_bytes(config))
+            sizes.append(("goldens", lambda: self._inputs, lambda: goldens_bytes(config)))
         for plan, (name, components) in stages:
-            size = partial(self._size, plan, components)
-            needed += left(name, partial(self._inputs_of, plan), size) if self._is_current(plan) else size()
+            inputs = partial(self._inputs_of, plan) if self._is_current(plan) else None
+            sizes.append((name, inputs, partial(self._size, plan, components)))
+        needed = taken = 0  # old files stay until the new ones are there
+        for stage in sizes:
+            new, old = self.staging.left(*stage)
+            needed, taken = max(needed, taken + new), taken + new - old
         free = shutil.disk_usage(self.staging.folder).free
         if needed > free:
             raise UserError(
@@ -145,7 +152,7 @@ class ExportStages:
         """Whether a precision's plan and scales lie in the bundle as this export has them."""
         stage = precision_folder(plan.name)
         of_plan = partial(self._inputs_of_precision, plan)
-        return plan.name in PRECISION_DTYPES or not self.staging.left(stage, of_plan, lambda: 1)
+        return plan.name in PRECISION_DTYPES or self.staging.left(stage, of_plan, lambda: 1) == (0, 0)
 
     def _inputs_of(self, plan: PrecisionPlan) -> dict[str, Any]:
         """What a compiled stage rests on."""
@@ -196,13 +203,20 @@ class ExportStages:
         self._stage("token_embedding", build)
 
     def goldens(self) -> None:
+        def on_saved(file: Path) -> None:
+            write_text(file.with_name(file.name + JOURNAL), sha256_of_file(file))
+
         def build(folder: Path) -> dict[str, Any]:
+            for journal in folder.glob(f"*{JOURNAL}"):
+                file = journal.with_name(journal.name.removesuffix(JOURNAL))
+                if not file.exists() or sha256_of_file(file) != journal.read_text():
+                    file.unlink(missing_ok=True)
             record_reference(
                 self.source,
                 self.staging.folder / TOKEN_EMBEDDING,
                 folder,
                 lambda done, total: self.report(ExportProgress("goldens", done, total)),
-                lambda file: file.with_name(file.name + JOURNAL).touch(),
+                on_saved,
             )
             return {"reference": "torch fp32", "torch": torch.__version__}
 
@@ -238,9 +252,15 @@ class ExportStages:
         What they rest on is kept until the bundle is finished, so that an interruption loses little.
         """
         if self._scales is None:
+            folder = self.staging.scratch(CALIBRATION, self._inputs)
+            file = folder / STATISTICS_FILE
+            try:
+                Statistics.load(file)
+            except UserError:  # none, or torn ones
+                file.unlink(missing_ok=True)
             self._scales = calibrate(
                 self.source,
-                self.staging.scratch(CALIBRATION, self._inputs),
+                folder,
                 CalibrationOptions(samples=SAMPLES, rows=0),
                 on_step=lambda _, done, total: self.report(ExportProgress(stage, done, total)),
             ).table
@@ -326,6 +346,10 @@ class ExportStages:
                 self._written = min(self._written + count, total)
                 self.report(ExportProgress(name, self._written, max(2 * total, 1), in_bytes=True))
 
+            def active(component: str) -> tuple[int, int]:
+                longest = self.source.config.decoder.max_positions
+                return activation_growth(Workload(traced[component]), self.backend, longest)
+
             compiled = work(parts, folder, on_bytes, self.options)
             engine = compiled.engine
             artifacts = [
@@ -335,8 +359,7 @@ class ExportStages:
                     {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
                     replace(engine, file=f"{name}/{engine.file}") if engine else None,
                     plan.base, compiled.capacity,
-                    activations(Workload(traced[component]), self.backend, self.options.capacity,
-                                self.options.capacity),
+                    *active(component),
                 )
                 for component in components
             ]  # fmt: skip

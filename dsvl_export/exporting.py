@@ -104,8 +104,7 @@ def export(
     check_options(backend, compiler, options)
     compiler.settings(options)
     if check := getattr(compiler, "check", None):
-        for plan in plans:
-            check(plan, source.config, options)
+        check(plans, source.config, options)
     table = ScaleTable.load(Path(scales).expanduser()) if scales else None
     if table:
         identify(source, report)
@@ -132,8 +131,8 @@ def export(
             run.program(plan, specs[1])
         run.noise()
         staging.finish(manifest_of(source, staging, options.capacity, *specs))
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except (OSError, SafetensorError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "there is no memory left"
         raise UserError(
             f"The export stopped: {reason} ({staging.folder});"
             " mend that and run it again, it goes on where it stopped."

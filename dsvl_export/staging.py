@@ -19,6 +19,7 @@ STAGING = ".staging"
 # journal's name without its ending.
 INPUTS, JOURNAL = ".inputs", ".journal"
 Build = Callable[[Path], dict[str, Any]]  # builds into a folder, returns what the manifest shall know
+HOPELESS = (UserError, ValueError, NotImplementedError)  # another try would end the same way
 Hashed = Callable[[int, int], None]  # bytes that are hashed, and all
 
 
@@ -135,27 +136,31 @@ class Staging:
                 file.unlink()
             self._replace(temporary, self.folder / name)
         except BaseException as error:
-            mendable = isinstance(error, (KeyboardInterrupt, OSError, MemoryError))
-            if not (mendable and _journals(temporary)):
+            if isinstance(error, HOPELESS) or not _journals(temporary):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._stages[name] = {"key": key, "result": result, "files": files}
         write_json(self._record_file, self._stages)
         return False
 
-    def left(self, name: str, inputs: Callable[[], Any], size: Callable[[], int]) -> int:
-        """Bytes that a stage has still to write.
+    def left(self, name: str, inputs: Callable[[], Any] | None, size: Callable[[], int]) -> tuple[int, int]:
+        """Bytes that a stage has still to write, and those that then go, of what it made with other inputs.
+
+        What an interruption left of other inputs goes at once.
 
         Args:
-            inputs: those it would be run with; asked for where something of it is there.
+            inputs: those it would be run with; asked for where something of it is there. None are new ones.
             size: of all that it writes, in bytes; asked for where not all of it is there.
         """
         known, temporary = self._stages.get(name), self._folder_of(name)
-        key = _key(inputs()) if known or temporary.is_dir() else ""
+        key = _key(inputs()) if inputs and (known or temporary.is_dir()) else ""
         if known and known["key"] == key:
-            return 0
-        written = _kept(temporary) if _is_of(temporary, key) else set()
-        return max(size() - sum(file.stat().st_size for file in written if file.exists()), 0)
+            return 0, 0
+        if not _is_of(temporary, key):
+            shutil.rmtree(temporary, ignore_errors=True)
+        written = sum(file.stat().st_size for file in _kept(temporary) if file.exists())
+        old = sum(entry["bytes"] for entry in known["files"].values()) if known else 0
+        return max(size() - written, 0), old
 
     def forget_all_but(self, names: Iterable[str]) -> None:
         """Take away what was interrupted of other stages."""

@@ -8,13 +8,16 @@ from pathlib import Path
 
 __version__ = "0.4.0"
 PACKAGES = ("calibration", "dsvl_export", "reference", "runtimes")
+ASIDE = {"__pycache__", "cli", "report", "serving"}  # what is there changes no artifact
 
 
 @cache
 def code_digest() -> str:
-    """SHA-256 of the sources: in a checkout, what an export writes can change without the version."""
+    """SHA-256 of sources and data: in a checkout, what an export writes can change without the version."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for package in PACKAGES:
-        for file in sorted((root / package).rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+        for file in sorted((root / package).rglob("*")):
+            name = file.relative_to(root)
+            if file.is_file() and not ASIDE.intersection(name.parts):
+                digest.update(name.as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

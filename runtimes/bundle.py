@@ -61,7 +61,8 @@ class Artifact:
 
     ``base`` is what is not quantized computes in. ``capacity`` is that of a decoder whose KV cache was fixed
     when it was compiled. ``activation_bytes`` is what ``plan`` says of its intermediate tensors, for one
-    image, or a chunk of a prompt in the bundle's default capacity; 0 where that is not known.
+    image or a chunk of a prompt, and ``activation_bytes_per_token`` how they grow with the capacity of the
+    KV cache; 0 where that is not known.
     """
 
     component: str
@@ -75,6 +76,7 @@ class Artifact:
     base: str = "fp32"
     capacity: int | None = None
     activation_bytes: int = 0
+    activation_bytes_per_token: int = 0
 
     @property
     def stage(self) -> str:

@@ -10,11 +10,13 @@ from runtimes.contracts import Contract
 
 MEMINFO = Path("/proc/meminfo")
 MEMBERSHIP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# By version of control groups: their limit, what is used of it, and what of that is a cache of files.
+# By version of control groups: their limit, what is used of it, and what of that are files' pages.
 FILES = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+    2: ("memory.max", "memory.current", ("active_file", "inactive_file")),
 }
+# Backends of which a CPU runs halves in fp32: ONNX Runtime's kernels (engines' ONNX files too), and MIL's.
+WIDENED = ("coreml", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 def available_memory() -> int:
@@ -51,19 +53,16 @@ def _of_groups() -> Iterator[int]:
                 break
 
 
-def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+def _left(folder: Path, limit: str, usage: str, cached: tuple[str, ...]) -> int | None:
     try:
         most = int((folder / limit).read_text())
         used = int((folder / usage).read_text())
         rows = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no such group, or "max": no limit
         return None
-    return max(most - used + int(rows.get(cache, 0)), 0)
+    return max(most - used + sum(int(rows.get(name, 0)) for name in cached), 0)
 
 
 def widening(backend: str, contract: Contract) -> int:
-    """How many times its stored bytes a component takes in a CPU's memory.
-
-    ONNX Runtime's kernels there compute half precision in fp32, and it widens weights when it opens a file.
-    """
-    return 2 if backend == "onnxruntime" and contract.inputs[0].dtype == "float16" else 1
+    """How many times its stored bytes a component takes at most in a CPU's memory, where it has no engine."""
+    return 2 if backend in WIDENED and contract.inputs[0].dtype == "float16" else 1

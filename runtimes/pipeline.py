@@ -231,8 +231,9 @@ def needed_memory(bundle: Bundle, backend: str, precision: str, capacity: int | 
     files = {file for artifact in artifacts for file in artifact.files} - engines
     weights = sum(bundle.manifest.files[file].bytes for file in files)
     usual = min(bundle.manifest.default_capacity, artifacts[-1].capacity or bundle.manifest.default_capacity)
-    cache = cache_bytes(contract.states, 1, capacity or usual)
-    active = max(artifact.activation_bytes for artifact in artifacts)
+    tokens = capacity or usual
+    cache = cache_bytes(contract.states, 1, tokens)
+    active = max(item.activation_bytes + tokens * item.activation_bytes_per_token for item in artifacts)
     return widening(backend, contract) * (weights + active) + cache
 
 

@@ -75,6 +75,8 @@ def record_goldens(
     planned = _plan(chain, requests, max_positions)
     for image in {image for item in planned for image in item.request.images}:
         shutil.copyfile(image, folder / "images" / image.name)
+    for file in set(folder.glob("*.safetensors")) - {_file(folder, item) for item in planned}:
+        file.unlink()
     groups = _groups(chain, planned)
     done, total = 0, len(planned) + bool(tap) + GREEDY_TOKENS * len(groups)
 
@@ -85,8 +87,8 @@ def record_goldens(
 
     for group in groups:
         tapped = tap is not None and group[0].index == 0
-        files = [folder / f"{item.index:02}.safetensors" for item in group]
-        if all(map(_is_golden, files)):
+        files = [_file(folder, item) for item in group]
+        if all(_is_kept(file, item, checkpoint) for file, item in zip(files, group, strict=True)):
             step(len(group) + tapped + GREEDY_TOKENS)
             continue
         goldens = []
@@ -105,13 +107,18 @@ def record_goldens(
             on_saved(file)
 
 
-def _is_golden(file: Path) -> bool:
-    """Whether a golden is there, and whole."""
+def _file(folder: Path, item: _Planned) -> Path:
+    return folder / f"{item.index:02}.safetensors"
+
+
+def _is_kept(file: Path, item: _Planned, checkpoint: str) -> bool:
+    """Whether the golden of a request is there."""
     try:
-        load_golden(file)
+        golden = load_golden(file)
     except UserError:
         return False
-    return True
+    images = tuple(source.name for source in item.request.images)
+    return (golden.checkpoint, golden.prompt, golden.images) == (checkpoint, item.request.prompt, images)
 
 
 def _plan(chain: Chain, requests: Sequence[GoldenRequest], max_positions: int) -> list[_Planned]:

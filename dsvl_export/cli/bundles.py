@@ -231,7 +231,8 @@ def open_pipeline(
 
     bundle = Bundle.open(folder)
     backend, precision = bundle.select(backend, precision)
-    warn_of_memory(bundle, backend, precision, device, capacity)
+    remedy = "take a smaller precision or --capacity"
+    warn_of_memory(bundle, backend, precision, device, capacity, remedy)
     return Pipeline.open(
         bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
     )

@@ -9,9 +9,19 @@ if TYPE_CHECKING:
 
 
 def warn_of_memory(
-    bundle: Bundle, backend: str, precision: str, device: str | None = None, capacity: int | None = None
+    bundle: Bundle,
+    backend: str,
+    precision: str,
+    device: str | None = None,
+    capacity: int | None = None,
+    remedy: str = "take a smaller precision",
 ) -> None:
-    """Say what a bundle takes where less is free; the system may still find room."""
+    """Say what a bundle takes where less is free; the system may still find room.
+
+    Args:
+        capacity: of the KV cache; None is the bundle's.
+        remedy: what the command's user can do.
+    """
     from dsvl_export import display
     from dsvl_export.units import size
     from runtimes.backends import load_backend
@@ -19,11 +29,12 @@ def warn_of_memory(
     from runtimes.pipeline import needed_memory
 
     decoder = bundle.artifact("decoder", backend, precision)
-    if load_backend(backend).execution(decoder, device).device != "cpu":
+    execution = load_backend(backend).execution(decoder, device)
+    if not execution.judgeable or execution.device != "cpu":
         return
     needed, free = needed_memory(bundle, backend, precision, capacity), available_memory()
     if needed > free:
         display.err.print(
             f"[yellow]Short of memory:[/] {backend} {precision} takes {size(needed)} with KV cache and"
-            f" activations, {size(free)} are free; take a smaller precision or --capacity."
+            f" activations, {size(free)} are free; {remedy}."
         )

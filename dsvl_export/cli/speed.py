@@ -54,7 +54,9 @@ def bench(
     from runtimes.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    warn_of_memory(opened, *opened.select(backend, precision), device)
+    room = max(contexts or [0]) + tokens
+    capacity = room if room > opened.manifest.default_capacity else None
+    warn_of_memory(opened, *opened.select(backend, precision), device, capacity)
     options = BenchOptions(threads, device, image, tuple(contexts or ()), tokens, repeats)
     with display.step_bar("bench") as on_step:
         result = run_bench(bundle, backend, precision, options, on_step)

@@ -100,9 +100,9 @@ class Compiler(Protocol):
 
     ``PRECISIONS`` are the float precisions that it compiles, ``LAYER_PRECISIONS`` and ``CACHE_PRECISIONS``
     what a precision plan may give single layers and the KV cache. Recipes are taken on ``RECIPE_BASE``.
-    ``OPTIONS`` are those of ``FLAGS`` that it has.
-    A compiler may also have ``check(plan, config, options)``, which refuses before any work what its options
-    and a plan cannot have together, ``write_listing(folder, app)``, which writes source code for those who
+    ``OPTIONS`` are those of ``FLAGS`` that it has; without it, all are let through.
+    A compiler may also have ``check(plans, config, options)``, which refuses before any work what its options
+    and plans cannot have together, ``write_listing(folder, app)``, which writes source code for those who
     build an app on the artifacts of a precision, and, in place of ``compile_component``,
     ``compile_program(app, parts, folder, on_bytes, options)``, which writes all components into the same
     files.
@@ -184,7 +184,7 @@ def check_options(backend: str, compiler: Compiler, options: CompileOptions) -> 
     Raises:
         UserError: it was given, and the backend does not have it.
     """
-    usual = CompileOptions()
+    usual, taken = CompileOptions(), getattr(compiler, "OPTIONS", FLAGS)
     for name, flag in FLAGS.items():
-        if name not in compiler.OPTIONS and getattr(options, name) != getattr(usual, name):
+        if name not in taken and getattr(options, name) != getattr(usual, name):
             raise UserError(f"{backend} has no {flag}; see 'dsvl-export export --help' for whose it is.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,20 +38,21 @@ def delegate_of(options: CompileOptions) -> str:
     return delegate
 
 
-def check(plan: PrecisionPlan, config: ModelConfig, options: CompileOptions) -> None:
+def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileOptions) -> None:
     """Core ML's and Vulkan's delegates take encoders in float alone.
 
     Raises:
-        UserError: names the first layer that the plan quantizes.
+        UserError: names the first layer that a plan quantizes.
     """
     delegate = delegate_of(options)
     layers = [layer for name in ("vision_encoder", "adaptor") for layer in component_layers(config, name)]
-    quantized = [layer.name for layer in layers if plan.of(layer).family != "float"]
-    if quantized and delegate != DIALECT:
-        raise UserError(
-            f"ExecuTorch's delegate {delegate} takes encoders in float alone, {plan.name} quantizes"
-            f" {quantized[0]}; use fp16, a plan for the decoder alone, or the delegate {DIALECT}."
-        )
+    for plan in plans:
+        quantized = [layer.name for layer in layers if plan.of(layer).family != "float"]
+        if quantized and delegate != DIALECT:
+            raise UserError(
+                f"ExecuTorch's delegate {delegate} takes encoders in float alone, {plan.name} quantizes"
+                f" {quantized[0]}; use fp16, a plan for the decoder alone, or the delegate {DIALECT}."
+            )
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:

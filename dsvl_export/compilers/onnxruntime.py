@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,22 +35,26 @@ def settings(options: CompileOptions) -> dict[str, Any]:
     return {} if options.prefill else {"prefill": False}
 
 
-def check(plan: PrecisionPlan, config: ModelConfig, options: CompileOptions) -> None:
+def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileOptions) -> None:
     """Activations that are rounded token by token want a base of fp32; few plans have two decoders.
 
     Raises:
         UserError: the base is another, or there is no second decoder to leave out.
     """
-    dynamic = [str(rule.precision) for rule in plan.rules if rule.precision.dynamic]
-    if dynamic and plan.base != "fp32":
-        raise UserError(
-            f"ONNX Runtime computes {dynamic[0]} on a base of fp32 alone, {plan.name} has {plan.base}."
-        )
     from calibration.precision import component_layers  # here, as a debug build needs no torch
 
-    decoder = [plan.of(layer) for layer in component_layers(config, "decoder")]
-    if not options.prefill and not any(layer.dynamic and layer.kind == "int4" for layer in decoder):
-        raise UserError(f"{plan.name} has no second decoder for prompts; leave out --no-prefill.")
+    two_decoders = False
+    for plan in plans:
+        dynamic = [str(rule.precision) for rule in plan.rules if rule.precision.dynamic]
+        if dynamic and plan.base != "fp32":
+            raise UserError(
+                f"ONNX Runtime computes {dynamic[0]} on a base of fp32 alone, {plan.name} has {plan.base}."
+            )
+        decoder = (plan.of(layer) for layer in component_layers(config, "decoder"))
+        two_decoders |= any(layer.dynamic and layer.kind == "int4" for layer in decoder)
+    if not options.prefill and not two_decoders:
+        names = " and ".join(plan.name for plan in plans)
+        raise UserError(f"There is no second decoder for prompts in {names}; leave out --no-prefill.")
 
 
 def compile_component(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from functools import cached_property
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -160,6 +160,19 @@ def activations(work: Workload, backend: str, prompt: int, capacity: int) -> int
         return work.activation_bytes(blocks, batch=1)
     chunk = min(PREFILL_CHUNK, prompt, capacity)
     return work.activation_bytes(None, batch=1, sequence=chunk, rows=1, capacity=capacity)
+
+
+def activation_growth(work: Workload, backend: str, longest: int) -> tuple[int, int]:
+    """``activations`` as a constant and bytes for each token of the cache's capacity, the most of both.
+
+    Args:
+        longest: the largest capacity. Sums of what is alive grow linearly at most, so that the line between
+            the ends lies above.
+    """
+    least = min(PREFILL_CHUNK, longest)
+    low, high = (activations(work, backend, least, capacity) for capacity in (least, longest))
+    slope = ceil((high - low) / max(longest - least, 1))
+    return max(low - slope * least, 0), slope
 
 
 def _symbols(traced: TracedComponent) -> dict[Any, str]:

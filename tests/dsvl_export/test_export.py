@@ -16,6 +16,7 @@ import jsonschema
 import pytest
 
 from dsvl_export import export, parity
+from dsvl_export.compilers import CompileOptions, check_options
 from dsvl_export.export_stages import ExportProgress
 from dsvl_export.records import record_verdict
 from dsvl_export.staging import Staging
@@ -290,6 +291,18 @@ def test_options_that_would_change_nothing_are_refused(
     with pytest.raises(UserError, match=f"{backend} has no {flag};"):
         export("tiny", tmp_path / "b", backend, ["fp16"], **option)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_second_decoder_is_left_out_where_there_is_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no second decoder for prompts in fp32 and int4; leave out --no-p"):
+        export("tiny", tmp_path / "b", precisions=["fp32", "int4"], prefill=False)
+    bundle = export("tiny", tmp_path / "b", precisions=["fp32", "8da4w"], prefill=False, goldens=False)
+    assert not any("prefill" in path for path in bundle.manifest.files)
+
+
+def test_a_third_partys_compiler_may_know_no_options() -> None:
+    unknown: Any = SimpleNamespace()
+    check_options("theirs", unknown, CompileOptions(delegate="coreml"))
 
 
 @pytest.fixture(params=[1, 6])

@@ -16,7 +16,7 @@ from dsvl_export.defects import load_defects, warnings_for
 from dsvl_export.exporting import export
 from dsvl_export.planner.plan import Planner, Request
 from dsvl_export.planner.targets import WEIGHT_BITS, find_target, load_targets, measured, nearest
-from dsvl_export.planner.workload import Workload, activations
+from dsvl_export.planner.workload import Workload, activation_growth, activations
 from reference.checkpoint import open_checkpoint
 from reference.released import released_config
 from reference.tiny import TINY
@@ -100,6 +100,15 @@ def test_the_scores_of_sam_are_there_in_blocks() -> None:
     sam = Workload(trace(released_config("7b"), "vision_encoder", "fp32"))
     assert activations(sam, "onnxruntime", 640, 2048) / 1e9 == pytest.approx(0.51, rel=0.3)
     assert activations(sam, "tensorrt", 640, 2048) / 1e9 == pytest.approx(2.5, rel=0.1)
+
+
+@pytest.mark.parametrize("capacity", [512, 600, 800, 1024])
+def test_activations_grow_along_a_line(planner: Planner, capacity: int) -> None:
+    """With the capacity; the line that a bundle keeps lies above, and near."""
+    decoder = planner.workload("decoder", "fp32")
+    constant, slope = activation_growth(decoder, "onnxruntime", 1024)
+    planned = activations(decoder, "onnxruntime", 512, capacity)
+    assert planned <= constant + slope * capacity <= 1.02 * planned + 512
 
 
 def test_weights_of_a_quantized_program_are_no_activations(planner: Planner) -> None:

@@ -22,12 +22,13 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write(folder: Path, names: tuple[str, str, str], most: str, used: int, files: int) -> None:
+def write(folder: Path, names: tuple[str, str, tuple[str, ...]], most: str, used: int, files: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    limit, usage, cache = names
+    limit, usage, cached = names
     (folder / limit).write_text(most + "\n")
     (folder / usage).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon {used - files}\n{cache} {files}\n")
+    rows = [f"anon {used - files}", *(f"{name} {files // 2}" for name in cached)]
+    (folder / "memory.stat").write_text("\n".join(rows) + "\n")
 
 
 def test_a_machine_without_limits(system: Path) -> None:

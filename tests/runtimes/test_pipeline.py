@@ -215,11 +215,14 @@ def test_needed_memory_is_weights_cache_and_activations(
     weights = widened * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     a_token = 2 * 4 * 4 * 32 * item  # keys and values of 4 layers with 4 heads of 32
     parts = ("vision_encoder", "adaptor", "decoder")
-    of_parts = [tiny_bundle.artifact(part, "onnxruntime", precision).activation_bytes for part in parts]
-    rest = weights + widened * max(of_parts)
-    assert all(of_parts)
-    needed = [needed_memory(tiny_bundle, "onnxruntime", precision, capacity) for capacity in (None, 100)]
-    assert needed == [rest + 1024 * a_token, rest + 100 * a_token]
+    artifacts = [tiny_bundle.artifact(part, "onnxruntime", precision) for part in parts]
+    assert all(item.activation_bytes for item in artifacts)
+    assert [item.activation_bytes_per_token > 0 for item in artifacts] == [False, False, True]
+    for capacity in (None, 100, 2000):
+        tokens = capacity or 1024
+        active = max(item.activation_bytes + tokens * item.activation_bytes_per_token for item in artifacts)
+        needed = weights + widened * active + tokens * a_token
+        assert needed_memory(tiny_bundle, "onnxruntime", precision, capacity) == needed
 
 
 def test_needed_memory_leaves_engines_to_their_gpu(tiny_bundle: Bundle) -> None:
