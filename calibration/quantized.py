@@ -11,7 +11,7 @@ FP8 has operators of its own, ``dsvl::quantize_float8`` and ``dsvl::dequantize_f
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -232,7 +232,12 @@ def quantize_model(model: DeepSeekVL, plan: PrecisionPlan) -> None:
             module.in_parts = True
 
 
+@lru_cache(maxsize=32)
 def trace_planned(config: ModelConfig, component: str, plan: PrecisionPlan) -> TracedComponent:
-    """A component traced in a plan's base, with the plan's layers quantized."""
+    """A component traced in a plan's base, with the plan's layers quantized.
+
+    The last ones are kept: tracing takes seconds, holds no weights, and whoever lowers a program leaves it as
+    it is.
+    """
     prepare = partial(quantize_layers, component=component, plan=plan)
     return trace(config, component, plan.base, plan.kv_cache, prepare)

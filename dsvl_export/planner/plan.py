@@ -19,7 +19,7 @@ from dsvl_export.planner.targets import WEIGHT_BITS, Target
 from dsvl_export.planner.workload import Workload, activations
 from dsvl_export.precisions import check_plan, kinds_of, plan_for
 from reference.config import ModelConfig
-from reference.trace import TRACED_COMPONENTS, trace
+from reference.trace import TRACED_COMPONENTS
 from runtimes.chain import PREFILL_CHUNK
 from runtimes.errors import UserError
 
@@ -120,7 +120,7 @@ class Planner:
         key = (component, traced_in)
         if key not in self._workloads:
             self._on_step(component)
-            self._workloads[key] = Workload(trace(self.config, component, traced_in))
+            self._workloads[key] = Workload(trace_planned(self.config, component, load_precision(traced_in)))
         return self._workloads[key]
 
     def kv_bytes(self, request: Request, context: int) -> int:
