@@ -49,7 +49,7 @@ def print_bench(result: BenchResult) -> None:
     out.print(
         f"Plan, for a context of {plan['context']}: first token after at least"
         f" {_time(plan['first_token_seconds'])}, at most {plan['tokens_per_second']:,.1f} tokens/s,"
-        f" {size(plan['peak_bytes'])} at most in memory."
+        f" {size(plan['peak_bytes'])} in memory beside the token table."
     )
 
 

@@ -181,16 +181,17 @@ def test_export_command(run, tmp_path: Path) -> None:
     assert again.err.count("unchanged, reused") == 6
 
 
-def test_demo_ends_with_what_to_try_next(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = run("demo", "--output", tmp_path / "demo")
+def test_demo_ends_with_what_to_try_next(run, tmp_path: Path) -> None:
+    """The story, which goes to stderr where stdout has the document for machines."""
+    done = run("demo", "--output", tmp_path / "demo", "--json")
     assert done.code == 0
-    assert done.out.count("Model: ") == 12
+    assert done.err.count("Model: ") == 12
     proofs = 3 if find_spec("tensorrt_rtx") else 2
-    assert done.out.count("passed") == proofs * (1 + 7)
-    assert done.out.count("Report: ") == proofs
-    assert "dsvl-export run" in done.out.split("Next")[1]
+    assert done.err.count("passed") == proofs * (1 + 7)
+    assert done.err.count("Report: ") == proofs
+    assert "dsvl-export run" in done.err.split("Next")[1]
     assert len(list((tmp_path / "demo/pictures").glob("*.png"))) == 3
-    machine = json.loads(run("demo", "--output", tmp_path / "demo", "--json").out)
+    machine = json.loads(done.out)
     assert len(machine["answers"]) == 12
     assert [result["verdict"] for result in machine["parity"]] == ["passed"] * proofs
 
