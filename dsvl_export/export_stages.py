@@ -64,11 +64,12 @@ Report = Callable[[ExportProgress], None]
 
 def identify(source: Checkpoint, report: Report) -> str:
     """Hash the checkpoint, once."""
-    if "digest" not in vars(source):
-        name = "hash of the checkpoint"
-        source.identify(lambda done, total: report(ExportProgress(name, done, max(total, 1), in_bytes=True)))
-        report(ExportProgress(name, 1, 1, "finished"))
-    return source.digest
+
+    def on_step(done: int, total: int) -> None:
+        state: Literal["running", "finished"] = "finished" if done == total else "running"
+        report(ExportProgress("hash of the checkpoint", done, total, state, in_bytes=True))
+
+    return source.identify(on_step)
 
 
 class ExportStages:
@@ -88,7 +89,7 @@ class ExportStages:
         self.backend, self.compiler, self.options = backend, compiler, options
         self.table = table  # as it was given
         self._scales: ScaleTable | None = None
-        self._traced: dict[tuple[str, str], tuple[TracedComponent, int]] = {}
+        self._bytes: dict[tuple[str, str], int] = {}
         self._written = 0  # bytes of the stage that runs, before they are hashed
 
     @property
@@ -140,9 +141,12 @@ class ExportStages:
         """Bytes of the artifacts of components."""
         name = f"sizes of {plan.name}"
         self.report(ExportProgress(name))
-        total = sum(self._trace(component, plan)[1] for component in components)
+        for component in components:
+            if (component, plan.name) not in self._bytes:
+                traced = self._traced(component, plan)
+                self._bytes[component, plan.name] = self.compiler.artifact_bytes(traced, self.options)
         self.report(ExportProgress(name, 1, 1, "finished"))
-        return total
+        return sum(self._bytes[component, plan.name] for component in components)
 
     def _exported(self) -> list[str]:
         """Precisions that the bundle has."""
@@ -150,9 +154,9 @@ class ExportStages:
 
     def _is_current(self, plan: PrecisionPlan) -> bool:
         """Whether a precision's plan and scales lie in the bundle as this export has them."""
-        stage = precision_folder(plan.name)
-        of_plan = partial(self._inputs_of_precision, plan)
-        return plan.name in PRECISION_DTYPES or self.staging.left(stage, of_plan, lambda: 1) == (0, 0)
+        return plan.name in PRECISION_DTYPES or self.staging.is_current(
+            precision_folder(plan.name), self._inputs_of_precision(plan)
+        )
 
     def _inputs_of(self, plan: PrecisionPlan) -> dict[str, Any]:
         """What a compiled stage rests on."""
@@ -165,13 +169,8 @@ class ExportStages:
             "scales": self.table.digest if self.table else None,
         }
 
-    def _trace(self, component: str, plan: PrecisionPlan) -> tuple[TracedComponent, int]:
-        """A component's program, and the bytes of its artifact."""
-        key = (component, plan.name)
-        if key not in self._traced:
-            traced = trace_planned(self.source.config, component, plan)
-            self._traced[key] = (traced, self.compiler.artifact_bytes(traced, self.options))
-        return self._traced[key]
+    def _traced(self, component: str, plan: PrecisionPlan) -> TracedComponent:
+        return trace_planned(self.source.config, component, plan)
 
     def _stage(
         self, name: str, build: Callable[[Path], dict[str, Any]], inputs: Mapping[str, Any] | None = None
@@ -338,9 +337,9 @@ class ExportStages:
             def loading(component: str) -> Callable[[str], torch.Tensor]:
                 return lambda parameter: weights.load(f"{component}.{parameter}")
 
-            traced = {component: self._trace(component, plan)[0] for component in components}
+            traced = {component: self._traced(component, plan) for component in components}
             parts: Parts = {name: (program, loading(name)) for name, program in traced.items()}
-            total = sum(self._trace(component, plan)[1] for component in components)
+            total = self._size(plan, components)
 
             def on_bytes(count: int) -> None:
                 self._written = min(self._written + count, total)

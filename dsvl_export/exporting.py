@@ -12,18 +12,10 @@ from safetensors import SafetensorError
 from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
 from dsvl_export.assembling import manifest_of
-from dsvl_export.compilers import (
-    CompileOptions,
-    check_options,
-    load_compiler,
-)
+from dsvl_export.compilers import CompileOptions, check_options, load_compiler
 from dsvl_export.export_stages import ExportProgress, ExportStages, Report, identify
 from dsvl_export.planner.targets import find_target
-from dsvl_export.precisions import (
-    check_plan,
-    check_target,
-    plan_for,
-)
+from dsvl_export.precisions import check_plan, check_target, plan_for
 from dsvl_export.staging import Staging
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.specs import preprocess_spec, prompt_spec

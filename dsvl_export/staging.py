@@ -19,7 +19,7 @@ STAGING = ".staging"
 # journal's name without its ending.
 INPUTS, JOURNAL = ".inputs", ".journal"
 Build = Callable[[Path], dict[str, Any]]  # builds into a folder, returns what the manifest shall know
-HOPELESS = (UserError, ValueError, NotImplementedError)  # another try would end the same way
+BROKEN = (ValueError, NotImplementedError)  # what was made breaks a rule; another try would end the same way
 Hashed = Callable[[int, int], None]  # bytes that are hashed, and all
 
 
@@ -124,8 +124,8 @@ class Staging:
         Returns:
             Whether an earlier result was reused.
         """
-        key, known = _key(inputs), self._stages.get(name)
-        if known and known["key"] == key and self._intact(known["files"], on_hashed):
+        key = _key(inputs)
+        if self.is_current(name, inputs) and self._intact(self._stages[name]["files"], on_hashed):
             return True
         temporary = self._folder_of(name)
         _prepare(temporary, key)
@@ -136,12 +136,16 @@ class Staging:
                 file.unlink()
             self._replace(temporary, self.folder / name)
         except BaseException as error:
-            if isinstance(error, HOPELESS) or not _journals(temporary):
+            if isinstance(error, BROKEN) or not _journals(temporary):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._stages[name] = {"key": key, "result": result, "files": files}
         write_json(self._record_file, self._stages)
         return False
+
+    def is_current(self, name: str, inputs: Any) -> bool:
+        """Whether a stage was finished with these inputs."""
+        return name in self._stages and self._stages[name]["key"] == _key(inputs)
 
     def left(self, name: str, inputs: Callable[[], Any] | None, size: Callable[[], int]) -> tuple[int, int]:
         """Bytes that a stage has still to write, and those that then go, of what it made with other inputs.

@@ -218,17 +218,19 @@ class Checkpoint:
         return self.identify(lambda done, total: None)
 
     def identify(self, on_step: Callable[[int, int], None]) -> str:
-        """Compute ``digest`` now, which reads all weights.
+        """``digest``; where it is not known yet, all weights are read.
 
         Args:
             on_step: called with the bytes that are read, and all.
         """
+        kept = vars(self)  # where the property keeps it
+        if "digest" in kept:
+            return str(kept["digest"])
         names = ("config.json", "preprocessor_config.json", "processor_config.json")
         settings = [self.folder / name for name in names if (self.folder / name).exists()]
         hashes = sha256_of_files([*settings, *self.tokenizer_files, *self._files.files], on_step)
-        digest = sha256_of_text("\n".join(f"{file.name} {found}" for file, found in hashes.items()))
-        vars(self)["digest"] = digest  # where the property keeps it
-        return digest
+        kept["digest"] = sha256_of_text("\n".join(f"{file.name} {found}" for file, found in hashes.items()))
+        return str(kept["digest"])
 
     @property
     def tokenizer_files(self) -> list[Path]:

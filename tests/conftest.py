@@ -10,12 +10,16 @@ import pytest
 import torch
 import transformers
 
+from calibration.quantized import trace_planned
 from dsvl_export.engines.on_device import Device, build_engines
 from dsvl_export.exporting import export
+from dsvl_export.precisions import bundled_plan
 from reference.checkpoint import Checkpoint, open_checkpoint
+from reference.config import ModelConfig
 from reference.model import DeepSeekVL
 from reference.tiny import TINY
 from reference.tiny.pictures import draw
+from reference.trace import TRACED_COMPONENTS
 from runtimes.bundle import Bundle
 from runtimes.engines.backend import find_gpu
 from tests.calibration.calibrated import random_calibrated, tiny_calibrated
@@ -67,17 +71,36 @@ def pair(request: pytest.FixtureRequest) -> OraclePair:
     return request.getfixturevalue(f"{request.param}_pair")
 
 
+def assert_programs_untouched(bundle: Bundle, config: ModelConfig) -> None:
+    """Exports of one process share traced programs: those just lowered into a bundle are as if traced now."""
+    for _, precision in bundle.choices():
+        plan = bundled_plan(bundle.folder, precision)
+        for component in TRACED_COMPONENTS:
+            traced = trace_planned.cache_info().misses
+            kept = trace_planned(config, component, plan).program
+            assert trace_planned.cache_info().misses == traced  # else it would say nothing
+            fresh = trace_planned.__wrapped__(config, component, plan).program
+            for one, other in zip(kept.graph.nodes, fresh.graph.nodes, strict=True):
+                assert one.format_node() == other.format_node()
+                assert str(one.meta.get("val")) == str(other.meta.get("val"))
+            assert kept.graph_signature == fresh.graph_signature
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint in fp32 and fp16; tests must not change it."""
-    return export("tiny", tmp_path_factory.mktemp("tiny") / "bundle", precisions=("fp32", "fp16"))
+    made = export("tiny", tmp_path_factory.mktemp("tiny") / "bundle", precisions=("fp32", "fp16"))
+    assert_programs_untouched(made, open_checkpoint("tiny").config)
+    return made
 
 
 @pytest.fixture(scope="session")
 def trt11_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint's ONNX for TensorRT 11; tests must not change it."""
     folder = tmp_path_factory.mktemp("trt11") / "bundle"
-    return export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="11.4", capacity=256)
+    made = export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="11.4", capacity=256)
+    assert_programs_untouched(made, open_checkpoint("tiny").config)
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pytest
 
 from dsvl_export.exporting import export
 from dsvl_export.ladder import parity
+from reference.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
@@ -21,7 +22,7 @@ from runtimes.goldens import relative_rms
 from runtimes.pipeline import Pipeline
 from runtimes.session import SessionOptions
 from runtimes.task import load_task
-from tests.conftest import OraclePair
+from tests.conftest import OraclePair, assert_programs_untouched
 
 pytest.importorskip("coreai_torch", reason="coreai-torch is not installed here")
 # In fp32, in which the runtime is fast on a CPU; benchmarks/apple_packages.py does the same in fp16.
@@ -32,7 +33,9 @@ NAMES = {"int4-fp32": "int4"}
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Tiny in several precisions; tests must not change it."""
-    return export("tiny", tmp_path_factory.mktemp("coreai") / "bundle", "coreai", PRECISIONS, capacity=1024)
+    made = export("tiny", tmp_path_factory.mktemp("coreai") / "bundle", "coreai", PRECISIONS, capacity=1024)
+    assert_programs_untouched(made, open_checkpoint("tiny").config)
+    return made
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

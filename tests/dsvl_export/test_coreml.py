@@ -13,6 +13,7 @@ import pytest
 
 from dsvl_export.exporting import export
 from dsvl_export.ladder import parity
+from reference.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from reference.tiny.pictures import draw
 from runtimes.backends import load_backend
@@ -38,7 +39,7 @@ from runtimes.pipeline import Pipeline
 from runtimes.preprocess import PreprocessSpec, preprocess
 from runtimes.session import SessionOptions
 from runtimes.task import load_task
-from tests.conftest import OraclePair
+from tests.conftest import OraclePair, assert_programs_untouched
 from tests.dsvl_export.package_faults import FAULTS, Opened, PackageFault, plant
 
 coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed here")
@@ -49,7 +50,9 @@ PROOF = "simulated by the MIL interpreter on the saved package"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Tiny in every precision that Core ML has; tests must not change it."""
-    return export("tiny", tmp_path_factory.mktemp("coreml") / "bundle", "coreml", PRECISIONS, capacity=1024)
+    made = export("tiny", tmp_path_factory.mktemp("coreml") / "bundle", "coreml", PRECISIONS, capacity=1024)
+    assert_programs_untouched(made, open_checkpoint("tiny").config)
+    return made
 
 
 @pytest.fixture

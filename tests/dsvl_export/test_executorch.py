@@ -21,7 +21,7 @@ from runtimes.preprocess import preprocess
 from runtimes.session import SessionOptions
 from runtimes.task import load_task
 from runtimes.tokenizer import expand_images
-from tests.conftest import OraclePair
+from tests.conftest import OraclePair, assert_programs_untouched
 
 pytest.importorskip("executorch", reason="executorch is not installed here")
 PRECISIONS = ("fp32", "8da4w")  # of the bundle
@@ -47,6 +47,7 @@ def test_every_precision_climbs_the_ladder(bundle: Bundle, precision: str) -> No
 
 def test_random_checkpoints_of_both_variants(pair: OraclePair, tmp_path: Path) -> None:
     made = export(pair.checkpoint.folder, tmp_path / "b", "executorch", ["fp16"], capacity=256)
+    assert_programs_untouched(made, pair.checkpoint.config)
     result = parity(made)
     assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
 
