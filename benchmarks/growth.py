@@ -69,6 +69,8 @@ def images(bundle: Path, count: int) -> dict[str, float]:
     vision = timed(lambda: chain.embed_prompt(IMAGE_PLACEHOLDER * count, pictures[:count]))
     embeds = chain.embed_prompt(pipeline.format("Describe them.", count), pictures[:count])
     cache = chain.decoder.new_cache(1, pipeline.capacity)
+    chain.prefill(embeds, cache)  # warm
+    cache.reset()
     return {"vision": vision, "prefill": timed(lambda: chain.prefill(embeds, cache))}
 
 
