@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from time import perf_counter
-from typing import Union
+from typing import Any, TypeVar, Union
 
 import numpy as np
 
@@ -25,6 +26,7 @@ SWEEP_SECONDS = 0.2  # between two looks for late requests while nothing else is
 WORTH_COPYING = 64  # tokens; a shorter beginning is computed again
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class BusyError(UserError):
@@ -68,12 +70,12 @@ class Job:
         self.cancelled = False
         self.row = -1
         self.reading: Iterator[None] | None = None
-        self.encoding: Future[np.ndarray | None] | None = None  # of an image in another thread
+        self.encoding: Future[Any] | None = None  # of an image that the second thread decodes or encodes
         self.decoding: Decoding | None = None  # once the prompt is read
 
     @property
     def encodes(self) -> bool:
-        """Whether an image is being encoded in another thread."""
+        """Whether an image is being decoded or encoded in the second thread."""
         return self.encoding is not None and not self.encoding.done()
 
     def cancel(self) -> None:
@@ -83,11 +85,11 @@ class Job:
 class Scheduler:
     """Answers requests in the order in which they come, as many at once as the pool has rows.
 
-    A thread of its own runs the sessions (``concurrent``: the encoder's has another). In turns it decodes one
-    token of every answer, in one call, and does one piece of reading (an image, or some tokens of a prompt)
-    for one of the prompts that wait. So a late request does not wait for a long one, and a long prompt does
-    not stop the others. A row that is free keeps what it holds: a prompt that begins so reads only the rest,
-    also in another row.
+    A thread of its own runs the sessions. In turns it decodes one token of every answer, in one call, and
+    does one piece of reading (an image, or some tokens of a prompt) for one of the prompts that have a row.
+    So a late request does not wait for a long one, and a long prompt does not stop the others. A second
+    thread decodes image files and, if ``concurrent``, encodes the images. A row that is free keeps what it
+    holds: a prompt that begins so reads only the rest, also in another row.
 
     Args:
         capacity: tokens of each row.
@@ -110,7 +112,7 @@ class Scheduler:
         concurrent: bool = False,
     ) -> None:
         self.chain, self.capacity, self.slots, self.queue, self.chunk = chain, capacity, slots, queue, chunk
-        self._vision = ThreadPoolExecutor(1, "vision") if concurrent else None
+        self._vision, self._concurrent = ThreadPoolExecutor(1, "vision"), concurrent
         self._cache = chain.decoder.new_cache(slots, capacity)
         self._views: dict[tuple[int, int], KVCache] = {}
         self._keys: list[list[Key]] = [[] for _ in range(slots)]  # what each row holds
@@ -193,8 +195,7 @@ class Scheduler:
             self._closing = True
             self._changed.notify()
         self._thread.join()
-        if self._vision:
-            self._vision.shutdown()
+        self._vision.shutdown()
 
     def _wake(self, *_: object) -> None:
         with self._changed:
@@ -270,7 +271,7 @@ class Scheduler:
         row, keys = self._view(job.row, job.row + 1), job.prompt.keys
         reused = row.length
         embeds = yield from self._embedding(job, reused)
-        job.prompt = replace(job.prompt, images={})  # the pixels are not needed any more
+        job.prompt = replace(job.prompt, images={})  # they are not needed any more
         while True:
             start = row.length - reused
             part = embeds[None, start : start + self._chunk()]
@@ -284,21 +285,29 @@ class Scheduler:
         self._take(job, logits)
 
     def _embedding(self, job: Job, start: int) -> Generator[None, None, np.ndarray]:
-        """Encode a prompt's images, in another thread if there is one; embeddings from ``start`` on."""
+        """Decode and encode a prompt's images, one at a time; embeddings from ``start`` on."""
         steps = self.chain.embed_stepwise(job.prompt, start)
         embeds = next(steps)
         while True:
-            if self._vision and self.chain.must_encode(job.prompt, start):
-                job.encoding = self._vision.submit(next, steps, None)
-                job.encoding.add_done_callback(self._wake)
-                yield
-                found = job.encoding.result()
+            image = self.chain.next_to_encode(job.prompt, start)
+            if image and self._concurrent:
+                found = yield from self._aside(job, partial(next, steps, None))
             else:
+                if image and not image.decoded:
+                    yield from self._aside(job, image.decode)
                 found = next(steps, None)
             if found is None:
                 return embeds
             embeds = found
             yield
+
+    def _aside(self, job: Job, work: Callable[[], Result]) -> Generator[None, None, Result]:
+        """Run one piece of reading in the second thread; the others' answers go on."""
+        job.encoding = self._vision.submit(work)
+        job.encoding.add_done_callback(self._wake)
+        yield
+        found: Result = job.encoding.result()
+        return found
 
     def _chunk(self) -> int:
         """Tokens to read at once: fewer while somebody's answer waits for it."""

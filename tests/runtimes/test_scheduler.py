@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from runtimes.bundle import Bundle
-from runtimes.chain import Prompt
+from runtimes.chain import EncodedImage, Prompt
 from runtimes.errors import UserError
 from runtimes.generate import Answer
 from runtimes.pipeline import Pipeline
@@ -48,6 +48,11 @@ def start(pipeline: Pipeline, request: pytest.FixtureRequest) -> Iterator[Start]
 
 def prompt(pipeline: Pipeline, question: str, *images: Path) -> Prompt:
     return pipeline.chain.prepare(pipeline.format(question, len(images)), images)
+
+
+def encoded_prompt(pipeline: Pipeline, file: bytes) -> Prompt:
+    image = EncodedImage(file, pipeline.chain.preprocessing)
+    return pipeline.chain.prepare(pipeline.format(DESCRIBE, 1), [image])
 
 
 def ask(scheduler: Scheduler, asked: Prompt, options: GenerationOptions = LONG) -> Answer:
@@ -269,3 +274,40 @@ def test_logprobs(pipeline: Pipeline, start: Start, pictures: list[Path]) -> Non
         assert entry.logprob == entry.top[0][1] <= 0
         assert [value for _, value in entry.top] == sorted((value for _, value in entry.top), reverse=True)
         assert sum(np.exp(value) for _, value in entry.top) <= 1 + 1e-9
+
+
+def test_waiting_image_files_stay_encoded(start: Start, pipeline: Pipeline, pictures: list[Path]) -> None:
+    """Only a prompt that has a row decodes its images, one at a time; the answer is that of decoded images."""
+    scheduler = start(slots=1)
+    decoded: list[str] = []
+    plain = EncodedImage.decode
+
+    def decode(image: EncodedImage) -> np.ndarray:
+        decoded.append(image.digest)
+        return plain(image)
+
+    gate = Gate(scheduler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EncodedImage, "decode", decode)
+        files = [picture.read_bytes() for picture in pictures[:3]]
+        asked = [encoded_prompt(pipeline, file) for file in files]
+        clients = [Client(scheduler, one) for one in asked]
+        assert not decoded
+        gate.open.set()
+        found = [client.last.get(timeout=30) for client in clients]
+    assert set(decoded) == {digest for one in asked for digest in one.images}
+    assert not any(image.decoded for one in asked for image in one.images.values())
+    assert [answer.text for answer in found if isinstance(answer, Answer)] == [
+        pipeline.chat(DESCRIBE, [picture], LONG).text for picture in pictures[:3]
+    ]
+
+
+def test_a_damaged_image_file_ends_its_request_alone(
+    start: Start, pipeline: Pipeline, pictures: list[Path]
+) -> None:
+    scheduler = start()
+    file = pictures[0].read_bytes()
+    damaged = encoded_prompt(pipeline, file[: len(file) // 2])
+    bad, good = Client(scheduler, damaged), Client(scheduler, prompt(pipeline, DESCRIBE, pictures[1]))
+    assert isinstance(bad.last.get(timeout=30), UserError)
+    assert isinstance(good.last.get(timeout=30), Answer)
