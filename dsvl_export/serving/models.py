@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from time import monotonic
 
 from dsvl_export.ladder.against_reference import execution
-from dsvl_export.serving.errors import unavailable
+from dsvl_export.serving.errors import RequestError, unavailable
 from dsvl_export.units import size
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.cache import cache_bytes
 from runtimes.errors import UserError
 from runtimes.memory import available_memory
-from runtimes.pipeline import Pipeline, needed_memory
+from runtimes.pipeline import Pipeline, check_files, needed_memory
 from runtimes.scheduler import Scheduler
 
 MOST_SLOTS = 8
@@ -76,7 +76,7 @@ class Models:
         self._lock = threading.Lock()  # of what is open and its leases
         self._opening = threading.Lock()  # held for as long as opening takes
         first = "/".join(bundle.select(options.backend, options.precision))
-        self._open[first] = self._opened(first)
+        self._add(first, options.verify)
 
     @property
     def open(self) -> list[Model]:
@@ -94,20 +94,41 @@ class Models:
     def ensure(self, name: str) -> None:
         """Open a model that is not open; takes long, and others wait for it.
 
+        Its files are checked before another model is closed for it. If it fails to open all the same, the
+        models that were closed are opened again.
+
         Raises:
             RequestError: it cannot be opened, or not now.
         """
         with self._opening:
             if name in self._open:  # another request has opened it meanwhile
                 return
-            self._make_room()
+            closed: list[str] = []
             try:
-                model = self._opened(name)
+                if self.options.verify:
+                    check_files(self.bundle, *name.split("/"))
+                self._make_room(closed)
+                self._add(name, verify=False)
+            except RequestError:  # there is no room for it now
+                raise
             except UserError as error:
                 log.exception("%s cannot be opened", name)
                 raise unavailable(str(error)) from error
-            with self._lock:
-                self._open[name] = model
+            finally:
+                if name not in self._open:
+                    self._reopen(closed)
+
+    def _reopen(self, names: list[str]) -> None:
+        for name in names:
+            try:
+                self._add(name, verify=False)
+            except UserError:  # a request for it tries again
+                log.exception("%s cannot be opened again", name)
+
+    def _add(self, name: str, verify: bool) -> None:
+        model = self._opened(name, verify)
+        with self._lock:
+            self._open[name] = model
 
     def release(self, model: Model) -> None:
         with self._lock:
@@ -119,8 +140,8 @@ class Models:
         for model in self.open:
             model.scheduler.close()
 
-    def _make_room(self) -> None:
-        """Close the models that were not used for longest."""
+    def _make_room(self, closed: list[str]) -> None:
+        """Close the models that were not used for longest; adds their names to ``closed``."""
         while True:
             with self._lock:
                 if len(self._open) < self.options.keep:
@@ -133,9 +154,10 @@ class Models:
                     raise unavailable(sentence)
                 oldest = min(resting, key=lambda model: model.used)
                 del self._open[oldest.name]
+                closed.append(oldest.name)
             oldest.scheduler.close()
 
-    def _opened(self, name: str) -> Model:
+    def _opened(self, name: str, verify: bool) -> Model:
         options, bundle = self.options, self.bundle
         backend, precision = name.split("/")
         device = execution(bundle, backend, precision, options.device).device
@@ -149,7 +171,7 @@ class Models:
             log.warning("short of memory: %s", sentence)
         pipeline = Pipeline.open(
             bundle, backend, precision, threads=options.threads, device=device,
-            capacity=options.capacity, verify=options.verify,
+            capacity=options.capacity, verify=verify,
         )  # fmt: skip
         states = bundle.manifest.contracts[precision]["decoder"].states
         row = cache_bytes(states, 1, pipeline.capacity)

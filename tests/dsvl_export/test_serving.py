@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -180,6 +181,25 @@ def test_switching_models(tiny_bundle: Bundle, pictures: list[Path]) -> None:
             assert "1 models are answering" in sentence(refusal)
         named = found.post({**body, "model": tiny_bundle.folder.name})
         assert named.json()["model"] == MODEL
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_damaged_model_does_not_close_the_open_one(
+    tiny_bundle: Bundle, tmp_path: Path, pictures: list[Path], verify: bool
+) -> None:
+    """Its hash is checked before another model is closed; unchecked, the closed one is opened again."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle.folder, folder)
+    file = folder / tiny_bundle.artifact("decoder", "onnxruntime", "fp16").files[0]
+    file.write_bytes(file.read_bytes()[:1000])
+    with serving(Bundle.open(folder), keep=1, verify=verify) as found:
+        before = found.models.open
+        refusal = found.post({"model": "onnxruntime/fp16", "messages": ask("Hello.")})
+        assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "5")
+        assert file.name in sentence(refusal)
+        assert [model.name for model in found.models.open] == [MODEL]
+        assert (found.models.open == before) == verify
+        assert found.post({"model": MODEL, "messages": ask(DESCRIBE, pictures[0])}).status_code == 200
 
 
 def test_sampling_without_a_seed(served: Served) -> None:
