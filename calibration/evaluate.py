@@ -89,6 +89,6 @@ def _answer(chain: Chain, sample: Sample) -> _Answered:
     embeds = chain.embed_prompt(prompt, sample.images)
     (tokens,), (logits,) = greedy(chain, [embeds], ANSWER_TOKENS)
     row = tokens.tolist()
-    end = chain.tokenizer.spec.eos_id
-    row = row[: row.index(end) + 1] if end in row else row
+    ends = [place for place, token in enumerate(row) if token in chain.tokenizer.spec.eos_ids]
+    row = row[: ends[0] + 1] if ends else row
     return _Answered(prompt, sample.images, embeds, row, logits[: len(row)])

@@ -27,7 +27,7 @@ from reference.trace import TRACED_COMPONENTS
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens import greedy
-from runtimes.prompt import IMAGE_PLACEHOLDER, Message, format_chat
+from runtimes.prompt import Message, format_chat, place_images
 
 GROUP = 8  # samples whose answers are decoded together
 ANSWER_TOKENS = 32
@@ -189,10 +189,9 @@ def collect(
 
 def ask(chain: Chain, sample: Sample) -> str:
     """The whole prompt of a sample; its images come first where the question has no places for them."""
-    text = sample.question
-    if IMAGE_PLACEHOLDER not in text:
-        text = IMAGE_PLACEHOLDER * len(sample.images) + text
-    return format_chat([Message("user", text)], chain.tokenizer.spec.system_prompt)
+    spec = chain.tokenizer.spec
+    messages = place_images([Message("user", sample.question)], len(sample.images))
+    return format_chat(messages, spec.system_prompt, spec.template)
 
 
 def _answers(
@@ -206,8 +205,8 @@ def _answers(
     tokens, _ = greedy(chain, prompts, ANSWER_TOKENS)
     answers = []
     for row in tokens.tolist():
-        end = row.index(chain.tokenizer.spec.eos_id) if chain.tokenizer.spec.eos_id in row else len(row)
-        answers.append(row[:end])
+        ends = [place for place, token in enumerate(row) if token in chain.tokenizer.spec.eos_ids]
+        answers.append(row[: ends[0]] if ends else row)
     return list(zip(prompts, answers, strict=True))
 
 

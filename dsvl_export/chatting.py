@@ -11,7 +11,7 @@ from runtimes.errors import UserError
 from runtimes.generate import Answer
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import load_image
-from runtimes.prompt import IMAGE_PLACEHOLDER, Message
+from runtimes.prompt import Message, place_images
 from runtimes.sampling import GenerationOptions
 
 HELP = "/image FILE adds an image, /reset starts over, /quit ends."
@@ -42,9 +42,8 @@ def converse(pipeline: Pipeline, first_images: list[Path], options: GenerationOp
         elif line.startswith("/"):
             err.print(HELP)
         elif line:
-            missing = len(waiting) - line.count(IMAGE_PLACEHOLDER)
-            asked = Message("user", IMAGE_PLACEHOLDER * max(missing, 0) + line)
             try:
+                (asked,) = place_images([Message("user", line)], len(waiting))
                 answer = _answer(pipeline, [*messages, asked], [*images, *waiting], options, as_json)
             except UserError as error:
                 print(f"Error: {error}", file=sys.stderr)

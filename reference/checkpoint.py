@@ -226,7 +226,9 @@ class Checkpoint:
         kept = vars(self)  # where the property keeps it
         if "digest" in kept:
             return str(kept["digest"])
-        names = ("config.json", "preprocessor_config.json", "processor_config.json")
+        names = (
+            "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+        )  # fmt: skip
         settings = [self.folder / name for name in names if (self.folder / name).exists()]
         hashes = sha256_of_files([*settings, *self.tokenizer_files, *self._files.files], on_step)
         kept["digest"] = sha256_of_text("\n".join(f"{file.name} {found}" for file, found in hashes.items()))

@@ -15,7 +15,7 @@ from reference.session import reference_chain
 from reference.tiny import HELDOUT
 from reference.trace import component_contract
 from runtimes.goldens import GREEDY_TOKENS
-from runtimes.prompt import Message, format_chat
+from runtimes.prompt import Message, format_chat, place_images
 from runtimes.recording import GoldenRequest, record_goldens
 from runtimes.taps import SAMPLES, TAPPED_COMPONENTS, take_all_taps
 
@@ -55,7 +55,9 @@ def golden_requests(system_prompt: str) -> list[GoldenRequest]:
     """Eight questions about ten held-out pictures of the tiny model, and two about photographs."""
     asked = [*_rendered(8), *_photographs()]
     return [
-        GoldenRequest(format_chat([Message("user", question)], system_prompt), images)
+        GoldenRequest(
+            format_chat(place_images([Message("user", question)], len(images)), system_prompt), images
+        )
         for question, images in asked
     ]
 

@@ -15,6 +15,8 @@ from runtimes.preprocess import PreprocessSpec
 from runtimes.prompt import BOS, EOS, IMAGE_PLACEHOLDER, SYSTEM_PROMPT
 from runtimes.tokenizer import PromptSpec
 
+TEXT_CONFIGS = ("text_config", "language_config")  # keys of config.json in the two layouts
+
 
 def preprocess_spec(checkpoint: Checkpoint) -> PreprocessSpec:
     """Preprocessing of one image, from ``preprocessor_config.json`` and the model's config.
@@ -69,7 +71,7 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
     """Special tokens by their names in the checkpoint's own tokenizer.
 
     Raises:
-        UserError: the tokenizer lacks one of them.
+        UserError: the tokenizer lacks one of them, or the end tokens are not token ids.
     """
     file = checkpoint.tokenizer_files[0]
     try:
@@ -90,10 +92,34 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
     return PromptSpec(
         system_prompt=SYSTEM_PROMPT,
         bos_id=token_id(_token(settings.get("bos_token"), BOS)),
-        eos_id=token_id(_token(settings.get("eos_token"), EOS)),
+        eos_ids=_eos_ids(checkpoint, token_id(_token(settings.get("eos_token"), EOS))),
         image_token_id=token_id(IMAGE_PLACEHOLDER),
         image_tokens=checkpoint.config.vision.image_tokens,
     )
+
+
+def _eos_ids(checkpoint: Checkpoint, tokenizer_eos: int) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's own, and those with which transformers generates.
+
+    These are ``eos_token_id`` of ``generation_config.json``; without that file, of ``config.json``, at the
+    top or else of the text model (transformers' ``GenerationConfig.from_model_config``).
+    """
+    file = checkpoint.folder / "generation_config.json"
+    if file.exists():
+        setting = read_json(file).get("eos_token_id")
+    else:
+        file = checkpoint.folder / "config.json"
+        config = read_json(file)
+        parts = [config, *(config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict))]
+        setting = next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), None)
+    ids = setting if isinstance(setting, list) else [] if setting is None else [setting]
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
+        raise UserError(
+            f"{file} has the eos_token_id {setting!r}, which is neither a token id nor a list of them."
+        )
+    # The model cannot produce a token outside its vocabulary; -1 is a common way to write "none".
+    produced = [number for number in ids if 0 <= number < checkpoint.config.decoder.vocab_size]
+    return tuple(dict.fromkeys([tokenizer_eos, *produced]))
 
 
 def _token(setting: Any, default: str) -> str:

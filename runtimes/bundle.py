@@ -133,7 +133,7 @@ class Manifest:
             model=raw["model"],
             checkpoint=raw["checkpoint"],
             preprocessing=PreprocessSpec.from_dict(raw["preprocessing"]),
-            prompt=PromptSpec(**raw["prompt"]),
+            prompt=PromptSpec.from_dict(raw["prompt"]),
             token_embedding=raw["token_embedding"],
             default_capacity=raw["default_capacity"],
             contracts={

@@ -48,7 +48,7 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer, options: GenerationOptions, prompt: Sequence[int]) -> None:
         self.answer = Answer(prompt_tokens=len(prompt))
-        self._stream, self._eos_id, self._options = tokenizer.stream(), tokenizer.spec.eos_id, options
+        self._stream, self._eos_ids, self._options = tokenizer.stream(), tokenizer.spec.eos_ids, options
         self._sampler, self._seen = Sampler(options), list(prompt)
         self._held = ""  # text that may turn out to be the start of a stop string
 
@@ -69,7 +69,7 @@ class Writer:
         answer.tokens.append(token)
         if self._options.logprobs is not None:
             answer.logprobs.append(TokenLogprobs.of(token, logits, self._options.logprobs))
-        if token == self._eos_id and not self._options.ignore_eos:
+        if token in self._eos_ids and not self._options.ignore_eos:
             return self.finish("eos")
         self._held += self._stream.push(token)
         stops = [at for at in map(self._held.find, self._options.stop) if at >= 0]

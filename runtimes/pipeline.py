@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Union
+from typing import Any, Union
 
 import numpy as np
 
@@ -19,12 +18,12 @@ from runtimes.errors import UserError
 from runtimes.generate import Answer, Decoding, Writer, generate, generate_one
 from runtimes.memory import widening
 from runtimes.preprocess import ImageSource
-from runtimes.prompt import IMAGE_PLACEHOLDER, Message, format_chat
+from runtimes.prompt import Message, PromptText, format_chat, place_images
 from runtimes.sampling import GenerationOptions
 from runtimes.session import SessionOptions
 from runtimes.tokenizer import Tokenizer
 
-AnyMessage = Union[Message, Mapping[str, str]]
+AnyMessage = Union[Message, Mapping[str, Any]]
 GREEDY = GenerationOptions()
 PARTS = ("vision_encoder", "adaptor", "decoder")  # components that a session runs
 
@@ -110,12 +109,16 @@ class Pipeline:
         """Answer the last user message of a conversation.
 
         Args:
-            messages: turns, or one question as a string. ``<image_placeholder>`` in the texts stands
-                where an image goes; without any, the images come before the first message.
-            images: one per placeholder, in order.
+            messages: messages (``Message``, or dictionaries with ``role`` and ``content``), or one
+                question as a string. Contents are text, also where they spell a control token. In a
+                user's text, each ``<image_placeholder>`` is the place of an image where there are as
+                many as images; without any, the images come before the first user message. A content of
+                parts places them exactly: ``["Compare", IMAGE, "and", IMAGE]``, or dictionaries of type
+                ``text`` and ``image``. A system message at the beginning replaces the system prompt.
+            images: one per place, in order.
 
         Raises:
-            UserError: images and placeholders do not match, or the prompt exceeds the capacity.
+            UserError: images and their places do not match, or the prompt exceeds the capacity.
         """
         return self._last(self.stream_chat(messages, images, options))
 
@@ -129,21 +132,24 @@ class Pipeline:
         images = _listed(images)
         return self.stream(self.format(messages, len(images)), images, options)
 
-    def format(self, messages: Sequence[AnyMessage] | str, images: int) -> str:
-        """The prompt text of a conversation, placeholders put in where there are none."""
+    def format(self, messages: Sequence[AnyMessage] | str, images: int) -> PromptText:
+        """The prompt of a conversation with a number of images; see ``place_images`` for where they go."""
         if isinstance(messages, str):
             messages = [Message("user", messages)]
         turns = [item if isinstance(item, Message) else Message.from_dict(item) for item in messages]
         if not turns or turns[-1].role != "user":
             raise UserError("The conversation must end with a user message.")
-        if images and not any(IMAGE_PLACEHOLDER in turn.content for turn in turns):
-            turns[0] = replace(turns[0], content=IMAGE_PLACEHOLDER * images + turns[0].content)
-        return format_chat(turns, self.system_prompt)
+        template = self.chain.tokenizer.spec.template
+        return format_chat(place_images(turns, images), self.system_prompt, template)
 
     def generate(
         self, prompt: str, images: Sequence[ImageSource] = (), options: GenerationOptions = GREEDY
     ) -> Answer:
-        """Continue a raw prompt; see ``chat`` for the rest."""
+        """Continue a raw prompt; see ``chat`` for the rest.
+
+        In a raw prompt, every control token that is spelled is that token, ``<image_placeholder>`` included:
+        do not build it from other people's text. What ``format`` returns keeps text and control tokens apart.
+        """
         return self._last(self.stream(prompt, images, options))
 
     def stream(

@@ -1,10 +1,18 @@
-"""DeepSeek-VL's prompt format, as the original's ``deepseek`` conversation template writes it."""
+"""DeepSeek-VL's prompt format, as the original's ``deepseek`` conversation template writes it.
+
+A conversation becomes a ``PromptText``: text that remembers which of its parts are control tokens. What a
+user, the system prompt or an earlier answer says is always text, also where it spells a control token.
+The words ``User:`` and ``Assistant:`` are plain text in this format, so a message can write them; it cannot
+write the end-of-sentence token that separates an answer from the next message.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import takewhile
+from typing import Any, Literal, Union
 
 from runtimes.errors import UserError
 
@@ -17,36 +25,222 @@ SYSTEM_PROMPT = (
     "You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
 )
-ROLES = {"user": "User", "assistant": "Assistant"}
+ROLES = {"user": "User", "assistant": "Assistant", "system": "System"}
+
+
+class Control(Enum):
+    """A control token of a prompt; the value is how raw prompts spell it."""
+
+    IMAGE = IMAGE_PLACEHOLDER
+    EOS = EOS
+
+
+IMAGE: Literal[Control.IMAGE] = Control.IMAGE  # the part of a message that stands for an image
+Part = Union[str, Literal[Control.IMAGE]]
+Piece = Union[str, Control]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The texts between the contents of a conversation; a bundle's manifest holds them.
+
+    Each message is ``{role}{content}{role_end}``; an end that is the end-of-sentence token is that token, not
+    text. A message without content is ``{role}`` alone, its white space at the right left out.
+
+    Args:
+        system_end: after the system prompt.
+        later_system, later_system_end: of a system message that follows other messages.
+        answer: what a prompt ends with, for the model to continue.
+        text_separator: between two text parts of one message that follow each other.
+    """
+
+    system_end: str = "\n\n"
+    user: str = "User: "
+    user_end: str = "\n\n"
+    assistant: str = "Assistant: "
+    assistant_end: str = EOS
+    later_system: str = "System: "
+    later_system_end: str = EOS
+    answer: str = "Assistant:"
+    text_separator: str = " "
+
+    def role(self, role: str) -> tuple[str, str]:
+        """Start and end of a message of ``role``."""
+        return {
+            "user": (self.user, self.user_end),
+            "assistant": (self.assistant, self.assistant_end),
+            "system": (self.later_system, self.later_system_end),
+        }[role]
+
+
+TEMPLATE = ChatTemplate()
+
+
+class PromptText(str):
+    """A prompt as text, whose ``pieces`` tell control tokens from text that only spells them.
+
+    ``Tokenizer.encode`` encodes the pieces: control tokens become their ids, everything else is text.
+    A string that is cut or joined from it is a raw prompt, in which spelled control tokens count.
+    """
+
+    pieces: tuple[Piece, ...]
+
+    def __new__(cls, pieces: Iterable[Piece]) -> PromptText:
+        pieces = tuple(pieces)
+        text = super().__new__(cls, "".join(p.value if isinstance(p, Control) else p for p in pieces))
+        text.pieces = pieces
+        return text
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # for pickle
+        return (self.pieces,)
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; ``<image_placeholder>`` in the text stands where an image goes."""
+    """One message of a conversation.
 
-    role: Literal["user", "assistant"]
-    content: str
+    Args:
+        content: a text, or a sequence of texts and ``IMAGE`` parts. Texts are never read as control
+            tokens; ``place_images`` says when ``<image_placeholder>`` in a user's text is an image.
+    """
+
+    role: Literal["user", "assistant", "system"]
+    content: Union[str, Sequence[Part]]
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Message:
-        """Of ``{"role": …, "content": …}``; raises UserError on any other form."""
+        """Read ``{"role": …, "content": …}``.
+
+        The content is a text or a list of ``{"type": "text", "text": …}`` and ``{"type": "image"}``.
+
+        Raises:
+            UserError: the message has any other form.
+        """
         role = str(raw.get("role", "")).lower() if isinstance(raw, Mapping) else ""
-        if role not in ROLES or not isinstance(raw.get("content"), str):
-            raise UserError(f"A message needs role 'user' or 'assistant' and a text as content, got {raw!r}.")
-        return cls("user" if role == "user" else "assistant", raw["content"])
+        content = raw.get("content") if isinstance(raw, Mapping) else None
+        if isinstance(content, (list, tuple)):
+            content = tuple(map(_part, content))
+        if role not in ROLES or content is None or not isinstance(content, (str, tuple)):
+            raise UserError(
+                "A message needs role 'user', 'assistant' or 'system' and a text or a list of parts as"
+                f" content, got {raw!r}."
+            )
+        message = cls("user" if role == "user" else "assistant" if role == "assistant" else "system", content)
+        if message.images and role != "user":
+            raise UserError(f"Only user messages can have images, got one of role {role!r}.")
+        return message
+
+    @classmethod
+    def of_parts(cls, role: Literal["user", "assistant", "system"], parts: Sequence[Part]) -> Message:
+        """A message of several parts; texts alone are joined as the chat template does, with a space."""
+        texts = [part for part in parts if isinstance(part, str)]
+        return cls(role, TEMPLATE.text_separator.join(texts) if len(texts) == len(parts) else tuple(parts))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The content as parts; a text is one."""
+        return (self.content,) if isinstance(self.content, str) else tuple(self.content)
+
+    @property
+    def images(self) -> int:
+        """Number of image parts."""
+        return sum(part is IMAGE for part in self.parts)
 
 
-def format_chat(messages: Sequence[Message], system: str = SYSTEM_PROMPT) -> str:
-    """The text of a conversation, with an open ``Assistant:`` after a last user turn.
+def _part(raw: Any) -> Part:
+    if isinstance(raw, str):
+        return raw
+    kind = raw.get("type") if isinstance(raw, Mapping) else None
+    if raw is IMAGE or kind == "image":
+        return IMAGE
+    if kind == "text" and isinstance(raw.get("text"), str):
+        return str(raw["text"])
+    raise UserError(f"A part of a message is a text or an image, got {raw!r}.")
 
-    ``{system}\\n\\nUser: {text}\\n\\nAssistant: {text}<EOS>User: ...``; BOS is not part of the text.
+
+def place_images(messages: Sequence[Message], images: int) -> list[Message]:
+    """Turn ``<image_placeholder>`` in the texts of users into image parts, for ``images`` images.
+
+    Messages that have image parts already are taken as they are. Otherwise each placeholder in a user's
+    text is the place of an image if there are as many as images. Without any placeholder, the images come
+    before the text of the first user message. Without images, a placeholder is text.
+
+    Raises:
+        UserError: the number of places differs from the number of images.
     """
-    text = f"{system}\n\n" if system else ""
-    for message in messages:
-        content = message.content.strip()
-        end = "\n\n" if message.role == "user" else EOS
-        # An empty message has no separator after it, as in the original.
-        text += f"{ROLES[message.role]}: {content}{end}" if content else f"{ROLES[message.role]}:"
+    placed = sum(message.images for message in messages)
+    spelled = sum(
+        message.content.count(IMAGE_PLACEHOLDER)
+        for message in messages
+        if message.role == "user" and isinstance(message.content, str)
+    )
+    if placed == images:
+        return list(messages)
+    if placed or spelled not in (0, images):
+        raise UserError(
+            f"The messages have {placed or spelled} {IMAGE_PLACEHOLDER} but {images} images were given; give"
+            " an image for each, or none to use the word as text."
+        )
+    result = list(messages)
+    users = [place for place, message in enumerate(messages) if message.role == "user"]
+    if not users:
+        raise UserError("Images need a user message, the conversation has none.")
+    if not spelled:
+        first = result[users[0]]
+        result[users[0]] = replace(first, content=(*[IMAGE] * images, *first.parts))
+        return result
+    for place in users:
+        content = result[place].content
+        if isinstance(content, str) and IMAGE_PLACEHOLDER in content:
+            before, *texts = content.split(IMAGE_PLACEHOLDER)
+            parts = [before, *(part for text in texts for part in (IMAGE, text))]
+            result[place] = replace(result[place], content=tuple(part for part in parts if part))
+    return result
+
+
+def format_chat(
+    messages: Sequence[Message], system: str = SYSTEM_PROMPT, template: ChatTemplate = TEMPLATE
+) -> PromptText:
+    """Render a conversation, with an open ``Assistant:`` after a last user message.
+
+    ``{system}\\n\\nUser: {text}\\n\\nAssistant: {text}<EOS>User: ...``; BOS is not part of the text. System
+    messages at the beginning replace ``system``; later ones become ``System: {text}<EOS>``, as in the chat
+    template that transformers' conversion script writes. White space at the start is left out, as the
+    original's processor strips its prompts.
+    """
+    leading = list(takewhile(lambda message: message.role == "system", messages))
+    if leading:
+        system = "\n\n".join(_text_of(message, template) for message in leading)
+    pieces: list[Piece] = [f"{system}{template.system_end}".lstrip()] if system else []
+    for message in messages[len(leading) :]:
+        pieces += _render(message, template)
     if messages and messages[-1].role == "user":
-        text += f"{ROLES['assistant']}:"
-    return text
+        pieces.append(template.answer)
+    return PromptText(pieces)
+
+
+def _render(message: Message, template: ChatTemplate) -> list[Piece]:
+    start, end = template.role(message.role)
+    content = _content(message, template)
+    if not any(content):  # an empty message has no separator after it, as in the original
+        return [start.rstrip()]
+    return [start, *content, Control.EOS if end == EOS else end]
+
+
+def _content(message: Message, template: ChatTemplate) -> list[Piece]:
+    """Texts and images of a message; of its first and last part, white space at the ends is left out."""
+    parts = list(message.parts)
+    if parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    pieces: list[Piece] = []
+    for place, part in enumerate(parts):
+        if place and isinstance(part, str) and isinstance(parts[place - 1], str):
+            pieces.append(template.text_separator)
+        pieces.append(part)
+    return pieces
+
+
+def _text_of(message: Message, template: ChatTemplate) -> str:
+    return "".join(part for part in _content(message, template) if isinstance(part, str))

@@ -100,7 +100,7 @@ def constants_of(app: App) -> dict[str, int | bool | list[int]]:
         MAX_CONTEXT: app.capacity,
         "get_vocab_size": vocabulary,
         "get_bos_id": app.prompt.bos_id,
-        "get_eos_ids": [app.prompt.eos_id],
+        "get_eos_ids": list(app.prompt.eos_ids),
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,

@@ -36,8 +36,9 @@ def listing(app: App) -> str:
     values: dict[str, Any] = {
         "version": __version__, "model": app.model, "precision": app.precision,
         "minimum": "iOS 18 or macOS 15",
-        "bos": prompt.bos_id, "eos": prompt.eos_id, "image_token": prompt.image_token_id,
-        "image_tokens": prompt.image_tokens, "background": ", ".join(map(str, preprocessing.background)),
+        "bos": prompt.bos_id, "ends": ", ".join(map(str, prompt.eos_ids)),
+        "image_token": prompt.image_token_id, "image_tokens": prompt.image_tokens,
+        "background": ", ".join(map(str, preprocessing.background)),
         "side": preprocessing.image_size, "vocabulary": vocabulary, "width": width,
         "table_dtype": table.dtype,
         "table_offset": table.rows.offset, "table_bytes": size, "table_read": read,

@@ -128,7 +128,7 @@ func answer(_ prompt: [Int], images: [MLMultiArray], embedding: TokenEmbedding, 
     var next = try decoder.append(embeds, count: prompt.count)
     var tokens: [Int] = []
     var row = [Float16](repeating: 0, count: ${width})
-    while let token = next, token != ${eos}, tokens.count < limit {
+    while let token = next, ![${ends}].contains(token), tokens.count < limit {
         tokens.append(token)
         row.withUnsafeMutableBufferPointer { embedding.copy(token, to: $$0.baseAddress!) }
         next = try decoder.append(row, count: 1)

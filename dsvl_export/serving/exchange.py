@@ -136,9 +136,9 @@ class LocalExchange(Exchange):
 def prepare(model: Model, talk: Conversation, limits: ImageLimits) -> Prompt:
     """Read the images and tokenize; raises RequestError or UserError."""
     chain, capacity = model.pipeline.chain, model.scheduler.capacity
-    system = model.pipeline.system_prompt if talk.system is None else talk.system
-    text = format_chat(talk.turns, system)
-    least = len(text) // CHARACTERS + len(talk.urls) * chain.tokenizer.spec.image_tokens
+    spec = chain.tokenizer.spec
+    text = format_chat(talk.turns, model.pipeline.system_prompt, spec.template)
+    least = len(text) // CHARACTERS + len(talk.urls) * spec.image_tokens
     if least > capacity:
         raise RequestError(
             400, f"The prompt has at least {least} tokens but the KV cache holds {capacity}; shorten it."

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dsvl_export.serving.errors import RequestError
 from runtimes.generate import Answer
-from runtimes.prompt import IMAGE_PLACEHOLDER, Message
+from runtimes.prompt import IMAGE, Message, Part
 from runtimes.sampling import GenerationOptions, TokenLogprobs
 from runtimes.tokenizer import Tokenizer
 
@@ -53,12 +53,12 @@ class ImagePart(BaseModel):
     image_url: ImageURL
 
 
-Part = Annotated[Union[TextPart, ImagePart], Field(discriminator="type")]
+AnyPart = Annotated[Union[TextPart, ImagePart], Field(discriminator="type")]
 
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Union[str, Annotated[list[Part], Field(max_length=MOST_ITEMS, fail_fast=True)], None]
+    content: Union[str, Annotated[list[AnyPart], Field(max_length=MOST_ITEMS, fail_fast=True)], None]
 
 
 class StreamOptions(BaseModel):
@@ -138,18 +138,16 @@ def _telling(error: Mapping[str, Any]) -> tuple[bool, int]:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of a request: turns with placeholders, the images' URLs in order, the system prompt."""
+    """The messages of a request, system messages among them, and the images' URLs in order."""
 
     turns: tuple[Message, ...]
     urls: tuple[str, ...]
-    system: str | None  # None is the model's own
 
 
 def conversation(messages: Sequence[ChatMessage], most_images: int) -> Conversation:
     """Raises RequestError for what the prompt format has no place for."""
     turns: list[Message] = []
     urls: list[str] = []
-    system: list[str] = []
     for index, message in enumerate(messages):
         where = f"messages.{index}"
         content = message.content
@@ -157,35 +155,24 @@ def conversation(messages: Sequence[ChatMessage], most_images: int) -> Conversat
             if message.role != "assistant":
                 raise RequestError(400, f"{where}: the content is missing.", param=where)
             content = ""  # of a turn that was broken off
-        parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
-        text = ""
-        for part in parts:
+        parts: list[Part] = []
+        for part in [TextPart(type="text", text=content)] if isinstance(content, str) else content:
             if isinstance(part, ImagePart):
                 if message.role != "user":
                     raise RequestError(400, f"{where}: only user messages have images.", param=where)
                 urls.append(part.image_url.url)
-                text += IMAGE_PLACEHOLDER
-            elif IMAGE_PLACEHOLDER in part.text:
-                raise RequestError(
-                    400,
-                    f"{where}: its text holds {IMAGE_PLACEHOLDER}; give images as parts instead.",
-                    param=where,
-                )
+                parts.append(IMAGE)
             else:
-                text += part.text
-        if message.role in ("system", "developer"):
-            if turns:
-                raise RequestError(400, f"{where}: a system message comes first.", param=where)
-            system.append(text)
-        else:
-            turns.append(Message("user" if message.role == "user" else "assistant", text))
+                parts.append(part.text)
+        role = "system" if message.role == "developer" else message.role
+        turns.append(Message.of_parts(role, parts))
     if len(urls) > most_images:
         raise RequestError(
             400, f"The request has {len(urls)} images, this server takes {most_images}.", param="messages"
         )
     if not turns or turns[-1].role != "user":
         raise RequestError(400, "The last message must be the user's.", param="messages")
-    return Conversation(tuple(turns), tuple(urls), "\n\n".join(system) if system else None)
+    return Conversation(tuple(turns), tuple(urls))
 
 
 class Completion:

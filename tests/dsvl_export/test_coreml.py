@@ -361,7 +361,7 @@ def test_the_listing_is_of_this_bundle(bundle: Bundle) -> None:
     table = TokenEmbedding(bundle.path(bundle.manifest.token_embedding))
     assert f"let place = {table.rows.offset} + (token * {table.rows.shape[1]} + index)" in text
     assert "capacity = 1024, chunk = 256" in text
-    assert f"token != {bundle.manifest.prompt.eos_id}" in text
+    assert f"![{bundle.manifest.prompt.eos_id}].contains(token)" in text
     assert "${" not in text and "$$" not in text
     assert text.count("{") == text.count("}") and text.count("(") == text.count(")")
 

@@ -43,7 +43,6 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0: the content is missing."),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "The last message must be the user's."),
-    ({"messages": ask("<image_placeholder>")}, 400, "its text holds <image_placeholder>; give images as parts"),
     ({"messages": ask("x", "data:image/png;base64,@@@")}, 400, "image 1: the data URL is not valid base64."),
     ({"messages": ask("x", "data:text/plain,hello")}, 400, "a data URL reads data:image/png;base64,"),
     ({"messages": ask("x", b"no image")}, 400, "image 1 is no image that can be read; it may be PNG, JPEG, WEBP, GIF, BMP."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from runtimes.preprocess import load_image, preprocess
 from runtimes.prompt import IMAGE_PLACEHOLDER, Message
 from runtimes.sampling import GenerationOptions
 
+SHORT = GenerationOptions(max_new_tokens=3)
 LONG = GenerationOptions(max_new_tokens=40)
 DESCRIBE = "Describe the picture."
 
@@ -182,7 +184,38 @@ def test_prompts_that_do_not_fit_are_refused(tiny_bundle: Bundle, pictures: list
         Pipeline.open(tiny_bundle, capacity=0)
 
 
-@pytest.mark.parametrize(("placeholders", "images"), [(2, 1), (1, 2), (1, 0)])
+def test_any_end_token_ends_an_answer(pipeline: Pipeline, pictures: list[Path]) -> None:
+    whole = pipeline.chat(DESCRIBE, [pictures[0]], LONG)
+    last = whole.tokens[3]
+    chain = copy(pipeline.chain)
+    chain.tokenizer = copy(chain.tokenizer)
+    chain.tokenizer.spec = replace(chain.tokenizer.spec, eos_ids=(*chain.tokenizer.spec.eos_ids, last))
+    other = Pipeline(chain, pipeline.system_prompt, pipeline.capacity)
+    for answer in (
+        other.chat(DESCRIBE, [pictures[0]], LONG),
+        *other.generate_batch([(other.format(DESCRIBE, 1), [pictures[0]])], LONG),
+    ):
+        assert answer.tokens == whole.tokens[: whole.tokens.index(last) + 1]
+        assert answer.finish_reason == "eos"
+
+
+def test_a_placeholder_in_a_text_does_not_block_a_chat(pipeline: Pipeline, pictures: list[Path]) -> None:
+    """Without images it is text; in a conversation with images, parts say which are images."""
+    word = f"What does {IMAGE_PLACEHOLDER} mean?"
+    image_id = pipeline.chain.tokenizer.spec.image_token_id
+    assert image_id not in pipeline.chain.prepare(pipeline.format(word, 0), []).tokens
+    assert pipeline.chat(word, [], SHORT).tokens
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE}]},
+        {"role": "assistant", "content": f"It is {IMAGE_PLACEHOLDER}."},
+        {"role": "user", "content": word},
+    ]
+    tokens = pipeline.chain.prepare(pipeline.format(turns, 1), [pictures[0]]).tokens
+    assert tokens.count(image_id) == pipeline.chain.tokenizer.spec.image_tokens
+    assert pipeline.chat(turns, [pictures[0]], SHORT).prompt_tokens == len(tokens)
+
+
+@pytest.mark.parametrize(("placeholders", "images"), [(2, 1), (1, 2), (2, 3)])
 def test_placeholders_must_match_images(
     pipeline: Pipeline, pictures: list[Path], placeholders: int, images: int
 ) -> None:
@@ -191,8 +224,8 @@ def test_placeholders_must_match_images(
 
 
 def test_messages_are_checked(pipeline: Pipeline) -> None:
-    with pytest.raises(UserError, match="needs role 'user' or 'assistant'"):
-        pipeline.chat([{"role": "system", "content": "x"}])
+    with pytest.raises(UserError, match="needs role 'user', 'assistant' or 'system'"):
+        pipeline.chat([{"role": "tool", "content": "x"}])
     with pytest.raises(UserError, match="must end with a user message"):
         pipeline.chat([{"role": "User", "content": "x"}, {"role": "Assistant", "content": "y"}])
 

@@ -15,7 +15,6 @@ from reference.specs import prompt_spec
 from reference.tiny import TINY
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
-from runtimes.prompt import SYSTEM_PROMPT, Message, format_chat
 from runtimes.sampling import GenerationOptions, Sampler, likeliest, nucleus
 from runtimes.tokenizer import Tokenizer, expand_images
 
@@ -23,17 +22,6 @@ from runtimes.tokenizer import Tokenizer, expand_images
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(TINY / "tokenizer.json", prompt_spec(open_checkpoint("tiny")))
-
-
-def test_the_originals_conversation_template() -> None:
-    """Written out from the original's documentation of its ``deepseek`` template."""
-    turns = [Message("user", " Hi "), Message("assistant", "Hello!"), Message("user", "Bye")]
-    assert format_chat(turns) == (
-        f"{SYSTEM_PROMPT}\n\nUser: Hi\n\nAssistant: Hello!<｜end▁of▁sentence｜>User: Bye\n\nAssistant:"
-    )
-    assert format_chat([Message("user", "x")], system="") == "User: x\n\nAssistant:"
-    empty = [Message("user", "x"), Message("assistant", ""), Message("user", "y")]
-    assert format_chat(empty, system="") == "User: x\n\nAssistant:User: y\n\nAssistant:"
 
 
 def test_bos_comes_first_and_images_expand(tokenizer: Tokenizer) -> None:
