@@ -122,7 +122,12 @@ def test_steps_come_in_turns(pipeline: Pipeline, start: Start, pictures: list[Pa
     """Once all are writing, nobody is two tokens ahead of anybody, and one call decodes for all."""
     scheduler = start()
     gate, log = Gate(scheduler), []
-    clients = [Client(scheduler, prompt(pipeline, DESCRIBE, picture), log) for picture in pictures[:3]]
+    # Long enough that the first is not done before a slow machine has encoded the last one's image.
+    options = GenerationOptions(300, ignore_eos=True)
+    clients = [
+        Client(scheduler, prompt(pipeline, DESCRIBE, picture), log, options=options)
+        for picture in pictures[:3]
+    ]
     gate.open.set()
     answers = [client.answer() for client in clients]
     assert min(len(answer.tokens) for answer in answers) > 5
