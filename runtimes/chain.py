@@ -157,11 +157,15 @@ class Chain:
                 self._images.popitem(last=False)
         return embeds
 
+    def is_encoded(self, image: PromptImage) -> bool:
+        """Whether the embeddings of an image are kept, so that it is not decoded again."""
+        return image.digest in self._images
+
     def next_to_encode(self, prompt: Prompt, start: int) -> PromptImage | None:
         """The first image that ``embed`` has to encode for the positions from ``start`` on."""
         placed = {digest for digest, _ in prompt.keys[start:]}
         missing = (item for item in prompt.images.values() if item.digest in placed)
-        return next((item for item in missing if item.digest not in self._images), None)
+        return next((item for item in missing if not self.is_encoded(item)), None)
 
     def embed_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """``[..., D]`` embeddings of text tokens."""
@@ -180,8 +184,12 @@ class Chain:
         Raises:
             UserError: placeholders and images do not match, or an image cannot be read.
         """
+        return self.prepare_tokens(self.tokenizer.encode(text), images)
+
+    def prepare_tokens(self, ids: Sequence[int], images: Sequence[ImageSource | PromptImage]) -> Prompt:
+        """As ``prepare``, of a prompt that is tokenized already."""
         spec = self.tokenizer.spec
-        tokens = expand_images(self.tokenizer.encode(text), spec, len(images))
+        tokens = expand_images(ids, spec, len(images))
         keys: list[Key] = [("", int(token)) for token in tokens]
         slots = np.flatnonzero(tokens == spec.image_token_id).reshape(len(images), spec.image_tokens)
         prepared: dict[str, PromptImage] = {}

@@ -7,6 +7,7 @@ import signal
 import socket
 from contextlib import ExitStack, suppress
 from typing import Annotated, Optional
+from urllib.parse import urlsplit
 
 import typer
 
@@ -24,7 +25,7 @@ from dsvl_export.cli.options import (
 from runtimes.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-MOST_CONNECTIONS = 512
+BACKLOG = 512  # connections that are not accepted yet
 
 
 @app.command()
@@ -57,6 +58,14 @@ def serve(
     image_host: Annotated[
         Optional[list[str]],
         typer.Option(help="Host whose image URLs are fetched, repeatable. Default: data URLs only."),
+    ] = None,
+    allow_origin: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="ORIGIN",
+            help="Origin of web pages elsewhere that may ask (CORS), as http://localhost:5173; '*' is any."
+            " Repeatable. Default: none.",
+        ),
     ] = None,
     device: Device = None,
     threads: Threads = None,
@@ -110,7 +119,7 @@ def serve(
     limits = ImageLimits(max_pixels * 1_000_000, max_images, max_body * 1_000_000, hosts)
     options = ServeOptions(
         api_key or None, host in LOOPBACK and not api_key, max_new_tokens, drafts, timeout,
-        max_body * 1_000_000, limits,
+        max_body * 1_000_000, limits, tuple(map(_origin, allow_origin or ())),
     )  # fmt: skip
     with ExitStack() as stack:
         listening = stack.enter_context(_listen(host, port))
@@ -126,16 +135,33 @@ def serve(
         config = uvicorn.Config(
             create_app(service, options), log_config=None, access_log=False, http=BoundedProtocol,
             server_header=False,
-            limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=int(timeout) + 5,
+            timeout_graceful_shutdown=int(timeout) + 5,
         )  # fmt: skip
         if host not in LOOPBACK and not api_key:
             display.err.print(
                 "[yellow]Open to the network:[/] anybody who reaches it may ask; give --api-key."
             )
+        if "*" in options.origins:
+            display.err.print("[yellow]Open to web pages:[/] any page that a user visits may ask.")
         print(f"Serving {service.default} at http://{place} (Ctrl-C stops)", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):  # raised once the server has stopped
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers send it: scheme, host and port, in lower case."""
+    try:
+        parts = urlsplit(text.lower().rstrip("/"))
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    else:
+        if parts.port is not None and parts.port == {"http": 80, "https": 443}.get(parts.scheme):
+            text = text.rstrip("/").rpartition(":")[0]  # browsers leave it out
+    if text != "*" and (not valid or parts.path or parts.query or parts.fragment or parts.username):
+        raise UserError(f"--allow-origin takes http://HOST[:PORT], https://HOST[:PORT] or '*', not {text!r}.")
+    return text.lower().rstrip("/")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -145,7 +171,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        listening.listen(MOST_CONNECTIONS)
+        listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
         reason = error.strerror or str(error)

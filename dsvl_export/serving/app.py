@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -14,12 +15,15 @@ from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from dsvl_export.serving.errors import RequestError, request_error
+from dsvl_export.serving.completion import Completion
+from dsvl_export.serving.errors import RequestError, quoted, request_error
 from dsvl_export.serving.limits import RequestLimits
 from dsvl_export.serving.metrics import CountRequests, Metrics
-from dsvl_export.serving.protocol import ChatRequest, Completion, conversation, read_request
+from dsvl_export.serving.openapi import openapi_document
+from dsvl_export.serving.protocol import Conversation, conversation, read_request
 from dsvl_export.serving.service import Exchange, ServeOptions, Service, Work
 from dsvl_export.version import __version__
 from runtimes.errors import UserError
@@ -59,23 +63,29 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def not_routed(request: Request, error: HTTPException) -> Response:
         sentence = {
-            404: f"There is no {request.url.path} here.",
-            405: f"{request.url.path} does not take {request.method}.",
+            404: f"There is no {request.url.path[:200]} here.",
+            405: f"{request.url.path} does not take {request.method[:20]}.",
         }.get(error.status_code, str(error.detail))
         return JSONResponse(
             RequestError(error.status_code, sentence).document(), error.status_code, error.headers
         )
 
-    @app.get("/", response_class=HTMLResponse)
+    @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse)
     async def web_page() -> Response:
         headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
         return HTMLResponse(page, headers=headers)
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def health() -> Response:
         if (reason := await run_in_threadpool(service.ailing)) is not None:
             return JSONResponse({"status": "unavailable", "detail": reason}, 503)
         return JSONResponse({"status": "ok", "models": service.open})
+
+    document = openapi_document(options.token is not None)
+
+    @app.get("/openapi.json")
+    async def described() -> dict[str, Any]:
+        return document
 
     @app.get("/metrics")
     async def figures() -> Response:
@@ -88,29 +98,34 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
         if name not in service.names:
-            raise RequestError(404, f"There is no model {name!r} here.", code="model_not_found")
+            raise RequestError(404, f"There is no model {quoted(name)} here.", code="model_not_found")
         return describe(service, name)
 
     @app.post(CHAT)
     async def chat(request: Request) -> Response:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise RequestError(415, "The body must be application/json.")
-        asked = await run_in_threadpool(read_request, await request.body())
+        _check_media_type(request)
+        # Not request.body(), which keeps it: what is read of it may be as large.
+        body = b"".join([part async for part in request.stream()])
+        asked = await run_in_threadpool(read_request, body)
+        del body
         work = Work(
             asked.model,
             conversation(asked.messages, options.images.images),
             asked.options(options.longest, options.drafts),
-            asked.stream,
+            bool(asked.stream),
             options.seconds,
         )
+        wants_usage = asked.wants_usage
+        del asked  # its images are in the work
         exchange = service.exchange(work)
+        work = replace(work, talk=Conversation())
         found = await _unless_gone(request, exchange.first())
         if found is None:
             exchange.close()  # it may have begun at that moment
             return Response(status_code=CLIENT_GONE)
         completion = Completion(exchange.model, service.tokenizer)
-        if asked.stream:
-            events = _events(asked, completion, found, exchange, metrics)
+        if work.stream:
+            events = _events(wants_usage, completion, found, exchange, metrics)
             return EventStream(events, exchange)
         assert found.answer
         metrics.answered(exchange.model, found.answer)
@@ -120,6 +135,11 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
         RequestLimits, paths=(CHAT,), token=options.token, guarded=GUARDED, local=options.local,
         body=options.body, seconds=BODY_SECONDS,
     )  # fmt: skip
+    if options.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=options.origins, allow_methods=["GET", "POST"],
+            allow_headers=["*"], expose_headers=["Retry-After"],
+        )  # fmt: skip
     app.add_middleware(CountRequests, metrics=metrics)
     return app
 
@@ -148,6 +168,15 @@ def describe(service: Service, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _check_media_type(request: Request) -> None:
+    """Refuse what a web page elsewhere may send without being asked first, and compressed bodies."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise RequestError(415, "The body must be application/json; set the Content-Type header.")
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise RequestError(415, "The body must not be compressed; send it without Content-Encoding.")
+
+
 async def _unless_gone(request: Request, work: Awaitable[Step]) -> Step | None:
     """What the work gives; it is cancelled, and gives nothing, where the client goes away before."""
     task = asyncio.ensure_future(work)
@@ -167,10 +196,9 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _events(
-    asked: ChatRequest, completion: Completion, first: Step, exchange: Exchange, metrics: Metrics
+    usage: bool, completion: Completion, first: Step, exchange: Exchange, metrics: Metrics
 ) -> AsyncIterator[str]:
     """Server-sent events of a stream; an error on the way is the last of them."""
-    usage = asked.wants_usage
     step = first
     try:
         yield _event(completion.chunk(first=True, usage=usage))

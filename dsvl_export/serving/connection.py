@@ -1,27 +1,72 @@
-"""Connections that send no whole request, or read no answer, are closed, which uvicorn leaves open."""
+"""Time limits of a connection, which uvicorn does not have, and its errors in the protocol's form."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from dsvl_export.serving.errors import RequestError, unavailable
+from dsvl_export.serving.limits import refuse
+
+MOST_CONNECTIONS = 512
 HEAD_SECONDS = STALL_SECONDS = 30
 
 
 class BoundedProtocol(H11Protocol):
-    """HTTP/1.1 with time limits for the head of a connection's first request, and for a client to read on."""
+    """HTTP/1.1 with limits for what a client does slowly.
+
+    While no request is being answered, the head of the next one, and the rest of the last one's body, must
+    arrive within ``HEAD_SECONDS``, however the client divides them; uvicorn closes connections that send
+    nothing. A client must take some of its answer within ``STALL_SECONDS``. Beyond ``MOST_CONNECTIONS``,
+    requests are answered with 503.
+    """
 
     _stall: asyncio.TimerHandle | None = None
+    _late: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        app = self.app
+
+        async def limited(scope: Any, receive: Any, send: Any) -> None:
+            if len(self.connections) > MOST_CONNECTIONS:
+                sentence = f"{MOST_CONNECTIONS} connections are open; try again in a moment."
+                await refuse(send, unavailable(sentence))
+            else:
+                await app(scope, receive, send)
+
+        self.app = limited
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        asyncio.get_running_loop().call_later(HEAD_SECONDS, self._check_head)
+        self._limit_request()
 
-    def _check_head(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._limit_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._limit_request()
+
+    def _limit_request(self) -> None:
+        """Start the clock of a request when the last one is answered; stop it when it is being answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_clock()
+        elif self._late is None and not self.transport.is_closing():
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, in the protocol's form, unless an answer has begun."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            headers, body = RequestError(400, msg).encoded()
+            response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (response, h11.Data(body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -33,11 +78,12 @@ class BoundedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
+        self._stop_clock()
         super().connection_lost(exc)
 
     def _watch(self, unsent: int) -> None:
         """Look again after a while, at how much of the bytes that wait has been taken."""
-        self._stall = asyncio.get_running_loop().call_later(STALL_SECONDS, self._check_taken, unsent)
+        self._stall = self.loop.call_later(STALL_SECONDS, self._check_taken, unsent)
 
     def _check_taken(self, unsent: int) -> None:
         if (left := self.transport.get_write_buffer_size()) < unsent:
@@ -49,3 +95,8 @@ class BoundedProtocol(H11Protocol):
         if self._stall:
             self._stall.cancel()
             self._stall = None
+
+    def _stop_clock(self) -> None:
+        if self._late:
+            self._late.cancel()
+            self._late = None

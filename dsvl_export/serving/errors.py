@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,11 @@ from runtimes.errors import UserError
 from runtimes.scheduler import BusyError, ClosedError, LateError
 
 INTERNAL = "The server failed at this request; its log says why."
+
+
+def quoted(text: str, most: int = 80) -> str:
+    """A value of the client's as an error quotes it: on one line, cut where it is long."""
+    return repr(text if len(text) <= most else f"{text[:most]}…")
 
 
 class RequestError(UserError):
@@ -43,6 +49,17 @@ class RequestError(UserError):
         return {
             "error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code},
         }
+
+    def encoded(self) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        """Headers and body of a response after which the connection is closed."""
+        body = json.dumps(self.document()).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),  # what the client still sends is not read
+            *((name.lower().encode(), value.encode()) for name, value in self.headers.items()),
+        ]
+        return headers, body
 
 
 def unavailable(sentence: str) -> RequestError:

@@ -6,21 +6,23 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from time import perf_counter
 
-from fastapi.concurrency import run_in_threadpool
-
-from dsvl_export.serving.errors import INTERNAL, RequestError
-from dsvl_export.serving.images import ImageLimits, read_image
+from dsvl_export.serving.errors import INTERNAL, RequestError, unavailable
+from dsvl_export.serving.images import ImageLimits, check_image, image_file, is_remote
 from dsvl_export.serving.models import MOST_SLOTS, Model, ModelOptions, Models, askable
 from dsvl_export.serving.protocol import Conversation
-from dsvl_export.serving.service import BundleWatch, Exchange, Figures, Service, Work
+from dsvl_export.serving.service import TOKENIZER, BundleWatch, Exchange, Figures, Service, Work
+from dsvl_export.serving.text import TextEncoder
 from runtimes.bundle import Bundle
-from runtimes.chain import Prompt
+from runtimes.chain import Chain, EncodedImage, Prompt
 from runtimes.prompt import format_chat
 from runtimes.scheduler import BusyError, Job, LateError, Step
 
-AT_ONCE = 2  # requests whose images are decoded at a time
+AT_ONCE = 2  # images that are decoded at a time
+FETCHES = 8  # images that are fetched at a time
+HELD = 8  # requests of the largest size whose image files are held at a time
 CHARACTERS = 128  # that a token stands for at most; more of them are not even tokenized
 
 log = logging.getLogger(__name__)
@@ -41,8 +43,11 @@ class LocalService(Service):
         super().__init__(bundle, watch, first.pipeline.chain.tokenizer, names, first.name)
         self.images = images
         self.most, self.preparing = choice.queue + 2 * MOST_SLOTS, 0  # requests on their way to a queue
-        self.turn = asyncio.Semaphore(AT_ONCE)
+        self.text = TextEncoder(bundle.path(TOKENIZER), self.tokenizer)
+        self.decoders = ThreadPoolExecutor(AT_ONCE, "images")
+        self.fetchers = ThreadPoolExecutor(FETCHES, "fetched images")
         self.opener = ThreadPoolExecutor(1, "opener")  # all who wait for a model wait here
+        self.held = 0  # bytes of the image files of all requests
 
     @property
     def open(self) -> list[str]:
@@ -58,7 +63,9 @@ class LocalService(Service):
 
     def close(self) -> None:
         self.models.close()
-        self.opener.shutdown()
+        self.text.close()
+        for threads in (self.decoders, self.fetchers, self.opener):
+            threads.shutdown()
 
 
 class LocalExchange(Exchange):
@@ -69,6 +76,7 @@ class LocalExchange(Exchange):
         self._service, self._work = service, work
         self._leased: Model | None = None
         self._job: Job | None = None
+        self._held = 0  # bytes of its image files
         self._steps: asyncio.Queue[Step | Exception] = asyncio.Queue()
 
     async def _begin(self) -> Step:
@@ -112,14 +120,44 @@ class LocalExchange(Exchange):
         if self._leased:
             self._service.models.release(self._leased)
             self._leased = None
+        self._service.held -= self._held
+        self._held = 0
 
     async def _prepared(self) -> Prompt:
         service, models = self._service, self._service.models
         while (model := models.lease(self.model)) is None:
             await asyncio.get_running_loop().run_in_executor(service.opener, models.ensure, self.model)
         self._leased = model
-        async with service.turn:
-            return await run_in_threadpool(prepare, model, self._work.talk, service.images)
+        chain, capacity, talk = model.pipeline.chain, model.scheduler.capacity, self._work.talk
+        spec = chain.tokenizer.spec
+        text = format_chat(talk.turns, model.pipeline.system_prompt, spec.template)
+        least = len(text) // CHARACTERS + len(talk.urls) * spec.image_tokens
+        if least > capacity:
+            raise RequestError(
+                400, f"The prompt has at least {least} tokens but the KV cache holds {capacity}; shorten it."
+            )
+        self._work = replace(self._work, talk=Conversation())  # its URLs are large
+        images = [await self._image(chain, url, f"image {place}") for place, url in enumerate(talk.urls, 1)]
+        return chain.prepare_tokens(await service.text.encode(text), images)
+
+    async def _image(self, chain: Chain, url: str, where: str) -> EncodedImage:
+        """Read and check the file of an image. Requests take turns, an image at a time."""
+        service, loop = self._service, asyncio.get_running_loop()
+        threads = service.fetchers if is_remote(url) else service.decoders
+        file = await loop.run_in_executor(threads, image_file, url, service.images, where)
+        self._hold(len(file))
+        return await loop.run_in_executor(service.decoders, checked_image, chain, file, service.images, where)
+
+    def _hold(self, size: int) -> None:
+        service, most = self._service, self._service.images.bytes
+        if self._held + size > most:
+            raise RequestError(
+                400, f"The images of the request have more than {most} bytes.", param="messages"
+            )
+        if service.held + size > HELD * most:
+            raise unavailable("Too many large images are waiting; try again in a moment.")
+        self._held += size
+        service.held += size
 
     def _submit(self, prompt: Prompt, seconds: float) -> None:
         loop, steps = asyncio.get_running_loop(), self._steps
@@ -133,15 +171,9 @@ class LocalExchange(Exchange):
         )
 
 
-def prepare(model: Model, talk: Conversation, limits: ImageLimits) -> Prompt:
-    """Read the images and tokenize; raises RequestError or UserError."""
-    chain, capacity = model.pipeline.chain, model.scheduler.capacity
-    spec = chain.tokenizer.spec
-    text = format_chat(talk.turns, model.pipeline.system_prompt, spec.template)
-    least = len(text) // CHARACTERS + len(talk.urls) * spec.image_tokens
-    if least > capacity:
-        raise RequestError(
-            400, f"The prompt has at least {least} tokens but the KV cache holds {capacity}; shorten it."
-        )
-    images = [read_image(url, limits, f"image {place}") for place, url in enumerate(talk.urls, 1)]
-    return chain.prepare(text, images)
+def checked_image(chain: Chain, file: bytes, limits: ImageLimits, where: str) -> EncodedImage:
+    """The image of a file; it is decoded, to see whether it can be, unless the encoder has had it already."""
+    image = EncodedImage(file, chain.preprocessing)
+    if not chain.is_encoded(image):
+        check_image(file, limits, where)
+    return image

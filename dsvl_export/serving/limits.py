@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsvl_export.serving.errors import RequestError
+from dsvl_export.serving.errors import RequestError, quoted
 
 HEADERS, HEADER_BYTES = 64, 16_384
 HELD = 8  # bodies of the largest size that are held at a time
@@ -52,18 +51,19 @@ class RequestLimits:
             if scope["method"] != "POST" or scope["path"] not in self._paths:
                 await self._app(scope, receive, send)
                 return
-            parts: list[bytes] = []
+            held = [0]
             try:
-                if not await asyncio.wait_for(self._read(receive, parts), self._seconds):
+                body = await asyncio.wait_for(self._read(receive, held), self._seconds)
+                if body is None:
                     return  # the client went away
-                await self._app(scope, _replayed(parts, receive), send)
+                await self._app(scope, _replayed(body, receive), send)
             finally:
-                self._held -= sum(map(len, parts))
+                self._held -= held[0]
         except RequestError as error:
-            await _refuse(send, error)
+            await refuse(send, error)
         except asyncio.TimeoutError:
             late = f"The body did not arrive within {self._seconds:g} seconds."
-            await _refuse(send, RequestError(408, late))
+            await refuse(send, RequestError(408, late))
 
     def _check_headers(self, scope: Scope) -> None:
         headers = scope["headers"]
@@ -72,8 +72,9 @@ class RequestLimits:
             raise RequestError(431, f"The request has more than {HEADERS} headers or {HEADER_BYTES} bytes.")
         given = dict(headers)
         host = given.get(b"host", b"").decode("latin-1")
-        if self._local and _without_port(host).lower() not in LOCAL:
-            raise RequestError(403, f"This server answers to {', '.join(LOCAL)} alone, not to {host!r}.")
+        # Browsers name a host always; a health check that speaks HTTP/1.0 may not.
+        if self._local and host and _without_port(host).lower() not in LOCAL:
+            raise RequestError(403, f"This server answers to {', '.join(LOCAL)} only, not to {quoted(host)}.")
         if self._token is not None and scope["path"].startswith(self._guarded):
             kind, _, token = given.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer" or not hmac.compare_digest(token, self._token):
@@ -82,19 +83,18 @@ class RequestLimits:
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
         length = given.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._body:
+        if length.isdigit() and (len(length) > 18 or int(length) > self._body):
             raise self._too_large()
 
-    async def _read(self, receive: Receive, parts: list[bytes]) -> bool:
-        """Collect the body; False where the client went away."""
-        size = 0
+    async def _read(self, receive: Receive, held: list[int]) -> list[bytes] | None:
+        """Collect the body, counting its bytes in ``held``; None where the client went away."""
+        parts: list[bytes] = []
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return False
+                return None
             part = message.get("body", b"")
-            size += len(part)
-            if size > self._body:
+            if held[0] + len(part) > self._body:
                 raise self._too_large()
             if self._held + len(part) > HELD * self._body:
                 raise RequestError(
@@ -102,9 +102,10 @@ class RequestLimits:
                     "server_error", headers={"Retry-After": "1"},
                 )  # fmt: skip
             self._held += len(part)
+            held[0] += len(part)
             parts.append(part)
             if not message.get("more_body"):
-                return True
+                return parts
 
     def _too_large(self) -> RequestError:
         return RequestError(413, f"The body is larger than the {self._body} bytes that this server takes.")
@@ -115,27 +116,21 @@ def _without_port(host: str) -> str:
     return name if port.isdigit() and name else host
 
 
-def _replayed(parts: Sequence[bytes], receive: Receive) -> Receive:
-    """The body that was read, then what comes next: the end of the connection."""
-    given = False
+def _replayed(parts: list[bytes], receive: Receive) -> Receive:
+    """The body that was read, which is then forgotten; then what comes next: the end of the connection."""
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        if not parts:
             return await receive()
-        given = True
-        return {"type": "http.request", "body": b"".join(parts), "more_body": False}
+        body = b"".join(parts)
+        parts.clear()
+        return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
 
 
-async def _refuse(send: Send, error: RequestError) -> None:
-    body = json.dumps(error.document()).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),  # what the client still sends is not read
-        *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
-    ]
+async def refuse(send: Send, error: RequestError) -> None:
+    """Answer with an error, and close the connection."""
+    headers, body = error.encoded()
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,90 +1,134 @@
-"""The OpenAI chat-completions protocol: requests read and checked, answers written."""
+"""The OpenAI chat-completions protocol: requests read and checked."""
 
 from __future__ import annotations
 
-import json
-import math
 import secrets
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dsvl_export.serving.errors import RequestError
-from runtimes.generate import Answer
+from dsvl_export.serving.json_body import read_json
+from dsvl_export.serving.parameters import check_unsupported
 from runtimes.prompt import IMAGE, Message, Part
-from runtimes.sampling import GenerationOptions, TokenLogprobs
-from runtimes.tokenizer import Tokenizer
+from runtimes.sampling import GenerationOptions
 
-FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "capacity": "length"}
-MOST_STOPS, MOST_TOP = 16, 20
+MOST_STOPS, MOST_STOP_CHARACTERS, MOST_TOP = 16, 1_000, 20
 MOST_ITEMS = 16_384  # messages of a request, and parts of a message
-# Parameters that would change the answer, and those of their values that do not; all others are ignored.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-}
+MOST_SENTENCE = 300  # characters of what pydantic says
+LEAST_TOP_P = 1e-9  # keeps the most likely token alone, as 0 does in the protocol
 
 
-class TextPart(BaseModel):
-    type: Literal["text"]
+def _whole(value: Any) -> Any:
+    """3.0, as some clients write integers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]
+
+
+class _Fields(BaseModel):
+    """An object of a request. What it has beside these fields is ignored."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class TextPart(_Fields):
+    type: Literal["text", "input_text"]
     text: str
 
 
-class ImageURL(BaseModel):
+class RefusalPart(_Fields):
+    type: Literal["refusal"]
+    refusal: str
+
+
+class ImageURL(_Fields):
     url: str
 
 
-class ImagePart(BaseModel):
-    type: Literal["image_url"]
-    image_url: ImageURL
+class ImagePart(_Fields):
+    """An image as chat completions have it; ``input_image`` is the name in OpenAI's newer protocol."""
+
+    type: Literal["image_url", "input_image"]
+    image_url: Union[str, ImageURL]
+
+    @property
+    def url(self) -> str:
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
-AnyPart = Annotated[Union[TextPart, ImagePart], Field(discriminator="type")]
+class URLSource(_Fields):
+    type: Literal["url"]
+    url: str
 
 
-class ChatMessage(BaseModel):
+class Base64Source(_Fields):
+    type: Literal["base64"]
+    media_type: str
+    data: str
+
+    @property
+    def url(self) -> str:
+        return f"data:{self.media_type};base64,{self.data}"
+
+
+class SourcePart(_Fields):
+    """An image as Anthropic's protocol has it."""
+
+    type: Literal["image"]
+    source: Annotated[Union[URLSource, Base64Source], Field(discriminator="type")]
+
+    @property
+    def url(self) -> str:
+        return self.source.url
+
+
+AnyPart = Union[TextPart, RefusalPart, ImagePart, SourcePart]
+Parts = Annotated[
+    list[Annotated[AnyPart, Field(discriminator="type")]], Field(max_length=MOST_ITEMS, fail_fast=True)
+]
+
+
+class ChatMessage(_Fields):
+    """A message; ``tool_calls`` and ``function_call`` may be there without a value, as clients send them."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Union[str, Annotated[list[AnyPart], Field(max_length=MOST_ITEMS, fail_fast=True)], None]
+    content: Union[str, Parts, None] = None
+    tool_calls: Annotated[Optional[list[Any]], Field(max_length=0)] = None
+    function_call: None = None
+    audio: None = None
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool = False
+class StreamOptions(_Fields):
+    include_usage: Optional[bool] = None
 
 
-class ChatRequest(BaseModel):
-    """A request; ``top_k``, ``repetition_penalty`` and ``ignore_eos`` are additions to the protocol."""
+class ChatRequest(_Fields):
+    """A request; ``top_k``, ``repetition_penalty`` and ``ignore_eos`` are additions to the protocol.
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    A parameter that is null has its default.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
-    stream: bool = False
+    stream: Optional[bool] = None
     stream_options: Optional[StreamOptions] = None
-    max_tokens: Optional[int] = Field(None, ge=1)
-    max_completion_tokens: Optional[int] = Field(None, ge=1)
+    max_tokens: Optional[Integer] = Field(None, ge=1)
+    max_completion_tokens: Optional[Integer] = Field(None, ge=1)
     temperature: Optional[float] = Field(None, ge=0, le=2)
-    top_p: Optional[float] = Field(None, gt=0, le=1)
-    top_k: Optional[int] = Field(None, ge=0)
+    top_p: Optional[float] = Field(None, ge=0, le=1)
+    top_k: Optional[Integer] = Field(None, ge=0)
     repetition_penalty: Optional[float] = Field(None, ge=0.01, le=100)
-    seed: Optional[int] = None
+    seed: Optional[Integer] = Field(None, ge=-(2**63), lt=2**64)
     ignore_eos: Optional[bool] = None
     stop: Union[str, list[str], None] = None
     logprobs: Optional[bool] = None
-    top_logprobs: Optional[int] = Field(None, ge=0, le=MOST_TOP)
+    top_logprobs: Optional[Integer] = Field(None, ge=0, le=MOST_TOP)
 
     @property
     def wants_usage(self) -> bool:
@@ -92,42 +136,53 @@ class ChatRequest(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def options(self, longest: int, drafts: bool) -> GenerationOptions:
-        """How to generate; ``longest`` are the tokens of an answer where the request does not say."""
+        """How to generate; ``longest`` are the tokens of an answer where the request does not say.
+
+        Raises:
+            RequestError: two parameters contradict each other, or a stop string cannot be used.
+        """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stop) > MOST_STOPS or not all(stop):
+        if len(stop) > MOST_STOPS or not all(0 < len(text) <= MOST_STOP_CHARACTERS for text in stop):
             raise RequestError(
-                400, f"stop takes up to {MOST_STOPS} strings, none of them empty.", param="stop"
+                400,
+                f"stop takes up to {MOST_STOPS} strings of 1 to {MOST_STOP_CHARACTERS} characters.",
+                param="stop",
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
+        limits = [each for each in (self.max_completion_tokens, self.max_tokens) if each is not None]
+        if len(set(limits)) > 1:
+            raise RequestError(
+                400, "max_tokens and max_completion_tokens differ; give one of them.", param="max_tokens"
+            )
         given = {
             name: value
             for name in ("temperature", "top_p", "top_k", "repetition_penalty", "ignore_eos")
             if (value := getattr(self, name)) is not None
         }
+        if "top_p" in given:
+            given["top_p"] = max(given["top_p"], LEAST_TOP_P)
         given["seed"] = secrets.randbits(63) if self.seed is None else self.seed % (1 << 63)
-        tokens = self.max_completion_tokens or self.max_tokens or longest
+        tokens = limits[0] if limits else longest
         options = GenerationOptions(tokens, stop=tuple(stop), drafts=drafts, **given)
         return replace(options, logprobs=self.top_logprobs or 0) if self.logprobs else options
 
 
 def read_request(body: bytes) -> ChatRequest:
-    """Raises RequestError, in one sentence, where the body is no request that can be answered."""
-    try:
-        raw = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, "The body is not valid JSON.", code="invalid_json") from error
+    """Read a request.
+
+    Raises:
+        RequestError: the body is not a request that can be answered.
+    """
+    raw = read_json(body)
     try:
         request = ChatRequest.model_validate(raw)
     except ValidationError as error:
         first = max(error.errors(include_input=False, include_url=False), key=_telling)
-        # Without pydantic's names of a union's branches.
-        path = [str(each) for each in first["loc"] if each != "str" and "[" not in str(each)]
-        param = ".".join(path) or None
-        raise RequestError(400, f"{param or 'The body'}: {first['msg']}.", param=param) from error
-    for name, value in (request.model_extra or {}).items():
-        if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
-            raise RequestError(400, f"The parameter {name} is not supported; leave it out.", param=name)
+        param = _path(raw, first["loc"], first["type"] == "missing")
+        sentence = f"{param or 'The body'}: {first['msg']}"[:MOST_SENTENCE]
+        raise RequestError(400, f"{sentence}.", param=param) from error
+    check_unsupported(request.model_extra or {}, ChatRequest.model_fields)
     return request
 
 
@@ -136,16 +191,37 @@ def _telling(error: Mapping[str, Any]) -> tuple[bool, int]:
     return "str" not in error["loc"], len(error["loc"])
 
 
+def _path(raw: Any, location: Sequence[int | str], missing: bool) -> str | None:
+    """The place in a request, without pydantic's names of a union's branches.
+
+    Args:
+        missing: whether the last step is a field that is not there.
+    """
+    steps: list[str] = []
+    *before, last = location or [""]
+    for step in before if missing else location:
+        try:
+            raw = raw[step]
+        except (KeyError, IndexError, TypeError):
+            continue
+        steps.append(str(step))
+    return ".".join([*steps, str(last)] if missing else steps) or None
+
+
 @dataclass(frozen=True)
 class Conversation:
     """The messages of a request, system messages among them, and the images' URLs in order."""
 
-    turns: tuple[Message, ...]
-    urls: tuple[str, ...]
+    turns: tuple[Message, ...] = ()
+    urls: tuple[str, ...] = ()
 
 
 def conversation(messages: Sequence[ChatMessage], most_images: int) -> Conversation:
-    """Raises RequestError for what the prompt format has no place for."""
+    """Turn the messages of a request into those of the prompt format.
+
+    Raises:
+        RequestError: the prompt format has no place for something.
+    """
     turns: list[Message] = []
     urls: list[str] = []
     for index, message in enumerate(messages):
@@ -153,17 +229,18 @@ def conversation(messages: Sequence[ChatMessage], most_images: int) -> Conversat
         content = message.content
         if content is None:
             if message.role != "assistant":
-                raise RequestError(400, f"{where}: the content is missing.", param=where)
+                raise RequestError(400, f"{where}.content: the content is missing.", param=f"{where}.content")
             content = ""  # of a turn that was broken off
         parts: list[Part] = []
-        for part in [TextPart(type="text", text=content)] if isinstance(content, str) else content:
-            if isinstance(part, ImagePart):
+        given = [TextPart(type="text", text=content)] if isinstance(content, str) else images_first(content)
+        for part in given:
+            if isinstance(part, (ImagePart, SourcePart)):
                 if message.role != "user":
                     raise RequestError(400, f"{where}: only user messages have images.", param=where)
-                urls.append(part.image_url.url)
+                urls.append(part.url)
                 parts.append(IMAGE)
             else:
-                parts.append(part.text)
+                parts.append(part.text if isinstance(part, TextPart) else part.refusal)
         role = "system" if message.role == "developer" else message.role
         turns.append(Message.of_parts(role, parts))
     if len(urls) > most_images:
@@ -175,82 +252,13 @@ def conversation(messages: Sequence[ChatMessage], most_images: int) -> Conversat
     return Conversation(tuple(turns), tuple(urls))
 
 
-class Completion:
-    """Writes one answer, whole or in chunks."""
+def images_first(parts: Sequence[AnyPart]) -> list[AnyPart]:
+    """Put the images of a message before its texts, as in training, unless they are interleaved.
 
-    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
-        self.model, self.created = model, int(time.time())
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._tokenizer = tokenizer
-
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": self._logprobs(answer.logprobs) if answer.logprobs else None,
-            "finish_reason": FINISH_REASONS[answer.finish_reason],
-        }
-        return {**self._head("chat.completion"), "choices": [choice], "usage": usage(answer)}
-
-    def chunk(
-        self,
-        text: str = "",
-        logprobs: Sequence[TokenLogprobs] = (),
-        reason: str | None = None,
-        first: bool = False,
-        usage: bool = False,
-    ) -> dict[str, Any]:
-        """What a step added.
-
-        Args:
-            reason: why the answer ended, in the last chunk.
-            first: the chunk that opens the message.
-            usage: whether another chunk will tell the usage.
-        """
-        delta: dict[str, Any] = {"role": "assistant"} if first else {}
-        if text or first:
-            delta["content"] = text
-        choice = {
-            "index": 0,
-            "delta": delta,
-            "logprobs": self._logprobs(logprobs) if logprobs else None,
-            "finish_reason": reason and FINISH_REASONS[reason],
-        }
-        later = {"usage": None} if usage else {}
-        return {**self._head("chat.completion.chunk"), "choices": [choice], **later}
-
-    def usage_chunk(self, answer: Answer) -> dict[str, Any]:
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(answer)}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Of all tokens that are text, which the end of the answer is not."""
-        eos = self._tokenizer.spec.eos_id
-        content = [
-            {
-                **self._logprob(entry.token, entry.logprob),
-                "top_logprobs": [self._logprob(token, value) for token, value in entry.top],
-            }
-            for entry in entries
-            if entry.token != eos
-        ]
-        return {"content": content, "refusal": None}
-
-    def _logprob(self, token: int, value: float) -> dict[str, Any]:
-        (piece,) = self._tokenizer.pieces([token])
-        # JSON has no infinity; this is what the protocol says for very unlikely tokens.
-        value = value if math.isfinite(value) else -9999.0
-        whole = "\ufffd" not in piece  # else it is a part of a character
-        return {"token": piece, "logprob": value, "bytes": list(piece.encode()) if whole else None}
-
-
-def usage(answer: Answer) -> dict[str, Any]:
-    """Token counts; of the prompt's, ``cached_tokens`` were there already."""
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": len(answer.tokens),
-        "total_tokens": answer.prompt_tokens + len(answer.tokens),
-        "prompt_tokens_details": {"cached_tokens": answer.reused_tokens},
-    }
+    Only an order in which all texts come before all images is changed.
+    """
+    order = [isinstance(part, (ImagePart, SourcePart)) for part in parts]
+    if order != sorted(order):
+        return list(parts)
+    first = order.index(True) if True in order else 0
+    return [*parts[first:], *parts[:first]]

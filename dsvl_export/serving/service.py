@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from dsvl_export.serving.errors import RequestError, unavailable
+from dsvl_export.serving.errors import RequestError, quoted, unavailable
 from dsvl_export.serving.images import ImageLimits
 from dsvl_export.serving.protocol import Conversation
 from runtimes.bundle import Bundle
@@ -30,6 +30,7 @@ class ServeOptions:
         seconds: after which a request is given up.
         body: bytes of a request.
         images: of a request.
+        origins: of web pages elsewhere that may ask, as ``https://host:port``; ``*`` is every one.
     """
 
     token: str | None = None
@@ -39,6 +40,7 @@ class ServeOptions:
     seconds: float = 300.0
     body: int = 32_000_000
     images: ImageLimits = field(default_factory=ImageLimits)
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class Service(ABC):
         name = self.default if name == self.bundle.folder.name else name
         if name not in self.names and name != self.default:
             raise RequestError(
-                404, f"There is no model {name!r} here, only {', '.join(self.names)}.",
+                404, f"There is no model {quoted(name)} here, only {', '.join(self.names)}.",
                 code="model_not_found", param="model",
             )  # fmt: skip
         return name

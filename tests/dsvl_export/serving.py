@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import socket
 import threading
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import uvicorn
+from PIL import Image
 from starlette.types import ASGIApp
 
 from dsvl_export.cli.serving import _listen
@@ -92,6 +95,19 @@ def ask(question: str, *images: bytes | Path | str) -> list[dict[str, Any]]:
     urls = [image if isinstance(image, str) else data_url(image) for image in images]
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def user_part(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages of one turn with one part."""
+    return [{"role": "user", "content": [part]}]
+
+
+def png_of(side: int, **more: Any) -> bytes:
+    """A picture of noise, as a file."""
+    pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", **more)
+    return file.getvalue()
 
 
 def sentence(response: httpx.Response) -> str:
