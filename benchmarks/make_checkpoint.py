@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from reference.checkpoint import parameter_shapes
-from reference.config import CLIP_MEAN, CLIP_STD, HALF, parse_config
+from reference.config import CLIP_MEAN, CLIP_STD, HALF
+from reference.config_file import parse_config
 from reference.layouts import sources
 from reference.released import RELEASED, released_config
 from reference.tiny import TINY

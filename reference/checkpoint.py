@@ -1,125 +1,55 @@
-"""Reading checkpoints: both layouts, one file or shards, tensor by tensor from a memory map."""
+"""A checkpoint folder: its config, its settings and its tensors, loaded one by one."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from reference.config import ModelConfig, parse_config
+from reference.config import ModelConfig
+from reference.config_file import parse_config
 from reference.constants import materialise_constants
-from reference.layouts import UNUSED, Shape, Source, sources
+from reference.file_start import check_start
+from reference.image_processor import read_image_processor
+from reference.layouts import UNUSED, Shape, Source, canonical_names, sources
 from reference.model import DeepSeekVL
+from reference.settings import Settings
+from reference.tensor_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    MERGE_FIRST,
+    WEIGHT_FILES,
+    TensorFiles,
+    list_names,
+)
 from reference.tiny import TINY
 from runtimes.errors import UserError, first_line
 from runtimes.files import read_json, sha256_of_files, sha256_of_text, write_json
 from runtimes.prompt import BOS, EOS, PAD
 
 STREAM_ABOVE = 2 << 30  # bytes of fp32 weights
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+SETTINGS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
 )
-
-
-class TensorFiles:
-    """Named tensors in one or several files, read one at a time.
-
-    Raises:
-        UserError: a file is missing, cut short or no tensor file.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        found = [folder / name for name in WEIGHT_FILES if (folder / name).exists()]
-        if not found:
-            raise UserError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}.")
-        main = found[0]
-        self._file_of: dict[str, Path] = {}
-        self._pickled: dict[Path, dict[str, Tensor]] = {}
-        if main.suffix == ".json":
-            table = read_json(main).get("weight_map")
-            if not isinstance(table, dict):
-                raise UserError(f"{main} has no weight_map, so its shards cannot be found.")
-            self.files = [folder / str(name) for name in dict.fromkeys(map(str, table.values()))]
-        else:
-            self.files = [main]
-        for file in self.files:
-            if not file.exists():
-                raise UserError(f"The weight shard {file} is missing; download it again.")
-            self._file_of |= dict.fromkeys(self._names(file), file)
-
-    def _names(self, file: Path) -> list[str]:
-        if file.suffix == ".bin":
-            return list(self._pickle(file))
-        with _open(file) as handle:
-            return list(handle.keys())
-
-    def _pickle(self, file: Path) -> dict[str, Tensor]:
-        """Tensors of a ``.bin`` file, memory-mapped; arbitrary pickles are refused."""
-        if file not in self._pickled:
-            try:
-                self._pickled[file] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # torch.load raises a dozen types on bad files
-                raise UserError(
-                    f"{file} cannot be read as plain weights (it is damaged or holds code):"
-                    f" {first_line(error)}."
-                ) from error
-            content = self._pickled[file]
-            if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-                raise UserError(f"{file} holds no table of tensors, so it is no pytorch_model.bin.")
-        return self._pickled[file]
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._file_of)
-
-    def shapes(self) -> dict[str, Shape]:
-        """Shapes of all tensors, opening each file once."""
-        found: dict[str, Shape] = {}
-        for file in self.files:
-            if file.suffix == ".bin":
-                found |= {name: tuple(tensor.shape) for name, tensor in self._pickle(file).items()}
-                continue
-            with _open(file) as handle:
-                found |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
-        return found
-
-    def nbytes(self, name: str) -> int:
-        """Size of one tensor, without reading it where the format allows that."""
-        file = self._file_of[name]
-        if file.suffix == ".bin":
-            return self._pickle(file)[name].nbytes
-        with _open(file) as handle:
-            part = handle.get_slice(name)
-            one = part[tuple(slice(0, 1) for _ in part.get_shape())]
-            return int(one.element_size()) * prod(part.get_shape())
-
-    def load(self, name: str) -> Tensor:
-        file = self._file_of[name]
-        if file.suffix == ".bin":
-            return self._pickle(file)[name]
-        with _open(file) as handle:
-            return handle.get_tensor(name)
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"The weight file {file} is damaged or cut short ({first_line(error)}); download it again."
-        ) from error
+_ADAPTER_NAMES = re.compile(r"^base_model\.model\.|(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
+_QUANTIZED_NAMES = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales|weight_packed|weight_scale(_inv)?|SCB|absmax|quant_map|quant_state\..*)$"
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +58,7 @@ class Checkpoint:
 
     folder: Path
     config: ModelConfig
-    preprocessor: Mapping[str, Any]  # ``preprocessor_config.json`` as it is; empty without one
+    preprocessor: Settings | None  # of the image processor; None where no file has them
 
     @cached_property
     def _files(self) -> TensorFiles:
@@ -139,41 +69,74 @@ class Checkpoint:
         return parameter_shapes(self.config)
 
     def check(self) -> None:
-        """Every tensor is there, with the right shape, and none is unknown.
+        """Every tensor is there, with the right shape and of a floating-point type, and none is unknown.
 
         Raises:
-            UserError: lists all missing, unexpected and wrongly shaped tensors.
+            UserError: names the missing, unexpected and wrongly shaped tensors, ten of each.
         """
-        shapes = self._files.shapes()
+        self._refuse_other_states()
+        stored = {name: self._files.stored[names[0]] for name, names in self._stored_names.items()}
         wanted = {tensor: source.shape for source in self._sources.values() for tensor in source.names}
-        missing = sorted(wanted.keys() - shapes.keys())
         known = wanted.keys() | ({_head_name(self.config)} if self.config.tied_head else set())
-        unexpected = sorted(name for name in shapes.keys() - known if not UNUSED.fullmatch(name))
-        wrong = [
-            f"{name} is {list(shapes[name])}, expected {list(shape)}"
-            for name, shape in sorted(wanted.items())
-            if name in shapes and shapes[name] != shape
-        ]
-        problems = [
-            f"{len(rows)} {label}: {', '.join(rows)}"
-            for label, rows in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong))
-            if rows
-        ]
-        if problems:
-            raise UserError(f"The weights in {self.folder} do not fit its config: {'; '.join(problems)}.")
+        twice = [names for name, names in self._stored_names.items() if name in known and len(names) > 1]
+        problems = {
+            "missing": sorted(wanted.keys() - stored.keys()),
+            "unexpected": sorted(
+                self._stored_names[name][0] for name in stored.keys() - known if not UNUSED.fullmatch(name)
+            ),
+            "wrongly shaped": [
+                f"{self._stored_names[name][0]} is {list(stored[name].shape)}, expected {list(shape)}"
+                for name, shape in sorted(wanted.items())
+                if name in stored and stored[name].shape != shape
+            ],
+            "under two names": [" and ".join(names) for names in twice],
+        }
+        parts = [f"{len(rows)} {label}: {list_names(rows)}" for label, rows in problems.items() if rows]
+        if parts:
+            raise UserError(f"The weights in {self.folder} do not fit its config: {'; '.join(parts)}.")
+        odd = [name for name in sorted(wanted) if stored[name].dtype not in FLOATS]
+        if odd:
+            raise UserError(
+                f"{len(odd)} tensors in {self.folder} are stored as {stored[odd[0]].dtype}"
+                f" (such as {odd[0]}), expected {', '.join(FLOATS)}; export the unquantized checkpoint."
+            )
+
+    def _refuse_other_states(self) -> None:
+        """Weights that belong to an adapter or come from a quantizer, which the names tell."""
+        names = sorted(self._files.stored)
+        adapter = [name for name in names if _ADAPTER_NAMES.search(name)]
+        if adapter:
+            raise UserError(
+                f"{len(adapter)} tensors in {self.folder} belong to a LoRA adapter (such as {adapter[0]});"
+                f" {MERGE_FIRST}."
+            )
+        quantized = [name for name in names if _QUANTIZED_NAMES.search(name)]
+        if quantized:
+            raise UserError(
+                f"{len(quantized)} tensors in {self.folder} come from a quantizer (such as {quantized[0]});"
+                " export the unquantized checkpoint."
+            )
+
+    @cached_property
+    def _stored_names(self) -> dict[str, list[str]]:
+        """Names as in ``sources`` → those in the files."""
+        return canonical_names(self.config, self._files.stored)
 
     @cached_property
     def _sources(self) -> dict[str, Source]:
         """Sources, with the head read from the embedding where it is tied and not stored."""
         table = sources(self.config, self._shapes)
-        if self.config.tied_head and table["decoder.head.weight"].names[0] not in self._files.names:
+        if self.config.tied_head and table["decoder.head.weight"].names[0] not in self._stored_names:
             table["decoder.head.weight"] = table["token_embedding.weight"]
         return table
 
+    def _stored(self, parameter: str) -> list[str]:
+        """Names in the files of the tensors that make up one parameter."""
+        return [self._stored_names[name][0] for name in self._sources[parameter].names]
+
     def load(self, parameter: str) -> Tensor:
         """One parameter in the checkpoint's dtype, named as in ``DeepSeekVL.named_parameters()``."""
-        source = self._sources[parameter]
-        parts = [self._files.load(name) for name in source.names]
+        parts = [self._files.load(name) for name in self._stored(parameter)]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         return tensor.reshape(self._shapes[parameter])
 
@@ -181,8 +144,8 @@ class Checkpoint:
         """Of the token table as it is stored; None where the weights are not there."""
         if not any((self.folder / name).exists() for name in WEIGHT_FILES):
             return None
-        (name,) = self._sources["token_embedding.weight"].names
-        return self._files.nbytes(name)
+        (name,) = self._stored("token_embedding.weight")
+        return self._files.stored[name].nbytes
 
     def model(
         self,
@@ -331,25 +294,22 @@ def open_checkpoint(checkpoint: str, weights: bool = True) -> Checkpoint:
     """
     folder = resolve(checkpoint, weights)
     file = folder / "config.json"
+    adapter = next((name for name in ADAPTER_FILES if (folder / name).exists()), None)
+    if not file.exists() and (folder / ADAPTER_CONFIG).exists():
+        adapter = ADAPTER_CONFIG
+    if adapter:
+        raise UserError(f"{folder} holds a LoRA adapter ({adapter}); {MERGE_FIRST}.")
     if not file.exists():
         raise UserError(f"{folder} has no config.json, so it is no checkpoint folder.")
-    preprocessor = _read_preprocessor(folder)
+    for name in SETTINGS_FILES:
+        if (folder / name).exists():
+            check_start(folder / name)
+    preprocessor = read_image_processor(folder)
     config = parse_config(read_json(file), str(file), preprocessor)
     opened = Checkpoint(folder, config, preprocessor)
     if weights:
         opened.check()
     return opened
-
-
-def _read_preprocessor(folder: Path) -> dict[str, Any]:
-    """Settings of the image processor; transformers 5 keeps them inside ``processor_config.json``."""
-    own, combined = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if own.exists():
-        return read_json(own)
-    inner = read_json(combined).get("image_processor", {}) if combined.exists() else {}
-    if not isinstance(inner, dict):
-        raise UserError(f"{combined} has an image_processor that is no object.")
-    return inner
 
 
 def write_original(

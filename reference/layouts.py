@@ -42,6 +42,35 @@ def sources(config: ModelConfig, shapes: dict[str, Shape]) -> dict[str, Source]:
     return {name: rename(config, name, shape) for name, shape in shapes.items()}
 
 
+# Modules that wrap others and put their own name before or between the names of a state dict:
+# torch.compile, FSDP, activation checkpointing, DistributedDataParallel and Lightning.
+_WRAPPERS = re.compile(
+    r"^(?:module\.|_forward_module\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
+
+def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, list[str]]:
+    """Names as in ``sources`` → the names under which a checkpoint stores the same tensor.
+
+    What transformers 5.23 accepts (``conversion_mapping.py`` and ``rename_source_key`` in
+    ``core_model_loading.py``), and a little more: ``model.`` before a name or not; SigLIP nested as in all
+    files of transformers before 5.6; the language model nested or not; the head at any level.
+    """
+    table: dict[str, list[str]] = {}
+    for name in stored:
+        base = re.sub(r"^(model\.)+", "", _WRAPPERS.sub("", name))
+        base = re.sub(r"^(vision_model\.)+", "vision_model.", base)
+        base = re.sub(r"^(?:language_model\.)?(?:model\.)*lm_head\.", "lm_head.", base)
+        base = re.sub(r"^language_model\.(model\.)+", "language_model.", base)
+        if config.layout == "original":
+            base = re.sub(r"^lm_head\.", "language_model.lm_head.", base)
+            canonical = re.sub(r"^language_model\.(?!lm_head\.)", "language_model.model.", base)
+        else:
+            canonical = base if base.startswith("lm_head.") else f"model.{base}"
+        table.setdefault(canonical, []).append(name)
+    return table
+
+
 def _original(config: ModelConfig, name: str, shape: Shape) -> Source:
     hybrid = config.vision.hybrid
     tower = "vision_model.vision_tower"

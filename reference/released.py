@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from reference.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig, parse_config
+from reference.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig
+from reference.config_file import parse_config
 
 _SIGLIP = {"model_name": "siglip_large_patch16_384", "image_size": 384, "select_layer": -1}
 

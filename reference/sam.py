@@ -119,7 +119,7 @@ class SamEncoder(ConstantModule):
     def __init__(self, config: SamConfig, output_grid: int) -> None:
         super().__init__()
         self.grid, self.output_grid = config.grid, output_grid
-        self.first_global = min(config.global_layers)
+        self.first_global = config.global_layers[0]
         self.patch_embed = PatchEmbed(config.width, config.patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.grid, config.grid, config.width))
         self.blocks = nn.ModuleList(

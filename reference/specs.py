@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from reference.checkpoint import Checkpoint
-from reference.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig, triple
+from reference.image_processor import preprocessing
+from reference.settings import Settings
 from runtimes.errors import UserError
 from runtimes.files import read_json
 from runtimes.preprocess import PreprocessSpec
@@ -19,52 +19,13 @@ TEXT_CONFIGS = ("text_config", "language_config")  # keys of config.json in the 
 
 
 def preprocess_spec(checkpoint: Checkpoint) -> PreprocessSpec:
-    """Preprocessing of one image, from ``preprocessor_config.json`` and the model's config.
+    """Preprocessing of one image, from the image processor's settings and the model's config.
 
-    The hybrid model normalises inside its tower, so its images only get resized, padded and
-    rescaled; transformers' two-image form of that is folded back into one.
+    Raises:
+        UserError: a setting is not supported, or does not fit the model.
     """
-    try:
-        return _parse(checkpoint.preprocessor, checkpoint.config)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise UserError(
-            f"The image processor's settings in {checkpoint.folder} cannot be used: {error}."
-        ) from error
-
-
-def _parse(raw: Mapping[str, Any], config: ModelConfig) -> PreprocessSpec:
-    vision = config.vision
-    two_images = "high_res_size" in raw
-    prefix = "high_res_" if two_images else ""
-    # The original's defaults, which are CLIP's; only an explicit null pads with grey.
-    mean, std = (
-        raw.get(f"{prefix}image_{key}", default) for key, default in (("mean", CLIP_MEAN), ("std", CLIP_STD))
-    )
-    normalises = bool(raw.get("do_normalize", not vision.hybrid)) and not two_images
-    if normalises and (mean is None or std is None):
-        raise ValueError("it normalises but gives no image_mean and image_std")
-    size = _side(raw["high_res_size"] if two_images else raw.get("size", raw.get("image_size")))
-    if size not in (None, vision.image_size):
-        raise ValueError(f"it makes images of {size} pixels, the vision encoder takes {vision.image_size}")
-    return PreprocessSpec(
-        image_size=vision.image_size,
-        min_size=int(raw.get("min_size", 14)),
-        mean=triple(mean or HALF),
-        std=triple(std or HALF),
-        background=_padding(mean),
-        rescale_factor=float(raw.get("rescale_factor", 1 / 255)),
-        do_normalize=normalises,
-    )
-
-
-def _padding(mean: Sequence[float] | None) -> tuple[int, int, int]:
-    red, green, blue = (int(value * 255) for value in mean) if mean is not None else (127, 127, 127)
-    return red, green, blue
-
-
-def _side(size: Any) -> int | None:
-    """Side of a square given as a number or as transformers' ``{"height": …, "width": …}``."""
-    return None if size is None else int(size["height"] if isinstance(size, dict) else size)
+    settings = checkpoint.preprocessor or Settings({}, str(checkpoint.folder))
+    return preprocessing(settings, checkpoint.config)
 
 
 def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:

@@ -14,6 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from runtimes.errors import UserError
 
+# Pillow's filters by the numbers that ``resample`` has in processors' files.
+RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+
 ImageSource = Union[str, Path, bytes, Image.Image, np.ndarray]
 
 
@@ -29,6 +32,7 @@ class PreprocessSpec:
         rescale_factor: multiplies 0..255 values.
         do_normalize: whether ``(x - mean) / std`` is part of the preprocessing (it is inside the
             vision encoder of the hybrid model).
+        resample: Pillow's filter for resizing, one of ``RESAMPLING``.
     """
 
     image_size: int
@@ -38,6 +42,7 @@ class PreprocessSpec:
     background: tuple[int, int, int]
     rescale_factor: float
     do_normalize: bool
+    resample: str = "bicubic"
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> PreprocessSpec:
@@ -92,12 +97,12 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_and_pad(image: Image.Image, spec: PreprocessSpec) -> np.ndarray:
-    """``[N, N, 3]`` uint8: longest side to N by bicubic with antialias, centred on the background."""
+    """``[N, N, 3]`` uint8: longest side to N by the filter with antialias, centred on the background."""
     width, height = image.size
     longest = max(width, height)
     new_height = max(int(height / longest * spec.image_size), spec.min_size)
     new_width = max(int(width / longest * spec.image_size), spec.min_size)
-    image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    image = image.resize((new_width, new_height), Image.Resampling[spec.resample.upper()])
     if new_width == new_height:
         return np.asarray(image)
     side = max(new_width, new_height)

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from reference.checkpoint import write_original
-from reference.config import parse_config
+from reference.config_file import parse_config
 from reference.model import DeepSeekVL
 from reference.tiny.batches import (
     DENSE_HEADS,

@@ -12,7 +12,8 @@ import torch
 import transformers
 
 from reference.checkpoint import parameter_shapes
-from reference.config import ModelConfig, parse_config
+from reference.config import ModelConfig
+from reference.config_file import parse_config
 from reference.layouts import UNUSED, sources
 from reference.released import RELEASED, released_config
 
