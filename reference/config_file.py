@@ -25,7 +25,7 @@ from reference.config import (
     SiglipConfig,
     VisionConfig,
 )
-from reference.settings import Settings
+from reference.settings import Settings, shorten
 from runtimes.errors import UserError
 
 MODEL_TYPES = ("multi_modality", "deepseek_vl", "deepseek_vl_hybrid")
@@ -50,9 +50,9 @@ def parse_config(raw: Mapping[str, Any], where: str, preprocessor: Settings | No
     """
     settings = Settings.of(raw, where)
     kind = raw.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise UserError(
-            f"{where} has model_type {kind!r}, which is no DeepSeek-VL; expected one of"
+            f"{where} has model_type {shorten(kind)}, which is no DeepSeek-VL; expected one of"
             f" {', '.join(MODEL_TYPES)}."
         )
     _refuse_quantized(settings)
@@ -71,14 +71,20 @@ def _refuse_quantized(settings: Settings) -> None:
         for key in ("quantization_config", "compression_config"):
             quantization = part.get(key)
             if quantization:
-                method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-                if method is None and any(str(name).startswith("bnb_") for name in quantization):
-                    method = "bitsandbytes"
-                name = f"by {str(method)[:40]!r}" if method else "by a method that it does not name"
                 raise UserError(
-                    f"{settings.file} has a {key}: the weights are quantized already ({name})."
+                    f"{settings.file} has a {key}: the weights are quantized already (by"
+                    f" {_quantization_method(quantization)})."
                     " Export the unquantized checkpoint; --precision quantizes it."
                 )
+
+
+def _quantization_method(quantization: Any) -> str:
+    if not isinstance(quantization, Mapping):
+        return shorten(quantization)
+    method = quantization.get("quant_method")
+    if method is None and any(name.startswith("bnb_") for name in quantization):
+        method = "bitsandbytes"  # older versions of it do not write their name
+    return shorten(method) if method else "a method that it does not name"
 
 
 # The towers that original checkpoints name without giving sizes.
@@ -269,8 +275,8 @@ _NEUTRAL_IN_LLAMA: dict[str, tuple[Any, ...]] = {
 
 def _parse_llama(raw: Settings) -> DecoderConfig:
     raw.choice("model_type", ("llama",), "llama")
-    layer_types = raw.values.get("layer_types")
-    if isinstance(layer_types, list) and set(map(str, layer_types)) == {"full_attention"}:
+    layers = raw.integer("num_hidden_layers", 32, high=MOST_LAYERS)
+    if raw.values.get("layer_types") == ["full_attention"] * layers:
         raw = replace(raw, values={key: value for key, value in raw.values.items() if key != "layer_types"})
     raw.refuse(_NEUTRAL_IN_LLAMA)
     raw.choice("hidden_act", ("silu", "swish"), "silu")
@@ -281,7 +287,7 @@ def _parse_llama(raw: Settings) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=raw.integer("vocab_size", 32000, high=LARGEST_VOCABULARY),
         width=width,
-        layers=raw.integer("num_hidden_layers", 32, high=MOST_LAYERS),
+        layers=layers,
         heads=heads,
         kv_heads=raw.optional_integer("num_key_value_heads", heads),
         head_dim=raw.optional_integer("head_dim", width // heads),

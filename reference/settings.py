@@ -156,9 +156,9 @@ def shorten(value: Any, length: int = 60) -> str:
         return f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"
     if isinstance(value, Mapping):
         return "an object"
-    if isinstance(value, (list, tuple)) and len(value) > 8:
-        return f"a list of {len(value)}"
     if isinstance(value, (list, tuple)):
+        if len(value) > 8 or any(isinstance(part, (list, tuple)) for part in value):
+            return f"a list of {len(value)}"
         text = f"[{', '.join(shorten(part, length) for part in value)}]"
     else:
         text = repr(value)

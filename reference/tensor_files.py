@@ -16,6 +16,7 @@ from torch import Tensor
 from reference.file_start import check_start
 from reference.layouts import Shape
 from reference.legacy_bin import LegacyFile, LegacyTensor
+from reference.settings import shorten
 from runtimes.errors import UserError, first_line
 from runtimes.files import read_json
 
@@ -87,8 +88,8 @@ class TensorFiles:
 
 
 def list_names(names: Iterable[str], most: int = 10) -> str:
-    """The first names, and how many there are besides."""
-    names = list(names)
+    """The first names, and how many there are besides; without control characters."""
+    names = [name if name.isprintable() else repr(name) for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
 
@@ -126,7 +127,7 @@ def _read_index(file: Path) -> dict[str, Path]:
             or not shard.endswith((".safetensors", ".bin"))
         ):
             raise UserError(
-                f"{file} lists the shard {shard!r}, expected the name of a file in the same folder."
+                f"{file} lists the shard {shorten(shard)}, expected the name of a file in the same folder."
             )
     return {name: file.parent / shard for name, shard in table.items()}
 

@@ -42,7 +42,7 @@ def siglip_oracle(**text: int) -> transformers.PreTrainedModel:
         image_token_id=IMAGE_TOKEN_ID,
         tie_word_embeddings=False,
     )
-    return _random(transformers.DeepseekVLForConditionalGeneration(config))
+    return randomize(transformers.DeepseekVLForConditionalGeneration(config))
 
 
 def hybrid_oracle(**text: int) -> transformers.PreTrainedModel:
@@ -58,11 +58,11 @@ def hybrid_oracle(**text: int) -> transformers.PreTrainedModel:
         image_token_id=IMAGE_TOKEN_ID,
         tie_word_embeddings=False,
     )  # fmt: skip
-    return _random(transformers.DeepseekVLHybridForConditionalGeneration(config))
+    return randomize(transformers.DeepseekVLHybridForConditionalGeneration(config))
 
 
-def _random(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Weights large enough that every part matters, norms and biases included."""
+def randomize(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Give a model weights large enough that every part matters, norms and biases included."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -13,10 +13,20 @@ from reference.checkpoint import open_checkpoint
 from reference.config import ModelConfig
 from reference.config_file import parse_config
 from reference.released import RELEASED
+from reference.tiny import TINY
 from runtimes.errors import UserError
+from tests.oracles.random_configs import random_config
 
 LOW = ("vision_config", "params", "low_res_cfg")
 HIGH = ("vision_config", "params", "high_res_cfg")
+EXTRA_KEYS = (
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "mlp_dim",
+    "num_key_value_heads",
+    "sliding_window",
+)
 TRANSFORMERS: dict[str, Any] = {
     "model_type": "deepseek_vl_hybrid",
     "text_config": {"hidden_size": 64, "num_attention_heads": 4},
@@ -198,3 +208,39 @@ def test_a_key_that_is_missing_is_named(tiny_copy: Path) -> None:
     (tiny_copy / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="lacks the key 'aligner_config'"):
         open_checkpoint(str(tiny_copy))
+
+
+HOSTILE: list[Any] = [
+    None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**30, 10**400, 10**5000, 0.5, -0.5, 1e308, float("nan"),
+    float("inf"), "", "abc", "3", "\ud800", "x" * 10_000, [], [1], [1, 2], [1, 2, 3], [None], [[[]]], {}, {"a": 1},
+    {"rope_type": []}, {"type": {}}, {"quant_method": []},
+]  # fmt: skip
+
+
+def paths(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Of all values inside an object, itself left out."""
+    inner = value.items() if isinstance(value, dict) else ()
+    return [found for key, part in inner for found in [(*path, key), *paths(part, (*path, key))]]
+
+
+@pytest.mark.parametrize("layout", ["original", "siglip", "hybrid", "tiny"])
+def test_hostile_values_end_in_a_sentence(layout: str) -> None:
+    """Every value of a config in turn, and keys that it leaves out: read or refused, and never a crash."""
+    if layout in ("siglip", "hybrid"):
+        raw = random_config(0, layout)
+        raw["text_config"] |= {"rope_parameters": {"rope_theta": 1.0}, "rope_scaling": {}, "head_dim": 8}
+    else:
+        raw = RELEASED["7b"] if layout == "original" else json.loads((TINY / "config.json").read_text())
+    extra = [(section, key) for section in raw if isinstance(raw[section], dict) for key in EXTRA_KEYS]
+    refused = 0
+    for path in [*paths(raw), *extra, ("quantization_config",), ("model_type",)]:
+        for value in HOSTILE:
+            try:
+                config = changed(raw, path, value)
+            except UserError as error:
+                refused += 1
+                assert len(str(error)) < 300
+            else:
+                assert config.decoder.layers <= 1024
+                assert config.decoder.max_positions * config.decoder.head_dim <= 2**28
+    assert refused > 900

@@ -16,11 +16,15 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
 )
 
 from reference.checkpoint import open_checkpoint
+from reference.config import ModelConfig
+from reference.image_processor import preprocessing
+from reference.settings import Settings
 from reference.specs import preprocess_spec, prompt_spec
 from runtimes.errors import UserError
 from runtimes.preprocess import preprocess
 from tests.conftest import OraclePair
 from tests.oracles.models import save_oracle
+from tests.reference.test_config_file import HOSTILE
 
 PICTURE = Image.fromarray(
     np.random.default_rng(0).integers(0, 255, (9, 9, 3), dtype=np.uint8)
@@ -179,3 +183,26 @@ def test_settings_are_refused(
     edit(tmp_path, **changes)
     with pytest.raises(UserError, match=sentence):
         preprocess_spec(open_checkpoint(str(tmp_path)))
+
+
+def test_hostile_values_end_in_a_sentence(siglip_pair: OraclePair, hybrid_pair: OraclePair) -> None:
+    """Every setting in turn: followed or refused, and never a crash."""
+    keys = {key for changes, _ in REFUSED for key in changes} | {
+        key for changes in SETTINGS for key in changes
+    }
+    keys |= {f"high_res_{key}" for key in ("resample", "image_mean", "image_std", "background_color")}
+    for checkpoint in (siglip_pair.checkpoint, hybrid_pair.checkpoint):
+        assert checkpoint.preprocessor
+        raw = checkpoint.config.to_dict()
+        for key in sorted(keys):
+            for value in HOSTILE:
+                settings = Settings(
+                    {**checkpoint.preprocessor.values, key: value}, "preprocessor_config.json"
+                )
+                try:
+                    spec = preprocessing(settings, ModelConfig.from_dict(raw))
+                except UserError as error:
+                    assert len(str(error)) < 300
+                else:
+                    assert 1 <= spec.min_size <= spec.image_size
+                    assert 0 < spec.rescale_factor < float("inf")
