@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -34,17 +34,17 @@ class Defect:
 
     def installed(self, versions: Mapping[str, str]) -> bool:
         """Whether the packages it needs are there in the versions that have it."""
-        return all(
-            name in versions and SpecifierSet(wanted).contains(versions[name], prereleases=True)
-            for name, wanted in self.packages.items()
-        )
+        return all(has is True for has in self._packages(versions))
 
     def avoided(self, versions: Mapping[str, str]) -> bool:
         """Whether one of its packages is there in a version that does not have it."""
-        return any(
-            name in versions and not SpecifierSet(wanted).contains(versions[name], prereleases=True)
-            for name, wanted in self.packages.items()
-        )
+        return any(has is False for has in self._packages(versions))
+
+    def _packages(self, versions: Mapping[str, str]) -> Iterator[bool | None]:
+        """For each package whether the installed version has the defect; None where it is not installed."""
+        for name, wanted in self.packages.items():
+            version = versions.get(name) or versions.get(f"{name}-gpu")  # a build of the same release
+            yield SpecifierSet(wanted).contains(version, prereleases=True) if version else None
 
     def __str__(self) -> str:
         where = f" [{', '.join(self.targets)}]" if self.targets else ""

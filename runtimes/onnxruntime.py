@@ -12,6 +12,7 @@ from runtimes.cache import KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state, updated_state
 from runtimes.errors import UserError, first_line
 from runtimes.memory import available_memory, widening
+from runtimes.onnxruntime_releases import refusal, release_for_artifact
 from runtimes.session import ANY_NUMBER, Execution, SessionOptions
 
 if TYPE_CHECKING:
@@ -61,7 +62,24 @@ def execution(artifact: Artifact, device: str | None = None) -> Execution:
         return Execution("not run", f"it was built for {artifact.target}, here is only {', '.join(there)}")
     if device not in there:
         return Execution("not run", f"this ONNX Runtime has no {device}, only {', '.join(there)}")
-    return Execution("ran", f"{device} with onnxruntime {_import().__version__}", device=device)
+    reason = too_old(artifact)
+    if reason:
+        return Execution("not run", reason)
+    return Execution("ran", f"{device} with onnxruntime {release()}", device=device)
+
+
+def release() -> str:
+    """The version of the installed ONNX Runtime.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    return str(_import().__version__)
+
+
+def too_old(artifact: Artifact) -> str:
+    """Why the installed release cannot run an artifact's files, and what to do; empty where it can."""
+    return refusal(release_for_artifact(artifact), release())
 
 
 def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,10 @@ import onnxruntime
 from dsvl_export.compilers import Compiled, CompileOptions
 from dsvl_export.onnx_graph import debug as taps
 from dsvl_export.onnx_graph.check import check_file
+from dsvl_export.onnx_graph.release import needed_release
 from runtimes.errors import UserError, first_line
 from runtimes.onnxruntime import ORT, ORT_TOKENS, prefill_file
+from runtimes.onnxruntime_releases import FEATURES, NEEDED, OLDEST, newest, refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +41,16 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
     """Activations that are rounded token by token want a base of fp32; few plans have two decoders.
 
     Raises:
-        UserError: the base is another, or there is no second decoder to leave out.
+        UserError: the base is another, there is no second decoder to leave out, or the installed ONNX Runtime
+            is too old to load what would be written.
     """
     from calibration.precision import component_layers  # here, as a debug build needs no torch
 
     two_decoders = False
     for plan in plans:
+        too_old = refusal(newest(_releases(plan)), onnxruntime.__version__)
+        if too_old:
+            raise UserError(f"{plan.name} cannot be exported here: {too_old}.")
         dynamic = [str(rule.precision) for rule in plan.rules if rule.precision.dynamic]
         if dynamic and plan.base != "fp32":
             raise UserError(
@@ -55,6 +61,18 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
     if not options.prefill and not two_decoders:
         names = " and ".join(plan.name for plan in plans)
         raise UserError(f"There is no second decoder for prompts in {names}; leave out --no-prefill.")
+
+
+def _releases(plan: PrecisionPlan) -> Iterator[str]:
+    """Releases of ONNX Runtime since which the parts of a plan load; ``release.features`` reads files."""
+    yield OLDEST
+    if plan.kv_cache != "float":
+        yield FEATURES["int8-cache"].since
+    kinds = {rule.precision.kind for rule in plan.rules}
+    if "fp8" in kinds and plan.base == "fp32":
+        yield FEATURES["float8"].since
+    if "int8" in kinds and plan.base == "fp16":
+        yield FEATURES["float16-quantize"].since
 
 
 def compile_component(
@@ -85,7 +103,11 @@ def compile_component(
         written += write_model(graph, file, on_bytes, places=places)
         check_file(file, traced.contract, tensorrt_rules=not by_tokens)
         _load_once(file)
-    tools = {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    tools = {
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        NEEDED: needed_release(written),
+    }
     return Compiled(tuple(written), "cpu", ORT_TOKENS if by_tokens else ORT, tools)
 
 

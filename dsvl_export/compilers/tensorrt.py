@@ -16,7 +16,9 @@ from dsvl_export.compilers import Compiled, CompileOptions
 from dsvl_export.linter import Release, refuse
 from dsvl_export.onnx_graph.check import check_file
 from dsvl_export.onnx_graph.debug import debug_build
+from dsvl_export.onnx_graph.release import needed_release
 from runtimes.errors import UserError
+from runtimes.onnxruntime_releases import NEEDED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +83,7 @@ def compile_component(
     release = Release(tensorrt_version(options), options.target.sm if options.target else None)
     files = write_onnx(traced, load, folder, on_bytes, release.dialect)
     refuse(files[0], release)
-    tools = {"onnx": onnx.__version__, "for": str(release.version)}
+    tools = {"onnx": onnx.__version__, "for": str(release.version), NEEDED: needed_release(files)}
     return Compiled(tuple(files), options.target_name(TARGET), release.dialect, tools)
 
 

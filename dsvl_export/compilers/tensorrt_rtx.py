@@ -22,7 +22,9 @@ from dsvl_export.engines.building import EngineSettings, build_engine
 from dsvl_export.linter import Release, refuse
 from dsvl_export.linter.types import SINCE_SM
 from dsvl_export.onnx_graph.debug import debug_build
+from dsvl_export.onnx_graph.release import needed_release
 from runtimes.bundle import Engine
+from runtimes.onnxruntime_releases import NEEDED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,5 +81,9 @@ def compile_component(
         engine.name, capabilities, "", "", tensorrt_rtx.__version__, building.capacity, building.max_batch
     )
     target = options.target_name("rtx")
-    tools = {"onnx": onnx.__version__, "tensorrt-rtx": tensorrt_rtx.__version__}
+    tools = {
+        "onnx": onnx.__version__,
+        "tensorrt-rtx": tensorrt_rtx.__version__,
+        NEEDED: needed_release(files),
+    }
     return Compiled((*files, engine), target, DIALECT, tools, built)

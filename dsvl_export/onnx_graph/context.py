@@ -7,8 +7,10 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch.fx import Node
 
+import calibration.quantized  # noqa: F401 -- registers the float8 operators
 from dsvl_export.lowering import (
     Constant,
     LoadParameter,
@@ -24,12 +26,25 @@ from reference.taps import tap_nodes
 from reference.trace import TracedComponent
 from runtimes.contracts import TensorSpec
 
+qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
+ROUNDING = frozenset(
+    {
+        qd.quantize_per_tensor.tensor,
+        qd.quantize_per_token.default,
+        dsvl.quantize_float8.default,
+    }
+)
+
 
 class Dialect(Protocol):
     """How one consumer wants the operators that have several forms in ONNX."""
 
     opset: int
     float32_norms: bool  # whether norms of half precision are cast to float32 and back
+
+    def opset_of(self, graph: Graph) -> int:
+        """The opset that a lowered graph is written in; at most ``opset``."""
+        ...
 
     def state_output(self, state: TensorSpec) -> TensorSpec:
         """How a state leaves the graph: ``updated_state`` or ``appended_state``."""
@@ -85,6 +100,7 @@ class Lowering(ProgramLowering):
         for tap, node in tap_nodes(self.traced.program, self.traced.taps).items():
             self.graph.taps[tap] = self.value(node)
         self.graph.prune()
+        self.graph.opset = self.dialect.opset_of(self.graph)
         return self.graph
 
     def bind_outputs(self, sources: list[Node]) -> None:
@@ -132,6 +148,11 @@ class Lowering(ProgramLowering):
         name = str(self.traced.program.graph_signature.user_inputs[0])
         (first,) = (node for node in self.traced.program.graph.nodes if node.name == name)
         return fake(first)
+
+    @cached_property
+    def rounds_activations(self) -> bool:
+        """Whether the program quantizes what layers read, and not their weights alone."""
+        return any(node.target in ROUNDING for node in self.traced.program.graph.nodes)
 
     @property
     def base(self) -> np.dtype[Any]:

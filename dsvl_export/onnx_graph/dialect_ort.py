@@ -18,9 +18,13 @@ from dsvl_export.lowering import (
     swapped_axes,
     to_numpy,
 )
-from dsvl_export.onnx_graph.builder import element_type
+from dsvl_export.onnx_graph.builder import Graph, element_type
 from dsvl_export.onnx_graph.context import Lowering
-from dsvl_export.onnx_graph.dialect_standard import StandardDialect, attention_inputs
+from dsvl_export.onnx_graph.dialect_standard import (
+    StandardDialect,
+    attention_inputs,
+    primitive_rms_norm,
+)
 from dsvl_export.onnx_graph.token_integers import in_eight_bits, integer_linear
 from runtimes.errors import UserError
 
@@ -29,17 +33,37 @@ FLOAT_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
 # Scores of a block of queries. SAM-B has 201 million, for 4,096 tokens: in blocks of 25 million its encoder
 # takes 1.0 GB instead of 2.6 in fp32, in the same time.
 MOST_SCORES = 1 << 25
+FLOAT32 = np.dtype(np.float32)
+WITHOUT_RMS_NORM = 21  # the opset of everything else
 
 
 class OrtDialect(StandardDialect):
     """Standard operators, ``MatMulNBits`` for weights of 4 and 8 bits, ``GroupQueryAttention`` for the cache.
 
-    Opset 23 has all of them (RMSNormalization is the newest), and ONNX Runtime 1.23, the last for the
-    Python 3.10 of JetPack 6, refuses files that are stamped with a newer one.
-
     GroupQueryAttention writes the cache in place when a past and its present are bound to the same
     buffer; the standard TensorScatter + Attention pair was slower on CPU by 1.6 times in decode.
     """
+
+    def opset_of(self, graph: Graph) -> int:
+        """The oldest opset that can express a graph, as older releases of ONNX Runtime load it."""
+        operators = {node.op_type for node in graph.nodes}
+        return self.opset if "RMSNormalization" in operators else WITHOUT_RMS_NORM
+
+    def rms_norm(self, context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
+        """RMSNormalization; in a program that rounds activations, primitives that are fused into its kernel.
+
+        RMSNormalization needs opset 23, for whose QuantizeLinear ONNX Runtime 1.23 has no kernel
+        (https://github.com/microsoft/onnxruntime/issues/25932). That release is the last for Python 3.10,
+        which JetPack 6 has.
+        """
+        if not context.rounds_activations:
+            return super().rms_norm(context, x, weight, epsilon, name)
+        if context.base == FLOAT32:
+            return primitive_rms_norm(context, x, weight, epsilon, name)
+        # Squares of half precision end at 65,504.
+        wide = [context.cast(value, FLOAT32, f"{value}_float32") for value in (x, weight)]
+        out = primitive_rms_norm(context, wide[0], wide[1], epsilon, f"{name}_wide")
+        return context.cast(out, context.base, name)
 
     def attention(self, context: Lowering, node: Node) -> str:
         """``MultiHeadAttention``, which adds a bias inside the product of queries and keys.

@@ -8,6 +8,7 @@ import numpy as np
 from torch.fx import Node
 
 from dsvl_export.lowering import QuantizedWeight, arguments, fake, numpy_dtype
+from dsvl_export.onnx_graph.builder import Graph
 from dsvl_export.onnx_graph.context import Lowering
 from dsvl_export.onnx_graph.quantization import dequantized
 from runtimes.contracts import TensorSpec, updated_state
@@ -18,6 +19,9 @@ class StandardDialect:
 
     opset = 23
     float32_norms = False
+
+    def opset_of(self, graph: Graph) -> int:
+        return self.opset
 
     def state_output(self, state: TensorSpec) -> TensorSpec:
         return updated_state(state)
@@ -53,6 +57,16 @@ def attention_inputs(node: Node) -> tuple[list[Node], list[Node]]:
         raise NotImplementedError("causal, scaled or dropped-out attention in a vision tower")
     bias = arguments(node, None, None, node.kwargs.get("attn_mask"))[3]
     return list(node.args[:3]), [] if bias is None else [bias]  # type: ignore[arg-type]
+
+
+def primitive_rms_norm(context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
+    """``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4), as ONNX Runtime's fusion expects it."""
+    graph = context.graph
+    square = graph.node("Pow", [x, graph.constant(np.array(2, np.float32), "two")], f"{name}_square")
+    mean = graph.node("ReduceMean", [square, graph.ints(-1)], f"{name}_mean")
+    shifted = graph.node("Add", [mean, graph.constant(np.array(epsilon, np.float32), "eps")], f"{name}_eps")
+    scaled = graph.node("Div", [x, graph.node("Sqrt", [shifted], f"{name}_root")], f"{name}_scaled")
+    return graph.node("Mul", [scaled, weight], name)
 
 
 def head_scale(source: Node) -> float:

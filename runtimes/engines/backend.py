@@ -91,10 +91,15 @@ def _simulated(library: str, artifact: Artifact) -> Execution:
     except UserError as error:
         return Execution("not run", f"without a GPU its ONNX would be run, but: {str(error).rstrip('.')}")
     built = BUILDERS[library] if artifact.engine else ""
+    too_old = onnxruntime.too_old(artifact)
     if artifact.base == "bf16":
         why = "ONNX Runtime has no kernels for bfloat16 on a CPU that could stand for a GPU"
         return Execution("built only", f"{built}; {why}") if built else Execution("not run", why)
-    return Execution("simulated", "ONNX Runtime on the same file", built_by=built)
+    if too_old:
+        why = f"without a GPU {too_old}"
+        return Execution("built only", f"{built}; {why}") if built else Execution("not run", why)
+    by = f"ONNX Runtime {onnxruntime.release()} on the same file"
+    return Execution("simulated", by, built_by=built)
 
 
 def open_component(library: str, file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:

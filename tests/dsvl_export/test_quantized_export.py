@@ -22,6 +22,7 @@ from reference.tiny import HELDOUT
 from reference.trace import TRACED_COMPONENTS
 from runtimes.bundle import Bundle
 from runtimes.errors import UserError
+from runtimes.onnxruntime_releases import NEEDED, newest, release_for_precision
 from runtimes.pipeline import Pipeline
 from runtimes.task import load_task
 from tests.conftest import OraclePair
@@ -55,6 +56,23 @@ def test_precisions_climb_the_ladder(quantized: Bundle, precision: str) -> None:
     logits = result.rung("teacher_forced_logits").errors
     assert logits
     assert 1e-4 < logits.relative_rms < 0.5  # it is quantized, and it is no noise
+
+
+def test_a_file_needs_the_release_that_the_table_gives_its_precision(quantized: Bundle) -> None:
+    """``doctor`` names precisions, ``run`` reads what the export found in the files."""
+    for precision in WANTED:
+        artifacts = [item for item in quantized.manifest.artifacts if item.precision == precision]
+        found = newest([item.tools[NEEDED] for item in artifacts])
+        assert found == release_for_precision(precision), precision
+        for item in artifacts:
+            opset = onnx.load(str(quantized.path(item.files[0])), load_external_data=False).opset_import[0]
+            keeps_norm = item.component == "decoder" and precision in (
+                "int4",
+                "int8-int4",
+                "int8-weights",
+                "kv-int8",
+            )
+            assert opset.version == (23 if keeps_norm else 21), (precision, item.component)
 
 
 def test_bytes(quantized: Bundle) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -29,7 +30,7 @@ from tests.conftest import OraclePair
 
 PRECISIONS = ("fp16", "int8", "fp8", "int4")
 NAMES = {"fp16": "fp16", "int8": "int8-fp16", "fp8": "fp8-fp16", "int4": "int4-fp16"}
-PROOF = "built by TensorRT-RTX on CPU, numerics by ONNX Runtime on the same file"
+PROOF = f"built by TensorRT-RTX on CPU, numerics by ONNX Runtime {version('onnxruntime')} on the same file"
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,8 @@ from runtimes.session import SessionOptions
 from tests.runtimes.fake_cuda import NO_DRIVER, FakeCuda, FakeTensorRT, fake_plan
 from tests.runtimes.test_engine_session import CAPACITY, onnx_file
 from tests.runtimes.test_session_contract import embeds
+
+RELEASE = version("onnxruntime")
 
 
 @pytest.fixture
@@ -124,9 +127,12 @@ def test_executions(trt11_bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.Mo
     built = replace(artifact, engine=engine)
     cuda.gpus = 0
     use(monkeypatch, cuda, FakeTensorRT(cuda, {}))
-    assert str(backend.execution("tensorrt", artifact)) == "simulated by ONNX Runtime on the same file"
+    assert (
+        str(backend.execution("tensorrt", artifact))
+        == f"simulated by ONNX Runtime {RELEASE} on the same file"
+    )
     rtx = backend.execution("tensorrt_rtx", built)
-    assert str(rtx) == "built by TensorRT-RTX on CPU, numerics by ONNX Runtime on the same file"
+    assert str(rtx) == f"built by TensorRT-RTX on CPU, numerics by ONNX Runtime {RELEASE} on the same file"
     assert (rtx.kind, rtx.device, rtx.judgeable) == ("simulated", "cpu", True)
     asked = backend.execution("tensorrt", built, "cuda")
     assert (
@@ -145,7 +151,10 @@ def test_executions(trt11_bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.Mo
     cuda.gpus = 1
     assert backend.devices("tensorrt") == ["cuda"]
     # What has no engine yet is judged as on a machine without a GPU, unless the GPU is asked for.
-    assert str(backend.execution("tensorrt", artifact)) == "simulated by ONNX Runtime on the same file"
+    assert (
+        str(backend.execution("tensorrt", artifact))
+        == f"simulated by ONNX Runtime {RELEASE} on the same file"
+    )
     asked = backend.execution("tensorrt", artifact, "cuda")
     assert str(asked) == "not run: it has no engine yet; run: dsvl-export build-engine BUNDLE"
     ran = backend.execution("tensorrt", built)
