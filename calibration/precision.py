@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ class PrecisionPlan:
         file.write_text(lines + yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
 
+@cache
 def component_layers(config: ModelConfig, component: str) -> tuple[LayerSpec, ...]:
     """Every linear layer and convolution of a component, in the order of the model."""
     return tuple(

@@ -35,7 +35,7 @@ def print_diagnosis(found: dict[str, Any]) -> None:
         table.add_row(
             name,
             f"[green]yes[/]: {', '.join(compiles['precisions'])}" if compiles["able"] else _no(compiles),
-            f"[green]yes[/]: {', '.join(runs['devices'])}" if runs["able"] else _no(runs),
+            f"[green]yes[/]: {', '.join(runs['devices'])}{_too_old(runs)}" if runs["able"] else _no(runs),
         )
     out.print(table)
     for row in found["broken_pairs"]:
@@ -49,6 +49,14 @@ def print_diagnosis(found: dict[str, Any]) -> None:
         if row["handled"]:
             remedy = f"{row['what']} {row['handled']} {row['link'] or ''}"
             out.print(f"[dim]Known and handled: {escape(remedy)}[/]")
+
+
+def _too_old(found: dict[str, Any]) -> str:
+    """Precisions that the installed release cannot run."""
+    if not found.get("too_old_for"):
+        return ""
+    needs = ", ".join(f"{name} needs {found['needs'][name]}" for name in found["too_old_for"])
+    return f"; [yellow]{needs}, here is {escape(found['release'])}[/]"
 
 
 def _no(found: dict[str, Any]) -> str:
@@ -97,7 +105,7 @@ def print_plan(plan: Plan, nearest: str | None, defects: Sequence[Defect]) -> No
         table.add_row(name, value)
     out.print(table)
     if not plan.exact:
-        out.print(f"This release cannot export {request.precision} for {request.backend} yet.")
+        out.print(f"The size is an estimate: what exports to {request.backend} is not installed here.")
     for defect in defects:
         out.print(f"[yellow]Known defect:[/] {escape(str(defect))}")
 

@@ -8,8 +8,11 @@ from typing import Any
 from dsvl_export.compilers import compiler_names, load_compiler
 from dsvl_export.defects import Defect, load_defects
 from dsvl_export.machine import describe_machine, package_versions
+from dsvl_export.planner.targets import load_targets
+from runtimes import onnxruntime
 from runtimes.backends import backend_names, load_backend
 from runtimes.errors import UserError
+from runtimes.onnxruntime_releases import refusal, release_for_precision
 
 
 def diagnose() -> dict[str, Any]:
@@ -46,14 +49,24 @@ def _compile(backend: str) -> dict[str, Any]:
     if find_spec("torch") is None:
         extra = f"dsvl-export[export,{backend}]"
         return {"able": False, "missing": f"Exporting needs torch; run: pip install '{extra}'."}
-    return {"able": True, "precisions": [*compiler.PRECISIONS, *compiler.LAYER_PRECISIONS]}
+    from dsvl_export.precisions import shipped_precisions  # here, as it imports torch
+
+    return {"able": True, "precisions": shipped_precisions(compiler)}
 
 
 def _run(backend: str) -> dict[str, Any]:
     try:
-        return {"able": True, "devices": load_backend(backend).devices()}
+        found: dict[str, Any] = {"able": True, "devices": load_backend(backend).devices()}
     except UserError as error:
         return {"able": False, "missing": str(error)}
+    if backend == "onnxruntime":
+        listed = load_targets()["cpu"].backends[backend]
+        found["release"] = onnxruntime.release()
+        found["needs"] = {name: release_for_precision(name) for name in listed}
+        found["too_old_for"] = [
+            name for name, needed in found["needs"].items() if refusal(needed, found["release"])
+        ]
+    return found
 
 
 def _row(defect: Defect) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
 from dsvl_export.assembling import manifest_of
-from dsvl_export.compilers import CompileOptions, check_options, load_compiler
+from dsvl_export.compilers import CompileOptions, load_compiler
 from dsvl_export.export_stages import ExportProgress, ExportStages, Report, identify
 from dsvl_export.planner.targets import find_target
-from dsvl_export.precisions import check_plan, check_target, plan_for
+from dsvl_export.precisions import check_request, plan_for
 from dsvl_export.staging import Staging
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.specs import preprocess_spec, prompt_spec
@@ -80,10 +80,6 @@ def export(
         raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {capacity}.")
     usual = min(longest, MAX_DEFAULT_CAPACITY)
     device = find_target(target) if target else None
-    for plan in plans:
-        check_plan(backend, compiler, plan, source.config)
-        if device:
-            check_target(device, backend, plan, source.config)
     options = CompileOptions(
         device,
         capacity or usual,
@@ -93,10 +89,7 @@ def export(
         delegate=delegate,
         prefill=prefill,
     )
-    check_options(backend, compiler, options)
-    compiler.settings(options)
-    if check := getattr(compiler, "check", None):
-        check(plans, source.config, options)
+    check_request(backend, compiler, plans, source.config, options)
     table = ScaleTable.load(Path(scales).expanduser()) if scales else None
     if table:
         identify(source, report)

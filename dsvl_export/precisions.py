@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from calibration.precision import PrecisionPlan, component_layers, load_precision, read_plan, recipe_names
 from calibration.table import TABLE_FILE, ScaleTable
 from calibration.weights import QuantizedWeights
-from dsvl_export.compilers import Compiler
-from dsvl_export.planner.targets import Target
+from dsvl_export.compilers import CompileOptions, Compiler, check_options
 from reference.checkpoint import Checkpoint
 from reference.config import ModelConfig
-from reference.trace import TRACED_COMPONENTS
+from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS
 from runtimes.errors import UserError
 
 
@@ -47,22 +47,50 @@ def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: Mo
         )
 
 
+def shipped_precisions(compiler: Compiler) -> list[str]:
+    """What ``--precision`` takes by name for a backend, whatever the target."""
+    names = []
+    for name in (*PRECISION_DTYPES, *recipe_names()):
+        plan = plan_for(compiler, name)
+        families = {rule.precision.family for rule in plan.rules}
+        if (
+            plan.base in compiler.PRECISIONS
+            and families <= {"float", *compiler.LAYER_PRECISIONS}
+            and plan.kv_cache in ("float", *compiler.CACHE_PRECISIONS)
+        ):
+            names.append(name)
+    return names
+
+
 def kinds_of(plan: PrecisionPlan, config: ModelConfig) -> list[str]:
     """The precisions that a target must support for a plan, in the words of ``targets.yaml``."""
-    names = {"float": plan.base, "int8-weights": "int8", "palette4": "int4"}
     layers = (layer for name in TRACED_COMPONENTS for layer in component_layers(config, name))
-    kinds = dict.fromkeys(plan.of(layer).kind for layer in layers)
-    return list(dict.fromkeys(names.get(kind, kind) for kind in kinds))
+    families = dict.fromkeys(plan.of(layer).family for layer in layers)
+    cache = [f"kv-{plan.kv_cache}"] if plan.kv_cache != "float" else []
+    return list(dict.fromkeys([plan.base, *(family for family in families if family != "float"), *cache]))
 
 
-def check_target(target: Target, backend: str, plan: PrecisionPlan, config: ModelConfig) -> None:
-    """Refuse what a device cannot run.
+def check_request(
+    backend: str,
+    compiler: Compiler,
+    plans: Sequence[PrecisionPlan],
+    config: ModelConfig,
+    options: CompileOptions,
+) -> None:
+    """Refuse what a backend or its target cannot do; the one check of ``plan`` and ``export``.
 
     Raises:
         UserError: names what comes nearest.
     """
-    for precision in kinds_of(plan, config):
-        target.check(backend, precision)
+    for plan in plans:
+        check_plan(backend, compiler, plan, config)
+        if options.target:
+            for kind in kinds_of(plan, config):
+                options.target.check(backend, kind)
+    check_options(backend, compiler, options)
+    compiler.settings(options)
+    if check := getattr(compiler, "check", None):
+        check(plans, config, options)
 
 
 def precision_folder(precision: str) -> str:

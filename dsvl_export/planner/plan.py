@@ -14,10 +14,10 @@ from typing import Any
 from calibration.precision import FLOAT, PrecisionPlan, component_layers, load_precision
 from calibration.quantized import trace_planned
 from calibration.sensitivity import weight_bytes
-from dsvl_export.compilers import CompileOptions, compiler_names, load_compiler
-from dsvl_export.planner.targets import WEIGHT_BITS, Target
+from dsvl_export.compilers import CompileOptions, load_compiler
+from dsvl_export.planner.targets import LISTED_BITS, WEIGHT_BITS, Target
 from dsvl_export.planner.workload import Workload, activations
-from dsvl_export.precisions import check_plan, kinds_of, plan_for
+from dsvl_export.precisions import check_request, kinds_of, plan_for
 from reference.config import ModelConfig
 from reference.trace import TRACED_COMPONENTS
 from runtimes.chain import PREFILL_CHUNK
@@ -43,7 +43,7 @@ class Plan:
     """The prediction; bytes, seconds and tokens per second.
 
     ``artifacts`` are the component files', computed by this release's own compiler where ``exact``, an
-    estimate where it cannot export the request yet. ``embedding_bytes`` is the token table, which is
+    estimate where that compiler is not installed. ``embedding_bytes`` is the token table, which is
     memory-mapped and not part of ``peak_bytes``. ``largest_context`` fits into the usable memory, 0 where
     not even the prompt does.
     """
@@ -132,17 +132,27 @@ class Planner:
         size = 1 if plan and plan.kv_cache != "float" else size
         return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * context * size
 
-    def precisions(self, request: Request) -> list[str]:
-        """What a target must support for a request: the precision itself, or those that a plan gives layers.
+    def check(self, target: Target, request: Request) -> None:
+        """Refuse what ``export`` would refuse for the target.
+
+        Without the backend's compiler, which need not be installed here, the target's list decides.
 
         Raises:
-            UserError: there is no such plan, or it does not fit the model.
+            UserError: the target or its backend cannot do it, the precision is unknown, or it does not fit
+                the model.
         """
-        if request.precision in WEIGHT_BITS:
-            return [request.precision]
-        plan = load_precision(request.precision)
-        plan.check(self.config)
-        return kinds_of(plan, self.config)
+        try:
+            compiler = load_compiler(request.backend)
+        except UserError:
+            plan = load_precision(request.precision)
+            plan.check(self.config)
+            listed = request.precision in LISTED_BITS
+            for kind in [request.precision] if listed else kinds_of(plan, self.config)[1:]:
+                target.check(request.backend, kind)
+            return
+        plans = [plan_for(compiler, request.precision)]
+        options = CompileOptions(target, request.context)
+        check_request(request.backend, compiler, plans, self.config, options)
 
     def _planned_bytes(self, component: str, plan: PrecisionPlan) -> int:
         """Weights of a component under a plan, as every backend would store them."""
@@ -157,8 +167,7 @@ class Planner:
         Raises:
             UserError: the target cannot run it, or the model has not so many positions.
         """
-        for precision in self.precisions(request):
-            target.check(request.backend, precision)
+        self.check(target, request)
         longest = self.config.decoder.max_positions
         prompt = request.images * self.config.vision.image_tokens + request.text_tokens
         asked = (
@@ -181,7 +190,7 @@ class Planner:
         exported = self._exportable(request)
         if precision not in WEIGHT_BITS:
             given = exported or load_precision(precision)
-            quantized = [name for name in self.precisions(request) if name in ("int8", "fp8")]
+            quantized = [name for name in kinds_of(given, self.config) if name in ("int8", "fp8")]
             precision = quantized[0] if quantized and given.quantizes_activations else given.base
         works = {component: self.workload(component, precision) for component in TRACED_COMPONENTS}
         artifacts = self._artifact_bytes(target, request, exported, works) if exported else {}
@@ -238,16 +247,12 @@ class Planner:
         )
 
     def _exportable(self, request: Request) -> PrecisionPlan | None:
-        """The plan of a precision that this release can export for the backend; None where it cannot."""
-        if request.backend not in compiler_names():
-            return None
+        """The plan of a precision where its compiler is installed here; None where it is not."""
         try:
             compiler = load_compiler(request.backend)
-            plan = plan_for(compiler, request.precision)
-            check_plan(request.backend, compiler, plan, self.config)
         except UserError:
             return None
-        return plan
+        return plan_for(compiler, request.precision)
 
     def _artifact_bytes(
         self, target: Target, request: Request, plan: PrecisionPlan, works: dict[str, Workload]
@@ -283,7 +288,7 @@ class Planner:
     def nearest_fit(self, target: Target, request: Request) -> str | None:
         """The largest smaller precision with which the request fits into the target, if any."""
         for precision in target.backends[request.backend]:
-            smaller = WEIGHT_BITS[precision] < WEIGHT_BITS.get(request.precision, 32)
+            smaller = LISTED_BITS[precision] < LISTED_BITS.get(request.precision, 32)
             if smaller and self.plan(target, replace(request, precision=precision)).fits:
                 return precision
         return None

@@ -16,6 +16,11 @@ from runtimes.memory import available_memory
 TABLE = Path(__file__).parent / "targets.yaml"
 # Bits per weight of a linear layer, and the precision that its products are computed in.
 WEIGHT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
+# The same of all that targets may list; mixed weights count by those that are most.
+LISTED_BITS = {
+    **WEIGHT_BITS, "kv-int8": 32, "int8-weights": 8, "8da8w": 8, "int8-int4": 4, "palette4": 4, "8da4w": 4,
+    "8da4w-g128": 4,
+}  # fmt: skip
 COMPUTES_IN = {"int4": "fp16"}
 SIDE = 1536  # of the matrices whose product is timed
 
@@ -51,8 +56,8 @@ class Target:
             raise UserError(f"{self.device} has no backend {backend!r}; it has {', '.join(self.backends)}.")
         there = self.backends[backend]
         if precision not in there:
-            if precision not in WEIGHT_BITS:
-                raise UserError(f"There is no precision {precision!r}; there are {', '.join(WEIGHT_BITS)}.")
+            if precision not in LISTED_BITS:
+                raise UserError(f"There is no precision {precision!r}; there are {', '.join(LISTED_BITS)}.")
             why = f" (FP8 needs SM 89, this is SM {self.sm})" if precision == "fp8" and self.sm else ""
             raise UserError(
                 f"{self.device} cannot run {precision} with {backend}{why}; the nearest is"
@@ -62,9 +67,9 @@ class Target:
 
 def nearest(precision: str, choices: list[str]) -> str:
     """The precision of the same size where there is one, else the next larger, else the largest."""
-    bits = WEIGHT_BITS[precision]
-    larger = [choice for choice in choices if WEIGHT_BITS[choice] >= bits]
-    return min(larger, key=lambda choice: WEIGHT_BITS[choice]) if larger else choices[0]
+    bits = LISTED_BITS[precision]
+    larger = [choice for choice in choices if LISTED_BITS[choice] >= bits]
+    return min(larger, key=lambda choice: LISTED_BITS[choice]) if larger else choices[0]
 
 
 @cache

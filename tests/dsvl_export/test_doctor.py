@@ -10,25 +10,78 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from dsvl_export import doctor
-from dsvl_export.compilers import load_compiler
-from dsvl_export.defects import Defect
+from dsvl_export.compilers import CompileOptions, load_compiler
+from dsvl_export.defects import Defect, load_defects
+from dsvl_export.display_planning import print_diagnosis
 from dsvl_export.machine import describe_machine, package_versions
+from dsvl_export.planner.targets import load_targets
+from dsvl_export.precisions import check_request, plan_for
+from reference.checkpoint import open_checkpoint
 from runtimes import coreai, coreml, executorch, onnxruntime
 from runtimes.errors import UserError
+from runtimes.onnxruntime_releases import FEATURES
 
 
 def test_this_machine_is_fit() -> None:
     found = doctor.diagnose()
     assert found["healthy"]
-    assert found["backends"]["onnxruntime"]["compile"] == {
-        "able": True,
-        "precisions": ["fp32", "fp16", "int8", "fp8", "int8-weights", "int4", "8da4w", "8da8w"],
-    }
-    assert found["backends"]["onnxruntime"]["run"]["devices"] == ["cpu"]
+    compiles, runs = (found["backends"]["onnxruntime"][what] for what in ("compile", "run"))
+    assert compiles["able"]
+    assert set(compiles["precisions"]) == set(load_targets()["cpu"].backends["onnxruntime"])
+    assert runs["devices"] == ["cpu"]
+    assert set(runs["needs"]) == set(compiles["precisions"])
+    assert (runs["needs"]["fp32"], runs["needs"]["kv-int8"], runs["needs"]["fp8"]) == ("1.23", "1.27", "1.32")
     assert found["packages"]["torch"].startswith("2.13")
     assert found["machine"] == {**describe_machine(), "available_bytes": found["machine"]["available_bytes"]}
     assert found["machine"]["memory_bytes"] > found["machine"]["available_bytes"] > 1e8
     assert "onnxruntime-silent-cpu" in {row["id"] for row in found["defects"]}
+
+
+def test_precisions_that_the_installed_release_is_too_old_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(onnxruntime, "release", lambda: "1.23.2")
+    monkeypatch.setattr(doctor, "package_versions", lambda: {**package_versions(), "onnxruntime": "1.23.2"})
+    found = doctor.diagnose()
+    assert found["backends"]["onnxruntime"]["run"]["too_old_for"] == ["kv-int8", "fp8"]
+    ids = {row["id"] for row in found["defects"]}
+    assert {"onnxruntime-float16-quantize", "onnxruntime-float8", "onnxruntime-int8-cache"} <= ids
+    print_diagnosis(found)
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "kv-int8 needs 1.27, fp8 needs 1.32, here is 1.23.2" in shown
+    assert "ONNX Runtime before 1.30 rounds float16 activations toward zero" in shown
+
+
+def test_an_export_that_the_installed_release_cannot_load_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = load_compiler("onnxruntime")
+    monkeypatch.setattr("onnxruntime.__version__", "1.26.0")
+    config = open_checkpoint("tiny").config
+    options = CompileOptions()
+    check_request("onnxruntime", compiler, [plan_for(compiler, "int8")], config, options)
+    with pytest.raises(
+        UserError,
+        match=r"kv-int8 cannot be exported here: it needs ONNX Runtime 1\.27 or later, here is 1\.26\.0",
+    ):
+        check_request("onnxruntime", compiler, [plan_for(compiler, "kv-int8")], config, options)
+    with pytest.raises(UserError, match=r"int8-fp16 .* 1\.30 or later"):
+        check_request("onnxruntime", compiler, [plan_for(compiler, "int8-fp16")], config, options)
+
+
+def test_defects_and_the_table_of_releases_agree() -> None:
+    """One is read where files are opened, the other where warnings are made."""
+    defects = {defect.id: defect for defect in load_defects()}
+    for name, feature in FEATURES.items():
+        defect = defects[f"onnxruntime-{name}"]
+        assert defect.packages == {"onnxruntime": f"<{feature.since}"}
+        assert defect.link == feature.link
+        assert f"ONNX Runtime before {feature.since}" in defect.what
+
+
+def test_a_build_for_gpus_counts_as_the_package() -> None:
+    defect = Defect("x", "what", "do", None, packages={"onnxruntime": "<1.30"})
+    assert defect.installed({"onnxruntime-gpu": "1.29.0"})
+    assert defect.avoided({"onnxruntime-gpu": "1.30.0"})
+    assert not defect.avoided({})
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

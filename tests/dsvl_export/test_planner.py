@@ -15,7 +15,7 @@ from calibration.quantized import trace_planned
 from dsvl_export.defects import load_defects, warnings_for
 from dsvl_export.exporting import export
 from dsvl_export.planner.plan import Planner, Request
-from dsvl_export.planner.targets import WEIGHT_BITS, find_target, load_targets, measured, nearest
+from dsvl_export.planner.targets import LISTED_BITS, find_target, load_targets, measured, nearest
 from dsvl_export.planner.workload import Workload, activation_growth, activations
 from reference.checkpoint import open_checkpoint
 from reference.released import released_config
@@ -147,8 +147,9 @@ def test_every_target_is_complete() -> None:
     for name, target in table.items():
         assert target.backends
         for precisions in target.backends.values():
-            assert set(precisions) <= set(WEIGHT_BITS)
-            assert ("fp8" in precisions) == ((target.sm or 0) >= 89)
+            assert set(precisions) <= set(LISTED_BITS)
+            assert ("fp8" in precisions) == (name == "cpu" or (target.sm or 0) >= 89)
+            assert len(set(precisions)) == len(precisions)
         if name != "cpu":
             assert target.sources
             assert 0 < target.usable_gb < target.memory_gb
@@ -273,11 +274,10 @@ def test_a_plan_needs_the_config_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     source = open_checkpoint(str(tmp_path), weights=False)
     assert source.embedding_bytes() is None
-    plan = Planner(source.config).plan(find_target("android"), Request("executorch", "int8", 500))
+    plan = Planner(source.config).plan(find_target("android"), Request("executorch", "8da8w", 500))
     assert plan.embedding_bytes == 512 * 128 * 2
-    assert not plan.exact
     without = Planner(source.config).plan(
-        find_target("android"), Request("executorch", "int8", 500, images=0)
+        find_target("android"), Request("executorch", "8da8w", 500, images=0)
     )
     assert without.vision_seconds == 0
     assert without.prompt_tokens == 100
