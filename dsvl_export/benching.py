@@ -25,6 +25,7 @@ from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.cache import cache_bytes
 from runtimes.errors import UserError
+from runtimes.installation import install_command
 from runtimes.memory import widening
 from runtimes.onnxruntime import prefill_file
 from runtimes.pipeline import Pipeline, check_files, compiled_capacity
@@ -295,7 +296,7 @@ def _predicted(
         from dsvl_export.planner.targets import find_target, measured
         from reference.config import ModelConfig
     except ImportError as error:
-        return f"a prediction needs {error.name}; run: pip install 'dsvl-export[export]'"
+        return f"a prediction needs {error.name}; run: {install_command(error.name or 'torch')}"
     tokens = prompt - bundle.manifest.prompt.image_tokens
     request = Request(backend, precision, max(context, prompt), 1, tokens)
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dsvl_export.machine import usable_cores
 from runtimes.errors import UserError, first_line
+from runtimes.installation import install_command
 
 # Results of calls of a function that can be imported anywhere, with their numbers, as they come.
 Spread = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
@@ -45,7 +46,7 @@ def connected(address: str) -> Iterator[None]:
     try:
         import ray
     except ImportError as error:
-        raise UserError("--ray needs Ray; run: pip install 'dsvl-export[ray]'.") from error
+        raise UserError(f"--ray needs Ray; run: {install_command('ray')}.") from error
     try:
         _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

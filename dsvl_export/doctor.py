@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from dsvl_export.compilers import compiler_names, load_compiler
+from dsvl_export.compilers import EXTRAS, compiler_names, load_compiler
 from dsvl_export.defects import Defect, load_defects
 from dsvl_export.machine import describe_machine, package_versions
 from dsvl_export.planner.targets import load_targets
@@ -47,8 +47,11 @@ def _compile(backend: str) -> dict[str, Any]:
     except UserError as error:
         return {"able": False, "missing": str(error)}
     if find_spec("torch") is None:
-        extra = f"dsvl-export[export,{backend}]"
-        return {"able": False, "missing": f"Exporting needs torch; run: pip install '{extra}'."}
+        extras = EXTRAS.get(backend, "export")
+        return {
+            "able": False,
+            "missing": f"Exporting needs torch; run: pip install 'dsvl-export[{extras}]'.",
+        }
     from dsvl_export.precisions import shipped_precisions  # here, as it imports torch
 
     return {"able": True, "precisions": shipped_precisions(compiler)}

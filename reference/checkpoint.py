@@ -33,6 +33,7 @@ from reference.tensor_files import (
 from reference.tiny import TINY
 from runtimes.errors import UserError, first_line
 from runtimes.files import read_json, sha256_of_files, sha256_of_text, write_json
+from runtimes.installation import install_command
 from runtimes.prompt import BOS, EOS, PAD
 
 STREAM_ABOVE = 2 << 30  # bytes of fp32 weights
@@ -272,7 +273,7 @@ def resolve(checkpoint: str, weights: bool = True) -> Path:
     except ImportError as error:
         raise UserError(
             f"There is no folder {checkpoint}; to download it as a hub id,"
-            " install huggingface_hub (pip install huggingface_hub)."
+            f" run: {install_command('huggingface_hub')}."
         ) from error
     try:
         patterns = ["*.json", "*.safetensors", "*.bin"] if weights else ["*.json"]

@@ -21,6 +21,7 @@ from runtimes.contracts import Contract
 from runtimes.errors import UserError, first_line
 from runtimes.files import read_json
 from runtimes.fixed import FixedComponent, FixedDecoder, Sizes
+from runtimes.installation import install_command
 from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
 from runtimes.worker import WorkerAsset
 
@@ -44,9 +45,7 @@ def _version() -> str:
     try:
         return version("coreai-core")
     except PackageNotFoundError as error:
-        raise UserError(
-            "The backend coreai is not installed; run: pip install 'dsvl-export[coreai]'."
-        ) from error
+        raise UserError(f"The backend coreai is not installed; run: {install_command('coreai')}.") from error
 
 
 def execution(artifact: Artifact, device: str | None = None) -> Execution:

@@ -16,6 +16,7 @@ import numpy as np
 from runtimes.contracts import Contract
 from runtimes.errors import UserError
 from runtimes.fixed import Asset, FixedComponent, FixedDecoder, Sizes
+from runtimes.installation import install_command
 from runtimes.mil.package import CHUNK, EXTEND, IMAGE, PREFILL, Package, package_folder
 from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
 
@@ -28,7 +29,7 @@ FLEXIBLE = ("gpu", "cpu")
 
 def devices() -> list[str]:
     if find_spec("coremltools") is None:
-        raise UserError("The backend coreml is not installed; run: pip install 'dsvl-export[coreml]'.")
+        raise UserError(f"The backend coreml is not installed; run: {install_command('coremltools')}.")
     return list(DEVICES)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from runtimes.contracts import Contract
 from runtimes.errors import UserError, first_line
 from runtimes.fixed import DECODE, FixedComponent, FixedDecoder, Sizes
+from runtimes.installation import install_command
 from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def _version() -> str:
         return version("executorch")
     except PackageNotFoundError as error:
         raise UserError(
-            "The backend executorch is not installed; run: pip install 'dsvl-export[executorch]'."
+            f"The backend executorch is not installed; run: {install_command('executorch')}."
         ) from error
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from runtimes.cache import KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state, updated_state
 from runtimes.errors import UserError, first_line
+from runtimes.installation import install_command
 from runtimes.memory import available_memory, widening
 from runtimes.onnxruntime_releases import refusal, release_for_artifact
 from runtimes.session import ANY_NUMBER, Execution, SessionOptions
@@ -36,7 +37,7 @@ def _import() -> Any:
         import onnxruntime
     except ImportError as error:
         raise UserError(
-            "The backend onnxruntime is not installed; run: pip install 'dsvl-export[onnxruntime]'."
+            f"The backend onnxruntime is not installed; run: {install_command('onnxruntime')}."
         ) from error
     return onnxruntime
 

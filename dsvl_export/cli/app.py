@@ -10,6 +10,7 @@ import typer
 
 from dsvl_export.version import __version__
 from runtimes.errors import UserError
+from runtimes.installation import install_command
 
 app = typer.Typer(
     help="Export DeepSeek-VL to the places where people run it, and prove that it computes the same.",
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except ImportError as error:
         needs = error.name or str(error)
-        print(f"Error: This needs {needs}; run: pip install 'dsvl-export[cpu]'.", file=sys.stderr)
+        print(f"Error: This needs {needs}; run: {install_command(needs)}.", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"Error: {error.filename or 'A file'} cannot be used: {error.strerror}.", file=sys.stderr)

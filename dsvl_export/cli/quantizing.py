@@ -10,6 +10,7 @@ import typer
 from dsvl_export.cli.app import app
 from dsvl_export.cli.options import Checkpoint, Json, Ray
 from runtimes.errors import UserError
+from runtimes.installation import install_command
 
 Data = Annotated[
     str,
@@ -145,7 +146,8 @@ def sensitivity(
         )
         return
     display.out.print(sensitivity_table(found))
-    print(f"Wrote {output}{'' if picture else '; for a plot: pip install matplotlib'}.")
+    plot = "" if picture else f"; for a plot: {install_command('matplotlib')}"
+    print(f"Wrote {output}{plot}.")
     print(f"Next: dsvl-export plan-precision {checkpoint} {output} --budget kl=0.02 --output plan.yaml")
 
 

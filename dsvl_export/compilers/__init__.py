@@ -14,6 +14,7 @@ from runtimes.backends import load_entry
 from runtimes.bundle import Engine
 from runtimes.contracts import Contract
 from runtimes.errors import UserError
+from runtimes.installation import install_command
 from runtimes.preprocess import PreprocessSpec
 from runtimes.tokenizer import PromptSpec
 
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
 BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.compilers"
+# The extras that exporting takes; an engine of ``tensorrt`` is built by what its device has.
+EXTRAS = {
+    "coreai": "coreai",
+    "coreml": "coreml",
+    "executorch": "executorch",
+    "onnxruntime": "export,onnxruntime",
+    "tensorrt": "export",
+    "tensorrt_rtx": "export,tensorrt-rtx",
+}
 # Options that only some backends have, and how the command line writes them.
 FLAGS = {
     "tensorrt": "--tensorrt",
@@ -159,8 +169,11 @@ def compiler_names() -> list[str]:
     return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=GROUP))})
 
 
-def load_compiler(name: str) -> Compiler:
+def load_compiler(name: str, debug_build: bool = False) -> Compiler:
     """The compiler of a backend.
+
+    Args:
+        debug_build: it is needed for that alone, which takes no torch.
 
     Raises:
         UserError: there is none of that name, or what it needs is not installed.
@@ -169,8 +182,11 @@ def load_compiler(name: str) -> Compiler:
         try:
             return cast(Compiler, import_module(f"dsvl_export.compilers.{name}"))
         except ImportError as error:
+            if debug_build:
+                missing = error.name or str(error)
+                raise UserError(f"A debug build needs {missing}; run: {install_command(missing)}.") from error
             raise UserError(
-                f"Exporting to {name} needs {error.name}; run: pip install 'dsvl-export[export,{name}]'."
+                f"Exporting to {name} needs {error.name}; run: pip install 'dsvl-export[{EXTRAS[name]}]'."
             ) from error
     for entry in entry_points(group=GROUP):
         if entry.name == name:

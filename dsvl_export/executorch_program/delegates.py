@@ -8,6 +8,7 @@ import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
 from runtimes.errors import UserError
+from runtimes.installation import install_command
 
 
 def encoder_partitioner(delegate: str, dtype: torch.dtype) -> Any:
@@ -30,7 +31,7 @@ def _coreml(dtype: torch.dtype) -> Any:
         import coremltools as ct
     except ImportError as error:
         raise UserError(
-            "ExecuTorch's delegate coreml needs coremltools; run: pip install 'dsvl-export[coreml]'."
+            f"ExecuTorch's delegate coreml needs coremltools; run: {install_command('coremltools')}."
         ) from error
     from executorch.backends.apple.coreml.compiler import CoreMLBackend
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner

@@ -57,7 +57,7 @@ def take_from_debug_build(
     artifact = bundle.path(bundle.artifact(component, backend, precision).files[0])
     debug, module = copy.copy(chain), load_backend(backend)
     with debug_folder(bundle) as folder:
-        file = load_compiler(backend).debug_build(artifact, contract, Path(folder))
+        file = load_compiler(backend, debug_build=True).debug_build(artifact, contract, Path(folder))
         start = module.open_decoder if component == "decoder" else module.open_component
         setattr(debug, component, start(file, contract.with_taps(), options))
         return take_taps(debug, golden, component)

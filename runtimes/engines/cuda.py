@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import UserError
+from runtimes.installation import install_command
 
 ALLOCATIONS = ("cudaMalloc", "cudaHostAlloc")  # whose first argument is the size
 
@@ -28,7 +29,7 @@ def import_cuda() -> Any:
         from cuda.bindings import runtime
     except ImportError as error:
         raise UserError(
-            "Running TensorRT engines needs cuda-python; run: pip install 'dsvl-export[tensorrt]'."
+            f"Running TensorRT engines needs cuda-python; run: {install_command('cuda')}."
         ) from error
     return runtime
 

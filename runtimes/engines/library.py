@@ -8,8 +8,8 @@ from types import ModuleType
 from typing import Any
 
 from runtimes.errors import UserError, first_line
+from runtimes.installation import install_command
 
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 _LOGGERS: dict[str, Any] = {}
 
 
@@ -22,11 +22,7 @@ def import_library(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        hint = " (on a Jetson: JetPack's own, in an environment with --system-site-packages)"
-        raise UserError(
-            f"The backend {name} is not installed; run: pip install 'dsvl-export[{EXTRAS[name]}]'"
-            f"{hint if name == 'tensorrt' else ''}."
-        ) from error
+        raise UserError(f"The backend {name} is not installed; run: {install_command(name)}.") from error
     except (ImportError, OSError) as error:
         reason = first_line(error)
         raise UserError(f"The library {name} cannot be loaded here: {reason}; install it again.") from error

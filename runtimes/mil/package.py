@@ -15,6 +15,7 @@ from typing import Any
 
 from runtimes.errors import UserError
 from runtimes.files import read_json
+from runtimes.installation import install_command
 from runtimes.mil.blob import WeightFile
 
 SUFFIX = ".mlpackage"
@@ -42,7 +43,7 @@ def messages() -> Any:
         found = importlib.util.find_spec("coremltools")
         if found is None or found.origin is None:
             raise UserError(
-                "Reading Core ML packages needs coremltools; run: pip install 'dsvl-export[coreml]'."
+                f"Reading Core ML packages needs coremltools; run: {install_command('coremltools')}."
             )
         package = ModuleType(_PROTO)
         package.__path__ = [str(Path(found.origin).parent / "proto")]

@@ -152,6 +152,8 @@ def test_a_compiler_without_its_libraries_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UserError, match=r"needs onnx; run: pip install 'dsvl-export\[export,onnxruntime\]'"):
         load_compiler("onnxruntime")
+    with pytest.raises(UserError, match=r"A debug build needs onnx; run: pip install onnx\."):
+        load_compiler("onnxruntime", debug_build=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,49 @@
+"""What to install for a module that is missing: the smallest package that helps, right for the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+JETSON = Path("/etc/nv_tegra_release")  # a file of JetPack
+# Top-level module → arguments of ``pip install``. An extra stands where its bounds matter or several packages
+# are needed together.
+PACKAGES = {
+    "coreai": "'coreai-core>=1.0.0b3'",
+    "coreai_torch": "'dsvl-export[coreai]'",
+    "coremltools": "'coremltools>=9,<10'",
+    "cuda": "cuda-python",
+    "executorch": "'executorch==1.4.*' 'torch==2.13.*'",
+    "fastapi": "'dsvl-export[serve]'",
+    "huggingface_hub": "huggingface_hub",
+    "jinja2": "'dsvl-export[report]'",
+    "matplotlib": "matplotlib",
+    "ml_dtypes": "ml-dtypes",
+    "onnx": "onnx",
+    "onnxruntime": "'dsvl-export[onnxruntime]'",
+    "optimum": "'dsvl-export[optimum]'",
+    "prometheus_client": "'dsvl-export[serve]'",
+    "ray": "'dsvl-export[ray]'",
+    "tensorrt": "'dsvl-export[tensorrt]'",
+    "tensorrt_rtx": "'dsvl-export[tensorrt-rtx]'",
+    "torch": "'dsvl-export[export]'",
+    "torchao": "torchao",
+    "transformers": "transformers",
+    "uvicorn": "'dsvl-export[serve]'",
+}
+# What JetPack has, or has in one version alone.
+ON_JETSON = {
+    "cuda": "pip install 'cuda-python==12.6.*' (JetPack 6), or 'cuda-python==13.*' (JetPack 7)",
+    "tensorrt": "python3 -m venv --system-site-packages ENVIRONMENT, for JetPack's own",
+}
+
+
+def on_jetson() -> bool:
+    return JETSON.exists()
+
+
+def install_command(module: str) -> str:
+    """The command that brings a module, by its dotted name; an unknown one is taken for its own package."""
+    top = module.partition(".")[0]
+    if top in ON_JETSON and on_jetson():
+        return ON_JETSON[top]
+    return f"pip install {PACKAGES.get(top, top)}"
