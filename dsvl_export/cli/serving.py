@@ -134,7 +134,7 @@ def serve(
             service = LocalService(Bundle.open(bundle), choice, limits)
         config = uvicorn.Config(
             create_app(service, options), log_config=None, access_log=False, http=BoundedProtocol,
-            server_header=False,
+            server_header=False, ws="none",
             timeout_graceful_shutdown=int(timeout) + 5,
         )  # fmt: skip
         if host not in LOOPBACK and not api_key:

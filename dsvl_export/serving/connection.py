@@ -66,6 +66,9 @@ class BoundedProtocol(H11Protocol):
             response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
             for event in (response, h11.Data(body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:  # whose body it was
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def pause_writing(self) -> None:

@@ -44,8 +44,10 @@ class TokenizerProcess(WorkerAsset):
         UserError: it cannot be started.
     """
 
+    asset = TokenizerAsset
+
     def __init__(self, file: Path, spec: PromptSpec) -> None:
-        start = (TokenizerAsset.__module__, TokenizerAsset.__name__)
+        start = (self.asset.__module__, self.asset.__name__)
         super().__init__(start, (str(file), spec), f"The tokenizer {file}")
 
     @property

@@ -70,7 +70,7 @@ def serving(bundle: Bundle, options: ServeOptions | None = None, **choice: Any) 
 def running(app: ASGIApp) -> Iterator[str]:
     """The address of an application; at the end it is stopped and closed."""
     opened = _listen("127.0.0.1", 0)
-    config = uvicorn.Config(app, http=BoundedProtocol, log_config=None)
+    config = uvicorn.Config(app, http=BoundedProtocol, log_config=None, ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     thread.start()
