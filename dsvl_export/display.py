@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,6 +121,21 @@ def _widened(rung: Rung, result: ParityResult) -> str:
     return f"the precision itself costs the reference {errors.noise:.1e} on golden {errors.golden}"
 
 
+def describe_verdict(kept: Mapping[str, Any]) -> str:
+    """A verdict of a manifest with what restricts it: ``passed (simulated by ...)``.
+
+    A bare ``passed`` is for what ran on the target's own runtime within the shipped tolerances.
+    """
+    verdict = str(kept.get("verdict", "not run"))
+    if verdict not in ("passed", "failed"):
+        return verdict
+    execution = str(kept.get("execution", "on what is not recorded"))
+    remarks = [] if execution.startswith("ran on ") else [execution]
+    if kept.get("tolerances", "shipped") != "shipped":
+        remarks.append("with other tolerances than the shipped ones")
+    return f"{verdict} ({', '.join(remarks)})" if remarks else verdict
+
+
 def bundle_tables(bundle: Bundle) -> list[Table]:
     """What a bundle holds."""
     manifest = bundle.manifest
@@ -141,8 +156,8 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
         artifacts.add_column(heading)
     for item in manifest.artifacts:
         weight = size(sum(manifest.files[path].bytes for path in item.files))
-        verdict = manifest.parity.get(f"{item.backend}/{item.precision}", {}).get("verdict", "not run")
-        artifacts.add_row(item.backend, item.precision, item.component, weight, verdict)
+        verdict = describe_verdict(manifest.parity.get(f"{item.backend}/{item.precision}", {}))
+        artifacts.add_row(item.backend, item.precision, item.component, weight, escape(verdict))
     contracts = Table(title="Contracts")
     for heading in ("component", "tensor", "dtype", "shape", "meaning"):
         contracts.add_column(heading)

@@ -31,14 +31,15 @@ def lint(
 ) -> None:
     """Say what TensorRT would refuse of ONNX files, before any build: node, rule and remedy.
 
-    Of a bundle, the files for ONNX Runtime are checked by the rules of quantization alone.
+    Of a bundle, files for other runtimes are listed as not checked. Without --target, --tensorrt and --sm,
+    the rules of quantization are tried on files for ONNX Runtime.
 
-    Exit code 1: something would be refused, or taken for something else.
+    Exit code 1: something would be refused, or taken for something else; 3: nothing could be checked.
 
     Example: dsvl-export lint model.onnx --target jetson-orin
     """
     from dsvl_export import display
-    from dsvl_export.linting import lint_path
+    from dsvl_export.linting import lint_path, summary
 
     found = lint_path(path, tensorrt, target, sm)
     if as_json:
@@ -48,15 +49,14 @@ def lint(
     else:
         for file, findings in found.items():
             for finding in findings:
-                print(f"{file}: {'' if finding.harmful else 'unusual: '}{finding}")
-        broken = sum(any(finding.harmful for finding in findings) for findings in found.values())
-        print(
-            f"{broken} of {len(found)} files break a rule."
-            if broken
-            else f"All {len(found)} files keep the rules."
-        )
-    if any(finding.harmful for findings in found.values() for finding in findings):
+                word = "" if finding.harmful else f"{finding.effect}: "
+                print(f"{file}: {word}{finding}")
+        print(summary(found))
+    checked = [findings for findings in found.values() if all(finding.checked for finding in findings)]
+    if any(finding.harmful for findings in checked for finding in findings):
         raise typer.Exit(1)
+    if not checked:
+        raise typer.Exit(3)
 
 
 @app.command("build-engine")

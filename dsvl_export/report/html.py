@@ -44,12 +44,18 @@ def render(document: dict[str, Any], images: Path) -> str:
     judged = any(rung["errors"] for rung in document["rungs"])
     return environment.get_template("report.html.j2").render(
         report=document,
-        word=WORDS[document["verdict"]],
+        word=_word(document),
         summary=_summary(document),
         ladder=Markup(ladder_plot(document["rungs"])) if judged else "",
         drift=[(row, Markup(drift_plot(row)) if row["taps"] else "") for row in document["drift"]],
         thumbnails={name: _thumbnail(images / name) for name in sorted(names)},
     )
+
+
+def _word(document: dict[str, Any]) -> str:
+    """The verdict, and whether a substitute stood for the target's own runtime."""
+    word, kind = WORDS[document["verdict"]], document["execution"]["kind"]
+    return f"{word}, {kind}" if document["verdict"] != "not judged" and kind != "ran" else word
 
 
 def _summary(document: dict[str, Any]) -> str:

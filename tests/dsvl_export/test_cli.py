@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from dsvl_export.defects import Defect
+from dsvl_export.display import describe_verdict
 from dsvl_export.ladder.tolerances import load_tolerances
 from dsvl_export.planner.targets import find_target, measured
 from dsvl_export.units import size
@@ -159,6 +160,37 @@ def test_compare_command(run, tiny_bundle: Bundle, tmp_path: Path) -> None:
     document = json.loads(run(*ask, "--json").out)
     assert document["reference"] == f"{tiny_bundle.folder} onnxruntime fp32"
     assert refused(run(*ask, "--precision-a", "int8"), "holds no int8")
+
+
+@pytest.mark.parametrize(
+    ("kept", "shown"),
+    [
+        ({}, "not run"),
+        ({"verdict": "passed", "execution": "ran on cpu with onnxruntime 1.32.0"}, "passed"),
+        ({"verdict": "passed", "execution": "simulated by X 1.2"}, "passed (simulated by X 1.2)"),
+        ({"verdict": "failed", "execution": "simulated by X 1.2"}, "failed (simulated by X 1.2)"),
+        (
+            {"verdict": "passed", "execution": "built by A, numerics by B"},
+            "passed (built by A, numerics by B)",
+        ),
+        ({"verdict": "not judged", "execution": "not run: no GPU"}, "not judged"),
+        ({"verdict": "passed"}, "passed (on what is not recorded)"),
+        (
+            {"verdict": "passed", "execution": "ran on cpu with x 1", "tolerances": "overridden"},
+            "passed (with other tolerances than the shipped ones)",
+        ),
+    ],
+)
+def test_a_bare_passed_is_for_what_ran(bundle_copy: Path, run, kept: dict, shown: str) -> None:
+    assert describe_verdict(kept) == shown
+    manifest = bundle_copy / "manifest.json"
+    raw = json.loads(manifest.read_text())
+    rows = {"goldens": 1, "report": "reports/x.json", **kept}
+    raw["parity"] = {"onnxruntime/fp32": rows, "onnxruntime/fp16": rows} if kept else {}
+    manifest.write_text(json.dumps(raw))
+    rows = [line for line in run("inspect", bundle_copy).out.splitlines() if "onnxruntime" in line]
+    assert len(rows) == 6
+    assert all(line.rstrip("│ ").endswith(shown) for line in rows), rows
 
 
 def test_inspect_and_verify(run, bundle_copy: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import onnx
@@ -9,8 +10,10 @@ import pytest
 from packaging.version import Version
 
 from dsvl_export.engines.building import EngineSettings, build_engine
-from dsvl_export.linter import Release, lint
+from dsvl_export.linter import Finding, Release, lint
 from dsvl_export.linter.operators import RULES, operator_table
+from dsvl_export.linting import summary
+from runtimes.bundle import Bundle
 from runtimes.contracts import Contract, TensorSpec
 from runtimes.errors import UserError
 from tests.dsvl_export.linter_corpus import CASES, Case, quantized, unary
@@ -128,4 +131,39 @@ def test_a_file_for_a_newer_tensorrt_is_named_as_such(tmp_path: Path) -> None:
     assert (
         str(found)
         == "the file: TensorRT 10.3 knows opsets up to 21, this is 24; export it for TensorRT 10.3."
+    )
+
+
+def test_what_was_not_checked_is_not_reported_as_good(tiny_bundle: Bundle, run) -> None:
+    """Files for ONNX Runtime: for a target that does not run them, nothing is said of them."""
+    for wanted in (["--target", "jetson-orin"], ["--tensorrt", "11.4"], ["--sm", "87"]):
+        done = run("lint", tiny_bundle.folder, *wanted)
+        assert done.code == 3
+        assert done.out.endswith("Nothing was checked: none of 6 files is for TensorRT.\n")
+        assert done.out.count("not checked: the file: it is for onnxruntime, not for TensorRT") == 6
+        listed = run("lint", tiny_bundle.folder, *wanted, "--json")
+        assert listed.code == 3
+        found = json.loads(listed.out)
+        assert {row["effect"] for rows in found.values() for row in rows} == {"not checked"}
+    file = tiny_bundle.folder / "onnxruntime/fp32/decoder/decoder.onnx"
+    alone = run("lint", file, "--target", "jetson-orin")
+    assert alone.code == 1 and "GroupQueryAttention" in alone.out
+    assert run("lint", tiny_bundle.folder).code == 0
+
+
+def test_a_target_without_tensorrt_is_refused(tiny_bundle: Bundle, run) -> None:
+    for target in ("iphone", "android", "cpu"):
+        done = run("lint", tiny_bundle.folder, "--target", target)
+        assert done.code == 2
+        assert "lint checks files for TensorRT, which" in done.err and "jetson-agx-orin" in done.err
+
+
+def test_files_of_both_kinds_are_counted_apart() -> None:
+    fine: list[Finding] = []
+    apart = [Finding("the file", "not-checked", "not checked", "it is for coreml", "export it")]
+    bad = [Finding("x", "operator", "refused", "no", "do")]
+    assert summary({Path("a"): fine, Path("b"): fine}) == "All 2 files keep the rules."
+    assert summary({Path("a"): fine, Path("b"): apart}) == "1 files keep the rules, 1 more were not checked."
+    assert summary({Path("a"): fine, Path("b"): bad, Path("c"): apart}).startswith(
+        "1 of 2 files break a rule"
     )
