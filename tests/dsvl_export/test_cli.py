@@ -62,14 +62,15 @@ def test_chat_remembers_the_image(
     run, tiny_bundle: Bundle, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = ["Count the shapes in the picture.", "Describe the picture.", "/reset", "/image nowhere.png",
-             f"/image {pictures[1]}", "Describe the picture.", "<image_placeholder>?", "/odd", "/quit"]  # fmt: skip
+             f"/image {pictures[1]}", "Describe the picture.", "<image_placeholder>?",
+             f"/image {pictures[0]}", 2 * "<image_placeholder>", "/odd", "/quit"]  # fmt: skip
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     done = run("chat", tiny_bundle.folder, "--image", pictures[0])
     assert done.code == 0
-    assert done.out.count("Model: ") == 3
-    assert done.out.count("The ") == 2
+    assert done.out.count("Model: ") == 4
+    assert done.out.count("The ") == 3
     assert "There is no image file nowhere.png" in done.err
-    assert "placeholder" in done.err
+    assert "have 2 <image_placeholder> but 1 images were given" in done.err
     monkeypatch.setattr(sys, "stdin", io.StringIO("Count the shapes in the picture.\nHello\n"))
     machine = run("chat", tiny_bundle.folder, "--image", pictures[0], "--json")
     assert [json.loads(line)["finish_reason"] for line in machine.out.splitlines()] == ["eos", "eos"]
