@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import RLock
 from time import perf_counter
 from typing import Any, Union
 
@@ -28,11 +30,29 @@ GREEDY = GenerationOptions()
 PARTS = ("vision_encoder", "adaptor", "decoder")  # components that a session runs
 
 
+MOST_STREAMS = 16  # open at once; each has a KV cache
+
+
+@dataclass
+class _Conversation:
+    """A KV cache, what it holds, position by position, and whether an open stream uses it."""
+
+    cache: KVCache
+    keys: list[Key] = field(default_factory=list)
+    open: bool = False
+
+
 class Pipeline:
     """A model that answers: components of one backend and precision, and a KV cache that is reused.
 
     The cache of the last conversation is kept: a prompt that begins like the last one (the next
     turn of a chat, another question about the same image) prefills only what is new.
+
+    Several threads may use one pipeline. They take turns: a call (``chat``, ``generate``,
+    ``generate_batch``) runs from its beginning to its end, a stream one step at a time. Streams may be
+    interleaved, in one thread or in several: each open stream has a KV cache of its own until it ends, is
+    closed, or is no longer referenced. At most 16 can be open. ``Scheduler`` and ``serve`` decode several
+    requests together, which is faster.
 
     Args:
         capacity: tokens of that cache.
@@ -42,9 +62,8 @@ class Pipeline:
     def __init__(self, chain: Chain, system_prompt: str, capacity: int, longest: int | None = None) -> None:
         self.chain, self.system_prompt, self.capacity = chain, system_prompt, capacity
         self.longest = longest
-        self._cache: KVCache | None = None
-        self._keys: list[Key] = []  # what the cache holds, position by position
-        self._requests = 0
+        self._conversations: list[_Conversation] = []  # of open streams, and the last one
+        self._turn = RLock()  # sessions run one call at a time
 
     @classmethod
     def open(
@@ -120,7 +139,8 @@ class Pipeline:
         Raises:
             UserError: images and their places do not match, or the prompt exceeds the capacity.
         """
-        return self._last(self.stream_chat(messages, images, options))
+        with self._turn:
+            return self._last(self.stream_chat(messages, images, options))
 
     def stream_chat(
         self,
@@ -150,30 +170,51 @@ class Pipeline:
         In a raw prompt, every control token that is spelled is that token, ``<image_placeholder>`` included:
         do not build it from other people's text. What ``format`` returns keeps text and control tokens apart.
         """
-        return self._last(self.stream(prompt, images, options))
+        with self._turn:
+            return self._last(self.stream(prompt, images, options))
 
     def stream(
         self, prompt: str, images: Sequence[ImageSource] = (), options: GenerationOptions = GREEDY
     ) -> Iterator[tuple[str, Answer]]:
-        """As ``generate``, yielding each new piece of text with the answer so far."""
+        """As ``generate``, yielding each new piece of text with the answer so far.
+
+        Raises:
+            UserError: as ``generate``; also where too many streams are open.
+        """
         started = perf_counter()
         asked = self.chain.prepare(prompt, _listed(images))
-        cache, reused = self._prepare(asked)
-        self._requests += 1
-        request = self._requests
+        asked.check_fits(self.capacity)
+        with self._turn:
+            conversation = self._conversation()
+            conversation.open = True
+        steps = self._steps(asked, conversation, options, started)
+        try:
+            while True:
+                with self._turn:
+                    step = next(steps, None)
+                if step is None:
+                    return
+                yield step
+        finally:
+            conversation.open = False
+
+    def _steps(
+        self, asked: Prompt, conversation: _Conversation, options: GenerationOptions, started: float
+    ) -> Iterator[tuple[str, Answer]]:
+        """Each new piece of text with the answer so far."""
+        cache, shared = conversation.cache, asked.shared_with(conversation.keys)
+        cache.rewind(cache.length - shared)
         # Until the prompt is in, the cache vouches only for what it shares with the last one.
-        self._keys = asked.keys[:reused]
-        logits = self.chain.prefill(self.chain.embed(asked, reused), cache)
-        self._keys = list(asked.keys)
+        conversation.keys = asked.keys[:shared]
+        logits = self.chain.prefill(self.chain.embed(asked, shared), cache)
+        conversation.keys = list(asked.keys)
         decoding = Decoding(self.chain, asked.tokens, options, started)
-        writer = decoding.writer
-        writer.answer.reused_tokens = reused
+        answer = decoding.writer.answer
+        answer.reused_tokens = shared
         for piece in generate_one(self.chain, logits, cache, decoding):
-            written = writer.answer.tokens[: cache.length - len(asked.keys)]
-            self._keys = asked.keys + [("", token) for token in written]
-            yield piece, writer.answer
-            if request != self._requests and not writer.finished:
-                raise UserError("Another request took over the pipeline's KV cache; finish one stream first.")
+            written = answer.tokens[: cache.length - len(asked.keys)]
+            conversation.keys = asked.keys + [("", token) for token in written]
+            yield piece, answer
 
     def generate_batch(
         self,
@@ -187,6 +228,10 @@ class Pipeline:
         prompts = [self.chain.prepare(text, _listed(images)) for text, images in requests]
         for prompt in prompts:
             prompt.check_fits(self.capacity)
+        with self._turn:
+            return self._batch(prompts, options, started)
+
+    def _batch(self, prompts: Sequence[Prompt], options: GenerationOptions, started: float) -> list[Answer]:
         cache = self.chain.decoder.new_cache(len(prompts), self.capacity)
         logits = [
             self.chain.prefill(self.chain.embed(prompt), cache.row(row)) for row, prompt in enumerate(prompts)
@@ -198,16 +243,20 @@ class Pipeline:
 
     def reset(self) -> None:
         """Forget the last conversation; the cache's memory is kept."""
-        self._keys = []
+        with self._turn:
+            for conversation in self._conversations:
+                if not conversation.open:
+                    conversation.keys = []
 
-    def _prepare(self, prompt: Prompt) -> tuple[KVCache, int]:
-        """The cache, rewound to the longest beginning that it shares with the prompt, and its length."""
-        prompt.check_fits(self.capacity)
-        if self._cache is None:
-            self._cache = self.chain.decoder.new_cache(1, self.capacity)
-        shared = prompt.shared_with(self._keys)
-        self._cache.rewind(self._cache.length - shared)
-        return self._cache, shared
+    def _conversation(self) -> _Conversation:
+        """The last conversation that no open stream uses, or a new one; other unused ones are dropped."""
+        unused = [each for each in self._conversations if not each.open][-1:]
+        self._conversations = [each for each in self._conversations if each.open]
+        if len(self._conversations) >= MOST_STREAMS:
+            raise UserError(f"{MOST_STREAMS} streams of this pipeline are open; finish or close one first.")
+        conversation = unused[0] if unused else _Conversation(self.chain.decoder.new_cache(1, self.capacity))
+        self._conversations.append(conversation)
+        return conversation
 
     @staticmethod
     def _last(pieces: Iterator[tuple[str, Answer]]) -> Answer:

@@ -122,7 +122,7 @@ def test_copying_takes_few_calls_and_gives_the_same(
     answers = {}
     for drafts in (False, True):
         parrot = Parrot(pipeline, script)
-        pipeline.chain.decoder, pipeline._cache = parrot, None
+        pipeline.chain.decoder, pipeline._conversations = parrot, []
         monkeypatch.setattr("runtimes.generate.perf_counter", partial(getattr, parrot, "calls"))
         pipeline.reset()
         options = GenerationOptions(max_new_tokens=len(document) + 1, drafts=drafts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from reference.checkpoint import open_checkpoint
 from reference.session import reference_chain
 from runtimes.bundle import Bundle, Engine
 from runtimes.errors import UserError
-from runtimes.pipeline import Pipeline, needed_memory
+from runtimes.pipeline import MOST_STREAMS, Pipeline, needed_memory
 from runtimes.preprocess import load_image, preprocess
 from runtimes.prompt import IMAGE_PLACEHOLDER, Message
 from runtimes.sampling import GenerationOptions
@@ -95,14 +97,58 @@ def test_an_abandoned_stream_leaves_a_usable_pipeline(pipeline: Pipeline, pictur
     assert pipeline.chat(DESCRIBE, [pictures[0]], LONG).tokens == expected
 
 
-def test_interleaved_streams_are_refused(pipeline: Pipeline, pictures: list[Path]) -> None:
-    """There is one cache; the second request is right, the first is told."""
-    first = pipeline.stream_chat(DESCRIBE, [pictures[0]], LONG)
-    next(first)
-    answer = pipeline.chat(DESCRIBE, [pictures[1]], LONG)
-    with pytest.raises(UserError, match="Another request took over"):
-        list(first)
-    assert pipeline.chat(DESCRIBE, [pictures[1]], LONG).tokens == answer.tokens
+@pytest.fixture
+def alone(pipeline: Pipeline, pictures: list[Path]) -> list[list[int]]:
+    """The answer about each picture, asked one after the other."""
+    return [pipeline.chat(DESCRIBE, [picture], LONG).tokens for picture in pictures]
+
+
+def test_interleaved_streams_are_right(
+    pipeline: Pipeline, pictures: list[Path], alone: list[list[int]]
+) -> None:
+    """In one thread; calls between their steps too, and what ended or was dropped frees its place."""
+    streams = [pipeline.stream_chat(DESCRIBE, [picture], LONG) for picture in pictures]
+    answers = {}
+    for steps in zip_longest(*streams):
+        answers |= {place: step[1].tokens for place, step in enumerate(steps) if step}
+        assert pipeline.chat(DESCRIBE, [pictures[1]], SHORT).tokens == alone[1][:3]
+    assert list(answers.values()) == alone
+    assert pipeline.chat(DESCRIBE, [pictures[1]], LONG).reused_tokens
+    assert len(pipeline._conversations) == 1
+
+
+def test_streams_that_are_left_open(pipeline: Pipeline, pictures: list[Path], alone: list[list[int]]) -> None:
+    """They block nobody; too many are refused; one that is dropped or closed makes room."""
+    streams = [pipeline.stream_chat("Hi", [], SHORT) for _ in range(MOST_STREAMS)]
+    assert all([next(stream) for stream in streams])
+    with pytest.raises(UserError, match="16 streams of this pipeline are open; finish or close one first"):
+        pipeline.chat(DESCRIBE, [pictures[0]], LONG)
+    streams.pop()
+    assert pipeline.chat(DESCRIBE, [pictures[0]], LONG).tokens == alone[0]
+    next(late := pipeline.stream_chat("Hi", [], SHORT))
+    late.close()
+    assert pipeline.chat(DESCRIBE, [pictures[1]], LONG).tokens == alone[1]
+
+
+def test_eight_threads(pipeline: Pipeline, pictures: list[Path], alone: list[list[int]]) -> None:
+    """Calls and streams of one pipeline; the steps of a stream may run in different threads."""
+
+    def call(place: int) -> list[int]:
+        return pipeline.chat(DESCRIBE, [pictures[place]], LONG).tokens
+
+    def read(place: int) -> list[int]:
+        *_, (_, answer) = pipeline.stream_chat(DESCRIBE, [pictures[place]], LONG)
+        return answer.tokens
+
+    places = list(range(len(pictures))) * 6
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit((call, read)[turn % 2], place) for turn, place in enumerate(places)]
+        wandering = pipeline.stream_chat(DESCRIBE, [pictures[0]], LONG)
+        answer = None
+        while step := pool.submit(next, wandering, None).result():
+            answer = step[1]
+        assert [job.result() for job in jobs] == [alone[place] for place in places]
+    assert answer is not None and answer.tokens == alone[0]
 
 
 def test_one_image_instead_of_a_list(pipeline: Pipeline, pictures: list[Path]) -> None:
