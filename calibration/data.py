@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import UserError
-from runtimes.preprocess import load_image
+from runtimes.images import load_image
 
 BUNDLED = Path(__file__).parent / "bundled" / "questions.jsonl"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

@@ -20,8 +20,8 @@ from reference.model import DeepSeekVL
 from reference.session import reference_chain
 from runtimes.chain import Chain
 from runtimes.goldens import greedy, teacher_forced
+from runtimes.images import ImageSource
 from runtimes.measures import kl_divergence
-from runtimes.preprocess import ImageSource
 
 ANSWER_TOKENS = 32
 

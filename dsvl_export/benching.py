@@ -25,11 +25,12 @@ from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.cache import cache_bytes
 from runtimes.errors import UserError
+from runtimes.images import ImageSource
 from runtimes.installation import install_command
 from runtimes.memory import widening
 from runtimes.onnxruntime import prefill_file
 from runtimes.pipeline import Pipeline, check_files, compiled_capacity
-from runtimes.preprocess import ImageSource, preprocess
+from runtimes.preprocess import preprocess
 from runtimes.session import Execution
 
 CONTEXTS = (128, 512, 1024, 2048)

@@ -9,8 +9,8 @@ from pathlib import Path
 from dsvl_export.display import err
 from runtimes.errors import UserError
 from runtimes.generate import Answer
+from runtimes.images import load_image
 from runtimes.pipeline import Pipeline
-from runtimes.preprocess import load_image
 from runtimes.prompt import Message, place_images
 from runtimes.sampling import GenerationOptions
 

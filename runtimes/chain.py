@@ -13,7 +13,8 @@ import numpy as np
 from runtimes.cache import KVCache
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
-from runtimes.preprocess import ImageSource, PreprocessSpec, preprocess
+from runtimes.images import ImageSource
+from runtimes.preprocess import PreprocessSpec, preprocess
 from runtimes.session import ComponentSession, DecoderSession
 from runtimes.tokenizer import Tokenizer, expand_images
 

@@ -18,8 +18,8 @@ from runtimes.chain import Chain, Key, Prompt
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 from runtimes.generate import Answer, Decoding, Writer, generate, generate_one
+from runtimes.images import ImageSource
 from runtimes.memory import widening
-from runtimes.preprocess import ImageSource
 from runtimes.prompt import Message, PromptText, format_chat, place_images
 from runtimes.sampling import GenerationOptions
 from runtimes.session import SessionOptions

@@ -16,7 +16,8 @@ from runtimes.cache import cache_bytes
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens import GREEDY_TOKENS, Golden, check_finite, greedy, load_golden, save_golden
-from runtimes.preprocess import load_image, resize_and_pad, to_pixel_values
+from runtimes.images import load_image
+from runtimes.preprocess import resize_and_pad, to_pixel_values
 from runtimes.taps import Taps
 from runtimes.tokenizer import expand_images
 

@@ -14,7 +14,8 @@ from dsvl_export.ladder.result import ParityResult, TokenComparison
 from dsvl_export.ladder.stages import STEPS, Goldens, stages
 from runtimes.chain import Chain
 from runtimes.goldens import Golden, greedy
-from runtimes.preprocess import load_image, resize_and_pad
+from runtimes.images import load_image
+from runtimes.preprocess import resize_and_pad
 
 
 def climb(

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from dsvl_export.report.plots import drift_plot, ladder_plot
 from dsvl_export.units import size
 from runtimes.errors import UserError
-from runtimes.preprocess import load_image
+from runtimes.images import load_image
 from runtimes.prompt import IMAGE_PLACEHOLDER
 
 THUMBNAIL = 220  # pixels, longest side

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dsvl_export.serving.errors import RequestError
 from runtimes.errors import UserError, first_line
-from runtimes.preprocess import load_image
+from runtimes.images import load_image
 
 FETCH_SECONDS = 10
 PIECE = 1 << 16  # bytes that are fetched at a time

@@ -15,8 +15,9 @@ from reference.checkpoint import open_checkpoint
 from reference.session import reference_chain
 from runtimes.bundle import Bundle, Engine
 from runtimes.errors import UserError
+from runtimes.images import load_image
 from runtimes.pipeline import MOST_STREAMS, Pipeline, needed_memory
-from runtimes.preprocess import load_image, preprocess
+from runtimes.preprocess import preprocess
 from runtimes.prompt import IMAGE_PLACEHOLDER, Message
 from runtimes.sampling import GenerationOptions
 

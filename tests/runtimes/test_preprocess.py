@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from runtimes.errors import UserError
-from runtimes.preprocess import PreprocessSpec, load_image, preprocess, resize_and_pad
+from runtimes.images import load_image
+from runtimes.preprocess import PreprocessSpec, preprocess, resize_and_pad
 
 SPEC = PreprocessSpec(128, 14, (0.5,) * 3, (0.5,) * 3, (127, 127, 127), 1 / 255, False)
 

@@ -1,0 +1,180 @@
+"""Images from files, requests and other people's programs: which are read, and what is made of them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import struct
+import warnings
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from runtimes.errors import UserError, first_line
+
+ImageSource = Union[str, Path, bytes, Image.Image, np.ndarray]
+# Pillow reads others, some of which start programs (EPS runs Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PLUGIN_FORMATS = ("AVIF", "HEIF")  # where Pillow was built with them, or a plug-in is registered
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+DARK = 15  # of 255: the brightest pixel of 12-bit values in a 16-bit file
+_TURNS: dict[Any, Image.Transpose] = {  # orientation → turn
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow raises at damaged tags, which then say nothing.
+_BAD_TAGS = (
+    OSError,
+    SyntaxError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    struct.error,
+)
+
+
+class ImageWarning(UserWarning):
+    """An image was read, but the model hardly sees what its author meant."""
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """An upright 8-bit RGB image from a file, bytes, a Pillow image or an ``[H, W, 3]`` uint8 array.
+
+    The EXIF orientation is applied, and no other tag is read; 16-bit values are scaled to 8 bits; alpha is
+    dropped, as in the original; of several frames, the first is taken.
+
+    Warns:
+        ImageWarning: the file has 16 bits per channel but uses less than 12 of them, so it comes out dark.
+
+    Raises:
+        UserError: it is no image of ``FORMATS``, is damaged, or has more than ``Image.MAX_IMAGE_PIXELS``
+            pixels, which its header says before anything is decoded.
+    """
+    name = str(source) if isinstance(source, (str, Path)) else "the given image"
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            raise UserError(f"An image array must be uint8[H, W, 3], got {source.dtype}{list(source.shape)}.")
+        _check_size(source.shape[1], source.shape[0], name)
+        return Image.fromarray(source)
+    try:
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source, name)
+        with _open(source, name) as image:
+            return _upright_rgb(image, name)
+    except UserError:
+        raise
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"There is no image file {name}.") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise _too_large(name) from error
+    except Exception as error:  # Pillow's decoders and plug-ins raise whatever they meet
+        raise UserError(f"{name} cannot be decoded: {first_line(error)}.") from error
+
+
+def _open(source: str | Path | bytes, name: str) -> Image.Image:
+    """The image with its header read."""
+    try:
+        return _open_registered(source)
+    except UnidentifiedImageError as error:
+        head = source[:64] if isinstance(source, bytes) else _head(Path(source))
+        brand, brands = head[8:12], head[8:]
+        is_container = head[4:8] == b"ftyp"
+        if is_container and (b"avif" in brands or b"avis" in brands):
+            raise UserError(
+                f"{name} is an AVIF image, which needs Pillow 11.3 or later with AVIF;"
+                " run: pip install --upgrade pillow."
+            ) from error
+        if is_container and brand in HEIC_BRANDS:
+            if "HEIF" not in Image.OPEN and importlib.util.find_spec("pillow_heif"):
+                importlib.import_module("pillow_heif").register_heif_opener()
+                return _open_registered(source)
+            raise UserError(
+                f"{name} is a HEIC image, which needs pillow-heif; run: pip install pillow-heif."
+            ) from error
+        known = ", ".join(FORMATS)
+        raise UserError(f"{name} is no image that can be read; it may be {known}, AVIF or HEIC.") from error
+
+
+def _open_registered(source: str | Path | bytes) -> Image.Image:
+    Image.init()  # registers Pillow's own formats, once
+    formats = (*FORMATS, *(name for name in PLUGIN_FORMATS if name in Image.OPEN))
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as handle:
+        return handle.read(64)
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    """Raise UserError where an image has more pixels than Pillow's limit, which may be None."""
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise _too_large(name)
+
+
+def _too_large(name: str) -> UserError:
+    return UserError(f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels, too many to decode safely.")
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    _check_size(*image.size, name)
+    wide = _stores_sixteen_bits(image)
+    image.load()
+    _check_size(*image.size, name)
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    turn = _turn(image)
+    if turn is not None:
+        image = image.transpose(turn)
+    image = _to_rgb(image)
+    if wide and np.asarray(image).max() <= DARK:
+        warnings.warn(
+            f"{name} has 16 bits per channel but uses the lowest 12 or fewer, so the model sees a dark"
+            " picture; scale its values to 0 to 65535.",
+            ImageWarning,
+            stacklevel=3,
+        )
+    return image
+
+
+def _stores_sixteen_bits(image: Image.Image) -> bool:
+    """Whether Pillow takes the upper half of 16-bit values; asked before it has loaded the image."""
+    raw_modes = [
+        part
+        for tile in getattr(image, "tile", [])
+        for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],))
+        if isinstance(part, str)
+    ]
+    return image.mode.startswith("I;16") or any("16" in mode for mode in raw_modes)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What the EXIF orientation asks for; nothing where there is none that can be read.
+
+    Pillow's ``exif_transpose`` writes all other tags again, which fails for many that cameras wrote.
+    """
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except _BAD_TAGS:
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint16)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no defined white; convert it to 8 or 16 bits")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # Pillow warns of the direct way, which gives the same colours
+    return image.convert("RGB")
