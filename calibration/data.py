@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import UserError
+from runtimes.files import read_json_lines
 from runtimes.images import load_image
 
 BUNDLED = Path(__file__).parent / "bundled" / "questions.jsonl"
@@ -27,10 +27,11 @@ MOST_SKIPPED = 0.1  # share of the images that may be unreadable
 
 @dataclass(frozen=True)
 class Sample:
-    """One request: image files, and a question about them."""
+    """One request: image files, a question about them, and the place that it comes from, for errors."""
 
     images: tuple[Path, ...]
     question: str
+    place: str = ""
 
     @property
     def digest(self) -> str:
@@ -68,9 +69,8 @@ def load_data(data: str, count: int, seed: int = 0) -> CalibrationData:
         raise UserError(f"{data} has no images to calibrate with.")
     order = np.random.default_rng(seed).permutation(len(rows))[:count]
     chosen = [rows[index] for index in sorted(order)]
-    unreadable = {
-        image: why for image in {i for row in chosen for i in row.images} if (why := _unreadable(image))
-    }
+    places = {image: row.place for row in chosen for image in row.images}
+    unreadable = {image: why for image, place in places.items() if (why := _unreadable(image, place))}
     kept = tuple(row for row in chosen if not unreadable.keys() & set(row.images))
     if len(kept) < (1 - MOST_SKIPPED) * len(chosen):
         first = next(iter(unreadable.values()))
@@ -80,11 +80,11 @@ def load_data(data: str, count: int, seed: int = 0) -> CalibrationData:
     return CalibrationData(tuple(distinct.values()), tuple(sorted(map(str, unreadable))))
 
 
-def _unreadable(image: Path) -> str | None:
+def _unreadable(image: Path, place: str) -> str | None:
     try:
         load_image(image)
     except UserError as error:
-        return str(error)
+        return str(error).removesuffix(".") + place + "."
     return None
 
 
@@ -94,24 +94,18 @@ def _folder(folder: Path) -> list[Sample]:
 
 
 def _lines(file: Path) -> Iterator[Sample]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UserError(f"The calibration data {file} cannot be read: {reason}.") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield from _rows(json.loads(line), file.parent)
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"Line {number} of {file} is no calibration sample ({error}).") from error
+    for number, row in read_json_lines(file, "calibration data"):
+        try:
+            yield from _rows(row, file.parent, f", line {number} of {file}")
+        except (KeyError, TypeError) as error:
+            raise UserError(f"Line {number} of {file} is no calibration sample ({error}).") from error
 
 
-def _rows(row: Any, folder: Path) -> Iterator[Sample]:
+def _rows(row: Any, folder: Path, place: str) -> Iterator[Sample]:
     images = row["images"] if "images" in row else [row["image"]]
     prompts = row["prompts"] if "prompts" in row else [row["prompt"]]
     for values in (images, prompts):
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise TypeError("images and prompts must be lists of texts")
     for prompt in prompts:
-        yield Sample(tuple(folder / name for name in images), prompt)
+        yield Sample(tuple(folder / name for name in images), prompt, place)

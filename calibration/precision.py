@@ -20,6 +20,7 @@ from torch import nn
 from reference.config import ModelConfig
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, build_component
 from runtimes.errors import UserError
+from runtimes.yaml_files import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 KINDS = ("float", "int8", "fp8", "int8-weights", "int4", "palette4")
@@ -244,14 +245,7 @@ def read_plan(file: Path) -> PrecisionPlan:
         UserError: it cannot be read, or is no plan.
     """
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UserError(f"The precision plan {file} cannot be read: {reason}.") from error
-    except (yaml.YAMLError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
-    try:
-        return replace(_parse(raw), name=file.stem)
+        return replace(_parse(read_yaml(file, "precision plan")), name=file.stem)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is no precision plan: {str(error).strip(chr(39))}.") from error
 

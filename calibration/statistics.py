@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from calibration.data import Sample
@@ -26,8 +25,10 @@ from reference.session import reference_chain
 from reference.trace import TRACED_COMPONENTS
 from runtimes.chain import Chain
 from runtimes.errors import UserError
+from runtimes.files import parse_json
 from runtimes.goldens import greedy
 from runtimes.prompt import Message, format_chat, place_images
+from runtimes.tensor_files import save_tensors
 
 GROUP = 8  # samples whose answers are decoded together
 ANSWER_TOKENS = 32
@@ -79,15 +80,9 @@ class Statistics:
             for part, array in seen.to_tensors().items()
         }
         texts = {"checkpoint": self.checkpoint, "keep": str(self.keep), "samples": json.dumps(self.samples)}
-        temporary = file.with_name(f".{file.name}")
         try:
-            save_file(
-                {name: np.ascontiguousarray(a) for name, a in tensors.items()}, temporary, metadata=texts
-            )
-            temporary.chmod(0o644)
-            temporary.replace(file)
+            save_tensors(tensors, file, texts)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(f"The statistics {file} cannot be written: {error}.") from error
 
     @classmethod
@@ -101,8 +96,15 @@ class Statistics:
                     name, _, part = key.rpartition("/")
                     parts.setdefault(name, {})[part] = handle.get_tensor(key)
             tensors = {name: TensorStatistics.from_tensors(row) for name, row in parts.items()}
-            return cls(texts["checkpoint"], int(texts["keep"]), json.loads(texts["samples"]), tensors)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
+            return cls(
+                texts["checkpoint"],
+                int(texts["keep"]),
+                parse_json(texts["samples"], "the list of samples"),
+                tensors,
+            )
+        except (
+            SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError, UserError,
+        ) as error:  # fmt: skip
             raise UserError(f"{file} holds no calibration statistics that can be read ({error}).") from error
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import yaml
 from packaging.specifiers import SpecifierSet
 
 from dsvl_export.machine import package_versions
+from runtimes.yaml_files import read_yaml
 
 TABLE = Path(__file__).parent / "defects.yaml"
 
@@ -53,7 +53,7 @@ class Defect:
 
 @cache
 def load_defects() -> tuple[Defect, ...]:
-    return tuple(Defect(**row) for row in yaml.safe_load(TABLE.read_text(encoding="utf-8")))
+    return tuple(Defect(**row) for row in read_yaml(TABLE, "table of defects"))
 
 
 def warnings_for(

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from runtimes.contracts import TensorSpec
 from runtimes.errors import UserError
+from runtimes.files import parse_json
+from runtimes.tensor_files import save_tensors
 
 
 class CapacityError(UserError):
@@ -114,10 +115,9 @@ class KVCache:
     def save(self, file: Path) -> None:
         """Write the used part as safetensors; ``load`` reads it into a cache of any capacity."""
         used = {
-            spec.name: np.ascontiguousarray(array[:, :, : self.length])
-            for spec, array in zip(self.specs, self.arrays, strict=True)
+            spec.name: array[:, :, : self.length] for spec, array in zip(self.specs, self.arrays, strict=True)
         }
-        save_file(used, file, metadata={"lengths": json.dumps(self.lengths.tolist())})
+        save_tensors(used, file, {"lengths": json.dumps(self.lengths.tolist())})
 
     def load(self, file: Path) -> None:
         """Replace the content by a saved one.
@@ -128,10 +128,10 @@ class KVCache:
         """
         try:
             with safe_open(file, framework="np") as handle:
-                lengths = json.loads(handle.metadata()["lengths"])
+                lengths = parse_json(handle.metadata()["lengths"], "the list of lengths")
                 saved = {name: handle.get_tensor(name) for name in handle.keys()}
             length = max(lengths)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, UserError) as error:
             raise UserError(f"{file} holds no saved KV cache ({error}).") from error
         if len(lengths) != self.batch or saved.keys() != {spec.name for spec in self.specs}:
             raise UserError(f"The KV cache in {file} is of another model or batch size.")

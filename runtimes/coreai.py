@@ -7,7 +7,6 @@ runs in a process apart. States stay there, in place.
 from __future__ import annotations
 
 import asyncio
-import json
 import platform
 import threading
 from collections.abc import Coroutine, Mapping
@@ -92,7 +91,7 @@ class CoreAIAsset:
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._functions: dict[str, Any] = {}
         try:
-            sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
+            sizes = read_json(folder / SIZES)
             self._sizes = next(iter(sizes.values()))
             self._wait(self._load(folder, list(sizes)))
         except (OSError, RuntimeError, ValueError, StopIteration) as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from runtimes.errors import UserError
+from runtimes.files import parse_json
 
+MAX_HEADER = 1 << 20  # bytes; it describes one tensor
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
@@ -22,12 +24,17 @@ class TokenEmbedding:
         try:
             with file.open("rb") as handle:
                 header_bytes = int.from_bytes(handle.read(8), "little")
-                entry = json.loads(handle.read(header_bytes))["token_embedding"]
+                if header_bytes > MAX_HEADER:
+                    raise ValueError(f"its header of {header_bytes} bytes is too long")
+                entry = parse_json(handle.read(header_bytes), "its header")["token_embedding"]
             self.dtype, shape = entry["dtype"], tuple(entry["shape"])
-            self.rows = np.memmap(
-                file, _DTYPES[self.dtype], "r", 8 + header_bytes + entry["data_offsets"][0], shape
-            )
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+                raise ValueError(f"it has the shape {shape}")
+            dtype, begin = np.dtype(_DTYPES[self.dtype]), 8 + header_bytes + entry["data_offsets"][0]
+            if not 8 <= begin <= begin + prod(shape) * dtype.itemsize <= file.stat().st_size:
+                raise ValueError(f"it is too short for the shape {shape}")
+            self.rows = np.memmap(file, dtype, "r", begin, shape)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, UserError) as error:
             raise UserError(f"The token embedding {file} cannot be read ({error}).") from error
 
     def lookup(self, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from runtimes.chain import Chain
 from runtimes.errors import UserError
+from runtimes.files import parse_json
+from runtimes.tensor_files import save_tensors
 
 GREEDY_TOKENS = 32
 
@@ -59,7 +60,7 @@ def save_golden(golden: Golden, file: Path) -> None:
         },
     }
     texts = {"checkpoint": golden.checkpoint, "prompt": golden.prompt, "images": json.dumps(golden.images)}
-    save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, file, metadata=texts)
+    save_tensors(tensors, file, texts)
 
 
 def tokens_of_golden(file: Path) -> int:
@@ -89,12 +90,12 @@ def load_golden(file: Path) -> Golden:
         golden = Golden(
             checkpoint=texts["checkpoint"],
             prompt=texts["prompt"],
-            images=tuple(json.loads(texts["images"])),
+            images=tuple(parse_json(texts["images"], "the list of images")),
             features=features,
             taps=taps,
             **tensors,
         )
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(
             f"{file} is no golden that can be read ({error}); export the bundle again."
         ) from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from runtimes.errors import UserError
+from runtimes.files import read_json_lines
 from runtimes.pipeline import Pipeline
 from runtimes.prompt import Message
 from runtimes.sampling import GenerationOptions
@@ -81,20 +82,14 @@ def load_task(file: Path) -> list[TaskItem]:
     Raises:
         UserError: the file is missing, or a line cannot be read (it is named).
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UserError(f"The task file {file} cannot be read: {reason}.") from error
-    items = [_item(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    items = [_item(file, number, row) for number, row in read_json_lines(file, "task file")]
     if not items:
         raise UserError(f"The task file {file} has no questions.")
     return items
 
 
-def _item(file: Path, number: int, line: str) -> TaskItem:
+def _item(file: Path, number: int, row: Any) -> TaskItem:
     try:
-        row = json.loads(line)
         images = row["images"] if "images" in row else [row["image"]]
         question = row["question"] if "question" in row else row["prompt"]
         history = [Message.from_dict(turn) for turn in row.get("history", [])]
@@ -113,7 +108,7 @@ def _item(file: Path, number: int, line: str) -> TaskItem:
             reference=reference,
             reference_tokens=tokens,
         )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UserError) as error:
+    except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"Line {number} of {file} is no task item ({error}).") from error
 
 

@@ -17,7 +17,7 @@ from dsvl_export.ladder.stages import STEPS, Goldens, vision_stages
 from runtimes.bundle import Bundle
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.files import read_json
+from runtimes.files import parse_json, read_json
 from runtimes.goldens import Golden, relative_rms
 from runtimes.taps import TAPPED_COMPONENTS, take_taps
 
@@ -140,15 +140,15 @@ def measure_noise(
 
 def _recorded(journal: Path) -> list[tuple[Errors, dict[str, Errors]]]:
     """Errors of goldens and of their taps; half a line ends them, and is cut off."""
-    lines = journal.read_text(errors="replace").splitlines(keepends=True) if journal.exists() else []
+    lines = journal.read_bytes().split(b"\n") if journal.exists() else []
     found: list[tuple[Errors, dict[str, Errors]]] = []
     for line in lines:
         try:
-            row, taps = json.loads(line)
-        except ValueError:
+            row, taps = parse_json(line, "a line of the journal")
+            found.append((_errors(row), {str(name): _errors(errors) for name, errors in taps.items()}))
+        except (UserError, TypeError, ValueError, AttributeError):
             break
-        found.append((row, taps))
-    journal.write_text("".join(lines[: len(found)]))
+    journal.write_bytes(b"".join(line + b"\n" for line in lines[: len(found)]))
     return found
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from runtimes.bundle import Bundle
 from runtimes.errors import UserError
+from runtimes.yaml_files import read_yaml
 
 TABLE = Path(__file__).parent / "tolerances.yaml"
 BOUNDED_RUNGS = ("preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits")
@@ -89,13 +88,7 @@ def load_tolerances(override: Path | None = None) -> dict[str, Tolerance]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UserError(f"The tolerances in {file} cannot be read: {reason}.") from error
-    except (yaml.YAMLError, ValueError, AttributeError) as error:  # PyYAML's own tags raise what they like
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
+    content = read_yaml(file, "file of tolerances")
     if not isinstance(content, dict):
         raise UserError(f"{file} must map precisions to tolerances.")
     return content

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-import yaml
 from onnx import NodeProto, TensorProto
 from packaging.version import Version
 
 from dsvl_export.linter.finding import Finding
 from dsvl_export.linter.view import GraphView, attributes_of, dtype_name, input_of
+from runtimes.yaml_files import read_yaml
 
 TABLE = Path(__file__).parent / "operators.yaml"
 INTEGER = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv")
@@ -30,7 +30,7 @@ Rule = Callable[[GraphView, NodeProto], Iterator[Finding]]
 @cache
 def operator_table() -> dict[str, Version]:
     """Operators → the version of TensorRT that imports them first."""
-    rows = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    rows = read_yaml(TABLE, "table of operators")
     return {operator: Version(since) for since, operators in rows.items() for operator in operators}
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from runtimes.contracts import Contract, TensorSpec
 from runtimes.errors import UserError
+from runtimes.files import parse_json
 from runtimes.mil.package import IMAGE, SPECIFICATION, TAPS, Package, identifier, package_folder
 
 ARRAY_TYPES = {"float16": 65552, "float32": 65568}  # ArrayFeatureType.ArrayDataType
@@ -19,7 +19,7 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     source = package_folder(artifact)
     package = Package(source)
     try:
-        taps = json.loads(package.metadata[TAPS])
+        taps = parse_json(package.metadata[TAPS], "the list of taps")
         for name in package.function_names:
             if name != IMAGE:
                 _add_outputs(package, name, taps[name], contract)

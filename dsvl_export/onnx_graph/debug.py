@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,15 +11,16 @@ from onnx import helper
 from dsvl_export.onnx_graph.builder import TAPS, element_type, value_info
 from runtimes.contracts import Contract
 from runtimes.errors import UserError
+from runtimes.files import parse_json
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     """The same file with the contract's taps as further outputs."""
     model = onnx.load(str(artifact), load_external_data=False)
     try:
-        values = json.loads({item.key: item.value for item in model.metadata_props}[TAPS])
+        values = parse_json({item.key: item.value for item in model.metadata_props}[TAPS], "the list of taps")
         sources = [values[spec.name] for spec in contract.taps]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{artifact} does not say where its taps are; export it again.") from error
     for spec, source in zip(contract.taps, sources, strict=True):
         model.graph.node.append(

@@ -14,6 +14,8 @@ from onnx import TensorProto, helper
 
 from dsvl_export.onnx_graph.builder import Graph, Initializer, element_type
 from dsvl_export.staging import JOURNAL
+from runtimes.errors import UserError
+from runtimes.files import parse_json
 
 EXTERNAL_ABOVE = 64 << 20  # bytes of weights; a file beside the graph is mapped, what is in it is copied
 INLINE_UP_TO = 1024  # bytes; shape inference reads shapes and axes, which must stand in the file itself
@@ -98,12 +100,14 @@ def _written(data: Path, journal: Path) -> dict[Key, int]:
     found: dict[Key, int] = {}
     end = lines = 0
     if data.exists() and journal.exists():
-        kept = journal.read_text(errors="replace").splitlines(keepends=True)
+        kept = journal.read_bytes().split(b"\n")
         with data.open("r+b") as handle:
             for line in kept:
                 try:
-                    (name, dtype, shape), offset, size, check = json.loads(line)
-                except ValueError:  # half a line, or what a power cut makes of one
+                    (name, dtype, shape), offset, size, check = parse_json(line, "a line of the journal")
+                except (UserError, TypeError, ValueError):  # half a line, or what a power cut makes of one
+                    break
+                if not 0 <= offset <= offset + size <= handle.seek(0, 2):
                     break
                 handle.seek(offset)
                 if zlib.crc32(handle.read(size)) != check:
@@ -111,7 +115,7 @@ def _written(data: Path, journal: Path) -> dict[Key, int]:
                 found[name, dtype, tuple(shape)] = offset
                 end, lines = offset + size, lines + 1
             handle.truncate(end)
-        journal.write_text("".join(kept[:lines]))
+        journal.write_bytes(b"".join(line + b"\n" for line in kept[:lines]))
     else:
         journal.unlink(missing_ok=True)
     return found

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from dsvl_export.machine import best_of, read_bandwidth
 from runtimes.errors import UserError
 from runtimes.memory import available_memory
+from runtimes.yaml_files import read_yaml
 
 TABLE = Path(__file__).parent / "targets.yaml"
 # Bits per weight of a linear layer, and the precision that its products are computed in.
@@ -75,7 +74,7 @@ def nearest(precision: str, choices: list[str]) -> str:
 @cache
 def load_targets() -> dict[str, Target]:
     """All targets by name; ``cpu`` is not measured yet, see ``measured``."""
-    rows = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    rows = read_yaml(TABLE, "table of targets")
     return {name: Target(name=name, **row) for name, row in rows.items()}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from calibration.calibrate import make_table
 from calibration.data import load_data
@@ -98,7 +99,7 @@ def test_table_can_be_read_and_edited(tiny_calibrated: Calibrated, tmp_path: Pat
     ("spoil", "sentence"),
     [
         (lambda raw: raw["activations"]["decoder.head"].update(int8=0), "int8 scale of decoder.head is 0, it must be a positive"),
-        (lambda raw: raw["activations"]["decoder.head"].update(fp8=float("nan")), "fp8 scale of decoder.head is nan"),
+        (lambda raw: raw["activations"]["decoder.head"].update(fp8=float("nan")), "NaN is not a number"),
         (lambda raw: raw["activations"]["decoder.head"].pop("method"), "cannot be used: .*method"),
         (lambda raw: raw.update(version=9), "has version 9, this release reads 1"),
         (lambda raw: raw["vectors"].update(sha256="0"), "is not the one that .* was written with"),
@@ -181,7 +182,7 @@ def test_data_of_all_kinds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "sentence"),
-    [("{", "Line 1 of .* is no calibration sample"), ('{"image": "a.png"}', "is no calibration sample"),
+    [("{", "Line 1 of .* is not valid JSON"), ('{"image": "a.png"}', "is no calibration sample"),
      ('{"image": 3, "prompt": "x"}', "must be lists of texts"), ("", "has no images to calibrate with")],
 )  # fmt: skip
 def test_bad_data(tmp_path: Path, line: str, sentence: str) -> None:
@@ -193,6 +194,25 @@ def test_bad_data(tmp_path: Path, line: str, sentence: str) -> None:
         load_data(str(tmp_path / "empty"), 9)
     with pytest.raises(UserError, match="There is no calibration data"):
         load_data(str(tmp_path / "nowhere"), 9)
+
+
+def test_odd_images_and_texts_are_used_or_named(tmp_path: Path) -> None:
+    """Photos with tags that Pillow cannot write again, and line separators inside of a question."""
+    line = {"image": "00.jpg", "prompt": "one\u2028two\u0085three"}
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "00.jpg", exif=tags)
+    content = (tmp_path / "00.jpg").read_bytes()
+    bad = content.replace(b"Exif\0\0", b"Exif\0\0Exif\0\0", 1)
+    (tmp_path / "00.jpg").write_bytes(
+        bad[:4] + (int.from_bytes(bad[4:6], "big") + 6).to_bytes(2, "big") + bad[6:]
+    )
+    (tmp_path / "d.jsonl").write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
+    (sample,) = load_data(str(tmp_path / "d.jsonl"), 9).samples
+    assert sample.question == line["prompt"]
+    (tmp_path / "00.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    with pytest.raises(UserError, match=r"00\.jpg is no image that can be read; .*, line 1 of .*d\.jsonl\."):
+        load_data(str(tmp_path / "d.jsonl"), 9)
 
 
 def test_folding_changes_nothing(tiny_calibrated: Calibrated) -> None:

@@ -96,7 +96,7 @@ def test_plans_that_do_not_fit(tmp_path: Path, hybrid_pair: OraclePair) -> None:
         match="no precision 'int3'; there are fp32, fp16, bf16, 8da4w, 8da4w-g128, 8da8w, fp8, int4",
     ):
         load_precision("int3")
-    with pytest.raises(UserError, match=r"nowhere.yaml cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere.yaml is missing"):
         load_precision("nowhere.yaml")
     (tmp_path / "int8.yaml").write_text("{}")
     with pytest.raises(UserError, match="has the name of a shipped precision"):

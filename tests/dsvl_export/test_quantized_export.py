@@ -184,7 +184,7 @@ def test_requests_that_cannot_be(tmp_path: Path, hybrid_pair: OraclePair) -> Non
     folder = hybrid_pair.checkpoint.folder
     for precision, sentence in (
         ("int4", "group size 32 does not divide the 100 inputs of decoder.layers.0.mlp.down_proj"),
-        ("nowhere.yaml", "cannot be read"),
+        ("nowhere.yaml", "is missing"),
     ):
         with pytest.raises(UserError, match=sentence):
             export(folder, tmp_path / "b2", precisions=[precision])

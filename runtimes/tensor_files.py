@@ -1,0 +1,45 @@
+"""Files in the safetensors format that are the same bytes every time."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], file: Path, texts: Mapping[str, str]) -> None:
+    """Write tensors and texts, in one step.
+
+    The library writes the texts in another order each time; here they are sorted.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        save_file(arrays, temporary, metadata=dict(texts))
+        _sort_texts(temporary)
+        temporary.chmod(0o644)  # the library makes it readable by its owner alone
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sort_texts(file: Path) -> None:
+    with file.open("r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        texts = dict(sorted(header.pop("__metadata__").items()))
+        content = json.dumps(
+            {"__metadata__": texts, **header}, ensure_ascii=False, separators=(",", ":")
+        ).encode()
+        if len(content) > size:
+            raise ValueError(f"the header of {file} grew from {size} to {len(content)} bytes")
+        handle.seek(8)
+        handle.write(content.ljust(size))
