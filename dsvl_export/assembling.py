@@ -8,16 +8,25 @@ from dsvl_export.precisions import bundled_plan, precision_folder
 from dsvl_export.staging import Staging
 from reference.checkpoint import Checkpoint
 from reference.trace import TRACED_COMPONENTS, component_contract
-from runtimes.bundle import JUDGED_WITH, MANIFEST, Artifact, Bundle, Manifest
+from runtimes.bundle import JUDGED_WITH, Artifact, Manifest
 from runtimes.files import sha256_of_file
 
 TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
 
 
 def manifest_of(
-    source: Checkpoint, staging: Staging, capacity: int, preprocessing: Any, prompt: Any
+    source: Checkpoint,
+    staging: Staging,
+    capacity: int,
+    preprocessing: Any,
+    prompt: Any,
+    now: Manifest | None,
 ) -> Manifest:
-    """The manifest of all that is finished."""
+    """The manifest of all that is finished.
+
+    Args:
+        now: that of the bundle that is extended, with what parity recorded meanwhile.
+    """
     artifacts = _complete(staging)
     others = (artifact for artifact in finished_artifacts(staging) if artifact not in artifacts)
     unfinished = {path for artifact in others for path in artifact.files}
@@ -39,7 +48,7 @@ def manifest_of(
         },
         artifacts=artifacts,
         files={path: entry for path, entry in staging.files().items() if path not in unfinished},
-        parity=_kept_verdicts(staging),
+        parity=_kept_verdicts(staging, now),
     )
 
 
@@ -71,17 +80,14 @@ def _complete(staging: Staging) -> tuple[Artifact, ...]:
     )
 
 
-def _kept_verdicts(staging: Staging) -> dict[str, Any]:
+def _kept_verdicts(staging: Staging, old: Manifest | None) -> dict[str, Any]:
     """Verdicts of the bundle that is extended, where nothing that they rest on has changed."""
-    old, files = staging.previous, staging.files()
+    files = staging.files()
     if old is None:
         return {}
-    # Read anew where it is still there: parity may have run meanwhile.
-    manifest = staging.folder / MANIFEST
-    verdicts = Bundle.open(staging.folder).manifest.parity if manifest.exists() else old.parity
     return {
         pair: verdict
-        for pair, verdict in verdicts.items()
+        for pair, verdict in old.parity.items()
         if all(
             files.get(path) == entry
             for path, entry in old.files.items()

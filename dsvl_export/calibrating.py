@@ -11,17 +11,19 @@ from pathlib import Path
 
 from calibration.calibrate import make_table
 from calibration.data import Sample, load_data
-from calibration.precision import load_precision
+from calibration.precision import PrecisionPlan, load_precision
 from calibration.ranges import METHODS, PERCENTILE
 from calibration.statistics import GROUP, ROWS, STATISTICS_FILE, Statistics, collect, known_statistics
 from calibration.table import ScaleTable
 from dsvl_export.cluster import Spread
+from dsvl_export.locks import locked
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.session import write_token_embedding
 from runtimes.errors import UserError
 
 SAMPLES = 64  # of an export that is given no scales
 METHOD = "mse"
+LOCK = ".lock"
 OnStep = Callable[[str, int, int], None]
 
 
@@ -89,6 +91,20 @@ def calibrate(
     if plan:
         plan.check(source.config)
     output.mkdir(parents=True, exist_ok=True)
+    with locked(output / LOCK, f"Another calibration is writing to {output}; wait for it."):
+        return _calibrate(source, output, options, merge, on_step, spread, plan)
+
+
+def _calibrate(
+    source: Checkpoint,
+    output: Path,
+    options: CalibrationOptions,
+    merge: Sequence[Path],
+    on_step: OnStep,
+    spread: Spread | None,
+    plan: PrecisionPlan | None,
+) -> Calibrated:
+    """Do it, while nobody else writes into ``output``."""
     skipped: tuple[str, ...] = ()
     if merge:
         if output.resolve() in [folder.resolve() for folder in merge]:

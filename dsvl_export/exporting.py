@@ -115,7 +115,7 @@ def export(
                 run.precision(plan)
             run.program(plan, specs[1])
         run.noise()
-        staging.finish(manifest_of(source, staging, options.capacity, *specs))
+        staging.finish(lambda now: manifest_of(source, staging, options.capacity, *specs, now))
     except (OSError, SafetensorError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "there is no memory left"
         raise UserError(

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from dsvl_export.ladder.result import ParityResult
 from dsvl_export.report.document import make_document
-from runtimes.bundle import JUDGED_WITH, MANIFEST, Bundle
+from dsvl_export.staging import manifest_file, manifest_lock, refuse_link
+from runtimes.bundle import JUDGED_WITH, Bundle, Manifest
 from runtimes.errors import UserError
-from runtimes.files import write_json, write_text
+from runtimes.files import read_json, write_json, write_text
+
+REPORTS = "reports"
 
 
 def write_report(bundle: Bundle, result: ParityResult, folder: Path, name: str, images: Path) -> Path:
@@ -49,27 +52,34 @@ def record_verdict(bundle: Bundle, result: ParityResult) -> Path:
     Raises:
         UserError: the bundle's files have changed since it was opened for judging.
     """
+    refuse_link(bundle.folder, REPORTS)
+    with manifest_lock(bundle.folder):
+        return _record(bundle, result)
+
+
+def _record(bundle: Bundle, result: ParityResult) -> Path:
+    """Do it, while nobody else changes the manifest."""
     pair = f"{result.backend}/{result.precision}"
     # Read anew: the bundle may have been extended while parity ran.
-    now = Bundle.open(bundle.folder)
+    file = manifest_file(bundle.folder)
+    now = Manifest.from_dict(read_json(file), str(file))
     judged = {
         path: entry
         for path, entry in bundle.manifest.files.items()
         if path.startswith((f"{pair}/", *JUDGED_WITH))
     }
-    if any(now.manifest.files.get(path) != entry for path, entry in judged.items()):
+    if any(now.files.get(path) != entry for path, entry in judged.items()):
         raise UserError(f"The bundle {bundle.folder} has changed while it was judged; run parity again.")
     name = f"parity-{result.backend}-{result.precision}"
-    report = write_report(bundle, result, bundle.folder / "reports", name, bundle.folder / "goldens/images")
-    if result.verdict == "not judged" and pair in now.manifest.parity:
+    report = write_report(bundle, result, bundle.folder / REPORTS, name, bundle.folder / "goldens/images")
+    if result.verdict == "not judged" and pair in now.parity:
         return report
     verdict = {
         "verdict": result.verdict,
         "execution": str(result.execution),
         "tolerances": "overridden" if result.overridden else "shipped",
         "goldens": result.goldens,
-        "report": f"reports/{name}.json",
+        "report": f"{REPORTS}/{name}.json",
     }
-    manifest = replace(now.manifest, parity={**now.manifest.parity, pair: verdict})
-    write_json(bundle.folder / MANIFEST, manifest.to_dict())
+    write_json(file, replace(now, parity={**now.parity, pair: verdict}).to_dict())
     return report

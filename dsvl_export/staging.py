@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import IO, Any
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from runtimes.bundle import DEBUG_PREFIX, MANIFEST, Bundle, FileEntry, Manifest
+from dsvl_export.locks import FileLock, locked
+from runtimes.bundle import DEBUG_PREFIX, MANIFEST, Bundle, FileEntry, Manifest, stays_inside
 from runtimes.errors import UserError
 from runtimes.files import read_json, sha256_of_file, sha256_of_files, sha256_of_text, write_json
 
 STAGING = ".staging"
+PREVIOUS = "previous.json"  # the manifest of a bundle while what it names is changed
 # Files of a stage that is being built: what it is made from, and how far a file is written that has the
 # journal's name without its ending.
 INPUTS, JOURNAL = ".inputs", ".journal"
@@ -35,9 +37,9 @@ class Staging:
         self.previous: Manifest | None = None  # of the bundle that is extended
         self._work = folder / STAGING
         self._record_file = self._work / "stages.json"
-        self._previous_file = self._work / "previous.json"
+        self._previous_file = self._work / PREVIOUS
         self._stages: dict[str, Any] = {}
-        self._lock: IO[str] | None = None
+        self._lock = FileLock(self._work / "lock")
         self._made: list[Path] = []  # folders that were not there before
 
     def open(self) -> None:
@@ -53,9 +55,12 @@ class Staging:
             self.previous = Bundle.open(self.folder).manifest
         elif self.folder.exists() and any(self.folder.iterdir()) and not self._work.is_dir():
             raise UserError(f"The folder {self.folder} is not empty and holds no bundle; give a new one.")
+        refuse_link(self.folder, STAGING)
         self._made = [path for path in (self._work, self.folder) if not path.exists()]
-        self._work.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        if not self._lock.acquire(wait=False):
+            raise UserError(f"Another export is writing to {self.folder}; wait for it.")
+        for path in self._work.rglob("*"):
+            refuse_link(self.folder, path.relative_to(self.folder).as_posix())
         for leftover in (*self._work.iterdir(), *self.folder.glob(f"{DEBUG_PREFIX}*")):
             if leftover.is_dir() and not _journals(leftover):
                 shutil.rmtree(leftover)
@@ -72,19 +77,10 @@ class Staging:
         Raises:
             UserError: there is none.
         """
-        if (self.folder / MANIFEST).exists() or not self._previous_file.exists():
+        file = manifest_file(self.folder)
+        if file.name == MANIFEST:
             return Bundle.open(self.folder)
-        where = str(self._previous_file)
-        return Bundle(self.folder, Manifest.from_dict(read_json(self._previous_file), where))
-
-    def _take_lock(self) -> None:
-        lock = (self._work / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise UserError(f"Another export is writing to {self.folder}; wait for it.") from error
-        self._lock = lock
+        return Bundle(self.folder, Manifest.from_dict(read_json(file), str(file)))
 
     def _recorded(self) -> dict[str, Any]:
         """Finished stages whose files are still there; those of a bundle that lost its record as well."""
@@ -105,8 +101,11 @@ class Staging:
         if self._record_file.exists():
             record |= read_json(self._record_file)
         try:
+            for path in (path for stage in record.values() for path in stage["files"]):
+                if not stays_inside(path):
+                    raise ValueError(path)
             return {name: stage for name, stage in record.items() if self._present(stage["files"])}
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{self._record_file} is damaged; delete it and run again.") from error
 
     def stage(
@@ -193,6 +192,7 @@ class Staging:
         Args:
             file: is moved into the stage's folder.
         """
+        refuse_link(self.folder, name)
         target = self.folder / name / file.name
         entry = asdict(FileEntry(file.stat().st_size, sha256_of_file(file)))
         if target.exists():
@@ -219,23 +219,36 @@ class Staging:
         """What every finished stage returned."""
         return [stage["result"] for stage in self._stages.values()]
 
-    def finish(self, manifest: Manifest) -> None:
-        """Write the manifest: from now on the folder is a bundle, and what was interrupted before is gone."""
-        write_json(self.folder / MANIFEST, manifest.to_dict())
-        self._previous_file.unlink(missing_ok=True)
+    def finish(self, make: Callable[[Manifest | None], Manifest]) -> None:
+        """Write the manifest: from now on the folder is a bundle, and what was interrupted before is gone.
+
+        Args:
+            make: gets the manifest as it is now, with what ``parity`` recorded meanwhile; None for a new
+                bundle.
+
+        Raises:
+            UserError: the manifest that was made could not be read again; the folder is as before.
+        """
+        with manifest_lock(self.folder):
+            file = manifest_file(self.folder)
+            now = Manifest.from_dict(read_json(file), str(file)) if file.exists() else None
+            raw = make(now).to_dict()
+            Manifest.from_dict(json.loads(json.dumps(raw)), f"The manifest of {self.folder}")
+            write_json(self.folder / MANIFEST, raw)
+            self._previous_file.unlink(missing_ok=True)
         for leftover in self._work.iterdir():
             if leftover.is_dir():
                 shutil.rmtree(leftover)
 
     def close(self) -> None:
         """Let other exports in; folders that this one made and finished nothing in are taken away."""
-        if not self._lock:
+        if not self._lock.held:
             return
         if self._work in self._made and not self._stages and not _journals(self._work):
             shutil.rmtree(self._work, ignore_errors=True)
             if self.folder in self._made and not any(self.folder.iterdir()):
                 self.folder.rmdir()
-        self._lock.close()
+        self._lock.release()
 
     def _present(self, files: dict[str, dict[str, Any]]) -> bool:
         paths = {path: self.folder / path for path in files}
@@ -262,6 +275,7 @@ class Staging:
         }
 
     def _replace(self, source: Path, target: Path) -> None:
+        refuse_link(self.folder, target.relative_to(self.folder).as_posix())
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             self._withdraw()
@@ -270,9 +284,37 @@ class Staging:
 
     def _withdraw(self) -> None:
         """Take the manifest away: what it names is about to change."""
-        manifest = self.folder / MANIFEST
-        if manifest.exists():
-            manifest.replace(self._previous_file)
+        with manifest_lock(self.folder):
+            if (self.folder / MANIFEST).exists():
+                (self.folder / MANIFEST).replace(self._previous_file)
+
+
+def manifest_file(folder: Path) -> Path:
+    """The manifest of a bundle, wherever an export that is changing the bundle has put it."""
+    previous = folder / STAGING / PREVIOUS
+    return folder / MANIFEST if (folder / MANIFEST).exists() or not previous.exists() else previous
+
+
+@contextmanager
+def manifest_lock(folder: Path) -> Iterator[None]:
+    """Held while a bundle's manifest is read, changed and written; waits for others, who are quick.
+
+    Raises:
+        UserError: the folder of the lock is a link.
+    """
+    refuse_link(folder, STAGING)
+    with locked(folder / STAGING / "manifest.lock"):
+        yield
+
+
+def refuse_link(folder: Path, relative: str) -> None:
+    """Raise UserError where a folder inside of ``folder``, which is to be written into, is a link."""
+    for part in (relative, *map(str, PurePosixPath(relative).parents)):
+        if (folder / part).is_symlink() and part != ".":
+            raise UserError(
+                f"{folder / part} is a link, through which files would be written elsewhere;"
+                " put a folder in its place."
+            )
 
 
 def _key(inputs: Any) -> str:

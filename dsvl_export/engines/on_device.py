@@ -172,15 +172,18 @@ def _build(
 
 def _publish(bundle: Bundle, staging: Staging, old: Artifact, new: Artifact) -> None:
     """Write the manifest with an artifact replaced; what was said of the old one is no longer known."""
-    manifest: Manifest = staging.previous or bundle.manifest  # with what was built before in this run
-    parity = {pair: it for pair, it in manifest.parity.items() if pair != f"{new.backend}/{new.precision}"}
     known = (old.component, old.backend, old.precision)
-    artifacts = tuple(
-        new if (item.component, item.backend, item.precision) == known else item
-        for item in manifest.artifacts
-    )
     entry = staging.files()[new.files[-1]]
-    staging.previous = replace(
-        manifest, artifacts=artifacts, files={**manifest.files, new.files[-1]: entry}, parity=parity
-    )
-    staging.finish(staging.previous)
+
+    def make(now: Manifest | None) -> Manifest:
+        manifest = now or bundle.manifest
+        artifacts = tuple(
+            new if (item.component, item.backend, item.precision) == known else item
+            for item in manifest.artifacts
+        )
+        pair = f"{new.backend}/{new.precision}"
+        parity = {name: verdict for name, verdict in manifest.parity.items() if name != pair}
+        files = {**manifest.files, new.files[-1]: entry}
+        return replace(manifest, artifacts=artifacts, files=files, parity=parity)
+
+    staging.finish(make)

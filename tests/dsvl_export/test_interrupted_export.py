@@ -121,7 +121,7 @@ def test_what_was_interrupted_goes_with_the_next_bundle(
     computed.most = None
     assert list((tmp_path / ".staging").rglob("*.data"))
     export("tiny", tmp_path, goldens=False)
-    assert {file.name for file in (tmp_path / ".staging").iterdir()} == {"stages.json", "lock"}
+    assert {file.name for file in (tmp_path / ".staging").iterdir()} == {"stages.json"}
 
 
 @pytest.mark.parametrize("error", [OSError, MemoryError, SafetensorError, UserError])
@@ -282,7 +282,7 @@ def test_calibration_inside_an_export_goes_on(tmp_path: Path) -> None:
     seen.clear()
     export("tiny", tmp_path / "b", precisions=["int8"], goldens=False, report=until(-1))
     assert SAMPLES // 4 <= seen[0] <= SAMPLES // 2
-    assert {file.name for file in (tmp_path / "b/.staging").iterdir()} == {"stages.json", "lock"}
+    assert {file.name for file in (tmp_path / "b/.staging").iterdir()} == {"stages.json"}
 
 
 def test_noise_goes_on_at_the_golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
