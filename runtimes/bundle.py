@@ -147,9 +147,11 @@ class Manifest:
         for artifact in manifest.artifacts:
             if artifact.precision not in manifest.contracts:
                 raise UserError(f"{where} has {artifact.precision} artifacts but no contracts for them.")
+            for name in (artifact.backend, artifact.precision, artifact.component):
+                if "/" in name or not stays_inside(name):  # they become names of folders and reports
+                    raise UserError(f"{where} has the name {name!r}, which cannot be that of a file.")
         for path in manifest.paths():
-            parts = PurePosixPath(path).parts
-            if not parts or path.startswith("/") or "\\" in path or ":" in path or ".." in parts:
+            if not stays_inside(path):
                 raise UserError(f"{where} names {path!r}, which lies outside the bundle.")
             if path not in manifest.files:
                 raise UserError(f"{where} names {path!r} but has no size and hash for it.")
@@ -161,13 +163,26 @@ class Manifest:
         yield self.token_embedding
         for artifact in self.artifacts:
             yield from artifact.files
+            if artifact.engine:
+                yield artifact.engine.file
+
+
+def stays_inside(path: str) -> bool:
+    """Whether a relative path, as a bundle's files have them, names something below the folder it is of."""
+    parts = PurePosixPath(path).parts
+    return bool(parts) and path[0] != "/" and ".." not in parts and not set(path) & set("\\:\0")
 
 
 class Bundle:
-    """A bundle folder, opened for reading."""
+    """A bundle folder, opened for reading.
+
+    Its files may be links that lead outside, as in Hugging Face's cache: what such a link leads to is read
+    only where it has the size and the SHA-256 of the manifest.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
+        self._intact: set[str] = set()  # files that were as the manifest says
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
@@ -190,24 +205,29 @@ class Bundle:
         return cls(folder, Manifest.from_dict(read_json(file), str(file)))
 
     def path(self, relative: str) -> Path:
-        """Absolute path of a file of the bundle.
+        """Absolute path of a file or folder of the bundle, for reading.
+
+        A link is not replaced by what it leads to: libraries find a file's companions beside the link.
 
         Raises:
-            UserError: it leaves the bundle through a link.
+            UserError: it leads outside the bundle, to something else than the manifest's hash proves.
         """
+        if not stays_inside(relative):
+            raise UserError(f"{relative} leads outside the bundle {self.folder}.")
+        path = self.folder.absolute() / relative
         try:
-            path = (self.folder / relative).resolve()
+            inside = path.resolve().is_relative_to(self.folder.resolve())
         except (OSError, RuntimeError) as error:  # a loop of links
             raise UserError(f"{relative} in the bundle {self.folder} leads nowhere: {error}.") from error
-        if not path.is_relative_to(self.folder.resolve()):
-            raise UserError(f"{relative} leads outside the bundle {self.folder}.")
+        if not inside and relative not in self._intact and (problems := self.problems([relative])):
+            raise UserError(f"{relative} leads outside the bundle {self.folder}: {problems[0]}.")
         return path
 
     def problems(self, paths: Iterable[str] | None = None) -> list[str]:
         """What is wrong with the files (all, or the given): missing, wrong size or wrong hash."""
         found = []
         for path in sorted(self.manifest.files if paths is None else set(paths)):
-            entry, file = self.manifest.files.get(path), self.path(path)
+            entry, file = self.manifest.files.get(path), self.folder.absolute() / path
             if entry is None:
                 found.append(f"{path} is not in the manifest")
             elif not file.is_file():
@@ -216,6 +236,8 @@ class Bundle:
                 found.append(f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}")
             elif sha256_of_file(file) != entry.sha256:
                 found.append(f"{path} has a wrong SHA-256")
+            else:
+                self._intact.add(path)
         return found
 
     def check(self, paths: Iterable[str]) -> None:

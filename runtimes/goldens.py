@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from runtimes.bundle import stays_inside
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.files import parse_json
@@ -99,6 +100,9 @@ def load_golden(file: Path) -> Golden:
         raise UserError(
             f"{file} is no golden that can be read ({error}); export the bundle again."
         ) from error
+    for name in golden.images:
+        if not isinstance(name, str) or "/" in name or not stays_inside(name):
+            raise UserError(f"The golden {file} names the image {name!r}, which is not one of the bundle's.")
     check_finite(golden, f"The golden {file}")
     return golden
 

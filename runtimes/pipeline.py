@@ -100,6 +100,9 @@ class Pipeline:
             raise UserError(f"The capacity must lie between 1 and the model's {positions}, got {capacity}.")
         if verify:
             check_files(bundle, backend, precision)
+        for artifact in artifacts.values():
+            for path in artifact.files:
+                bundle.path(path)  # links that lead outside are checked in any case
         module, options = load_backend(backend), SessionOptions(threads, device)
         for artifact in artifacts.values():
             state = module.execution(artifact, device)

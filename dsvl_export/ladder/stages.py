@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from runtimes.errors import UserError
 from runtimes.goldens import GREEDY_TOKENS, Golden, load_golden, teacher_forced, tokens_of_golden
 from runtimes.preprocess import to_pixel_values
 
+IMAGES = "goldens/images/"
 STEPS = 8  # single decode steps per golden whose logits are judged
 
 
@@ -24,6 +25,7 @@ class Goldens:
     folder: Path
     files: tuple[Path, ...]
     numbers: tuple[int, ...]
+    listed: frozenset[str] | None = None  # names of the images that the manifest has; None allows all
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Goldens:
@@ -37,7 +39,9 @@ class Goldens:
         if not names:
             raise UserError(f"The bundle {bundle.folder} has no goldens; export it again with goldens.")
         bundle.check(paths)
-        return cls(bundle.path("goldens"), tuple(map(bundle.path, names)), tuple(range(len(names))))
+        files = tuple(map(bundle.path, names))
+        listed = frozenset(path.removeprefix(IMAGES) for path in paths if path.startswith(IMAGES))
+        return cls(bundle.path("goldens"), files, tuple(range(len(names))), listed)
 
     @classmethod
     def recorded_into(cls, folder: Path) -> Goldens:
@@ -57,7 +61,8 @@ class Goldens:
                 f"No golden fits into the decoder's KV cache of {longest} tokens; the shortest needs"
                 f" {min(sizes)}, export again with at least that --capacity."
             )
-        return Goldens(self.folder, tuple(self.files[i] for i in kept), tuple(self.numbers[i] for i in kept))
+        numbers = tuple(self.numbers[index] for index in kept)
+        return replace(self, files=tuple(self.files[index] for index in kept), numbers=numbers)
 
     def images(self, golden: Golden) -> list[Path]:
         return [self.folder / "images" / name for name in golden.images]
@@ -74,6 +79,8 @@ class Goldens:
                 f"The golden {self.files[index]} was recorded from the checkpoint {golden.checkpoint[:12]},"
                 f" not from {checkpoint[:12]}; export the bundle again."
             )
+        if self.listed is not None and not self.listed.issuperset(golden.images):
+            raise UserError(f"The golden {self.files[index]} names an image that the manifest does not list.")
         return golden
 
     def check_fits(self, index: int, golden: Golden, chain: Chain) -> None:

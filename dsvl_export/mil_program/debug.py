@@ -31,7 +31,7 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
         if file.is_file() and file != artifact:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                target.hardlink_to(file)
+                target.hardlink_to(file.resolve())
             except OSError:  # another file system
                 shutil.copyfile(file, target)
     (debug / SPECIFICATION).write_bytes(package.model.SerializeToString())

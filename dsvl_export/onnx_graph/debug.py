@@ -33,7 +33,7 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     debug.write_bytes(model.SerializeToString())
     for data in artifact.parent.glob(f"{artifact.name}.data"):
         try:
-            (folder / data.name).hardlink_to(data)  # ONNX Runtime refuses symbolic links
+            (folder / data.name).hardlink_to(data.resolve())  # ONNX Runtime refuses symbolic links
         except OSError:  # another file system
             shutil.copyfile(data, folder / data.name)
     return debug
