@@ -121,7 +121,7 @@ def test_interleaved_streams_are_right(
 def test_streams_that_are_left_open(pipeline: Pipeline, pictures: list[Path], alone: list[list[int]]) -> None:
     """They block nobody; too many are refused; one that is dropped or closed makes room."""
     streams = [pipeline.stream_chat("Hi", [], SHORT) for _ in range(MOST_STREAMS)]
-    assert all([next(stream) for stream in streams])
+    assert all(next(stream) for stream in streams)
     with pytest.raises(UserError, match="16 streams of this pipeline are open; finish or close one first"):
         pipeline.chat(DESCRIBE, [pictures[0]], LONG)
     streams.pop()
