@@ -10,8 +10,8 @@ Layout = str  # "original" or "transformers"
 Triple = tuple[float, float, float]
 
 # Bounds of what a config may ask for: above them a short file costs gigabytes or minutes.
-LARGEST_TABLE = 1 << 28  # numbers in the RoPE tables
-LARGEST_GRID = 512  # patches along a side
+LARGEST_TABLE = 1 << 27  # numbers in the RoPE tables
+LARGEST_GRID = 256  # patches along a side
 
 # Forms of GELU by the names in configs; transformers' SigLIP may use the tanh approximation.
 ACTIVATIONS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}

@@ -29,9 +29,11 @@ from reference.settings import Settings, shorten
 from runtimes.errors import UserError
 
 MODEL_TYPES = ("multi_modality", "deepseek_vl", "deepseek_vl_hybrid")
-MOST_LAYERS = 1024
-LARGEST_IMAGE = 8192  # pixels
+MOST_LAYERS = 128  # of the decoder; tracing takes about a tenth of a second for each
+MOST_BLOCKS = 64  # of a vision tower
+LARGEST_IMAGE = 4096  # pixels
 LARGEST_VOCABULARY = 1 << 24
+MOST_POSITIONS = 1 << 20
 SMALLEST_STD, LARGEST_STD = 1e-6, 1000.0
 
 
@@ -118,7 +120,7 @@ def _parse_original(raw: Settings) -> ModelConfig:
             low_width=low.width,
             high_width=high.downsample_widths[-1] if high else None,
             width=projector.integer("n_embed"),
-            depth=projector.integer("depth", 1, high=MOST_LAYERS),
+            depth=projector.integer("depth", 1, high=MOST_BLOCKS),
         ),
         decoder=_parse_llama(language),
         layout="original",
@@ -129,7 +131,7 @@ def _parse_original(raw: Settings) -> ModelConfig:
 def _siglip_from_original(params: Settings) -> SiglipConfig:
     config = SiglipConfig(**_named_sizes(params, _SIGLIP_BY_NAME, SiglipConfig()))
     # As in the original: -1 keeps every layer, -2 (its default) all but the last, n the first n.
-    select = params.integer("select_layer", -2, low=-MOST_LAYERS, high=MOST_LAYERS)
+    select = params.integer("select_layer", -2, low=-MOST_BLOCKS, high=MOST_BLOCKS)
     return replace(config, layers=min(config.layers, config.layers + select + 1 if select <= 0 else select))
 
 
@@ -149,7 +151,7 @@ def _named_sizes(
     if name not in known and not all(key in params for key in ("width", "layers", "heads")):
         raise params.error("model_name", f"which is not supported; expected {' or '.join(known)}")
     sizes: dict[str, Any] = {**asdict(default), **known.get(name, {})}
-    bounds = {"layers": MOST_LAYERS, "image_size": LARGEST_IMAGE}
+    bounds = {"layers": MOST_BLOCKS, "image_size": LARGEST_IMAGE}
     for key, value in sizes.items():
         if isinstance(value, int):
             low = 0 if key == "window_size" else 1
@@ -180,7 +182,7 @@ def _parse_transformers(raw: Settings, preprocessor: Settings | None) -> ModelCo
         image_size=vision.integer("image_size", 224, high=LARGEST_IMAGE),
         patch_size=vision.integer("patch_size", 16),
         width=vision.integer("hidden_size", 768),
-        layers=vision.integer("num_hidden_layers", 12, high=MOST_LAYERS),
+        layers=vision.integer("num_hidden_layers", 12, high=MOST_BLOCKS),
         heads=vision.integer("num_attention_heads", 12),
         mlp_width=vision.integer("intermediate_size", 3072),
         activation=vision.choice("hidden_act", tuple(ACTIVATIONS), "gelu_pytorch_tanh"),
@@ -232,7 +234,7 @@ def _sam_from_transformers(raw: Settings) -> SamConfig:
         image_size=raw.integer("image_size", 1024, high=LARGEST_IMAGE),
         patch_size=raw.integer("patch_size", 16),
         width=width,
-        layers=raw.integer("num_hidden_layers", 12, high=MOST_LAYERS),
+        layers=raw.integer("num_hidden_layers", 12, high=MOST_BLOCKS),
         heads=raw.integer("num_attention_heads", 12),
         mlp_width=raw.optional_integer("mlp_dim", int(width * raw.number("mlp_ratio", 4.0, high=1024.0))),
         window_size=raw.integer("window_size", 14, low=0),
@@ -294,7 +296,7 @@ def _parse_llama(raw: Settings) -> DecoderConfig:
         mlp_width=raw.integer("intermediate_size", 11008),
         norm_eps=raw.number("rms_norm_eps", 1e-6, high=1.0),
         rope_theta=_rope_theta(raw),
-        max_positions=raw.integer("max_position_embeddings", 2048),
+        max_positions=raw.integer("max_position_embeddings", 2048, high=MOST_POSITIONS),
     )
 
 

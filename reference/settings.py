@@ -10,7 +10,7 @@ from typing import Any
 
 from runtimes.errors import UserError
 
-LARGEST_INTEGER = 1 << 20
+LARGEST_INTEGER = 1 << 18
 LARGEST_NUMBER = 1e15
 
 
