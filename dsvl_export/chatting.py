@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import os
+import shlex
 from pathlib import Path
 
 from dsvl_export.display import err
+from dsvl_export.terminal import answer_text, json_text, say_error
 from runtimes.errors import UserError
 from runtimes.generate import Answer
 from runtimes.images import load_image
@@ -36,9 +37,9 @@ def converse(pipeline: Pipeline, first_images: list[Path], options: GenerationOp
             messages, images, waiting = [], [], []
         elif line.startswith("/image "):
             try:
-                waiting.append(_checked(Path(line.removeprefix("/image ").strip())))
+                waiting.append(_checked(_image_file(line.removeprefix("/image "))))
             except UserError as error:
-                print(f"Error: {error}", file=sys.stderr)
+                say_error(str(error))
         elif line.startswith("/"):
             err.print(HELP)
         elif line:
@@ -46,10 +47,23 @@ def converse(pipeline: Pipeline, first_images: list[Path], options: GenerationOp
                 (asked,) = place_images([Message("user", line)], len(waiting))
                 answer = _answer(pipeline, [*messages, asked], [*images, *waiting], options, as_json)
             except UserError as error:
-                print(f"Error: {error}", file=sys.stderr)
+                say_error(str(error))
                 continue
             messages += [asked, Message("assistant", answer.text)]
             images, waiting = [*images, *waiting], []
+
+
+def _image_file(text: str) -> Path:
+    """The file that a user typed, dragged into the terminal or quoted, with ``~`` for the home folder."""
+    file = Path(os.path.expanduser(text.strip()))  # noqa: PTH111 - pathlib's raises for unknown users
+    if not file.exists():
+        try:
+            words = shlex.split(text)
+        except ValueError:  # a quote that does not end
+            words = []
+        if len(words) == 1:
+            return Path(os.path.expanduser(words[0]))  # noqa: PTH111
+    return file
 
 
 def _checked(image: Path) -> Path:
@@ -66,10 +80,11 @@ def _answer(
 ) -> Answer:
     if as_json:
         answer = pipeline.chat(messages, images, options)
-        print(json.dumps(vars(answer), ensure_ascii=False), flush=True)
+        print(json_text(vars(answer)), flush=True)
         return answer
     started, answer = False, Answer()
     for piece, answer in pipeline.stream_chat(messages, images, options):  # noqa: B007
+        piece = answer_text(piece)
         print(piece if started else f"Model: {piece}", end="", flush=True)
         started = True
     print()

@@ -13,6 +13,7 @@ from dsvl_export.exporting import export
 from dsvl_export.ladder import ParityResult, parity
 from dsvl_export.records import record_verdict
 from dsvl_export.report.document import make_document
+from dsvl_export.terminal import without_controls
 from reference.tiny import HELDOUT
 from runtimes.pipeline import Pipeline
 from runtimes.prompt import Message
@@ -37,7 +38,7 @@ def run_demo(output: Path, as_json: bool) -> bool:
     console = display.err if as_json else display.out
 
     def say(text: str, end: str = "\n") -> None:
-        console.print(text, end=end, markup=False)
+        console.print(without_controls(text), end=end, markup=False)
 
     folder = output / "bundle"
     say("1. Export the bundled tiny DeepSeek-VL (SAM + SigLIP + LLaMA) to ONNX, fp32 and fp16")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,17 +23,34 @@ from rich.table import Table
 from rich.text import Text
 
 from dsvl_export.ladder import ParityResult, Rung
+from dsvl_export.terminal import json_text, without_controls
 from dsvl_export.units import size
 from runtimes.bundle import Bundle
 
+
+class SafeConsole(Console):
+    """A console that prints no control characters but its own: all texts and cells come through here.
+
+    Markup is the caller's; texts of files that are put into it are escaped with ``escape``.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(without_controls(text), **options)
+
+
 # Where the output is no terminal, tables get room enough not to be cut.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = SafeConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+err = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
+
+
+def plain(text: str) -> str:
+    """Markup that shows a text of a stranger as it is; for progress bars, which render for themselves."""
+    return escape(without_controls(text))
 
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout, for machines."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json_text(value, indent=2))
 
 
 class AmountColumn(ProgressColumn):
@@ -65,10 +81,10 @@ def progress_bar() -> Iterator[Progress]:
 def step_bar(label: str) -> Iterator[Callable[[str, int, int], None]]:
     """One bar for the steps of the ladder: yields its ``on_step``."""
     with progress_bar() as bars:
-        bar = bars.add_task(label)
+        bar = bars.add_task(plain(label))
 
         def on_step(name: str, done: int, total: int) -> None:
-            bars.update(bar, description=f"{label}: {name}", completed=done, total=total)
+            bars.update(bar, description=plain(f"{label}: {name}"), completed=done, total=total)
 
         yield on_step
 
@@ -87,7 +103,8 @@ def print_parity(result: ParityResult, console: Console = out) -> None:
 def parity_table(result: ParityResult) -> Table:
     """Rungs with their errors and bounds."""
     colour = COLOURS.get(result.verdict, "yellow")
-    title = f"{result.backend} {result.precision} on {result.goldens} goldens: [{colour}]{result.verdict}[/]"
+    pair = escape(f"{result.backend} {result.precision}")
+    title = f"{pair} on {result.goldens} goldens: [{colour}]{result.verdict}[/]"
     table = Table(title=f"Parity of {title} ({escape(str(result.execution))})")
     table.caption = f"compared with {escape(result.reference)}"
     if result.overridden:
@@ -157,7 +174,8 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
     for item in manifest.artifacts:
         weight = size(sum(manifest.files[path].bytes for path in item.files))
         verdict = describe_verdict(manifest.parity.get(f"{item.backend}/{item.precision}", {}))
-        artifacts.add_row(item.backend, item.precision, item.component, weight, escape(verdict))
+        row = (item.backend, item.precision, item.component, weight, verdict)
+        artifacts.add_row(*map(escape, row))
     contracts = Table(title="Contracts")
     for heading in ("component", "tensor", "dtype", "shape", "meaning"):
         contracts.add_column(heading)
@@ -166,13 +184,10 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
         for role, specs in (("→ ", contract.inputs), ("← ", contract.outputs), ("⟳ ", contract.states[:2])):
             for spec in specs:
                 shape = ", ".join(map(str, spec.shape))
-                contracts.add_row(
-                    contract.component,
-                    role + spec.name,
-                    spec.dtype,
-                    f"[{shape}]".replace("[", r"\["),
-                    spec.meaning,
-                )
+                row = (contract.component, role + spec.name, spec.dtype, f"[{shape}]", spec.meaning)
+                contracts.add_row(*map(escape, row))
         if len(contract.states) > 2:
-            contracts.add_row(contract.component, f"⟳ and {len(contract.states) - 2} more states", "", "", "")
+            contracts.add_row(
+                escape(contract.component), f"⟳ and {len(contract.states) - 2} more states", "", "", ""
+            )
     return [model, artifacts, contracts]

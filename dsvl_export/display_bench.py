@@ -21,7 +21,7 @@ def print_bench(result: BenchResult) -> None:
     for heading in ("stage", "median", "lowest", "highest"):
         stages.add_column(heading, justify="left" if heading == "stage" else "right")
     for name, timing in result.stages.items():
-        stages.add_row(name, *_times(timing))
+        stages.add_row(escape(name), *_times(timing))
     stages.add_section()
     stages.add_row("[bold]first token[/]", *(f"[bold]{each}[/]" for each in _times(result.first_token)))
     stages.caption = f"one picture, {result.prompt_tokens} tokens of prompt"

@@ -19,7 +19,7 @@ def sensitivity_table(found: Sensitivity) -> Table:
     for heading in ("precision", "KL, nats per token", "answers kept", "weight"):
         table.add_column(heading, justify="right")
     for row in sorted(found.rows, key=lambda row: -row.kl)[:SHOWN]:
-        cells = (row.precision, f"{row.kl:.2e}", f"{row.kept:.1%}", size(row.bytes))
+        cells = (escape(row.precision), f"{row.kl:.2e}", f"{row.kept:.1%}", size(row.bytes))
         table.add_row(escape(row.layer), *cells)
     return table
 
@@ -30,7 +30,7 @@ def front_table(found: FoundPlan) -> Table:
     table.add_column("plan")
     for heading in ("weights", "KL predicted", "KL measured", "answers kept"):
         table.add_column(heading, justify="right")
-    named = [(point, point.plan.name) for point in found.uniform]
+    named = [(point, escape(point.plan.name)) for point in found.uniform]
     named += [(point, "[green]chosen[/]" if point == found.chosen else "") for point in found.front]
     for point, name in sorted(named, key=lambda row: row[0].bytes):
         predicted = f"{point.predicted_kl:.2e}" if point in found.front else ""

@@ -32,6 +32,7 @@ from dsvl_export.cli.options import (
     Verify,
 )  # fmt: skip
 from dsvl_export.cli.proof import judge, leave_with
+from dsvl_export.terminal import say
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,13 +164,13 @@ def export(
         def report(progress: ExportProgress) -> None:
             name, counted = progress.stage, progress.in_bytes
             if name not in tasks:
-                tasks[name] = bars.add_task(name, total=None)
+                tasks[name] = bars.add_task(display.plain(name), total=None)
             if counted and name not in in_bytes:  # what was there before does not count as speed
                 in_bytes.add(name)
                 bars.reset(tasks[name], total=progress.total, completed=progress.done, in_bytes=True)
             bars.update(tasks[name], completed=progress.done, total=progress.total, in_bytes=counted)
             if progress.state == "reused":
-                bars.console.print(f"[dim]{progress.stage}: unchanged, reused[/]")
+                bars.console.print(f"[dim]{escape(progress.stage)}: unchanged, reused[/]")
 
         try:
             bundle = run_export(
@@ -195,8 +196,8 @@ def export(
         for result in results:
             display.print_parity(result)
         total = sum(entry.bytes for entry in bundle.manifest.files.values())
-        print(f"Wrote {bundle.folder} ({size(total)}).")
-        print(f"Next: {_next_step(bundle, backend)}")
+        say(f"Wrote {bundle.folder} ({size(total)}).")
+        say(f"Next: {_next_step(bundle, backend)}")
     leave_with(results)
 
 
@@ -271,6 +272,7 @@ def run(
     Example: dsvl-export run tiny-bundle --image photo.png --prompt "What number is in the picture?"
     """
     from dsvl_export import display
+    from dsvl_export.terminal import answer_text
     from runtimes.generate import Answer
     from runtimes.sampling import GenerationOptions
 
@@ -281,7 +283,7 @@ def run(
     answer = Answer()
     for piece, answer in pipeline.stream_chat(prompt, image or [], options):  # noqa: B007
         if not as_json:
-            print(piece, end="", flush=True)
+            print(answer_text(piece), end="", flush=True)
     if as_json:
         display.print_json({**vars(answer), "tokens_per_second": answer.tokens_per_second})
         return
@@ -348,7 +350,7 @@ def verify(bundle: BundleFolder, as_json: Json = False) -> None:
     if problems:
         raise UserError(f"The bundle {bundle} cannot be used as it is: {'; '.join(problems)}.")
     if not as_json:
-        print(f"All {len(opened.manifest.files)} files of {bundle} are as exported.")
+        say(f"All {len(opened.manifest.files)} files of {bundle} are as exported.")
 
 
 @app.command()

@@ -10,6 +10,7 @@ import typer
 
 from dsvl_export.cli.app import app
 from dsvl_export.cli.options import BundleFolder, Json, Precision
+from dsvl_export.terminal import say
 
 
 @app.command()
@@ -50,7 +51,7 @@ def lint(
         for file, findings in found.items():
             for finding in findings:
                 word = "" if finding.harmful else f"{finding.effect}: "
-                print(f"{file}: {word}{finding}")
+                say(f"{file}: {word}{finding}")
         print(summary(found))
     checked = [findings for findings in found.values() if all(finding.checked for finding in findings)]
     if any(finding.harmful for findings in checked for finding in findings):
@@ -132,5 +133,5 @@ def build_engine(
         return
     for item in built:
         written = Bundle.open(bundle).manifest.files[item.files[-1]].bytes
-        print(f"{item.files[-1]} ({size(written)})")
-    print(f"Next: dsvl-export parity {bundle} --backend tensorrt")
+        say(f"{item.files[-1]} ({size(written)})")
+    say(f"Next: dsvl-export parity {bundle} --backend tensorrt")

@@ -22,6 +22,8 @@ def warn_of_memory(
         capacity: of the KV cache; None is the bundle's.
         remedy: what the command's user can do.
     """
+    from rich.markup import escape
+
     from dsvl_export import display
     from dsvl_export.units import size
     from runtimes.backends import load_backend
@@ -35,6 +37,6 @@ def warn_of_memory(
     needed, free = needed_memory(bundle, backend, precision, capacity), available_memory()
     if needed > free:
         display.err.print(
-            f"[yellow]Short of memory:[/] {backend} {precision} takes {size(needed)} with KV cache and"
-            f" activations, {size(free)} are free; {remedy}."
+            f"[yellow]Short of memory:[/] {escape(f'{backend} {precision}')} takes {size(needed)} with KV"
+            f" cache and activations, {size(free)} are free; {remedy}."
         )

@@ -24,6 +24,7 @@ from dsvl_export.cli.options import (
     Threads,
     Tolerances,
 )
+from dsvl_export.terminal import say
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
@@ -176,13 +177,13 @@ def judge(
         try:
             _announce(record_verdict(opened, result))
         except (OSError, UserError) as error:  # a read-only bundle, or an export that is changing it
-            print(f"The verdict was not kept in the bundle: {error}", file=sys.stderr)
+            say(f"The verdict was not kept in the bundle: {error}", stream=sys.stderr)
     return make_document(opened, result), result
 
 
 def _announce(report: Path) -> None:
     hint = "" if report.suffix == ".html" else " (pip install 'dsvl-export[report]' adds the HTML page)"
-    print(f"Report: {report}{hint}", file=sys.stderr)
+    say(f"Report: {report}{hint}", stream=sys.stderr)
 
 
 def leave_with(results: list[ParityResult]) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.markup import escape
 
 from dsvl_export.cli.app import app
 from dsvl_export.cli.options import Checkpoint, Json, Ray
+from dsvl_export.terminal import say
 from runtimes.errors import UserError
 from runtimes.installation import install_command
 
@@ -80,7 +82,7 @@ def calibrate(
     with ray_cluster(ray) as spread, display.step_bar("calibrate") as on_step:
         done = run_calibrate(source, output.expanduser(), wanted, merge or (), on_step, spread)
     for image in done.skipped:
-        display.err.print(f"[yellow]Skipped, it cannot be read:[/] {image}")
+        display.err.print(f"[yellow]Skipped, it cannot be read:[/] {escape(image)}")
     table = done.table
     if as_json:
         display.print_json(
@@ -94,13 +96,13 @@ def calibrate(
             }
         )
         return
-    print(f"Wrote {output}: scales of {len(table.activations)} layers from {table.samples} samples.")
+    say(f"Wrote {output}: scales of {len(table.activations)} layers from {table.samples} samples.")
     if tune:
-        print(
+        say(
             f"For {tune}: {len(table.smoothing)} places smoothed, {len(table.tuned)} weights rounded by GPTQ."
         )
     options = f"--precision {tune or 'int8'} --scales {output}"
-    print(f"Next: dsvl-export export {checkpoint} {options} --output BUNDLE")
+    say(f"Next: dsvl-export export {checkpoint} {options} --output BUNDLE")
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -147,8 +149,8 @@ def sensitivity(
         return
     display.out.print(sensitivity_table(found))
     plot = "" if picture else f"; for a plot: {install_command('matplotlib')}"
-    print(f"Wrote {output}{plot}.")
-    print(f"Next: dsvl-export plan-precision {checkpoint} {output} --budget kl=0.02 --output plan.yaml")
+    say(f"Wrote {output}{plot}.")
+    say(f"Next: dsvl-export plan-precision {checkpoint} {output} --budget kl=0.02 --output plan.yaml")
 
 
 @app.command("plan-precision")
@@ -198,4 +200,4 @@ def plan_precision(
         display.print_json(found.to_dict())
         return
     display.out.print(front_table(found))
-    print(f"Wrote {output}. Next: dsvl-export export {checkpoint} --precision {output} --output BUNDLE")
+    say(f"Wrote {output}. Next: dsvl-export export {checkpoint} --precision {output} --output BUNDLE")

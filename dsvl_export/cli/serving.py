@@ -22,6 +22,7 @@ from dsvl_export.cli.options import (
     Threads,
     Verify,
 )
+from dsvl_export.terminal import say
 from runtimes.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -143,7 +144,7 @@ def serve(
             )
         if "*" in options.origins:
             display.err.print("[yellow]Open to web pages:[/] any page that a user visits may ask.")
-        print(f"Serving {service.default} at http://{place} (Ctrl-C stops)", flush=True)
+        say(f"Serving {service.default} at http://{place} (Ctrl-C stops)")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):  # raised once the server has stopped
             uvicorn.Server(config).run(sockets=[listening])

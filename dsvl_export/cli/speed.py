@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.markup import escape
 
 from dsvl_export.cli.app import app
 from dsvl_export.cli.memory import warn_of_memory
@@ -66,4 +67,4 @@ def bench(
         print_bench(result)
     if report:
         for file in write_bench(result, report):
-            display.err.print(f"Wrote {file}.")
+            display.err.print(f"Wrote {escape(str(file))}.")
