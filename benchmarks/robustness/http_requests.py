@@ -42,6 +42,7 @@ PATIENCE = 0.15  # seconds for an answer to bytes that may not be a whole reques
 WARM = 0.3  # of the requests, before memory counts
 MOST_GROWTH = 30.0  # MB
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+LEAVE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LITERALS = (  # as they stand in a body
     "NaN", "Infinity", "-Infinity", "1e999", "-0", "1" * 5000, "0.1e-400", "9" * 19, "-1", "true", "null",
     "{}", "[]", '""', '"\\ud800"', '"\\udc00x"', '"\\u0000"', '"' + "x" * 5000 + '"', "[" * 200 + "]" * 200,
@@ -221,7 +222,10 @@ async def send(url: str, data: bytes, whole: bool) -> bytes:
             if not part:
                 break
             answer += part
-            until = time.monotonic() + HANG_SECONDS  # an answer that has begun goes on
+            if answer == LEAVE:
+                answer = b""
+            elif answer:
+                until = time.monotonic() + HANG_SECONDS  # an answer that has begun goes on
     except asyncio.TimeoutError:
         if whole or answer:
             raise

@@ -86,6 +86,11 @@ def _request_schemas() -> Schema:
     fixed = {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
     schema["properties"] = {**schema["properties"], **ignored, **fixed}
     schema["additionalProperties"] = False
+    schema["description"] = "The last message is the user's; images are data URLs, or of allowed hosts."
+    # Only an earlier answer may have no content: it was broken off.
+    answer = {"properties": {"role": {"const": "assistant"}}}
+    content = {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}}
+    schemas["ChatMessage"] |= {"if": answer, "else": content}
     return {**schemas, "ChatRequest": schema}
 
 
