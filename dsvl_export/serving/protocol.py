@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Optional, Union
@@ -10,13 +11,15 @@ from typing import Annotated, Any, Literal, Optional, Union
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dsvl_export.serving.errors import RequestError
-from dsvl_export.serving.json_body import read_json
 from dsvl_export.serving.parameters import check_unsupported
+from runtimes.errors import UserError
+from runtimes.files import parse_json
 from runtimes.prompt import IMAGE, Message, Part
 from runtimes.sampling import GenerationOptions
 
 MOST_STOPS, MOST_STOP_CHARACTERS, MOST_TOP = 16, 1_000, 20
 MOST_ITEMS = 16_384  # messages of a request, and parts of a message
+MOST_VALUES = 500_000  # of a body, counted by its brackets and commas, also those in texts
 MOST_SENTENCE = 300  # characters of what pydantic says
 LEAST_TOP_P = 1e-9  # keeps the most likely token alone, as 0 does in the protocol
 
@@ -174,7 +177,7 @@ def read_request(body: bytes) -> ChatRequest:
     Raises:
         RequestError: the body is not a request that can be answered.
     """
-    raw = read_json(body)
+    raw = _read_json(body.removeprefix(BOM_UTF8))
     try:
         request = ChatRequest.model_validate(raw)
     except ValidationError as error:
@@ -184,6 +187,15 @@ def read_request(body: bytes) -> ChatRequest:
         raise RequestError(400, f"{sentence}.", param=param) from error
     check_unsupported(request.model_extra or {}, ChatRequest.model_fields)
     return request
+
+
+def _read_json(body: bytes) -> Any:
+    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:  # each takes memory, even if it is empty
+        raise RequestError(400, f"The body has more than {MOST_VALUES} values.", code="invalid_json")
+    try:
+        return parse_json(body, "The body")
+    except UserError as error:
+        raise RequestError(400, str(error), code="invalid_json") from error
 
 
 def _telling(error: Mapping[str, Any]) -> tuple[bool, int]:
