@@ -68,6 +68,7 @@ def preprocessing(settings: Settings, config: ModelConfig) -> PreprocessSpec:
         background=(background[0], background[1], background[2]),
         rescale_factor=settings.number("rescale_factor", 1 / 255, high=1000.0) if rescales else 1.0,
         do_normalize=normalises,
+        on_white=settings.switch("do_convert_rgb", False),
         resample=RESAMPLING[settings.integer(f"{prefix}resample", BICUBIC, low=0, high=len(RESAMPLING) - 1)],
     )
 
@@ -88,8 +89,7 @@ def _check_steps(settings: Settings, two_images: bool) -> bool:
     for step in ("do_resize", "do_pad"):
         if not settings.switch(step, True):
             raise settings.error(step, "which is not supported; expected true")
-    # Transparency is dropped; with do_convert_rgb transformers puts it on white.
-    done = ("do_resize", "do_pad", "do_rescale", "do_normalize")
+    done = ("do_resize", "do_pad", "do_rescale", "do_normalize", "do_convert_rgb")
     settings.refuse({key: (False,) for key in settings.values if key.startswith("do_") and key not in done})
     settings.refuse({"pad_size": ()})
     if not two_images:

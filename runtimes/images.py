@@ -47,11 +47,11 @@ class ImageWarning(UserWarning):
     """An image was read, but the model hardly sees what its author meant."""
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, on_white: bool = False) -> Image.Image:
     """An upright 8-bit RGB image from a file, bytes, a Pillow image or an ``[H, W, 3]`` uint8 array.
 
     The EXIF orientation is applied, and no other tag is read; 16-bit values are scaled to 8 bits; alpha is
-    dropped, as in the original; of several frames, the first is taken.
+    dropped, as in the original, or the image is put on white; of several frames, the first is taken.
 
     Warns:
         ImageWarning: the file has 16 bits per channel but uses less than 12 of them, so it comes out dark.
@@ -68,9 +68,9 @@ def load_image(source: ImageSource) -> Image.Image:
         return Image.fromarray(source)
     try:
         if isinstance(source, Image.Image):
-            return _upright_rgb(source, name)
+            return _upright_rgb(source, name, on_white)
         with _open(source, name) as image:
-            return _upright_rgb(image, name)
+            return _upright_rgb(image, name, on_white)
     except UserError:
         raise
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -126,7 +126,7 @@ def _too_large(name: str) -> UserError:
     return UserError(f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels, too many to decode safely.")
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str, on_white: bool) -> Image.Image:
     _check_size(*image.size, name)
     wide = _stores_sixteen_bits(image)
     image.load()
@@ -136,7 +136,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     turn = _turn(image)
     if turn is not None:
         image = image.transpose(turn)
-    image = _to_rgb(image)
+    image = _to_rgb(image, on_white)
     if wide and np.asarray(image).max() <= DARK:
         warnings.warn(
             f"{name} has 16 bits per channel but uses the lowest 12 or fewer, so the model sees a dark"
@@ -169,12 +169,15 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, on_white: bool) -> Image.Image:
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError("32-bit pixels have no defined white; convert it to 8 or 16 bits")
+    if on_white and image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # Pillow warns of the direct way, which gives the same colours
     return image.convert("RGB")

@@ -28,6 +28,7 @@ class PreprocessSpec:
         do_normalize: whether ``(x - mean) / std`` is part of the preprocessing (it is inside the
             vision encoder of the hybrid model).
         resample: Pillow's filter for resizing, one of ``RESAMPLING``.
+        on_white: whether transparent images are put on white; else their alpha channel is dropped.
     """
 
     image_size: int
@@ -38,6 +39,7 @@ class PreprocessSpec:
     rescale_factor: float
     do_normalize: bool
     resample: str = "bicubic"
+    on_white: bool = False
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> PreprocessSpec:
@@ -72,4 +74,4 @@ def to_pixel_values(square: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
 
 def preprocess(source: ImageSource, spec: PreprocessSpec) -> np.ndarray:
     """``[3, N, N]`` float32 pixel values of any image; see ``load_image`` for what is accepted."""
-    return to_pixel_values(resize_and_pad(load_image(source), spec), spec)
+    return to_pixel_values(resize_and_pad(load_image(source, spec.on_white), spec), spec)

@@ -141,10 +141,9 @@ def _plan(chain: Chain, requests: Sequence[GoldenRequest], max_positions: int) -
 def _prepare(chain: Chain, item: _Planned, folder: Path, checkpoint: str) -> Golden:
     """Everything before the decoder, on the images in ``folder``; without greedy tokens and logits."""
     images = [folder / source.name for source in item.request.images]
-    squares = [resize_and_pad(load_image(image), chain.preprocessing) for image in images]
-    features = chain.encode_pixels(
-        np.stack([to_pixel_values(square, chain.preprocessing) for square in squares])
-    )
+    spec = chain.preprocessing
+    squares = [resize_and_pad(load_image(image, spec.on_white), spec) for image in images]
+    features = chain.encode_pixels(np.stack([to_pixel_values(square, spec) for square in squares]))
     return Golden(
         checkpoint=checkpoint,
         prompt=item.request.prompt,

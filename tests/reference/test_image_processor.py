@@ -77,6 +77,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"do_normalize": False},
     {"do_normalize": None},
     {"do_convert_rgb": False},
+    {"do_convert_rgb": True},
     {"do_normalize": False, "image_mean": None},
     {"rescale_factor": 1 / 127.5},
     {"min_size": 20},
@@ -126,6 +127,23 @@ def test_defaults_are_transformers(siglip_pair: OraclePair, tmp_path: Path, chan
     assert np.abs(ours(tmp_path) - theirs["pixel_values"][0]).max() < 2e-6
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparent_pictures_are_put_on_white(siglip_pair: OraclePair, tmp_path: Path, mode: str) -> None:
+    """With ``do_convert_rgb``, as by transformers; without it their alpha is dropped."""
+    save_oracle(siglip_pair.oracle, tmp_path)
+    picture = PICTURE.copy()
+    picture.putalpha(PICTURE.getchannel(0))
+    picture = picture.quantize(16) if mode == "P" else picture.convert(mode)
+    picture.save(tmp_path / "picture.png")  # in memory, a palette keeps its alpha elsewhere
+    picture = Image.open(tmp_path / "picture.png")
+    dropped = preprocess(picture, preprocess_spec(open_checkpoint(str(tmp_path))))
+    edit(tmp_path, do_convert_rgb=True)
+    theirs = DeepseekVLImageProcessorPil.from_pretrained(tmp_path)(picture, return_tensors="np")
+    found = preprocess(picture, preprocess_spec(open_checkpoint(str(tmp_path))))
+    assert np.abs(found - theirs["pixel_values"][0]).max() < 2e-6
+    assert (np.abs(found - dropped).max() > 0.1) == (mode != "L")
+
+
 def test_the_nested_settings_win(siglip_pair: OraclePair, tmp_path: Path) -> None:
     """Over a file that an older version left; a ``processor_config.json`` without them changes nothing."""
     save_oracle(siglip_pair.oracle, tmp_path)
@@ -146,7 +164,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"do_resize": False}, "do_resize is false, which is not supported; expected true"),
     ({"do_pad": None}, "do_pad is null, which is not supported"),
     ({"do_center_crop": True}, "do_center_crop is true, which is not supported; expected false"),
-    ({"do_convert_rgb": True}, "do_convert_rgb is true, which is not supported"),
     ({"do_flip_channel_order": True}, "do_flip_channel_order is true"),
     ({"do_normalize": "yes"}, "do_normalize is 'yes', expected true or false"),
     ({"pad_size": {"height": 40, "width": 40}}, "pad_size is an object, which is not supported"),
