@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from runtimes.errors import UserError, first_line
+
 Layout = str  # "original" or "transformers"
 Triple = tuple[float, float, float]
 
@@ -141,26 +143,35 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of ``to_dict``, also of what JSON makes of it."""
+        """The inverse of ``to_dict``, also of what JSON makes of it.
+
+        Raises:
+            UserError: the object comes from a manifest that is damaged.
+        """
 
         def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
             return {
                 name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
             }
 
-        vision = raw["vision"]
-        norms = (vision["low_norm"], vision["high_norm"])
-        return cls(
-            VisionConfig(
-                SiglipConfig(**vision["siglip"]),
-                SamConfig(**tuples(vision["sam"])) if vision["sam"] else None,
-                *(NormalizationConfig(**tuples(norm)) if norm else None for norm in norms),
-            ),
-            AdaptorConfig(**raw["adaptor"]),
-            DecoderConfig(**raw["decoder"]),
-            raw["layout"],
-            raw["tied_head"],
-        )
+        try:
+            vision = raw["vision"]
+            norms = (vision["low_norm"], vision["high_norm"])
+            return cls(
+                VisionConfig(
+                    SiglipConfig(**vision["siglip"]),
+                    SamConfig(**tuples(vision["sam"])) if vision["sam"] else None,
+                    *(NormalizationConfig(**tuples(norm)) if norm else None for norm in norms),
+                ),
+                AdaptorConfig(**raw["adaptor"]),
+                DecoderConfig(**raw["decoder"]),
+                raw["layout"],
+                raw["tied_head"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"The model's sizes in the manifest cannot be used ({first_line(error)}); export it again."
+            ) from error
 
     def __post_init__(self) -> None:
         _check_sizes(self)

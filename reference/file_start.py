@@ -31,6 +31,8 @@ def check_start(file: Path) -> None:
         raise UserError(f"{file} is an HTML page, not a file of a checkpoint; download it again.")
     if file.suffix == ".json" and start.startswith(_BYTE_ORDER_MARKS):
         raise UserError(f"{file} starts with a byte order mark; save it as UTF-8 without one.")
+    if file.suffix == ".bin" and start[8:10] == b'{"':
+        raise UserError(f"{file} is a safetensors file; rename it to model.safetensors.")
     if file.suffix == ".safetensors" and start.startswith(_TORCH_STARTS):
         raise UserError(
             f"{file} is a file of torch.save, not of safetensors; rename it to pytorch_model.bin."

@@ -182,8 +182,10 @@ class _TorchFile:
                 self._legacy = LegacyFile(file)
                 content = self._legacy.content
         except Exception as error:  # torch and pickle raise a dozen types on bad files
+            named = re.search(r"GLOBAL (\S+)", str(error))  # torch goes on to advise how to run it
+            reason = f"it names {named[1]}" if named else first_line(error).split(". ")[0]
             raise UserError(
-                f"{file} cannot be read as plain weights (it is damaged or holds code): {first_line(error)}."
+                f"{file} cannot be read as plain weights (it is damaged or holds code): {reason}."
             ) from error
         table = next(filter(_is_table, (content, *_inner_tables(content))), None)
         if table is None:

@@ -244,3 +244,20 @@ def test_hostile_values_end_in_a_sentence(layout: str) -> None:
                 assert config.decoder.layers <= 128
                 assert config.decoder.max_positions * config.decoder.head_dim <= 2**27
     assert refused > 900
+
+
+def test_sizes_in_a_manifest() -> None:
+    """What ``to_dict`` writes is read again; damaged, it ends in a sentence."""
+    raw = json.loads(json.dumps(parse_config(RELEASED["7b"], "config.json").to_dict()))
+    assert ModelConfig.from_dict(raw) == parse_config(RELEASED["7b"], "config.json")
+    for path in paths(raw):
+        for value in (None, 0, -1, "x", [], {}, float("nan"), 10**5000):
+            damaged = copy.deepcopy(raw)
+            section = damaged
+            for key in path[:-1]:
+                section = section[key]
+            section[path[-1]] = value
+            try:
+                ModelConfig.from_dict(damaged)
+            except UserError as error:
+                assert len(str(error)) < 300
