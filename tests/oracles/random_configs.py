@@ -1,15 +1,12 @@
 """Random small configs, most of them unusual, and the comparison of ours with transformers on each.
 
-Each config either gives transformers' numbers or is refused with a sentence. More of them than the tests
-run: ``python -m tests.oracles.random_configs 100``.
+Each config either gives transformers' numbers or is refused with a sentence. ``benchmarks/robustness/configs.py``
+compares more of them than the tests.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
-from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -204,24 +201,3 @@ def _outputs_of_transformers(oracle: Any, pixels: Tensor, ids: Tensor) -> list[T
         ]
     embeds = oracle.model.get_image_features(**inputs).pooler_output
     return [*features, embeds, oracle(input_ids=ids, **inputs).logits]
-
-
-def main(count: int) -> int:
-    """Compare ``count`` configs of each variant; the exit code is 1 where one deviates."""
-    failed = 0
-    for variant in VARIANTS:
-        outcomes: Counter[str] = Counter()
-        for seed in range(count):
-            raw = random_config(seed, variant)
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    outcomes[compare(raw, Path(folder))] += 1
-                except AssertionError as error:
-                    failed += 1
-                    print(f"{variant} {seed}: {error}\n  {json.dumps(raw)}")
-        print(variant, dict(outcomes))
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
