@@ -20,12 +20,13 @@ class BoundedProtocol(H11Protocol):
 
     While no request is being answered, the head of the next one, and the rest of the last one's body, must
     arrive within ``HEAD_SECONDS``, however the client divides them; uvicorn closes connections that send
-    nothing. A client must take some of its answer within ``STALL_SECONDS``. Beyond ``MOST_CONNECTIONS``,
-    requests are answered with 503.
+    nothing. A client must take some of its answer within ``STALL_SECONDS``. Beyond ``MOST_CONNECTIONS``, the
+    one that has sent no whole request for longest is closed; if all have, requests are answered with 503.
     """
 
     _stall: asyncio.TimerHandle | None = None
     _late: asyncio.TimerHandle | None = None
+    _since = 0.0  # when the connection began to wait for its request
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,6 +44,16 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._limit_request()
+        if len(self.connections) > MOST_CONNECTIONS:
+            others = [each for each in self.connections if isinstance(each, BoundedProtocol)]
+            waiting = [each for each in others if each.waits and each is not self]
+            if waiting:
+                min(waiting, key=lambda each: each._since).transport.close()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the client has sent no whole request since its last one was answered."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -57,6 +68,7 @@ class BoundedProtocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_clock()
         elif self._late is None and not self.transport.is_closing():
+            self._since = self.loop.time()
             self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:

@@ -18,7 +18,7 @@ from dsvl_export.serving.service import ServeOptions
 from runtimes.bundle import Bundle
 from runtimes.chain import EncodedImage
 from runtimes.pipeline import Pipeline
-from tests.dsvl_export.serving import DESCRIBE, MODEL, Served, ask, png_of, sentence, serving
+from tests.dsvl_export.serving import DESCRIBE, MODEL, Served, ask, connected, png_of, sentence, serving
 from tests.dsvl_export.slow_tokenizer import SlowTokenizer
 from tests.runtimes.gate import Gate
 
@@ -87,11 +87,28 @@ def test_a_connection_that_is_used_stays_open(served: Served, monkeypatch: pytes
 
 
 def test_requests_beyond_the_connections(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have sent no whole request make room; while all are being answered, there is none."""
     monkeypatch.setattr(connection, "MOST_CONNECTIONS", 2)
-    with serving(tiny_bundle) as found, opened(found.url), opened(found.url):
-        refusal = httpx.get(f"{found.url}/v1/models")
-        assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "5")
-        assert sentence(refusal) == "2 connections are open; try again in a moment."
+    with serving(tiny_bundle) as found:
+        with opened(found.url) as first, opened(found.url) as second:
+            first.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+            )
+            second.sendall(HEALTH)
+            assert httpx.get(f"{found.url}/healthz").status_code == 200
+            assert first.recv(10) == b""
+            second.sendall(b"\r\n")
+            assert answer_of(second).startswith(b"HTTP/1.1 200")
+        gate = Gate(found.models.open[0].scheduler)
+        messages = ask("Hello.")
+        with connected(found, messages, False), connected(found, messages, False):
+            while found.busy() < 2:
+                time.sleep(0.01)
+            refusal = httpx.get(f"{found.url}/v1/models")
+            assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "5")
+            assert sentence(refusal) == "2 connections are open; try again in a moment."
+            gate.open.set()
+        found.rests()
 
 
 @pytest.mark.parametrize(
