@@ -73,6 +73,7 @@ class Models:
     def __init__(self, bundle: Bundle, options: ModelOptions) -> None:
         self.bundle, self.options = bundle, options
         self._open: dict[str, Model] = {}
+        self._checked: dict[str, str | None] = {}  # what is wrong with the files of a model
         self._lock = threading.Lock()  # of what is open and its leases
         self._opening = threading.Lock()  # held for as long as opening takes
         first = "/".join(bundle.select(options.backend, options.precision))
@@ -106,7 +107,7 @@ class Models:
             closed: list[str] = []
             try:
                 if self.options.verify:
-                    check_files(self.bundle, *name.split("/"))
+                    self._check_files(name)
                 self._make_room(closed)
                 self._add(name, verify=False)
             except RequestError:  # there is no room for it now
@@ -117,6 +118,18 @@ class Models:
             finally:
                 if name not in self._open:
                     self._reopen(closed)
+
+    def _check_files(self, name: str) -> None:
+        """Check the files of a model, once: as long as the bundle is served, they are what they were."""
+        if name not in self._checked:
+            try:
+                check_files(self.bundle, *name.split("/"))
+            except UserError as error:
+                self._checked[name] = str(error)
+                raise
+            self._checked[name] = None
+        if (damage := self._checked[name]) is not None:
+            raise UserError(damage)
 
     def _reopen(self, names: list[str]) -> None:
         for name in names:

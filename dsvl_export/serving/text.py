@@ -88,7 +88,10 @@ class TextEncoder:
     async def _encode_long(self, text: str) -> list[int]:
         loop = asyncio.get_running_loop()
         async with self._turn:
-            process = await loop.run_in_executor(self._there, self._started)
+            try:
+                process = await loop.run_in_executor(self._there, self._started)
+            except UserError as error:
+                raise unavailable(str(error)) from error
             try:
                 encoding = loop.run_in_executor(self._there, process.encode, text)
                 return await asyncio.wait_for(encoding, TEXT_SECONDS)

@@ -199,6 +199,8 @@ def test_a_damaged_model_does_not_close_the_open_one(
         assert file.name in sentence(refusal)
         assert [model.name for model in found.models.open] == [MODEL]
         assert (found.models.open == before) == verify
+        again = found.post({"model": "onnxruntime/fp16", "messages": ask("Hello.")})
+        assert (again.status_code, again.json()) == (503, refusal.json())
         assert found.post({"model": MODEL, "messages": ask(DESCRIBE, pictures[0])}).status_code == 200
 
 

@@ -111,6 +111,17 @@ def test_requests_beyond_the_connections(tiny_bundle: Bundle, monkeypatch: pytes
         found.rests()
 
 
+def test_a_broken_body_of_a_head_request(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(served.url) as sent:
+        sent.sendall(
+            b"HEAD /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+        )
+        answer = b"".join(iter(lambda: sent.recv(1 << 16), b""))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.endswith(b"\r\n\r\n")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 @pytest.mark.parametrize(
     "content",
     [
