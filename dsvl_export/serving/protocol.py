@@ -125,7 +125,7 @@ class ChatRequest(_Fields):
     max_completion_tokens: Optional[Integer] = Field(None, ge=1)
     temperature: Optional[float] = Field(None, ge=0, le=2)
     top_p: Optional[float] = Field(None, ge=0, le=1)
-    top_k: Optional[Integer] = Field(None, ge=0)
+    top_k: Optional[Integer] = Field(None, ge=-1)
     repetition_penalty: Optional[float] = Field(None, ge=0.01, le=100)
     seed: Optional[Integer] = Field(None, ge=-(2**63), lt=2**64)
     ignore_eos: Optional[bool] = None
@@ -165,6 +165,8 @@ class ChatRequest(_Fields):
         }
         if "top_p" in given:
             given["top_p"] = max(given["top_p"], LEAST_TOP_P)
+        if "top_k" in given:
+            given["top_k"] = max(given["top_k"], 0)  # -1 keeps all, as in vLLM
         given["seed"] = secrets.randbits(63) if self.seed is None else self.seed % (1 << 63)
         tokens = limits[0] if limits else longest
         options = GenerationOptions(tokens, stop=tuple(stop), drafts=drafts, **given)

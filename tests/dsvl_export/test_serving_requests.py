@@ -147,6 +147,7 @@ def test_what_does_not_change_the_answer_is_ignored(
         "logprobs": False,
         "top_logprobs": 0,
         "top_p": 0,
+        "top_k": -1,
         "stream": False,
         "stream_options": {"include_usage": None, "include_obfuscation": False},
     }
