@@ -157,6 +157,12 @@ class PrecisionPlan:
         """Whether some rule gives the inputs of layers scales."""
         return any(rule.precision.quantizes_activations for rule in self.rules)
 
+    @property
+    def quantizes_inputs_or_cache(self) -> bool:
+        """Whether inputs of layers, also as they come, or the KV cache are quantized."""
+        dynamic = any(rule.precision.dynamic for rule in self.rules)
+        return dynamic or self.quantizes_activations or self.kv_cache != "float"
+
     def needs_scales(self, config: ModelConfig) -> bool:
         """Whether anything must be calibrated: activations or the KV cache."""
         layers = (layer for component in TRACED_COMPONENTS for layer in component_layers(config, component))

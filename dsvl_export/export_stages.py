@@ -359,6 +359,7 @@ class ExportStages:
                     replace(engine, file=f"{name}/{engine.file}") if engine else None,
                     plan.base, compiled.capacity,
                     *active(component),
+                    plan.quantizes_inputs_or_cache,
                 )
                 for component in components
             ]  # fmt: skip

@@ -62,7 +62,7 @@ class Artifact:
     ``base`` is what is not quantized computes in. ``capacity`` is that of a decoder whose KV cache was fixed
     when it was compiled. ``activation_bytes`` is what ``plan`` says of its intermediate tensors, for one
     image or a chunk of a prompt, and ``activation_bytes_per_token`` how they grow with the capacity of the
-    KV cache; 0 where that is not known.
+    KV cache; 0 where that is not known. ``quantizes_activations`` includes the KV cache's quantization.
     """
 
     component: str
@@ -77,6 +77,20 @@ class Artifact:
     capacity: int | None = None
     activation_bytes: int = 0
     activation_bytes_per_token: int = 0
+    quantizes_activations: bool | None = None
+
+    @property
+    def exact_rows(self) -> bool:
+        """Whether several tokens in one call give the logits of single calls but for float rounding.
+
+        Quantized activations or KV caches turn a difference in the last bit into one of a whole step now
+        and then. dsvl-export 0.4 did not record them: its quantized precisions count as such.
+        """
+        return (
+            self.precision == self.base
+            if self.quantizes_activations is None
+            else not self.quantizes_activations
+        )
 
     @property
     def stage(self) -> str:

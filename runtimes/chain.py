@@ -107,6 +107,8 @@ class Chain:
     Args:
         prefill_chunk: tokens per decoder call while a prompt is read; bounds the memory.
         kept_images: image embeddings kept, by content.
+        exact_rows: whether the decoder's logits of several tokens in one call are those of single calls but
+            for float rounding; else no drafts are made.
     """
 
     def __init__(
@@ -119,10 +121,11 @@ class Chain:
         decoder: DecoderSession,
         prefill_chunk: int = PREFILL_CHUNK,
         kept_images: int = 16,
+        exact_rows: bool = True,
     ) -> None:
         self.tokenizer, self.preprocessing, self.embedding = tokenizer, preprocessing, embedding
         self.vision_encoder, self.adaptor, self.decoder = vision_encoder, adaptor, decoder
-        self.prefill_chunk, self.kept_images = prefill_chunk, kept_images
+        self.prefill_chunk, self.kept_images, self.exact_rows = prefill_chunk, kept_images, exact_rows
         self.images_encoded = 0
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = Lock()  # an encoder may run beside the decoder

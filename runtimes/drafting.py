@@ -1,9 +1,9 @@
 """Prompt-lookup drafting: what followed the same tokens before is guessed to follow them again.
 
 The guess costs a dictionary lookup; the decoder judges all of it in one call. So text that repeats what the
-prompt or the answer already holds (documents, tables, code) comes several tokens a call, and is but for near
-ties the text that would have come one by one (speculative decoding, arXiv 2211.17192; drafts by n-grams as
-in Saxena's prompt-lookup decoding, 2023).
+prompt or the answer already holds (documents, tables, code) comes several tokens a call, and is the text that
+would have come one by one (speculative decoding, arXiv 2211.17192; drafts by n-grams as in Saxena's
+prompt-lookup decoding, 2023). ``runtimes.generate`` sees to that; the clock here decides about speed alone.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ class PromptLookup:
             return []
         found = self._tokens[start : start + min(self._size, self._longest, max(room, 0))]
         return found[: found.index(self._never)] if self._never in found else found
+
+    def stop(self) -> None:
+        """Make no more drafts."""
+        self._longest = 0
 
     def judge(self, drafted: int, accepted: int, seconds: float) -> None:
         """What became of a call: tokens drafted, those of them that came true, and the time it took."""

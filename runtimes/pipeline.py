@@ -117,6 +117,7 @@ class Pipeline:
             module.open_component(files["vision_encoder"], contracts["vision_encoder"], options),
             module.open_component(files["adaptor"], contracts["adaptor"], options),
             module.open_decoder(files["decoder"], contracts["decoder"], options),
+            exact_rows=artifacts["decoder"].exact_rows,
         )
         longest = compiled_capacity(artifacts["decoder"], device)
         most = min(manifest.default_capacity, longest or manifest.default_capacity)

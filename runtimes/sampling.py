@@ -28,8 +28,8 @@ class GenerationOptions:
         ignore_eos: go on past the end of the answer, as far as the other bounds reach; for measuring speed.
         logprobs: report the log probability of each token, and of so many of the likeliest in its place;
             None reports nothing.
-        drafts: guess tokens from what the text repeats and judge several in one call; the
-            answer is the same but for near ties, which more tokens a call can round the other way.
+        drafts: guess tokens from what the text repeats and judge several in one call. A guess counts only
+            where the rounding of such a call cannot change the choice, so that the answer is the same.
     """
 
     max_new_tokens: int = 256
@@ -108,6 +108,7 @@ class Sampler:
     def __init__(self, options: GenerationOptions) -> None:
         self.options = options
         self._random = np.random.default_rng(options.seed)
+        self._drawn: float | None = None  # a random number that no token has used yet
 
     def pick(self, logits: np.ndarray, seen: Sequence[int]) -> int:
         """Next token from ``logits [V]`` float32; ``seen`` are the tokens to penalise.
@@ -115,6 +116,26 @@ class Sampler:
         Raises:
             UserError: the logits hold NaN or infinity.
         """
+        token, _ = self._choose(logits, seen)
+        self._drawn = None
+        return token
+
+    def pick_if_certain(self, logits: np.ndarray, seen: Sequence[int], deviation: float) -> int | None:
+        """As ``pick``; None, and nothing is used up, where other logits could give another token.
+
+        Args:
+            deviation: the largest difference of each of the other logits from these.
+        """
+        token, margin = self._choose(logits, seen)
+        if margin <= 2 * deviation * max(
+            self.options.repetition_penalty, 1 / self.options.repetition_penalty
+        ):
+            return None
+        self._drawn = None
+        return token
+
+    def _choose(self, logits: np.ndarray, seen: Sequence[int]) -> tuple[int, float]:
+        """A token, and by how much two logits must move apart or together for another one."""
         if not np.isfinite(logits).all():
             raise UserError("The decoder gave NaN or infinite logits; run parity to see which stage breaks.")
         options = self.options
@@ -125,7 +146,9 @@ class Sampler:
             penalty = options.repetition_penalty
             logits[ids] = np.where(scores > 0, scores / penalty, scores * penalty)
         if options.temperature == 0:
-            return int(logits.argmax())
+            token = int(logits.argmax())
+            others = max(logits[:token].max(initial=-np.inf), logits[token + 1 :].max(initial=-np.inf))
+            return token, float(logits[token]) - float(others)
         kept = likeliest(logits, options.top_k) if options.top_k else np.arange(len(logits))
         scores = logits[kept].astype(np.float64)
         with np.errstate(over="ignore"):  # of the smallest temperatures
@@ -134,4 +157,23 @@ class Sampler:
         if options.top_p < 1:
             best = nucleus(weights, options.top_p)
             kept, weights = kept[best], weights[best] / weights[best].sum()
-        return int(kept[self._random.choice(len(weights), p=weights)])
+        if self._drawn is None:
+            self._drawn = self._random.random()
+        sums = weights.cumsum()
+        sums /= sums[-1]
+        place = int(sums.searchsorted(self._drawn, side="right"))  # as numpy's Generator.choice
+        if options.top_k or options.top_p < 1:
+            return int(kept[place]), 0.0  # which tokens are kept, and in which order, may change as well
+        below = float(sums[place - 1]) if place else 0.0
+        return int(kept[place]), options.temperature * _odds_margin(self._drawn, below, float(sums[place]))
+
+
+def _odds_margin(drawn: float, below: float, above: float) -> float:
+    """How far ``drawn`` lies inside a token's share ``below`` to ``above`` of all probability, in log odds.
+
+    Logits that differ by at most d change the log odds of a set of tokens by at most 2 d / temperature.
+    """
+    shares = np.array([below, drawn, min(above, 1.0)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, at, high = np.log(shares) - np.log1p(-shares)
+        return float(np.minimum(at - low, high - at))

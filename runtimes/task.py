@@ -115,9 +115,9 @@ def _item(file: Path, number: int, row: Any) -> TaskItem:
 def run_task(
     pipeline: Pipeline, items: list[TaskItem], on_item: Callable[[], None], max_new_tokens: int = 48
 ) -> TaskScore:
-    """Ask every question greedily."""
+    """Ask every question greedily, one token a call."""
     score = TaskScore()
-    options = GenerationOptions(max_new_tokens=max_new_tokens)
+    options = GenerationOptions(max_new_tokens=max_new_tokens, drafts=False)
     for item in items:
         answer = pipeline.chat(item.messages, item.images, options)
         score.add(item, answer.text.strip(), len(answer.tokens))
