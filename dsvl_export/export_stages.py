@@ -40,7 +40,7 @@ from reference.checkpoint import Checkpoint
 from reference.goldens import goldens_bytes, record_reference
 from reference.session import write_token_embedding
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent, component_contract
-from runtimes.bundle import Artifact
+from runtimes.bundle import TOKENIZER, Artifact
 from runtimes.errors import UserError
 from runtimes.files import sha256_of_file, write_json, write_text
 from runtimes.tokenizer import PromptSpec
@@ -297,7 +297,7 @@ class ExportStages:
         }
         app = App(
             contracts, self.options.preprocessing, prompt, self.staging.folder / TOKEN_EMBEDDING,
-            self.options.capacity, self.source.folder.name, plan.name,
+            self.staging.folder / TOKENIZER, self.options.capacity, self.source.folder.name, plan.name,
         )  # fmt: skip
         whole = getattr(self.compiler, "compile_program", None)
         for name, components in self._stages(plan).items():

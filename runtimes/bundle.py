@@ -19,6 +19,7 @@ from runtimes.tokenizer import PromptSpec
 SCHEMA_VERSION = 1
 SCHEMA = Path(__file__).parent / "manifest.schema.json"
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer/tokenizer.json"  # the checkpoint's, as it is
 DEBUG_PREFIX = ".debug-"  # of folders for debug builds; they live as long as parity takes the taps
 # What a verdict rests on, besides the artifacts themselves.
 JUDGED_WITH = ("goldens/", "noise/", "precisions/", "tokenizer/", "token_embedding/")

@@ -142,6 +142,7 @@ def export(
     from dsvl_export.precisions import plan_for
     from dsvl_export.units import size
     from runtimes.bundle import Bundle
+    from runtimes.runner_tokenizer import RUNNER_TOKENIZER
 
     device = find_target(target) if target else None
     backend = backend or (next(iter(device.backends)) if device else "onnxruntime")
@@ -180,6 +181,13 @@ def export(
         except KeyboardInterrupt:
             display.err.print("The export goes on where it stopped when it is run again.")
             raise
+    for each in precisions:
+        found = bundle.artifact("decoder", backend, each).tools.get(RUNNER_TOKENIZER, "")
+        if found.startswith("none"):
+            display.err.print(
+                f"[yellow]No tokenizer for ExecuTorch's runner ({each}):[/] {escape(found[6:])}."
+                " Apps must give the runner token ids instead of text; see docs/executorch.md."
+            )
     verdicts = [
         judge(output, f"{backend} {each}", partial(_climb, backend, each))
         for each in precisions

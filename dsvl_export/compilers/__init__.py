@@ -89,12 +89,16 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class App:
-    """What an app that uses a bundle's artifacts has to know."""
+    """What an app that uses a bundle's artifacts has to know.
+
+    ``embedding`` and ``tokenizer`` are the bundle's files of the token embeddings and of the tokenizer.
+    """
 
     contracts: dict[str, Contract]
     preprocessing: PreprocessSpec
     prompt: PromptSpec
     embedding: Path
+    tokenizer: Path
     capacity: int
     model: str
     precision: str

@@ -12,6 +12,8 @@ from calibration.precision import component_layers
 from dsvl_export.compilers import App, Compiled, CompileOptions, Parts
 from runtimes.errors import UserError
 from runtimes.executorch import DIALECT, SUFFIX, load_program
+from runtimes.runner_tokenizer import FILE as TOKENIZER_FILE
+from runtimes.runner_tokenizer import RUNNER_TOKENIZER
 
 if TYPE_CHECKING:
     from calibration.precision import PrecisionPlan
@@ -67,7 +69,7 @@ def compile_program(
     on_bytes: Callable[[int], None],
     options: CompileOptions,
 ) -> Compiled:
-    """Write ``model.pte`` and load it once.
+    """Write ``model.pte`` and load it once; beside it the tokenizer for the stock runner.
 
     Raises:
         UserError: ExecuTorch refuses a program.
@@ -76,6 +78,7 @@ def compile_program(
 
     with quiet():  # imported here, so that its weight is not felt before
         from dsvl_export.executorch_program.program import write_program
+        from dsvl_export.executorch_program.tokenizer import write_runner_tokenizer
 
     file = folder / f"model{SUFFIX}"
     delegate = delegate_of(options)
@@ -84,8 +87,11 @@ def compile_program(
     load_program(file)
     tools = {name: version(name) for name in ("executorch", "torchao")}
     tools["partitions"] = ", ".join(f"{name} {count}" for name, count in pieces.items())
+    tokenizer = folder / TOKENIZER_FILE
+    tools[RUNNER_TOKENIZER] = write_runner_tokenizer(tokenizer, app.tokenizer)
+    files = (file, tokenizer) if tokenizer.exists() else (file,)
     target = options.target_name(TARGET)
-    return Compiled((file,), target, delegate, tools, capacity=options.capacity)
+    return Compiled(files, target, delegate, tools, capacity=options.capacity)
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:

@@ -18,6 +18,7 @@ from runtimes.errors import UserError
 from runtimes.executorch import MAGIC, METHODS, load_program
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import preprocess
+from runtimes.prompt import BOS, EOS, IMAGE_PLACEHOLDER
 from runtimes.session import SessionOptions
 from runtimes.task import load_task
 from runtimes.tokenizer import expand_images
@@ -82,33 +83,44 @@ def test_a_large_method_leaves_the_cache_alone(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_stock_runner_gives_the_same_tokens(bundle: Bundle, precision: str) -> None:
-    """ExecuTorch's own MultimodalRunner, which apps have in C++, Swift and Kotlin, on the same file."""
+    """ExecuTorch's own MultimodalRunner, which apps have in C++, Swift and Kotlin, on the same files.
+
+    It is given tokens, and texts: what is between two images is a text of its own.
+    """
+    import executorch.kernels.quantized  # noqa: F401 -- as our own session does before it loads a program
     import torch
     from executorch.extension.llm import runner as stock
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
 
     pipeline = Pipeline.open(bundle, "executorch", precision)
     spec = pipeline.chain.tokenizer.spec
-    runner = stock.MultimodalRunner(
-        str(program_of(bundle, precision)), str(bundle.path("tokenizer/tokenizer.json"))
-    )
+    program = program_of(bundle, precision)
+    runner = stock.MultimodalRunner(str(program), str(program.with_name("tokenizer.json")))
     config = stock.GenerationConfig(echo=False, max_new_tokens=64, temperature=0.0, num_bos=0)
     for item in load_task(HELDOUT)[:25]:
         prompt = pipeline.format(item.messages, len(item.images))
         tokens = expand_images(pipeline.chain.tokenizer.encode(prompt), spec, len(item.images))
-        images, inputs = iter(item.images), []
+        pictures = [
+            stock.make_image_input(torch.from_numpy(preprocess(image, pipeline.chain.preprocessing)))
+            for image in item.images
+        ]
+        images, inputs = iter(pictures), []
         for is_image, run in groupby(tokens.tolist(), lambda token: token == spec.image_token_id):
             run = list(run)
             if is_image:
-                for _ in range(len(run) // spec.image_tokens):
-                    pixels = preprocess(next(images), pipeline.chain.preprocessing)
-                    inputs.append(stock.make_image_input(torch.from_numpy(pixels)))
+                inputs += [next(images) for _ in range(len(run) // spec.image_tokens)]
             else:
                 inputs.append(stock.make_token_input(run))
-        found: list[str] = []
-        runner.reset()
-        runner.generate(inputs, config, found.append)
+        first, *texts = (BOS + prompt).split(IMAGE_PLACEHOLDER)
+        in_words = [stock.make_text_input(first)]
+        for picture, text in zip(pictures, texts, strict=True):
+            in_words += [picture, *([stock.make_text_input(text)] if text else [])]
         answer = pipeline.generate(prompt, item.images)
-        assert "".join(found).removesuffix("<｜end▁of▁sentence｜>").strip() == answer.text.strip()
+        for given in (inputs, in_words):
+            found: list[str] = []
+            runner.reset()
+            runner.generate(given, config, found.append)
+            assert "".join(found).removesuffix(EOS).strip() == answer.text.strip()
 
 
 def test_caches_take_turns(bundle: Bundle) -> None:
