@@ -39,10 +39,12 @@ from dsvl_export.version import __version__, code_digest
 from reference.checkpoint import Checkpoint
 from reference.goldens import goldens_bytes, record_reference
 from reference.session import write_token_embedding
+from reference.specs import reference_settings
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent, component_contract
 from runtimes.bundle import TOKENIZER, Artifact
 from runtimes.errors import UserError
 from runtimes.files import sha256_of_file, write_json, write_text
+from runtimes.goldens import SETTINGS
 from runtimes.tokenizer import PromptSpec
 
 CALIBRATION = "calibration"  # where an export without scales keeps what it finds
@@ -217,6 +219,7 @@ class ExportStages:
                 lambda done, total: self.report(ExportProgress("goldens", done, total)),
                 on_saved,
             )
+            write_json(folder / SETTINGS, reference_settings(self.source))
             return {"reference": "torch fp32", "torch": torch.__version__}
 
         self._stage("goldens", build)

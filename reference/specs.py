@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -26,6 +27,15 @@ def preprocess_spec(checkpoint: Checkpoint) -> PreprocessSpec:
     """
     settings = checkpoint.preprocessor or Settings({}, str(checkpoint.folder))
     return preprocessing(settings, checkpoint.config)
+
+
+def reference_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Model, preprocessing and prompt as the reference has them, in the form of a manifest."""
+    return {
+        "model": checkpoint.config.to_dict(),
+        "preprocessing": asdict(preprocess_spec(checkpoint)),
+        "prompt": asdict(prompt_spec(checkpoint)),
+    }
 
 
 def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:

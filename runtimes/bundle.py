@@ -10,7 +10,7 @@ from typing import Any
 
 import fastjsonschema
 
-from runtimes.contracts import Contract
+from runtimes.contracts import Contract, check_contracts
 from runtimes.errors import UserError
 from runtimes.files import read_json, sha256_of_file
 from runtimes.preprocess import PreprocessSpec
@@ -159,6 +159,19 @@ class Manifest:
             files={path: FileEntry(**entry) for path, entry in raw["files"].items()},
             parity=raw["parity"],
         )
+        for precision, table in manifest.contracts.items():
+            try:
+                check_contracts(manifest.model, table)
+            except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+                raise UserError(
+                    f"{where} has contracts for {precision} that do not fit its model: {str(error)[:300]};"
+                    " export the bundle again."
+                ) from error
+        if manifest.default_capacity > manifest.model["decoder"]["max_positions"]:
+            raise UserError(
+                f"{where} has the default capacity {manifest.default_capacity}, more than the model's"
+                f" {manifest.model['decoder']['max_positions']} positions; export the bundle again."
+            )
         for artifact in manifest.artifacts:
             if artifact.precision not in manifest.contracts:
                 raise UserError(f"{where} has {artifact.precision} artifacts but no contracts for them.")

@@ -79,3 +79,55 @@ class Contract:
 
         roles = ("inputs", "outputs", "states", "taps")
         return cls(raw["component"], *(specs(raw.get(role, ())) for role in roles))
+
+
+FLOATS = ("float16", "float32")
+STATES = (*FLOATS, "int8", "uint8")
+Shapes = dict[str, tuple[Dim, ...]]
+
+
+def check_contracts(model: Mapping[str, Any], contracts: Mapping[str, Contract]) -> None:
+    """Compare the contracts of a precision with the model's sizes.
+
+    Args:
+        model: the config in a manifest: ``vision``, ``decoder``.
+
+    Raises:
+        ValueError: names the tensors that do not fit; KeyError and TypeError where a size is missing.
+    """
+    vision, decoder = model["vision"], model["decoder"]
+    siglip, sam = vision["siglip"], vision["sam"]
+    side, tokens = (sam or siglip)["image_size"], (siglip["image_size"] // siglip["patch_size"]) ** 2
+    features: Shapes = {"low_features": ("batch", tokens, siglip["width"])}
+    if sam:
+        features["high_features"] = ("batch", tokens, sam["downsample_widths"][-1])
+    width, state = decoder["width"], ("batch", decoder["kv_heads"], "capacity", decoder["head_dim"])
+    decoder_inputs: Shapes = {
+        "inputs_embeds": ("batch", "sequence", width), "positions": ("batch", "sequence"),
+        "logit_rows": ("rows",),
+    }  # fmt: skip
+    names = [f"{kind}_cache_{layer}" for layer in range(decoder["layers"]) for kind in ("key", "value")]
+    expected: dict[str, tuple[Shapes, Shapes, Shapes]] = {
+        "vision_encoder": ({"pixel_values": ("batch", 3, side, side)}, features, {}),
+        "adaptor": (features, {"image_embeds": ("batch", tokens, width)}, {}),
+        "decoder": (
+            decoder_inputs, {"logits": ("batch", "rows", decoder["vocab_size"])}, dict.fromkeys(names, state),
+        ),
+    }  # fmt: skip
+    border = contracts["decoder"].inputs[0].dtype
+    dtypes = {"positions": "int64", "logit_rows": "int64", "logits": "float32"}
+    for component, wanted in expected.items():
+        contract = contracts[component]
+        if contract.component != component:
+            raise ValueError(f"the contract of the {component} is that of the {contract.component}")
+        for specs, shapes in zip((contract.inputs, contract.outputs, contract.states), wanted, strict=True):
+            found = {spec.name: spec.shape for spec in specs}
+            if found != shapes or len(found) != len(specs):
+                raise ValueError(f"the {component} has {found}, the model's sizes ask for {shapes}")
+        for spec in (*contract.inputs, *contract.outputs):
+            wanted_dtype = dtypes.get(spec.name, border)
+            if spec.dtype != wanted_dtype or border not in FLOATS:
+                raise ValueError(f"{spec.name} of the {component} has the dtype {spec.dtype!r}")
+        kept = {spec.dtype for spec in contract.states}
+        if len(kept) > 1 or kept - set(STATES):
+            raise ValueError(f"the KV cache has the dtypes {', '.join(sorted(kept))}")

@@ -21,11 +21,12 @@ from runtimes.errors import UserError, first_line
 from runtimes.files import read_json
 from runtimes.fixed import FixedComponent, FixedDecoder, Sizes
 from runtimes.installation import install_command
-from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
+from runtimes.session import ComponentSession, DecoderSession, EntryPoints, Execution, SessionOptions
 from runtimes.worker import WorkerAsset
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact
+    from runtimes.chain import Chain
 
 SUFFIX = ".aimodel"
 PROGRAM = "main.mlirb"  # in an asset
@@ -70,6 +71,13 @@ def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> Dec
             f"{file.parent / SIZES} does not say what the decoder takes; export it again."
         ) from error
     return FixedDecoder(open_asset(file, contract), contract, fixed)
+
+
+def entry_points(chain: Chain, capacity: int) -> EntryPoints:
+    """All functions are called by the sessions; the capacity is the asset's own."""
+    decoder = chain.decoder
+    assert isinstance(decoder, FixedDecoder)
+    return EntryPoints(values={"capacity of the decoder's asset": (decoder.sizes.capacity, capacity)})
 
 
 def open_asset(file: Path, contract: Contract) -> WorkerAsset:

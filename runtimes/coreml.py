@@ -18,10 +18,11 @@ from runtimes.errors import UserError
 from runtimes.fixed import Asset, FixedComponent, FixedDecoder, Sizes
 from runtimes.installation import install_command
 from runtimes.mil.package import CHUNK, EXTEND, IMAGE, PREFILL, Package, package_folder
-from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
+from runtimes.session import ComponentSession, DecoderSession, EntryPoints, Execution, SessionOptions
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact
+    from runtimes.chain import Chain
 
 DEVICES = ("gpu", "ane", "cpu")
 FLEXIBLE = ("gpu", "cpu")
@@ -52,12 +53,26 @@ def open_component(file: Path, contract: Contract, options: SessionOptions) -> C
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
     package = Package(package_folder(file))
-    capacity = package.capacity()
-    flexible = (options.device or DEVICES[0]) in FLEXIBLE
-    sizes = Sizes(
-        capacity, EXTEND if flexible else PREFILL, min(CHUNK, capacity), flexible, any_rows=flexible
-    )
+    sizes = _sizes(package.capacity(), (options.device or DEVICES[0]) in FLEXIBLE)
     return FixedDecoder(_asset(package, contract, options), contract, sizes)
+
+
+def entry_points(chain: Chain, capacity: int) -> EntryPoints:
+    """The encoder's function for images, and the decoder's functions that another device calls."""
+    encoder, decoder = chain.vision_encoder, chain.decoder
+    assert isinstance(encoder, CoreMLComponent) and isinstance(decoder, FixedDecoder)
+    name = PREFILL if decoder.sizes.flexible else EXTEND
+    other = FixedDecoder(decoder.asset, decoder.contract, _sizes(capacity, name == EXTEND))
+    return EntryPoints(
+        images={f"function {IMAGE} of the vision encoder": encoder.run_image},
+        decoders={f"function {name} of the decoder": other},
+        values={"capacity of the decoder's package": (decoder.sizes.capacity, capacity)},
+    )
+
+
+def _sizes(capacity: int, flexible: bool) -> Sizes:
+    several = EXTEND if flexible else PREFILL
+    return Sizes(capacity, several, min(CHUNK, capacity), flexible, any_rows=flexible)
 
 
 def _asset(package: Package, contract: Contract, options: SessionOptions) -> Asset:

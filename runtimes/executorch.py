@@ -18,14 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtimes import runner_tokenizer
 from runtimes.contracts import Contract
 from runtimes.errors import UserError, first_line
 from runtimes.fixed import DECODE, FixedComponent, FixedDecoder, Sizes
 from runtimes.installation import install_command
-from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
+from runtimes.session import ComponentSession, DecoderSession, EntryPoints, Execution, SessionOptions
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact
+    from runtimes.chain import Chain
+    from runtimes.tokenizer import PromptSpec
 
 SUFFIX = ".pte"
 MAGIC = b"ET12"  # bytes 4 to 8
@@ -34,6 +37,27 @@ DIALECT = "xnnpack"
 METHODS = {"vision_encoder": "vision_encoder", "adaptor": "adaptor", "decoder": "text_decoder"}
 TOKEN_EMBEDDING = "token_embedding"  # a method for the stock runner; here the bundle's table is read
 MAX_CONTEXT, MAX_CHUNK = "get_max_context_len", "get_max_seq_len"  # methods that say a number
+LISTS = ("get_eos_ids",)  # of those that say several
+LONGEST_CALL = 1024  # tokens of a call: activations are planned for so many
+
+
+def largest_chunk(capacity: int) -> int:
+    """The most tokens of a call of a decoder."""
+    return min(LONGEST_CALL, capacity)
+
+
+def program_constants(prompt: PromptSpec, vocabulary: int, capacity: int) -> dict[str, Any]:
+    """What a program's methods without inputs say, to the stock runner and to our sessions."""
+    return {
+        MAX_CHUNK: largest_chunk(capacity),
+        MAX_CONTEXT: capacity,
+        "get_vocab_size": vocabulary,
+        "get_bos_id": prompt.bos_id,
+        "get_eos_ids": list(prompt.eos_ids),
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
 
 
 def devices() -> list[str]:
@@ -72,6 +96,24 @@ def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> Dec
     return FixedDecoder(asset, contract, sizes)
 
 
+def entry_points(chain: Chain, capacity: int) -> EntryPoints:
+    """What the stock runner calls and reads: its encoder, its token embeddings, its tokenizer, constants."""
+    encoder, decoder = chain.vision_encoder, chain.decoder
+    assert isinstance(encoder, FixedComponent) and isinstance(decoder, FixedDecoder)
+    asset, program = encoder.asset, decoder.asset
+    assert isinstance(asset, ExecuTorchAsset) and isinstance(program, ExecuTorchAsset)
+    (vocabulary,) = (int(spec.shape[2]) for spec in decoder.contract.outputs if spec.name == "logits")
+    expected = program_constants(chain.tokenizer.spec, vocabulary, capacity)
+    tokenizer = program.file.with_name(runner_tokenizer.FILE)
+    return EntryPoints(
+        image_embeds={f"method {METHODS['vision_encoder']}, with the adaptor": asset.image_embeds},
+        token_embeddings={f"method {TOKEN_EMBEDDING}": program.token_embeddings},
+        most_tokens=program.number(MAX_CHUNK),
+        values={f"method {name}": (program.constant(name), value) for name, value in expected.items()},
+        tokenizers={f"the runner's {tokenizer.name}": tokenizer} if tokenizer.exists() else {},
+    )
+
+
 @dataclass(eq=False)
 class State:
     """The KV cache of one sequence: in the program while it has its turn, else here."""
@@ -107,7 +149,7 @@ class ExecuTorchAsset:
     """
 
     def __init__(self, file: Path, contract: Contract, threads: int | None = None) -> None:
-        self._file, self._contract = file, contract
+        self.file, self._contract = file, contract
         self._program = load_program(file, threads)
         try:
             self._method = self._program.method(METHODS[contract.component])
@@ -116,11 +158,38 @@ class ExecuTorchAsset:
             raise UserError(f"{file} has no {METHODS[contract.component]}: {first_line(error)}.") from error
 
     def number(self, method: str) -> int:
-        """What a method without inputs says."""
+        """The number that a method without inputs says."""
+        found = self.constant(method)
+        if not isinstance(found, int):
+            raise UserError(f"{self.file} does not say its {method} as a number; export it again.")
+        return found
+
+    def constant(self, method: str) -> Any:
+        """What a method without inputs says: a number, a truth value, or a list of several."""
         try:
-            return int(self._program.method(method).call([])[0])
+            found = self._program.method(method).call([])
         except RuntimeError as error:
-            raise UserError(f"{self._file} does not say its {method}; export it again.") from error
+            raise UserError(f"{self.file} does not say its {method}; export it again.") from error
+        return list(found) if method in LISTS else found[0]
+
+    def image_embeds(self, pixels: np.ndarray) -> np.ndarray:
+        """What the stock runner takes of the vision encoder: ``[1, 3, N, N]`` float32 → ``[1, T, D]``."""
+        return self._run(self._method, pixels)
+
+    def token_embeddings(self, tokens: np.ndarray) -> np.ndarray:
+        """The stock runner's embeddings: ids ``[S]`` int64 → ``[S, D]``."""
+        embeds: np.ndarray = self._run(self._program.method(TOKEN_EMBEDDING), tokens[None])[0]
+        return embeds
+
+    def _run(self, method: Any, array: np.ndarray) -> np.ndarray:
+        import torch
+
+        with self._program.lock:
+            try:
+                found = method.call([torch.from_numpy(np.ascontiguousarray(array))])[0]
+            except RuntimeError as error:
+                raise UserError(f"ExecuTorch failed in {self.file}: {first_line(error)}.") from error
+            return np.array(found.numpy())  # a copy: the next call writes there
 
     def call(
         self, function: str, inputs: Mapping[str, np.ndarray], state: State | None = None

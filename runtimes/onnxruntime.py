@@ -14,10 +14,11 @@ from runtimes.errors import UserError, first_line
 from runtimes.installation import install_command
 from runtimes.memory import available_memory, widening
 from runtimes.onnxruntime_releases import refusal, release_for_artifact
-from runtimes.session import ANY_NUMBER, Execution, SessionOptions
+from runtimes.session import ANY_NUMBER, EntryPoints, Execution, SessionOptions
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact
+    from runtimes.chain import Chain
 
 # Devices that can be asked for, and the execution providers that are them.
 PROVIDERS = {
@@ -160,6 +161,14 @@ def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> Ort
     )
 
 
+def entry_points(chain: Chain, capacity: int) -> EntryPoints:
+    """The main graph of a decoder that has a second one for prompts: prompts of few tokens go through it."""
+    decoder = chain.decoder
+    if isinstance(decoder, OrtDecoder) and decoder.has_prefill:
+        return EntryPoints(decoders={"decoder without its graph for prompts": decoder.without_prefill()})
+    return EntryPoints()
+
+
 class OrtComponent:
     """A stateless component in ONNX Runtime."""
 
@@ -269,6 +278,14 @@ class OrtDecoder:
         outputs = {item.name for item in session.get_outputs()}
         appended = [appended_state(spec) for spec in contract.states]
         self._appended = [spec for spec in appended if spec.name in outputs]
+
+    @property
+    def has_prefill(self) -> bool:
+        return self._prefill is not self._session
+
+    def without_prefill(self) -> OrtDecoder:
+        """The same decoder, every call of which goes through its main graph."""
+        return OrtDecoder(self._session, self.contract, self._memory)
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
         if self._memory != CPU:

@@ -84,11 +84,15 @@ def encode_and_decode(
     return found, decoded
 
 
-def tokenizer_differences(file: Path, original: Path) -> tuple[list[str], int]:
+def tokenizer_differences(file: Path, original: Path, thorough: bool = True) -> tuple[list[str], int]:
     """Texts that the runner turns into other tokens with ``file`` than Hugging Face's library with
     ``original``, and tokens that it writes otherwise; and how many were compared.
 
     An app gives the runner the texts between the images one by one, so they are compared in that form.
+
+    Args:
+        thorough: compare characters of all scripts and random mixtures too, not only the fixed texts and
+            every token of the vocabulary.
 
     Raises:
         UserError: either file cannot be read.
@@ -99,7 +103,8 @@ def tokenizer_differences(file: Path, original: Path) -> tuple[list[str], int]:
         raise UserError(f"{original} is not a readable tokenizer: {error}.") from error
     image = exact.token_to_id(IMAGE_PLACEHOLDER)
     words = _words(exact)
-    texts = list(dict.fromkeys((*TEXTS, *words.values(), *_characters(), *_mixtures(exact))))
+    more = (*_characters(), *_mixtures(exact)) if thorough else ()
+    texts = list(dict.fromkeys((*TEXTS, *words.values(), *more)))
     parts = [text.split(IMAGE_PLACEHOLDER) for text in texts]
     encoded, decoded = encode_and_decode(file, [part for row in parts for part in row], list(words))
     pieces = iter(encoded)

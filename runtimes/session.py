@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -92,8 +92,34 @@ class DecoderSession(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class EntryPoints:
+    """What apps call of a backend's artifacts and the sessions do not; parity judges each by its name.
+
+    Args:
+        images: squares ``uint8 [N, N, 3]`` → vision features by name, batch 1.
+        image_embeds: ``pixel_values [1, 3, N, N]`` → ``[1, T, D]``.
+        token_embeddings: ids ``[S]`` int64 → ``[S, D]``; S is at most ``most_tokens``.
+        decoders: sessions on the same artifact that call other functions of it.
+        values: what the artifact says, and what it must say: name → (found, expected).
+        tokenizers: files that the runner of an app reads in place of the bundle's tokenizer.
+    """
+
+    images: Mapping[str, Callable[[np.ndarray], Mapping[str, np.ndarray]]] = field(default_factory=dict)
+    image_embeds: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
+    token_embeddings: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
+    most_tokens: int = 1
+    decoders: Mapping[str, DecoderSession] = field(default_factory=dict)
+    values: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    tokenizers: Mapping[str, Path] = field(default_factory=dict)
+
+
 class Backend(Protocol):
-    """A module ``runtimes/<backend>.py``: how to open the artifacts of a backend."""
+    """A module ``runtimes/<backend>.py``: how to open the artifacts of a backend.
+
+    It may also have ``entry_points(chain, capacity)``, which gives the ``EntryPoints`` of the artifacts that
+    a chain has open: what apps call of them beside what the sessions do.
+    """
 
     def devices(self) -> list[str]:
         """What ``SessionOptions.device`` can be here.

@@ -31,6 +31,7 @@ RECIPE_BASE = "fp32"
 OPTIONS = ("delegate",)
 TARGET = "phone"
 DELEGATES = (DIALECT, "coreml", "vulkan")
+MIN_CAPACITY = 3  # torch.export makes a fixed length of 2 of the range from 1 to 2
 
 
 def delegate_of(options: CompileOptions) -> str:
@@ -41,12 +42,17 @@ def delegate_of(options: CompileOptions) -> str:
 
 
 def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileOptions) -> None:
-    """Core ML's and Vulkan's delegates take encoders in float alone.
+    """Core ML's and Vulkan's delegates take encoders in float alone, and a program a range of lengths.
 
     Raises:
-        UserError: names the first layer that a plan quantizes.
+        UserError: names the first layer that a plan quantizes, or the smallest capacity.
     """
     delegate = delegate_of(options)
+    if options.capacity < MIN_CAPACITY:
+        raise UserError(
+            f"ExecuTorch's programs need a --capacity of at least {MIN_CAPACITY} tokens, got"
+            f" {options.capacity}."
+        )
     layers = [layer for name in ("vision_encoder", "adaptor") for layer in component_layers(config, name)]
     for plan in plans:
         quantized = [layer.name for layer in layers if plan.of(layer).family != "float"]

@@ -18,14 +18,9 @@ from dsvl_export.executorch_program import forms
 from dsvl_export.lowering import Constant, LoadParameter, arguments, aten, fake
 from reference.trace import TracedComponent
 from runtimes.contracts import TensorSpec
+from runtimes.executorch import largest_chunk
 
 qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
-MAX_CHUNK = 1024  # tokens of a call: activations are planned for so many
-
-
-def largest_chunk(capacity: int) -> int:
-    """The most tokens of a call of a decoder."""
-    return min(MAX_CHUNK, capacity)
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,9 @@ class MethodLowering(AtenLowering):
         """A state's buffer, an input's placeholder, or of ``positions`` the first one, a number."""
         example = self.example(spec)
         if spec in self.traced.contract.states:
-            return self._registered(spec.name, example.transpose(1, 2).contiguous())
+            batch, heads, capacity, head_dim = example.shape
+            # New memory: of one head, a transposed state keeps strides that ExecuTorch's operators refuse.
+            return self._registered(spec.name, example.new_zeros(batch, capacity, heads, head_dim))
         if spec.name == "logit_rows":
             return None
         sequence = Dim("sequence", min=1, max=largest_chunk(self.capacity))

@@ -20,9 +20,9 @@ from calibration.weights import find_weight_scale
 from dsvl_export.compilers import App, Parts
 from dsvl_export.executorch_program import quiet
 from dsvl_export.executorch_program.delegates import encoder_partitioner
-from dsvl_export.executorch_program.lower import BOUNDARIES, Method, largest_chunk, method
+from dsvl_export.executorch_program.lower import BOUNDARIES, Method, method
 from runtimes.errors import UserError, first_line
-from runtimes.executorch import DIALECT, MAX_CHUNK, MAX_CONTEXT, METHODS, TOKEN_EMBEDDING
+from runtimes.executorch import DIALECT, METHODS, TOKEN_EMBEDDING, largest_chunk, program_constants
 
 qd = torch.ops.quantized_decomposed
 BYTES = LayerPrecision("int8-weights")
@@ -81,29 +81,13 @@ def methods_of(parts: Parts, app: App) -> dict[str, Method]:
     folded = FoldedEncoder(encoder.module, adaptor.module, pixels.dtype)
     made["vision_encoder"] = Method(folded, (pixels.float(),), encoder.dynamic)
     sequence = Dim("sequence", min=1, max=largest_chunk(app.capacity))
-    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    tokens = torch.zeros(1, min(5, app.capacity), dtype=torch.int64)
     embeds = app.contracts["decoder"].inputs[0]
     quantized = any(node.target in BOUNDARIES for node in parts["decoder"][0].program.graph.nodes)
     embedding = Embedding(app.embedding, getattr(torch, embeds.dtype), quantized)
     return {
         **{METHODS[component]: made[component] for component in parts},
         TOKEN_EMBEDDING: Method(embedding, (tokens,), ({1: sequence},)),
-    }
-
-
-def constants_of(app: App) -> dict[str, int | bool | list[int]]:
-    """What the stock runner asks a program for, and what our sessions do."""
-    (vocabulary,) = (spec.shape[2] for spec in app.contracts["decoder"].outputs)
-    assert isinstance(vocabulary, int)
-    return {
-        MAX_CHUNK: largest_chunk(app.capacity),
-        MAX_CONTEXT: app.capacity,
-        "get_vocab_size": vocabulary,
-        "get_bos_id": app.prompt.bos_id,
-        "get_eos_ids": list(app.prompt.eos_ids),
-        "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": True,
-        "enable_dynamic_shape": True,
     }
 
 
@@ -129,6 +113,7 @@ def write_program(file: Path, parts: Parts, app: App, delegate: str) -> dict[str
 def _write(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
     programs = {name: made.program() for name, made in methods_of(parts, app).items()}
     dtype = getattr(torch, app.contracts["decoder"].inputs[0].dtype)
+    (vocabulary,) = (int(spec.shape[2]) for spec in app.contracts["decoder"].outputs)
     encoders = [METHODS["vision_encoder"], METHODS["adaptor"]]
     edge = to_edge_transform_and_lower(
         programs,
@@ -136,7 +121,7 @@ def _write(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
             name: [encoder_partitioner(delegate, dtype) if name in encoders else XnnpackPartitioner()]
             for name in programs
         },
-        constant_methods=constants_of(app),
+        constant_methods=program_constants(app.prompt, vocabulary, app.capacity),
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     graphs = {name: edge.exported_program(name).graph for name in programs}

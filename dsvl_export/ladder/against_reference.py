@@ -11,6 +11,7 @@ from pathlib import Path
 from dsvl_export.cluster import Spread
 from dsvl_export.ladder.climb import climb
 from dsvl_export.ladder.drift import locate, suspects
+from dsvl_export.ladder.entry_points import judge_entry_points
 from dsvl_export.ladder.noise import Noise, measure_noise, read_noise
 from dsvl_export.ladder.result import ParityResult
 from dsvl_export.ladder.stages import Goldens
@@ -81,9 +82,11 @@ def parity(
             goldens, noise = _record_live(bundle, live, precision, folder, on_step)
         else:
             goldens, noise = Goldens.of_bundle(bundle), read_noise(bundle, precision)
-        fitting = goldens.within(pipeline.longest)
+        fitting = goldens.within(pipeline.capacity)
         result.left_out, goldens = len(goldens.files) - len(fitting.files), fitting
         climb(pipeline.chain, goldens, checkpoint, result, noise, on_step)
+        on_step("entry points", 0, 1)
+        judge_entry_points(bundle, pipeline.chain, goldens, checkpoint, result, noise, live)
         if task:
             baseline = _baseline(bundle, task, live, result, threads, on_step)
             if spread:

@@ -14,7 +14,7 @@ from runtimes.session import Execution
 
 RUNGS = (
     "preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits", "greedy_tokens",
-    "task_accuracy",
+    "entry_points", "task_accuracy",
 )  # fmt: skip
 EXIT_CODES = {"passed": 0, "failed": 1, "not judged": 3}
 # ``measured``: it ran, and there is nothing to hold it against.
@@ -189,7 +189,8 @@ class ParityResult:
         states = {rung.state for rung in self.rungs}
         if "failed" in states:
             return "failed"
-        unjudged = any(rung.state == "not run" for rung in self.rungs if rung.name != "task_accuracy")
+        optional = ("entry_points", "task_accuracy")
+        unjudged = any(rung.state == "not run" for rung in self.rungs if rung.name not in optional)
         if not self.execution.judgeable or unjudged or "not judged" in states:
             return "not judged"
         return "passed"

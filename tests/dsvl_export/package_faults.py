@@ -17,14 +17,14 @@ Edit = Callable[["Opened"], None]
 
 
 class Opened:
-    """A package being edited: the operations of all its functions, and its weights."""
+    """A package being edited: the operations of its functions (all, or one), and its weights."""
 
-    def __init__(self, folder: Path) -> None:
-        self.package = Package(folder)
+    def __init__(self, folder: Path, function: str | None = None) -> None:
+        self.package, self.function = Package(folder), function
         self.weights = bytearray((folder / WEIGHTS).read_bytes())
 
     def blocks(self) -> Iterator[Any]:
-        for name in self.package.function_names:
+        for name in [self.function] if self.function else self.package.function_names:
             proto = self.package.function(name)
             yield proto.block_specializations[proto.opset]
 
@@ -41,10 +41,14 @@ class Opened:
         (self.package.folder / WEIGHTS).write_bytes(self.weights)
 
 
-def plant(bundle: Path, precision: str, component: str, edit: Edit) -> Bundle:
-    """Edit a package of a bundle and give it its new hashes, so that only the ladder can notice."""
+def plant(bundle: Path, precision: str, component: str, edit: Edit, function: str | None = None) -> Bundle:
+    """Edit a package of a bundle and give it its new hashes, so that only parity can notice.
+
+    Args:
+        function: the only one to edit; None edits all.
+    """
     stage = f"coreml/{precision}/{component}/{component}.mlpackage"
-    opened = Opened(bundle / stage)
+    opened = Opened(bundle / stage, function)
     edit(opened)
     opened.save()
     rehash(bundle, f"{stage}/{WEIGHTS}")
@@ -210,3 +214,19 @@ FAULTS = [
     PackageFault("a palette upside down", "palette4-fp16", D, weight("layers__0__mlp__up_proj_quantize_palette_folded_dense", "<f2", lambda view: view.__setitem__(..., view[:, :, ::-1].copy()), "lut")),
     PackageFault("an activation's scale doubled", "int8-fp16", V, immediate("low__blocks__0__mlp__fc2_quantize_per_tensor", "scale", 0.5, "half")),
 ]  # fmt: skip
+
+
+def pixels_scaled(opened: Opened) -> None:
+    """Multiply an image's pixels by one and a half times of what they should be."""
+    (operation,) = opened.operations("mul_0")
+    (constant,) = opened.operations(operation.inputs["y"].arguments[0].name)
+    values = constant.attributes["val"].immediateValue.tensor.bytes
+    values.values = (np.frombuffer(values.values, np.float16) * np.float16(1.5)).tobytes()
+
+
+# Faults of single functions: those that apps call, and that the default device does not.
+FUNCTION_FAULTS = [
+    ("image", "vision_encoder", pixels_scaled, None),
+    ("prefill", "decoder", rewire("layers__0__self_attn_cached_attention_gather_2", "x", "cos_table"), None),
+    ("extend", "decoder", rewire("layers__0__self_attn_cached_attention_gather_2", "x", "cos_table"), "ane"),
+]

@@ -40,7 +40,8 @@ from runtimes.preprocess import PreprocessSpec, preprocess
 from runtimes.session import SessionOptions
 from runtimes.task import load_task
 from tests.conftest import OraclePair, assert_programs_untouched
-from tests.dsvl_export.package_faults import FAULTS, Opened, PackageFault, plant
+from tests.dsvl_export.faults import rehash
+from tests.dsvl_export.package_faults import FAULTS, FUNCTION_FAULTS, Edit, Opened, PackageFault, plant
 
 coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed here")
 PRECISIONS = ("fp16", "int8", "int8-weights", "int4", "palette4")
@@ -209,28 +210,45 @@ def test_planted_faults_are_caught(short: Path, fault: PackageFault) -> None:
         assert not result.passed
 
 
+@pytest.mark.parametrize(("function", "component", "edit", "device"), FUNCTION_FAULTS)
+def test_faults_of_functions_that_apps_call_are_caught(
+    short: Path, function: str, component: str, edit: Edit, device: str | None
+) -> None:
+    """The function that an app on another device calls, or that takes an image itself."""
+    result = parity(plant(short, "fp16", component, edit, function), "coreml", "fp16", device=device)
+    assert [rung.name for rung in result.rungs if rung.state == "failed"] == ["entry_points"]
+    assert result.rung("entry_points").detail.startswith(f"function {function} of the ")
+
+
+def test_a_listing_with_other_token_ids_is_caught(short: Path) -> None:
+    path = "coreml/fp16/listing/DeepSeekVL.swift"
+    text = (short / path).read_text()
+    spec = Bundle.open(short).manifest.prompt
+    assert f"[{spec.eos_id}].contains" in text
+    (short / path).write_text(text.replace(f"[{spec.eos_id}].contains", f"[{spec.eos_id + 1}].contains"))
+    result = parity(rehash(short, path), "coreml", "fp16")
+    assert [rung.name for rung in result.rungs if rung.state == "failed"] == ["entry_points"]
+    assert "of the listing DeepSeekVL.swift is" in result.rung("entry_points").detail
+
+
 def test_the_unspoiled_copy_passes(short: Path) -> None:
     """What the test above rests on."""
     assert parity(Bundle.open(short), "coreml", "fp16").passed
 
 
 def test_goldens_that_do_not_fit_are_left_out(short: Path) -> None:
-    """A decoder compiled for less than a golden needs is judged by the others; for none of them, it is said."""
+    """A KV cache for less than a golden needs is judged by the others; for none of them, it is said."""
 
-    def compiled_for(capacity: int) -> Bundle:
+    def with_capacity(capacity: int) -> Bundle:
         manifest = Bundle.open(short).manifest
-        artifacts = tuple(
-            replace(item, capacity=capacity) if item.component == "decoder" else item
-            for item in manifest.artifacts
-        )
-        write_json(short / MANIFEST, replace(manifest, artifacts=artifacts).to_dict())
+        write_json(short / MANIFEST, replace(manifest, default_capacity=capacity).to_dict())
         return Bundle.open(short)
 
-    result = parity(compiled_for(200), "coreml", "fp16")
+    result = parity(with_capacity(200), "coreml", "fp16")
     assert (result.verdict, result.goldens, result.left_out) == ("passed", 3, 1)
     assert [each.golden for each in result.tokens] == [0, 2, 3]
     with pytest.raises(UserError, match="cache of 100 tokens; the shortest needs 156"):
-        parity(compiled_for(100), "coreml", "fp16")
+        parity(with_capacity(100), "coreml", "fp16")
 
 
 def test_there_are_twenty_faults() -> None:

@@ -11,11 +11,14 @@ import pytest
 
 from dsvl_export.exporting import export
 from dsvl_export.ladder import parity
+from reference.checkpoint import open_checkpoint
+from reference.session import reference_chain
 from reference.tiny import HELDOUT
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.errors import UserError
 from runtimes.executorch import MAGIC, METHODS, load_program
+from runtimes.goldens import relative_rms
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import preprocess
 from runtimes.prompt import BOS, EOS, IMAGE_PLACEHOLDER
@@ -23,6 +26,7 @@ from runtimes.session import SessionOptions
 from runtimes.task import load_task
 from runtimes.tokenizer import expand_images
 from tests.conftest import OraclePair, assert_programs_untouched
+from tests.oracles.models import save_oracle, siglip_oracle
 
 pytest.importorskip("executorch", reason="executorch is not installed here")
 PRECISIONS = ("fp32", "8da4w")  # of the bundle
@@ -198,6 +202,27 @@ def test_encoders_for_other_delegates_are_built(
     assert execution.kind == "built only" and delegate in str(execution)
     with pytest.raises(UserError, match="has no vision_encoder"):
         Pipeline.open(made)
+
+
+def test_one_key_value_head(tmp_path: Path) -> None:
+    """A cache of one head has an order of its axes that the operators refuse unless it is made anew."""
+    save_oracle(siglip_oracle(num_key_value_heads=1, num_hidden_layers=1), tmp_path / "checkpoint")
+    made = export(tmp_path / "checkpoint", tmp_path / "b", "executorch", goldens=False, capacity=24)
+    table = made.path(made.manifest.token_embedding)
+    reference = reference_chain(open_checkpoint(str(tmp_path / "checkpoint")), table)
+    logits = []
+    for chain in (Pipeline.open(made).chain, reference):
+        embeds, cache = chain.embed_tokens(np.arange(3, 24)), chain.decoder.new_cache(1, 24)
+        chain.prefill(embeds[:14], cache)
+        steps = [chain.decoder.decode(embeds[None, [step]], np.array([0]), cache) for step in range(14, 21)]
+        logits.append(np.concatenate(steps))
+    assert relative_rms(*logits) < 1e-5
+
+
+def test_a_capacity_that_makes_no_range_of_lengths_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a --capacity of at least 3 tokens, got 2"):
+        export("tiny", tmp_path / "b", "executorch", goldens=False, capacity=2)
+    assert not (tmp_path / "b").exists()
 
 
 def test_what_other_delegates_do_not_take_is_said(tmp_path: Path) -> None:
