@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,12 @@ def _pair(oracle: transformers.PreTrainedModel, folder: Path) -> OraclePair:
     save_oracle(oracle, folder)
     checkpoint = open_checkpoint(str(folder))
     return OraclePair(oracle, checkpoint.model(), checkpoint)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Engines that tests build are not remembered in the developer's home."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(scope="session")

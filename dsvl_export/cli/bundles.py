@@ -29,6 +29,7 @@ from dsvl_export.cli.options import (
     Threads,
     TopK,
     TopP,
+    TrustEngine,
     Verify,
 )  # fmt: skip
 from dsvl_export.cli.proof import judge, leave_with
@@ -233,12 +234,16 @@ def open_pipeline(
     device: str | None,
     capacity: int | None,
     verify: bool,
+    trust_engine: bool,
 ) -> Pipeline:
     """Open a bundle to run it; says so where the machine's free memory is less than that takes."""
     from runtimes.bundle import Bundle
+    from runtimes.engines.trust import trust_engines
     from runtimes.pipeline import Pipeline
 
     bundle = Bundle.open(folder)
+    if trust_engine:
+        trust_engines(bundle)
     backend, precision = bundle.select(backend, precision)
     remedy = "take a smaller precision or --capacity"
     warn_of_memory(bundle, backend, precision, device, capacity, remedy)
@@ -273,6 +278,7 @@ def run(
     threads: Threads = None,
     capacity: Capacity = None,
     verify: Verify = True,
+    trust_engine: TrustEngine = False,
     as_json: Json = False,
 ) -> None:
     """Ask one question about one or several images; the answer streams to stdout.
@@ -287,7 +293,7 @@ def run(
     options = GenerationOptions(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()), drafts
     )
-    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify)
+    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify, trust_engine)
     answer = Answer()
     for piece, answer in pipeline.stream_chat(prompt, image or [], options):  # noqa: B007
         if not as_json:
@@ -316,6 +322,7 @@ def chat(
     threads: Threads = None,
     capacity: Capacity = None,
     verify: Verify = True,
+    trust_engine: TrustEngine = False,
     as_json: JsonLines = False,
 ) -> None:
     """Talk about images, turn by turn; only what is new in a turn is computed.
@@ -326,7 +333,7 @@ def chat(
     from runtimes.sampling import GenerationOptions
 
     options = GenerationOptions(max_new_tokens, temperature, seed=seed, drafts=drafts)
-    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify)
+    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify, trust_engine)
     converse(pipeline, image or [], options, as_json)
 
 

@@ -27,6 +27,14 @@ Capacity = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per answer on stdout.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of what is loaded.")]
+TrustEngine = Annotated[
+    bool,
+    typer.Option(
+        "--trust-engine",
+        help="From now on, let the bundle's TensorRT engines run code of their own on this machine, as those"
+        " that were built here may. Only version-compatible engines bring any.",
+    ),
+]
 Images = Annotated[
     Optional[list[Path]], typer.Option("--image", "-i", help="Image file; repeat for several.")
 ]

@@ -23,6 +23,7 @@ from dsvl_export.cli.options import (
     Task,
     Threads,
     Tolerances,
+    TrustEngine,
 )
 from dsvl_export.terminal import say
 from runtimes.errors import UserError
@@ -58,6 +59,7 @@ def parity(
     device: Device = None,
     threads: Threads = None,
     ray: Ray = None,
+    trust_engine: TrustEngine = False,
     as_json: Json = False,
 ) -> None:
     """Compare a bundle with the PyTorch reference, stage by stage; needs no PyTorch.
@@ -72,8 +74,11 @@ def parity(
     from dsvl_export.ladder import parity as run_parity
     from dsvl_export.ladder.tolerances import load_tolerances
     from runtimes.bundle import Bundle
+    from runtimes.engines.trust import trust_engines
 
     opened = Bundle.open(bundle)
+    if trust_engine:
+        trust_engines(opened)
     opened.select(backend, precision)  # says what there is where nothing fits
     pairs = opened.matching(backend, precision)
     items, table = _task_items(task, opened), load_tolerances(tolerances)

@@ -20,6 +20,7 @@ from dsvl_export.cli.options import (
     Drafts,
     Precision,
     Threads,
+    TrustEngine,
     Verify,
 )
 from dsvl_export.terminal import say
@@ -72,6 +73,7 @@ def serve(
     threads: Threads = None,
     capacity: Capacity = None,
     verify: Verify = True,
+    trust_engine: TrustEngine = False,
     ray: Annotated[
         Optional[str],
         typer.Option(
@@ -113,7 +115,10 @@ def serve(
         raise UserError(f"serve needs {error.name}; run: pip install 'dsvl-export[{extras}]'.") from error
     from dsvl_export import display
     from runtimes.bundle import Bundle
+    from runtimes.engines.trust import trust_engines
 
+    if trust_engine:
+        trust_engines(Bundle.open(bundle))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     choice = ModelOptions(backend, precision, device, threads, capacity, slots, queue, models, verify)
     hosts = frozenset(each.lower() for each in image_host or ())

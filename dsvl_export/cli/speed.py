@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from dsvl_export.cli.app import app
 from dsvl_export.cli.memory import warn_of_memory
-from dsvl_export.cli.options import Backend, BundleFolder, Device, Json, Precision, Threads
+from dsvl_export.cli.options import Backend, BundleFolder, Device, Json, Precision, Threads, TrustEngine
 
 
 @app.command()
@@ -39,6 +39,7 @@ def bench(
     ] = None,
     device: Device = None,
     threads: Threads = None,
+    trust_engine: TrustEngine = False,
     as_json: Json = False,
 ) -> None:
     """Measure time to first token by stage and decoding by context, beside the machine's roof.
@@ -53,8 +54,11 @@ def bench(
     from dsvl_export.benching import bench as run_bench
     from dsvl_export.display_bench import print_bench, write_bench
     from runtimes.bundle import Bundle
+    from runtimes.engines.trust import trust_engines
 
     opened = Bundle.open(bundle)
+    if trust_engine:
+        trust_engines(opened)
     room = max(contexts or [0]) + tokens
     capacity = room if room > opened.manifest.default_capacity else None
     warn_of_memory(opened, *opened.select(backend, precision), device, capacity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from dsvl_export.engines.network import ParsedNetwork
 from runtimes.chain import PREFILL_CHUNK
 from runtimes.contracts import Contract, TensorSpec
 from runtimes.engines.machine import HARDWARE_COMPATIBLE, VERSION_COMPATIBLE
+from runtimes.engines.trust import trust_engine
 from runtimes.errors import UserError
 from runtimes.files import write_bytes
 
@@ -95,6 +97,8 @@ def build_engine(
         raise UserError(_refusal(parsed, settings))
     parsed.check_build()
     engine.write_bytes(plan)
+    with suppress(OSError):  # a home that cannot be written: it asks for --trust-engine if it brings code
+        trust_engine(engine)
     times = config.get_timing_cache() if settings.timing_cache else None
     if settings.timing_cache and times is not None:  # a finished build does not fail for it
         settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from runtimes.cache import KVCache
 from runtimes.contracts import TensorSpec
-from runtimes.engines.cuda import Cuda, DeviceMemory
+from runtimes.engines.cuda import Cuda, DeviceMemory, Stream
 from runtimes.engines.layout import aligned, bytes_of
 
 
@@ -25,7 +23,7 @@ class DeviceCache(KVCache):
         capacity: int,
         slots: int,
         cuda: Cuda,
-        stream: Any,
+        stream: Stream,
         block: _Block | None = None,
         first_row: int = 0,
     ) -> None:

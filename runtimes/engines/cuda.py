@@ -73,7 +73,8 @@ class Cuda:
         Raises:
             CudaError: it failed.
         """
-        error, *results = getattr(self.api, name)(*arguments)
+        handles = (item.handle if isinstance(item, Stream) else item for item in arguments)
+        error, *results = getattr(self.api, name)(*handles)
         if int(error) != 0:
             named = self.api.cudaGetErrorName(error)[1]
             title = named.decode() if isinstance(named, bytes) else str(named)
@@ -107,6 +108,21 @@ class Cuda:
         driver = f"CUDA {version // 1000}.{version % 1000 // 10}"
         title = f"{name.rstrip(chr(0))} with {int(found.multiProcessorCount)} multiprocessors"
         return Gpu(title, 10 * int(found.major) + int(found.minor), driver, platform.machine())
+
+
+class Stream:
+    """A stream of the device, destroyed with this object; sessions and their caches share one."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+        self.handle: Any = cuda.call("cudaStreamCreate")
+
+    def __int__(self) -> int:
+        return int(self.handle)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self.cuda.api.cudaStreamDestroy(self.handle)
 
 
 class DeviceMemory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from runtimes.bundle import DEBUG_PREFIX
 from runtimes.cache import CapacityError, KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state
 from runtimes.engines.cache import DeviceCache
-from runtimes.engines.cuda import Cuda, DeviceMemory, PinnedArray, import_cuda
+from runtimes.engines.cuda import Cuda, DeviceMemory, PinnedArray, Stream, import_cuda
 from runtimes.engines.layout import (
     DECODE,
     PREFILL,
@@ -28,6 +29,7 @@ from runtimes.engines.layout import (
     shape_of,
 )
 from runtimes.engines.library import import_library, logger_of
+from runtimes.engines.trust import is_trusted
 from runtimes.errors import UserError
 from runtimes.session import SessionOptions
 
@@ -44,7 +46,7 @@ class LoadedEngine:
     cuda: Cuda
     runtime: Any
     engine: Any
-    stream: Any
+    stream: Stream
     file: Path
 
 
@@ -80,9 +82,14 @@ def load_engine(library: str, file: Path, options: SessionOptions) -> LoadedEngi
         runtime = trt.Runtime(logger)
     except TypeError as error:  # how the bindings say that TensorRT gave none
         raise UserError(f"TensorRT cannot start here: {logger.errors()}; is the GPU free?") from error
-    # A version-compatible engine brings its own runtime; the bundle's hashes vouch for the file.
-    runtime.engine_host_code_allowed = True
-    engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+    trusted = is_trusted(plan)
+    runtime.engine_host_code_allowed = trusted  # a version-compatible engine brings its own runtime
+    engine = runtime.deserialize_cuda_engine(_mapped(plan))
+    if engine is None and not trusted:
+        raise UserError(
+            f"TensorRT cannot load {plan}: {logger.errors()}; it was not built on this machine, so that code"
+            " in it is not run: build it again here, or give --trust-engine if you trust who made it."
+        )
     if engine is None:
         short = "memory" in logger.errors().lower()
         again = (
@@ -91,7 +98,16 @@ def load_engine(library: str, file: Path, options: SessionOptions) -> LoadedEngi
         raise UserError(f"TensorRT cannot load {plan}: {logger.errors()}; {again}.")
     if engine.streamable_weights_size:
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-    return LoadedEngine(trt, cuda, runtime, engine, cuda.call("cudaStreamCreate"), plan)
+    return LoadedEngine(trt, cuda, runtime, engine, Stream(cuda), plan)
+
+
+def _mapped(plan: Path) -> mmap.mmap:
+    """An engine's file without a copy of it in memory, which the GPU of a Jetson shares."""
+    try:
+        with plan.open("rb") as handle:
+            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        raise UserError(f"The engine {plan} cannot be read: {error}.") from error
 
 
 class _Runner:
@@ -362,15 +378,24 @@ class EngineDecoder:
         try:
             self._runner.enqueue(DECODE, sizes)
             graph = cuda.call("cudaStreamEndCapture", stream)
-            self._graph = cuda.call("cudaGraphInstantiate", graph, 0)
-            cuda.call("cudaGraphDestroy", graph)
         except BaseException as error:
-            cuda.api.cudaStreamEndCapture(stream)
+            cuda.api.cudaStreamEndCapture(stream.handle)
             if not isinstance(error, UserError):
                 raise
             self.no_graph = str(error)
+            return
+        try:
+            self._graph = cuda.call("cudaGraphInstantiate", graph, 0)
+        except UserError as error:
+            self.no_graph = str(error)
+        finally:
+            cuda.call("cudaGraphDestroy", graph)
 
     def _forget_graph(self) -> None:
         if self._graph is not None:
             self._loaded.cuda.call("cudaGraphExecDestroy", self._graph)
         self._graph = self._graph_key = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_graph", None) is not None:
+            self._loaded.cuda.api.cudaGraphExecDestroy(self._graph)

@@ -19,7 +19,7 @@ import onnxruntime
 
 from dsvl_export.engines.building import EngineSettings, profiles
 from runtimes.contracts import Contract, updated_state
-from runtimes.engines.cuda import Cuda
+from runtimes.engines.cuda import Cuda, Stream
 from runtimes.engines.session import LoadedEngine
 
 OK, OUT_OF_MEMORY, NO_DRIVER = 0, 2, 35
@@ -48,6 +48,7 @@ class FakeCuda:
         self.host: dict[int, Any] = {}
         self.capturing: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.streams = 0
         self.fail: dict[str, int] = {}  # function → error
 
     def __getattribute__(self, name: str) -> Any:
@@ -114,7 +115,13 @@ class FakeCuda:
         return (OK,)
 
     def cudaStreamCreate(self) -> Any:
+        self.streams += 1
         return OK, STREAM
+
+    def cudaStreamDestroy(self, stream: int) -> Any:
+        assert stream == STREAM
+        self.streams -= 1
+        return (OK,)
 
     def cudaStreamSynchronize(self, stream: int) -> Any:
         assert self.capturing is None, "a stream that captures cannot be waited for"
@@ -317,11 +324,13 @@ class FakeTensorRT:
 
     def Runtime(self, logger: Any) -> Any:
         def deserialize(plan: bytes) -> FakeEngine | None:
-            assert runtime.engine_host_code_allowed, "a version-compatible plan needs it"
             try:
-                raw = json.loads(plan)
+                raw = json.loads(bytes(plan))
             except ValueError:
                 logger.messages.append((True, "the plan's magic tag does not match"))
+                return None
+            if raw["host_code"] and not runtime.engine_host_code_allowed:
+                logger.messages.append((True, "the plan has host code, which is not allowed"))
                 return None
             settings = EngineSettings(raw["capacity"], raw["max_batch"])
             self.engines.append(
@@ -333,10 +342,12 @@ class FakeTensorRT:
         return runtime
 
 
-def fake_plan(onnx: Path, component: str, capacity: int, max_batch: int = 4) -> bytes:
-    return json.dumps(
-        {"onnx": str(onnx), "component": component, "capacity": capacity, "max_batch": max_batch}
-    ).encode()
+def fake_plan(
+    onnx: Path, component: str, capacity: int, max_batch: int = 4, host_code: bool = False
+) -> bytes:
+    """What stands for an engine's file; ``host_code`` is what a version-compatible one brings."""
+    values = {"capacity": capacity, "max_batch": max_batch, "host_code": host_code}
+    return json.dumps({"onnx": str(onnx), "component": component, **values}).encode()
 
 
 def loaded(
@@ -346,4 +357,4 @@ def loaded(
     cuda = cuda or FakeCuda()
     trt = FakeTensorRT(cuda, {contract.component: contract})
     engine = FakeEngine(cuda, file, contract, EngineSettings(capacity, max_batch))
-    return LoadedEngine(trt, Cuda(cuda), None, engine, STREAM, file.with_suffix(".engine"))  # type: ignore[arg-type]
+    return LoadedEngine(trt, Cuda(cuda), None, engine, Stream(Cuda(cuda)), file.with_suffix(".engine"))  # type: ignore[arg-type]

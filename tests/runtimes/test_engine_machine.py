@@ -15,6 +15,7 @@ from runtimes.bundle import Bundle, Engine
 from runtimes.engines import backend, session
 from runtimes.engines.cuda import Cuda, CudaError, Gpu
 from runtimes.engines.machine import mismatch
+from runtimes.engines.trust import trust_engine
 from runtimes.errors import UserError
 from runtimes.session import SessionOptions
 from tests.runtimes.fake_cuda import NO_DRIVER, FakeCuda, FakeTensorRT, fake_plan
@@ -53,8 +54,17 @@ def test_loading_an_engine(
     assert decoder.decode(embeds(decoder, 1, 3), np.array([2]), decoder.new_cache(1, 8)).shape[:2] == (1, 1)
     plan.write_bytes(plan.read_bytes()[:-7])
     with pytest.raises(
+        UserError,
+        match=r"TensorRT cannot load .*: the plan's magic tag does not match; it was not built on this",
+    ):
+        backend.open_decoder("tensorrt", file, contract, options)
+    trust_engine(plan)
+    with pytest.raises(
         UserError, match=r"TensorRT cannot load .*: the plan's magic tag does not match; build it again"
     ):
+        backend.open_decoder("tensorrt", file, contract, options)
+    plan.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read: cannot mmap an empty file"):
         backend.open_decoder("tensorrt", file, contract, options)
     with pytest.raises(UserError, match="runs on cuda, or its ONNX files on cpu, not on mps"):
         backend.open_decoder("tensorrt", file, contract, SessionOptions(device="mps"))
@@ -64,6 +74,26 @@ def test_loading_an_engine(
         match=r"need an NVIDIA GPU \(CUDA failed in .*cudaErrorInsufficientDriver.*\); --device cpu",
     ):
         backend.open_decoder("tensorrt", file, contract, options)
+
+
+def test_code_of_an_engine_runs_where_it_was_built_or_is_trusted(
+    trt11_bundle: Bundle, tmp_path: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, contract = onnx_file(trt11_bundle)
+    use(monkeypatch, cuda, FakeTensorRT(cuda, {"decoder": contract}))
+    plan = tmp_path / "decoder.engine"
+    plan.write_bytes(fake_plan(source, "decoder", CAPACITY, host_code=True))
+
+    def load() -> object:
+        return backend.open_decoder("tensorrt", tmp_path / "decoder.onnx", contract, SessionOptions())
+
+    with pytest.raises(UserError, match="host code, which is not allowed; it was not built on this machine"):
+        load()
+    trust_engine(plan)
+    assert load()
+    plan.write_bytes(fake_plan(source, "decoder", CAPACITY + 1, host_code=True))  # another one in its place
+    with pytest.raises(UserError, match="or give --trust-engine if you trust who made it"):
+        load()
 
 
 ENGINE = Engine("f", (87,), "Orin", "CUDA 12.6", "10.3.0", 2048, 8, (), "aarch64")

@@ -97,9 +97,15 @@ def test_memory_is_given_back(bundle: Bundle, cuda: FakeCuda) -> None:
     cache = decoder.new_cache(2, CAPACITY)
     fork = cache.fork()
     assert cuda.device and cuda.host
-    del decoder, cache, fork
+    for step in range(3):
+        decoder.decode(embeds(decoder, 2, 1, seed=step), np.array([0]), cache)
+    assert cuda.streams == 1 and cuda.graphs
+    del decoder
     gc.collect()
-    assert not cuda.device and not cuda.host
+    assert fork.arrays and cuda.streams == 1  # a cache that outlives its session can still be read
+    del cache, fork
+    gc.collect()
+    assert not cuda.device and not cuda.host and not cuda.streams and not cuda.graphs
 
 
 def test_decode_becomes_a_graph_at_the_second_step(
