@@ -136,17 +136,22 @@ class Checkpoint:
         return [self._stored_names[name][0] for name in self._sources[parameter].names]
 
     def load(self, parameter: str) -> Tensor:
-        """One parameter in the checkpoint's dtype, named as in ``DeepSeekVL.named_parameters()``."""
+        """One parameter in the checkpoint's dtype, named as in ``DeepSeekVL.named_parameters()``.
+
+        Double precision becomes single: the reference computes in it, and no runtime reads more.
+        """
         parts = [self._files.load(name) for name in self._stored(parameter)]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
         return tensor.reshape(self._shapes[parameter])
 
     def embedding_bytes(self) -> int | None:
-        """Of the token table as it is stored; None where the weights are not there."""
+        """Of the token table as ``load`` gives it; None where the weights are not there."""
         if not any((self.folder / name).exists() for name in WEIGHT_FILES):
             return None
         (name,) = self._stored("token_embedding.weight")
-        return self._files.stored[name].nbytes
+        stored = self._files.stored[name]
+        return stored.nbytes // 2 if stored.dtype == "float64" else stored.nbytes
 
     def model(
         self,

@@ -222,6 +222,10 @@ def test_double_precision(tiny_copy: Path) -> None:
     expected = parameters(tiny_copy)
     save_file(cast(torch.float64)(take_weights(tiny_copy)), tiny_copy / "model.safetensors")
     assert same(parameters(tiny_copy), expected)
+    checkpoint = open_checkpoint(str(tiny_copy))
+    table = checkpoint.load("token_embedding.weight")
+    assert table.dtype == torch.float32
+    assert table.nbytes == checkpoint.embedding_bytes()
 
 
 def test_an_error_lists_ten_names(tiny_copy: Path) -> None:
