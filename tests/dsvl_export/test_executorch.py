@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
+from dsvl_export.executorch_program.tokenizer import write_runner_tokenizer
 from dsvl_export.exporting import export
 from dsvl_export.ladder import parity
 from reference.checkpoint import open_checkpoint
 from reference.session import reference_chain
 from reference.tiny import HELDOUT
 from runtimes.backends import load_backend
-from runtimes.bundle import Bundle
+from runtimes.bundle import TOKENIZER, Bundle
 from runtimes.errors import UserError
 from runtimes.executorch import MAGIC, METHODS, load_program
 from runtimes.goldens import relative_rms
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import preprocess
 from runtimes.prompt import BOS, EOS, IMAGE_PLACEHOLDER
+from runtimes.runner_tokenizer import TEXTS
 from runtimes.session import SessionOptions
 from runtimes.task import load_task
 from runtimes.tokenizer import expand_images
 from tests.conftest import OraclePair, assert_programs_untouched
+from tests.dsvl_export.test_runner_tokenizer import STEPS
 from tests.oracles.models import save_oracle, siglip_oracle
 
 pytest.importorskip("executorch", reason="executorch is not installed here")
@@ -125,6 +130,31 @@ def test_the_stock_runner_gives_the_same_tokens(bundle: Bundle, precision: str) 
             runner.reset()
             runner.generate(given, config, found.append)
             assert "".join(found).removesuffix(EOS).strip() == answer.text.strip()
+
+
+@pytest.mark.parametrize("name", ["tiny", *STEPS])
+def test_the_stock_runner_reads_texts_as_they_are_meant(bundle: Bundle, name: str, tmp_path: Path) -> None:
+    """The tokenizer inside of the runner, too, and not only the package of the same library."""
+    import executorch.kernels.quantized  # noqa: F401
+    from executorch.extension.llm import runner as stock
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+
+    original, file = bundle.path(TOKENIZER), tmp_path / "tokenizer.json"
+    if name in STEPS:
+        raw = json.loads(original.read_text())
+        raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": STEPS[name]}
+        original = tmp_path / "original.json"
+        original.write_text(json.dumps(raw))
+    assert write_runner_tokenizer(file, original).startswith("equal on")
+    exact = tokenizers.Tokenizer.from_file(str(original))
+    runner = stock.MultimodalRunner(str(program_of(bundle, "fp32")), str(file))
+    config = stock.GenerationConfig(echo=False, max_new_tokens=1, temperature=0.0, num_bos=0)
+    read: list[int] = []
+    for text in TEXTS:
+        runner.reset()
+        given = [stock.make_text_input(text)]
+        runner.generate(given, config, lambda piece: None, lambda stats: read.append(stats.num_prompt_tokens))
+    assert read == [len(exact.encode(text, add_special_tokens=False).ids) for text in TEXTS]
 
 
 def test_caches_take_turns(bundle: Bundle) -> None:
