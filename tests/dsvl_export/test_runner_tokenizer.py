@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from dsvl_export.cli.app import app
 from dsvl_export.executorch_program.tokenizer import translate, write_runner_tokenizer
 from reference.checkpoint import open_checkpoint
+from runtimes.bundle import MANIFEST, Bundle
 from runtimes.errors import UserError
 from runtimes.prompt import EOS, IMAGE_PLACEHOLDER
-from runtimes.runner_tokenizer import TEXTS, encode_and_decode, tokenizer_differences
+from runtimes.runner_tokenizer import RUNNER_TOKENIZER, TEXTS, encode_and_decode, tokenizer_differences
 
 pytest.importorskip("pytorch_tokenizers", reason="executorch is not installed here")
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -125,6 +128,26 @@ def test_what_cannot_be_equal_is_not_written(tmp_path: Path) -> None:
     original.write_text(json.dumps(raw))
     said = write_runner_tokenizer(file, original)
     assert said.startswith("none: ExecuTorch's tokenizer cannot read") and not file.exists()
+
+
+def test_export_says_that_there_is_no_file(
+    executorch_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = Path(shutil.copytree(executorch_bundle.folder, tmp_path / "bundle"))
+    raw = json.loads((folder / MANIFEST).read_text())
+    for artifact in raw["artifacts"]:
+        if artifact["precision"] == "fp32":
+            artifact["tools"][RUNNER_TOKENIZER] = "none: it reads 3 texts otherwise, as 'a [b] c'"
+    (folder / MANIFEST).write_text(json.dumps(raw))
+    monkeypatch.setattr("dsvl_export.exporting.export", lambda *_: Bundle.open(folder))
+    options = ["--backend", "executorch", "--precision", "fp32", "--precision", "8da4w", "--no-parity"]
+    app(["export", "tiny", *options, "--output", str(folder)], standalone_mode=False)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("No tokenizer for ExecuTorch's runner") == 1
+    assert "runner (fp32): it reads 3 texts otherwise, as 'a [b] c'. Apps must give" in said
 
 
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
