@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -18,6 +20,19 @@ from runtimes.errors import UserError
 from runtimes.prompt import IMAGE_PLACEHOLDER, ChatTemplate, Control, PromptText
 
 T = TypeVar("T")
+LONGEST_SPACE = 10_000  # characters of white space in a row: about half a second with a quadratic pattern
+SPACES = re.compile(r"\s+")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # of byte fallback, as in LLaMA's tokenizers
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level vocabularies (GPT-2's ``bytes_to_unicode``)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTES = _byte_characters()
 
 
 @dataclass(frozen=True)
@@ -76,9 +91,20 @@ class Tokenizer:
         control tokens; text that spells one is encoded as text. Of any other string, a raw prompt, every
         spelled added token counts.
 
+        The time that a tokenizer takes can grow with the square of a run of white space (patterns like
+        ``\\s+$`` try every start), so a run is at most LONGEST_SPACE characters; a longer one is refused,
+        which changes no ids. Other tokenizers can be slow in other ways: ``serve`` encodes in a process.
+
         Raises:
-            UserError: the text is not valid Unicode, or the tokenizer fails on it.
+            UserError: the text is not valid Unicode, has too long a run of white space, or the tokenizer
+                fails on it.
         """
+        longest = max((len(run) for run in SPACES.findall(prompt)), default=0)
+        if longest > LONGEST_SPACE:
+            raise UserError(
+                f"The prompt has {longest} characters of white space in a row, the most is {LONGEST_SPACE};"
+                " shorten them."
+            )
         if isinstance(prompt, PromptText):
             ids = {Control.EOS: self.spec.eos_id, Control.IMAGE: self.spec.image_token_id}
             pieces = [ids[piece] if isinstance(piece, Control) else piece for piece in prompt.pieces]
@@ -118,6 +144,37 @@ class Tokenizer:
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each token's own text, special ones written out; parts of a character give U+FFFD."""
         return [str(self._tokenizer.decode([token], skip_special_tokens=False)) for token in tokens]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The exact bytes that a token adds to a text; of a part of a character, that part.
+
+        The bytes of an answer's tokens, joined, are the bytes of its text before white space at its start is
+        left out (for ``logprobs``, whose clients rejoin them). A control or other added token gives its
+        name, an id that no token has gives none.
+        """
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None or token in self._added:
+            return (piece or "").encode()
+        if "ByteLevel" in self._decoders and all(character in BYTES for character in piece):
+            return bytes(BYTES[character] for character in piece)
+        if "ByteFallback" in self._decoders and (found := BYTE_TOKEN.fullmatch(piece)):
+            return bytes.fromhex(found[1])
+        # After another token, so that a decoder that strips the start of a text leaves this one's alone.
+        once, twice = (
+            str(self._tokenizer.decode([token] * count, skip_special_tokens=False)) for count in (1, 2)
+        )
+        return twice[len(once) :].encode()
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        """Ids of added tokens."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def _decoders(self) -> str:
+        """The decoder's JSON, which names the kinds that it is made of."""
+        decoder = self._tokenizer.decoder
+        return decoder.__getstate__().decode() if decoder is not None else ""
 
     def stream(self) -> TokenStream:
         return TokenStream(self._tokenizer)

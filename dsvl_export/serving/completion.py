@@ -82,8 +82,7 @@ class Completion:
         (piece,) = self._tokenizer.pieces([token])
         # JSON has no infinity; this is what the protocol says for very unlikely tokens.
         value = value if math.isfinite(value) else -9999.0
-        whole = "\ufffd" not in piece  # else it is a part of a character
-        return {"token": piece, "logprob": value, "bytes": list(piece.encode()) if whole else None}
+        return {"token": piece, "logprob": value, "bytes": list(self._tokenizer.token_bytes(token))}
 
 
 def usage(answer: Answer) -> dict[str, Any]:

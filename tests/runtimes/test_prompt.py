@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from reference.checkpoint import open_checkpoint
 from reference.specs import prompt_spec
@@ -28,7 +28,7 @@ from runtimes.prompt import (
     format_chat,
     place_images,
 )
-from runtimes.tokenizer import PromptSpec, Tokenizer
+from runtimes.tokenizer import LONGEST_SPACE, PromptSpec, Tokenizer
 
 CONTROL = (BOS, EOS, PAD, IMAGE_PLACEHOLDER)
 TEXTS = ("Hello!", "  What?\n\n", "né 你好 🙂 ö", "1234\t x", "a  b   c", "User: x", "def f():\n    return 0")
@@ -136,17 +136,21 @@ def sentencepiece() -> tokenizers.Tokenizer:
                        byte_fallback=True, fuse_unk=True)  # fmt: skip
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.add_special_tokens([special("<unk>"), *map(special, CONTROL)])
     return tokenizer
 
 
 def unigram() -> tokenizers.Tokenizer:
     """T5's kind: a piece of the vocabulary is found in text whatever its name; normalized control tokens."""
-    characters = sorted(set("".join(TEXTS) + "▁:AUserasitn.<>|_pageholdmc｜▁<｜beginofsentence｜ "))
+    characters = sorted(set("".join(TEXTS) + "▁:⏎AUserasitn.<>|_pageholdmc｜▁<｜beginofsentence｜ "))
     pieces = [("<unk>", 0.0), *((token, 0.0) for token in CONTROL), *((c, -2.0) for c in characters)]
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, 0))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace("\n", "⏎")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("⏎", "\n"), decoders.Metaspace()])
     tokenizer.add_special_tokens([special(token, normalized=True, rstrip=True) for token in CONTROL])
     return tokenizer
 
@@ -243,3 +247,35 @@ def test_a_prompt_survives_pickling() -> None:
 def test_a_manifest_of_one_end_token_reads() -> None:
     raw = {"system_prompt": "s", "bos_id": 1, "eos_id": 2, "image_token_id": 3, "image_tokens": 4}
     assert PromptSpec.from_dict(raw) == PromptSpec("s", 1, (2,), 3, 4)
+
+
+def test_the_bytes_of_tokens_make_the_text(tokenizer: Tokenizer) -> None:
+    """Of parts of characters too, for every decoder."""
+    text = "Hello né 你好 🙂👩‍👩‍👧 fin 12"
+    if tokenizer._tokenizer.token_to_id("<0x00>") is None and "ByteLevel" not in tokenizer._decoders:
+        text = "User: an image"  # what this vocabulary can write
+    ids = tokenizer.encode(format_chat([user(text)], ""))[1:]
+    joined = b"".join(map(tokenizer.token_bytes, ids))
+    assert joined.decode().lstrip() == f"User: {text}\n\nAssistant:"
+    assert tokenizer.token_bytes(tokenizer.spec.eos_id) == EOS.encode()
+    assert tokenizer.token_bytes(10**9) == b""
+
+
+def test_a_long_run_of_white_space_is_refused(tokenizer: Tokenizer) -> None:
+    tokenizer.encode(f"{' ' * LONGEST_SPACE}x{' ' * LONGEST_SPACE}")
+    long = "a" + " " * LONGEST_SPACE + "\tb"
+    for prompt in (long, format_chat([user(long)])):
+        with pytest.raises(UserError, match="10001 characters of white space in a row, the most is 10000"):
+            tokenizer.encode(prompt)
+
+
+def test_a_regex_that_gives_up_is_one_sentence(tmp_path: Path) -> None:
+    """The library panics, with an exception that is no Exception."""
+    raw = tiny()
+    raw.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"(a|a|aa)+$"), "isolated")
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", prompt_spec(open_checkpoint("tiny")))
+    for prompt in ("a" * 40 + "b", format_chat([user("a" * 40 + "b")])):
+        with pytest.raises(UserError, match=r"tokenizer.json failed on the prompt"):
+            tokenizer.encode(prompt)
+    assert tokenizer.encode("ab")
