@@ -17,6 +17,7 @@ from dsvl_export.export_stages import ExportProgress, ExportStages, Report, iden
 from dsvl_export.planner.targets import find_target
 from dsvl_export.precisions import check_request, plan_for
 from dsvl_export.staging import Staging
+from reference.chat_template import template_difference
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.specs import preprocess_spec, prompt_spec
 from reference.trace import PRECISION_DTYPES
@@ -95,7 +96,9 @@ def export(
         identify(source, report)
         for plan in plans:
             QuantizedWeights(source, plan, table).check()
-    specs = (preprocess_spec(source), prompt_spec(source))
+    prompt = prompt_spec(source)
+    prompt = replace(prompt, template_difference=template_difference(source, prompt))
+    specs = (preprocess_spec(source), prompt)
     staging = Staging(Path(output).expanduser())
     try:
         staging.open()

@@ -42,6 +42,8 @@ class PromptSpec:
     Args:
         eos_ids: tokens that end an answer; the first one also ends an assistant's message in a prompt.
         image_tokens: tokens that each image placeholder becomes.
+        template_difference: how the checkpoint's own chat template differs from ``template``, as a
+            sentence; empty where it does not, or there is none.
     """
 
     system_prompt: str
@@ -50,6 +52,7 @@ class PromptSpec:
     image_token_id: int
     image_tokens: int
     template: ChatTemplate = field(default_factory=ChatTemplate)
+    template_difference: str = ""
 
     @property
     def eos_id(self) -> int:

@@ -206,6 +206,8 @@ def export(
             display.print_parity(result)
         total = sum(entry.bytes for entry in bundle.manifest.files.values())
         say(f"Wrote {bundle.folder} ({size(total)}).")
+        if difference := bundle.manifest.prompt.template_difference:
+            say(f"Warning: {difference}")
         say(f"Next: {_next_step(bundle, backend)}")
     leave_with(results)
 
