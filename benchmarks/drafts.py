@@ -1,8 +1,9 @@
 """Drafts by prompt lookup at full shape: tokens per second with and without, on what they help and harm.
 
-    python benchmarks/drafts.py BUNDLE [--backend onnxruntime] [--precision 8da4w-g128]
+    python benchmarks/drafts.py BUNDLE [--backend onnxruntime] [--precision int4]
 
-The decoder computes every step in earnest; what it says is replaced by a script, since weights are random:
+Precisions that quantize activations make no drafts. The decoder computes every step in earnest; what it says
+is replaced by a script, since weights are random:
 
     copy       the answer repeats 200 tokens of the prompt
     quotes     stretches of 12 tokens from the prompt between 12 new ones

@@ -49,8 +49,7 @@ Drafts = Annotated[
     bool,
     typer.Option(
         "--drafts/--no-drafts",
-        help="Guess tokens that repeat earlier text and judge several in one call: the same answer but for"
-        " near ties.",
+        help="Guess tokens that repeat earlier text and judge several in one call: faster, the same answer.",
     ),
 ]
 Tolerances = Annotated[
