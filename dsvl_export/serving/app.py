@@ -81,7 +81,7 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
             return JSONResponse({"status": "unavailable", "detail": reason}, 503)
         return JSONResponse({"status": "ok", "models": service.open})
 
-    document = openapi_document(options.token is not None)
+    document = openapi_document(service.names, options.token is not None)
 
     @app.get("/openapi.json")
     async def described() -> dict[str, Any]:

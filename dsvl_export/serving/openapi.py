@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dsvl_export.serving.parameters import IGNORED, NEUTRAL
@@ -14,10 +15,11 @@ STRING: Schema = {"type": "string"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 
 
-def openapi_document(token: bool) -> Schema:
+def openapi_document(names: Sequence[str], token: bool) -> Schema:
     """Describe the routes, what they take, and what they answer.
 
     Args:
+        names: of the models.
         token: whether the guarded routes need a bearer token.
     """
     security: list[Schema] = [{"bearer": []}] if token else []
@@ -42,7 +44,9 @@ def openapi_document(token: bool) -> Schema:
             "/v1/models/{name}": {
                 "get": {
                     **_operation("One model", "application/json", _ref("Model")),
-                    "parameters": [{"name": "name", "in": "path", "required": True, "schema": STRING}],
+                    "parameters": [
+                        {"name": "name", "in": "path", "required": True, "schema": {"enum": list(names)}}
+                    ],
                     "security": security,
                 }
             },

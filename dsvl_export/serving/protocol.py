@@ -30,6 +30,7 @@ def _whole(value: Any) -> Any:
 
 
 Integer = Annotated[int, BeforeValidator(_whole)]
+StopText = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 
 
 class _Fields(BaseModel):
@@ -129,7 +130,7 @@ class ChatRequest(_Fields):
     repetition_penalty: Optional[float] = Field(None, ge=0.01, le=100)
     seed: Optional[Integer] = Field(None, ge=-(2**63), lt=2**64)
     ignore_eos: Optional[bool] = None
-    stop: Union[str, list[str], None] = None
+    stop: Union[StopText, Annotated[list[StopText], Field(max_length=MOST_STOPS)], None] = None
     logprobs: Optional[bool] = None
     top_logprobs: Optional[Integer] = Field(None, ge=0, le=MOST_TOP)
 
@@ -142,15 +143,9 @@ class ChatRequest(_Fields):
         """How to generate; ``longest`` are the tokens of an answer where the request does not say.
 
         Raises:
-            RequestError: two parameters contradict each other, or a stop string cannot be used.
+            RequestError: two parameters contradict each other.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stop) > MOST_STOPS or not all(0 < len(text) <= MOST_STOP_CHARACTERS for text in stop):
-            raise RequestError(
-                400,
-                f"stop takes up to {MOST_STOPS} strings of 1 to {MOST_STOP_CHARACTERS} characters.",
-                param="stop",
-            )
         if self.top_logprobs and not self.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
         limits = [each for each in (self.max_completion_tokens, self.max_tokens) if each is not None]
@@ -202,7 +197,7 @@ def _read_json(body: bytes) -> Any:
 
 def _telling(error: Mapping[str, Any]) -> tuple[bool, int]:
     """Of the errors of a union's branches, that of the branch which was meant says most."""
-    return "str" not in error["loc"], len(error["loc"])
+    return error["type"] != "string_type", len(error["loc"])
 
 
 def _path(raw: Any, location: Sequence[int | str], missing: bool) -> str | None:
