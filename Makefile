@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough; where the package index offers only a CUDA build, that works too.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check coverage clean
+.PHONY: demo test test-oldest check coverage clean
 
 demo: $(VENV)/cpu.installed
 	$(BIN)/dsvl-export demo --output demo
@@ -20,6 +20,10 @@ check: $(VENV)/dev.installed
 	$(BIN)/lint-imports
 	$(BIN)/pytest --durations=20
 
+# Every dependency in the lowest version that pyproject declares, without torch where none is needed; slow.
+test-oldest: $(VENV)/dev.installed
+	$(BIN)/python tests/oldest/lane.py $(VENV)-oldest
+
 # The tests again, a fifth slower, with the lines that they reach.
 coverage: $(VENV)/dev.installed
 	$(BIN)/pytest --cov --cov-report=term
@@ -31,4 +35,4 @@ $(VENV)/%.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-oldest demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -12,6 +12,7 @@ from dsvl_export.defects import Defect
 from dsvl_export.display import out
 from dsvl_export.planner.targets import Target
 from dsvl_export.units import size
+from runtimes.onnxruntime_releases import release_for_precision
 
 if TYPE_CHECKING:
     from dsvl_export.planner.plan import Plan
@@ -106,6 +107,8 @@ def print_plan(plan: Plan, nearest: str | None, defects: Sequence[Defect]) -> No
     out.print(table)
     if not plan.exact:
         out.print(f"The size is an estimate: what exports to {request.backend} is not installed here.")
+    if request.backend == "onnxruntime" and not request.precision.endswith((".yaml", ".yml")):
+        out.print(f"Needs ONNX Runtime {release_for_precision(request.precision)} or later.")
     for defect in defects:
         out.print(f"[yellow]Known defect:[/] {escape(str(defect))}")
 

@@ -47,6 +47,11 @@ FEATURES = {
         "have no kernel for the QuantizeLinear of opset 23",
         "https://github.com/microsoft/onnxruntime/issues/25932",
     ),
+    "tensor-scatter": Feature(
+        "1.26",  # 1.24.4 has none, 1.25 was not measured
+        "have no CPU kernel for the TensorScatter of opset 24",
+        "https://github.com/microsoft/onnxruntime/blob/main/docs/OperatorKernels.md",
+    ),
     "int8-cache": Feature(
         "1.27",
         "have no CPU kernel for a KV cache of 8 bits",
@@ -70,8 +75,11 @@ ROUNDS_ACTIVATIONS = ("int8", "int8-int4", "8da8w", "8da4w", "8da4w-g128")
 
 
 def release_for_precision(precision: str) -> str:
-    """The oldest release for a shipped precision of the backend ``onnxruntime``."""
-    feature = PRECISIONS.get(precision)
+    """The oldest release for a shipped precision of ``onnxruntime``, as ``int8`` or ``int8-fp16``."""
+    name = precision.removesuffix("-fp16")
+    if name != precision and name in ("int8", "int8-int4"):
+        return FEATURES["float16-quantize"].since
+    feature = PRECISIONS.get(name)
     return FEATURES[feature].since if feature else OLDEST
 
 
@@ -89,13 +97,13 @@ def release_for_artifact(artifact: Artifact) -> str:
             )
         return text
     precision = artifact.precision.removesuffix(f"-{artifact.base}")
-    found = [release_for_precision(precision)]
+    found = [OLDEST if precision == "fp8" and artifact.base == "fp16" else release_for_precision(precision)]
     if precision in ROUNDS_ACTIVATIONS:
         found.append(FEATURES["opset23-quantize"].since)
         if artifact.base == "fp16":
             found.append(FEATURES["float16-quantize"].since)
     if artifact.dialect == "trt11":
-        found.append(FEATURES["opset24"].since)
+        found.append(FEATURES["tensor-scatter"].since)
     return newest(found)
 
 

@@ -151,9 +151,10 @@ def export(
     given = precision or ["fp32" if "fp32" in compiler.PRECISIONS else compiler.PRECISIONS[0]]
     plans = [plan_for(compiler, each) for each in given]
     precisions = [plan.name for plan in plans]
-    for each in precisions:
-        for defect in warnings_for(backend, each, device.name if device else None):
-            display.err.print(f"[yellow]Known defect:[/] {escape(str(defect))}")
+    name = device.name if device else None
+    defects = {str(defect): None for each in precisions for defect in warnings_for(backend, each, name)}
+    for text in defects:
+        display.err.print(f"[yellow]Known defect:[/] {escape(text)}")
     if scales is None and checkpoint != "tiny" and any(plan.quantizes_activations for plan in plans):
         display.err.print(
             "[yellow]Calibrating on the bundled pictures:[/] for better scales run 'dsvl-export calibrate'"
@@ -208,8 +209,23 @@ def export(
         say(f"Wrote {bundle.folder} ({size(total)}).")
         if difference := bundle.manifest.prompt.template_difference:
             say(f"Warning: {difference}")
+        if needs := _needs(bundle, backend, precisions):
+            say(needs)
         say(f"Next: {_next_step(bundle, backend)}")
     leave_with(results)
+
+
+def _needs(bundle: Bundle, backend: str, precisions: list[str]) -> str:
+    """The oldest ONNX Runtime for the artifacts, as a sentence; empty where none runs them."""
+    from runtimes.onnxruntime_releases import NEEDED, newest
+
+    found = [
+        item.tools[NEEDED]
+        for item in bundle.manifest.artifacts
+        if item.backend == backend and item.precision in precisions and NEEDED in item.tools
+    ]
+    where = "" if backend == "onnxruntime" else " to run without a GPU"
+    return f"Needs ONNX Runtime {newest(found)} or later{where}." if found else ""
 
 
 def _next_step(bundle: Bundle, backend: str) -> str:

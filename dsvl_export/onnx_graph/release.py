@@ -24,7 +24,9 @@ def features(model: onnx.ModelProto) -> Iterator[str]:
     if opset >= 24:
         yield "opset24"
     for node in model.graph.node:
-        if node.op_type == "GroupQueryAttention":
+        if node.op_type == "TensorScatter":
+            yield "tensor-scatter"
+        elif node.op_type == "GroupQueryAttention":
             if any(item.name == "kv_cache_bit_width" for item in node.attribute):
                 yield "int8-cache"
         elif node.op_type == "QuantizeLinear":

@@ -13,7 +13,15 @@ from runtimes.bundle import Artifact, Bundle
 from runtimes.engines import backend as engines
 from runtimes.errors import UserError
 from runtimes.files import write_json
-from runtimes.onnxruntime_releases import FEATURES, NEEDED, OLDEST, numbers, refusal, release_for_artifact
+from runtimes.onnxruntime_releases import (
+    FEATURES,
+    NEEDED,
+    OLDEST,
+    numbers,
+    refusal,
+    release_for_artifact,
+    release_for_precision,
+)
 from runtimes.pipeline import Pipeline
 
 
@@ -54,7 +62,8 @@ def test_the_sentence_has_both_releases_and_the_remedy(monkeypatch: pytest.Monke
         (artifact("fp8"), "1.32"),
         (artifact("int8-fp16", base="fp16"), "1.30"),
         (artifact("int8-fp16", "trt10", "fp16"), "1.30"),
-        (artifact("fp16", "trt11", "fp16"), "1.24"),
+        (artifact("fp16", "trt11", "fp16"), "1.26"),
+        (artifact("fp8-fp16", "trt11", "fp16"), "1.26"),
     ],
 )
 def test_the_release_of_an_artifact(found: Artifact, release: str) -> None:
@@ -96,6 +105,12 @@ def test_a_simulator_is_named_with_its_release_or_refused(monkeypatch: pytest.Mo
     found = engines.execution("tensorrt", file)
     assert found.kind == "not run"
     assert found.by.startswith("without a GPU it needs ONNX Runtime 1.30 or later, here is 1.29.0; run: pip")
+
+
+def test_the_release_of_a_precision_by_name() -> None:
+    names = {"fp32": "1.23", "8da4w": "1.23", "int8": "1.23", "kv-int8": "1.27", "int8-fp16": "1.30",
+             "int8-int4-fp16": "1.30", "int4-fp16": "1.23", "fp8": "1.32"}  # fmt: skip
+    assert {name: release_for_precision(name) for name in names} == names
 
 
 def test_the_table_keeps_to_what_the_package_takes() -> None:
