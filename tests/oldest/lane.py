@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tomllib
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -39,6 +39,7 @@ class Group:
 
     extras: tuple[str, ...]
     checks: tuple[str, ...]
+    exports: bool = False  # which takes the Python of this interpreter
 
 
 GROUPS = {
@@ -48,9 +49,9 @@ GROUPS = {
     "serve": Group(("onnxruntime", "serve"), ("serve",)),
     "report": Group(("onnxruntime", "report"), ("report",)),
     "ray": Group(("onnxruntime", "serve", "ray"), ("import ray.serve, dsvl_export.cluster",)),
-    "export": Group(("export", "onnxruntime"), ("export", "plan")),
-    "executorch": Group(("executorch", "onnxruntime"), ("export --backend executorch",)),
-    "coreml": Group(("coreml", "onnxruntime"), ("export --backend coreml",)),
+    "export": Group(("export", "onnxruntime"), ("export", "plan"), True),
+    "executorch": Group(("executorch", "onnxruntime"), ("export --backend executorch",), True),
+    "coreml": Group(("coreml", "onnxruntime"), ("export --backend coreml",), True),
 }
 DEFAULT = ("run", "serve", "report", "ray", "export")
 
@@ -68,19 +69,34 @@ def requirements(extras: tuple[str, ...]) -> list[Requirement]:
     return found
 
 
-def lowest(requirement: Requirement) -> str:
-    """``name==version`` of the lowest version that a requirement takes.
+def lowest_version(requirement: Requirement) -> str:
+    """The lowest version that a requirement takes, as ``1.20`` or ``2.13.*``.
 
     Raises:
         ValueError: it has no lower bound.
     """
-    versions = [
-        item.version for item in SpecifierSet(str(requirement.specifier)) if item.operator in ("==", ">=")
-    ]
+    versions = [item.version for item in requirement.specifier if item.operator in ("==", ">=")]
     if not versions:
         raise ValueError(f"{requirement} has no lower bound")
-    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
-    return f"{requirement.name}{extras}=={versions[0]}"
+    return versions[0]
+
+
+def lowest(wanted: list[Requirement]) -> list[str]:
+    """``name==version`` of each requirement; of several for one package, the highest of their lowest."""
+    found: dict[str, Requirement] = {}
+    for requirement in wanted:
+        known = found.get(requirement.name)
+        if known is None or _number(requirement) > _number(known):
+            found[requirement.name] = requirement
+    return [f"{name}{_extras(item)}=={lowest_version(item)}" for name, item in found.items()]
+
+
+def _extras(requirement: Requirement) -> str:
+    return f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+
+
+def _number(requirement: Requirement) -> Version:
+    return Version(lowest_version(requirement).removesuffix(".*"))
 
 
 def make_environment(folder: Path, python: str, pins: list[str]) -> Path:
@@ -217,7 +233,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--python", default="", help="of the environments; default: python3.10, or this one")
+    parser.add_argument(
+        "--python", default="", help="of environments that do not export; default: python3.10, or this one"
+    )
     parser.add_argument(
         "--group", action="append", choices=list(GROUPS), help="default: " + ", ".join(DEFAULT)
     )
@@ -231,9 +249,10 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "dsvl_export.cli", *command], check=True, env=_environment())
     for name in given.group or DEFAULT:
         group = GROUPS[name]
-        pins = list(dict.fromkeys(map(lowest, requirements(group.extras))))
+        pins = lowest(requirements(group.extras))
         print(f"{name}: {' '.join(pins)}", flush=True)
-        lane = Lane(make_environment(folder / name, python, pins), bundle, folder)
+        interpreter = make_environment(folder / name, sys.executable if group.exports else python, pins)
+        lane = Lane(interpreter, bundle, folder)
         for check in group.checks:
             started = time.perf_counter()
             lane.check(check)
