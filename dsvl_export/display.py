@@ -121,7 +121,7 @@ def parity_table(result: ParityResult) -> Table:
         elif rung.name == "task_accuracy" and result.task:
             numbers = [f"{result.task.exact_match:.1%} exact", "", "", ""]
         else:
-            numbers = ["", "equal" if rung.name == "greedy_tokens" else "", "", ""]
+            numbers = ["", "equal" if rung.name in ("text", "greedy_tokens") else "", "", ""]
         state = f"[{COLOURS.get(rung.state, 'yellow')}]{rung.state}[/]"
         remarks = [remark for remark in (rung.detail, _widened(rung, result)) if remark]
         table.add_row(
@@ -133,9 +133,14 @@ def parity_table(result: ParityResult) -> Table:
 def _widened(rung: Rung, result: ParityResult) -> str:
     """Why a bound is wider than the precision's usual one."""
     errors = rung.errors
-    if errors is None or errors.noise is None or errors.bound <= result.bound(rung.name, None):
+    if (
+        errors is None
+        or errors.noise is None
+        or errors.golden < 0
+        or errors.bound <= result.bound(rung.name, None)
+    ):
         return ""
-    return f"the precision itself costs the reference {errors.noise:.1e} on golden {errors.golden}"
+    return f"the precision itself costs the reference {errors.noise:.1e} on {errors.where}"
 
 
 def describe_verdict(kept: Mapping[str, Any]) -> str:

@@ -26,8 +26,9 @@ from dsvl_export.compilers import (
     Compiler,
     Parts,
 )
-from dsvl_export.ladder.noise import measure_noise, noise_file
+from dsvl_export.ladder.noise import measure_long_golden, measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
+from dsvl_export.overflow import check_weights, overflow_remedy
 from dsvl_export.planner.workload import Workload, activation_growth
 from dsvl_export.precisions import (
     planned_weights,
@@ -37,14 +38,15 @@ from dsvl_export.staging import JOURNAL, Staging
 from dsvl_export.units import size as size_of
 from dsvl_export.version import __version__, code_digest
 from reference.checkpoint import Checkpoint
-from reference.goldens import goldens_bytes, record_reference
+from reference.goldens import goldens_bytes, long_golden_bytes, record_long_reference, record_reference
 from reference.session import write_token_embedding
 from reference.specs import reference_settings
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent, component_contract
 from runtimes.bundle import TOKENIZER, Artifact
-from runtimes.errors import UserError
+from runtimes.errors import OverflowVerdict, UserError
 from runtimes.files import sha256_of_file, write_json, write_text
 from runtimes.goldens import SETTINGS
+from runtimes.long_golden import LONG_GOLDEN, LongGolden
 from runtimes.tokenizer import PromptSpec
 
 CALIBRATION = "calibration"  # where an export without scales keeps what it finds
@@ -117,7 +119,14 @@ class ExportStages:
             ("token_embedding", lambda: self._inputs, lambda: self.source.embedding_bytes() or 0)
         ]
         if goldens:
-            sizes.append(("goldens", lambda: self._inputs, lambda: goldens_bytes(config)))
+            capacity = self.options.capacity
+            sizes.append(
+                (
+                    "goldens",
+                    lambda: self._inputs,
+                    lambda: goldens_bytes(config) + long_golden_bytes(config, capacity),
+                )
+            )
         for plan, (name, components) in stages:
             inputs = partial(self._inputs_of, plan) if self._is_current(plan) else None
             sizes.append((name, inputs, partial(self._size, plan, components)))
@@ -131,6 +140,29 @@ class ExportStages:
                 f"The export takes {size_of(needed)} in {self.staging.folder},"
                 f" {size_of(free)} are free there."
             )
+
+    def check_weights(self, plans: Sequence[PrecisionPlan]) -> None:
+        """Refuse weights that a precision cannot hold, before any work; what is compiled was checked before.
+
+        Raises:
+            OverflowVerdict: names the tensor.
+            UserError: the checkpoint holds NaN or infinity.
+        """
+        ranges: dict[str, PrecisionPlan] = {}  # plans of one base round the same numbers
+        for plan in plans:
+            stages = self._stages(plan)
+            inputs = self._inputs_of(plan) if self._is_current(plan) else None
+            if inputs is None or not all(self.staging.is_current(stage, inputs) for stage in stages):
+                ranges.setdefault(plan.base, plan)
+        for base, plan in ranges.items():
+            weights = QuantizedWeights(self.source, PrecisionPlan(plan.name, base))
+            name = f"range of {base}"
+            self.report(ExportProgress(name))
+            check_weights(weights, self._remedy(plan))
+            self.report(ExportProgress(name, 1, 1, "finished"))
+
+    def _remedy(self, plan: PrecisionPlan) -> str:
+        return overflow_remedy(self.backend, self.compiler, plan)
 
     def _stages(self, plan: PrecisionPlan) -> dict[str, tuple[str, ...]]:
         """Stages that compile, and their components: all in one where the backend has them in one file."""
@@ -224,14 +256,49 @@ class ExportStages:
 
         self._stage("goldens", build)
 
-    def noise(self) -> None:
-        """What each precision of the bundle costs the reference itself on the recorded goldens."""
-        hashes = {
+    def long_golden(self) -> None:
+        """Record the text that fills the KV cache, where there are goldens and none of this capacity."""
+        name, key = f"goldens/{LONG_GOLDEN}", {"long_golden": self.options.capacity}
+        known = self.staging.result("goldens")
+        if known is None:
+            return
+        if name in self.staging.files() and known.items() >= key.items():
+            return
+        self.report(ExportProgress("long golden"))
+        table = self.staging.folder / TOKEN_EMBEDDING
+        made = record_long_reference(self.source, table, self.options.capacity)
+        file = self.staging.work / LONG_GOLDEN
+        made.save(file)
+        self.staging.attach("goldens", file, {**known, **key})
+        self.report(ExportProgress("long golden", 1, 1, "finished"))
+
+    def noise(self, plan: PrecisionPlan) -> None:
+        """What a precision costs the reference itself on the recorded goldens, if there are any.
+
+        Raises:
+            OverflowVerdict: it computes NaN or infinity.
+        """
+        if self._hashes and plan.name != "fp32":
+            self._noise_of(plan.name, self._remedy(plan))
+
+    def noise_of_others(self, plans: Sequence[PrecisionPlan]) -> None:
+        """As ``noise``, for the precisions that earlier exports made.
+
+        One that overflows has no noise, and ``parity`` finds the NaN or infinity in its artifacts.
+        """
+        for precision in self._exported():
+            if self._hashes and precision != "fp32" and precision not in {plan.name for plan in plans}:
+                try:
+                    self._noise_of(precision, "")
+                except OverflowVerdict:
+                    self.report(ExportProgress(_noise_stage(precision), 1, 1, "finished"))
+
+    @property
+    def _hashes(self) -> dict[str, str]:
+        """Of the goldens."""
+        return {
             path: entry.sha256 for path, entry in self.staging.files().items() if path.startswith("goldens/")
         }
-        for precision in self._exported():
-            if hashes and precision != "fp32":
-                self._noise_of(precision, hashes)
 
     def precision(self, plan: PrecisionPlan) -> None:
         """Keep a quantized precision's plan and scales in the bundle; calibrate where there are none."""
@@ -275,21 +342,24 @@ class ExportStages:
     def _rests_on(self, precision: str) -> dict[str, str]:
         return plan_hashes(self.staging, precision)
 
-    def _noise_of(self, precision: str, goldens: dict[str, str]) -> None:
+    def _noise_of(self, precision: str, remedy: str) -> None:
         def build(folder: Path) -> dict[str, Any]:
-            found = folder / f"noise{JOURNAL}"
+            weights, table = self.weights(precision), self.staging.folder / TOKEN_EMBEDDING
             noise = measure_noise(
-                self.weights(precision),
-                self.staging.folder / TOKEN_EMBEDDING,
+                weights,
+                table,
                 Goldens.recorded_into(self.staging.folder / "goldens"),
                 lambda done, total: self.report(ExportProgress(name, done, total)),
-                found,
+                folder / f"noise{JOURNAL}",
+                remedy,
             )
             write_json(folder / file, noise)
+            long = LongGolden.load(self.staging.folder / "goldens" / LONG_GOLDEN)
+            measure_long_golden(weights, table, long, remedy).save(folder / LONG_GOLDEN)
             return {}
 
         name, file = _noise_stage(precision), Path(noise_file(precision)).name
-        self._stage(name, build, {**self._inputs, "goldens": goldens, **self._rests_on(precision)})
+        self._stage(name, build, {**self._inputs, "goldens": self._hashes, **self._rests_on(precision)})
 
     def program(self, plan: PrecisionPlan, prompt: PromptSpec) -> None:
         """All components, and the listing for apps."""

@@ -69,6 +69,7 @@ def export(
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
+        OverflowVerdict: weights or activations exceed the range of a precision's base.
     """
     compiler = load_compiler(backend)
     plans = [plan_for(compiler, precision) for precision in precisions]
@@ -109,15 +110,18 @@ def export(
         run = ExportStages(source, staging, report, backend, compiler, options, table)
         run.make_room(plans, goldens)
         identify(source, report)
+        run.check_weights(plans)
         run.tokenizer()
         run.token_embedding()
         if goldens:
             run.goldens()
+        run.long_golden()
         for plan in plans:
             if plan.name not in PRECISION_DTYPES:
                 run.precision(plan)
+            run.noise(plan)
             run.program(plan, specs[1])
-        run.noise()
+        run.noise_of_others(plans)
         staging.finish(lambda now: manifest_of(source, staging, options.capacity, *specs, now))
     except (OSError, SafetensorError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "there is no memory left"

@@ -215,6 +215,11 @@ class Staging:
             found |= {path: FileEntry(**entry) for path, entry in stage["files"].items()}
         return dict(sorted(found.items()))
 
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What a finished stage returned; None where it is not finished."""
+        stage = self._stages.get(name)
+        return dict(stage["result"]) if stage else None
+
     def results(self) -> list[dict[str, Any]]:
         """What every finished stage returned."""
         return [stage["result"] for stage in self._stages.values()]

@@ -9,15 +9,33 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from reference.checkpoint import Checkpoint
 from reference.config import ModelConfig
+from reference.golden_texts import golden_answers, golden_conversations, golden_raw_prompts
 from reference.session import reference_chain
+from reference.specs import prompt_spec
 from reference.tiny import HELDOUT
 from reference.trace import component_contract
+from runtimes.cache import cache_bytes
+from runtimes.chain import Chain
+from runtimes.errors import UserError
+from runtimes.files import write_json
 from runtimes.goldens import GREEDY_TOKENS
-from runtimes.prompt import Message, format_chat, place_images
+from runtimes.long_golden import (
+    CACHE_BYTES,
+    PROJECTED,
+    LongGolden,
+    logit_rows,
+    long_golden_length,
+    record_long_golden,
+)
+from runtimes.prompt import IMAGE_PLACEHOLDER, Message, format_chat, place_images
 from runtimes.recording import GoldenRequest, record_goldens
-from runtimes.taps import SAMPLES, TAPPED_COMPONENTS, take_all_taps
+from runtimes.taps import SAMPLES, TAPPED_COMPONENTS, hashed_numbers, take_all_taps
+from runtimes.text_goldens import TEXT_GOLDENS, TextGoldens, record_texts
+from runtimes.tokenizer import Tokenizer
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png")  # both free of rights (NASA; CC0)
 
@@ -29,7 +47,9 @@ def record_reference(
     on_step: Callable[[int, int], None],
     on_saved: Callable[[Path], None] = lambda file: None,
 ) -> None:
-    """Goldens of the fp32 reference, with taps, into ``folder``; see ``record_goldens``."""
+    """Goldens of the fp32 reference, with taps, and of texts, into ``folder``; see ``record_goldens``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / TEXT_GOLDENS, reference_texts(source).to_dict())
     model = source.model()
     chain, tapped = (reference_chain(source, embedding_file, model, tapped) for tapped in (False, True))
     requests = golden_requests(chain.tokenizer.spec.system_prompt)
@@ -38,8 +58,55 @@ def record_reference(
     record_goldens(chain, requests, folder, source.digest, positions, on_step, tap, on_saved)
 
 
+def reference_texts(source: Checkpoint) -> TextGoldens:
+    """What a checkpoint's own tokenizer and settings make of the texts of ``golden_texts``."""
+    tokenizer = Tokenizer(source.tokenizer_files[0], prompt_spec(source))
+    raw = golden_raw_prompts()
+    answers = golden_answers([tokenizer.encode(text) for text in raw], tokenizer.spec.eos_id)
+    return record_texts(tokenizer, golden_conversations(), raw, answers, source.config.decoder.vocab_size)
+
+
+def record_long_reference(source: Checkpoint, embedding_file: Path, capacity: int) -> LongGolden:
+    """The long golden of the fp32 reference, for a bundle of a default capacity.
+
+    Raises:
+        UserError: what the model computes is not finite.
+    """
+    chain = reference_chain(source, embedding_file)
+    length = long_golden_length(chain, capacity, source.config.decoder.max_positions)
+    golden = record_long_golden(chain, long_text(chain, length), source.digest, capacity)
+    if layer := golden.not_finite():
+        raise UserError(
+            f"What the model computes holds NaN or infinity in {layer}; are the checkpoint's weights sound?"
+        )
+    return golden
+
+
+def long_text(chain: Chain, length: int) -> np.ndarray:
+    """``[length]`` tokens of words in a random order, always the same: the words of the held-out questions.
+
+    Sentences that repeat would hide an attention window.
+    """
+    lines = [json.loads(line) for line in HELDOUT.read_text(encoding="utf-8").splitlines()]
+    texts = " ".join(f"{line['question']} {line['expected']}" for line in lines)
+    words = sorted(set(texts.replace(IMAGE_PLACEHOLDER, "").split()))
+    chosen = hashed_numbers(length) % np.uint64(len(words))  # a word has a token at least
+    text = " ".join(words[index] for index in chosen)
+    return np.array(chain.tokenizer.encode(text)[:length], np.int64)
+
+
+def long_golden_bytes(config: ModelConfig, capacity: int) -> int:
+    """The most bytes of a long golden, its header left out."""
+    decoder = component_contract(config, "decoder", "fp32")
+    length = min(capacity, config.decoder.max_positions, CACHE_BYTES // cache_bytes(decoder.states, 1, 1))
+    rows, heads = len(logit_rows(length)), config.decoder.kv_heads
+    keys = config.decoder.layers * heads * -(-PROJECTED // heads) * length
+    return 8 * (length + rows) + 4 * (rows * config.decoder.vocab_size + keys)
+
+
 def goldens_bytes(config: ModelConfig) -> int:
-    """The most bytes that ``record_reference`` writes; headers and the pictures themselves are left out."""
+    """The most bytes that ``record_reference`` writes for its requests; headers and the pictures themselves
+    are left out, and the texts."""
     vision, adaptor, decoder = (
         component_contract(config, component, "fp32") for component in TAPPED_COMPONENTS
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -63,6 +63,12 @@ def save_golden(golden: Golden, file: Path) -> None:
     }
     texts = {"checkpoint": golden.checkpoint, "prompt": golden.prompt, "images": json.dumps(golden.images)}
     save_tensors(tensors, file, texts)
+
+
+def is_golden(path: str) -> bool:
+    """Whether a file of ``goldens/`` is that of a numbered request, and not the long golden."""
+    name = PurePosixPath(path)
+    return name.suffix == ".safetensors" and name.stem.isdigit()
 
 
 def tokens_of_golden(file: Path) -> int:

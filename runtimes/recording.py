@@ -15,7 +15,15 @@ import numpy as np
 from runtimes.cache import cache_bytes
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens import GREEDY_TOKENS, Golden, check_finite, greedy, load_golden, save_golden
+from runtimes.goldens import (
+    GREEDY_TOKENS,
+    Golden,
+    check_finite,
+    greedy,
+    is_golden,
+    load_golden,
+    save_golden,
+)
 from runtimes.images import load_image
 from runtimes.preprocess import resize_and_pad, to_pixel_values
 from runtimes.taps import Taps
@@ -76,7 +84,8 @@ def record_goldens(
     planned = _plan(chain, requests, max_positions)
     for image in {image for item in planned for image in item.request.images}:
         shutil.copyfile(image, folder / "images" / image.name)
-    for file in set(folder.glob("*.safetensors")) - {_file(folder, item) for item in planned}:
+    there = {file for file in folder.glob("*.safetensors") if is_golden(file.name)}
+    for file in there - {_file(folder, item) for item in planned}:
         file.unlink()
     groups = _groups(chain, planned)
     done, total = 0, len(planned) + bool(tap) + GREEDY_TOKENS * len(groups)

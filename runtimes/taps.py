@@ -26,11 +26,16 @@ def sample(array: np.ndarray) -> np.ndarray:
     flat = array.reshape(-1)
     if flat.size <= SAMPLES:
         return flat.astype(np.float32)
-    mixed = np.arange(SAMPLES, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    places = (hashed_numbers(SAMPLES) % np.uint64(flat.size)).astype(np.int64)
+    return flat[places].astype(np.float32)
+
+
+def hashed_numbers(count: int) -> np.ndarray:
+    """``count`` uint64 numbers with random bits, always the same: splitmix64 of 0, 1, 2 …"""
+    mixed = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    places = ((mixed ^ (mixed >> np.uint64(31))) % np.uint64(flat.size)).astype(np.int64)
-    return flat[places].astype(np.float32)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
 
 
 def take_taps(chain: Chain, golden: Golden, component: str) -> Taps:

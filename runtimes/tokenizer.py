@@ -120,7 +120,7 @@ class Tokenizer:
         """Built when it is first needed, which takes half a second with 100,000 tokens."""
         with self._lock:
             if self._plain is None:
-                placed = {self.spec.bos_id, *self.spec.eos_ids, self.spec.image_token_id}
+                placed = {self.spec.bos_id, self.spec.eos_id, self.spec.image_token_id}
                 self._plain = PlainTokenizer(json.loads(self._tokenizer.to_str()), self._tokenizer, placed)
             return self._plain
 

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _explanation(error: Exception, debug: bool) -> tuple[str, int]:
     """What to say of an error, and the exit code."""
     if isinstance(error, UserError):
-        return str(error), USER_ERROR
+        return str(error), error.exit_code
     if isinstance(error, MemoryError):
         return "There is not enough memory for this; close other programs or take less.", USER_ERROR
     if isinstance(error, OSError):

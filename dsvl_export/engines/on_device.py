@@ -16,7 +16,7 @@ from runtimes.bundle import Artifact, Bundle, Engine, Manifest
 from runtimes.engines.cuda import Cuda, CudaError, Gpu, import_cuda
 from runtimes.engines.library import import_library
 from runtimes.errors import UserError
-from runtimes.goldens import tokens_of_golden
+from runtimes.goldens import is_golden, tokens_of_golden
 
 BACKEND = "tensorrt"
 OnStep = Callable[[str, int, int], None]
@@ -117,11 +117,7 @@ def _artifacts(bundle: Bundle, precision: str | None, version: Version) -> list[
 
 def longest_golden(bundle: Bundle) -> int:
     """Tokens that ``parity`` needs in the KV cache; 0 where the bundle has no goldens."""
-    files = [
-        path
-        for path in bundle.manifest.files
-        if path.startswith("goldens/") and path.endswith(".safetensors")
-    ]
+    files = [path for path in bundle.manifest.files if path.startswith("goldens/") and is_golden(path)]
     return max((tokens_of_golden(bundle.path(path)) for path in files), default=0)
 
 

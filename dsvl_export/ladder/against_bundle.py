@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from dsvl_export.ladder.against_reference import OnStep, execution, silent, weakest
 from dsvl_export.ladder.climb import climb
 from dsvl_export.ladder.drift import locate, suspects, take_from_debug_build
+from dsvl_export.ladder.long_context import LongGoldens, bundled_long_goldens, judge_long_context
 from dsvl_export.ladder.noise import read_noise
 from dsvl_export.ladder.result import Drift, ParityResult
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.ladder.task import counted, judge_task
-from dsvl_export.ladder.tolerances import Tolerance, load_tolerances, tolerance_for
+from dsvl_export.ladder.text import bundled_texts, judge_text
+from dsvl_export.ladder.tolerances import Tolerance, load_tolerances, tolerance_for, tolerance_of_base
 from runtimes.bundle import Bundle
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens import load_golden, save_golden
+from runtimes.long_golden import record_long_golden
 from runtimes.pipeline import Pipeline
 from runtimes.recording import GoldenRequest, record_goldens
 from runtimes.session import SessionOptions
 from runtimes.taps import TAPPED_COMPONENTS
 from runtimes.task import TaskItem
+from runtimes.text_goldens import record_again
 
 Pair = tuple[str, str]  # backend, precision
 
@@ -86,7 +93,11 @@ def compare(
         goldens = replace(Goldens.recorded_into(folder), numbers=recorded.numbers)
         baseline = (name, counted(one, task, f"task by {name}", on_step)) if task else None
         noise = read_noise(first, first_pair[1]).plus(read_noise(second, second_pair[1]))
+        texts = bundled_texts(first)
+        texts = record_again(texts, one.chain.tokenizer) if texts else None
+        judge_text(other.chain.tokenizer, texts, result)
         climb(other.chain, goldens, checkpoint, result, noise, on_step)
+        _compare_long_context(pairs, (one, other), checkpoint, tolerances or shipped, result)
         if task:
             judge_task(counted(other, task, "task", on_step), result, baseline)
         options = [SessionOptions(threads, each.device) for each in runs]
@@ -99,6 +110,34 @@ def compare(
                 else locate(second, other.chain, goldens, checkpoint, component, result, noise, options[1])
             )
     return result
+
+
+def _compare_long_context(
+    pairs: Sequence[tuple[Bundle, str]],
+    pipelines: Sequence[Pipeline],
+    checkpoint: str,
+    table: Mapping[str, Tolerance],
+    result: ParityResult,
+) -> None:
+    """What the first one computes for its long golden takes the reference's place."""
+    recorded = [bundled_long_goldens(bundle, precision) for bundle, precision in pairs]
+    if recorded[0] is None:
+        judge_long_context(pipelines[1].chain, None, None, 0, lambda error: 0.0, result)
+        return
+    lengths = [pipeline.longest for pipeline in pipelines if pipeline.longest]
+    golden = recorded[0].exact.until(min(lengths, default=None))
+    bounds = []
+    for (bundle, precision), long in zip(pairs, recorded, strict=True):
+        own = tolerance_for(table, bundle, precision)
+        assert own
+        base, known = tolerance_of_base(table, bundle, precision, own), long or recorded[0]
+        error = float(np.max(known.errors()))
+        bounds.append(own.long_bound(base, error) + error)
+    chain, capacity = pipelines[0].chain, golden.capacity
+    first = record_long_golden(chain, golden.tokens, checkpoint, capacity)
+    judge_long_context(
+        pipelines[1].chain, LongGoldens(first, first), None, capacity, lambda error: sum(bounds), result
+    )
 
 
 def _tap_first(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from dsvl_export.cluster import Spread
 from dsvl_export.ladder.climb import climb
 from dsvl_export.ladder.drift import locate, suspects
 from dsvl_export.ladder.entry_points import judge_entry_points
-from dsvl_export.ladder.noise import Noise, measure_noise, read_noise
+from dsvl_export.ladder.long_context import LongGoldens, bundled_long_goldens, judge_long_context
+from dsvl_export.ladder.noise import Noise, measure_long_golden, measure_noise, read_noise
 from dsvl_export.ladder.result import ParityResult
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.ladder.task import counted, counted_spread, judge_task
-from dsvl_export.ladder.tolerances import Tolerance, load_tolerances, tolerance_for
+from dsvl_export.ladder.text import bundled_texts, judge_text
+from dsvl_export.ladder.tolerances import Tolerance, load_tolerances, tolerance_for, tolerance_of_base
 from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.errors import UserError
@@ -24,8 +27,19 @@ from runtimes.pipeline import Pipeline
 from runtimes.session import Execution, SessionOptions
 from runtimes.taps import TAPPED_COMPONENTS
 from runtimes.task import TaskItem, TaskScore, recorded_score
+from runtimes.text_goldens import TextGoldens
 
 OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the reference computed; None is what an earlier release did not record."""
+
+    goldens: Goldens
+    noise: Noise
+    texts: TextGoldens | None
+    long: LongGoldens | None
 
 
 def silent(name: str, done: int, total: int) -> None:
@@ -76,17 +90,32 @@ def parity(
     device = result.execution.device
     pipeline = Pipeline.open(bundle, backend, precision, threads=threads, device=device)
     checkpoint = bundle.manifest.checkpoint["sha256"]
+    table = tolerances or shipped
+    base = tolerance_of_base(table, bundle, precision, tolerance)
     with ExitStack() as stack:
         if live:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            goldens, noise = _record_live(bundle, live, precision, folder, on_step)
+            recorded = _record_live(bundle, live, precision, folder, on_step)
         else:
-            goldens, noise = Goldens.of_bundle(bundle), read_noise(bundle, precision)
+            recorded = Recorded(
+                Goldens.of_bundle(bundle),
+                read_noise(bundle, precision),
+                bundled_texts(bundle),
+                bundled_long_goldens(bundle, precision),
+            )
+        goldens, noise = recorded.goldens, recorded.noise
+        judge_text(pipeline.chain.tokenizer, recorded.texts, result)
         fitting = goldens.within(pipeline.capacity)
         result.left_out, goldens = len(goldens.files) - len(fitting.files), fitting
         climb(pipeline.chain, goldens, checkpoint, result, noise, on_step)
+        on_step("long context", 0, 1)
+        bound = partial(tolerance.long_bound, base)
+        capacity = bundle.manifest.default_capacity
+        judge_long_context(pipeline.chain, recorded.long, pipeline.longest, capacity, bound, result)
         on_step("entry points", 0, 1)
         judge_entry_points(bundle, pipeline.chain, goldens, checkpoint, result, noise, live)
+        if base is not table["fp32"]:
+            result.advise_on_overflow()
         if task:
             baseline = _baseline(bundle, task, live, result, threads, on_step)
             if spread:
@@ -117,13 +146,11 @@ def weakest(executions: Iterable[Execution]) -> Execution:
     return min(executions, key=lambda one: order.index(one.kind))
 
 
-def _record_live(
-    bundle: Bundle, live: str, precision: str, folder: Path, on_step: OnStep
-) -> tuple[Goldens, Noise]:
+def _record_live(bundle: Bundle, live: str, precision: str, folder: Path, on_step: OnStep) -> Recorded:
     """Goldens and noise computed now from the checkpoint, its token embeddings included."""
     from dsvl_export.precisions import planned_weights
     from reference.checkpoint import open_checkpoint
-    from reference.goldens import record_reference
+    from reference.goldens import record_long_reference, record_reference, reference_texts
     from reference.session import write_token_embedding
 
     source = open_checkpoint(live)
@@ -132,12 +159,14 @@ def _record_live(
     table = folder / "token_embedding.safetensors"
     write_token_embedding(source, table)
     record_reference(source, table, folder / "goldens", partial(on_step, "reference"))
-    goldens = Goldens.recorded_into(folder / "goldens")
+    goldens, texts = Goldens.recorded_into(folder / "goldens"), reference_texts(source)
+    long = record_long_reference(source, table, bundle.manifest.default_capacity)
     if precision == "fp32":
-        return goldens, Noise()
+        return Recorded(goldens, Noise(), texts, LongGoldens(long, long))
     weights = planned_weights(source, bundle.folder, precision)
     measured = measure_noise(weights, table, goldens, partial(on_step, "noise"))
-    return goldens, Noise(tuple(measured["goldens"]), measured["taps"])
+    noise = Noise(tuple(measured["goldens"]), measured["taps"])
+    return Recorded(goldens, noise, texts, LongGoldens(long, measure_long_golden(weights, table, long)))
 
 
 def _baseline(

@@ -22,7 +22,7 @@ class Errors:
     ``max_abs``, ``cosine`` and ``channel`` (see ``channel_error``) are the worst of all; the cosine gates
     nothing (one zeroed weight row leaves it at 0.99998). The rest describes the tensor that came nearest
     to its bound or went farthest beyond it: its relative RMS error, its ``bound``, the ``noise`` measured
-    there, and the place of its largest absolute difference (or its first NaN).
+    there, and the place of its largest absolute difference (or its first NaN). The long golden is number -1.
     """
 
     relative_rms: float = 0.0
@@ -34,6 +34,11 @@ class Errors:
     max_abs: float = 0.0
     cosine: float = 1.0
     channel: float = 0.0
+
+    @property
+    def where(self) -> str:
+        """The golden that the tensor belongs to, in words."""
+        return f"golden {self.golden}" if self.golden >= 0 else "the long golden"
 
     @property
     def snr_db(self) -> float:
@@ -48,9 +53,10 @@ class Errors:
         expected: np.ndarray,
         bound: float,
         noise: float | None = None,
+        channel_bound: float | None = None,
     ) -> bool:
-        """Whether two arrays of one shape lie within the bound: as a whole, and ``CHANNEL_FACTOR`` times
-        the bound in every channel."""
+        """Whether two arrays of one shape lie within the bound: as a whole, and in every channel within
+        ``channel_bound``, which is ``CHANNEL_FACTOR`` times the bound where it is not given."""
         with np.errstate(invalid="ignore", over="ignore"):
             difference = np.abs(found.astype(np.float64) - expected)
             error = relative_rms(found, expected)
@@ -63,7 +69,7 @@ class Errors:
             self.golden, self.tensor = golden, tensor
             place = np.unravel_index(int(difference.argmax()), difference.shape)  # NaN counts as largest
             self.index = tuple(int(axis) for axis in place)
-        return error <= bound and channel <= CHANNEL_FACTOR * bound
+        return error <= bound and channel <= (channel_bound or CHANNEL_FACTOR * bound)
 
 
 def _strain(error: float, bound: float) -> float:
@@ -80,7 +86,12 @@ def _cosine(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def channel_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest RMS error of one channel (place in the last axis), relative to the tensor's RMS.
+    """Largest of ``channel_errors``."""
+    return float(np.max(channel_errors(found, expected)))
+
+
+def channel_errors(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """RMS error of each channel (place in the last axis), relative to the tensor's RMS.
 
     A lost weight row spoils one channel alone, which the whole tensor's error dilutes by the root of
     their number. A channel that is larger than the tensor's RMS counts relative to its own.
@@ -91,7 +102,7 @@ def channel_error(found: np.ndarray, expected: np.ndarray) -> float:
     error = np.sqrt(np.mean(np.square(difference), axis=axes))
     size = np.sqrt(np.mean(np.square(exact), axis=axes))
     whole = np.sqrt(np.mean(np.square(exact)))
-    return float(np.max(error / np.maximum(np.maximum(size, whole), 1e-30)))
+    return np.asarray(error / np.maximum(np.maximum(size, whole), 1e-30))
 
 
 def tie_margin(logits: np.ndarray, noise: float) -> float:

@@ -16,9 +16,10 @@ from dsvl_export.ladder.measures import changed_choices
 from dsvl_export.ladder.stages import STEPS, Goldens, vision_stages
 from runtimes.bundle import Bundle
 from runtimes.chain import Chain
-from runtimes.errors import UserError
+from runtimes.errors import OverflowVerdict, UserError
 from runtimes.files import parse_json, read_json
 from runtimes.goldens import Golden, relative_rms
+from runtimes.long_golden import LongGolden, record_long_golden
 from runtimes.taps import TAPPED_COMPONENTS, take_taps
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 CHOICES, CHAIN = "choices", "chain_logits"
 WORST_ROW = "prefill_logits"  # the rung whose noise is that of the worst row of logits
 TIE_ROOM = 1.1  # another kernel's logits differ in the last digits
+REMEDY = "export with another base precision"
 Errors = dict[str, float]  # relative RMS errors; what is not finite is left out
 
 
@@ -98,11 +100,16 @@ def measure_noise(
     goldens: Goldens,
     on_step: Callable[[int, int], None],
     journal: Path | None = None,
+    remedy: str = REMEDY,
 ) -> dict[str, Any]:
     """Climb with what a precision plan computes in PyTorch; JSON-able, read again by ``read_noise``.
 
     Args:
         journal: what an interrupted call has found, a line for each golden; this call goes on with it.
+        remedy: what to do where the plan's numbers overflow.
+
+    Raises:
+        OverflowVerdict: the plan computes NaN or infinity; the layer and the golden are named.
     """
     from calibration.program import planned_chain
 
@@ -114,10 +121,15 @@ def measure_noise(
         features: dict[str, np.ndarray] = {}
         row: Errors = {}
         for stage in vision_stages(chain, golden):
-            if stage.rung == "vision_encoder":
+            component = stage.rung
+            if not np.isfinite(stage.found).all():
+                raise _overflow(chain, golden, component, weights.plan.name, remedy)
+            if component == "vision_encoder":
                 features[stage.tensor] = stage.found
             _note(row, stage.rung, relative_rms(stage.found, stage.expected))
         given, own = _logits(chain, golden, (golden.image_embeds, chain.adapt(features)))
+        if not (np.isfinite(given).all() and np.isfinite(own).all()):
+            raise _overflow(chain, golden, "decoder", weights.plan.name, remedy)
         _note(row, WORST_ROW, max(map(relative_rms, given, golden.logits)))
         # The ladder judges single steps by themselves too.
         for part in (slice(None), slice(1, STEPS + 1)):
@@ -136,6 +148,34 @@ def measure_noise(
     on_step(len(goldens.files), len(goldens.files))
     of_layers = {component: errors for _, taps in found for component, errors in taps.items()}
     return {"goldens": [row for row, _ in found], "taps": of_layers}
+
+
+def measure_long_golden(
+    weights: QuantizedWeights, embedding_file: Path, golden: LongGolden, remedy: str = REMEDY
+) -> LongGolden:
+    """What a precision plan computes in PyTorch for the long golden.
+
+    Raises:
+        OverflowVerdict: it is NaN or infinity; the layer is named.
+    """
+    from calibration.program import planned_chain
+
+    chain = planned_chain(weights, embedding_file)
+    found = record_long_golden(chain, golden.tokens, golden.checkpoint, golden.capacity)
+    if layer := found.not_finite():
+        raise OverflowVerdict(f"{layer} overflows in {weights.plan.name} on the long golden; {remedy}.")
+    return found
+
+
+def _overflow(chain: Chain, golden: Golden, component: str, precision: str, remedy: str) -> OverflowVerdict:
+    """The verdict that names the first layer whose tap is not finite."""
+    taps = take_taps(chain, golden, component)
+    layer = next((f".{name}" for name, array in taps.items() if not np.isfinite(array).all()), "")
+    images = ", ".join(golden.images)
+    return OverflowVerdict(
+        f"{component}{layer} overflows in {precision}: it gives NaN or infinity on the golden of {images};"
+        f" {remedy}."
+    )
 
 
 def _recorded(journal: Path) -> list[tuple[Errors, dict[str, Errors]]]:

@@ -13,8 +13,8 @@ from dsvl_export.ladder.tolerances import Tolerance
 from runtimes.session import Execution
 
 RUNGS = (
-    "preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits", "greedy_tokens",
-    "entry_points", "task_accuracy",
+    "text", "preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits",
+    "long_context", "greedy_tokens", "entry_points", "task_accuracy",
 )  # fmt: skip
 EXIT_CODES = {"passed": 0, "failed": 1, "not judged": 3}
 # ``measured``: it ran, and there is nothing to hold it against.
@@ -39,13 +39,14 @@ class Rung:
         expected: np.ndarray,
         bound: float,
         noise: float | None = None,
+        channel_bound: float | None = None,
     ) -> None:
         """Judge the relative RMS error of one tensor; a wrong shape, NaN or infinity fails."""
         if found.shape != expected.shape:
             self.fail(f"{tensor} is {list(found.shape)}, expected {list(expected.shape)}")
             return
         self.errors = self.errors or Errors()
-        within = self.errors.add(golden, tensor, found, expected, bound, noise)
+        within = self.errors.add(golden, tensor, found, expected, bound, noise, channel_bound)
         if not np.isfinite(found).all():
             self.fail(f"NaN or infinity in {tensor} of golden {golden}")
         elif not within:
@@ -182,6 +183,12 @@ class ParityResult:
         """The noise below which a changed first choice is a tie."""
         assert self.tolerance
         return self.tolerance.tie_factor * max(self.tolerance.noise, measured_noise)
+
+    def advise_on_overflow(self) -> None:
+        """Say what to do where half precision gives NaN or infinity."""
+        for rung in self.rungs:
+            if "NaN or infinity" in rung.detail:
+                rung.detail += "; if it overflows, export with another base precision, bf16 or fp32"
 
     @property
     def verdict(self) -> str:

@@ -11,7 +11,14 @@ import numpy as np
 from runtimes.bundle import Bundle
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens import GREEDY_TOKENS, Golden, load_golden, teacher_forced, tokens_of_golden
+from runtimes.goldens import (
+    GREEDY_TOKENS,
+    Golden,
+    is_golden,
+    load_golden,
+    teacher_forced,
+    tokens_of_golden,
+)
 from runtimes.preprocess import to_pixel_values
 
 IMAGES = "goldens/images/"
@@ -35,7 +42,7 @@ class Goldens:
             UserError: there are none, or they are damaged.
         """
         paths = [path for path in sorted(bundle.manifest.files) if path.startswith("goldens/")]
-        names = [path for path in paths if path.endswith(".safetensors")]
+        names = [path for path in paths if is_golden(path)]
         if not names:
             raise UserError(f"The bundle {bundle.folder} has no goldens; export it again with goldens.")
         bundle.check(paths)
@@ -45,7 +52,7 @@ class Goldens:
 
     @classmethod
     def recorded_into(cls, folder: Path) -> Goldens:
-        files = tuple(sorted(folder.glob("*.safetensors")))
+        files = tuple(sorted(file for file in folder.glob("*.safetensors") if is_golden(file.name)))
         return cls(folder, files, tuple(range(len(files))))
 
     def within(self, longest: int | None) -> Goldens:

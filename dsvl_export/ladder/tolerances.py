@@ -13,7 +13,13 @@ from runtimes.errors import UserError
 from runtimes.yaml_files import read_yaml
 
 TABLE = Path(__file__).parent / "tolerances.yaml"
-BOUNDED_RUNGS = ("preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits")
+BOUNDED_RUNGS = (
+    "preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits",
+    "long_context",
+)  # fmt: skip
+FLOATS = ("fp32", "fp16", "bf16")
+LONG_RUNG = BOUNDED_RUNGS[-1]
+LONG_ROOM = 3  # above a float precision's usual bound: more tokens, more roundings
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Tolerance:
     tie_factor: float
     task_accuracy: float
     generated_length: float
+    plan_share: float
     rungs: Mapping[str, float] = field(default_factory=dict)
 
     def bound(self, rung: str, measured_noise: float | None = None) -> float:
@@ -40,6 +47,18 @@ class Tolerance:
             return self.rungs.get(rung, 0.0)
         usual = self.noise * self.factor
         return max(usual, min((measured_noise or 0.0) * self.factor, self.ceiling))
+
+    def long_bound(self, base: Tolerance, error: float) -> float:
+        """Largest relative RMS error on the long golden, from what the precision plan itself computes there.
+
+        Args:
+            base: of the float precision that the plan is based on, which may be this one.
+            error: of the plan from fp32.
+        """
+        if LONG_RUNG in self.rungs:
+            return self.rungs[LONG_RUNG]
+        share = self.plan_share + (base.plan_share if base is not self else 0)
+        return LONG_ROOM * base.noise * base.factor + share * error
 
     def band(self, measured_noise: float | None) -> float:
         """Largest relative RMS error of a tap, given the noise of the precision there, if known."""
@@ -61,6 +80,15 @@ def tolerance_for(table: Mapping[str, Tolerance], bundle: Bundle, precision: str
     """A precision's own row of the table, or that of all quantized precisions."""
     plan = f"precisions/{precision}/{precision}.yaml"
     return table.get(precision) or (table.get("quantized") if plan in bundle.manifest.files else None)
+
+
+def tolerance_of_base(
+    table: Mapping[str, Tolerance], bundle: Bundle, precision: str, own: Tolerance
+) -> Tolerance:
+    """The row of the float precision that a precision is based on: its own, where it is one itself."""
+    dtype = bundle.manifest.contracts[precision]["decoder"].inputs[0].dtype
+    base = {"float16": "fp16", "bfloat16": "bf16"}.get(dtype, "fp32")
+    return own if precision in (base, *FLOATS) else table.get(base, own)
 
 
 def load_tolerances(override: Path | None = None) -> dict[str, Tolerance]:

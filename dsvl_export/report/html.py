@@ -61,7 +61,10 @@ def _word(document: dict[str, Any]) -> str:
 def _summary(document: dict[str, Any]) -> str:
     """The verdict in one or two sentences."""
     if document["verdict"] == "not judged":
-        reasons = [rung["detail"] for rung in document["rungs"] if rung["state"] == "not judged"]
+        unjudged = [rung for rung in document["rungs"] if rung["state"] in ("not judged", "not run")]
+        reasons = [
+            f"{rung['name'].replace('_', ' ')}: {rung['detail']}" for rung in unjudged if rung["detail"]
+        ]
         execution = document["execution"]
         reason = reasons[0] if reasons else f"{execution['kind']}: {execution['by']}"
         return f"Nothing is claimed: {reason}."
