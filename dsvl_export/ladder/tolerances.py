@@ -34,7 +34,7 @@ class Tolerance:
     tie_factor: float
     task_accuracy: float
     generated_length: float
-    plan_share: float
+    plan_share: float = 0.35
     rungs: Mapping[str, float] = field(default_factory=dict)
 
     def bound(self, rung: str, measured_noise: float | None = None) -> float:

@@ -37,7 +37,7 @@ class Recorder:
     def __call__(self, progress: ExportProgress) -> None:
         if progress.stage == self.fail_at:
             raise KeyboardInterrupt
-        if progress.stage.startswith(("sizes of", "hash of")):  # no stages of the bundle
+        if progress.stage.startswith(("sizes of", "hash of", "range of")):  # no stages of the bundle
             return
         self.states[progress.stage] = progress.state
 
