@@ -28,7 +28,7 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 @contextmanager
 def opened(url: str) -> Iterator[socket.socket]:
     address = httpx.URL(url)
-    with socket.create_connection((address.host, address.port or 0), timeout=10) as found:
+    with socket.create_connection((address.host, address.port or 0), timeout=60) as found:
         yield found
 
 
@@ -66,7 +66,7 @@ def test_slow_senders_are_closed(served: Served, kind: str, monkeypatch: pytest.
         started = time.monotonic()
         try:
             slow.sendall(then)
-            while time.monotonic() - started < 8:
+            while time.monotonic() - started < 30:
                 slow.sendall(b"\r\n" if kind.startswith("blank") else b"x")
                 time.sleep(0.05)
             pytest.fail("it was not closed")
@@ -169,7 +169,7 @@ def test_a_health_check_of_http_1_0(served: Served) -> None:
 
 def test_text_that_takes_long_holds_up_nobody(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process is killed; meanwhile others are answered; the next long text is tokenized again."""
-    monkeypatch.setattr(text, "TEXT_SECONDS", 1.5)
+    monkeypatch.setattr(text, "TEXT_SECONDS", 3.0)
     monkeypatch.setattr(text.TokenizerProcess, "asset", SlowTokenizer)
     monkeypatch.setattr(text, "SHORT", 300)
     long = "word " * 40
@@ -180,10 +180,10 @@ def test_text_that_takes_long_holds_up_nobody(tiny_bundle: Bundle, monkeypatch: 
         answered = 0
         while not slow.done():
             assert found.post({**body, "messages": ask("Hello.")}).status_code == 200
-            answered += 1
-        assert answered > 1
+            answered += not slow.done()
+        assert answered
         assert slow.result().status_code == 400
-        assert sentence(slow.result()) == "The text takes more than 1.5 seconds to tokenize; shorten it."
+        assert sentence(slow.result()) == "The text takes more than 3 seconds to tokenize; shorten it."
         assert found.post({**body, "messages": ask(long)}).status_code == 200
         ended = found.post({**body, "messages": ask("exit " + long)})
         assert (ended.status_code, ended.headers["retry-after"]) == (503, "5")
@@ -197,7 +197,10 @@ def test_a_request_keeps_its_time_while_its_text_is_read(
     monkeypatch.setattr(text, "SHORT", 300)
     long = "word " * 40
     with serving(tiny_bundle, ServeOptions(seconds=2)) as found:
-        assert found.post({"model": MODEL, "messages": ask(long), "max_tokens": 2}).status_code == 200
+        body = {"model": MODEL, "messages": ask(long), "max_tokens": 2}
+        until = time.monotonic() + 60
+        while found.post(body).status_code != 200:  # its process starts
+            assert time.monotonic() < until
         late = found.post({"model": MODEL, "messages": ask("slow " + long)})
         assert (late.status_code, late.json()["error"]["code"]) == (504, "late")
 
