@@ -142,8 +142,10 @@ def record_again(goldens: TextGoldens, tokenizer: Tokenizer) -> TextGoldens:
 
 def text_differences(found: TextGoldens, expected: TextGoldens) -> Iterator[str]:
     """One clause for each difference, what says most first."""
-    for name in sorted(found.prompt.keys() | expected.prompt.keys()):
-        ours, theirs = found.prompt.get(name), expected.prompt.get(name)
+    for name, theirs in expected.prompt.items():
+        ours = found.prompt.get(name)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            ours = {key: ours.get(key) for key in theirs}  # a later release may know more keys
         if ours != theirs:
             yield f"the manifest's prompt has {name} {_cut(ours)}, the reference has {_cut(theirs)}"
     for name in sorted(found.sections.keys() | expected.sections.keys()):
