@@ -444,7 +444,7 @@ def test_plan_command(run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert machine["artifact_bytes"] == pytest.approx(written, rel=0.02)
     assert machine["exact"]
     phone = run("plan", "tiny", "--target", "android", "--precision", "int4")
-    assert "This release cannot export int4 for executorch yet." in phone.out
+    assert refused(phone, "The backend executorch cannot compute vision_encoder.")
     iphone = run("plan", "tiny", "--target", "iphone", "--backend", "coreml", "--precision", "palette4")
     assert "https://github.com/apple/coremltools/issues/2716" in iphone.out
     assert refused(
