@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -99,7 +100,7 @@ def _change(value: Any, source: random.Random) -> None:
     outer, key = source.choice(places)
     action = source.choice(("replace", "replace", "replace", "raw", "drop", "add", "move"))
     if action == "replace":
-        outer[key] = source.choice(VALUES)
+        outer[key] = deepcopy(source.choice(VALUES))
     elif action == "raw":
         outer[key] = MARK
     elif action == "drop":
@@ -108,9 +109,9 @@ def _change(value: Any, source: random.Random) -> None:
         other, at = source.choice(places)
         outer[key] = json.loads(json.dumps(other[at]))
     elif isinstance(outer, dict):
-        outer[f"{key}x"] = source.choice(VALUES)
+        outer[f"{key}x"] = deepcopy(source.choice(VALUES))
     else:
-        outer.insert(key, source.choice(VALUES))
+        outer.insert(key, deepcopy(source.choice(VALUES)))
 
 
 def kinds(bundle: Path, folder: Path) -> dict[str, Kind]:
