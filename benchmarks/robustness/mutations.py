@@ -216,7 +216,9 @@ def run(kind: Kind, name: str, numbers: range) -> Outcome:
             outcome.counts["refused"] += 1
             if "\n" in str(error):
                 outcome.failures.append((number, f"more than one line: {error}"))
-        except Exception as error:  # noqa: BLE001 - what this looks for
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - what this looks for; a panic of Rust is no Exception
             outcome.failures.append((number, f"{type(error).__name__}: {str(error)[:200]}"))
         faulthandler.cancel_dump_traceback_later()
         outcome.slowest = max(outcome.slowest, perf_counter() - started)
