@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from reference.checkpoint import Checkpoint
 from reference.image_processor import preprocessing
 from reference.settings import Settings
@@ -15,6 +13,7 @@ from runtimes.files import read_json
 from runtimes.preprocess import PreprocessSpec
 from runtimes.prompt import BOS, EOS, IMAGE_PLACEHOLDER, SYSTEM_PROMPT
 from runtimes.tokenizer import PromptSpec
+from runtimes.tokenizer_file import read_tokenizer
 
 TEXT_CONFIGS = ("text_config", "language_config")  # keys of config.json in the two layouts
 
@@ -45,10 +44,7 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
         UserError: the tokenizer lacks one of them, or the end tokens are not token ids.
     """
     file = checkpoint.tokenizer_files[0]
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{file} is no tokenizer: {error}.") from error
+    tokenizer = read_tokenizer(file)
     settings_file = checkpoint.folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
 

@@ -18,6 +18,7 @@ import tokenizers
 
 from runtimes.errors import UserError
 from runtimes.prompt import EOS, IMAGE_PLACEHOLDER
+from runtimes.tokenizer_file import read_tokenizer
 
 FILE = "tokenizer.json"  # beside the program
 RUNNER_TOKENIZER = "runner_tokenizer"  # in an artifact's tools: "equal on ... texts", or "none: " and why
@@ -97,10 +98,7 @@ def tokenizer_differences(file: Path, original: Path, thorough: bool = True) -> 
     Raises:
         UserError: either file cannot be read.
     """
-    try:
-        exact = tokenizers.Tokenizer.from_file(str(original))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{original} is not a readable tokenizer: {error}.") from error
+    exact = read_tokenizer(original)
     image = exact.token_to_id(IMAGE_PLACEHOLDER)
     words = _words(exact)
     more = (*_characters(), *_mixtures(exact)) if thorough else ()

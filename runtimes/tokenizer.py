@@ -18,6 +18,7 @@ from tokenizers.decoders import DecodeStream
 from runtimes.control_tokens import PlainTokenizer
 from runtimes.errors import UserError
 from runtimes.prompt import IMAGE_PLACEHOLDER, ChatTemplate, Control, PromptText
+from runtimes.tokenizer_file import is_library_failure, read_tokenizer
 
 T = TypeVar("T")
 LONGEST_SPACE = 10_000  # characters of white space in a row: about half a second with a quadratic pattern
@@ -77,12 +78,7 @@ class Tokenizer:
     """
 
     def __init__(self, file: Path, spec: PromptSpec) -> None:
-        if not file.exists():
-            raise UserError(f"The tokenizer {file} is missing.")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{file} is no tokenizer: {error}.") from error
+        self._tokenizer = read_tokenizer(file)
         self.file, self.spec = file, spec
         self._plain: PlainTokenizer | None = None
         self._lock = Lock()
@@ -127,17 +123,15 @@ class Tokenizer:
     def _call(self, function: Callable[[], T]) -> T:
         """Call the library; what it raises becomes a UserError.
 
-        It raises TypeError and UnicodeError for surrogates, from bytes that are not UTF-8, bare Exception for
-        most else, and a ``PanicException``, which is a BaseException, where a regex gives up.
+        It raises TypeError and UnicodeError for surrogates, from bytes that are not UTF-8, and panics where
+        a regex gives up.
         """
         try:
             return function()
         except (TypeError, UnicodeError) as error:
             raise UserError("The prompt is not valid UTF-8 text.") from error
         except BaseException as error:
-            if isinstance(error, UserError) or not (
-                isinstance(error, Exception) or type(error).__name__ == "PanicException"
-            ):
+            if isinstance(error, UserError) or not is_library_failure(error):
                 raise
             raise UserError(
                 f"The tokenizer {self.file} failed on the prompt ({error}); shorten the prompt, or check"

@@ -28,6 +28,7 @@ with atheris.instrument_imports(include=["runtimes", "PIL"]):
 
     from runtimes.bundle import MANIFEST, Bundle
     from runtimes.errors import UserError
+    from runtimes.mil.interpreter import Function
     from runtimes.mil.package import SPECIFICATION, WEIGHTS, Package
     from runtimes.preprocess import PreprocessSpec, preprocess
 
@@ -74,6 +75,7 @@ def package_target(work: Path, corpus: Path) -> Callable[[bytes], object]:
                 continue
         for name in package.function_names:
             package.check_lengths(name, {"low": (1, 36, 64)})
+            Function(package, name, {})
         return package.values(), package.metadata
 
     return read

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import sys
@@ -85,10 +84,8 @@ def _explanation(error: Exception, debug: bool) -> tuple[str, int]:
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         return f"{error.filename or 'A file'} cannot be used: {reason}.", USER_ERROR
-    if isinstance(error, ModuleNotFoundError):
-        module = (error.name or "").partition(".")[0]
-        if module in PACKAGES and importlib.util.find_spec(module) is None:
-            return f"This needs {module}; run: {install_command(module)}.", USER_ERROR
+    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
+        return f"This needs {error.name}; run: {install_command(error.name)}.", USER_ERROR
     what = f"dsvl-export failed unexpectedly ({type(error).__name__}: {str(error)[:300]})"
     if debug:
         return f"{what}; please report it with the lines above.", INTERNAL_ERROR

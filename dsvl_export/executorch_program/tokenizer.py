@@ -12,11 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from runtimes.errors import UserError
 from runtimes.files import write_text
 from runtimes.runner_tokenizer import describe_differences, tokenizer_differences
+from runtimes.tokenizer_file import read_tokenizer
 
 Step = dict[str, Any]
 # Unicode's White_Space (PropList.txt), which Oniguruma's \s is.
@@ -36,7 +35,7 @@ def write_runner_tokenizer(file: Path, original: Path) -> str:
         How many texts were compared, or, beginning with ``none``, why there is no file.
     """
     try:
-        raw = json.loads(tokenizers.Tokenizer.from_file(str(original)).to_str())
+        raw = json.loads(read_tokenizer(original).to_str())
         write_text(file, json.dumps(rewrite_tokenizer(raw), ensure_ascii=False))
         different, compared = tokenizer_differences(file, original)
         if not different:

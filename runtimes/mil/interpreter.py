@@ -101,7 +101,10 @@ class Function:
         self._constants: dict[str, Callable[[], Any]] = {}
         self._loaded: dict[str, Any] = {}
         declared = dict(self.inputs)
-        self._steps = list(self._prepared(block, declared))
+        try:
+            self._steps = list(self._prepared(block, declared))
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{name} of {package.folder} is malformed: {first_line(error)}.") from error
         try:
             self.outputs = {key: declared[key] for key in block.outputs}
         except KeyError as error:

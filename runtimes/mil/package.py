@@ -105,9 +105,9 @@ class Package:
             proto = self.function(name)
             for operation in proto.block_specializations[proto.opset].operations:
                 if operation.type == "const" or operation.type.startswith("constexpr_"):
-                    (output,) = operation.outputs
-                    sizes = [dim.constant.size for dim in output.type.tensorType.dimensions]
-                    found[output.name] = prod(sizes)
+                    for output in operation.outputs:
+                        sizes = [dim.constant.size for dim in output.type.tensorType.dimensions]
+                        found[output.name] = prod(sizes)
         return sum(found.values())
 
     def capacity(self) -> int:
@@ -117,7 +117,9 @@ class Package:
             UserError: it has no states.
         """
         for state in self.description(EXTEND).state:
-            return int(state.type.stateType.arrayType.shape[2])
+            shape = state.type.stateType.arrayType.shape  # [B, H, capacity, Dh]
+            if len(shape) == 4:
+                return int(shape[2])
         raise UserError(f"{self.folder} has no states, so it is no decoder.")
 
     def check_lengths(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -14,7 +14,7 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"torch", "transformers", "onnx", "onnxscript", "reference"}:
-            raise ImportError(f"{name} is refused here", name=name)
+            raise ModuleNotFoundError(f"{name} is refused here", name=name)
 
 sys.meta_path.insert(0, Refuse())
 """

@@ -59,7 +59,7 @@ def test_tokenizer_errors(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="is missing"):
         Tokenizer(tmp_path / "tokenizer.json", tokenizer.spec)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="is no tokenizer"):
+    with pytest.raises(UserError, match="is not a readable tokenizer"):
         Tokenizer(tmp_path / "tokenizer.json", tokenizer.spec)
 
 
