@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +26,9 @@ from dsvl_export.ladder import ParityResult, Rung
 from dsvl_export.terminal import json_text, without_controls
 from dsvl_export.units import size
 from runtimes.bundle import Bundle
+
+if TYPE_CHECKING:
+    from dsvl_export.audit import Audit
 
 
 class SafeConsole(Console):
@@ -130,6 +133,25 @@ def parity_table(result: ParityResult) -> Table:
     return table
 
 
+def print_audit(result: Audit, console: Console = out) -> None:
+    """A row for each part of the bundle; what differs, or why it was not audited, is said below."""
+    colour = COLOURS.get(result.verdict, "yellow")
+    table = Table(title=f"Audit against {escape(result.checkpoint)}: [{colour}]{result.verdict}[/]")
+    for heading in ("part", "compared", "verdict"):
+        table.add_column(heading)
+    for part in result.parts:
+        state = f"[{COLOURS.get(part.state, 'yellow')}]{part.state}[/]"
+        table.add_row(escape(part.name), part.compared, state)
+    console.print(table)
+    for part in result.parts:
+        for difference in part.differences:
+            console.print(f"{escape(part.name)} differs: {escape(str(difference))}")
+        if part.more:
+            console.print(f"{escape(part.name)} differs in {part.more} more places")
+        if part.reason:
+            console.print(f"{escape(part.name)}: not audited: {escape(part.reason)}")
+
+
 def _widened(rung: Rung, result: ParityResult) -> str:
     """Why a bound is wider than the precision's usual one."""
     errors = rung.errors
@@ -174,13 +196,13 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
     for key, value in rows.items():
         model.add_row(key, escape(value))
     artifacts = Table(title="Artifacts")
-    for heading in ("backend", "precision", "component", "size", "parity"):
+    for heading in ("backend", "precision", "component", "size", "audit", "parity"):
         artifacts.add_column(heading)
     for item in manifest.artifacts:
         weight = size(sum(manifest.files[path].bytes for path in item.files))
         verdict = describe_verdict(manifest.parity.get(f"{item.backend}/{item.precision}", {}))
-        row = (item.backend, item.precision, item.component, weight, verdict)
-        artifacts.add_row(*map(escape, row))
+        cells = (item.backend, item.precision, item.component, weight, item.audit or "not run", verdict)
+        artifacts.add_row(*map(escape, cells))
     contracts = Table(title="Contracts")
     for heading in ("component", "tensor", "dtype", "shape", "meaning"):
         contracts.add_column(heading)

@@ -17,15 +17,18 @@ from calibration.statistics import STATISTICS_FILE, Statistics
 from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
 from dsvl_export.assembling import TOKEN_EMBEDDING, finished_artifacts, plan_hashes
+from dsvl_export.audit import audit_written
 from dsvl_export.calibrating import SAMPLES, CalibrationOptions, calibrate
 from dsvl_export.compilers import (
-    App,
     Compiled,
     CompileOptions,
     CompileProgram,
     Compiler,
     Parts,
+    describe_app,
 )
+from dsvl_export.ladder.layers import INPUTS as LAYER_INPUTS
+from dsvl_export.ladder.layers import outputs_file, record_inputs, record_outputs
 from dsvl_export.ladder.noise import measure_long_golden, measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.overflow import check_weights, overflow_remedy
@@ -39,9 +42,10 @@ from dsvl_export.units import size as size_of
 from dsvl_export.version import __version__, code_digest
 from reference.checkpoint import Checkpoint
 from reference.goldens import goldens_bytes, long_golden_bytes, record_long_reference, record_reference
+from reference.layers import layer_golden_bytes
 from reference.session import write_token_embedding
 from reference.specs import reference_settings
-from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent, component_contract
+from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent
 from runtimes.bundle import TOKENIZER, Artifact
 from runtimes.errors import OverflowVerdict, UserError
 from runtimes.files import sha256_of_file, write_json, write_text
@@ -112,7 +116,8 @@ class ExportStages:
         """
         stages = [(plan, stage) for plan in plans for stage in self._stages(plan).items()]
         judged = {*(plan.name for plan in plans), *self._exported()}
-        names = {*(name for _, (name, _) in stages), *map(_noise_stage, judged)}
+        names = {*(name for _, (name, _) in stages), *map(_noise_stage, judged), _folder(LAYER_INPUTS)}
+        names |= {_folder(outputs_file(name)) for name in judged}
         self.staging.forget_all_but({"token_embedding", "goldens", CALIBRATION, *names})
         config = self.source.config
         sizes: list[tuple[str, Callable[[], Any] | None, Callable[[], int]]] = [
@@ -127,6 +132,13 @@ class ExportStages:
                     lambda: goldens_bytes(config) + long_golden_bytes(config, capacity),
                 )
             )
+            handed, given = layer_golden_bytes(config)
+            sizes.append((_folder(LAYER_INPUTS), self._layer_inputs, lambda: handed))
+            sizes += [
+                (_folder(outputs_file(plan.name)), partial(self._layer_inputs, plan.name), lambda: given)
+                for plan in plans
+                if plan.name != "fp32"
+            ]
         for plan, (name, components) in stages:
             inputs = partial(self._inputs_of, plan) if self._is_current(plan) else None
             sizes.append((name, inputs, partial(self._size, plan, components)))
@@ -300,6 +312,44 @@ class ExportStages:
             path: entry.sha256 for path, entry in self.staging.files().items() if path.startswith("goldens/")
         }
 
+    def layers(self) -> None:
+        """What each layer of the bundle's precisions gives on recorded inputs."""
+        golden = self._first_golden
+        if golden is None:
+            return
+        table = self.staging.folder / TOKEN_EMBEDDING
+
+        def build_inputs(folder: Path) -> dict[str, Any]:
+            record_inputs(self.source, table, self.staging.folder / golden, folder / Path(LAYER_INPUTS).name)
+            return {}
+
+        self._stage(_folder(LAYER_INPUTS), build_inputs, self._layer_inputs())
+        for precision in self._exported():
+            if precision != "fp32":
+                self._layers_of(precision)
+
+    @property
+    def _first_golden(self) -> str | None:
+        """Its path in the bundle."""
+        files = sorted(path for path in self.staging.files() if path.startswith("goldens/"))
+        return next((path for path in files if path.endswith(".safetensors")), None)
+
+    def _layer_inputs(self, precision: str | None = None) -> dict[str, Any]:
+        """What layer goldens rest on: the inputs, or the outputs of a precision."""
+        golden = self._first_golden
+        digest = self.staging.files()[golden].sha256 if golden else None
+        return {**self._inputs, "golden": digest, **(self._rests_on(precision) if precision else {})}
+
+    def _layers_of(self, precision: str) -> None:
+        file = outputs_file(precision)
+
+        def build(folder: Path) -> dict[str, Any]:
+            given = self.staging.folder / LAYER_INPUTS
+            record_outputs(self.weights(precision), given, folder / Path(file).name)
+            return {}
+
+        self._stage(_folder(file), build, self._layer_inputs(precision))
+
     def precision(self, plan: PrecisionPlan) -> None:
         """Keep a quantized precision's plan and scales in the bundle; calibrate where there are none."""
         name = precision_folder(plan.name)
@@ -364,13 +414,10 @@ class ExportStages:
     def program(self, plan: PrecisionPlan, prompt: PromptSpec) -> None:
         """All components, and the listing for apps."""
         assert self.options.preprocessing
-        contracts = {
-            component: component_contract(self.source.config, component, plan.base, plan.kv_cache)
-            for component in TRACED_COMPONENTS
-        }
-        app = App(
-            contracts, self.options.preprocessing, prompt, self.staging.folder / TOKEN_EMBEDDING,
-            self.staging.folder / TOKENIZER, self.options.capacity, self.source.folder.name, plan.name,
+        folder = self.staging.folder
+        app = describe_app(
+            self.source.config, plan, self.options.preprocessing, prompt, folder / TOKEN_EMBEDDING,
+            folder / TOKENIZER, self.options.capacity, self.source.folder.name,
         )  # fmt: skip
         whole = getattr(self.compiler, "compile_program", None)
         for name, components in self._stages(plan).items():
@@ -423,6 +470,7 @@ class ExportStages:
                 return activation_growth(Workload(traced[component]), self.backend, longest)
 
             compiled = work(parts, folder, on_bytes, self.options)
+            audited = audit_written(self.compiler, name, compiled, parts, self.options)
             engine = compiled.engine
             artifacts = [
                 Artifact(
@@ -432,7 +480,7 @@ class ExportStages:
                     replace(engine, file=f"{name}/{engine.file}") if engine else None,
                     plan.base, compiled.capacity,
                     *active(component),
-                    plan.quantizes_inputs_or_cache,
+                    plan.quantizes_inputs_or_cache, audited,
                 )
                 for component in components
             ]  # fmt: skip
@@ -442,4 +490,8 @@ class ExportStages:
 
 
 def _noise_stage(precision: str) -> str:
-    return noise_file(precision).rpartition("/")[0]
+    return _folder(noise_file(precision))
+
+
+def _folder(file: str) -> str:
+    return file.rpartition("/")[0]

@@ -122,6 +122,7 @@ def export(
             run.noise(plan)
             run.program(plan, specs[1])
         run.noise_of_others(plans)
+        run.layers()
         staging.finish(lambda now: manifest_of(source, staging, options.capacity, *specs, now))
     except (OSError, SafetensorError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "there is no memory left"

@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/tokenizer.json"  # the checkpoint's, as it is
 DEBUG_PREFIX = ".debug-"  # of folders for debug builds; they live as long as parity takes the taps
 # What a verdict rests on, besides the artifacts themselves.
-JUDGED_WITH = ("goldens/", "noise/", "precisions/", "tokenizer/", "token_embedding/")
+JUDGED_WITH = ("goldens/", "layers/", "noise/", "precisions/", "tokenizer/", "token_embedding/")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Artifact:
     when it was compiled. ``activation_bytes`` is what ``plan`` says of its intermediate tensors, for one
     image or a chunk of a prompt, and ``activation_bytes_per_token`` how they grow with the capacity of the
     KV cache; 0 where that is not known. ``quantizes_activations`` includes the KV cache's quantization.
+    ``audit`` is the verdict of comparing its files with the checkpoint when they were written; empty where
+    they were not.
     """
 
     component: str
@@ -79,6 +81,7 @@ class Artifact:
     activation_bytes: int = 0
     activation_bytes_per_token: int = 0
     quantizes_activations: bool | None = None
+    audit: str = ""
 
     @property
     def exact_rows(self) -> bool:

@@ -34,7 +34,6 @@ from dsvl_export.cli.options import (
 )  # fmt: skip
 from dsvl_export.cli.proof import judge, leave_with
 from dsvl_export.terminal import say
-from runtimes.errors import UserError
 
 if TYPE_CHECKING:
     from dsvl_export.ladder import ParityResult
@@ -367,23 +366,6 @@ def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
     else:
         for table in display.bundle_tables(opened):
             display.out.print(table)
-
-
-@app.command()
-def verify(bundle: BundleFolder, as_json: Json = False) -> None:
-    """Check size and SHA-256 of every file of a bundle, and that its engines are for this machine's GPU."""
-    from dsvl_export import display
-    from runtimes.bundle import Bundle
-    from runtimes.engines.backend import foreign_engines
-
-    opened = Bundle.open(bundle)
-    problems = opened.problems() + foreign_engines(opened)
-    if as_json:
-        display.print_json({"bundle": str(bundle), "files": len(opened.manifest.files), "problems": problems})
-    if problems:
-        raise UserError(f"The bundle {bundle} cannot be used as it is: {'; '.join(problems)}.")
-    if not as_json:
-        say(f"All {len(opened.manifest.files)} files of {bundle} are as exported.")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Commands that judge bundles: ``parity`` and ``compare``."""
+"""Commands that judge bundles: ``parity``, ``compare`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from dsvl_export.terminal import say
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
+    from dsvl_export.audit import Audit
     from dsvl_export.ladder import ParityResult
     from dsvl_export.ladder.against_reference import OnStep
     from runtimes.bundle import Bundle
@@ -154,6 +155,76 @@ def compare(
     else:
         display.print_parity(result)
     leave_with([result])
+
+
+@app.command()
+def verify(
+    bundle: BundleFolder,
+    weights: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Also compare every weight, constant and setting in the files with what this checkpoint and"
+            " the precision plans make of them. Needs PyTorch.",
+        ),
+    ] = None,
+    backend: Annotated[
+        Optional[str], typer.Option(help="With --weights: this backend alone. Default: all.")
+    ] = None,
+    precision: Annotated[
+        Optional[str], typer.Option(help="With --weights: this precision alone. Default: all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check size and SHA-256 of every file of a bundle, and that its engines are for this machine's GPU.
+
+    With --weights, the content is checked too: exit code 1 says that something differs from the checkpoint, 3
+    that a file could not be audited.
+
+    Example: dsvl-export verify tiny-bundle --weights tiny
+    """
+    from dsvl_export import display
+    from runtimes.bundle import Bundle
+    from runtimes.engines.backend import foreign_engines
+
+    if weights is None and (backend or precision):
+        raise UserError("--backend and --precision choose what is audited; give --weights CHECKPOINT too.")
+    opened = Bundle.open(bundle)
+    problems = opened.problems() + foreign_engines(opened)
+    report: dict[str, Any] = {
+        "bundle": str(bundle), "files": len(opened.manifest.files), "problems": problems,
+    }  # fmt: skip
+    if problems:
+        if as_json:
+            display.print_json(report)
+        raise UserError(f"The bundle {bundle} cannot be used as it is: {'; '.join(problems)}.")
+    result = _audit(opened, weights, backend, precision) if weights else None
+    if as_json:
+        display.print_json({**report, **({"audit": result.to_dict()} if result else {})})
+    else:
+        say(f"All {len(opened.manifest.files)} files of {bundle} are as exported.")
+        if result:
+            display.print_audit(result)
+    if result and result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def _audit(bundle: Bundle, checkpoint: str, backend: str | None, precision: str | None) -> Audit:
+    from dsvl_export import display
+    from dsvl_export.audit import audit
+    from reference.checkpoint import open_checkpoint
+
+    source, done = open_checkpoint(checkpoint), 0
+    with display.step_bar("audit") as on_step:
+
+        def on_bytes(part: str, count: int) -> None:
+            nonlocal done
+            done += count
+            on_step(part, min(done, total), total)
+
+        total = sum(entry.bytes for entry in bundle.manifest.files.values())
+        on_step("hash of the checkpoint", 0, total)
+        return audit(bundle, source, backend, precision, on_bytes)
 
 
 def judge(

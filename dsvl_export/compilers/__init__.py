@@ -19,6 +19,8 @@ from runtimes.preprocess import PreprocessSpec
 from runtimes.tokenizer import PromptSpec
 
 if TYPE_CHECKING:
+    from calibration.precision import PrecisionPlan
+    from reference.config import ModelConfig
     from reference.trace import TracedComponent
 
 BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
@@ -104,6 +106,26 @@ class App:
     precision: str
 
 
+def describe_app(
+    config: ModelConfig,
+    plan: PrecisionPlan,
+    preprocessing: PreprocessSpec,
+    prompt: PromptSpec,
+    embedding: Path,
+    tokenizer: Path,
+    capacity: int,
+    model: str,
+) -> App:
+    """What an app has to know of a model's artifacts in a precision; see ``App``."""
+    from reference.trace import TRACED_COMPONENTS, component_contract  # here, as a debug build needs no torch
+
+    contracts = {
+        component: component_contract(config, component, plan.base, plan.kv_cache)
+        for component in TRACED_COMPONENTS
+    }
+    return App(contracts, preprocessing, prompt, embedding, tokenizer, capacity, model, plan.name)
+
+
 # Component → its program, and what loads its parameters by name.
 Parts = Mapping[str, tuple["TracedComponent", Callable[[str], Any]]]
 CompileProgram = Callable[[Parts, Path, Callable[[int], None], CompileOptions], Compiled]
@@ -117,7 +139,8 @@ class Compiler(Protocol):
     ``OPTIONS`` are those of ``FLAGS`` that it has; without it, all are let through.
     A compiler may also have ``check(plans, config, options)``, which refuses before any work what its options
     and plans cannot have together, ``write_listing(folder, app)``, which writes source code for those who
-    build an app on the artifacts of a precision, and, in place of ``compile_component``,
+    build an app on the artifacts of a precision, ``graphs(traced, load, options)``, the ONNX graphs that a
+    component's files hold, which ``verify`` compares them with, and, in place of ``compile_component``,
     ``compile_program(app, parts, folder, on_bytes, options)``, which writes all components into the same
     files.
     """

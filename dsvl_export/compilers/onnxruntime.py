@@ -99,7 +99,7 @@ def compile_component(
     places: Places = {}
     main = folder / f"{traced.contract.component}.onnx"
     by_tokens = TOKENS in _operators(traced)
-    for file, graph in zip((main, prefill_file(main)), _graphs(traced, load, options), strict=False):
+    for file, graph in zip((main, prefill_file(main)), graphs(traced, load, options), strict=False):
         written += write_model(graph, file, on_bytes, places=places)
         check_file(file, traced.contract, tensorrt_rules=not by_tokens)
         _load_once(file)
@@ -116,8 +116,8 @@ def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
     from dsvl_export.lowering import without_weights
     from dsvl_export.onnx_graph.writer import weight_bytes
 
-    graphs = _graphs(traced, without_weights, options)
-    return weight_bytes(graphs) + sum(graph.model().ByteSize() for graph in graphs)
+    made = graphs(traced, without_weights, options)
+    return weight_bytes(made) + sum(graph.model().ByteSize() for graph in made)
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
@@ -128,7 +128,10 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     return taps.debug_build(artifact, contract, folder)
 
 
-def _graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
+layer_build = taps.layer_build
+
+
+def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
     """The component's graph, and that for prompts where there is one."""
     from dsvl_export.onnx_graph.dialect_ort import OrtDialect, OrtPrefillDialect
     from dsvl_export.onnx_graph.lower import lower

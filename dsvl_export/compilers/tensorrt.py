@@ -15,7 +15,7 @@ from packaging.version import InvalidVersion, Version
 from dsvl_export.compilers import Compiled, CompileOptions
 from dsvl_export.linter import Release, refuse
 from dsvl_export.onnx_graph.check import check_file
-from dsvl_export.onnx_graph.debug import debug_build
+from dsvl_export.onnx_graph.debug import debug_build, layer_build
 from dsvl_export.onnx_graph.release import needed_release
 from runtimes.errors import UserError
 from runtimes.onnxruntime_releases import NEEDED
@@ -23,6 +23,7 @@ from runtimes.onnxruntime_releases import NEEDED
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dsvl_export.onnx_graph.builder import Graph
     from dsvl_export.onnx_graph.context import Dialect
     from reference.trace import TracedComponent
 
@@ -34,7 +35,7 @@ OPTIONS = ("tensorrt",)
 LATEST = "11.4"
 TARGET = "cuda"
 OLDEST = Version("10.3")
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
+__all__ = ["artifact_bytes", "compile_component", "debug_build", "graphs", "layer_build", "settings"]
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
@@ -96,14 +97,24 @@ def write_onnx(
 ) -> list[Path]:
     """Lower, write and check a component's ONNX file."""
     # Here, so that a debug build needs no torch.
-    from dsvl_export.onnx_graph.lower import lower
     from dsvl_export.onnx_graph.writer import write_model
 
-    form = make_dialect(dialect, traced)
     file = folder / f"{traced.contract.component}.onnx"
-    files = write_model(lower(traced, load, form), file, on_bytes)
-    check_file(file, traced.contract, form.state_output)
+    files = write_model(lower_for(dialect, traced, load), file, on_bytes)
+    check_file(file, traced.contract, make_dialect(dialect, traced).state_output)
     return files
+
+
+def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
+    """The graph of the component's ONNX file."""
+    return [lower_for(Release(tensorrt_version(options)).dialect, traced, load)]
+
+
+def lower_for(dialect: str, traced: TracedComponent, load: Callable[[str], Tensor]) -> Graph:
+    """The component's graph in a dialect."""
+    from dsvl_export.onnx_graph.lower import lower
+
+    return lower(traced, load, make_dialect(dialect, traced))
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
@@ -113,7 +124,6 @@ def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
 def onnx_bytes(traced: TracedComponent, dialect: str) -> int:
     """Weights and graph of the ONNX file; an engine is about as large once more."""
     from dsvl_export.lowering import without_weights
-    from dsvl_export.onnx_graph.lower import lower
 
-    graph = lower(traced, without_weights, make_dialect(dialect, traced))
+    graph = lower_for(dialect, traced, without_weights)
     return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()

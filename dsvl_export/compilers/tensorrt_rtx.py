@@ -15,13 +15,14 @@ from dsvl_export.compilers.tensorrt import (
     LAYER_PRECISIONS,
     PRECISIONS,
     RECIPE_BASE,
+    lower_for,
     onnx_bytes,
     write_onnx,
 )
 from dsvl_export.engines.building import EngineSettings, build_engine
 from dsvl_export.linter import Release, refuse
 from dsvl_export.linter.types import SINCE_SM
-from dsvl_export.onnx_graph.debug import debug_build
+from dsvl_export.onnx_graph.debug import debug_build, layer_build
 from dsvl_export.onnx_graph.release import needed_release
 from runtimes.bundle import Engine
 from runtimes.onnxruntime_releases import NEEDED
@@ -29,6 +30,7 @@ from runtimes.onnxruntime_releases import NEEDED
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dsvl_export.onnx_graph.builder import Graph
     from reference.trace import TracedComponent
 
 # GPUs with tensor cores that TensorRT-RTX builds for: Ampere, Ada, Blackwell.
@@ -37,7 +39,7 @@ OPTIONS = ("capabilities",)
 DIALECT = "trt11"
 __all__ = [
     "CACHE_PRECISIONS", "LAYER_PRECISIONS", "PRECISIONS", "RECIPE_BASE",
-    "artifact_bytes", "compile_component", "debug_build", "settings",
+    "artifact_bytes", "compile_component", "debug_build", "graphs", "layer_build", "settings",
 ]  # fmt: skip
 
 
@@ -48,6 +50,11 @@ def settings(options: CompileOptions) -> dict[str, Any]:
         "capacity": options.capacity,
         "library": tensorrt_rtx.__version__,
     }
+
+
+def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
+    """The graph of the component's ONNX file."""
+    return [lower_for(DIALECT, traced, load)]
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:

@@ -13,6 +13,7 @@ from dsvl_export.cluster import Spread
 from dsvl_export.ladder.climb import climb
 from dsvl_export.ladder.drift import locate, suspects
 from dsvl_export.ladder.entry_points import judge_entry_points
+from dsvl_export.ladder.layers import judge_layers
 from dsvl_export.ladder.long_context import LongGoldens, bundled_long_goldens, judge_long_context
 from dsvl_export.ladder.noise import Noise, measure_long_golden, measure_noise, read_noise
 from dsvl_export.ladder.result import ParityResult
@@ -124,6 +125,9 @@ def parity(
             else:
                 score = counted(pipeline, task, "task", on_step)
             judge_task(score, result, baseline)
+        base = bundle.artifact("decoder", backend, precision).base
+        row = (tolerances or shipped).get(base, tolerance)
+        judge_layers(bundle, pipeline.chain, row, result, SessionOptions(threads, device), on_step)
         for component in TAPPED_COMPONENTS if taps else suspects(result):
             on_step(f"taps of the {component}", 0, 1)
             options = SessionOptions(threads, device)

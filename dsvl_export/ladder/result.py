@@ -14,8 +14,10 @@ from runtimes.session import Execution
 
 RUNGS = (
     "text", "preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits",
-    "long_context", "greedy_tokens", "entry_points", "task_accuracy",
+    "long_context", "greedy_tokens", "entry_points", "task_accuracy", "layers",
 )  # fmt: skip
+# Not every model has questions, nor every format entry points of its own, or layers that run alone.
+OPTIONAL = ("entry_points", "task_accuracy", "layers")
 EXIT_CODES = {"passed": 0, "failed": 1, "not judged": 3}
 # ``measured``: it ran, and there is nothing to hold it against.
 State = Literal["passed", "failed", "measured", "not judged", "not run"]
@@ -196,8 +198,7 @@ class ParityResult:
         states = {rung.state for rung in self.rungs}
         if "failed" in states:
             return "failed"
-        optional = ("entry_points", "task_accuracy")
-        unjudged = any(rung.state == "not run" for rung in self.rungs if rung.name not in optional)
+        unjudged = any(rung.state == "not run" for rung in self.rungs if rung.name not in OPTIONAL)
         if not self.execution.judgeable or unjudged or "not judged" in states:
             return "not judged"
         return "passed"

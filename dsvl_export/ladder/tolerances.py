@@ -35,6 +35,9 @@ class Tolerance:
     task_accuracy: float
     generated_length: float
     plan_share: float = 0.35
+    layer_floor: float = 0.0
+    layer_share: float = 0.0
+    layer_row_share: float = 0.0
     rungs: Mapping[str, float] = field(default_factory=dict)
 
     def bound(self, rung: str, measured_noise: float | None = None) -> float:
@@ -63,6 +66,16 @@ class Tolerance:
     def band(self, measured_noise: float | None) -> float:
         """Largest relative RMS error of a tap, given the noise of the precision there, if known."""
         return self.drift_factor * max(measured_noise or 0.0, self.floor)
+
+    def layer_bounds(self, noise: float) -> tuple[float, float]:
+        """Largest relative RMS errors of a layer on its recorded input, as a whole and of its median row.
+
+        The tolerance is that of the base of the precision.
+
+        Args:
+            noise: what the precision costs that layer alone.
+        """
+        return self.layer_floor + self.layer_share * noise, self.layer_floor + self.layer_row_share * noise
 
     def plus(self, other: Tolerance) -> Tolerance:
         """For two artifacts compared with each other: each may be off by its own bound."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -17,11 +18,7 @@ from runtimes.files import parse_json
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     """The same file with the contract's taps as further outputs."""
     model = onnx.load(str(artifact), load_external_data=False)
-    try:
-        values = parse_json({item.key: item.value for item in model.metadata_props}[TAPS], "the list of taps")
-        sources = [values[spec.name] for spec in contract.taps]
-    except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{artifact} does not say where its taps are; export it again.") from error
+    sources = _sources(model, artifact, contract)
     for spec, source in zip(contract.taps, sources, strict=True):
         model.graph.node.append(
             helper.make_node(
@@ -29,11 +26,62 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
             )
         )
         model.graph.output.append(value_info(spec.name, spec.dtype, spec.shape))
-    debug = folder / artifact.name
-    debug.write_bytes(model.SerializeToString())
-    for data in artifact.parent.glob(f"{artifact.name}.data"):
+    return _write(model, artifact, folder)
+
+
+def layer_build(artifact: Path, contract: Contract, folder: Path) -> tuple[Path, Contract]:
+    """The same file with its taps as its only outputs; what reads a tap reads a new input instead.
+
+    Returns:
+        The file, and its contract: states are inputs, and so is ``given/<tap>`` for every tap.
+    """
+    model = onnx.load(str(artifact), load_external_data=False)
+    sources = _sources(model, artifact, contract)
+    of_value = {value: spec for spec, value in zip(contract.taps, sources, strict=True)}
+    nodes = list(model.graph.node)
+    del model.graph.node[:], model.graph.output[:]
+    for node in nodes:
+        for index, value in enumerate(node.input):
+            if value in of_value:
+                node.input[index] = f"{value}/given"
+        model.graph.node.append(node)
+        for value in node.output:
+            if spec := of_value.get(value):
+                name = f"given/{spec.name}"
+                handed = helper.make_node("CastLike", [name, value], [f"{value}/given"], name=f"{name}/cast")
+                tap = helper.make_node(
+                    "Cast", [value], [spec.name], name=f"tap/{spec.name}", to=element_type(spec.dtype)
+                )
+                model.graph.node.extend([handed, tap])
+                model.graph.input.append(value_info(name, spec.dtype, spec.shape))
+                model.graph.output.append(value_info(spec.name, spec.dtype, spec.shape))
+    given = tuple(replace(spec, name=f"given/{spec.name}") for spec in contract.taps)
+    inputs = contract.inputs + contract.states + given
+    return _write(model, artifact, folder), Contract(contract.component, inputs, contract.taps)
+
+
+def _sources(model: onnx.ModelProto, artifact: Path, contract: Contract) -> list[str]:
+    """The values that are the contract's taps.
+
+    Raises:
+        UserError: the file does not say so.
+    """
+    try:
+        values = parse_json({item.key: item.value for item in model.metadata_props}[TAPS], "the list of taps")
+        return [values[spec.name] for spec in contract.taps]
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{artifact} does not say where its taps are; export it again.") from error
+
+
+def _write(model: onnx.ModelProto, artifact: Path, folder: Path) -> Path:
+    """Write a changed graph beside a link to its weights."""
+    file = folder / artifact.name
+    file.write_bytes(model.SerializeToString())
+    for data in artifact.parent.glob("*.data"):  # a graph for prompts reads those of the first one too
         try:
-            (folder / data.name).hardlink_to(data.resolve())  # ONNX Runtime refuses symbolic links
+            (folder / data.name).hardlink_to(data)  # ONNX Runtime refuses symbolic links
+        except FileExistsError:  # linked for the other graph
+            continue
         except OSError:  # another file system
             shutil.copyfile(data, folder / data.name)
-    return debug
+    return file

@@ -79,7 +79,7 @@ def write_model(
             if item.key not in places:
                 if item.key not in written:
                     written[item.key] = handle.tell() + -handle.tell() % ALIGNMENT
-                    content = _bytes(item)
+                    content = stored_bytes(item)
                     handle.write(b"\0" * (written[item.key] - handle.tell()))
                     handle.write(content)
                     handle.flush()
@@ -145,10 +145,12 @@ def _values(item: Initializer) -> np.ndarray:
 
 
 def _inline(item: Initializer) -> TensorProto:
-    return helper.make_tensor(item.name, element_type(item.dtype), item.shape, bytes(_bytes(item)), raw=True)
+    return helper.make_tensor(
+        item.name, element_type(item.dtype), item.shape, bytes(stored_bytes(item)), raw=True
+    )
 
 
-def _bytes(item: Initializer) -> memoryview:
+def stored_bytes(item: Initializer) -> memoryview:
     """The values as ONNX stores them, uint8; of two 4-bit numbers in a byte, the first is the lower half."""
     values = _values(item)
     if item.dtype.name == "int4":

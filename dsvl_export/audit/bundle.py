@@ -1,0 +1,296 @@
+"""The audit of a bundle: artifacts, token table, tokenizer and manifest against a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from calibration.quantized import trace_planned
+from dsvl_export.audit.onnx_file import compare_onnx
+from dsvl_export.audit.remade import compare_remade
+from dsvl_export.audit.result import Audit, AuditedPart, Difference
+from dsvl_export.audit.values import compare_files, compare_values
+from dsvl_export.compilers import (
+    BUILT_IN,
+    App,
+    Compiled,
+    CompileOptions,
+    Compiler,
+    Parts,
+    describe_app,
+    load_compiler,
+)
+from dsvl_export.ladder.drift import debug_folder
+from dsvl_export.onnx_graph.builder import Graph
+from dsvl_export.precisions import bundled_plan, planned_weights
+from dsvl_export.version import __version__
+from reference.checkpoint import Checkpoint
+from reference.specs import preprocess_spec, prompt_spec
+from reference.trace import component_contract
+from runtimes.bundle import TOKENIZER, Artifact, Bundle
+from runtimes.embedding import TokenEmbedding
+from runtimes.errors import UserError
+from runtimes.onnxruntime import prefill_file
+
+OnBytes = Callable[[str, int], None]  # of which part, and how many were compared
+ROWS = 1 << 12  # of the token table that are compared at a time
+
+
+def silent(part: str, count: int) -> None:
+    """The ``on_bytes`` that reports nothing."""
+
+
+def audit(
+    bundle: Bundle,
+    source: Checkpoint,
+    backend: str | None = None,
+    precision: str | None = None,
+    on_bytes: OnBytes = silent,
+) -> Audit:
+    """Compare what a bundle holds with what its checkpoint and its plans make of it.
+
+    ONNX files are lowered anew and compared tensor by tensor, as is the token table; artifacts of other
+    converters are made again and compared byte for byte, which takes the time and memory of their export.
+
+    Args:
+        backend, precision: audit these artifacts alone; the shared files are always audited.
+
+    Raises:
+        UserError: the checkpoint is another one, or a plan or its scales are damaged.
+    """
+    if source.digest != bundle.manifest.checkpoint["sha256"]:
+        raise UserError(f"{source.folder} is not the checkpoint that {bundle.folder} was exported from.")
+    result = Audit(str(source.folder))
+    result.parts += [
+        _audit_manifest(bundle, source),
+        _audit_tokenizer(bundle, source),
+        _audit_token_embedding(bundle, source, partial(on_bytes, "token_embedding")),
+    ]
+    chosen = (
+        bundle.choices() if backend is None and precision is None else bundle.matching(backend, precision)
+    )
+    if not chosen:
+        bundle.select(backend, precision)  # says what there is
+    for pair in chosen:
+        result.parts += _audit_pair(bundle, source, *pair, on_bytes)
+    return result
+
+
+def _audit_manifest(bundle: Bundle, source: Checkpoint) -> AuditedPart:
+    """What the manifest says of the model: config, preprocessing, prompt format and contracts."""
+    part = AuditedPart("manifest", (), "compared with the checkpoint's config")
+    manifest = bundle.manifest
+    pairs: list[tuple[str, Any, Any]] = [
+        ("model", manifest.model, source.config.to_dict()),
+        ("preprocessing", asdict(manifest.preprocessing), asdict(preprocess_spec(source))),
+        ("prompt", asdict(manifest.prompt), asdict(prompt_spec(source))),
+    ]
+    for precision, contracts in manifest.contracts.items():
+        plan = bundled_plan(bundle.folder, precision)
+        for component, contract in contracts.items():
+            expected = component_contract(source.config, component, plan.base, plan.kv_cache)
+            pairs.append((f"contracts.{precision}.{component}", asdict(contract), asdict(expected)))
+    for name, found, wanted in pairs:
+        _compare_settings(name, found, wanted, part)
+    return part
+
+
+def _compare_settings(name: str, found: Any, expected: Any, part: AuditedPart) -> None:
+    """Values of nested settings, each by its path; lists and tuples are the same."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in [*expected, *(key for key in found if key not in expected)]:
+            _compare_settings(f"{name}.{key}", found.get(key), expected.get(key), part)
+        return
+    one, other = (list(v) if isinstance(v, tuple) else v for v in (found, expected))
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            _compare_settings(f"{name}.{index}", *pair, part)
+        return
+    part.values += 1
+    if one != other:
+        part.add(Difference(name, f"is {one!r}, expected {other!r}"))
+
+
+def _audit_tokenizer(bundle: Bundle, source: Checkpoint) -> AuditedPart:
+    """The checkpoint's tokenizer files; what else lies beside them is named."""
+    paths = [path for path in bundle.manifest.files if path.startswith("tokenizer/")]
+    part = AuditedPart("tokenizer", tuple(paths), "compared byte for byte with the checkpoint's files")
+    files = {f"tokenizer/{file.name}": file for file in source.tokenizer_files}
+    for path, file in files.items():
+        part.bytes += file.stat().st_size
+        if path not in paths:
+            part.add(Difference(path, "is missing"))
+        elif difference := compare_files(path, bundle.path(path), file):
+            part.add(difference)
+    if others := sorted(set(paths) - files.keys()):
+        part.reason = f"{', '.join(others)} is not a file of the checkpoint"
+    return part
+
+
+def _audit_token_embedding(
+    bundle: Bundle, source: Checkpoint, on_bytes: Callable[[int], None]
+) -> AuditedPart:
+    """Every row of the token table, those of unused tokens too."""
+    path = bundle.manifest.token_embedding
+    part = AuditedPart("token_embedding", (path,), "compared with the checkpoint, bit for bit")
+    table, expected = TokenEmbedding(bundle.path(path)), source.load("token_embedding.weight")
+    dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[expected.dtype]
+    part.tensors, part.values = 1, expected.numel()
+    shape = tuple(expected.shape)
+    if (table.dtype, table.rows.shape) != (dtype, shape):
+        what = f"is {table.dtype}{list(table.rows.shape)}, expected {dtype}{list(shape)}"
+        part.add(Difference("token_embedding", what))
+        return part
+    kind = np.dtype("bfloat16" if dtype == "BF16" else table.rows.dtype)
+    for start in range(0, shape[0], ROWS):
+        rows = expected[start : start + ROWS].contiguous()
+        found = np.ascontiguousarray(table.rows[start : start + ROWS]).view(np.uint8).reshape(-1)
+        wanted = rows.view(torch.uint8).numpy().reshape(-1)
+        name = f"token_embedding, rows {start} to {start + len(rows) - 1}"
+        difference = compare_values(name, found, wanted, kind, tuple(rows.shape))
+        if difference:
+            part.add(difference)
+        on_bytes(len(wanted))
+    return part
+
+
+def _audit_pair(
+    bundle: Bundle, source: Checkpoint, backend: str, precision: str, on_bytes: OnBytes
+) -> list[AuditedPart]:
+    """The artifacts of a backend and precision, and the listing for apps where there is one."""
+    artifacts = [
+        item for item in bundle.manifest.artifacts if (item.backend, item.precision) == (backend, precision)
+    ]
+    stages: dict[str, list[Artifact]] = {}
+    for item in artifacts:
+        stages.setdefault(item.stage, []).append(item)
+    parts = [AuditedPart(stage, items[0].files) for stage, items in stages.items()]
+    try:
+        compiler = load_compiler(backend)
+    except UserError as error:
+        for part in parts:
+            part.reason = str(error).rstrip(".")
+        return parts
+    plan, weights = bundled_plan(bundle.folder, precision), planned_weights(source, bundle.folder, precision)
+    capacity = next((item.capacity for item in artifacts if item.capacity), bundle.manifest.default_capacity)
+    app = describe_app(
+        source.config, plan, preprocess_spec(source), prompt_spec(source),
+        bundle.path(bundle.manifest.token_embedding), bundle.path(TOKENIZER), capacity,
+        bundle.manifest.checkpoint["name"],
+    )  # fmt: skip
+
+    def traced_parts(items: Sequence[Artifact]) -> Parts:
+        def loading(component: str) -> Callable[[str], torch.Tensor]:
+            return lambda parameter: weights.load(f"{component}.{parameter}")
+
+        names = [item.component for item in items]
+        return {name: (trace_planned(source.config, name, plan), loading(name)) for name in names}
+
+    for part, items in zip(parts, stages.values(), strict=True):
+        options = _options(items[0], app)
+        audit_artifacts(
+            compiler, bundle, items, traced_parts(items), app, options, part, partial(on_bytes, part.name)
+        )
+    if write := getattr(compiler, "write_listing", None):
+        parts.append(_audit_listing(bundle, f"{backend}/{precision}/listing", partial(write, app=app)))
+    return parts
+
+
+def _options(artifact: Artifact, app: App) -> CompileOptions:
+    """The options that an artifact was compiled with, as far as they change what is in it."""
+    return CompileOptions(
+        capacity=app.capacity,
+        tensorrt=artifact.tools.get("for"),
+        preprocessing=app.preprocessing,
+        delegate=artifact.dialect if artifact.backend == "executorch" else None,
+        prefill=any(Path(file).name == prefill_file(Path(artifact.files[0])).name for file in artifact.files),
+    )
+
+
+def audit_artifacts(
+    compiler: Compiler,
+    bundle: Bundle,
+    artifacts: Sequence[Artifact],
+    traced: Parts,
+    app: App,
+    options: CompileOptions,
+    part: AuditedPart,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Compare what lies in one stage of a bundle; what is found is noted in ``part``."""
+    first = artifacts[0]
+    if graphs := getattr(compiler, "graphs", None):
+        files = [bundle.path(path) for path in first.files]
+        audit_onnx(graphs(*traced[first.component], options), files, part, on_bytes)
+        writer = first.tools.get("dsvl-export", __version__)
+        if part.differences and writer != __version__:
+            part.reason = f"it was written by dsvl-export {writer}, this is {__version__}"
+        if first.engine:
+            part.reason = f"engines cannot be read, so {first.engine.file} was not audited"
+        return
+
+    def compile_into(folder: Path) -> Compiled:
+        if whole := getattr(compiler, "compile_program", None):
+            return whole(app, traced, folder, on_bytes, options)
+        return compiler.compile_component(*traced[first.component], folder, on_bytes, options)
+
+    with debug_folder(bundle) as temporary:
+        stage = bundle.path(first.stage)
+        strict = first.backend in BUILT_IN
+        compare_remade(compile_into, Path(temporary), stage, first.tools, part, strict)
+
+
+def audit_onnx(
+    expected: Sequence[Graph], files: Sequence[Path], part: AuditedPart, on_bytes: Callable[[int], None]
+) -> None:
+    """Compare the ONNX files among these with the graphs that they hold, in order."""
+    files = [file for file in files if file.suffix == ".onnx"]
+    if len(files) != len(expected):
+        part.add(Difference(part.name, f"has {len(files)} ONNX files, expected {len(expected)}"))
+    for graph, file in zip(expected, files, strict=False):
+        compare_onnx(graph, file, part, on_bytes)
+
+
+def audit_written(
+    compiler: Compiler, name: str, compiled: Compiled, parts: Parts, options: CompileOptions
+) -> str:
+    """The verdict on a stage that an export has just written, read back; empty where it is not audited: what
+    has to be made again takes the time of the export, and engines cannot be read.
+
+    Raises:
+        UserError: it is not what the checkpoint and the plan make of it.
+    """
+    graphs = getattr(compiler, "graphs", None)
+    if graphs is None or compiled.engine:
+        return ""
+    (traced,) = parts.values()
+    part = AuditedPart(name)
+    audit_onnx(graphs(*traced, options), compiled.files, part, lambda count: None)
+    if part.differences:
+        raise UserError(
+            f"What was written into {name} is not what the checkpoint makes of it"
+            f" ({part.differences[0]}); check the disk and the memory and run the same command again."
+        )
+    return part.state
+
+
+def _audit_listing(bundle: Bundle, stage: str, write: Callable[[Path], None]) -> AuditedPart:
+    """The source code for apps."""
+    paths = tuple(path for path in bundle.manifest.files if path.startswith(f"{stage}/"))
+    part = AuditedPart(stage, paths, "compared with the listing written anew")
+    with debug_folder(bundle) as temporary:
+        write(Path(temporary))
+        for file in sorted(Path(temporary).iterdir()):
+            path = f"{stage}/{file.name}"
+            part.bytes += file.stat().st_size
+            if path not in paths:
+                part.add(Difference(path, "is missing"))
+            elif difference := compare_files(path, bundle.path(path), file):
+                part.add(difference)
+    return part

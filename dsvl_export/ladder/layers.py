@@ -1,0 +1,165 @@
+"""Layers one by one: each is handed the recorded tap before it, and must give what the plan's layer gives.
+
+What a quantized precision loses is in both, so that a bound is as narrow as the roundings of one layer, and
+the layer that fails is the faulty one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsvl_export.compilers import load_compiler
+from dsvl_export.ladder.drift import debug_folder
+from dsvl_export.ladder.result import ParityResult, Rung
+from dsvl_export.ladder.tolerances import Tolerance
+from runtimes.backends import load_backend
+from runtimes.bundle import Bundle
+from runtimes.chain import Chain
+from runtimes.contracts import Contract
+from runtimes.errors import UserError
+from runtimes.goldens import relative_rms
+from runtimes.layer_goldens import LayerInputs, Table, load_tables, sample_rows, save_tables
+from runtimes.session import SessionOptions
+from runtimes.taps import TAPPED_COMPONENTS
+
+if TYPE_CHECKING:
+    from calibration.weights import QuantizedWeights
+    from reference.checkpoint import Checkpoint
+
+RUNG = "layers"
+INPUTS = "layers/inputs/inputs.safetensors"
+GIVEN = "given/"  # before the name of a tap: the input that layers read in its place
+
+
+def outputs_file(precision: str) -> str:
+    return f"layers/{precision}/outputs.safetensors"
+
+
+def record_inputs(source: Checkpoint, embedding_file: Path, golden: Path, file: Path) -> None:
+    """Write what layers are handed, and what the fp32 reference's layers make of it."""
+    import torch
+
+    from reference.layers import layer_outputs, record_layer_inputs
+    from reference.session import reference_chain
+    from runtimes.goldens import load_golden
+
+    model = source.model()
+    chain = reference_chain(source, embedding_file, model)
+    given = record_layer_inputs(source, model, chain, load_golden(golden))
+    outputs = layer_outputs(model, source.config, given, torch.float32)
+    save_tables(file, source.digest, {"inputs": given.inputs, "taps": given.taps, "outputs": outputs})
+
+
+def record_outputs(weights: QuantizedWeights, inputs: Path, file: Path) -> None:
+    """Write what the layers of a precision make of the recorded inputs."""
+    from calibration.program import planned_model
+    from reference.layers import layer_outputs
+    from reference.trace import PRECISION_DTYPES
+
+    source, plan = weights.source, weights.plan
+    given, _ = _read_inputs(inputs, source.digest)
+    base = PRECISION_DTYPES[plan.base]
+    outputs = layer_outputs(planned_model(weights), source.config, given, base, plan.kv_cache)
+    save_tables(file, source.digest, {"outputs": outputs})
+
+
+def _read_inputs(file: Path, checkpoint: str) -> tuple[LayerInputs, Table]:
+    """The inputs, and what the fp32 reference's layers make of them."""
+    tables = load_tables(file, checkpoint)
+    return LayerInputs(checkpoint, tables["inputs"], tables["taps"]), tables["outputs"]
+
+
+def judge_layers(
+    bundle: Bundle,
+    chain: Chain,
+    base: Tolerance,
+    result: ParityResult,
+    options: SessionOptions,
+    on_step: Callable[[str, int, int], None],
+) -> None:
+    """Fill the rung of the layers; where they cannot be judged, it says why. The chain loses its sessions.
+
+    Args:
+        base: tolerance of what is not quantized.
+    """
+    rung, manifest = result.rung(RUNG), bundle.manifest
+    path = outputs_file(result.precision)
+    if INPUTS not in manifest.files or (path not in manifest.files and result.precision != "fp32"):
+        rung.detail = "the bundle has no layer goldens"
+        return
+    try:
+        build = getattr(load_compiler(result.backend), "layer_build", None)
+    except UserError as error:
+        rung.detail = str(error).rstrip(".")
+        return
+    simulated = result.execution.kind == "simulated" or result.backend == "onnxruntime"
+    if build is None or not simulated:
+        rung.detail = f"layers of {result.backend} cannot be run one by one here"
+        return
+    digest = manifest.checkpoint["sha256"]
+    bundle.check([path for path in (INPUTS, path) if path in manifest.files])
+    given, exact = _read_inputs(bundle.path(INPUTS), digest)
+    expected = load_tables(bundle.path(path), digest)["outputs"] if path in manifest.files else exact
+    for component in TAPPED_COMPONENTS:
+        on_step(f"layers of the {component}", 0, 1)
+        setattr(chain, component, None)
+        contract = manifest.contracts[result.precision][component]
+        files = bundle.artifact(component, result.backend, result.precision).files
+        for artifact in (bundle.path(file) for file in files if file.endswith(".onnx")):
+            try:
+                found = _run_layers(bundle, build, artifact, contract, given, options)
+            except (UserError, OSError) as error:
+                rung.detail = f"no build of single layers: {str(error).rstrip('.')}"
+                continue
+            for name, array in expected[component].items():
+                _judge(f"{component}: {name}", found[name], array, exact[component][name], base, rung)
+
+
+def _judge(
+    name: str, found: np.ndarray, expected: np.ndarray, exact: np.ndarray, base: Tolerance, rung: Rung
+) -> None:
+    """Judge one layer; the first that fails stands in the detail."""
+    noise = relative_rms(expected, exact)
+    bound, of_rows = base.layer_bounds(noise)
+    failed = rung.state == "failed"
+    rung.compare(0, name, found, expected, bound, noise)
+    if found.shape == expected.shape and median_row_error(found, expected) > of_rows:
+        rung.fail("in most rows")
+    if rung.state == "failed" and not failed:
+        rung.detail = f"{name} is wrong on its recorded input" + (f" ({rung.detail})" if rung.detail else "")
+
+
+def median_row_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """RMS error of the median row of ``[rows, C]``, relative to the RMS of all."""
+    errors = np.sqrt(np.mean(np.square(found.astype(np.float64) - expected), axis=-1))
+    size = np.sqrt(np.mean(np.square(expected.astype(np.float64))))
+    return float(np.median(errors) / max(float(size), 1e-30))
+
+
+def _run_layers(
+    bundle: Bundle,
+    build: Callable[[Path, Contract, Path], tuple[Path, Contract]],
+    artifact: Path,
+    contract: Contract,
+    given: LayerInputs,
+    options: SessionOptions,
+) -> dict[str, np.ndarray]:
+    """Sampled taps of an artifact whose layers are handed the recorded ones."""
+    component = contract.component
+    with debug_folder(bundle) as folder:
+        file, cut = build(artifact, contract, Path(folder))
+        session = load_backend("onnxruntime").open_component(file, cut, options)
+        arrays = {f"{GIVEN}{name}": array for name, array in given.taps[component].items()}
+        arrays |= given.inputs[component]
+        if contract.states:
+            count = arrays["inputs_embeds"].shape[1]
+            sizes = {"batch": 1, "capacity": count}
+            arrays["positions"] = np.arange(count)[None]
+            arrays["logit_rows"] = np.arange(count)
+            arrays |= {spec.name: spec.allocate(sizes) for spec in contract.states}
+        found = session.run({spec.name: arrays[spec.name].astype(spec.dtype) for spec in cut.inputs})
+    return {spec.name: sample_rows(found[spec.name]) for spec in contract.taps}
