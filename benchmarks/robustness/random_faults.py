@@ -217,7 +217,7 @@ def _manifest(bundle: Path, random: Random) -> tuple[str, list[Path]]:
     changes: list[tuple[str, str, Any]] = [
         ("preprocessing", "mean", [0.45, 0.5, 0.5]), ("preprocessing", "std", [0.3, 0.3, 0.3]),
         ("preprocessing", "background", [0, 0, 0]), ("preprocessing", "rescale_factor", 0.005),
-        ("prompt", "system_prompt", "Answer in French."), ("prompt", "eos_id", 7),
+        ("prompt", "system_prompt", "Answer in French."), ("prompt", "eos_ids", [7]),
         ("prompt", "bos_id", 9),
     ]  # fmt: skip
     group, name, value = random.choice(changes)

@@ -178,7 +178,7 @@ def test_rows_of_the_token_table_are_compared(run, bundle_copy: Path) -> None:
     [
         (("preprocessing", "mean"), [0.5, 0.5, 0.4]),
         (("prompt", "system_prompt"), "Answer in French."),
-        (("prompt", "eos_id"), 7),
+        (("prompt", "eos_ids"), [7]),
         (("model", "decoder", "rope_theta"), 1.0),
     ],
     ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
