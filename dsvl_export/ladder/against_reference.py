@@ -125,8 +125,7 @@ def parity(
             else:
                 score = counted(pipeline, task, "task", on_step)
             judge_task(score, result, baseline)
-        base = bundle.artifact("decoder", backend, precision).base
-        row = (tolerances or shipped).get(base, tolerance)
+        row = table.get(bundle.artifact("decoder", backend, precision).base, tolerance)
         judge_layers(bundle, pipeline.chain, row, result, SessionOptions(threads, device), on_step)
         for component in TAPPED_COMPONENTS if taps else suspects(result):
             on_step(f"taps of the {component}", 0, 1)
