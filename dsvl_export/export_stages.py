@@ -81,7 +81,12 @@ def identify(source: Checkpoint, report: Report) -> str:
 
 
 class ExportStages:
-    """The stages of one export."""
+    """The stages of one export.
+
+    Args:
+        table: the scale table that was given.
+        audits: read artifacts back and compare them with the checkpoint, which takes about as long as writing.
+    """
 
     def __init__(
         self,
@@ -92,10 +97,11 @@ class ExportStages:
         compiler: Compiler,
         options: CompileOptions,
         table: ScaleTable | None,
+        audits: bool,
     ) -> None:
         self.source, self.staging, self.report = source, staging, report
         self.backend, self.compiler, self.options = backend, compiler, options
-        self.table = table  # as it was given
+        self.table, self.audits = table, audits
         self._scales: ScaleTable | None = None
         self._bytes: dict[tuple[str, str], int] = {}
         self._written = 0  # bytes of the stage that runs, before they are hashed
@@ -470,7 +476,7 @@ class ExportStages:
                 return activation_growth(Workload(traced[component]), self.backend, longest)
 
             compiled = work(parts, folder, on_bytes, self.options)
-            audited = audit_written(self.compiler, name, compiled, parts, self.options)
+            audited = audit_written(self.compiler, name, compiled, parts, self.options) if self.audits else ""
             engine = compiled.engine
             artifacts = [
                 Artifact(

@@ -55,7 +55,7 @@ def export(
         checkpoint: ``tiny``, a folder or a hub id.
         output: the bundle's folder: new, empty, an unfinished export, or a bundle to extend.
         precisions: names, recipes, or YAML files of precision plans; each becomes a set of artifacts.
-        goldens: record the reference's outputs, which ``parity`` compares with.
+        goldens: record the reference's outputs, which ``parity`` compares with, and audit what is written.
         scales: a scale table made by ``calibrate``; without one, precisions that need scales are calibrated
             on the bundled pictures.
         target: a device of ``targets``: what it cannot run is refused before any work.
@@ -107,7 +107,7 @@ def export(
         options = replace(options, preprocessing=specs[0])
         if capacity is None and staging.previous:  # of the bundle that is extended
             options = replace(options, capacity=staging.previous.default_capacity)
-        run = ExportStages(source, staging, report, backend, compiler, options, table)
+        run = ExportStages(source, staging, report, backend, compiler, options, table, audits=goldens)
         run.make_room(plans, goldens)
         identify(source, report)
         run.check_weights(plans)

@@ -118,7 +118,10 @@ def export(
         ),
     ] = True,
     goldens: Annotated[
-        bool, typer.Option("--goldens/--no-goldens", help="Record the reference's outputs for 'parity'.")
+        bool,
+        typer.Option(
+            "--goldens/--no-goldens", help="Record the reference's outputs for 'parity', and audit the files."
+        ),
     ] = True,
     check: Annotated[bool, typer.Option("--parity/--no-parity", help="Run 'parity' on the result.")] = True,
     as_json: Json = False,
