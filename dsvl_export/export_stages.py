@@ -85,7 +85,7 @@ class ExportStages:
 
     Args:
         table: the scale table that was given.
-        audits: read artifacts back and compare them with the checkpoint, which takes about as long as writing.
+        audits: read artifacts back and compare them with the checkpoint, which takes as long as writing.
     """
 
     def __init__(
