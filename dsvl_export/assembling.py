@@ -34,7 +34,11 @@ def manifest_of(
     plans = {name: bundled_plan(staging.folder, name) for name in precisions}
     return Manifest(
         model=source.config.to_dict(),
-        checkpoint={"name": source.folder.name, "sha256": source.digest, "layout": source.config.layout},
+        checkpoint={
+            "name": checkpoint_name(source, staging),
+            "sha256": source.digest,
+            "layout": source.config.layout,
+        },
         preprocessing=preprocessing,
         prompt=prompt,
         token_embedding=TOKEN_EMBEDDING,
@@ -50,6 +54,11 @@ def manifest_of(
         files={path: entry for path, entry in staging.files().items() if path not in unfinished},
         parity=_kept_verdicts(staging, now),
     )
+
+
+def checkpoint_name(source: Checkpoint, staging: Staging) -> str:
+    """The name of the checkpoint's folder, as it was when the bundle was first exported: listings have it."""
+    return staging.previous.checkpoint["name"] if staging.previous else source.folder.name
 
 
 def plan_hashes(staging: Staging, precision: str) -> dict[str, str]:

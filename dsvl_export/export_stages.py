@@ -16,7 +16,7 @@ from calibration.quantized import trace_planned
 from calibration.statistics import STATISTICS_FILE, Statistics
 from calibration.table import ScaleTable
 from calibration.weights import QuantizedWeights
-from dsvl_export.assembling import TOKEN_EMBEDDING, finished_artifacts, plan_hashes
+from dsvl_export.assembling import TOKEN_EMBEDDING, checkpoint_name, finished_artifacts, plan_hashes
 from dsvl_export.audit import audit_written
 from dsvl_export.calibrating import SAMPLES, CalibrationOptions, calibrate
 from dsvl_export.compilers import (
@@ -309,6 +309,7 @@ class ExportStages:
                 try:
                     self._noise_of(precision, "")
                 except OverflowVerdict:
+                    self.staging.forget(_noise_stage(precision))  # it is of other goldens
                     self.report(ExportProgress(_noise_stage(precision), 1, 1, "finished"))
 
     @property
@@ -423,7 +424,7 @@ class ExportStages:
         folder = self.staging.folder
         app = describe_app(
             self.source.config, plan, self.options.preprocessing, prompt, folder / TOKEN_EMBEDDING,
-            folder / TOKENIZER, self.options.capacity, self.source.folder.name,
+            folder / TOKENIZER, self.options.capacity, checkpoint_name(self.source, self.staging),
         )  # fmt: skip
         whole = getattr(self.compiler, "compile_program", None)
         for name, components in self._stages(plan).items():

@@ -22,7 +22,7 @@ from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.specs import preprocess_spec, prompt_spec
 from reference.trace import PRECISION_DTYPES
 from runtimes.bundle import Bundle
-from runtimes.errors import UserError
+from runtimes.errors import OverflowVerdict, UserError
 
 MAX_DEFAULT_CAPACITY = 2048
 
@@ -124,6 +124,10 @@ def export(
         run.noise_of_others(plans)
         run.layers()
         staging.finish(lambda now: manifest_of(source, staging, options.capacity, *specs, now))
+    except OverflowVerdict:
+        if staging.previous:  # the bundle stays usable without the precision
+            staging.finish(lambda now: manifest_of(source, staging, options.capacity, *specs, now))
+        raise
     except (OSError, SafetensorError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "there is no memory left"
         raise UserError(
@@ -140,4 +144,7 @@ def _check_same_checkpoint(staging: Staging, source: Checkpoint, report: Report)
     if staging.previous:
         known.append(staging.previous.checkpoint["sha256"])
     if known and set(known) != {identify(source, report)}:
-        raise UserError(f"{staging.folder} holds a bundle of another checkpoint; give another folder.")
+        raise UserError(
+            f"{staging.folder} holds a bundle of another checkpoint (dsvl-export 0.4 did not count"
+            " generation_config.json); give another folder."
+        )

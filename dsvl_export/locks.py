@@ -44,6 +44,8 @@ class FileLock:
                 handle = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             except FileNotFoundError:  # the last holder deleted the folder meanwhile
                 continue
+            except OSError as error:
+                raise UserError(f"{self.file} cannot be locked: {error.strerror}.") from error
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 if _is_open_file(handle, self.file):

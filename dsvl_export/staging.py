@@ -195,13 +195,23 @@ class Staging:
         refuse_link(self.folder, name)
         target = self.folder / name / file.name
         entry = asdict(FileEntry(file.stat().st_size, sha256_of_file(file)))
+        stage = self._stages[name]
         if target.exists():
             self._withdraw()
+            stage["files"].pop(f"{name}/{file.name}", None)  # so that an interruption costs this file alone
+            write_json(self._record_file, self._stages)
         file.replace(target)
-        stage = self._stages[name]
         stage["files"][f"{name}/{file.name}"] = entry
         stage["result"] = result
         write_json(self._record_file, self._stages)
+
+    def forget(self, name: str) -> None:
+        """Drop a finished stage and its files."""
+        if name in self._stages:
+            self._withdraw()
+            del self._stages[name]
+            write_json(self._record_file, self._stages)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     @property
     def work(self) -> Path:

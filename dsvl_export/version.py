@@ -6,7 +6,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-__version__ = "0.4.0"
+__version__ = "0.5.0.dev0"
 PACKAGES = ("calibration", "dsvl_export", "reference", "runtimes")
 ASIDE = {"__pycache__", "cli", "report", "serving"}  # what is there changes no artifact
 

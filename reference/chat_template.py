@@ -101,7 +101,8 @@ def _find(folder: Path) -> tuple[str, str] | None:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read as UTF-8 text: {error}.") from error
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = read_json(folder / name).get("chat_template") if (folder / name).exists() else None
+        file = folder / name
+        template = read_json(file, huge_integers=True).get("chat_template") if file.exists() else None
         if isinstance(template, list):  # named ones
             named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
             template = named.get("default")

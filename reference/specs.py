@@ -33,7 +33,7 @@ def reference_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "model": checkpoint.config.to_dict(),
         "preprocessing": asdict(preprocess_spec(checkpoint)),
-        "prompt": asdict(prompt_spec(checkpoint)),
+        "prompt": prompt_spec(checkpoint).settings(),
     }
 
 
@@ -46,7 +46,7 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
     file = checkpoint.tokenizer_files[0]
     tokenizer = read_tokenizer(file)
     settings_file = checkpoint.folder / "tokenizer_config.json"
-    settings = read_json(settings_file) if settings_file.exists() else {}
+    settings = read_json(settings_file, huge_integers=True) if settings_file.exists() else {}
 
     def token_id(name: str) -> int:
         number = tokenizer.token_to_id(name)

@@ -22,19 +22,19 @@ _INTEGERS = range(-(2**63), 2**64)  # what other readers of JSON hold in a machi
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, huge_integers: bool = False) -> dict[str, Any]:
     """The JSON object in a file, read by the rules of ``parse_json``.
 
     Raises:
         UserError: the file is missing, too large, not JSON, or holds no object.
     """
-    value = parse_json(read_bytes(file), str(file))
+    value = parse_json(read_bytes(file), str(file), huge_integers)
     if not isinstance(value, dict):
         raise UserError(f"{file} holds a JSON {type(value).__name__}, expected an object.")
     return value
 
 
-def parse_json(content: bytes | str, where: str) -> Any:
+def parse_json(content: bytes | str, where: str, huge_integers: bool = False) -> Any:
     """The value of a JSON text that somebody else wrote.
 
     Refused, beside what is not JSON: NaN and infinity (also as ``1e999``), integers beyond 64 bits, a key
@@ -42,6 +42,8 @@ def parse_json(content: bytes | str, where: str) -> Any:
 
     Args:
         where: what the sentence calls it, as a file.
+        huge_integers: take integers of up to 40 digits: transformers writes 10^30 as the
+            ``model_max_length`` of a tokenizer without one.
 
     Raises:
         UserError: with the reason.
@@ -53,7 +55,7 @@ def parse_json(content: bytes | str, where: str) -> Any:
             content = content.decode("utf-8")
         value = json.loads(
             content,
-            parse_int=_integer,
+            parse_int=_huge_integer if huge_integers else _integer,
             parse_float=_number,
             parse_constant=_constant,
             object_pairs_hook=_object,
@@ -74,6 +76,10 @@ def _integer(text: str) -> int:
     if len(text) > 20 or (value := int(text)) not in _INTEGERS:
         raise ValueError(f"the number {text[:20]}… has more than 64 bits")
     return value
+
+
+def _huge_integer(text: str) -> int:
+    return int(text) if len(text) <= 40 else _integer(text)
 
 
 def _number(text: str) -> float:

@@ -8,18 +8,17 @@ what all layers before it attended to.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from runtimes.cache import KVCache, cache_bytes
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.taps import hashed_numbers
+from runtimes.tensor_files import save_tensors
 
 LONG_GOLDEN = "long.safetensors"
 PROJECTED = 16  # numbers per layer and position, at the least
@@ -58,9 +57,7 @@ class LongGolden:
     def save(self, file: Path) -> None:
         """Write the golden as safetensors."""
         arrays = {name: getattr(self, name) for name in ("tokens", "rows", "logits", "keys")}
-        # One text, as the order of several is random in the file.
-        texts = {"of": json.dumps({"checkpoint": self.checkpoint, "capacity": self.capacity})}
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, file, texts)
+        save_tensors(arrays, file, {"checkpoint": self.checkpoint, "capacity": str(self.capacity)})
 
     @classmethod
     def load(cls, file: Path) -> LongGolden:
@@ -71,7 +68,7 @@ class LongGolden:
         """
         try:
             with safe_open(file, framework="np") as handle:
-                texts = json.loads(handle.metadata()["of"])
+                texts = handle.metadata() or {}
                 arrays = {name: handle.get_tensor(name) for name in handle.keys()}
             golden = cls(str(texts["checkpoint"]), int(texts["capacity"]), **arrays)
             golden._check()

@@ -22,9 +22,11 @@ def save_tensors(tensors: Mapping[str, np.ndarray], file: Path, texts: Mapping[s
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
     try:
         arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode & 0o777  # as the user's umask has it; the library's is 0600
         save_file(arrays, temporary, metadata=dict(texts))
         _sort_texts(temporary)
-        temporary.chmod(0o644)  # the library makes it readable by its owner alone
+        temporary.chmod(mode)
         temporary.replace(file)
     except BaseException:
         temporary.unlink(missing_ok=True)

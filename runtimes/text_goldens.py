@@ -126,7 +126,7 @@ def record_texts(
         prompts=tuple(_encode(tokenizer, each) for each in conversations),
         raw={text: tokenizer.encode(text) for text in raw},
         answers=tuple((list(tokens), _decode(tokenizer, tokens)) for tokens in answers),
-        prompt=_plain(asdict(tokenizer.spec)),
+        prompt=_plain(tokenizer.spec.settings()),
         vocabulary=vocabulary,
         sections=_sections(tokenizer.file),
         pieces=tuple(_digest(block) for block in pieces),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -53,12 +53,18 @@ class PromptSpec:
     image_token_id: int
     image_tokens: int
     template: ChatTemplate = field(default_factory=ChatTemplate)
-    template_difference: str = ""
+    template_difference: str = field(default="", compare=False)
 
     @property
     def eos_id(self) -> int:
         """The token that ends an assistant's message in a prompt."""
         return self.eos_ids[0]
+
+    def settings(self) -> dict[str, Any]:
+        """All that changes token ids or texts, as in a manifest."""
+        values = asdict(self)
+        del values["template_difference"]
+        return values
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> PromptSpec:

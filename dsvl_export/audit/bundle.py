@@ -89,7 +89,7 @@ def _audit_manifest(bundle: Bundle, source: Checkpoint) -> AuditedPart:
     pairs: list[tuple[str, Any, Any]] = [
         ("model", manifest.model, source.config.to_dict()),
         ("preprocessing", asdict(manifest.preprocessing), asdict(preprocess_spec(source))),
-        ("prompt", asdict(manifest.prompt), asdict(prompt_spec(source))),
+        ("prompt", manifest.prompt.settings(), prompt_spec(source).settings()),
     ]
     for precision, contracts in manifest.contracts.items():
         plan = bundled_plan(bundle.folder, precision)
@@ -193,10 +193,11 @@ def _audit_pair(
         return {name: (trace_planned(source.config, name, plan), loading(name)) for name in names}
 
     for part, items in zip(parts, stages.values(), strict=True):
-        options = _options(items[0], app)
-        audit_artifacts(
-            compiler, bundle, items, traced_parts(items), app, options, part, partial(on_bytes, part.name)
-        )
+        options, on_part = _options(items[0], app), partial(on_bytes, part.name)
+        try:
+            audit_artifacts(compiler, bundle, items, traced_parts(items), app, options, part, on_part)
+        except UserError as error:
+            part.add(Difference(part.name, f"cannot be compared: {error}"))
     if write := getattr(compiler, "write_listing", None):
         parts.append(_audit_listing(bundle, f"{backend}/{precision}/listing", partial(write, app=app)))
     return parts
@@ -230,7 +231,8 @@ def audit_artifacts(
         audit_onnx(graphs(*traced[first.component], options), files, part, on_bytes)
         writer = first.tools.get("dsvl-export", __version__)
         if part.differences and writer != __version__:
-            part.reason = f"it was written by dsvl-export {writer}, this is {__version__}"
+            part.differences.clear()
+            part.reason = f"it was written by dsvl-export {writer}, this is {__version__}; export it again"
         if first.engine:
             part.reason = f"engines cannot be read, so {first.engine.file} was not audited"
         return

@@ -15,7 +15,7 @@ import typer
 
 from dsvl_export.terminal import say, say_error
 from dsvl_export.version import __version__
-from runtimes.errors import UserError
+from runtimes.errors import UserError, first_line
 from runtimes.installation import PACKAGES, install_command
 
 app = typer.Typer(
@@ -25,7 +25,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 DEBUG = "--debug"
+OURS = ("runtimes", "calibration", "reference", "dsvl_export")
 USER_ERROR, INTERNAL_ERROR = 2, 70  # exit codes; 70 is EX_SOFTWARE of sysexits.h
+READER_GONE = 141  # as shells report SIGPIPE
 
 
 def _version(wanted: bool) -> None:
@@ -86,6 +88,9 @@ def _explanation(error: Exception, debug: bool) -> tuple[str, int]:
         return f"{error.filename or 'A file'} cannot be used: {reason}.", USER_ERROR
     if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
         return f"This needs {error.name}; run: {install_command(error.name)}.", USER_ERROR
+    missing = isinstance(error, ModuleNotFoundError)
+    if isinstance(error, ImportError) and not missing and (error.name or "").partition(".")[0] not in OURS:
+        return f"A library cannot be loaded ({first_line(error)}); install it again.", USER_ERROR
     what = f"dsvl-export failed unexpectedly ({type(error).__name__}: {str(error)[:300]})"
     if debug:
         return f"{what}; please report it with the lines above.", INTERNAL_ERROR
@@ -110,7 +115,11 @@ def _quiet_pipes() -> Iterator[None]:
                 sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the very end
-        sys.exit(1)
+        sys.exit(READER_GONE)
+    except OSError as error:  # a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say_error(f"stdout cannot be written: {error.strerror}.")
+        sys.exit(USER_ERROR)
 
 
 @contextmanager
@@ -127,7 +136,7 @@ def _warnings_as_sentences() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if category.__module__.partition(".")[0] in ("runtimes", "calibration", "reference", "dsvl_export"):
+        if category.__module__.partition(".")[0] in OURS:
             if category not in shown:
                 shown.add(category)
                 say(f"Warning: {message}", stream=sys.stderr)

@@ -117,6 +117,11 @@ def serve(
     from runtimes.bundle import Bundle
     from runtimes.engines.trust import trust_engines
 
+    if trust_engine and ray:
+        raise UserError(
+            "--trust-engine is remembered on this machine alone; run a command with it on each machine of the"
+            " cluster instead."
+        )
     if trust_engine:
         trust_engines(Bundle.open(bundle))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)

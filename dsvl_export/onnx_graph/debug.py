@@ -14,6 +14,8 @@ from runtimes.contracts import Contract
 from runtimes.errors import UserError
 from runtimes.files import parse_json
 
+MOST_COPIED = 1 << 30  # bytes of weights
+
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     """The same file with the contract's taps as further outputs."""
@@ -82,6 +84,11 @@ def _write(model: onnx.ModelProto, artifact: Path, folder: Path) -> Path:
             (folder / data.name).hardlink_to(data)  # ONNX Runtime refuses symbolic links
         except FileExistsError:  # linked for the other graph
             continue
-        except OSError:  # another file system
+        except OSError as error:  # another file system
+            if data.stat().st_size > MOST_COPIED:
+                raise UserError(
+                    f"{data} cannot be linked into {folder} ({error.strerror}), and is too large to copy;"
+                    " make the bundle's folder writable."
+                ) from error
             shutil.copyfile(data, folder / data.name)
     return file

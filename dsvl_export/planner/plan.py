@@ -288,9 +288,13 @@ class Planner:
     def nearest_fit(self, target: Target, request: Request) -> str | None:
         """The largest smaller precision with which the request fits into the target, if any."""
         for precision in target.backends[request.backend]:
-            smaller = LISTED_BITS[precision] < LISTED_BITS.get(request.precision, 32)
-            if smaller and self.plan(target, replace(request, precision=precision)).fits:
-                return precision
+            if LISTED_BITS[precision] >= LISTED_BITS.get(request.precision, 32):
+                continue
+            try:
+                if self.plan(target, replace(request, precision=precision)).fits:
+                    return precision
+            except UserError:  # what is installed here cannot export it
+                continue
         return None
 
 

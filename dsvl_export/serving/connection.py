@@ -33,7 +33,7 @@ class BoundedProtocol(H11Protocol):
         app = self.app
 
         async def limited(scope: Any, receive: Any, send: Any) -> None:
-            if len(self.connections) > MOST_CONNECTIONS:
+            if self._crowded:
                 sentence = f"{MOST_CONNECTIONS} connections are open; try again in a moment."
                 await refuse(send, unavailable(sentence))
             else:
@@ -44,11 +44,20 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._limit_request()
-        if len(self.connections) > MOST_CONNECTIONS:
-            others = [each for each in self.connections if isinstance(each, BoundedProtocol)]
-            waiting = [each for each in others if each.waits and each is not self]
+        if self._crowded:
+            waiting = [each for each in self._open if each.waits and each is not self]
             if waiting:
                 min(waiting, key=lambda each: each._since).transport.close()
+
+    @property
+    def _open(self) -> list[BoundedProtocol]:
+        """Connections that are not about to be closed: several may be made before one is gone."""
+        ours = (each for each in self.connections if isinstance(each, BoundedProtocol))
+        return [each for each in ours if not each.transport.is_closing()]
+
+    @property
+    def _crowded(self) -> bool:
+        return len(self.connections) > MOST_CONNECTIONS and len(self._open) > MOST_CONNECTIONS
 
     @property
     def waits(self) -> bool:

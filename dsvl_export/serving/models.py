@@ -135,7 +135,7 @@ class Models:
         for name in names:
             try:
                 self._add(name, verify=False)
-            except UserError:  # a request for it tries again
+            except Exception:  # a request for it tries again
                 log.exception("%s cannot be opened again", name)
 
     def _add(self, name: str, verify: bool) -> None:

@@ -6,6 +6,7 @@ that its files belong together, not that their author is honest.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -16,9 +17,16 @@ FOLDER = "dsvl-export/engines"
 
 
 def state_folder() -> Path:
-    """Where the SHA-256 of each trusted engine is the name of an empty file (XDG base directories)."""
+    """Where the SHA-256 of each trusted engine is the name of an empty file (XDG base directories).
+
+    Raises:
+        OSError: the user has no home folder.
+    """
     state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local/state") / FOLDER
+    try:
+        return (Path(state) if state else Path.home() / ".local/state") / FOLDER
+    except RuntimeError as error:  # no HOME, and a user without an entry
+        raise OSError(errno.ENOENT, "there is no home folder; set XDG_STATE_HOME") from error
 
 
 def trust_engine(file: Path) -> None:
@@ -47,5 +55,8 @@ def trust_engines(bundle: Bundle) -> None:
 
 def is_trusted(file: Path) -> bool:
     """Whether an engine was built on this machine, or trusted by its user."""
-    folder = state_folder()
+    try:
+        folder = state_folder()
+    except OSError:
+        return False
     return folder.is_dir() and (folder / sha256_of_file(file)).exists()

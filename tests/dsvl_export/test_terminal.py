@@ -127,6 +127,7 @@ def test_internal_errors_are_a_sentence_without_debug(run, failing, tmp_path: Pa
         (ModuleNotFoundError("", name="coreai_torch"), 2, "pip install 'dsvl-export[coreai]'"),
         (ModuleNotFoundError("No module named 'numpy.x'", name="numpy.x"), 70, "failed unexpectedly"),
         (ImportError("cannot import name 'x' from 'runtimes'", name="runtimes"), 70, "failed unexpectedly"),
+        (ImportError("libcudart.so.12: cannot open shared object file"), 2, "A library cannot be loaded (libcud"),
         (MemoryError(), 2, "not enough memory"),
         (PermissionError(13, "Permission denied", "/x"), 2, "/x cannot be used: Permission denied."),
         (OSError("no number"), 2, "A file cannot be used: no number."),

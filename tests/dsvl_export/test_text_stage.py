@@ -192,3 +192,11 @@ def test_lists_of_other_lengths_differ(tiny_bundle: Bundle) -> None:
     result = ParityResult("onnxruntime", "fp32", Execution("ran"), "r")
     judge_text(tokenizer, fewer, result)
     assert "tokens between 256 and 511 have other texts" in result.rung("text").detail
+
+
+def test_a_differing_chat_template_changes_no_verdict(tiny_bundle: Bundle) -> None:
+    """It is a warning of the export: the built-in prompt is what is used and judged."""
+    spec = replace(tiny_bundle.manifest.prompt, template_difference="The chat template differs.")
+    result = ParityResult("onnxruntime", "fp32", Execution("ran"), "r")
+    judge_text(Tokenizer(tiny_bundle.path(FILE), spec), bundled_texts(tiny_bundle), result)
+    assert result.rung("text").state == "passed", result.rung("text").detail

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
+from reference.chat_template import template_difference
 from reference.checkpoint import open_checkpoint
 from reference.specs import prompt_spec
 from reference.tiny import TINY
@@ -73,3 +74,13 @@ def test_a_generation_config_belongs_to_the_checkpoints_identity(folder: Path) -
     before = open_checkpoint(str(folder)).digest
     eos_ids(folder, [EOS_ID, 7])
     assert open_checkpoint(str(folder)).digest != before
+
+
+def test_a_tokenizer_without_a_longest_text(folder: Path) -> None:
+    """transformers writes 10^30 then, as a float has it."""
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "model_max_length": int(1e30)}))
+    checkpoint = open_checkpoint(str(folder))
+    assert prompt_spec(checkpoint).bos_id
+    assert template_difference(checkpoint, prompt_spec(checkpoint)) == ""
