@@ -102,7 +102,7 @@ def _open(source: str | Path | bytes, name: str) -> Image.Image:
                 f"{name} is a HEIC image, which needs pillow-heif; run: pip install pillow-heif."
             ) from error
         known = ", ".join(FORMATS)
-        raise UserError(f"{name} is no image that can be read; it may be {known}, AVIF or HEIC.") from error
+        raise UserError(f"{name} is not a readable image; it may be {known}, AVIF or HEIC.") from error
 
 
 def _open_registered(source: str | Path | bytes) -> Image.Image:

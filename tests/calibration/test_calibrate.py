@@ -211,7 +211,7 @@ def test_odd_images_and_texts_are_used_or_named(tmp_path: Path) -> None:
     (sample,) = load_data(str(tmp_path / "d.jsonl"), 9).samples
     assert sample.question == line["prompt"]
     (tmp_path / "00.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
-    with pytest.raises(UserError, match=r"00\.jpg is no image that can be read; .*, line 1 of .*d\.jsonl\."):
+    with pytest.raises(UserError, match=r"00\.jpg is not a readable image; .*, line 1 of .*d\.jsonl\."):
         load_data(str(tmp_path / "d.jsonl"), 9)
 
 

@@ -220,7 +220,7 @@ def test_demo_ends_with_what_to_try_next(run, tmp_path: Path) -> None:
     assert done.code == 0
     assert done.err.count("Model: ") == 12
     proofs = 3 if find_spec("tensorrt_rtx") else 2
-    assert done.err.count("passed") == proofs * (1 + 7)
+    assert done.err.count("passed") == proofs * (1 + 11)
     assert done.err.count("Report: ") == proofs
     assert "dsvl-export run" in done.err.split("Next")[1]
     assert len(list((tmp_path / "demo/pictures").glob("*.png"))) == 3
@@ -307,11 +307,10 @@ def test_damaged_files_are_found_before_they_are_loaded(run, bundle_copy: Path, 
 def test_bad_requests(run, tiny_bundle: Bundle, pictures: list[Path], tmp_path: Path) -> None:
     ask = ("run", tiny_bundle.folder, "--prompt")
     (tmp_path / "text.png").write_text("hello")
-    assert refused(run(*ask, "x", "--image", tmp_path / "text.png"), "is no image that Pillow can read")
+    assert refused(run(*ask, "x", "--image", tmp_path / "text.png"), "is not a readable image")
     assert refused(run(*ask, "x", "--image", tmp_path / "none.png"), "There is no image file")
     two = "<image_placeholder><image_placeholder>"
     assert refused(run(*ask, two, "--image", pictures[0]), "2 <image_placeholder> but 1 images")
-    assert refused(run(*ask, "<image_placeholder>"), "1 <image_placeholder> but 0 images")
     assert refused(run(*ask, "word " * 500, "--capacity", "200"), "tokens but the KV cache holds 200")
     assert refused(run(*ask, "x", "--top-p", "0"), "Top_p must be in (0, 1]")
     assert refused(run(*ask, "x", "--seed", "-1"), "Seed must not be negative")

@@ -88,7 +88,7 @@ def test_formats_that_start_programs_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "page.png").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(%pipe%id) (r) file\n"
     )
-    with pytest.raises(UserError, match=r"page\.png is no image that can be read; it may be PNG, JPEG"):
+    with pytest.raises(UserError, match=r"page\.png is not a readable image; it may be PNG, JPEG"):
         load_image(tmp_path / "page.png")
 
 
