@@ -82,7 +82,7 @@ def test_normalisation_is_the_specs() -> None:
 
 def test_what_is_no_image_is_refused(tmp_path: Path, rgb: Image.Image) -> None:
     (tmp_path / "text.png").write_text("no image at all")
-    with pytest.raises(UserError, match=r"text\.png is no image"):
+    with pytest.raises(UserError, match=r"text\.png is not a readable image"):
         load_image(tmp_path / "text.png")
     with pytest.raises(UserError, match="There is no image file"):
         load_image(tmp_path / "absent.png")
