@@ -131,7 +131,7 @@ def _parse_original(raw: Settings) -> ModelConfig:
 def _siglip_from_original(params: Settings) -> SiglipConfig:
     config = SiglipConfig(**_named_sizes(params, _SIGLIP_BY_NAME, SiglipConfig()))
     # As in the original: -1 keeps every layer, -2 (its default) all but the last, n the first n.
-    select = params.integer("select_layer", -2, low=-MOST_BLOCKS, high=MOST_BLOCKS)
+    select = params.integer("select_layer", -2, low=-MOST_BLOCKS)
     return replace(config, layers=min(config.layers, config.layers + select + 1 if select <= 0 else select))
 
 
