@@ -113,8 +113,9 @@ def judge_layers(
         for artifact in (bundle.path(file) for file in files if file.endswith(".onnx")):
             try:
                 found = _run_layers(bundle, build, artifact, contract, given, options)
-                for name, array in expected[component].items():
-                    _judge(f"{component}: {name}", found[name], array, exact[component][name], base, rung)
+                with np.errstate(invalid="ignore", over="ignore"):  # what overflows fails by itself
+                    for name, array in expected[component].items():
+                        _judge(f"{component}: {name}", found[name], array, exact[component][name], base, rung)
             except (UserError, OSError) as error:
                 skipped.append(f"no build of single layers: {str(error).rstrip('.')}")
             except KeyError as error:
