@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import atheris
@@ -120,10 +121,8 @@ def fuzz(target: Callable[[Path, Path], Callable[[bytes], object]], work: Path, 
     read = target(work, corpus)
 
     def one_input(content: bytes) -> None:
-        try:
+        with suppress(UserError):
             read(content)
-        except UserError as error:
-            assert "\n" not in str(error), f"more than one line: {error}"
 
     options = [
         f"-max_total_time={seconds}", f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}",
