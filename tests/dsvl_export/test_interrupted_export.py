@@ -54,9 +54,9 @@ class Computed:
         self.most: int | None = None
         self.error: type[BaseException] = KeyboardInterrupt
         self.stop_when_hashed = False
-        self._stage, self._plain = "", writer._bytes
+        self._stage, self._plain = "", writer.stored_bytes
         patch.setattr(writer.write_model, "__defaults__", (0, None))
-        patch.setattr(writer, "_bytes", self._bytes)
+        patch.setattr(writer, "stored_bytes", self._bytes)
 
     def export(self, folder: Path) -> Bundle:
         return export("tiny", folder, precisions=["8da4w"], goldens=False, report=self._follow)
