@@ -99,12 +99,12 @@ def test_bounds_follow_the_noise_of_the_checkpoint(tiny_bundle: Bundle) -> None:
         ("fp16: {1: 2, foo: 3}", "unknown keys for fp16: 1, foo"),
         ("fp16: {noise: 2026-13-45}", "is not valid YAML: month must be in"),
         ("fp16: {noise: !!timestamp foo}", "is not valid YAML"),
-        (f"fp16: {{noise: 1{400 * '0'}}}", "must be a number of at least 0"),
+        (f"fp16: {{noise: 1{400 * '0'}}}", "has more than 64 bits"),
         ("fp16: {nosie: 1}", "unknown keys for fp16: nosie; known are ceiling, drift_factor"),
         ("fp16: {rungs: {adapter: 1}}", "fp16.rungs has unknown rungs; known are preprocess"),
         ("fp16: {noise: high}", "fp16.noise must be a number of at least 0, got 'high'"),
         ("fp16: {rungs: {adaptor: -1}}", "fp16.rungs.adaptor must be a number of at least 0, got -1"),
-        ("fp16: {noise: .nan}", "got nan"),
+        ("fp16: {noise: .nan}", "is not a finite number"),
         ("fp16: 3", "unknown keys for fp16: 3"),
         ("int9: {noise: 1}", "must give all keys for the new precision int9"),
         ("- 1", "must map precisions to tolerances"),
@@ -115,7 +115,7 @@ def test_bad_tolerances(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(UserError, match=sentence):
         load_tolerances(tmp_path / "t.yaml")
-    with pytest.raises(UserError, match="cannot be read: No such file"):
+    with pytest.raises(UserError, match="is missing"):
         load_tolerances(tmp_path / "absent.yaml")
 
 

@@ -327,8 +327,8 @@ def test_a_single_decode_step_is_judged_too(tiny_bundle: Bundle, monkeypatch: py
     def stretch(logits: np.ndarray) -> None:
         logits *= 1.5
 
-    assert spoil(to_nan) == {"teacher_forced_logits", "greedy_tokens"}
-    assert spoil(stretch) == {"teacher_forced_logits"}
+    assert spoil(to_nan) == {"teacher_forced_logits", "greedy_tokens", "long_context"}
+    assert spoil(stretch) == {"teacher_forced_logits", "long_context"}
 
 
 @pytest.mark.parametrize(
