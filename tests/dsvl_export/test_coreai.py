@@ -114,7 +114,7 @@ def test_damaged_assets_are_named(bundle: Bundle, tmp_path: Path) -> None:
             open_asset(folder / PROGRAM, contract)
     (folder / PROGRAM).write_bytes(whole)
     (folder / SIZES).unlink()
-    with pytest.raises(UserError, match="cannot load .*adaptor.aimodel"):
+    with pytest.raises(UserError, match="adaptor.aimodel.* is missing"):
         open_asset(folder / PROGRAM, contract)
 
 

@@ -232,8 +232,10 @@ def test_a_listing_with_other_token_ids_is_caught(short: Path) -> None:
 
 
 def test_the_unspoiled_copy_passes(short: Path) -> None:
-    """What the test above rests on."""
-    assert parity(Bundle.open(short), "coreml", "fp16").passed
+    """What the test above rests on; the long golden, which takes the interpreter long, was left out."""
+    result = parity(Bundle.open(short), "coreml", "fp16")
+    assert result.verdict == "not judged"
+    assert not [rung.name for rung in result.rungs if rung.state == "failed"]
 
 
 def test_goldens_that_do_not_fit_are_left_out(short: Path) -> None:
@@ -245,7 +247,7 @@ def test_goldens_that_do_not_fit_are_left_out(short: Path) -> None:
         return Bundle.open(short)
 
     result = parity(with_capacity(200), "coreml", "fp16")
-    assert (result.verdict, result.goldens, result.left_out) == ("passed", 3, 1)
+    assert (result.verdict, result.goldens, result.left_out) == ("not judged", 3, 1)
     assert [each.golden for each in result.tokens] == [0, 2, 3]
     with pytest.raises(UserError, match="cache of 100 tokens; the shortest needs 156"):
         parity(with_capacity(100), "coreml", "fp16")
