@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reference.checkpoint import Checkpoint
 from reference.config import ModelConfig
 from reference.model import DeepSeekVL
-from reference.taps import Tap, component_taps
+from reference.taps import component_taps, recorded
 from reference.trace import component_contract
 from runtimes.chain import Chain
 from runtimes.contracts import Contract
@@ -23,35 +21,6 @@ from runtimes.goldens import Golden
 from runtimes.layer_goldens import LEAST_ROWS, TOKENS, LayerInputs, Table, sample_rows
 from runtimes.preprocess import to_pixel_values
 from runtimes.taps import SAMPLES, TAPPED_COMPONENTS
-
-
-@contextmanager
-def handed_on(
-    module: nn.Module, taps: Sequence[Tap], given: Mapping[str, Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    """Fill the yielded table with the taps of a forward pass, in which whoever reads a tap gets the given
-    one."""
-    table: dict[str, Tensor] = {}
-
-    def replace_input(name: str, module: nn.Module, args: Any) -> Any:
-        table[name] = args[0].clone()
-        return (given[name], *args[1:]) if name in given else None
-
-    def replace_output(name: str, module: nn.Module, args: Any, output: Any) -> Any:
-        table[name] = output.clone()
-        return given.get(name)
-
-    handles = [
-        module.get_submodule(tap.module).register_forward_pre_hook(partial(replace_input, tap.name))
-        if tap.before
-        else module.get_submodule(tap.module).register_forward_hook(partial(replace_output, tap.name))
-        for tap in taps
-    ]
-    try:
-        yield table
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def component_inputs(chain: Chain, golden: Golden) -> Table:
@@ -114,7 +83,7 @@ def layer_taps(
         handed = {name: _rounded(array, base) for name, array in given.taps[component].items()}
         arguments = _arguments(contract, given.inputs[component], base)
         taps = component_taps(config, component)
-        with torch.inference_mode(), handed_on(getattr(model, component), taps, handed) as table:
+        with torch.inference_mode(), recorded(getattr(model, component), taps, handed) as table:
             getattr(model, component)(*arguments)
         found[component] = {name: tensor.float() for name, tensor in table.items()}
     return found

@@ -6,10 +6,11 @@ made it, so that the first tap that is wrong names the part that is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,15 +109,23 @@ def tap_nodes(program: ExportedProgram, taps: Sequence[Tap]) -> dict[str, Node]:
 
 
 @contextmanager
-def recorded(module: nn.Module, taps: Sequence[Tap]) -> Iterator[dict[str, Tensor]]:
-    """Fill the yielded table with the taps of each forward pass of an eager component."""
+def recorded(
+    module: nn.Module, taps: Sequence[Tap], given: Mapping[str, Tensor] = MappingProxyType({})
+) -> Iterator[dict[str, Tensor]]:
+    """Fill the yielded table with the taps of each forward pass of an eager component.
+
+    Args:
+        given: tensors by tap that whoever reads the tap gets in its place.
+    """
     table: dict[str, Tensor] = {}
 
-    def keep_input(name: str, module: nn.Module, args: Any) -> None:
-        table[name] = args[0]
+    def keep_input(name: str, module: nn.Module, args: Any) -> Any:
+        table[name] = args[0].clone()
+        return (given[name], *args[1:]) if name in given else None
 
-    def keep_output(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        table[name] = output
+    def keep_output(name: str, module: nn.Module, args: Any, output: Any) -> Any:
+        table[name] = output.clone()
+        return given.get(name)
 
     handles = [
         module.get_submodule(tap.module).register_forward_pre_hook(partial(keep_input, tap.name))
