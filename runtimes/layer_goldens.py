@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from runtimes.errors import UserError
 from runtimes.taps import SAMPLES, TAPPED_COMPONENTS
+from runtimes.tensor_files import save_tensors
 
 TOKENS = 128  # of the decoder: the first and the last ones of a golden
 LEAST_ROWS = 4
@@ -37,12 +37,12 @@ class LayerInputs:
 
 def save_tables(file: Path, checkpoint: str, tables: Mapping[str, Table]) -> None:
     tensors = {
-        f"{kind}/{component}/{name}": np.ascontiguousarray(array)
+        f"{kind}/{component}/{name}": array
         for kind, table in tables.items()
         for component, arrays in table.items()
         for name, array in arrays.items()
     }
-    save_file(tensors, file, metadata={"checkpoint": checkpoint})
+    save_tensors(tensors, file, {"checkpoint": checkpoint})
 
 
 def load_tables(file: Path, checkpoint: str) -> dict[str, Table]:
