@@ -80,6 +80,9 @@ def test_activations_beyond_half_precision(tiny_copy: Path, tmp_path: Path, run)
     assert not (tmp_path / "b/onnxruntime").exists()
     bundle = export(tiny_copy, tmp_path / "b", precisions=["fp32"])  # with the goldens that are there
     assert {item.precision for item in bundle.manifest.artifacts} == {"fp32"}
+    again = run("export", tiny_copy, "--precision", "fp16", "--capacity", 500, "--output", tmp_path / "b")
+    assert again.code == 1
+    assert Bundle.open(tmp_path / "b").choices() == [("onnxruntime", "fp32")]  # it stays a bundle
     blind = export(tiny_copy, tmp_path / "blind", precisions=["fp16"], goldens=False)
     done = run("parity", export(tiny_copy, blind.folder, precisions=["fp32"]).folder, "--precision", "fp16")
     assert done.code == 1  # its noise was not measured
