@@ -29,6 +29,7 @@ from dsvl_export.compilers import (
 )
 from dsvl_export.ladder.layers import INPUTS as LAYER_INPUTS
 from dsvl_export.ladder.layers import outputs_file, record_inputs, record_outputs
+from dsvl_export.ladder.long_context import planned_file
 from dsvl_export.ladder.noise import measure_long_golden, measure_noise, noise_file
 from dsvl_export.ladder.stages import Goldens
 from dsvl_export.overflow import check_weights, overflow_remedy
@@ -123,6 +124,7 @@ class ExportStages:
         stages = [(plan, stage) for plan in plans for stage in self._stages(plan).items()]
         judged = {*(plan.name for plan in plans), *self._exported()}
         names = {*(name for _, (name, _) in stages), *map(_noise_stage, judged), _folder(LAYER_INPUTS)}
+        names |= set(map(_long_stage, judged))
         names |= {_folder(outputs_file(name)) for name in judged}
         self.staging.forget_all_but({"token_embedding", "goldens", CALIBRATION, *names})
         config = self.source.config
@@ -309,15 +311,26 @@ class ExportStages:
                 try:
                     self._noise_of(precision, "")
                 except OverflowVerdict:
-                    self.staging.forget(_noise_stage(precision))  # it is of other goldens
-                    self.report(ExportProgress(_noise_stage(precision), 1, 1, "finished"))
+                    for name in (_noise_stage(precision), _long_stage(precision)):
+                        if not self.staging.is_current(name, self._measured_with(name, precision)):
+                            self.staging.forget(name)  # it is of other goldens
+                        self.report(ExportProgress(name, 1, 1, "finished"))
 
     @property
     def _hashes(self) -> dict[str, str]:
-        """Of the goldens."""
+        """Of the goldens but the long one, which follows the capacity."""
         return {
-            path: entry.sha256 for path, entry in self.staging.files().items() if path.startswith("goldens/")
+            path: entry.sha256
+            for path, entry in self.staging.files().items()
+            if path.startswith("goldens/") and path != f"goldens/{LONG_GOLDEN}"
         }
+
+    def _measured_with(self, stage: str, precision: str) -> dict[str, Any]:
+        """What the noise of a precision rests on, or what its plan computes for the long golden."""
+        long = self.staging.files().get(f"goldens/{LONG_GOLDEN}")
+        of_long = {"golden": long.sha256 if long else None}
+        goldens = of_long if stage == _long_stage(precision) else {"goldens": self._hashes}
+        return {**self._inputs, **goldens, **self._rests_on(precision)}
 
     def layers(self) -> None:
         """What each layer of the bundle's precisions gives on recorded inputs."""
@@ -400,10 +413,11 @@ class ExportStages:
         return plan_hashes(self.staging, precision)
 
     def _noise_of(self, precision: str, remedy: str) -> None:
+        table = self.staging.folder / TOKEN_EMBEDDING
+
         def build(folder: Path) -> dict[str, Any]:
-            weights, table = self.weights(precision), self.staging.folder / TOKEN_EMBEDDING
             noise = measure_noise(
-                weights,
+                self.weights(precision),
                 table,
                 Goldens.recorded_into(self.staging.folder / "goldens"),
                 lambda done, total: self.report(ExportProgress(name, done, total)),
@@ -411,12 +425,17 @@ class ExportStages:
                 remedy,
             )
             write_json(folder / file, noise)
-            long = LongGolden.load(self.staging.folder / "goldens" / LONG_GOLDEN)
-            measure_long_golden(weights, table, long, remedy).save(folder / LONG_GOLDEN)
+            return {}
+
+        def build_long(folder: Path) -> dict[str, Any]:
+            exact = LongGolden.load(self.staging.folder / "goldens" / LONG_GOLDEN)
+            measure_long_golden(self.weights(precision), table, exact, remedy).save(folder / LONG_GOLDEN)
             return {}
 
         name, file = _noise_stage(precision), Path(noise_file(precision)).name
-        self._stage(name, build, {**self._inputs, "goldens": self._hashes, **self._rests_on(precision)})
+        self._stage(name, build, self._measured_with(name, precision))
+        long = _long_stage(precision)
+        self._stage(long, build_long, self._measured_with(long, precision))
 
     def program(self, plan: PrecisionPlan, prompt: PromptSpec) -> None:
         """All components, and the listing for apps."""
@@ -498,6 +517,10 @@ class ExportStages:
 
 def _noise_stage(precision: str) -> str:
     return _folder(noise_file(precision))
+
+
+def _long_stage(precision: str) -> str:
+    return _folder(planned_file(precision))
 
 
 def _folder(file: str) -> str:

@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/tokenizer.json"  # the checkpoint's, as it is
 DEBUG_PREFIX = ".debug-"  # of folders for debug builds; they live as long as parity takes the taps
 # What a verdict rests on, besides the artifacts themselves.
-JUDGED_WITH = ("goldens/", "layers/", "noise/", "precisions/", "tokenizer/", "token_embedding/")
+JUDGED_WITH = ("goldens/", "layers/", "long/", "noise/", "precisions/", "tokenizer/", "token_embedding/")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class LongGoldens:
 
 def planned_file(precision: str) -> str:
     """Where a bundle keeps what a precision plan computes for the long golden."""
-    return f"noise/{precision}/{LONG_GOLDEN}"
+    return f"long/{precision}/{LONG_GOLDEN}"
 
 
 def bundled_long_goldens(bundle: Bundle, precision: str) -> LongGoldens | None:
@@ -105,6 +105,9 @@ def judge_long_context(
     recorded = goldens.exact.capacity
     goldens = goldens.until(longest)
     exact, planned = goldens.exact, goldens.planned
+    if not len(planned.rows):
+        rung.detail = f"a KV cache of {longest} tokens ends before the first logits that were recorded"
+        return
     _check_fits(planned, chain)
     if capacity != recorded:
         rung.fail(f"the manifest's default_capacity is {capacity}, the goldens were recorded for {recorded}")

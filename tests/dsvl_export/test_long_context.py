@@ -133,7 +133,7 @@ def test_bundles_are_compared_there_too(few_goldens: Path, spoilt: Path) -> None
 
 def test_an_older_bundle_is_not_passed(spoilt: Path) -> None:
     bundle = Bundle.open(spoilt)
-    for path in ("goldens/text.json", f"goldens/{LONG_GOLDEN}", f"noise/fp16/{LONG_GOLDEN}"):
+    for path in ("goldens/text.json", f"goldens/{LONG_GOLDEN}", f"long/fp16/{LONG_GOLDEN}"):
         del bundle.manifest.files[path]
     result = parity(bundle, precision="fp16")
     assert (result.verdict, result.exit_code) == ("not judged", 3)
@@ -154,7 +154,7 @@ def test_an_older_bundle_is_not_passed(spoilt: Path) -> None:
 def test_a_long_golden_of_something_else(
     spoilt: Path, change: Callable[[LongGolden], LongGolden], message: str
 ) -> None:
-    path = f"noise/fp16/{LONG_GOLDEN}"
+    path = f"long/fp16/{LONG_GOLDEN}"
     change(LongGolden.load(spoilt / path)).save(spoilt / path)
     with pytest.raises(UserError, match=message):
         parity(rehash(spoilt, path), precision="fp16")
@@ -167,8 +167,16 @@ def test_it_follows_the_capacity(bundle_copy: Path) -> None:
     export("tiny", bundle_copy, precisions=["fp32"], report=lambda progress: stages.append(progress.stage))
     assert len(LongGolden.load(file).tokens) == 1024
     assert "long golden" not in stages
-    export("tiny", bundle_copy, precisions=["fp32"], capacity=200)
+    states: dict[str, str] = {}
+    export(
+        "tiny",
+        bundle_copy,
+        precisions=["fp32"],
+        capacity=200,
+        report=lambda progress: states.update({progress.stage: progress.state}),
+    )
+    assert (states["noise/fp16"], states["long/fp16"]) == ("reused", "finished")
     assert len(LongGolden.load(file).tokens) == 200
-    assert LongGolden.load(bundle_copy / "noise/fp16" / LONG_GOLDEN).capacity == 200
+    assert LongGolden.load(bundle_copy / "long/fp16" / LONG_GOLDEN).capacity == 200
     assert parity(bundle_copy, precision="fp16").passed
     assert LongGolden.load(file).rows[-2:].tolist() == [198, 199]
