@@ -29,11 +29,13 @@ def preprocess_spec(checkpoint: Checkpoint) -> PreprocessSpec:
 
 
 def reference_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Model, preprocessing and prompt as the reference has them, in the form of a manifest."""
+    """Model and preprocessing as the reference has them, in the form of a manifest.
+
+    The text goldens have the prompt.
+    """
     return {
         "model": checkpoint.config.to_dict(),
         "preprocessing": asdict(preprocess_spec(checkpoint)),
-        "prompt": prompt_spec(checkpoint).settings(),
     }
 
 

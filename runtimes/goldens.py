@@ -21,7 +21,7 @@ from runtimes.files import parse_json
 from runtimes.tensor_files import save_tensors
 
 GREEDY_TOKENS = 32
-SETTINGS = "settings.json"  # beside the goldens: model, preprocessing and prompt that the reference had
+SETTINGS = "settings.json"  # beside the goldens: model and preprocessing that the reference had
 
 
 @dataclass(frozen=True)

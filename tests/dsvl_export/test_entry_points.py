@@ -18,15 +18,18 @@ from dsvl_export.ladder.noise import Noise
 from dsvl_export.ladder.result import ParityResult, Rung
 from dsvl_export.ladder.settings import settings_faults
 from dsvl_export.ladder.stages import Goldens
+from dsvl_export.ladder.text import bundled_texts
 from dsvl_export.ladder.tolerances import load_tolerances
 from reference.tiny import HELDOUT
 from runtimes.backends import load_backend
-from runtimes.bundle import MANIFEST, Bundle
+from runtimes.bundle import MANIFEST, TOKENIZER, Bundle
 from runtimes.errors import UserError
 from runtimes.files import write_json
 from runtimes.pipeline import Pipeline
 from runtimes.session import Execution
 from runtimes.task import load_task
+from runtimes.text_goldens import record_again, text_differences
+from runtimes.tokenizer import Tokenizer
 from tests.dsvl_export.faults import rehash
 
 LABELS = {
@@ -155,7 +158,13 @@ def test_no_value_of_the_manifest_changes_an_answer_unseen(tiny_bundle: Bundle, 
             bundle = Bundle.open(folder)
             checkpoint = bundle.manifest.checkpoint["sha256"]
             Goldens.of_bundle(bundle).load(0, checkpoint)
-            if not list(settings_faults(bundle, None)):
+            tokenizer = Tokenizer(bundle.path(TOKENIZER), bundle.manifest.prompt)
+            texts = bundled_texts(bundle)
+            assert texts
+            differences = place[0] == "prompt" and list(
+                text_differences(record_again(texts, tokenizer), texts)
+            )
+            if not differences and not list(settings_faults(bundle, None)):
                 assert answer() == expected, place
                 continue
         except UserError:
