@@ -165,11 +165,10 @@ class Chain:
         """Whether the embeddings of an image are kept, so that it is not decoded again."""
         return image.digest in self._images
 
-    def next_to_encode(self, prompt: Prompt, start: int) -> PromptImage | None:
-        """The first image that ``embed`` has to encode for the positions from ``start`` on."""
+    def placed_images(self, prompt: Prompt, start: int) -> list[PromptImage]:
+        """Images that have a place from ``start`` on, in the order in which ``embed_stepwise`` takes them."""
         placed = {digest for digest, _ in prompt.keys[start:]}
-        missing = (item for item in prompt.images.values() if item.digest in placed)
-        return next((item for item in missing if not self.is_encoded(item)), None)
+        return [image for digest, image in prompt.images.items() if digest in placed]
 
     def embed_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """``[..., D]`` embeddings of text tokens."""
@@ -222,10 +221,10 @@ class Chain:
             places.setdefault(digest, []).append(place)
         embeds = self.embed_tokens(prompt.tokens[start:])
         yield embeds
-        for digest in filter(places.__contains__, prompt.images):
-            here = places[digest]
+        for image in self.placed_images(prompt, start):
+            here = places[image.digest]
             indices = [prompt.keys[start + place][1] for place in here]
-            embeds[here] = self.encode_image(prompt.images[digest])[indices]
+            embeds[here] = self.encode_image(image)[indices]
             yield embeds
 
     def embed_prompt(self, text: str, images: Sequence[ImageSource]) -> np.ndarray:

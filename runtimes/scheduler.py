@@ -288,18 +288,15 @@ class Scheduler:
         """Decode and encode a prompt's images, one at a time; embeddings from ``start`` on."""
         steps = self.chain.embed_stepwise(job.prompt, start)
         embeds = next(steps)
-        while True:
-            image = self.chain.next_to_encode(job.prompt, start)
-            if image and self._concurrent:
-                found = yield from self._aside(job, partial(next, steps, None))
+        for image in self.chain.placed_images(job.prompt, start):
+            if self._concurrent and not self.chain.is_encoded(image):
+                embeds = yield from self._aside(job, partial(next, steps))
             else:
-                if image and not image.decoded:
+                if not (image.decoded or self.chain.is_encoded(image)):
                     yield from self._aside(job, image.decode)
-                found = next(steps, None)
-            if found is None:
-                return embeds
-            embeds = found
+                embeds = next(steps)
             yield
+        return embeds
 
     def _aside(self, job: Job, work: Callable[[], Result]) -> Generator[None, None, Result]:
         """Run one piece of reading in the second thread; the others' answers go on."""

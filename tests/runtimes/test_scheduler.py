@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtimes import chain
 from runtimes.bundle import Bundle
 from runtimes.chain import EncodedImage, Prompt
 from runtimes.errors import UserError
 from runtimes.generate import Answer
 from runtimes.pipeline import Pipeline
+from runtimes.preprocess import PreprocessSpec, preprocess
 from runtimes.prompt import Message
 from runtimes.sampling import GenerationOptions
 from runtimes.scheduler import BusyError, ClosedError, Job, LateError, Scheduler, Step
@@ -305,6 +307,26 @@ def test_waiting_image_files_stay_encoded(start: Start, pipeline: Pipeline, pict
     assert [answer.text for answer in found if isinstance(answer, Answer)] == [
         pipeline.chat(DESCRIBE, [picture], LONG).text for picture in pictures[:3]
     ]
+
+
+def test_each_image_is_decoded_once(
+    start: Start, pipeline: Pipeline, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its embeddings make room for those of the next one before the prompt is complete."""
+    monkeypatch.setattr(pipeline.chain, "kept_images", 1)
+    decoded: list[bytes] = []
+
+    def decode(file: bytes, spec: PreprocessSpec) -> np.ndarray:
+        decoded.append(file)
+        return preprocess(file, spec)
+
+    monkeypatch.setattr(chain, "preprocess", decode)
+    files = [picture.read_bytes() for picture in pictures[1:4]]
+    images = [EncodedImage(file, pipeline.chain.preprocessing) for file in files]
+    asked = pipeline.chain.prepare(pipeline.format(DESCRIBE, 3), images)
+    found = ask(start(slots=1), asked)
+    assert decoded == files
+    assert found.text == pipeline.chat(DESCRIBE, pictures[1:4], LONG).text
 
 
 def test_a_damaged_image_file_ends_its_request_alone(
