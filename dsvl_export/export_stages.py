@@ -271,7 +271,8 @@ class ExportStages:
                 lambda done, total: self.report(ExportProgress("goldens", done, total)),
                 on_saved,
             )
-            write_json(folder / SETTINGS, reference_settings(self.source))
+            table = {TOKEN_EMBEDDING: asdict(self.staging.files()[TOKEN_EMBEDDING])}
+            write_json(folder / SETTINGS, reference_settings(self.source) | {"files": table})
             return {"reference": "torch fp32", "torch": torch.__version__}
 
         self._stage("goldens", build)

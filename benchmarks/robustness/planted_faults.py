@@ -1,29 +1,34 @@
 """Plant random faults into a bundle and see which of them parity and the audit pass.
 
-    python benchmarks/robustness/planted_faults.py --faults 1000 --output faults.json
+    python benchmarks/robustness/planted_faults.py --faults 600 --output faults.json
+    python benchmarks/robustness/planted_faults.py --backend coreml --faults 200 --output coreml.json
 
-The bundle is the tiny model for ONNX Runtime in the precisions asked for. A fault that parity passes is
-harmful where it changes one of 60 answers, or raises the mean Kullback-Leibler divergence from the reference
-above three times the sound artifact's (and ``KL_FLOOR`` nats, below which fp32's own rounding lies). Each
-fault is drawn from its number, so a run can be repeated.
+The bundle is the tiny model in a backend's precisions, in turn. A fault that parity passes is harmful where
+it changes one of 60 answers, or raises the mean Kullback-Leibler divergence from the reference above three
+times the sound artifact's (and ``KL_FLOOR`` nats, below which fp32's own rounding lies). Each fault is drawn
+from its number, so a run can be repeated; the same command goes on with a run that was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.robustness.random_faults import plant
+from benchmarks.robustness.faults import plant
 from dsvl_export.audit import audit
 from dsvl_export.exporting import export
 from dsvl_export.ladder import parity
@@ -37,7 +42,11 @@ from runtimes.pipeline import Pipeline
 from runtimes.prompt import Message
 from runtimes.task import TaskItem, load_task, run_task
 
-BACKEND = "onnxruntime"
+PRECISIONS = {
+    "onnxruntime": ["fp32", "fp16", "int8", "int8-int4", "8da4w"],
+    "coreml": ["fp16", "int8", "int4"],
+    "executorch": ["fp32", "8da4w"],
+}
 ANSWERS = 60
 KL_FLOOR = 1e-6
 LONG = "The numbers are 7, 12, 41 and 88. " * 60  # reaches the end of the cache with the picture's tokens
@@ -77,79 +86,103 @@ def divergence(expected: list[np.ndarray], found: list[np.ndarray]) -> float:
 class Judge:
     """What a sound bundle answers in a precision, and whether a spoiled one does harm."""
 
-    def __init__(self, bundle: Bundle, source: Checkpoint, precision: str) -> None:
-        self.items, self.source, self.precision = questions(), source, precision
+    def __init__(self, bundle: Bundle, source: Checkpoint, backend: str, precision: str) -> None:
+        self.items, self.source, self.backend, self.precision = questions(), source, backend, precision
         manifest = bundle.manifest
         chain = reference_chain(source, bundle.path(manifest.token_embedding))
         reference = Pipeline(chain, manifest.prompt.system_prompt, manifest.default_capacity)
         self.reference = logits_of(reference, self.items)
-        sound = Pipeline.open(bundle, BACKEND, precision)
+        sound = Pipeline.open(bundle, backend, precision, threads=1)
         self.answers = run_task(sound, self.items, lambda: None).answers
         self.sound = divergence(self.reference, logits_of(sound, self.items))
 
     def judge(self, folder: Path) -> dict[str, Any]:
-        """Verdicts and, where no stage but that of single layers fails, the harm that is done."""
+        """The verdict, and what no stage but that of single layers sees: the harm it does."""
         row: dict[str, Any] = {}
         started = time.perf_counter()
         try:
-            result = parity(Bundle.open(folder), BACKEND, self.precision)
+            result = parity(Bundle.open(folder), self.backend, self.precision, threads=1)
             row["parity"] = result.verdict
             row["stages"] = [rung.name for rung in result.rungs if rung.state == "failed"]
         except UserError as error:
             row["parity"] = f"refused: {error}"
-        row["parity_seconds"] = time.perf_counter() - started
-        started = time.perf_counter()
-        try:
-            row["audit"] = audit(Bundle.open(folder), self.source, BACKEND, self.precision).verdict
-        except UserError as error:
-            row["audit"] = f"refused: {error}"
-        row["audit_seconds"] = time.perf_counter() - started
-        if row["parity"] == "passed" or row.get("stages") == ["layers"]:
-            pipeline = Pipeline.open(folder, BACKEND, self.precision)
-            answers = run_task(pipeline, self.items, lambda: None).answers
-            row["kl"] = divergence(self.reference, logits_of(pipeline, self.items))
-            row["changed"] = sum(one != other for one, other in zip(answers, self.answers, strict=True))
-            row["harmful"] = row["kl"] > 3 * max(self.sound, KL_FLOOR) or row["changed"] > 0
+        row["parity_seconds"] = round(time.perf_counter() - started, 2)
+        if row["parity"] != "passed" and row.get("stages") != ["layers"]:
+            return row
+        pipeline = Pipeline.open(folder, self.backend, self.precision, threads=1)
+        answers = run_task(pipeline, self.items, lambda: None).answers
+        row["kl"] = divergence(self.reference, logits_of(pipeline, self.items))
+        row["changed"] = sum(one != other for one, other in zip(answers, self.answers, strict=True))
+        row["harmful"] = row["kl"] > 3 * max(self.sound, KL_FLOOR) or row["changed"] > 0
+        if row["parity"] == "passed":
+            try:
+                row["audit"] = audit(Bundle.open(folder), self.source, self.backend, self.precision).verdict
+            except UserError as error:
+                row["audit"] = f"refused: {error}"
         return row
+
+
+class Worker:
+    """A process that plants faults into a copy of the bundle of its own, and mends them again."""
+
+    def __init__(self, sound: Path, folder: Path, backend: str, precisions: list[str]) -> None:
+        torch.set_num_threads(1)
+        self.sound, self.folder, self.backend, self.precisions = sound, folder, backend, precisions
+        shutil.copytree(sound, folder)
+        bundle, source = Bundle.open(folder), open_checkpoint("tiny")
+        self.judges = {precision: Judge(bundle, source, backend, precision) for precision in precisions}
+
+    def run(self, seed: int) -> dict[str, Any]:
+        precision = self.precisions[seed % len(self.precisions)]
+        what, files = plant(self.folder, self.backend, precision, seed)
+        judge = self.judges[precision]
+        row = {"seed": seed, "precision": precision, "fault": what, **judge.judge(self.folder)}
+        for file in [*files, self.folder / MANIFEST]:
+            shutil.copyfile(self.sound / file.relative_to(self.folder), file)
+        return row | {"sound_kl": judge.sound}
+
+
+_worker: Worker
+
+
+def _start(sound: Path, backend: str, precisions: list[str]) -> None:
+    global _worker
+    _worker = Worker(sound, sound.parent / f"copy-{os.getpid()}", backend, precisions)
+
+
+def _run(seed: int) -> dict[str, Any]:
+    return _worker.run(seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--backend", choices=list(PRECISIONS), default="onnxruntime")
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first fault")
-    parser.add_argument("--precisions", default="fp32,fp16,int8,int8-int4,8da4w")
-    parser.add_argument(
-        "--bundle", type=Path, help="a bundle of tiny that has these precisions; it is copied"
-    )
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--precisions", help="separated by commas; default: those of the backend")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--output", type=Path, required=True, help="JSON; the faults in it are not run again")
     options = parser.parse_args()
-    precisions = options.precisions.split(",")
-    source = open_checkpoint("tiny")
-    rows: list[dict[str, Any]] = []
+    precisions = options.precisions.split(",") if options.precisions else PRECISIONS[options.backend]
+    rows: list[dict[str, Any]] = json.loads(options.output.read_text()) if options.output.exists() else []
+    done = {row["seed"] for row in rows}
+    seeds = [seed for seed in range(options.first, options.first + options.faults) if seed not in done]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "bundle"
-        if options.bundle:
-            shutil.copytree(options.bundle, folder)
-        bundle = Bundle.open(folder) if options.bundle else export("tiny", folder, BACKEND, precisions)
-        judges = {precision: Judge(bundle, source, precision) for precision in precisions}
-        manifest = (folder / MANIFEST).read_bytes()
         sound = Path(temporary) / "sound"
-        shutil.copytree(folder, sound)
-        for seed in range(options.first, options.first + options.faults):
-            precision = precisions[seed % len(precisions)]
-            what, files = plant(folder, BACKEND, precision, seed)
-            row = {"seed": seed, "precision": precision, "fault": what, **judges[precision].judge(folder)}
-            rows.append(row)
-            for file in files:
-                shutil.copyfile(sound / file.relative_to(folder), file)
-            (folder / MANIFEST).write_bytes(manifest)
-            options.output.write_text(json.dumps({"rows": rows, "sound_kl": {
-                name: judge.sound for name, judge in judges.items()}}, indent=1))  # fmt: skip
-            shown = {key: value for key, value in row.items() if not key.endswith("seconds")}
-            print(json.dumps(shown), flush=True)
+        bundle = export("tiny", sound, options.backend, precisions)
+        precisions = [precision for _, precision in bundle.choices()]
+        pool = ProcessPoolExecutor(
+            options.workers, get_context("spawn"), _start, (sound, options.backend, precisions)
+        )
+        with pool:
+            for row in pool.map(_run, seeds):
+                rows.append(row)
+                options.output.write_text(json.dumps(rows, indent=1))
+                print(json.dumps(row, ensure_ascii=False), flush=True)
     summary(rows)
+    sys.exit(any(row.get("harmful") and row["parity"] == "passed" for row in rows))
 
 
 def summary(rows: list[dict[str, Any]]) -> None:
@@ -161,10 +194,10 @@ def summary(rows: list[dict[str, Any]]) -> None:
     for precision in [*dict.fromkeys(row["precision"] for row in rows), "all"]:
         some = [row for row in rows if precision in (row["precision"], "all")]
         stages = [row for row in some if "harmful" in row]
-        parity = [row for row in stages if row["parity"] == "passed"]
-        both = sum(row["audit"] == "passed" for row in parity)
-        harmful = [sum(row["harmful"] for row in kept) for kept in (stages, parity)]
-        counts = (len(some), len(stages), harmful[0], len(parity), harmful[1], both)
+        passed = [row for row in stages if row["parity"] == "passed"]
+        audited = sum(row["audit"] == "passed" for row in passed)
+        harmful = [sum(row["harmful"] for row in kept) for kept in (stages, passed)]
+        counts = (len(some), len(stages), harmful[0], len(passed), harmful[1], audited)
         print(f"| {precision} | {' | '.join(map(str, counts))} |")
 
 

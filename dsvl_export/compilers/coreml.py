@@ -12,6 +12,7 @@ from dsvl_export.compilers import App, Compiled, CompileOptions
 from dsvl_export.deployment import check_deployment
 from dsvl_export.mil_program.check import check_package
 from dsvl_export.mil_program.debug import debug_build
+from dsvl_export.mil_program.layers import run_layers
 from runtimes.mil.package import package_files
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ CACHE_PRECISIONS: tuple[str, ...] = ()  # states are half precision
 RECIPE_BASE = "fp16"
 OPTIONS = ("deployment",)
 TARGET, SINCE = "apple", {"iOS": 18, "macOS": 15}
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings", "write_listing"]
+__all__ = ["artifact_bytes", "compile_component", "debug_build", "run_layers", "settings", "write_listing"]
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:

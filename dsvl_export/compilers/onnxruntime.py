@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 
 from dsvl_export.compilers import Compiled, CompileOptions
-from dsvl_export.onnx_graph import debug as taps
+from dsvl_export.onnx_graph import debug, layers
 from dsvl_export.onnx_graph.check import check_file
 from dsvl_export.onnx_graph.release import needed_release
 from runtimes.errors import UserError, first_line
@@ -124,11 +124,11 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     """See ``onnx_graph.debug``; a graph for prompts is built as well."""
     prefill = prefill_file(artifact)
     if prefill.exists():
-        taps.debug_build(prefill, contract, folder)
-    return taps.debug_build(artifact, contract, folder)
+        debug.debug_build(prefill, contract, folder)
+    return debug.debug_build(artifact, contract, folder)
 
 
-layer_build = taps.layer_build
+run_layers = layers.run_layers
 
 
 def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:

@@ -15,7 +15,8 @@ from packaging.version import InvalidVersion, Version
 from dsvl_export.compilers import Compiled, CompileOptions
 from dsvl_export.linter import Release, refuse
 from dsvl_export.onnx_graph.check import check_file
-from dsvl_export.onnx_graph.debug import debug_build, layer_build
+from dsvl_export.onnx_graph.debug import debug_build
+from dsvl_export.onnx_graph.layers import run_layers
 from dsvl_export.onnx_graph.release import needed_release
 from runtimes.errors import UserError
 from runtimes.onnxruntime_releases import NEEDED
@@ -35,7 +36,7 @@ OPTIONS = ("tensorrt",)
 LATEST = "11.4"
 TARGET = "cuda"
 OLDEST = Version("10.3")
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "graphs", "layer_build", "settings"]
+__all__ = ["artifact_bytes", "compile_component", "debug_build", "graphs", "run_layers", "settings"]
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from dsvl_export.compilers.tensorrt import (
 from dsvl_export.engines.building import EngineSettings, build_engine
 from dsvl_export.linter import Release, refuse
 from dsvl_export.linter.types import SINCE_SM
-from dsvl_export.onnx_graph.debug import debug_build, layer_build
+from dsvl_export.onnx_graph.debug import debug_build
+from dsvl_export.onnx_graph.layers import run_layers
 from dsvl_export.onnx_graph.release import needed_release
 from runtimes.bundle import Engine
 from runtimes.onnxruntime_releases import NEEDED
@@ -39,7 +40,7 @@ OPTIONS = ("capabilities",)
 DIALECT = "trt11"
 __all__ = [
     "CACHE_PRECISIONS", "LAYER_PRECISIONS", "PRECISIONS", "RECIPE_BASE",
-    "artifact_bytes", "compile_component", "debug_build", "graphs", "layer_build", "settings",
+    "artifact_bytes", "compile_component", "debug_build", "graphs", "run_layers", "settings",
 ]  # fmt: skip
 
 

@@ -16,13 +16,13 @@ from dsvl_export.compilers import load_compiler
 from dsvl_export.ladder.drift import debug_folder
 from dsvl_export.ladder.result import ParityResult, Rung
 from dsvl_export.ladder.tolerances import Tolerance
-from runtimes.backends import load_backend
 from runtimes.bundle import Bundle
 from runtimes.chain import Chain
 from runtimes.contracts import Contract
 from runtimes.errors import UserError
 from runtimes.goldens import relative_rms
 from runtimes.layer_goldens import LayerInputs, Table, load_tables, sample_rows, save_tables
+from runtimes.mil.package import SPECIFICATION
 from runtimes.session import SessionOptions
 from runtimes.taps import TAPPED_COMPONENTS
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 RUNG = "layers"
 INPUTS = "layers/inputs/inputs.safetensors"
-GIVEN = "given/"  # before the name of a tap: the input that layers read in its place
+ARTIFACTS = (".onnx", Path(SPECIFICATION).name)  # how files that hold a program end
 
 
 def outputs_file(precision: str) -> str:
@@ -92,12 +92,12 @@ def judge_layers(
         rung.detail = "the bundle has no layer goldens"
         return
     try:
-        build = getattr(load_compiler(result.backend), "layer_build", None)
+        run = getattr(load_compiler(result.backend), "run_layers", None)
     except UserError as error:
         rung.detail = str(error).rstrip(".")
         return
-    simulated = result.execution.kind == "simulated" or result.backend == "onnxruntime"
-    if build is None or not simulated:
+    simulated = result.execution.kind == "simulated" or result.backend in ("onnxruntime", "coreml")
+    if run is None or not simulated:
         rung.detail = f"layers of {result.backend} cannot be run one by one here"
         return
     digest = manifest.checkpoint["sha256"]
@@ -110,9 +110,9 @@ def judge_layers(
         setattr(chain, component, None)
         contract = manifest.contracts[result.precision][component]
         files = bundle.artifact(component, result.backend, result.precision).files
-        for artifact in (bundle.path(file) for file in files if file.endswith(".onnx")):
+        for artifact in (bundle.path(file) for file in files if file.endswith(ARTIFACTS)):
             try:
-                found = _run_layers(bundle, build, artifact, contract, given, options)
+                found = _run_layers(bundle, run, artifact, contract, given, options)
                 with np.errstate(invalid="ignore", over="ignore"):  # what overflows fails by itself
                     for name, array in expected[component].items():
                         _judge(f"{component}: {name}", found[name], array, exact[component][name], base, rung)
@@ -150,7 +150,7 @@ def median_row_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def _run_layers(
     bundle: Bundle,
-    build: Callable[[Path, Contract, Path], tuple[Path, Contract]],
+    run: Callable[..., dict[str, np.ndarray]],
     artifact: Path,
     contract: Contract,
     given: LayerInputs,
@@ -158,16 +158,13 @@ def _run_layers(
 ) -> dict[str, np.ndarray]:
     """Sampled taps of an artifact whose layers are handed the recorded ones."""
     component = contract.component
+    inputs = dict(given.inputs[component])
+    if contract.states:
+        count = inputs["inputs_embeds"].shape[1]
+        sizes = {"batch": 1, "capacity": count}
+        inputs["positions"] = np.arange(count)[None]
+        inputs["logit_rows"] = np.arange(count)
+        inputs |= {spec.name: spec.allocate(sizes) for spec in contract.states}
     with debug_folder(bundle) as folder:
-        file, cut = build(artifact, contract, Path(folder))
-        session = load_backend("onnxruntime").open_component(file, cut, options)
-        arrays = {f"{GIVEN}{name}": array for name, array in given.taps[component].items()}
-        arrays |= given.inputs[component]
-        if contract.states:
-            count = arrays["inputs_embeds"].shape[1]
-            sizes = {"batch": 1, "capacity": count}
-            arrays["positions"] = np.arange(count)[None]
-            arrays["logit_rows"] = np.arange(count)
-            arrays |= {spec.name: spec.allocate(sizes) for spec in contract.states}
-        found = session.run({spec.name: arrays[spec.name].astype(spec.dtype) for spec in cut.inputs})
+        found = run(artifact, contract, inputs, given.taps[component], Path(folder), options)
     return {spec.name: sample_rows(found[spec.name]) for spec in contract.taps}

@@ -12,7 +12,9 @@ from runtimes.goldens import SETTINGS
 
 
 def settings_faults(bundle: Bundle, live: str | None) -> Iterator[str]:
-    """Values of the manifest's model and preprocessing that are not the reference's; ``text`` has the prompt.
+    """Values of the manifest's model, preprocessing and token table that are not the reference's.
+
+    The stage ``text`` has the prompt.
 
     Args:
         live: the checkpoint to take them from; None reads those that were recorded with the goldens, which

@@ -18,13 +18,9 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     """The same package with the contract's taps as further outputs of the functions that have them."""
     source = package_folder(artifact)
     package = Package(source)
-    try:
-        taps = parse_json(package.metadata[TAPS], "the list of taps")
-        for name in package.function_names:
-            if name != IMAGE:
-                _add_outputs(package, name, taps[name], contract)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{source} does not say where its taps are; export it again.") from error
+    for name in package.function_names:
+        if name != IMAGE:
+            _add_outputs(package, name, contract)
     debug = folder / source.name
     for file in source.rglob("*"):
         target = debug / file.relative_to(source)
@@ -38,7 +34,21 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     return debug / SPECIFICATION
 
 
-def _add_outputs(package: Package, name: str, taps: dict[str, str], contract: Contract) -> None:
+def tap_variables(package: Package, function: str, contract: Contract) -> dict[str, str]:
+    """The variable of a function that each of the contract's taps is.
+
+    Raises:
+        UserError: the package does not say so.
+    """
+    try:
+        taps = parse_json(package.metadata[TAPS], "the list of taps")[function]
+        return {spec.name: str(taps[spec.name]) for spec in contract.taps}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{package.folder} does not say where its taps are; export it again.") from error
+
+
+def _add_outputs(package: Package, name: str, contract: Contract) -> None:
+    taps = tap_variables(package, name, contract)
     proto = package.function(name)
     block = proto.block_specializations[proto.opset]
     types = {item.name: item.type for operation in block.operations for item in operation.outputs}

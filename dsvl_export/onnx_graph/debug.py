@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -20,7 +19,7 @@ MOST_COPIED = 1 << 30  # bytes of weights
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     """The same file with the contract's taps as further outputs."""
     model = onnx.load(str(artifact), load_external_data=False)
-    sources = _sources(model, artifact, contract)
+    sources = tap_values(model, artifact, contract)
     for spec, source in zip(contract.taps, sources, strict=True):
         model.graph.node.append(
             helper.make_node(
@@ -28,41 +27,10 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
             )
         )
         model.graph.output.append(value_info(spec.name, spec.dtype, spec.shape))
-    return _write(model, artifact, folder)
+    return write_build(model, artifact, folder)
 
 
-def layer_build(artifact: Path, contract: Contract, folder: Path) -> tuple[Path, Contract]:
-    """The same file with its taps as its only outputs; what reads a tap reads a new input instead.
-
-    Returns:
-        The file, and its contract: states are inputs, and so is ``given/<tap>`` for every tap.
-    """
-    model = onnx.load(str(artifact), load_external_data=False)
-    sources = _sources(model, artifact, contract)
-    of_value = {value: spec for spec, value in zip(contract.taps, sources, strict=True)}
-    nodes = list(model.graph.node)
-    del model.graph.node[:], model.graph.output[:]
-    for node in nodes:
-        for index, value in enumerate(node.input):
-            if value in of_value:
-                node.input[index] = f"{value}/given"
-        model.graph.node.append(node)
-        for value in node.output:
-            if spec := of_value.get(value):
-                name = f"given/{spec.name}"
-                handed = helper.make_node("CastLike", [name, value], [f"{value}/given"], name=f"{name}/cast")
-                tap = helper.make_node(
-                    "Cast", [value], [spec.name], name=f"tap/{spec.name}", to=element_type(spec.dtype)
-                )
-                model.graph.node.extend([handed, tap])
-                model.graph.input.append(value_info(name, spec.dtype, spec.shape))
-                model.graph.output.append(value_info(spec.name, spec.dtype, spec.shape))
-    given = tuple(replace(spec, name=f"given/{spec.name}") for spec in contract.taps)
-    inputs = contract.inputs + contract.states + given
-    return _write(model, artifact, folder), Contract(contract.component, inputs, contract.taps)
-
-
-def _sources(model: onnx.ModelProto, artifact: Path, contract: Contract) -> list[str]:
+def tap_values(model: onnx.ModelProto, artifact: Path, contract: Contract) -> list[str]:
     """The values that are the contract's taps.
 
     Raises:
@@ -75,7 +43,7 @@ def _sources(model: onnx.ModelProto, artifact: Path, contract: Contract) -> list
         raise UserError(f"{artifact} does not say where its taps are; export it again.") from error
 
 
-def _write(model: onnx.ModelProto, artifact: Path, folder: Path) -> Path:
+def write_build(model: onnx.ModelProto, artifact: Path, folder: Path) -> Path:
     """Write a changed graph beside a link to its weights."""
     file = folder / artifact.name
     file.write_bytes(model.SerializeToString())

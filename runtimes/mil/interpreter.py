@@ -191,7 +191,34 @@ class Function:
         Raises:
             UserError: an input or a state does not fit, or an operator cannot be computed.
         """
-        states = states or {}
+        values = self._run(inputs, states or {}, {}, {})
+        return {name: values[name] for name in self.outputs}
+
+    def run_handed(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        states: Mapping[str, np.ndarray],
+        handed: Mapping[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """What the variables in ``handed`` are, where all that reads one reads the array in its place.
+
+        Raises:
+            UserError: as in ``run``, or there is no such variable.
+        """
+        computed: dict[str, np.ndarray] = {}
+        self._run(inputs, states, handed, computed)
+        if missing := handed.keys() - computed.keys():
+            raise UserError(f"{self.name} of {self.package.folder} does not compute {min(missing)}.")
+        return computed
+
+    def _run(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        states: Mapping[str, np.ndarray],
+        handed: Mapping[str, np.ndarray],
+        computed: dict[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """The values at the end; ``computed`` takes those that ``handed`` takes the place of."""
         values: dict[str, np.ndarray] = {}
         for table, given in ((self.inputs, inputs), (self.states, states)):
             for name, declared in table.items():
@@ -210,9 +237,13 @@ class Function:
                 raise UserError(
                     f"{step.kind} ({step.name}) of {self.package.folder.name} cannot be computed: {error}."
                 ) from error
+            for name, declared in step.outputs:
+                if name in handed:
+                    computed[name] = values[name]
+                    values[name] = declared.held(handed[name], False, name)
             for name in step.last_uses:
                 values.pop(name, None)
-        return {name: values[name] for name in self.outputs}
+        return values
 
     def _run_step(self, step: Step, values: dict[str, np.ndarray], states: Mapping[str, np.ndarray]) -> None:
         def resolved(item: Any) -> Any:

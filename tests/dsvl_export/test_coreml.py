@@ -41,7 +41,15 @@ from runtimes.session import SessionOptions
 from runtimes.task import load_task
 from tests.conftest import OraclePair, assert_programs_untouched
 from tests.dsvl_export.faults import rehash
-from tests.dsvl_export.package_faults import FAULTS, FUNCTION_FAULTS, Edit, Opened, PackageFault, plant
+from tests.dsvl_export.package_faults import (
+    FAULTS,
+    FUNCTION_FAULTS,
+    Edit,
+    Opened,
+    PackageFault,
+    plant,
+    weight,
+)
 
 coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed here")
 PRECISIONS = ("fp16", "int8", "int8-weights", "int4", "palette4")
@@ -208,6 +216,18 @@ def test_planted_faults_are_caught(short: Path, fault: PackageFault) -> None:
         assert ".mlpackage" in str(error)
     else:
         assert not result.passed
+
+
+def test_a_fault_is_located_in_its_layer(short: Path) -> None:
+    """Two rows of a projection are swapped; each layer is handed what was recorded."""
+    spoiled = plant(short, "fp16", "decoder", weight("layers__2__mlp__up_proj__weight", "<f2", swap_rows))
+    rung = parity(spoiled, "coreml", "fp16").rung("layers")
+    assert rung.state == "failed"
+    assert rung.detail.startswith("decoder: layers.2 is wrong on its recorded input")
+
+
+def swap_rows(values: np.ndarray) -> None:
+    values[[3, 17]] = values[[17, 3]]
 
 
 @pytest.mark.parametrize(("function", "component", "edit", "device"), FUNCTION_FAULTS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from dsvl_export.ladder.entry_points import judge_entry_points
 from dsvl_export.ladder.noise import Noise
@@ -104,6 +104,17 @@ def test_what_the_program_says_is_judged(program: Path) -> None:
     rung = judged(change_manifest(program, other_capacity), "executorch", "fp32")
     assert rung.state == "failed"
     assert rung.detail == "method get_max_seq_len says 1024, the bundle says 512"
+
+
+def test_a_row_of_the_token_table_that_no_golden_reads_is_judged(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
+    path = tiny_bundle.manifest.token_embedding
+    (table,) = load_file(folder / path).values()
+    table[-1] = 0
+    save_file({"token_embedding": table}, folder / path)
+    rung = judged(rehash(folder, path), "onnxruntime", "fp32")
+    assert rung.state == "failed"
+    assert rung.detail.startswith(f"the manifest has files.{path}.sha256 ")
 
 
 def leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
