@@ -497,17 +497,19 @@ class ExportStages:
                 return activation_growth(Workload(traced[component]), self.backend, longest)
 
             compiled = work(parts, folder, on_bytes, self.options)
-            audited = audit_written(self.compiler, name, compiled, parts, self.options) if self.audits else ""
+            paths = {file: f"{name}/{file.relative_to(folder).as_posix()}" for file in compiled.files}
+            audited = self.audits and audit_written(self.compiler, name, compiled, parts, self.options)
+            hashes = {path: sha256_of_file(file) for file, path in paths.items()} if audited else {}
             engine = compiled.engine
             artifacts = [
                 Artifact(
                     component, self.backend, plan.name, compiled.target, compiled.dialect,
-                    tuple(f"{name}/{file.relative_to(folder).as_posix()}" for file in compiled.files),
+                    tuple(paths.values()),
                     {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
                     replace(engine, file=f"{name}/{engine.file}") if engine else None,
                     plan.base, compiled.capacity,
                     *active(component),
-                    plan.quantizes_inputs_or_cache, audited,
+                    plan.quantizes_inputs_or_cache, hashes,
                 )
                 for component in components
             ]  # fmt: skip

@@ -64,8 +64,8 @@ class Artifact:
     when it was compiled. ``activation_bytes`` is what ``plan`` says of its intermediate tensors, for one
     image or a chunk of a prompt, and ``activation_bytes_per_token`` how they grow with the capacity of the
     KV cache; 0 where that is not known. ``quantizes_activations`` includes the KV cache's quantization.
-    ``audit`` is the verdict of comparing its files with the checkpoint when they were written; empty where
-    they were not.
+    ``audited`` has the SHA-256 of each file that export read back and found equal to what the checkpoint and
+    the plan make of it; empty where it did not compare them.
     """
 
     component: str
@@ -81,7 +81,7 @@ class Artifact:
     activation_bytes: int = 0
     activation_bytes_per_token: int = 0
     quantizes_activations: bool | None = None
-    audit: str = ""
+    audited: dict[str, str] = field(default_factory=dict)
 
     @property
     def exact_rows(self) -> bool:

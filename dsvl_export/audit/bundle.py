@@ -261,16 +261,16 @@ def audit_onnx(
 
 def audit_written(
     compiler: Compiler, name: str, compiled: Compiled, parts: Parts, options: CompileOptions
-) -> str:
-    """The verdict on a stage that an export has just written, read back; empty where it is not audited: what
-    has to be made again takes the time of the export, and engines cannot be read.
+) -> bool:
+    """Whether a stage that an export has just written was read back and compared: what has to be made again
+    takes the time of the export, and engines cannot be read.
 
     Raises:
         UserError: it is not what the checkpoint and the plan make of it.
     """
     graphs = getattr(compiler, "graphs", None)
     if graphs is None or compiled.engine:
-        return ""
+        return False
     (traced,) = parts.values()
     part = AuditedPart(name)
     audit_onnx(graphs(*traced, options), compiled.files, part, lambda count: None)
@@ -279,7 +279,7 @@ def audit_written(
             f"What was written into {name} is not what the checkpoint makes of it"
             f" ({part.differences[0]}); check the disk and the memory and run the same command again."
         )
-    return part.state
+    return part.state == "passed"
 
 
 def _audit_listing(bundle: Bundle, stage: str, write: Callable[[Path], None]) -> AuditedPart:

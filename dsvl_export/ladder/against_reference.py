@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from dsvl_export.cluster import Spread
+from dsvl_export.ladder.audited import judge_audit
 from dsvl_export.ladder.climb import climb
 from dsvl_export.ladder.drift import locate, suspects
 from dsvl_export.ladder.entry_points import judge_entry_points
@@ -105,6 +106,7 @@ def parity(
                 bundled_long_goldens(bundle, precision),
             )
         goldens, noise = recorded.goldens, recorded.noise
+        judge_audit(bundle, result)
         judge_text(pipeline.chain.tokenizer, recorded.texts, result)
         fitting = goldens.within(pipeline.capacity)
         result.left_out, goldens = len(goldens.files) - len(fitting.files), fitting

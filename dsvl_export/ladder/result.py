@@ -14,10 +14,11 @@ from runtimes.session import Execution
 
 RUNGS = (
     "text", "preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits",
-    "long_context", "greedy_tokens", "entry_points", "task_accuracy", "layers",
+    "long_context", "greedy_tokens", "entry_points", "task_accuracy", "layers", "audit",
 )  # fmt: skip
-# Not every model has questions, nor every format entry points of its own, or layers that run alone.
-OPTIONAL = ("entry_points", "task_accuracy", "layers")
+# Not every model has questions, nor every format entry points of its own, layers that run alone, or files
+# that export can compare with the checkpoint.
+OPTIONAL = ("entry_points", "task_accuracy", "layers", "audit")
 EXIT_CODES = {"passed": 0, "failed": 1, "not judged": 3}
 # ``measured``: it ran, and there is nothing to hold it against.
 State = Literal["passed", "failed", "measured", "not judged", "not run"]

@@ -22,7 +22,7 @@ def make_document(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
         {
             "component": item.component, "target": item.target, "dialect": item.dialect, "tools": item.tools,
             "bytes": sum(manifest.files[path].bytes for path in item.files),
-            "audit": item.audit or "not audited",
+            "audit": "passed" if item.audited else "not audited",
         }
         for item in manifest.artifacts
         if (item.backend, item.precision) == (result.backend, result.precision)

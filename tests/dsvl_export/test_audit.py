@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from calibration.quantized import trace_planned
@@ -19,6 +20,7 @@ from dsvl_export.audit.onnx_file import compare_onnx
 from dsvl_export.audit.remade import compare_remade
 from dsvl_export.compilers import Compiled
 from dsvl_export.exporting import export
+from dsvl_export.ladder import parity
 from dsvl_export.onnx_graph import writer
 from dsvl_export.onnx_graph.builder import Graph
 from dsvl_export.onnx_graph.dialect_ort import OrtDialect
@@ -66,7 +68,9 @@ def test_a_bundle_passes(run, tiny_bundle: Bundle) -> None:
 def test_an_export_audits_what_it_has_written(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert {item.audit for item in tiny_bundle.manifest.artifacts} == {"passed"}
+    manifest = tiny_bundle.manifest
+    for item in manifest.artifacts:
+        assert item.audited == {path: manifest.files[path].sha256 for path in item.files}
 
     def write(graph: Graph, file: Path, *rest: Any, **more: Any) -> list[Path]:
         written = write_model(graph, file, *rest, **more)
@@ -81,6 +85,30 @@ def test_an_export_audits_what_it_has_written(
     ):
         export("tiny", tmp_path / "bundle")
     assert not (tmp_path / "bundle" / MANIFEST).exists()
+
+
+def test_parity_tells_a_file_that_was_changed_after_its_audit(bundle_copy: Path) -> None:
+    """A single weight of the last bit, which no request tells from rounding."""
+    path = "onnxruntime/fp16/decoder/decoder.onnx"
+    model = onnx.load(str(bundle_copy / path))
+    (tensor,) = [item for item in model.graph.initializer if item.name == "norm.weight"]
+    values = numpy_helper.to_array(tensor).copy()
+    values[7] = np.nextafter(values[7], np.float16(0))
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, str(bundle_copy / path))
+    bundle = Bundle.open(bundle_copy)
+    audited_hashes = [dict(item.audited) for item in bundle.manifest.artifacts]
+    rehash(bundle_copy, path)
+    result = parity(bundle_copy, precision="fp16")
+    assert (result.verdict, result.rung("audit").state) == ("passed", "not run")
+    assert "see verify --weights" in result.rung("audit").detail
+    changed = Bundle.open(bundle_copy)
+    for item, hashes in zip(changed.manifest.artifacts, audited_hashes, strict=True):
+        item.audited.update(hashes)
+    result = parity(changed, precision="fp16")
+    assert [rung.name for rung in result.rungs if rung.state == "failed"] == ["audit"]
+    assert path in result.rung("audit").detail
+    assert parity(changed, precision="fp32").rung("audit").state == "passed"
 
 
 @pytest.mark.parametrize("precision", ["int8", "8da4w"])
