@@ -201,7 +201,14 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
     for item in manifest.artifacts:
         weight = size(sum(manifest.files[path].bytes for path in item.files))
         verdict = describe_verdict(manifest.parity.get(f"{item.backend}/{item.precision}", {}))
-        cells = (item.backend, item.precision, item.component, weight, "passed" if item.audited else "not run", verdict)
+        cells = (
+            item.backend,
+            item.precision,
+            item.component,
+            weight,
+            "passed" if item.audited else "not run",
+            verdict,
+        )
         artifacts.add_row(*map(escape, cells))
     contracts = Table(title="Contracts")
     for heading in ("component", "tensor", "dtype", "shape", "meaning"):

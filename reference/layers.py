@@ -18,7 +18,7 @@ from reference.trace import component_contract
 from runtimes.chain import Chain
 from runtimes.contracts import Contract
 from runtimes.goldens import Golden
-from runtimes.layer_goldens import LEAST_ROWS, TOKENS, LayerInputs, Table, sample_rows
+from runtimes.layer_goldens import LEAST_ROWS, STATELESS, TOKENS, LayerInputs, Table, sample_rows
 from runtimes.preprocess import to_pixel_values
 from runtimes.taps import SAMPLES, TAPPED_COMPONENTS
 
@@ -51,6 +51,25 @@ def record_layer_inputs(source: Checkpoint, model: DeepSeekVL, chain: Chain, gol
         for component, table in taps.items()
     }
     return LayerInputs(source.digest, inputs, halves)
+
+
+def component_outputs(model: DeepSeekVL, config: ModelConfig, given: LayerInputs, base: torch.dtype) -> Table:
+    """What the components without states make of their inputs; rows of each output, see ``sample_rows``.
+
+    Args:
+        base: as in ``layer_outputs``.
+    """
+    found: Table = {}
+    for component in STATELESS:
+        contract = component_contract(config, component, "fp32")
+        with torch.inference_mode():
+            outputs = getattr(model, component)(*_arguments(contract, given.inputs[component], base))
+        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+        found[component] = {
+            spec.name: sample_rows(tensor.float().numpy())
+            for spec, tensor in zip(contract.outputs, tensors, strict=True)
+        }
+    return found
 
 
 def layer_outputs(
@@ -125,5 +144,11 @@ def layer_golden_bytes(config: ModelConfig) -> tuple[int, int]:
         for contract in contracts
         for spec in contract.inputs
     )
+    shapes += [
+        [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
+        for contract in contracts
+        if contract.component in STATELESS
+        for spec in contract.outputs
+    ]
     outputs = 4 * sum(max(SAMPLES, LEAST_ROWS * shape[-1]) for shape in shapes)
     return handed + given + outputs, outputs

@@ -20,6 +20,7 @@ from runtimes.tensor_files import save_tensors
 
 TOKENS = 128  # of the decoder: the first and the last ones of a golden
 LEAST_ROWS = 4
+STATELESS = ("vision_encoder", "adaptor")  # components that are judged as a whole as well
 Table = dict[str, dict[str, np.ndarray]]  # component → name → values
 
 

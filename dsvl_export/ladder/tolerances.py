@@ -19,7 +19,7 @@ BOUNDED_RUNGS = (
 )  # fmt: skip
 FLOATS = ("fp32", "fp16", "bf16")
 LONG_RUNG = BOUNDED_RUNGS[-1]
-LONG_ROOM = 3  # above a float precision's usual bound: more tokens, more roundings
+PLAN_ROOM = 3  # above a float precision's usual bound: other inputs, more roundings
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,19 @@ class Tolerance:
         usual = self.noise * self.factor
         return max(usual, min((measured_noise or 0.0) * self.factor, self.ceiling))
 
-    def long_bound(self, base: Tolerance, error: float) -> float:
-        """Largest relative RMS error on the long golden, from what the precision plan itself computes there.
+    def plan_bound(self, base: Tolerance, error: float) -> float:
+        """Largest relative RMS error from what the precision plan itself computes.
 
         Args:
             base: of the float precision that the plan is based on, which may be this one.
             error: of the plan from fp32.
         """
-        if LONG_RUNG in self.rungs:
-            return self.rungs[LONG_RUNG]
         share = self.plan_share + (base.plan_share if base is not self else 0)
-        return LONG_ROOM * base.noise * base.factor + share * error
+        return PLAN_ROOM * base.noise * base.factor + share * error
+
+    def long_bound(self, base: Tolerance, error: float) -> float:
+        """As ``plan_bound``, on the long golden."""
+        return self.rungs[LONG_RUNG] if LONG_RUNG in self.rungs else self.plan_bound(base, error)
 
     def band(self, measured_noise: float | None) -> float:
         """Largest relative RMS error of a tap, given the noise of the precision there, if known."""
