@@ -183,7 +183,6 @@ def _judge_each(
 ) -> None:
     """Judge layers one by one; where one cannot be cut out of its file, the rung says why."""
     rung, contracts = result.rung(RUNG), bundle.manifest.contracts[result.precision]
-    run: Callable[..., dict[str, np.ndarray]] = load_compiler(result.backend).run_layers
     skipped: list[str] = []
     for component in TAPPED_COMPONENTS:
         on_step(f"layers of the {component}", 0, 1)
