@@ -95,13 +95,13 @@ class Function:
         self.package, self.name, self._dense = package, name, dense
         proto = package.function(name)
         block = proto.block_specializations[proto.opset]
-        self.inputs = {item.name: Declared.of(item.type) for item in proto.inputs}
-        states = [item.name for item in proto.inputs if item.type.HasField("stateType")]
-        self.states = {key: self.inputs.pop(key) for key in states}
         self._constants: dict[str, Callable[[], Any]] = {}
         self._loaded: dict[str, Any] = {}
-        declared = dict(self.inputs)
         try:
+            self.inputs = {item.name: Declared.of(item.type) for item in proto.inputs}
+            states = [item.name for item in proto.inputs if item.type.HasField("stateType")]
+            self.states = {key: self.inputs.pop(key) for key in states}
+            declared = dict(self.inputs)
             self._steps = list(self._prepared(block, declared))
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{name} of {package.folder} is malformed: {first_line(error)}.") from error

@@ -199,6 +199,14 @@ def test_rms_norm_of_large_activations(bundle: Bundle) -> None:
         assert relative_rms(found, expected) < 2e-3
 
 
+def test_an_input_of_an_unknown_type_is_refused(bundle: Bundle) -> None:
+    opened = Package(package(bundle, "fp16", "decoder"))
+    (first, *_) = opened.function(DECODE).inputs
+    first.type.tensorType.dataType = 5
+    with pytest.raises(UserError, match="decode of .* is malformed"):
+        Function(opened, DECODE, {})
+
+
 def test_it_answers_on_linux(bundle: Bundle, pictures: list[Path]) -> None:
     greedy = Pipeline.open(bundle, "coreml", "fp16").chat("What colour is the shape?", pictures[:1]).text
     fixed = Pipeline.open(bundle, "coreml", "fp16", device="ane").chat(
