@@ -10,6 +10,7 @@ import pytest
 import tomllib
 
 from dsvl_export.version import PACKAGES, __version__
+from tests.dsvl_export.command_line import Done, refused
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -40,3 +41,38 @@ def test_python_m_is_the_command(arguments: tuple[str, ...], code: int, tmp_path
 def test_every_package_says_that_it_is_typed(package: str) -> None:
     assert (ROOT / package / "py.typed").is_file()
     assert "py.typed" in PYPROJECT["tool"]["setuptools"]["package-data"][package]
+
+
+def shadow(folder: Path, name: str) -> Path:
+    """A package of this name, as a user's own project may have one."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").touch()
+    return folder / name
+
+
+@pytest.mark.parametrize("name", [name for name in PACKAGES if name != "dsvl_export"])
+def test_a_folder_that_hides_one_of_our_packages_is_named(name: str, tmp_path: Path) -> None:
+    other = shadow(tmp_path, name)
+    done = run(*MODULE, "--version", folder=tmp_path)
+    assert refused(Done(done.returncode, done.stdout, done.stderr), f"imports {other} in place of")
+    assert str(ROOT / name) in done.stderr
+
+
+def test_a_program_gets_an_import_error(tmp_path: Path) -> None:
+    """A program that imports dsvl_export can catch it, with the paths; modules hide packages as well."""
+    (tmp_path / "reference.py").touch()
+    program = "import sys\ntry:\n    import dsvl_export\nexcept ImportError as error:\n    print(error.path)"
+    done = run(sys.executable, "-c", program, folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'reference.py'}\n", "")
+
+
+def test_the_installed_command_does_not_look_into_the_working_folder(tmp_path: Path) -> None:
+    shadow(tmp_path, "runtimes")
+    done = run(str(Path(sys.executable).with_name("dsvl-export")), "--version", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_link_to_our_packages_is_ours(tmp_path: Path) -> None:
+    (tmp_path / "runtimes").symlink_to(ROOT / "runtimes")
+    done = run(*MODULE, "--version", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
