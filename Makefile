@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A CPU build of torch is enough; where the package index offers only a CUDA build, that works too.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The plug-in for optimum's command line: a distribution of its own, part of the development environment.
+OPTIMUM := ./integrations/optimum
 
 .PHONY: demo test test-oldest check coverage clean
 
@@ -17,6 +19,7 @@ check: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy $(OPTIMUM)/src/optimum/commands/register/dsvl.py
 	$(BIN)/lint-imports
 	$(BIN)/pytest --durations=20
 
@@ -28,10 +31,10 @@ test-oldest: $(VENV)/dev.installed
 coverage: $(VENV)/dev.installed
 	$(BIN)/pytest --cov --cov-report=term
 
-$(VENV)/%.installed: pyproject.toml
+$(VENV)/%.installed: pyproject.toml $(OPTIMUM)/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet 'torch==2.13.0'
-	$(PIP) install --quiet --editable '.[$*]'
+	$(PIP) install --quiet --editable '.[$*]' $(if $(filter dev,$*),--editable $(OPTIMUM))
 	touch $@
 
 clean:

@@ -41,7 +41,10 @@ def _check_own_packages() -> None:
     """
     for name in PACKAGES:
         own = Path(__file__).parents[1] / name
-        spec = find_spec(name)
+        try:
+            spec = find_spec(name)
+        except (ImportError, ValueError):  # no place to name: importing it says what is wrong
+            continue
         origin = Path(spec.origin) if spec and spec.origin else None
         if origin is None or origin.parent == own or origin.parent.resolve() == own.resolve():
             continue

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tomllib
+from setuptools import find_namespace_packages
 
 from dsvl_export.version import PACKAGES, __version__
 from tests.dsvl_export.command_line import Done, refused
@@ -66,6 +67,15 @@ def test_a_program_gets_an_import_error(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'reference.py'}\n", "")
 
 
+def test_a_package_without_a_place_is_left_to_its_import(tmp_path: Path) -> None:
+    """A module that a program put in, and a finder that refuses a name, have no path to compare."""
+    program = (
+        "import sys, types\nsys.modules['reference'] = types.ModuleType('reference')\nimport dsvl_export"
+    )
+    done = run(sys.executable, "-c", program, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_installed_command_does_not_look_into_the_working_folder(tmp_path: Path) -> None:
     shadow(tmp_path, "runtimes")
     done = run(str(Path(sys.executable).with_name("dsvl-export")), "--version", folder=tmp_path)
@@ -76,3 +86,12 @@ def test_a_link_to_our_packages_is_ours(tmp_path: Path) -> None:
     (tmp_path / "runtimes").symlink_to(ROOT / "runtimes")
     done = run(*MODULE, "--version", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_plugin_for_optimum_is_not_in_our_wheel() -> None:
+    """transformers takes any folder ``optimum`` on the path for optimum itself."""
+    include = PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = find_namespace_packages(str(ROOT), include=include)
+    assert {name.partition(".")[0] for name in packages} == set(PACKAGES)
+    plugin = tomllib.loads((ROOT / "integrations/optimum/pyproject.toml").read_text())["project"]
+    assert plugin["version"] == __version__
