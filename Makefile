@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The plug-in for optimum's command line: a distribution of its own, part of the development environment.
 OPTIMUM := ./integrations/optimum
 
-.PHONY: demo test test-oldest check coverage clean
+.PHONY: demo test test-oldest test-pythons check coverage clean
 
 demo: $(VENV)/cpu.installed
 	$(BIN)/dsvl-export demo --output demo
@@ -27,6 +27,10 @@ check: $(VENV)/dev.installed
 test-oldest: $(VENV)/dev.installed
 	$(BIN)/python tests/oldest/lane.py $(VENV)-oldest
 
+# What needs no torch, on Python 3.10, 3.12 and 3.13 (from PATH or pyenv); a few minutes.
+test-pythons: $(VENV)/dev.installed
+	$(BIN)/python -m tests.pythons.lane $(VENV)-pythons
+
 # The tests again, a fifth slower, with the lines that they reach.
 coverage: $(VENV)/dev.installed
 	$(BIN)/pytest --cov --cov-report=term
@@ -38,4 +42,4 @@ $(VENV)/%.installed: pyproject.toml $(OPTIMUM)/pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-pythons demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
