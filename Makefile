@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A CPU build of torch is enough; where the package index offers only a CUDA build, that works too.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The plug-in for optimum's command line: a distribution of its own, part of the development environment.
+OPTIMUM := ./integrations/optimum
 
-.PHONY: demo test test-oldest check coverage clean
+.PHONY: demo test test-oldest test-pythons check coverage clean
 
 demo: $(VENV)/cpu.installed
 	$(BIN)/dsvl-export demo --output demo
@@ -17,6 +19,7 @@ check: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy $(OPTIMUM)/src/optimum/commands/register/dsvl.py
 	$(BIN)/lint-imports
 	$(BIN)/pytest --durations=20
 
@@ -24,15 +27,19 @@ check: $(VENV)/dev.installed
 test-oldest: $(VENV)/dev.installed
 	$(BIN)/python tests/oldest/lane.py $(VENV)-oldest
 
+# What needs no torch, on Python 3.10, 3.12 and 3.13 (from PATH or pyenv); a few minutes.
+test-pythons: $(VENV)/dev.installed
+	$(BIN)/python -m tests.pythons.lane $(VENV)-pythons
+
 # The tests again, a fifth slower, with the lines that they reach.
 coverage: $(VENV)/dev.installed
 	$(BIN)/pytest --cov --cov-report=term
 
-$(VENV)/%.installed: pyproject.toml
+$(VENV)/%.installed: pyproject.toml $(OPTIMUM)/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet 'torch==2.13.0'
-	$(PIP) install --quiet --editable '.[$*]'
+	$(PIP) install --quiet --editable '.[$*]' $(if $(filter dev,$*),--editable $(OPTIMUM))
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-pythons demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

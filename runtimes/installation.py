@@ -20,7 +20,6 @@ PACKAGES = {
     "ml_dtypes": "ml-dtypes",
     "onnx": "onnx",
     "onnxruntime": "'dsvl-export[onnxruntime]'",
-    "optimum": "'dsvl-export[optimum]'",
     "prometheus_client": "'dsvl-export[serve]'",
     "ray": "'dsvl-export[ray]'",
     "tensorrt": "'dsvl-export[tensorrt]'",

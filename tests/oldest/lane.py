@@ -113,6 +113,8 @@ def make_environment(folder: Path, python: str, pins: list[str]) -> Path:
 class Lane:
     """The checks of one environment; each raises SystemExit where it fails."""
 
+    precisions: tuple[str, ...] = PRECISIONS  # of the bundle
+
     def __init__(self, python: Path, bundle: Path, scratch: Path) -> None:
         self.python, self.bundle, self.scratch = python, bundle, scratch
 
@@ -120,7 +122,7 @@ class Lane:
         """Run ``dsvl-export``; what it printed."""
         command = [str(self.python), "-m", "dsvl_export.cli", *map(str, arguments)]
         done = subprocess.run(
-            command, input=text, capture_output=True, text=True, env=_environment(), cwd=self.scratch
+            command, input=text, capture_output=True, text=True, env=environment(), cwd=self.scratch
         )
         if done.returncode != code or "Traceback" in done.stderr:
             raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -128,7 +130,7 @@ class Lane:
 
     def check(self, name: str) -> None:
         if name.startswith("import "):
-            subprocess.run([str(self.python), "-c", name], check=True, env=_environment())
+            subprocess.run([str(self.python), "-c", name], check=True, env=environment())
         elif name.startswith("export"):
             backend = name.partition("--backend ")[2] or "onnxruntime"
             output = self.scratch / backend
@@ -163,7 +165,7 @@ class Lane:
         self.command("verify", self.bundle)
 
     def run(self) -> None:
-        for precision in PRECISIONS:
+        for precision in self.precisions:
             ask = ("run", self.bundle, "--precision", precision, "--image", IMAGE, "--prompt", QUESTION)
             assert self.command(*ask).strip(), precision
 
@@ -174,7 +176,7 @@ class Lane:
         report = self.scratch / "reports"
         shutil.rmtree(report, ignore_errors=True)
         self.command("parity", self.bundle, "--task", "none", "--report", report)
-        assert len(list(report.glob("*.json"))) == len(PRECISIONS)
+        assert len(list(report.glob("*.json"))) == len(self.precisions)
 
     def report(self) -> None:
         folder = self.scratch / "page"
@@ -189,7 +191,7 @@ class Lane:
             port = free.getsockname()[1]
         command = [str(self.python), "-m", "dsvl_export.cli", "serve", str(self.bundle), "--port", str(port)]
         log = (self.scratch / "serve.log").open("w+")
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(), cwd=self.scratch)
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), cwd=self.scratch)
         try:
             models = self._ask(server, port, "/v1/models", None)
             body = {
@@ -224,7 +226,8 @@ class Lane:
                 time.sleep(0.3)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """The variables with which a check runs this checkout's code."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "0"}
 
 
@@ -246,7 +249,7 @@ def main() -> None:
     bundle = folder / "bundle"
     wanted = [word for precision in PRECISIONS for word in ("--precision", precision)]
     command = ["export", "tiny", *wanted, "--output", str(bundle), "--no-parity"]
-    subprocess.run([sys.executable, "-m", "dsvl_export.cli", *command], check=True, env=_environment())
+    subprocess.run([sys.executable, "-m", "dsvl_export.cli", *command], check=True, env=environment())
     for name in given.group or DEFAULT:
         group = GROUPS[name]
         pins = lowest(requirements(group.extras))

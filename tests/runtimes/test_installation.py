@@ -31,7 +31,7 @@ def packages_of(extra: str) -> set[str]:
 
 
 def sources() -> list[Path]:
-    folders = ("runtimes", "reference", "calibration", "dsvl_export", "optimum", "benchmarks")
+    folders = ("runtimes", "reference", "calibration", "dsvl_export", "integrations", "benchmarks")
     code = [file for name in folders for file in (ROOT / name).rglob("*.py")]
     data = [file for name in folders for file in (ROOT / name).rglob("*.yaml")]
     return [*code, *data, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]

@@ -1,4 +1,8 @@
-"""``optimum-cli export dsvl``: our ``export`` in the command line of Hugging Face's optimum."""
+"""``optimum-cli export dsvl``: our ``export`` in the command line of Hugging Face's optimum.
+
+optimum loads every module of the namespace ``optimum.commands.register`` (PEP 420): no folder above this file
+may hold an ``__init__.py``.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from argparse import ArgumentParser
 
 import typer
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.export.base import ExportCommand
 from typer.core import TyperGroup, TyperOption
 
 from dsvl_export.cli import app, main
@@ -56,3 +61,6 @@ def _add(parser: ArgumentParser, option: TyperOption) -> None:
         metavar=option.metavar or (option.name or "").upper(),
         help=shown,
     )
+
+
+REGISTER_COMMANDS = [(DeepSeekVLExportCommand, ExportCommand)]
