@@ -219,6 +219,9 @@ def test_demo_ends_with_what_to_try_next(run, tmp_path: Path) -> None:
     done = run("demo", "--output", tmp_path / "demo", "--json")
     assert done.code == 0
     assert done.err.count("Model: ") == 12
+    stages = [line.strip() for line in done.err.splitlines() if line.startswith("   onnxruntime/fp")]
+    assert len(stages) == 6
+    assert "sizes of" not in done.err
     proofs = 3 if find_spec("tensorrt_rtx") else 2
     assert done.err.count("passed") == proofs * (1 + 11)
     assert done.err.count("Report: ") == proofs
