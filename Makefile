@@ -36,9 +36,12 @@ coverage: $(VENV)/dev.installed
 	$(BIN)/pytest --cov --cov-report=term
 
 $(VENV)/%.installed: pyproject.toml $(OPTIMUM)/pyproject.toml
+	@echo '[1/3] Creating the virtual environment $(VENV)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet 'torch==2.13.0'
-	$(PIP) install --quiet --editable '.[$*]' $(if $(filter dev,$*),--editable $(OPTIMUM))
+	@echo '[2/3] Installing PyTorch: the largest download, a few minutes'
+	$(PIP) install 'torch==2.13.0'
+	@echo '[3/3] Installing dsvl-export[$*] and its dependencies'
+	$(PIP) install --editable '.[$*]' $(if $(filter dev,$*),--editable $(OPTIMUM))
 	touch $@
 
 clean:

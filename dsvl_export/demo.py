@@ -1,4 +1,4 @@
-"""``dsvl-export demo``: the whole road on the bundled tiny model and real pictures."""
+"""``dsvl-export demo``: export, run and check the bundled tiny model."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ QUESTIONS = (
 
 
 def run_demo(output: Path, as_json: bool) -> bool:
-    """Export, ask, prove; returns whether parity passed.
+    """Export the tiny model, ask it about images, run the parity check; return whether that passed.
 
     Args:
-        as_json: print the story on stderr and one JSON document (answers, verdicts) on stdout.
+        output: folder for the bundle and the images.
+        as_json: print the steps on stderr and one JSON document (answers, verdicts) on stdout.
     """
     output = output.expanduser()
     console = display.err if as_json else display.out
@@ -44,7 +45,8 @@ def run_demo(output: Path, as_json: bool) -> bool:
     say("1. Export the bundled tiny DeepSeek-VL (SAM + SigLIP + LLaMA) to ONNX, fp32 and fp16")
 
     def report(progress: ExportProgress) -> None:
-        if progress.state != "running":
+        # Estimates of sizes run before each stage, and write nothing.
+        if progress.state != "running" and not progress.stage.startswith("sizes of "):
             say(f"   {progress.stage}{' (unchanged, reused)' if progress.state == 'reused' else ''}")
 
     bundle = export("tiny", folder, "onnxruntime", ("fp32", "fp16"), report=report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +13,8 @@ ASIDE = {"__pycache__", "cli", "report", "serving"}  # what is there changes no 
 @cache
 def code_digest() -> str:
     """SHA-256 of sources and data: in a checkout, what an export writes can change without the version."""
+    import hashlib
+
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for package in PACKAGES:
         for file in sorted((root / package).rglob("*")):

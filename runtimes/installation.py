@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 JETSON = Path("/etc/nv_tegra_release")  # a file of JetPack
-# Top-level module → arguments of ``pip install``. An extra stands where its bounds matter or several packages
-# are needed together.
+# Top-level module of an extra → arguments of ``pip install``: an extra where its bounds matter or several
+# packages are needed together. A failed import of any other module is a defect of ours.
 PACKAGES = {
     "coreai": "'coreai-core>=1.0.0b3'",
     "coreai_torch": "'dsvl-export[coreai]'",
@@ -14,7 +14,6 @@ PACKAGES = {
     "cuda": "cuda-python",
     "executorch": "'executorch==1.4.*' 'torch==2.13.*'",
     "fastapi": "'dsvl-export[serve]'",
-    "huggingface_hub": "huggingface_hub",
     "jinja2": "'dsvl-export[report]'",
     "matplotlib": "matplotlib",
     "ml_dtypes": "ml-dtypes",
@@ -26,7 +25,6 @@ PACKAGES = {
     "tensorrt_rtx": "'dsvl-export[tensorrt-rtx]'",
     "torch": "'dsvl-export[export]'",
     "torchao": "torchao",
-    "transformers": "transformers",
     "uvicorn": "'dsvl-export[serve]'",
 }
 # What JetPack has, or has in one version alone.
@@ -37,6 +35,7 @@ ON_JETSON = {
 
 
 def on_jetson() -> bool:
+    """Return whether this machine is a Jetson with JetPack."""
     return JETSON.exists()
 
 

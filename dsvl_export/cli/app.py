@@ -1,4 +1,4 @@
-"""The command line: ``dsvl-export``; each module beside this one holds a group of its commands."""
+"""The entry point ``dsvl-export``. Each other module of this folder holds a group of its commands."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -19,7 +19,7 @@ from runtimes.errors import UserError, first_line
 from runtimes.installation import PACKAGES, install_command
 
 app = typer.Typer(
-    help="Export DeepSeek-VL to the places where people run it, and prove that it computes the same.",
+    help="Export DeepSeek-VL to its target devices, run it there, and check it against PyTorch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -28,10 +28,30 @@ DEBUG = "--debug"
 OURS = ("runtimes", "calibration", "reference", "dsvl_export")
 USER_ERROR, INTERNAL_ERROR = 2, 70  # exit codes; 70 is EX_SOFTWARE of sysexits.h
 READER_GONE = 141  # as shells report SIGPIPE
+# Help lists the commands in this order: panel → commands.
+PANELS = {
+    "Export, run and check": ("export", "run", "parity", "chat", "serve", "inspect", "demo"),
+    "Plan a deployment": ("doctor", "targets", "plan"),
+    "Verify, compare and measure bundles": ("verify", "compare", "bench"),
+    "Quantize": ("calibrate", "sensitivity", "plan-precision"),
+    "TensorRT": ("lint", "build-engine"),
+}
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a command in its panel of the help."""
+    panel = next(panel for panel, names in PANELS.items() if name in names)
+    return app.command(name, rich_help_panel=panel)
+
+
+def sort_commands() -> None:
+    """Order the registered commands as ``PANELS`` lists them."""
+    order = [name for names in PANELS.values() for name in names]
+    app.registered_commands.sort(key=lambda registered: order.index(registered.name or ""))
+
+
+def _version(requested: bool) -> None:
+    if requested:
         print(f"dsvl-export {__version__}")
         raise typer.Exit
 
@@ -39,32 +59,32 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option(DEBUG, help="Show the traceback of an error; may stand behind the command.")
+        bool, typer.Option(DEBUG, help="Show the traceback of an error. Also accepted after the command.")
     ] = False,
 ) -> None:
     pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: an error is one sentence on stderr.
+    """Run the command line, and print an error as one sentence on stderr.
 
-    Exit codes: 1 is a verdict, 2 an error that the user can put right, 70 a defect
-    of dsvl-export.
+    Exit codes: 1 is a verdict, 2 an error that the user can fix, 70 a defect of dsvl-export.
 
     Args:
-        arguments: instead of the process's.
+        arguments: the words after ``dsvl-export``; None takes those of the process.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = DEBUG in given
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG in words
+    words = [word for word in words if word != DEBUG]
     _prepare_streams()
     with _warnings_as_sentences(), _quiet_pipes():
         try:
-            app([word for word in given if word != DEBUG], prog_name="dsvl-export")
-        except SystemExit as done:
-            if done.code == 130:  # how typer reports Ctrl-C
+            app(words, prog_name="dsvl-export")
+        except SystemExit as end:
+            if end.code == 130:  # how typer reports Ctrl-C
                 print("Interrupted.", file=sys.stderr)
             raise
         except BrokenPipeError:
@@ -72,33 +92,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            sentence, code = _explanation(error, debug)
-            say_error(sentence)
+            message, code = _describe_error(error, " ".join(["dsvl-export", *words[:1]]), debug)
+            say_error(message)
             sys.exit(code)
 
 
-def _explanation(error: Exception, debug: bool) -> tuple[str, int]:
-    """What to say of an error, and the exit code."""
+def _describe_error(error: Exception, command: str, debug: bool) -> tuple[str, int]:
+    """Return the message for an error of a command, and the exit code."""
     if isinstance(error, UserError):
         return str(error), error.exit_code
     if isinstance(error, MemoryError):
-        return "There is not enough memory for this; close other programs or take less.", USER_ERROR
+        message = "There is not enough memory. Close other programs, or use a smaller precision or capacity."
+        return message, USER_ERROR
+    if isinstance(error, ImportError) and (package := _failed_package(error)) in PACKAGES:
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            return f"This command needs {package}; run: {install_command(package)}.", USER_ERROR
+        reason = f"The package {package} cannot be loaded ({first_line(error)})"
+        return f"{reason}; install it again: {install_command(package)}.", USER_ERROR
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         return f"{error.filename or 'A file'} cannot be used: {reason}.", USER_ERROR
-    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
-        return f"This needs {error.name}; run: {install_command(error.name)}.", USER_ERROR
-    missing = isinstance(error, ModuleNotFoundError)
-    if isinstance(error, ImportError) and not missing and (error.name or "").partition(".")[0] not in OURS:
-        return f"A library cannot be loaded ({first_line(error)}); install it again.", USER_ERROR
-    what = f"dsvl-export failed unexpectedly ({type(error).__name__}: {str(error)[:300]})"
+    failure = f"'{command}' failed with an internal error ({type(error).__name__}: {str(error)[:300]})."
     if debug:
-        return f"{what}; please report it with the lines above.", INTERNAL_ERROR
-    return f"{what}; run the command again with {DEBUG} and report it with what that prints.", INTERNAL_ERROR
+        report = "Report it with the traceback above and the output of 'dsvl-export doctor'."
+    else:
+        report = f"Run the same command with {DEBUG}, and report what it prints with 'dsvl-export doctor'."
+    return f"{failure} {report}", INTERNAL_ERROR
+
+
+def _failed_package(error: ImportError) -> str:
+    """Return the top-level package that an import error names, or else the one that raised it."""
+    name = error.name
+    if name is None:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        name = str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+    return name.partition(".")[0]
 
 
 def _prepare_streams() -> None:
-    """Write out what an encoding lacks (ASCII, cp1252, half of a surrogate pair) instead of failing."""
+    """Escape characters that the encoding of stdout or stderr cannot write, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -106,7 +138,7 @@ def _prepare_streams() -> None:
 
 @contextmanager
 def _quiet_pipes() -> Iterator[None]:
-    """End without a word where the reader of stdout is gone, as in ``dsvl-export targets | head``."""
+    """Exit silently if the reader of stdout is gone, as in ``dsvl-export targets | head``."""
     try:
         try:
             yield
@@ -118,15 +150,15 @@ def _quiet_pipes() -> Iterator[None]:
         sys.exit(READER_GONE)
     except OSError as error:  # a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        say_error(f"stdout cannot be written: {error.strerror}.")
+        say_error(f"Cannot write to stdout: {error.strerror}.")
         sys.exit(USER_ERROR)
 
 
 @contextmanager
 def _warnings_as_sentences() -> Iterator[None]:
-    """Show the first warning of each of our kinds as a sentence, and none of Pillow's, while this lasts."""
+    """Print the first warning of each of our classes as a sentence, and hide Pillow's warnings."""
     shown: set[type[Warning]] = set()
-    usual = warnings.showwarning
+    default = warnings.showwarning
 
     def show(
         message: Warning | str,
@@ -141,10 +173,10 @@ def _warnings_as_sentences() -> Iterator[None]:
                 shown.add(category)
                 say(f"Warning: {message}", stream=sys.stderr)
         elif "/PIL/" not in filename.replace(os.sep, "/"):
-            usual(message, category, filename, lineno, file, line)
+            default(message, category, filename, lineno, file, line)
 
     warnings.showwarning = show
     try:
         yield
     finally:
-        warnings.showwarning = usual
+        warnings.showwarning = default

@@ -1,4 +1,4 @@
-"""Commands that make bundles, ask them and look into them."""
+"""Commands that write, run and show bundles: ``export``, ``run``, ``chat``, ``inspect`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from dsvl_export.cli.app import app
+from dsvl_export.cli.app import command
+from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets, values
 from dsvl_export.cli.memory import warn_of_memory
 from dsvl_export.cli.options import (
     Backend,
@@ -41,18 +42,26 @@ if TYPE_CHECKING:
     from runtimes.bundle import Bundle
     from runtimes.pipeline import Pipeline
 
+# Panels of the help of ``export``.
+BACKEND_OPTIONS = "Options of one backend"
+CHECKS = "Checks"
 
-@app.command()
+
+@command("export")
 def export(
     checkpoint: Checkpoint,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the bundle: new, empty, or one to extend.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Bundle folder: a new or empty folder, or a bundle to add artifacts to."
+        ),
     ],
     backend: Annotated[
         Optional[str],
         typer.Option(
-            help="onnxruntime, tensorrt, tensorrt_rtx, coreml, coreai or executorch. Default: the target's"
-            " first, or onnxruntime."
+            help="onnxruntime, tensorrt, tensorrt_rtx, coreml, coreai or executorch. Default: the first"
+            " backend of the target, or onnxruntime.",
+            autocompletion=complete_backends,
         ),
     ] = None,
     precision: Annotated[
@@ -60,38 +69,48 @@ def export(
         typer.Option(
             help="Precision, repeatable: fp32, fp16, bf16, int8, fp8, int4, int8-int4, int8-weights,"
             " palette4, kv-int8, 8da4w, 8da4w-g128, 8da8w, or the YAML file of a precision plan. Default:"
-            " fp32, or fp16 where there is no fp32."
+            " fp32, or fp16 if the backend does not support fp32.",
+            autocompletion=complete_precisions,
         ),
     ] = None,
     scales: Annotated[
         Optional[Path],
         typer.Option(
             metavar="FOLDER",
-            help="Scale table made by 'calibrate'. Default: calibrate on the bundled pictures where needed.",
+            help="Folder with the scale table that 'calibrate' wrote. Default: if the precision needs scales,"
+            " calibrate on the bundled images.",
         ),
     ] = None,
     target: Annotated[
         Optional[str],
-        typer.Option(help="Device, as 'targets' lists them: what it cannot run is refused before any work."),
+        typer.Option(
+            help="Target device, one of those that 'targets' lists. An export that the device cannot run is"
+            " refused before it starts.",
+            autocompletion=complete_targets,
+        ),
     ] = None,
     tensorrt: Annotated[
         Optional[str],
         typer.Option(
-            metavar="VERSION", help="TensorRT that will build, as in 10.3. Default: the target's, or 11.4."
+            metavar="VERSION",
+            help="Version of TensorRT that builds the engines, for example 10.3. Default: the target's, or"
+            " 11.4.",
+            rich_help_panel=BACKEND_OPTIONS,
         ),
     ] = None,
     sm: Annotated[
         Optional[list[int]],
         typer.Option(
-            help="Compute capability that tensorrt_rtx builds for, repeatable. Default: 86, 89 and 120."
+            help="Compute capability to build tensorrt_rtx engines for, repeatable. Default: 86, 89 and 120.",
+            rich_help_panel=BACKEND_OPTIONS,
         ),
     ] = None,
     capacity: Annotated[
         Optional[int],
         typer.Option(
             min=1,
-            help="Tokens of the KV cache, fixed in engines and Apple's packages. Default: 2048, or the"
-            " model's positions.",
+            help="Capacity of the KV cache, in tokens; fixed at export in engines and Apple packages."
+            " Default: 2048, or the model's number of positions if that is smaller.",
         ),
     ] = None,
     deployment: Annotated[
@@ -99,37 +118,53 @@ def export(
         typer.Option(
             "--deployment-target",
             metavar="SYSTEM",
-            help="Oldest system to run on, for coreml (iOS18, macOS15) and coreai (iOS27, macOS27).",
+            help="Oldest operating system to support, for coreml (iOS18, macOS15) and coreai (iOS27,"
+            " macOS27).",
+            rich_help_panel=BACKEND_OPTIONS,
+            autocompletion=values("iOS18", "macOS15", "iOS27", "macOS27"),
         ),
     ] = None,
     delegate: Annotated[
         Optional[str],
         typer.Option(
-            help="What executorch runs the encoders on: xnnpack (the default), or coreml or vulkan, which"
-            " only a device executes."
+            help="ExecuTorch delegate for the encoders: xnnpack (the default), coreml or vulkan. Only a"
+            " device can run coreml and vulkan.",
+            rich_help_panel=BACKEND_OPTIONS,
+            autocompletion=values("xnnpack", "coreml", "vulkan"),
         ),
     ] = None,
     prefill: Annotated[
         bool,
         typer.Option(
             "--prefill/--no-prefill",
-            help="With 8da4w, give onnxruntime a second decoder with 8-bit weights for prompts: twice as fast"
-            " there, for three times the disk and memory.",
+            help="With onnxruntime and 8da4w, add a second decoder with 8-bit weights for prefill: prefill is"
+            " twice as fast, and the decoder takes three times the disk space and memory.",
+            rich_help_panel=BACKEND_OPTIONS,
         ),
     ] = True,
     goldens: Annotated[
         bool,
         typer.Option(
-            "--goldens/--no-goldens", help="Record the reference's outputs for 'parity', and audit the files."
+            "--goldens/--no-goldens",
+            help="Record reference outputs for 'parity', and compare the written files with the checkpoint.",
+            rich_help_panel=CHECKS,
         ),
     ] = True,
-    check: Annotated[bool, typer.Option("--parity/--no-parity", help="Run 'parity' on the result.")] = True,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--parity/--no-parity", help="Run the parity check on the bundle.", rich_help_panel=CHECKS
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint into a bundle.
 
-    An interrupted export goes on where it stopped when you run the same command again. The result
-    is compared with the PyTorch reference; exit code 1 says that it differs.
+    The parity check compares the bundle with the PyTorch reference. If the export is interrupted, run the
+    same command again: the export resumes.
+
+    Exit code 0: all stages passed; 1: the bundle differs from the reference, or the precision overflows; 3:
+    the parity check could not judge the bundle on this machine.
 
     Example: dsvl-export export tiny --precision fp16 --output tiny-bundle
     """
@@ -150,17 +185,17 @@ def export(
     device = find_target(target) if target else None
     backend = backend or (next(iter(device.backends)) if device else "onnxruntime")
     compiler = load_compiler(backend)
-    given = precision or ["fp32" if "fp32" in compiler.PRECISIONS else compiler.PRECISIONS[0]]
-    plans = [plan_for(compiler, each) for each in given]
+    names = precision or ["fp32" if "fp32" in compiler.PRECISIONS else compiler.PRECISIONS[0]]
+    plans = [plan_for(compiler, name) for name in names]
     precisions = [plan.name for plan in plans]
-    name = device.name if device else None
-    defects = {str(defect): None for each in precisions for defect in warnings_for(backend, each, name)}
+    device_name = device.name if device else None
+    defects = {str(row): None for each in precisions for row in warnings_for(backend, each, device_name)}
     for text in defects:
         display.err.print(f"[yellow]Known defect:[/] {escape(text)}")
     if scales is None and checkpoint != "tiny" and any(plan.quantizes_activations for plan in plans):
         display.err.print(
-            "[yellow]Calibrating on the bundled pictures:[/] for better scales run 'dsvl-export calibrate'"
-            " on images of your own and give --scales."
+            "[yellow]Calibrating on the bundled images.[/] For better scales, run 'dsvl-export calibrate'"
+            " on your own images and pass the result as --scales."
         )
     with display.progress_bar() as bars:
         tasks: dict[str, TaskID] = {}
@@ -179,21 +214,21 @@ def export(
 
         try:
             bundle = run_export(
-                checkpoint, output, backend, given, goldens, report, scales, target, tensorrt, capacity,
+                checkpoint, output, backend, names, goldens, report, scales, target, tensorrt, capacity,
                 sm or (), deployment, delegate, prefill,
             )  # fmt: skip
         except KeyboardInterrupt:
-            display.err.print("The export goes on where it stopped when it is run again.")
+            display.err.print("Run the same command again: the export resumes.")
             raise
     for each in precisions:
-        found = bundle.artifact("decoder", backend, each).tools.get(RUNNER_TOKENIZER, "")
-        if found.startswith("none"):
+        tokenizer = bundle.artifact("decoder", backend, each).tools.get(RUNNER_TOKENIZER, "")
+        if tokenizer.startswith("none"):
             display.err.print(
-                f"[yellow]No tokenizer for ExecuTorch's runner ({each}):[/] {escape(found[6:])}."
-                " Apps must give the runner token ids instead of text; see docs/executorch.md."
+                f"[yellow]No tokenizer for ExecuTorch's runner ({each}):[/] {escape(tokenizer[6:])}."
+                " Apps must pass token ids to the runner instead of text; see docs/executorch.md."
             )
     verdicts = [
-        judge(output, f"{backend} {each}", partial(_climb, backend, each))
+        judge(output, f"{backend} {each}", partial(_run_parity, backend, each))
         for each in precisions
         if check and goldens
     ]
@@ -218,28 +253,28 @@ def export(
 
 
 def _needs(bundle: Bundle, backend: str, precisions: list[str]) -> str:
-    """The oldest ONNX Runtime for the artifacts, as a sentence; empty where none runs them."""
+    """Return the oldest ONNX Runtime for the artifacts as a sentence; empty if none runs them."""
     from runtimes.onnxruntime_releases import NEEDED, newest
 
-    found = [
+    releases = [
         item.tools[NEEDED]
         for item in bundle.manifest.artifacts
         if item.backend == backend and item.precision in precisions and NEEDED in item.tools
     ]
     where = "" if backend == "onnxruntime" else " to run without a GPU"
-    return f"Needs ONNX Runtime {newest(found)} or later{where}." if found else ""
+    return f"Needs ONNX Runtime {newest(releases)} or later{where}." if releases else ""
 
 
 def _next_step(bundle: Bundle, backend: str) -> str:
-    ask = f'dsvl-export run {bundle.folder} --image PICTURE --prompt "Describe the picture."'
+    """Return the command to run after an export."""
+    ask = f'dsvl-export run {bundle.folder} --image IMAGE --prompt "Describe the picture."'
     if backend == "tensorrt":
-        return (
-            f"copy {bundle.folder} to the device and run there: dsvl-export build-engine {bundle.folder.name}"
-        )
+        return f"copy {bundle.folder} to the device and run: dsvl-export build-engine {bundle.folder.name}"
     return ask if backend != "tensorrt_rtx" else f"{ask} (on a machine without a GPU: with --device cpu)"
 
 
-def _climb(backend: str, precision: str, bundle: Bundle, on_step: OnStep) -> ParityResult:
+def _run_parity(backend: str, precision: str, bundle: Bundle, on_step: OnStep) -> ParityResult:
+    """Run the parity check of one precision."""
     from dsvl_export.ladder import parity
 
     warn_of_memory(bundle, backend, precision)
@@ -256,7 +291,7 @@ def open_pipeline(
     verify: bool,
     trust_engine: bool,
 ) -> Pipeline:
-    """Open a bundle to run it; says so where the machine's free memory is less than that takes."""
+    """Open a bundle to run it, and warn if the machine has too little free memory."""
     from runtimes.bundle import Bundle
     from runtimes.engines.trust import trust_engines
     from runtimes.pipeline import Pipeline
@@ -265,14 +300,14 @@ def open_pipeline(
     if trust_engine:
         trust_engines(bundle)
     backend, precision = bundle.select(backend, precision)
-    remedy = "take a smaller precision or --capacity"
+    remedy = "use a smaller precision or --capacity"
     warn_of_memory(bundle, backend, precision, device, capacity, remedy)
     return Pipeline.open(
         bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
     )
 
 
-@app.command()
+@command("run")
 def run(
     bundle: BundleFolder,
     prompt: Annotated[
@@ -280,7 +315,8 @@ def run(
         typer.Option(
             "--prompt",
             "-p",
-            help="The question. <image_placeholder> marks where images go; without it they come first.",
+            help="The question. <image_placeholder> marks the position of an image; without it, images come"
+            " first.",
         ),
     ],
     image: Images = None,
@@ -301,7 +337,7 @@ def run(
     trust_engine: TrustEngine = False,
     as_json: Json = False,
 ) -> None:
-    """Ask one question about one or several images; the answer streams to stdout.
+    """Answer a question about images; the answer streams to stdout.
 
     Example: dsvl-export run tiny-bundle --image photo.png --prompt "What number is in the picture?"
     """
@@ -328,7 +364,7 @@ def run(
     )
 
 
-@app.command()
+@command("chat")
 def chat(
     bundle: BundleFolder,
     image: Images = None,
@@ -345,9 +381,10 @@ def chat(
     trust_engine: TrustEngine = False,
     as_json: JsonLines = False,
 ) -> None:
-    """Talk about images, turn by turn; only what is new in a turn is computed.
+    """Chat about images; each turn computes only what is new.
 
-    Inside: /image FILE adds an image to the next message, /reset starts over, /quit (or Ctrl-D) ends.
+    In the chat, /image FILE adds an image to the next message, /reset starts a new conversation, and /quit
+    (or Ctrl-D) ends the chat.
     """
     from dsvl_export.chatting import converse
     from runtimes.sampling import GenerationOptions
@@ -357,9 +394,9 @@ def chat(
     converse(pipeline, image or [], options, as_json)
 
 
-@app.command()
+@command("inspect")
 def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
-    """Show what a bundle holds: model, artifacts, sizes, contracts, verdicts."""
+    """Show the contents of a bundle: model, artifacts, sizes, contracts and parity verdicts."""
     from dsvl_export import display
     from runtimes.bundle import Bundle
 
@@ -371,14 +408,14 @@ def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
             display.out.print(table)
 
 
-@app.command()
+@command("demo")
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the bundle and the pictures.")
+        Path, typer.Option("--output", "-o", help="Folder for the bundle and the images.")
     ] = Path("demo"),
     as_json: Json = False,
 ) -> None:
-    """Export the bundled tiny model, ask it about pictures, and show the proof."""
+    """Export the bundled tiny model, ask it about images, and run the parity check."""
     from dsvl_export.demo import run_demo
 
     if not run_demo(output, as_json):

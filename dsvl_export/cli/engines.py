@@ -1,4 +1,4 @@
-"""Commands around TensorRT: ``lint`` and ``build-engine``."""
+"""Commands for TensorRT: ``lint`` and ``build-engine``."""
 
 from __future__ import annotations
 
@@ -8,34 +8,39 @@ from typing import Annotated, Optional
 
 import typer
 
-from dsvl_export.cli.app import app
+from dsvl_export.cli.app import command
+from dsvl_export.cli.completion import complete_targets
 from dsvl_export.cli.options import BundleFolder, Json, Precision
 from dsvl_export.terminal import say
 
 
-@app.command()
+@command("lint")
 def lint(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle, or an ONNX file of any origin.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle, or any ONNX file.")],
     tensorrt: Annotated[
         Optional[str],
         typer.Option(
-            metavar="VERSION", help="TensorRT's version, as in 10.3. Default: the bundle's, or 11.4."
+            metavar="VERSION", help="Version of TensorRT, for example 10.3. Default: the bundle's, or 11.4."
         ),
     ] = None,
     target: Annotated[
-        Optional[str], typer.Option(help="Device, as 'targets' lists them: its TensorRT and its GPU.")
+        Optional[str],
+        typer.Option(
+            help="Target device, one of those that 'targets' lists; sets the TensorRT version and the GPU.",
+            autocompletion=complete_targets,
+        ),
     ] = None,
     sm: Annotated[
-        Optional[int], typer.Option(help="Compute capability, as in 87. Default: the target's.")
+        Optional[int], typer.Option(help="Compute capability, for example 87. Default: the target's.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what TensorRT would refuse of ONNX files, before any build: node, rule and remedy.
+    """Find what TensorRT refuses in ONNX files before a build: node, rule and fix.
 
-    Of a bundle, files for other runtimes are listed as not checked. Without --target, --tensorrt and --sm,
-    the rules of quantization are tried on files for ONNX Runtime.
+    Files of a bundle that are for other runtimes are listed as not checked. Without --target, --tensorrt and
+    --sm, files for ONNX Runtime are checked with the quantization rules.
 
-    Exit code 1: something would be refused, or taken for something else; 3: nothing could be checked.
+    Exit code 1: TensorRT would refuse or misinterpret a node; 3: no file could be checked.
 
     Example: dsvl-export lint model.onnx --target jetson-orin
     """
@@ -60,45 +65,52 @@ def lint(
         raise typer.Exit(3)
 
 
-@app.command("build-engine")
+@command("build-engine")
 def build_engine(
     bundle: BundleFolder,
     precision: Precision = None,
     capacity: Annotated[
-        Optional[int], typer.Option(min=1, help="Tokens of the KV cache. Default: the bundle's.")
+        Optional[int], typer.Option(min=1, help="Capacity of the KV cache, in tokens. Default: the bundle's.")
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Sequences that decode together at most.")] = 8,
+    max_batch: Annotated[int, typer.Option(min=1, help="Maximum number of sequences in a decode call.")] = 8,
     workspace: Annotated[
         Optional[float],
-        typer.Option(min=0, metavar="MB", help="Scratch memory that a kernel may take. Default: no limit."),
+        typer.Option(min=0, metavar="MB", help="Maximum scratch memory of a kernel. Default: no limit."),
     ] = None,
     timing_cache: Annotated[
         Optional[Path],
-        typer.Option(help="File with kernels' times: a second build takes a fraction of the first."),
+        typer.Option(help="File that keeps kernel timings between builds, so that later builds are faster."),
     ] = None,
     version_compatible: Annotated[
         bool,
-        typer.Option("--version-compatible", help="Runs on later TensorRT of the same major version too."),
+        typer.Option(
+            "--version-compatible",
+            help="Build engines that later releases of the same TensorRT major version can run.",
+        ),
     ] = False,
     hardware_compatible: Annotated[
         bool,
         typer.Option(
-            "--hardware-compatible", help="Runs on every GPU from Ampere on; slower. Not on Jetson."
+            "--hardware-compatible",
+            help="Build slower engines that run on every GPU from Ampere on. Not supported on Jetson.",
         ),
     ] = False,
     weight_streaming: Annotated[
-        bool, typer.Option("--weight-streaming", help="Weights that do not fit stay in the host's memory.")
+        bool,
+        typer.Option("--weight-streaming", help="Keep weights that do not fit in GPU memory in host memory."),
     ] = False,
     dla_core: Annotated[
         Optional[int],
-        typer.Option(min=0, help="Vision encoder on this DLA of a Jetson; the rest falls back to the GPU."),
+        typer.Option(
+            min=0, help="Run the vision encoder on this DLA core of a Jetson; the rest runs on the GPU."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build TensorRT engines for this machine's GPU from a bundle; no PyTorch, no checkpoint.
+    """Build TensorRT engines for this machine's GPU from a bundle, without PyTorch or the checkpoint.
 
-    The engines go into the bundle, with the GPU and the TensorRT they are for. What is built already is
-    kept; the same command goes on after an interruption.
+    The engines are added to the bundle, which records their GPU and TensorRT version. Engines that exist are
+    kept. If the build is interrupted, run the same command again: it resumes.
 
     Example: dsvl-export build-engine tiny-bundle --timing-cache jetson.timing
     """
@@ -123,8 +135,8 @@ def build_engine(
     needed = longest_golden(opened)
     if needed > settings.capacity:
         display.err.print(
-            f"[yellow]The bundle's longest golden needs a capacity of {needed}, not {settings.capacity};"
-            " parity will leave out what does not fit.[/]"
+            f"[yellow]The longest golden of the bundle needs a capacity of {needed} tokens, but the capacity"
+            f" is {settings.capacity}.[/] The parity check leaves out goldens that do not fit."
         )
     with display.step_bar("build-engine") as on_step:
         built = build_engines(bundle, settings, precision, on_step=on_step)

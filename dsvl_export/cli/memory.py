@@ -1,4 +1,4 @@
-"""What commands say before they open a bundle that the machine's memory is too small for."""
+"""The warning that a bundle needs more memory than the machine has free."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ def warn_of_memory(
     precision: str,
     device: str | None = None,
     capacity: int | None = None,
-    remedy: str = "take a smaller precision",
+    remedy: str = "use a smaller precision",
 ) -> None:
-    """Say what a bundle takes where less is free; the system may still find room.
+    """Warn if a bundle needs more memory than is free; the operating system may still provide it.
 
     Args:
-        capacity: of the KV cache; None is the bundle's.
-        remedy: what the command's user can do.
+        bundle: the bundle to open.
+        backend: the backend to run.
+        precision: the precision to run.
+        device: the device to run on; None is the backend's default.
+        capacity: capacity of the KV cache, in tokens; None is the bundle's.
+        remedy: what the user of the command can do.
     """
     from rich.markup import escape
 
@@ -37,6 +41,6 @@ def warn_of_memory(
     needed, free = needed_memory(bundle, backend, precision, capacity), available_memory()
     if needed > free:
         display.err.print(
-            f"[yellow]Short of memory:[/] {escape(f'{backend} {precision}')} takes {size(needed)} with KV"
-            f" cache and activations, {size(free)} are free; {remedy}."
+            f"[yellow]Low memory:[/] {escape(f'{backend} {precision}')} needs {size(needed)} with KV cache"
+            f" and activations, but only {size(free)} are free; {remedy}."
         )

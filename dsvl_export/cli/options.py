@@ -7,70 +7,150 @@ from typing import Annotated, Optional
 
 import typer
 
+from dsvl_export.cli.completion import bundle_backends, bundle_precisions, values
+
+# Panels of the help.
+GENERATION = "Generation"
+RUNTIME = "Runtime"
+CHECK = "Parity check"
+
 Checkpoint = Annotated[
-    str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub id.", metavar="CHECKPOINT")
+    str,
+    typer.Argument(
+        help="'tiny' (bundled), a checkpoint folder, or a Hugging Face hub id.",
+        metavar="CHECKPOINT",
+        autocompletion=values("tiny"),
+    ),
 ]
 BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, made by 'export'.", metavar="BUNDLE")]
-Backend = Annotated[Optional[str], typer.Option(help="Backend of the bundle; default: its first.")]
-Precision = Annotated[Optional[str], typer.Option(help="Precision of the bundle; default: its first.")]
+Backend = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Backend of the bundle. Default: the first in the bundle.", autocompletion=bundle_backends()
+    ),
+]
+Precision = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Precision of the bundle. Default: the first in the bundle.", autocompletion=bundle_precisions()
+    ),
+]
 Device = Annotated[
     Optional[str],
     typer.Option(
-        help="cpu, cuda, or tensorrt (ONNX Runtime's); default: the backend's own. cpu runs the ONNX files of"
-        " TensorRT's backends in ONNX Runtime. Of coreml: gpu, ane (the functions of fixed lengths) or cpu."
+        help="cpu, cuda or tensorrt (with onnxruntime); gpu, ane (fixed-length functions only) or cpu (with"
+        " coreml). cpu also runs the ONNX files of the TensorRT backends in ONNX Runtime. Default: the"
+        " backend's own.",
+        rich_help_panel=RUNTIME,
+        autocompletion=values("cpu", "cuda", "tensorrt", "gpu", "ane"),
     ),
 ]
-Threads = Annotated[Optional[int], typer.Option(min=1, help="CPU threads; default: the backend's choice.")]
+Threads = Annotated[
+    Optional[int],
+    typer.Option(
+        min=1, help="Number of CPU threads. Default: the backend's choice.", rich_help_panel=RUNTIME
+    ),
+]
 Capacity = Annotated[
-    Optional[int], typer.Option(min=1, help="Tokens that the KV cache holds; default: the bundle's.")
+    Optional[int],
+    typer.Option(
+        min=1, help="Capacity of the KV cache, in tokens. Default: the bundle's.", rich_help_panel=RUNTIME
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per answer on stdout.")]
-Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Check the SHA-256 of what is loaded.")]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Check the SHA-256 of each file before it is loaded.",
+        rich_help_panel=RUNTIME,
+    ),
+]
 TrustEngine = Annotated[
     bool,
     typer.Option(
         "--trust-engine",
-        help="From now on, let the bundle's TensorRT engines run code of their own on this machine, as those"
-        " that were built here may. Only version-compatible engines bring any.",
+        help="Allow the bundle's TensorRT engines to run code of their own on this machine, now and later."
+        " Only version-compatible engines contain code. Engines built on this machine are trusted already.",
+        rich_help_panel=RUNTIME,
     ),
 ]
-Images = Annotated[
-    Optional[list[Path]], typer.Option("--image", "-i", help="Image file; repeat for several.")
+Images = Annotated[Optional[list[Path]], typer.Option("--image", "-i", help="Image file, repeatable.")]
+MaxNewTokens = Annotated[
+    int, typer.Option(min=1, help="Maximum length of the answer, in tokens.", rich_help_panel=GENERATION)
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(min=0, help="Sample from the K likeliest tokens; 0: all.")]
-TopP = Annotated[float, typer.Option(help="Sample from the smallest set with this probability.")]
-Penalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.")]
-Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
-Stop = Annotated[Optional[list[str]], typer.Option(help="String that ends the answer; repeatable.")]
+Temperature = Annotated[
+    float,
+    typer.Option(min=0, help="Sampling temperature; 0 selects greedy decoding.", rich_help_panel=GENERATION),
+]
+TopK = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Sample from the K most probable tokens; 0 samples from all.",
+        rich_help_panel=GENERATION,
+    ),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        help="Sample from the smallest set of tokens whose probabilities sum to at least P.",
+        rich_help_panel=GENERATION,
+    ),
+]
+Penalty = Annotated[
+    float,
+    typer.Option(
+        "--repetition-penalty",
+        help="Values above 1 make repeated tokens less probable.",
+        rich_help_panel=GENERATION,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.", rich_help_panel=GENERATION)]
+Stop = Annotated[
+    Optional[list[str]],
+    typer.Option(help="String that ends the answer, repeatable.", rich_help_panel=GENERATION),
+]
 Drafts = Annotated[
     bool,
     typer.Option(
         "--drafts/--no-drafts",
-        help="Guess tokens that repeat earlier text and judge several in one call: faster, the same answer.",
+        help="Use prompt-lookup speculative decoding: faster, with the same answer.",
+        rich_help_panel=GENERATION,
     ),
 ]
 Tolerances = Annotated[
     Optional[Path],
-    typer.Option(metavar="YAML", help="Bounds that override the shipped ones (ladder/tolerances.yaml)."),
+    typer.Option(
+        metavar="YAML",
+        help="File with tolerances that override the shipped ones.",
+        rich_help_panel=CHECK,
+    ),
 ]
 Task = Annotated[
     Optional[str],
     typer.Option(
-        help="Questions whose exact match is held against fp32's: a JSONL file, 'heldout' (the tiny model's,"
-        " its default) or 'none'."
+        help="Questions for the task_accuracy stage, which compares the exact-match rate with fp32: a JSONL"
+        " file, 'heldout' (the questions of the tiny model, and its default) or 'none'.",
+        rich_help_panel=CHECK,
+        autocompletion=values("heldout", "none"),
     ),
 ]
 Taps = Annotated[
-    bool, typer.Option("--taps", help="Locate drift layer by layer even where every stage passes.")
+    bool,
+    typer.Option(
+        "--taps",
+        help="Compare layer by layer even if every stage passes.",
+        rich_help_panel=CHECK,
+    ),
 ]
 Ray = Annotated[
     Optional[str],
     typer.Option(
         metavar="ADDRESS",
-        help="Ray cluster to spread the work over: auto, HOST:PORT or ray://HOST:PORT. Checkpoint, bundle and"
-        " data must have the same paths on all machines. Default: this machine alone.",
+        help="Ray cluster to distribute the work to: auto, HOST:PORT or ray://HOST:PORT. Checkpoint, bundle"
+        " and data must have the same paths on all machines. Default: this machine only.",
+        autocompletion=values("auto"),
     ),
 ]

@@ -1,4 +1,4 @@
-"""Commands that look at machines and targets: ``doctor``, ``targets`` and ``plan``."""
+"""Commands that plan a deployment: ``doctor``, ``targets`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import Annotated, Optional
 
 import typer
 
-from dsvl_export.cli.app import app
+from dsvl_export.cli.app import command
+from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets
 from dsvl_export.cli.options import Checkpoint, Json
 
 
-@app.command()
+@command("doctor")
 def doctor(as_json: Json = False) -> None:
-    """Say what can be compiled and run here, what is missing, and which known defects apply.
+    """Show what this machine can export and run, what is missing, and which known defects apply.
 
-    Exit code 1: no backend runs here, or installed versions are known to break each other.
+    Exit code 1: no backend runs here, or the installed versions are known to be incompatible.
     """
     from dsvl_export.display import print_json
     from dsvl_export.display_planning import print_diagnosis
@@ -29,9 +30,9 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@command("targets")
 def targets(as_json: Json = False) -> None:
-    """List the devices that 'plan' knows, with memory, speed, precisions and runtimes."""
+    """List the target devices with memory, speed, backends and precisions."""
     from dataclasses import asdict
 
     from dsvl_export.display import out, print_json
@@ -45,27 +46,42 @@ def targets(as_json: Json = False) -> None:
         out.print(target_table(table))
 
 
-@app.command()
+@command("plan")
 def plan(
     checkpoint: Checkpoint,
-    target: Annotated[str, typer.Option(help="Device; 'dsvl-export targets' lists them.")] = "cpu",
-    backend: Annotated[Optional[str], typer.Option(help="Backend; default: the target's first.")] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Target device, one of those that 'targets' lists.", autocompletion=complete_targets
+        ),
+    ] = "cpu",
+    backend: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Backend. Default: the first backend of the target.", autocompletion=complete_backends
+        ),
+    ] = None,
     precision: Annotated[
-        str, typer.Option(help="Precision of the weights, a recipe, or the YAML file of a precision plan.")
+        str,
+        typer.Option(
+            help="Precision, as for 'export': a name, or the YAML file of a precision plan.",
+            autocompletion=complete_precisions,
+        ),
     ] = "fp16",
     context: Annotated[
-        Optional[int], typer.Option(min=1, help="Tokens that the KV cache shall hold; default: 2048.")
+        Optional[int], typer.Option(min=1, help="Capacity of the KV cache, in tokens. Default: 2048.")
     ] = None,
-    images: Annotated[int, typer.Option(min=0, help="Images in the prompt.")] = 1,
-    text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text in the prompt.")] = 100,
+    images: Annotated[int, typer.Option(min=0, help="Number of images in the prompt.")] = 1,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Number of text tokens in the prompt.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """Predict size, memory, time to first token and tokens per second, before any work.
+    """Predict size, memory, time to first token and tokens per second of an export.
 
-    Needs the checkpoint's config alone. Bytes are read off the traced program; times are roofline
-    bounds, what the hardware allows at most.
+    Only the config of the checkpoint is needed. Sizes are computed from the traced program. Times are
+    roofline bounds, so the device can at best reach them.
 
-    Exit code 1: it does not fit into the target; 2: the target cannot run it, and what comes nearest.
+    Exit code 1: the model does not fit into the memory of the target; 2: the target cannot run the model in
+    this precision. Both name the nearest alternative.
 
     Example: dsvl-export plan my-checkpoint --target jetson-agx-orin --precision int4 --context 4096
     """

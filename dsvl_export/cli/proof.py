@@ -1,4 +1,4 @@
-"""Commands that judge bundles: ``parity``, ``compare`` and ``verify``."""
+"""Commands that check bundles: ``parity``, ``compare`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from dsvl_export.cli.app import app
+from dsvl_export.cli.app import command
+from dsvl_export.cli.completion import bundle_backends, bundle_precisions, values
 from dsvl_export.cli.memory import warn_of_memory
 from dsvl_export.cli.options import (
+    CHECK,
     Backend,
     BundleFolder,
     Device,
@@ -37,11 +39,16 @@ if TYPE_CHECKING:
 
 ReportFolder = Annotated[
     Optional[Path],
-    typer.Option("--report", metavar="FOLDER", help="Write the report there and leave the bundle untouched."),
+    typer.Option(
+        "--report",
+        metavar="FOLDER",
+        help="Write the report to this folder and leave the bundle unchanged.",
+        rich_help_panel=CHECK,
+    ),
 ]
 
 
-@app.command()
+@command("parity")
 def parity(
     bundle: BundleFolder,
     backend: Backend = None,
@@ -52,7 +59,9 @@ def parity(
         Optional[str],
         typer.Option(
             metavar="CHECKPOINT",
-            help="Compute the reference from this checkpoint with PyTorch, instead of the recorded goldens.",
+            help="Compute the reference with PyTorch from this checkpoint instead of using the goldens.",
+            rich_help_panel=CHECK,
+            autocompletion=values("tiny"),
         ),
     ] = None,
     tolerances: Tolerances = None,
@@ -63,12 +72,13 @@ def parity(
     trust_engine: TrustEngine = False,
     as_json: Json = False,
 ) -> None:
-    """Compare a bundle with the PyTorch reference, stage by stage; needs no PyTorch.
+    """Run the parity check: compare a bundle with recorded outputs of PyTorch, stage by stage.
 
-    Every backend and precision of the bundle is judged, or the one you name. A report (JSON and HTML)
-    goes into the bundle's reports folder. Where a stage fails, the first layer that drifted is named.
+    All backends and precisions of the bundle are checked unless you name one. A JSON and an HTML report are
+    written to the reports folder of the bundle. If a stage fails, the report names the first layer that
+    differs.
 
-    Exit code 0: all passed; 1: something differs; 3: something could not be judged here.
+    Exit code 0: all stages passed; 1: a stage failed; 3: a stage could not be judged on this machine.
     """
     from dsvl_export import display
     from dsvl_export.cluster import ray_cluster
@@ -80,7 +90,7 @@ def parity(
     opened = Bundle.open(bundle)
     if trust_engine:
         trust_engines(opened)
-    opened.select(backend, precision)  # says what there is where nothing fits
+    opened.select(backend, precision)  # an error lists what the bundle has
     pairs = opened.matching(backend, precision)
     items, table = _task_items(task, opened), load_tolerances(tolerances)
 
@@ -110,26 +120,51 @@ def parity(
     leave_with([result for _, result in results])
 
 
-@app.command()
+@command("compare")
 def compare(
-    bundle_a: Annotated[Path, typer.Argument(metavar="BUNDLE_A", help="Takes the reference's place.")],
-    bundle_b: Annotated[Path, typer.Argument(metavar="BUNDLE_B", help="Is compared with it.")],
-    backend_a: Annotated[Optional[str], typer.Option(help="Backend of A; default: its first.")] = None,
-    precision_a: Annotated[Optional[str], typer.Option(help="Precision of A; default: its first.")] = None,
-    backend_b: Annotated[Optional[str], typer.Option(help="Backend of B; default: its first.")] = None,
-    precision_b: Annotated[Optional[str], typer.Option(help="Precision of B; default: its first.")] = None,
+    bundle_a: Annotated[Path, typer.Argument(metavar="BUNDLE_A", help="Bundle to use as the reference.")],
+    bundle_b: Annotated[Path, typer.Argument(metavar="BUNDLE_B", help="Bundle to compare with it.")],
+    backend_a: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Backend of A. Default: the first in the bundle.",
+            autocompletion=bundle_backends("bundle_a"),
+        ),
+    ] = None,
+    precision_a: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Precision of A. Default: the first in the bundle.",
+            autocompletion=bundle_precisions("bundle_a", "backend_a"),
+        ),
+    ] = None,
+    backend_b: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Backend of B. Default: the first in the bundle.",
+            autocompletion=bundle_backends("bundle_b"),
+        ),
+    ] = None,
+    precision_b: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Precision of B. Default: the first in the bundle.",
+            autocompletion=bundle_precisions("bundle_b", "backend_b"),
+        ),
+    ] = None,
     task: Task = None,
     taps: Taps = False,
     tolerances: Tolerances = None,
     report: Annotated[
-        Optional[Path], typer.Option("--report", metavar="FOLDER", help="Write compare.json and .html there.")
+        Optional[Path],
+        typer.Option("--report", metavar="FOLDER", help="Write compare.json and compare.html to it."),
     ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two bundles, or two precisions of one, on the same ladder as 'parity'.
+    """Compare two bundles, or two precisions of a bundle, in the same stages as 'parity'.
 
-    The bounds are the sum of both precisions'. Exit codes as for 'parity'.
+    The tolerances of both precisions are added. The exit codes are those of 'parity'.
 
     Example: dsvl-export compare old-bundle new-bundle --precision-a fp16 --precision-b fp16
     """
@@ -157,29 +192,37 @@ def compare(
     leave_with([result])
 
 
-@app.command()
+@command("verify")
 def verify(
     bundle: BundleFolder,
     weights: Annotated[
         Optional[str],
         typer.Option(
             metavar="CHECKPOINT",
-            help="Also compare every weight, constant and setting in the files with what this checkpoint and"
-            " the precision plans make of them. Needs PyTorch.",
+            help="Also compare every weight, constant and setting in the files with the values computed from"
+            " this checkpoint and the precision plans. Needs PyTorch.",
+            autocompletion=values("tiny"),
         ),
     ] = None,
     backend: Annotated[
-        Optional[str], typer.Option(help="With --weights: this backend alone. Default: all.")
+        Optional[str],
+        typer.Option(
+            help="With --weights: audit only this backend. Default: all.", autocompletion=bundle_backends()
+        ),
     ] = None,
     precision: Annotated[
-        Optional[str], typer.Option(help="With --weights: this precision alone. Default: all.")
+        Optional[str],
+        typer.Option(
+            help="With --weights: audit only this precision. Default: all.",
+            autocompletion=bundle_precisions(),
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check size and SHA-256 of every file of a bundle, and that its engines are for this machine's GPU.
+    """Check the size and SHA-256 of every file of a bundle, and that its engines fit this machine's GPU.
 
-    With --weights, the content is checked too: exit code 1 says that something differs from the checkpoint, 3
-    that a file could not be audited.
+    With --weights, the content is checked too. Exit code 1: a file differs from the checkpoint; 3: a file
+    could not be audited.
 
     Example: dsvl-export verify tiny-bundle --weights tiny
     """
@@ -188,7 +231,9 @@ def verify(
     from runtimes.engines.backend import foreign_engines
 
     if weights is None and (backend or precision):
-        raise UserError("--backend and --precision choose what is audited; give --weights CHECKPOINT too.")
+        raise UserError(
+            "--backend and --precision select what --weights audits; pass --weights CHECKPOINT too."
+        )
     opened = Bundle.open(bundle)
     problems = opened.problems() + foreign_engines(opened)
     report: dict[str, Any] = {
@@ -197,12 +242,14 @@ def verify(
     if problems:
         if as_json:
             display.print_json(report)
-        raise UserError(f"The bundle {bundle} cannot be used as it is: {'; '.join(problems)}.")
+        raise UserError(
+            f"The bundle {bundle} is damaged or does not fit this machine: {'; '.join(problems)}."
+        )
     result = _audit(opened, weights, backend, precision) if weights else None
     if as_json:
         display.print_json({**report, **({"audit": result.to_dict()} if result else {})})
     else:
-        say(f"All {len(opened.manifest.files)} files of {bundle} are as exported.")
+        say(f"All {len(opened.manifest.files)} files of {bundle} are unchanged since the export.")
         if result:
             display.print_audit(result)
     if result and result.exit_code:
@@ -210,6 +257,7 @@ def verify(
 
 
 def _audit(bundle: Bundle, checkpoint: str, backend: str | None, precision: str | None) -> Audit:
+    """Compare the files of a bundle with a checkpoint, with a progress bar."""
     from dsvl_export import display
     from dsvl_export.audit import audit
     from reference.checkpoint import open_checkpoint
@@ -230,13 +278,16 @@ def _audit(bundle: Bundle, checkpoint: str, backend: str | None, precision: str 
 def judge(
     folder: Path, label: str, run: Callable[[Bundle, OnStep], ParityResult], report: Path | None = None
 ) -> tuple[dict[str, Any], ParityResult]:
-    """Run the ladder with a progress bar and keep the verdict in the bundle.
+    """Run the parity check with a progress bar, and write the verdict to the bundle.
 
     Args:
-        report: folder for the report; the bundle is left untouched then.
+        folder: the bundle.
+        label: text of the progress bar.
+        run: the parity check; takes the bundle and the callback for progress.
+        report: folder for the report; if it is given, the bundle is left unchanged.
 
     Returns:
-        The report's document and the result.
+        The document of the report and the result.
     """
     from dsvl_export import display
     from dsvl_export.records import record_verdict, write_report
@@ -253,17 +304,18 @@ def judge(
         try:
             _announce(record_verdict(opened, result))
         except (OSError, UserError) as error:  # a read-only bundle, or an export that is changing it
-            say(f"The verdict was not kept in the bundle: {error}", stream=sys.stderr)
+            say(f"The verdict was not written to the bundle: {error}", stream=sys.stderr)
     return make_document(opened, result), result
 
 
 def _announce(report: Path) -> None:
+    """Print the path of a report."""
     hint = "" if report.suffix == ".html" else " (pip install 'dsvl-export[report]' adds the HTML page)"
     say(f"Report: {report}{hint}", stream=sys.stderr)
 
 
 def leave_with(results: list[ParityResult]) -> None:
-    """End with the exit code of the worst verdict, where it is not a pass."""
+    """Exit with the code of the worst verdict, unless all passed."""
     codes = {result.exit_code for result in results}
     for code in (1, 3):
         if code in codes:
@@ -271,7 +323,7 @@ def leave_with(results: list[ParityResult]) -> None:
 
 
 def _task_items(task: str | None, bundle: Bundle) -> list[TaskItem] | None:
-    """The questions asked for; those of the tiny model where nothing is said about its bundle."""
+    """Return the questions that ``--task`` names; by default those of the tiny model, for its bundles."""
     from reference.tiny import HELDOUT, TINY_DIGEST
     from runtimes.task import load_task
 
@@ -281,5 +333,5 @@ def _task_items(task: str | None, bundle: Bundle) -> list[TaskItem] | None:
     if task not in (None, "heldout"):
         return load_task(Path(task))
     items = load_task(HELDOUT)
-    # The recorded answers are those of the bundled weights alone.
+    # The recorded answers are valid for the bundled weights only.
     return items if tiny else [replace(item, reference=None, reference_tokens=None) for item in items]

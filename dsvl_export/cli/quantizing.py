@@ -1,4 +1,4 @@
-"""Commands that choose numbers: ``calibrate``, ``sensitivity`` and ``plan-precision``."""
+"""Commands for quantization: ``calibrate``, ``sensitivity`` and ``plan-precision``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.markup import escape
 
-from dsvl_export.cli.app import app
+from dsvl_export.cli.app import command
+from dsvl_export.cli.completion import complete_precisions, values
 from dsvl_export.cli.options import Checkpoint, Json, Ray
 from dsvl_export.terminal import say
 from runtimes.errors import UserError
@@ -18,78 +18,97 @@ Data = Annotated[
     str,
     typer.Option(
         help="A folder of images, a JSONL file with image(s) and prompt(s) on each line, or 'bundled':"
-        " 128 questions about rendered pictures."
+        " 128 questions about rendered images.",
+        autocompletion=values("bundled"),
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Samples to use at most, drawn with the seed.")]
-Seed = Annotated[int, typer.Option(help="Seed of that draw.")]
-Scales = Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="Scale table made by 'calibrate'.")]
+Samples = Annotated[int, typer.Option(min=1, help="Maximum number of samples, drawn at random.")]
+Seed = Annotated[int, typer.Option(help="Seed for drawing the samples.")]
+Scales = Annotated[
+    Optional[Path],
+    typer.Option(metavar="FOLDER", help="Folder with the scale table that 'calibrate' wrote."),
+]
 
 
-@app.command()
+@command("calibrate")
 def calibrate(
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for scales.json and its vectors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the scale table.")],
     data: Data = "bundled",
     samples: Samples = 128,
     seed: Seed = 0,
     method: Annotated[
-        str, typer.Option(help="How INT8 ranges are found: minmax, percentile or mse.")
+        str,
+        typer.Option(
+            help="Method that chooses INT8 ranges: minmax, percentile or mse.",
+            autocompletion=values("minmax", "percentile", "mse"),
+        ),
     ] = "mse",
-    percentile: Annotated[float, typer.Option(help="For that method, in percent.")] = 99.99,
+    percentile: Annotated[
+        float, typer.Option(help="With --method percentile: the percentile, in percent.")
+    ] = 99.99,
     tune: Annotated[
         Optional[str],
         typer.Option(
             metavar="PRECISION",
-            help="Precision or plan to tune for: smoothing (SmoothQuant, AWQ) and GPTQ serve its layers.",
+            help="Precision or plan to tune for: smooth its layers (SmoothQuant, AWQ), and round its weights"
+            " with GPTQ.",
+            autocompletion=complete_precisions,
         ),
     ] = None,
     smooth: Annotated[
-        bool, typer.Option("--smooth/--no-smooth", help="With --tune: search smoothing.")
+        bool, typer.Option("--smooth/--no-smooth", help="With --tune: search smoothing factors.")
     ] = True,
     gptq: Annotated[
-        bool, typer.Option("--gptq/--no-gptq", help="With --tune: round 4-bit weights by GPTQ.")
+        bool, typer.Option("--gptq/--no-gptq", help="With --tune: round 4-bit weights with GPTQ.")
     ] = True,
-    rows: Annotated[int, typer.Option(min=0, help="Rows kept of each activation, for --tune.")] = 512,
+    rows: Annotated[int, typer.Option(min=0, help="With --tune: rows to keep of each activation.")] = 512,
     part: Annotated[
-        str, typer.Option(metavar="I/N", help="Only part I of N of the data, for several machines.")
+        str,
+        typer.Option(
+            metavar="I/N", help="Use only part I of N of the data, to share the work among machines."
+        ),
     ] = "1/1",
     merge: Annotated[
         Optional[list[Path]],
-        typer.Option(metavar="FOLDER", help="Merge the statistics of these folders instead of running data."),
+        typer.Option(
+            metavar="FOLDER", help="Merge the statistics in these folders instead of running the data."
+        ),
     ] = None,
     ray: Ray = None,
     as_json: Json = False,
 ) -> None:
-    """Find the scales of all activations and of the KV cache, once for every backend.
+    """Find the scales of all activations and of the KV cache, once for all backends.
 
-    The data runs through the whole fp32 chain on the CPU: images with prompts, then the model's own
-    answers. An interrupted run goes on where it stopped when you run the same command again.
+    Images and prompts run through the whole fp32 model on the CPU, followed by the model's own answers. If
+    the run is interrupted, run the same command again: it resumes.
 
     Example: dsvl-export calibrate tiny --data my-images --output scales, then dsvl-export export tiny
     --precision int8 --scales scales --output bundle
     """
+    from rich.markup import escape
+
     from dsvl_export import display
     from dsvl_export.calibrating import CalibrationOptions
     from dsvl_export.calibrating import calibrate as run_calibrate
     from dsvl_export.cluster import ray_cluster
     from reference.checkpoint import open_checkpoint
 
-    wanted = CalibrationOptions(
+    options = CalibrationOptions(
         data, samples, seed, _part(part), method, percentile, rows, tune, smooth, gptq
     )
     source = open_checkpoint(checkpoint)
     with ray_cluster(ray) as spread, display.step_bar("calibrate") as on_step:
-        done = run_calibrate(source, output.expanduser(), wanted, merge or (), on_step, spread)
-    for image in done.skipped:
-        display.err.print(f"[yellow]Skipped, it cannot be read:[/] {escape(image)}")
-    table = done.table
+        result = run_calibrate(source, output.expanduser(), options, merge or (), on_step, spread)
+    for image in result.skipped:
+        display.err.print(f"[yellow]Skipped an unreadable image:[/] {escape(image)}")
+    table = result.table
     if as_json:
         display.print_json(
             {
                 "output": str(output),
                 "samples": table.samples,
-                "skipped": list(done.skipped),
+                "skipped": list(result.skipped),
                 "layers": len(table.activations),
                 "smoothed": sorted(table.smoothing),
                 "tuned": {name: weight.precision for name, weight in table.tuned.items()},
@@ -99,20 +118,22 @@ def calibrate(
     say(f"Wrote {output}: scales of {len(table.activations)} layers from {table.samples} samples.")
     if tune:
         say(
-            f"For {tune}: {len(table.smoothing)} places smoothed, {len(table.tuned)} weights rounded by GPTQ."
+            f"For {tune}: smoothed {len(table.smoothing)} layer inputs and rounded {len(table.tuned)} weights"
+            " with GPTQ."
         )
-    options = f"--precision {tune or 'int8'} --scales {output}"
-    say(f"Next: dsvl-export export {checkpoint} {options} --output BUNDLE")
+    precision = f"--precision {tune or 'int8'} --scales {output}"
+    say(f"Next: dsvl-export export {checkpoint} {precision} --output BUNDLE")
 
 
 def _part(text: str) -> tuple[int, int]:
+    """Read ``I/N``."""
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit()):
-        raise UserError(f"The part {text!r} must look like 1/4.")
+        raise UserError(f"--part must have the form I/N, for example 1/4, not {text!r}.")
     return int(index), int(count)
 
 
-@app.command()
+@command("sensitivity")
 def sensitivity(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for sensitivity.json and a plot.")],
@@ -121,15 +142,18 @@ def sensitivity(
     seed: Seed = 0,
     candidate: Annotated[
         Optional[list[str]],
-        typer.Option(help="Precision to try, repeatable. Default: int4-g128, int4-g32 and int8-weights."),
+        typer.Option(
+            help="Precision to measure, repeatable. Default: int4-g128, int4-g32 and int8-weights.",
+            autocompletion=values("int4-g128", "int4-g32", "int8-weights"),
+        ),
     ] = None,
     scales: Scales = None,
     ray: Ray = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what quantizing each layer alone does to the answers: KL divergence, and answers kept.
+    """Measure the effect of quantizing each layer by itself: KL divergence and unchanged answers.
 
-    What is done is kept; the same command goes on where it stopped.
+    If the run is interrupted, run the same command again: it resumes.
     """
     from dsvl_export import display
     from dsvl_export.cluster import ray_cluster
@@ -153,13 +177,15 @@ def sensitivity(
     say(f"Next: dsvl-export plan-precision {checkpoint} {output} --budget kl=0.02 --output plan.yaml")
 
 
-@app.command("plan-precision")
+@command("plan-precision")
 def plan_precision(
     checkpoint: Checkpoint,
-    measured: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where 'sensitivity' wrote.")],
+    measured: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that 'sensitivity' wrote.")],
     budget: Annotated[
         str,
-        typer.Option(help="kl=0.02 (nats per token), accuracy=0.99 (answers kept) or bytes=900M (weights)."),
+        typer.Option(
+            help="kl=0.02 (nats per token), accuracy=0.99 (unchanged answers) or bytes=900M (weights)."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="YAML file for the plan.")],
     data: Data = "bundled",
@@ -167,13 +193,13 @@ def plan_precision(
     seed: Seed = 0,
     scales: Scales = None,
     front: Annotated[
-        bool, typer.Option("--front/--no-front", help="Measure and draw the Pareto front.")
+        bool, typer.Option("--front/--no-front", help="Measure and plot the Pareto front.")
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Find the precision of every layer that keeps a budget, checked on data 'sensitivity' has not seen.
+    """Find a precision for every layer within a budget, checked on data that 'sensitivity' did not use.
 
-    The plan is taken wherever --precision is. The Pareto front is drawn beside it.
+    All commands accept the plan as --precision. A plot of the Pareto front is written next to the plan.
 
     Example: dsvl-export plan-precision tiny measured --budget accuracy=0.99 --output plan.yaml
     """

@@ -1,4 +1,4 @@
-"""The command that serves a bundle."""
+"""The command ``serve``, which starts an HTTP server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 import typer
 
-from dsvl_export.cli.app import app
+from dsvl_export.cli.app import command
+from dsvl_export.cli.completion import values
 from dsvl_export.cli.options import (
     Backend,
     BundleFolder,
@@ -25,48 +26,102 @@ from dsvl_export.cli.options import (
 )
 from dsvl_export.terminal import say
 from runtimes.errors import UserError
+from runtimes.installation import PACKAGES
 
+# Panels of the help.
+ACCESS = "Network and access"
+LIMITS = "Limits"
+CLUSTER = "Ray cluster"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 BACKLOG = 512  # connections that are not accepted yet
 
 
-@app.command()
+@command("serve")
 def serve(
     bundle: BundleFolder,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on; 0.0.0.0 listens on all.",
+            rich_help_panel=ACCESS,
+            autocompletion=values("127.0.0.1", "0.0.0.0"),
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="Port; 0 selects a free port.", rich_help_panel=ACCESS),
+    ] = 8000,
     backend: Backend = None,
     precision: Precision = None,
     api_key: Annotated[
         Optional[str],
-        typer.Option(envvar="DSVL_API_KEY", help="Bearer token that requests must have. Default: none."),
+        typer.Option(
+            envvar="DSVL_API_KEY",
+            help="Bearer token that requests must contain. Default: none.",
+            rich_help_panel=ACCESS,
+        ),
     ] = None,
     slots: Annotated[
         Optional[int],
-        typer.Option(min=1, help="Requests answered at once. Default: up to 8, as the memory allows."),
+        typer.Option(
+            min=1,
+            help="Number of requests to answer at a time. Default: up to 8, if memory allows.",
+            rich_help_panel=LIMITS,
+        ),
     ] = None,
-    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told to retry.")] = 64,
+    queue: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Number of requests that can wait; the server asks further ones to retry.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 64,
     models: Annotated[
-        int, typer.Option(min=1, help="Models (backend and precision) of the bundle open at a time.")
+        int,
+        typer.Option(
+            min=1,
+            help="Number of models (backend and precision) to keep open at a time.",
+            rich_help_panel=LIMITS,
+        ),
     ] = 2,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer where a request does not say, tokens.")
+        int,
+        typer.Option(
+            min=1,
+            help="Maximum length of an answer, in tokens, if the request does not set one.",
+            rich_help_panel=LIMITS,
+        ),
     ] = 512,
     drafts: Drafts = True,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a request is given up.")] = 300,
-    max_body: Annotated[int, typer.Option(min=1, help="Megabytes of a request.")] = 32,
-    max_images: Annotated[int, typer.Option(min=0, help="Images of a request.")] = 16,
-    max_pixels: Annotated[int, typer.Option(min=1, max=89, help="Megapixels of an image.")] = 40,
+    timeout: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds after which a request is cancelled.", rich_help_panel=LIMITS),
+    ] = 300,
+    max_body: Annotated[
+        int, typer.Option(min=1, help="Maximum size of a request, in MB.", rich_help_panel=LIMITS)
+    ] = 32,
+    max_images: Annotated[
+        int, typer.Option(min=0, help="Maximum number of images in a request.", rich_help_panel=LIMITS)
+    ] = 16,
+    max_pixels: Annotated[
+        int,
+        typer.Option(min=1, max=89, help="Maximum size of an image, in megapixels.", rich_help_panel=LIMITS),
+    ] = 40,
     image_host: Annotated[
         Optional[list[str]],
-        typer.Option(help="Host whose image URLs are fetched, repeatable. Default: data URLs only."),
+        typer.Option(
+            help="Host to download images from, repeatable. Default: requests can only contain data URLs.",
+            rich_help_panel=ACCESS,
+        ),
     ] = None,
     allow_origin: Annotated[
         Optional[list[str]],
         typer.Option(
             metavar="ORIGIN",
-            help="Origin of web pages elsewhere that may ask (CORS), as http://localhost:5173; '*' is any."
-            " Repeatable. Default: none.",
+            help="Origin of other web pages that can send requests (CORS), for example http://localhost:5173;"
+            " '*' allows all. Repeatable. Default: none.",
+            rich_help_panel=ACCESS,
         ),
     ] = None,
     device: Device = None,
@@ -78,26 +133,30 @@ def serve(
         Optional[str],
         typer.Option(
             metavar="ADDRESS",
-            help="Ray cluster whose machines answer: auto or HOST:PORT. The bundle must have the same path on"
-            " all of them; --slots and --models are each replica's. Default: this process answers.",
+            help="Ray cluster that runs the replicas: auto or HOST:PORT. The bundle must have the same path"
+            " on all machines; --slots and --models apply to each replica. Default: this process answers.",
+            rich_help_panel=CLUSTER,
+            autocompletion=values("auto"),
         ),
     ] = None,
     replicas: Annotated[
         Optional[int],
         typer.Option(
-            min=1, help="With --ray: processes that answer, of --threads each. Default: one for each machine."
+            min=1,
+            help="With --ray: number of replicas, each with --threads. Default: one on each machine.",
+            rich_help_panel=CLUSTER,
         ),
     ] = None,
 ) -> None:
-    """Serve a bundle: the OpenAI chat protocol at /v1, a web page at /, figures at /metrics.
+    """Serve a bundle over HTTP: the OpenAI chat API at /v1, a web page at /, metrics at /metrics.
 
-    Several requests are answered at once. Ctrl-C (or SIGTERM) finishes what runs. With --ray the answers come
-    from replicas on a Ray cluster; requests whose replica is lost before it began to answer go to another.
+    Ctrl-C (or SIGTERM) stops the server after it has finished the running requests. With --ray, replicas on a
+    Ray cluster answer; if a replica fails before it starts an answer, another one takes the request.
 
     Example: dsvl-export serve tiny-bundle
     """
     if replicas and not ray:
-        raise UserError("--replicas are processes on a Ray cluster; give --ray ADDRESS.")
+        raise UserError("--replicas needs a Ray cluster; pass --ray ADDRESS too.")
     try:
         import uvicorn
 
@@ -110,7 +169,9 @@ def serve(
 
         if ray:
             from dsvl_export.serving.deploying import deployed
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:  # a defect of ours
+            raise
         extras = "serve,ray" if ray else "serve"
         raise UserError(f"serve needs {error.name}; run: pip install 'dsvl-export[{extras}]'.") from error
     from dsvl_export import display
@@ -119,8 +180,8 @@ def serve(
 
     if trust_engine and ray:
         raise UserError(
-            "--trust-engine is remembered on this machine alone; run a command with it on each machine of the"
-            " cluster instead."
+            "--trust-engine applies to this machine only. Run a command with --trust-engine on each machine"
+            " of the cluster first, then serve without it."
         )
     if trust_engine:
         trust_engines(Bundle.open(bundle))
@@ -150,10 +211,12 @@ def serve(
         )  # fmt: skip
         if host not in LOOPBACK and not api_key:
             display.err.print(
-                "[yellow]Open to the network:[/] anybody who reaches it may ask; give --api-key."
+                "[yellow]No API key:[/] everyone on the network can send requests; pass --api-key."
             )
         if "*" in options.origins:
-            display.err.print("[yellow]Open to web pages:[/] any page that a user visits may ask.")
+            display.err.print(
+                "[yellow]All origins are allowed:[/] every web page that a user visits can send requests."
+            )
         say(f"Serving {service.default} at http://{place} (Ctrl-C stops)")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):  # raised once the server has stopped
@@ -161,7 +224,7 @@ def serve(
 
 
 def _origin(text: str) -> str:
-    """An origin as browsers send it: scheme, host and port, in lower case."""
+    """Return an origin as browsers send it: scheme, host and port, in lower case."""
     try:
         parts = urlsplit(text.lower().rstrip("/"))
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -171,11 +234,14 @@ def _origin(text: str) -> str:
         if parts.port is not None and parts.port == {"http": 80, "https": 443}.get(parts.scheme):
             text = text.rstrip("/").rpartition(":")[0]  # browsers leave it out
     if text != "*" and (not valid or parts.path or parts.query or parts.fragment or parts.username):
-        raise UserError(f"--allow-origin takes http://HOST[:PORT], https://HOST[:PORT] or '*', not {text!r}.")
+        raise UserError(
+            f"--allow-origin must be http://HOST[:PORT], https://HOST[:PORT] or '*', not {text!r}."
+        )
     return text.lower().rstrip("/")
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off where TCP is named alone; with it a response takes 40 ms more.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -186,5 +252,5 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         reason = error.strerror or str(error)
-        raise UserError(f"Cannot listen at {host} port {port}: {reason}.") from error
+        raise UserError(f"Cannot listen on {host} port {port}: {reason}.") from error
     return listening

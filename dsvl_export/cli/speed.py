@@ -1,4 +1,4 @@
-"""The command that measures speed: ``bench``."""
+"""The command ``bench``, which measures speed."""
 
 from __future__ import annotations
 
@@ -6,49 +6,50 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.markup import escape
 
-from dsvl_export.cli.app import app
+from dsvl_export.cli.app import command
 from dsvl_export.cli.memory import warn_of_memory
 from dsvl_export.cli.options import Backend, BundleFolder, Device, Json, Precision, Threads, TrustEngine
 
 
-@app.command()
+@command("bench")
 def bench(
     bundle: BundleFolder,
     backend: Backend = None,
     precision: Precision = None,
     image: Annotated[
         Optional[Path],
-        typer.Option("--image", "-i", help="Picture to ask about; default: one of noise."),
+        typer.Option("--image", "-i", help="Image to ask about. Default: random pixels."),
     ] = None,
     contexts: Annotated[
         Optional[list[int]],
         typer.Option(
             "--context",
             min=1,
-            help="Tokens before those that are decoded, repeatable. Default: 128, 512, 1024"
-            " and 2048, as far as the decoder holds them.",
+            help="Number of tokens in the KV cache when decoding starts, repeatable. Default: those of 128,"
+            " 512, 1024 and 2048 that fit.",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode at each context.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Repeats, after one that is not counted.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to decode at each context.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of measurements, after one warm-up.")] = 3,
     report: Annotated[
         Optional[Path],
-        typer.Option("--report", metavar="FOLDER", help="Write JSON and a plot there."),
+        typer.Option("--report", metavar="FOLDER", help="Write a JSON file and a plot to it."),
     ] = None,
     device: Device = None,
     threads: Threads = None,
     trust_engine: TrustEngine = False,
     as_json: Json = False,
 ) -> None:
-    """Measure time to first token by stage and decoding by context, beside the machine's roof.
+    """Measure the time to first token and the decoding speed, with the memory-bandwidth bound.
 
-    The roof is the memory bandwidth, measured here, over the bytes that a token reads. With PyTorch
-    installed, the prediction of 'plan' stands beside it.
+    The bound is the measured memory bandwidth divided by the bytes that a token reads. If PyTorch is
+    installed, the prediction of 'plan' is shown too.
 
     Example: dsvl-export bench tiny-bundle --precision fp32 --report bench
     """
+    from rich.markup import escape
+
     from dsvl_export import display
     from dsvl_export.benching import BenchOptions
     from dsvl_export.benching import bench as run_bench

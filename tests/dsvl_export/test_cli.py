@@ -219,6 +219,9 @@ def test_demo_ends_with_what_to_try_next(run, tmp_path: Path) -> None:
     done = run("demo", "--output", tmp_path / "demo", "--json")
     assert done.code == 0
     assert done.err.count("Model: ") == 12
+    stages = [line.strip() for line in done.err.splitlines() if line.startswith("   onnxruntime/fp")]
+    assert len(stages) == 6
+    assert "sizes of" not in done.err
     proofs = 3 if find_spec("tensorrt_rtx") else 2
     assert done.err.count("passed") == proofs * (1 + 11)
     assert done.err.count("Report: ") == proofs
@@ -361,7 +364,7 @@ def test_short_memory_is_said_with_both_figures(
     monkeypatch.setattr("runtimes.memory.available_memory", lambda: free)
     done = run(command[0], bundle_copy, *command[1:], "--precision", "fp32")
     assert done.code == 0
-    sentence = rf"Short of memory: onnxruntime fp32 takes [\d.]+ MB .*, {size(free)} are free"
+    sentence = rf"Low memory: onnxruntime fp32 needs [\d.]+ MB .*, but only {size(free)} are free"
     assert bool(re.search(sentence, done.err.replace("\n", " "))) == said
 
 
@@ -402,7 +405,7 @@ def test_an_interrupted_command_goes_on(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     said = [line for line in errors.splitlines() if line]
-    assert said[-2:] == ["The export goes on where it stopped when it is run again.", "Interrupted."]
+    assert said[-2:] == ["Run the same command again: the export resumes.", "Interrupted."]
     assert "Traceback" not in errors
     assert not (tmp_path / "b" / MANIFEST).exists()
     again = subprocess.run(command, capture_output=True, text=True, check=False)

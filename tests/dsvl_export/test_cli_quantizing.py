@@ -70,7 +70,7 @@ def test_tuning_on_the_command_line(run, tmp_path: Path) -> None:  # type: ignor
     for arguments, sentence in (
         (("--data", tmp_path / "nowhere"), "There is no calibration data"),
         (("--method", "entropy"), "There is no method 'entropy'; there are minmax, percentile, mse"),
-        (("--part", "x"), "The part 'x' must look like 1/4"),
+        (("--part", "x"), "--part must have the form I/N, for example 1/4, not 'x'"),
         (("--percentile", "0"), "The percentile must lie between 0 and 100, got 0"),
         (("--tune", "int3"), "There is no precision 'int3'"),
         (("--tune", "int4", "--rows", "0"), "Tuning needs rows of the activations"),

@@ -126,7 +126,7 @@ def test_where_there_is_no_torch() -> None:
     assert "jetson-orin-nano" in run("targets").stdout
     planned = run("plan", "tiny")
     assert planned.returncode == 2
-    assert planned.stderr.startswith("Error: This needs torch")
+    assert planned.stderr.startswith("Error: This command needs torch")
 
 
 def test_a_broken_backend_of_others_does_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:

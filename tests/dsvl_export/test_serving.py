@@ -291,7 +291,7 @@ def test_what_cannot_be_served(run, tiny_bundle: Bundle, tmp_path: Path) -> None
     folder = str(tiny_bundle.folder)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        sentence = f"Cannot listen at 127.0.0.1 port {port}: Address already in use."
+        sentence = f"Cannot listen on 127.0.0.1 port {port}: Address already in use."
         assert refused(run("serve", folder, "--port", port), sentence)
     assert refused(run("serve", str(tmp_path / "none"), "--port", "0"), "none")
     assert refused(run("serve", folder, "--port", "0", "--precision", "int3"), "int3")

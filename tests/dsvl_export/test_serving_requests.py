@@ -237,7 +237,7 @@ def test_origins_of_the_command(run, tiny_bundle: Bundle) -> None:
         arguments = ("serve", str(tiny_bundle.folder), "--port", "0", "--allow-origin", text)
         assert refused(
             run(*arguments),
-            f"--allow-origin takes http://HOST[:PORT], https://HOST[:PORT] or '*', not '{text}'.",
+            f"--allow-origin must be http://HOST[:PORT], https://HOST[:PORT] or '*', not '{text}'.",
         )
 
 

@@ -112,22 +112,40 @@ def test_internal_errors_are_a_sentence_without_debug(run, failing, tmp_path: Pa
     failing(RuntimeError("a\nb\x1b[2J"))
     done = run("inspect", tmp_path)
     assert done.code == 70
-    assert done.err.startswith("Error: dsvl-export failed unexpectedly (RuntimeError: a b\\x1b[2J)")
-    assert "run the command again with --debug and report it" in done.err
-    assert done.err.count("\n") == 1
+    assert done.err == (
+        "Error: 'dsvl-export inspect' failed with an internal error (RuntimeError: a b\\x1b[2J)."
+        " Run the same command with --debug, and report what it prints with 'dsvl-export doctor'.\n"
+    )
     for words in (("--debug", "inspect", tmp_path), ("inspect", tmp_path, "--debug")):
         told = run(*words)
         assert told.code == 70
         assert "Traceback (most recent call last)" in told.err
+        assert "Report it with the traceback above" in told.err.splitlines()[-1]
+
+
+def raised_in(module: str) -> ImportError:
+    """An import error without a name, as C extensions raise them, from a module."""
+    try:
+        exec("raise ImportError('libnvinfer.so.10: cannot open')", {"__name__": module})
+    except ImportError as error:
+        return error
+    raise AssertionError
 
 
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [
         (ModuleNotFoundError("", name="coreai_torch"), 2, "pip install 'dsvl-export[coreai]'"),
-        (ModuleNotFoundError("No module named 'numpy.x'", name="numpy.x"), 70, "failed unexpectedly"),
-        (ImportError("cannot import name 'x' from 'runtimes'", name="runtimes"), 70, "failed unexpectedly"),
-        (ImportError("libcudart.so.12: cannot open shared object file"), 2, "A library cannot be loaded (libcud"),
+        (ModuleNotFoundError("No module named 'torch.x'", name="torch.x"), 2, "package torch cannot be loaded"),
+        (ModuleNotFoundError("No module named 'numpy.x'", name="numpy.x"), 70, "internal error (ModuleNot"),
+        (ModuleNotFoundError("No module named 'six'", name="six"), 70, "internal error (ModuleNotFoundError"),
+        (ModuleNotFoundError("No module named 'transformers'", name="transformers"), 70, "internal error"),
+        (ImportError("cannot import name 'x' from 'runtimes'", name="runtimes"), 70, "internal error"),
+        (ImportError("cannot import name 'x' from 'PIL'", name="PIL"), 70, "internal error (ImportError: c"),
+        (ImportError("libcudart.so.12: cannot open", name="onnxruntime.capi.x"), 2,
+         "The package onnxruntime cannot be loaded (libcudart.so.12: cannot open); install it again: pip install"),
+        (raised_in("tensorrt.tensorrt"), 2, "The package tensorrt cannot be loaded (libnvinfer.so.10"),
+        (raised_in("dsvl_export.cli"), 70, "internal error (ImportError: libnvinfer"),
         (MemoryError(), 2, "not enough memory"),
         (PermissionError(13, "Permission denied", "/x"), 2, "/x cannot be used: Permission denied."),
         (OSError("no number"), 2, "A file cannot be used: no number."),

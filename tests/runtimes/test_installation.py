@@ -67,11 +67,19 @@ def test_packages_are_ones_that_the_project_declares() -> None:
     for module, arguments in PACKAGES.items():
         for argument in arguments.replace("'", "").split():
             requirement = Requirement(argument)
-            if requirement.name in ("dsvl-export", "huggingface_hub"):
+            if requirement.name == "dsvl-export":
                 continue
             assert requirement.name in declared, module
             if requirement.specifier:
                 assert str(requirement.specifier) == declared[requirement.name], module
+
+
+def test_every_package_belongs_to_an_extra_of_users() -> None:
+    """A failed import of any other package is an internal error."""
+    distributions = {"coreai": "coreai-core", "cuda": "cuda-python", "ray": "ray"}
+    for module in PACKAGES:
+        name = distributions.get(module, module.replace("_", "-"))
+        assert any(name in packages_of(extra) for extra in OPTIONAL if extra != "dev"), module
 
 
 def test_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

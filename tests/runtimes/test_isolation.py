@@ -55,4 +55,4 @@ def test_export_without_torch_names_what_to_install() -> None:
     code = f"{REFUSE}\nsys.argv = ['dsvl-export', 'export', 'tiny', '--output', 'unused']\nimport dsvl_export.cli\ndsvl_export.cli.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "Error: This needs torch; run: pip install 'dsvl-export[export]'.\n"
+    assert done.stderr == "Error: This command needs torch; run: pip install 'dsvl-export[export]'.\n"

@@ -1,0 +1,96 @@
+"""Values that the shell completes. Nothing here imports torch, and no function raises an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from dsvl_export.planner.targets import Target
+    from runtimes.bundle import Artifact
+
+Complete = Callable[[typer.Context], list[str]]
+
+
+def values(*names: str) -> Complete:
+    """Complete one of fixed values."""
+
+    def complete(context: typer.Context) -> list[str]:
+        return list(names)
+
+    return complete
+
+
+def complete_targets(context: typer.Context) -> list[str]:
+    """Complete a target."""
+    from dsvl_export.planner.targets import load_targets
+
+    return list(load_targets())
+
+
+def complete_backends(context: typer.Context) -> list[str]:
+    """Complete a backend: those of ``--target``, or all."""
+    from runtimes.backends import backend_names
+
+    target = _target(context)
+    return list(target.backends) if target else backend_names()
+
+
+def complete_precisions(context: typer.Context) -> list[str]:
+    """Complete a precision: those of ``--target`` with ``--backend``, or all."""
+    from dsvl_export.planner.targets import LISTED_BITS
+
+    target, backend = _target(context), context.params.get("backend") or ""
+    if target is None:
+        return list(LISTED_BITS)
+    precisions = [target.backends[backend]] if backend in target.backends else target.backends.values()
+    return list(dict.fromkeys(precision for group in precisions for precision in group))
+
+
+def bundle_backends(bundle: str = "bundle") -> Complete:
+    """Complete a backend of the bundle that an argument names."""
+
+    def complete(context: typer.Context) -> list[str]:
+        return list(dict.fromkeys(artifact.backend for artifact in _artifacts(context, bundle)))
+
+    return complete
+
+
+def bundle_precisions(bundle: str = "bundle", option: str = "backend") -> Complete:
+    """Complete a precision of the bundle that an argument names; ``option`` is that of its backend."""
+
+    def complete(context: typer.Context) -> list[str]:
+        backend = context.params.get(option)
+        artifacts = _artifacts(context, bundle)
+        found = (item.precision for item in artifacts if backend in (None, item.backend))
+        return list(dict.fromkeys(found))
+
+    return complete
+
+
+def _target(context: typer.Context) -> Target | None:
+    """Return the target that the command line names so far."""
+    from dsvl_export.planner.targets import find_target
+    from runtimes.errors import UserError
+
+    try:
+        return find_target(context.params.get("target") or "")
+    except UserError:
+        return None
+
+
+def _artifacts(context: typer.Context, bundle: str) -> list[Artifact]:
+    """Return the artifacts of the bundle that the command line names so far."""
+    from runtimes.bundle import Bundle
+    from runtimes.errors import UserError
+
+    # While the value of the last option is missing, the parser leaves all arguments in ``args``.
+    names = [each.name for each in context.command.params if each.param_type_name == "argument"]
+    folder = context.params.get(bundle) or dict(zip(names, context.args, strict=False)).get(bundle)
+    try:
+        return list(Bundle.open(Path(folder)).manifest.artifacts) if folder else []
+    except (UserError, OSError):
+        return []
