@@ -6,17 +6,12 @@ moves them between steps. Rows of a batch may have different lengths.
 
 from __future__ import annotations
 
-import json
 from math import prod
-from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from runtimes.contracts import TensorSpec
 from runtimes.errors import UserError
-from runtimes.files import parse_json
-from runtimes.tensor_files import save_tensors
 
 
 class CapacityError(UserError):
@@ -90,12 +85,6 @@ class KVCache:
         """Forget everything."""
         self.lengths[:] = 0
 
-    def fork(self) -> KVCache:
-        """An independent copy."""
-        copy = type(self)(self.specs, self.batch, self.capacity, [a.copy() for a in self.arrays])
-        copy.lengths[:] = self.lengths
-        return copy
-
     def row(self, index: int) -> KVCache:
         """One sequence as a cache of batch 1 that shares this cache's memory and lengths."""
         return self.rows(index, index + 1)
@@ -111,42 +100,6 @@ class KVCache:
         """Make row ``target`` the first ``length`` tokens of row ``source``."""
         self.row(target)._write([array[:, :, :length] for array in self.row(source).arrays])
         self.lengths[target] = length
-
-    def save(self, file: Path) -> None:
-        """Write the used part as safetensors; ``load`` reads it into a cache of any capacity."""
-        used = {
-            spec.name: array[:, :, : self.length] for spec, array in zip(self.specs, self.arrays, strict=True)
-        }
-        save_tensors(used, file, {"lengths": json.dumps(self.lengths.tolist())})
-
-    def load(self, file: Path) -> None:
-        """Replace the content by a saved one.
-
-        Raises:
-            UserError: the file is damaged or of another model, batch or precision.
-            CapacityError: it is longer than this cache.
-        """
-        try:
-            with safe_open(file, framework="np") as handle:
-                lengths = parse_json(handle.metadata()["lengths"], "the list of lengths")
-                saved = {name: handle.get_tensor(name) for name in handle.keys()}
-            length = max(lengths)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, UserError) as error:
-            raise UserError(f"{file} holds no saved KV cache ({error}).") from error
-        if len(lengths) != self.batch or saved.keys() != {spec.name for spec in self.specs}:
-            raise UserError(f"The KV cache in {file} is of another model or batch size.")
-        if length > self.capacity:
-            raise CapacityError(
-                f"The KV cache in {file} holds {length} tokens, more than the capacity {self.capacity}."
-            )
-        for spec, array in zip(self.specs, self.arrays, strict=True):
-            part = saved[spec.name]
-            if part.dtype != array.dtype or part.shape != array[:, :, :length].shape:
-                raise UserError(
-                    f"{spec.name} in {file} is {part.dtype}{list(part.shape)}, which does not fit."
-                )
-        self._write([saved[spec.name] for spec in self.specs])
-        self.lengths[:] = lengths
 
     def _write(self, states: list[np.ndarray]) -> None:
         """Put ``[batch, Hkv, length, Dh]`` at the beginning of each state."""

@@ -71,13 +71,6 @@ class AssetCache(KVCache):
         """What names the states; they lie where their runtime keeps them."""
         return [id(state) for state in self.states]
 
-    def fork(self) -> AssetCache:
-        states = [self._asset.new_state() for _ in self.states]
-        copy = AssetCache(self.specs, self.batch, self.capacity, self._asset, states)
-        copy._write([array[:, :, : self.length] for array in self.arrays])
-        copy.lengths[:] = self.lengths
-        return copy
-
     def rows(self, start: int, stop: int) -> AssetCache:
         states = self.states[start:stop]
         view = AssetCache(self.specs, len(states), self.capacity, self._asset, states)

@@ -238,12 +238,6 @@ class OrtDeviceCache(OrtCache):
             found.append(value.data_ptr() + self._first_row * size)
         return found
 
-    def fork(self) -> OrtDeviceCache:
-        values = [self._value(array) for array in self.arrays]
-        copy = OrtDeviceCache(self.specs, self.batch, self.capacity, self.memory, values)
-        copy.lengths[:] = self.lengths
-        return copy
-
     def rows(self, start: int, stop: int) -> OrtDeviceCache:
         first, count = self._first_row + start, stop - start
         view = OrtDeviceCache(self.specs, count, self.capacity, self.memory, self._values, first)

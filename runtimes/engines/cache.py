@@ -13,7 +13,7 @@ from runtimes.engines.layout import aligned, bytes_of
 class DeviceCache(KVCache):
     """Keys and values in device memory; ``slots`` tokens are there, ``capacity`` of them may be used.
 
-    ``arrays`` are copies on the host, for saving and for tests.
+    ``arrays`` are copies on the host.
     """
 
     def __init__(
@@ -52,17 +52,6 @@ class DeviceCache(KVCache):
         self._cuda.call("cudaStreamSynchronize", self._stream)
         return found
 
-    def fork(self) -> DeviceCache:
-        copy = DeviceCache(self.specs, self.batch, self.capacity, self.slots, self._cuda, self._stream)
-        for index in range(len(self.specs)):
-            size = self.batch * self._row_bytes(index)
-            self._cuda.call(
-                "cudaMemcpyAsync", copy.addresses[index], self.addresses[index], size, self._cuda.on_device,
-                self._stream, what="a copy of the KV cache",
-            )  # fmt: skip
-        copy.lengths[:] = self.lengths
-        return copy
-
     def rows(self, start: int, stop: int) -> DeviceCache:
         view = DeviceCache(
             self.specs, stop - start, self.capacity, self.slots, self._cuda, self._stream, self._block,
@@ -84,7 +73,7 @@ class DeviceCache(KVCache):
         device, host = (self.addresses[index], pitch), (array.ctypes.data, width)
         target, source = (host, device) if to_host else (device, host)
         kind = self._cuda.to_host if to_host else self._cuda.to_device
-        what = "reading the KV cache" if to_host else "loading a KV cache"
+        what = "reading the KV cache" if to_host else "writing the KV cache"
         self._cuda.call(
             "cudaMemcpy2DAsync", *target, *source, width, batch * heads, kind, self._stream, what=what
         )

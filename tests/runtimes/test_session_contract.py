@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 from reference.session import TorchDecoder
 from runtimes.bundle import Bundle
 from runtimes.cache import CapacityError
-from runtimes.errors import UserError
 from runtimes.session import DecoderSession, SessionOptions
 
 CAPACITY = 40
@@ -92,34 +90,6 @@ def test_reset_starts_over(decoder: DecoderSession) -> None:
     cache.reset()
     assert cache.length == 0
     assert np.array_equal(decoder.decode(x, np.array([7]), cache), first)
-
-
-def test_fork_is_independent(decoder: DecoderSession) -> None:
-    x, cache = embeds(decoder, 1, 10), decoder.new_cache(1, CAPACITY)
-    expected = decoder.decode(x, np.array([9]), decoder.new_cache(1, CAPACITY))
-    decoder.decode(x[:, :6], np.array([5]), cache)
-    fork = cache.fork()
-    decoder.decode(embeds(decoder, 1, 4, seed=3), np.array([3]), cache)
-    assert fork.length == 6
-    assert close(decoder, decoder.decode(x[:, 6:], np.array([3]), fork), expected)
-
-
-def test_save_and_load(decoder: DecoderSession, tmp_path: Path) -> None:
-    x, cache = embeds(decoder, 1, 10), decoder.new_cache(1, CAPACITY)
-    decoder.decode(x[:, :6], np.array([5]), cache)
-    cache.save(tmp_path / "cache.safetensors")
-    expected = decoder.decode(x[:, 6:], np.array([3]), cache)
-    other = decoder.new_cache(1, 10)
-    other.load(tmp_path / "cache.safetensors")
-    assert other.length == 6
-    assert close(decoder, decoder.decode(x[:, 6:], np.array([3]), other), expected)
-    with pytest.raises(CapacityError, match="holds 6 tokens, more than the capacity 5"):
-        decoder.new_cache(1, 5).load(tmp_path / "cache.safetensors")
-    with pytest.raises(UserError, match="another model or batch size"):
-        decoder.new_cache(2, 10).load(tmp_path / "cache.safetensors")
-    (tmp_path / "bad").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="no saved KV cache"):
-        other.load(tmp_path / "bad")
 
 
 def test_capacity_is_refused_before_the_backend_runs(decoder: DecoderSession) -> None:
