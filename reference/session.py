@@ -16,7 +16,7 @@ from reference.model import DeepSeekVL
 from reference.specs import preprocess_spec, prompt_spec
 from reference.taps import Tap, component_taps, recorded
 from reference.trace import component_contract
-from runtimes.cache import KVCache
+from runtimes.cache import HostCache, KVCache
 from runtimes.chain import Chain
 from runtimes.contracts import Contract
 from runtimes.decode_call import ANY_NUMBER, validated_call
@@ -58,11 +58,13 @@ class TorchDecoder:
         self.tapped: Mapping[str, np.ndarray] = {}
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        return KVCache(self.contract.states, batch, capacity)
+        return HostCache(self.contract.states, batch, capacity)
 
     @torch.inference_mode()
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
-        call = validated_call(self.contract, KVCache, inputs_embeds, logit_rows, cache, batched_prefill=True)
+        call = validated_call(
+            self.contract, HostCache, inputs_embeds, logit_rows, cache, batched_prefill=True
+        )
         with call as (own, rows, positions), recorded(self._module, self._taps) as tapped:
             states = [torch.from_numpy(array) for array in own.arrays]
             feeds = (torch.from_numpy(array) for array in (inputs_embeds, positions, rows))

@@ -6,7 +6,7 @@ behind its tokens, where later tokens overwrite it before anything sees it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,12 +53,11 @@ class AssetCache(KVCache):
     def __init__(
         self, specs: tuple[TensorSpec, ...], batch: int, capacity: int, asset: Asset, states: list[Any]
     ) -> None:
-        self.specs, self.batch, self.capacity = specs, batch, capacity
-        self.lengths = np.zeros(batch, dtype=np.int64)
+        super().__init__(specs, batch, capacity)
         self.states, self._asset = states, asset
 
     @property
-    def arrays(self) -> list[np.ndarray]:  # type: ignore[override]
+    def arrays(self) -> list[np.ndarray]:
         return [
             np.concatenate([self._asset.read_state(state, spec.name) for state in self.states])[
                 :, :, : self.capacity
@@ -71,13 +70,11 @@ class AssetCache(KVCache):
         """What names the states; they lie where their runtime keeps them."""
         return [id(state) for state in self.states]
 
-    def rows(self, start: int, stop: int) -> AssetCache:
+    def _view(self, start: int, stop: int) -> AssetCache:
         states = self.states[start:stop]
-        view = AssetCache(self.specs, len(states), self.capacity, self._asset, states)
-        view.lengths = self.lengths[start:stop]
-        return view
+        return AssetCache(self.specs, len(states), self.capacity, self._asset, states)
 
-    def _write(self, states: list[np.ndarray]) -> None:
+    def _write(self, states: Sequence[np.ndarray]) -> None:
         for spec, part in zip(self.specs, states, strict=True):
             for row, state in enumerate(self.states):
                 whole = self._asset.read_state(state, spec.name).copy()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtimes.cache import KVCache
+from runtimes.cache import HostCache, KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state, updated_state
 from runtimes.decode_call import ANY_NUMBER, validated_call
 from runtimes.errors import UserError, first_line
@@ -187,7 +187,7 @@ class OrtComponent:
         return dict(zip(names, outputs, strict=True))
 
 
-class OrtCache(KVCache):
+class OrtCache(HostCache):
     """A cache with the bindings that tie its memory to the inputs and outputs of sessions."""
 
     memory = CPU
@@ -214,8 +214,8 @@ class OrtDeviceCache(OrtCache):
         values: list[Any] | None = None,
         first_row: int = 0,
     ) -> None:
-        self.specs, self.batch, self.capacity, self.memory = specs, batch, capacity, memory
-        self.lengths = np.zeros(batch, dtype=np.int64)
+        KVCache.__init__(self, specs, batch, capacity)
+        self.memory = memory
         sizes = {"batch": batch, "capacity": capacity}
         self._first_row = first_row
         self.bindings = {}
@@ -225,7 +225,7 @@ class OrtDeviceCache(OrtCache):
         return _import().OrtValue.ortvalue_from_numpy(array, self.memory, 0)
 
     @property
-    def arrays(self) -> list[np.ndarray]:  # type: ignore[override]
+    def arrays(self) -> list[np.ndarray]:
         rows = slice(self._first_row, self._first_row + self.batch)
         return [value.numpy()[rows].copy() for value in self._values]
 
@@ -238,13 +238,11 @@ class OrtDeviceCache(OrtCache):
             found.append(value.data_ptr() + self._first_row * size)
         return found
 
-    def rows(self, start: int, stop: int) -> OrtDeviceCache:
+    def _view(self, start: int, stop: int) -> OrtDeviceCache:
         first, count = self._first_row + start, stop - start
-        view = OrtDeviceCache(self.specs, count, self.capacity, self.memory, self._values, first)
-        view.lengths = self.lengths[start:stop]
-        return view
+        return OrtDeviceCache(self.specs, count, self.capacity, self.memory, self._values, first)
 
-    def _write(self, states: list[np.ndarray]) -> None:
+    def _write(self, states: Sequence[np.ndarray]) -> None:
         rows = slice(self._first_row, self._first_row + self.batch)
         for value, part in zip(self._values, states, strict=True):
             whole = value.numpy().copy()

@@ -15,7 +15,6 @@ from typing import Any, TypeVar, Union
 
 import numpy as np
 
-from runtimes.cache import KVCache
 from runtimes.chain import Chain, Key, Prompt
 from runtimes.errors import UserError
 from runtimes.generate import Answer, Decoding
@@ -114,7 +113,6 @@ class Scheduler:
         self.chain, self.capacity, self.slots, self.queue, self.chunk = chain, capacity, slots, queue, chunk
         self._vision, self._concurrent = ThreadPoolExecutor(1, "vision"), concurrent
         self._cache = chain.decoder.new_cache(slots, capacity)
-        self._views: dict[tuple[int, int], KVCache] = {}
         self._keys: list[list[Key]] = [[] for _ in range(slots)]  # what each row holds
         self._used = [0.0] * slots  # when each row was last left
         self._waiting: deque[Job] = deque()
@@ -268,7 +266,7 @@ class Scheduler:
 
     def _reading(self, job: Job) -> Iterator[None]:
         """Read a prompt piece by piece."""
-        row, keys = self._view(job.row, job.row + 1), job.prompt.keys
+        row, keys = self._cache.row(job.row), job.prompt.keys
         reused = row.length
         embeds = yield from self._embedding(job, reused)
         job.prompt = replace(job.prompt, images={})  # they are not needed any more
@@ -346,7 +344,7 @@ class Scheduler:
     def _decode_one(self, job: Job) -> np.ndarray:
         """Logits ``[1, K, V]`` of an answer's last token and a draft."""
         assert job.decoding
-        row = self._view(job.row, job.row + 1)
+        row = self._cache.row(job.row)
         return self.chain.decode(np.array([job.decoding.tokens(row)]), row)
 
     def _decode_several(self, jobs: list[Job]) -> np.ndarray:
@@ -355,12 +353,12 @@ class Scheduler:
         The rows from the first to the last job's are decoded; the step of idle ones is taken back.
         """
         first, last = jobs[0].row, jobs[-1].row
-        span = self._view(first, last + 1)
+        span = self._cache.rows(first, last + 1)
         tokens = np.zeros((span.batch, 1), np.int64)
         idle = np.ones(span.batch, bool)
         for job in jobs:
             assert job.decoding
-            tokens[job.row - first] = job.decoding.tokens(self._view(job.row, job.row + 1), drafts=False)
+            tokens[job.row - first] = job.decoding.tokens(self._cache.row(job.row), drafts=False)
             idle[job.row - first] = False
         for row in first + np.flatnonzero(idle):
             self._keys[row] = self._keys[row][: self.capacity - 1]
@@ -374,7 +372,7 @@ class Scheduler:
     def _take(self, job: Job, logits: np.ndarray, seconds: float | None = None) -> None:
         """Deliver what ``logits [K, V]`` add to an answer."""
         assert job.decoding
-        answer, row = job.decoding.writer.answer, self._view(job.row, job.row + 1)
+        answer, row = job.decoding.writer.answer, self._cache.row(job.row)
         before, asked = len(answer.logprobs), job.prompt.keys
         try:
             text = job.decoding.take(logits, row, seconds)
@@ -409,9 +407,3 @@ class Scheduler:
                 job.deliver(what)
             except Exception:  # who waited for it is gone
                 job.cancel()
-
-    def _view(self, start: int, stop: int) -> KVCache:
-        """Rows as a cache; made once, as sessions keep what they bind."""
-        if (start, stop) not in self._views:
-            self._views[start, stop] = self._cache.rows(start, stop)
-        return self._views[start, stop]
