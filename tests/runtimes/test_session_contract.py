@@ -181,6 +181,7 @@ def test_some_rows_of_a_cache(decoder: DecoderSession) -> None:
     expected = decoder.decode(x, np.array([8]), decoder.new_cache(1, CAPACITY))
     decoder.decode(embeds(decoder, 1, 4, seed=1), np.array([0]), cache.row(0))
     decoder.decode(x[:, :7], np.array([0]), cache.row(1))
+    assert cache.row(1) is cache.row(1) and cache.rows(0, 3) is cache
     cache.copy_prefix(1, 2, 6)
     assert cache.lengths.tolist() == [4, 7, 6]
     decoder.decode(x[:, 6:7], np.array([0]), cache.row(2))
