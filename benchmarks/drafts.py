@@ -63,7 +63,7 @@ def scripts(prompt: list[int], fresh: list[int]) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    from runtimes.generate import Decoding, generate_one
+    from runtimes.generate import Decoding, generate
     from runtimes.pipeline import Pipeline
     from runtimes.sampling import GenerationOptions
 
@@ -91,7 +91,7 @@ def main() -> None:
                 cache = chain.decoder.new_cache(1, pipeline.capacity)
                 logits = chain.prefill(chain.embed_tokens(prompt), cache)
                 decoding = Decoding(chain, prompt, GenerationOptions(ANSWER, drafts=drafts), 0.0)
-                for _ in generate_one(chain, logits, cache, decoding):
+                for _ in generate(chain, [logits], cache, [decoding]):
                     pass
                 answer = decoding.writer.answer
                 if answer.tokens != script:

@@ -16,11 +16,11 @@ from reference.model import DeepSeekVL
 from reference.specs import preprocess_spec, prompt_spec
 from reference.taps import Tap, component_taps, recorded
 from reference.trace import component_contract
-from runtimes.cache import KVCache
+from runtimes.cache import HostCache, KVCache
 from runtimes.chain import Chain
 from runtimes.contracts import Contract
+from runtimes.decode_call import ANY_NUMBER, validated_call
 from runtimes.embedding import TokenEmbedding
-from runtimes.session import ANY_NUMBER
 from runtimes.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 2048  # tokens; a model that streams its weights reads all of them for every call
@@ -58,19 +58,17 @@ class TorchDecoder:
         self.tapped: Mapping[str, np.ndarray] = {}
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        return KVCache(self.contract.states, batch, capacity)
+        return HostCache(self.contract.states, batch, capacity)
 
     @torch.inference_mode()
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
-        self.contract.inputs[0].check(inputs_embeds)
-        if len(inputs_embeds) != cache.batch:
-            raise ValueError(f"{len(inputs_embeds)} rows were given for a cache of {cache.batch}")
-        positions = cache.append(inputs_embeds.shape[1])
-        states = [torch.from_numpy(array) for array in cache.arrays]
-        rows = torch.from_numpy(np.asarray(logit_rows, dtype=np.int64))
-        embeds, places = torch.from_numpy(inputs_embeds), torch.from_numpy(positions)
-        with recorded(self._module, self._taps) as tapped:
-            logits = self._module(embeds, places, rows, states)
+        call = validated_call(
+            self.contract, HostCache, inputs_embeds, logit_rows, cache, batched_prefill=True
+        )
+        with call as (own, rows, positions), recorded(self._module, self._taps) as tapped:
+            states = [torch.from_numpy(array) for array in own.arrays]
+            feeds = (torch.from_numpy(array) for array in (inputs_embeds, positions, rows))
+            logits = self._module(*feeds, states)
         self.tapped = {name: tensor.numpy() for name, tensor in tapped.items()}
         return np.asarray(logits.numpy())
 

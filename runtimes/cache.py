@@ -1,22 +1,19 @@
-"""The KV cache: allocated once, written in place by the backend, bookkept here.
+"""The KV cache: allocated once, written in place by the backend.
 
-The states are numpy arrays that a session binds by address; nothing here or in a session copies or
-moves them between steps. Rows of a batch may have different lengths.
+``KVCache`` counts the tokens of each row; a subclass says where the states lie. Nothing copies or moves
+them between steps. Rows of a batch may have different lengths.
 """
 
 from __future__ import annotations
 
-import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from math import prod
-from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from runtimes.contracts import TensorSpec
 from runtimes.errors import UserError
-from runtimes.files import parse_json
-from runtimes.tensor_files import save_tensors
 
 
 class CapacityError(UserError):
@@ -33,30 +30,35 @@ def cache_bytes(specs: tuple[TensorSpec, ...], batch: int, capacity: int) -> int
     return total
 
 
-class KVCache:
+class KVCache(ABC):
     """Keys and values of all layers for ``batch`` sequences of at most ``capacity`` tokens.
 
     Args:
         specs: the decoder contract's states; each ``[batch, Hkv, capacity, Dh]``.
-        arrays: memory to use; None allocates zeros.
     """
 
-    def __init__(
-        self,
-        specs: tuple[TensorSpec, ...],
-        batch: int,
-        capacity: int,
-        arrays: list[np.ndarray] | None = None,
-    ) -> None:
+    def __init__(self, specs: tuple[TensorSpec, ...], batch: int, capacity: int) -> None:
         self.specs, self.batch, self.capacity = specs, batch, capacity
-        sizes = {"batch": batch, "capacity": capacity}
-        self.arrays = arrays if arrays is not None else [spec.allocate(sizes) for spec in specs]
         self.lengths = np.zeros(batch, dtype=np.int64)
+        self._views: dict[tuple[int, int], KVCache] = {}
 
     @property
+    @abstractmethod
+    def arrays(self) -> Sequence[np.ndarray]:
+        """The states ``[batch, Hkv, capacity, Dh]``; copies, where they do not lie on the host."""
+
+    @property
+    @abstractmethod
     def addresses(self) -> list[int]:
         """Where the states lie, on the host or the device."""
-        return [array.ctypes.data for array in self.arrays]
+
+    @abstractmethod
+    def _view(self, start: int, stop: int) -> KVCache:
+        """A new cache on the memory of rows ``start`` to ``stop``."""
+
+    @abstractmethod
+    def _write(self, states: Sequence[np.ndarray]) -> None:
+        """Put ``[batch, Hkv, length, Dh]`` at the beginning of each state."""
 
     @property
     def length(self) -> int:
@@ -90,65 +92,58 @@ class KVCache:
         """Forget everything."""
         self.lengths[:] = 0
 
-    def fork(self) -> KVCache:
-        """An independent copy."""
-        copy = type(self)(self.specs, self.batch, self.capacity, [a.copy() for a in self.arrays])
-        copy.lengths[:] = self.lengths
-        return copy
-
     def row(self, index: int) -> KVCache:
         """One sequence as a cache of batch 1 that shares this cache's memory and lengths."""
         return self.rows(index, index + 1)
 
     def rows(self, start: int, stop: int) -> KVCache:
-        """Sequences ``start`` to ``stop`` as a cache that shares this cache's memory and lengths."""
-        arrays = [array[start:stop] for array in self.arrays]
-        view = type(self)(self.specs, stop - start, self.capacity, arrays)
-        view.lengths = self.lengths[start:stop]
-        return view
+        """Sequences ``start`` to ``stop`` as a cache that shares this cache's memory and lengths.
+
+        Made once, as sessions keep what they bind.
+        """
+        if (start, stop) == (0, self.batch):
+            return self
+        if (start, stop) not in self._views:
+            view = self._views[start, stop] = self._view(start, stop)
+            view.lengths = self.lengths[start:stop]
+        return self._views[start, stop]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Make row ``target`` the first ``length`` tokens of row ``source``."""
         self.row(target)._write([array[:, :, :length] for array in self.row(source).arrays])
         self.lengths[target] = length
 
-    def save(self, file: Path) -> None:
-        """Write the used part as safetensors; ``load`` reads it into a cache of any capacity."""
-        used = {
-            spec.name: array[:, :, : self.length] for spec, array in zip(self.specs, self.arrays, strict=True)
-        }
-        save_tensors(used, file, {"lengths": json.dumps(self.lengths.tolist())})
 
-    def load(self, file: Path) -> None:
-        """Replace the content by a saved one.
+class HostCache(KVCache):
+    """A cache in numpy arrays.
 
-        Raises:
-            UserError: the file is damaged or of another model, batch or precision.
-            CapacityError: it is longer than this cache.
-        """
-        try:
-            with safe_open(file, framework="np") as handle:
-                lengths = parse_json(handle.metadata()["lengths"], "the list of lengths")
-                saved = {name: handle.get_tensor(name) for name in handle.keys()}
-            length = max(lengths)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, UserError) as error:
-            raise UserError(f"{file} holds no saved KV cache ({error}).") from error
-        if len(lengths) != self.batch or saved.keys() != {spec.name for spec in self.specs}:
-            raise UserError(f"The KV cache in {file} is of another model or batch size.")
-        if length > self.capacity:
-            raise CapacityError(
-                f"The KV cache in {file} holds {length} tokens, more than the capacity {self.capacity}."
-            )
-        for spec, array in zip(self.specs, self.arrays, strict=True):
-            part = saved[spec.name]
-            if part.dtype != array.dtype or part.shape != array[:, :, :length].shape:
-                raise UserError(
-                    f"{spec.name} in {file} is {part.dtype}{list(part.shape)}, which does not fit."
-                )
-        self._write([saved[spec.name] for spec in self.specs])
-        self.lengths[:] = lengths
+    Args:
+        arrays: memory to use; None allocates zeros.
+    """
 
-    def _write(self, states: list[np.ndarray]) -> None:
-        """Put ``[batch, Hkv, length, Dh]`` at the beginning of each state."""
+    def __init__(
+        self,
+        specs: tuple[TensorSpec, ...],
+        batch: int,
+        capacity: int,
+        arrays: list[np.ndarray] | None = None,
+    ) -> None:
+        super().__init__(specs, batch, capacity)
+        sizes = {"batch": batch, "capacity": capacity}
+        self._arrays = arrays or [spec.allocate(sizes) for spec in specs]
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return self._arrays
+
+    @property
+    def addresses(self) -> list[int]:
+        return [array.ctypes.data for array in self.arrays]
+
+    def _view(self, start: int, stop: int) -> KVCache:
+        arrays = [array[start:stop] for array in self.arrays]
+        return type(self)(self.specs, stop - start, self.capacity, arrays)
+
+    def _write(self, states: Sequence[np.ndarray]) -> None:
         for array, part in zip(self.arrays, states, strict=True):
             array[:, :, : part.shape[2]] = part

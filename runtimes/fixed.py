@@ -14,8 +14,8 @@ import numpy as np
 
 from runtimes.cache import KVCache
 from runtimes.contracts import Contract, TensorSpec
+from runtimes.decode_call import ANY_NUMBER, CallLimits, Piece, split_call, validated_call
 from runtimes.errors import UserError
-from runtimes.session import ANY_NUMBER
 
 # Functions of an asset: of a component without states, and of a decoder (one token, several).
 MAIN, DECODE = "main", "decode"
@@ -53,12 +53,11 @@ class AssetCache(KVCache):
     def __init__(
         self, specs: tuple[TensorSpec, ...], batch: int, capacity: int, asset: Asset, states: list[Any]
     ) -> None:
-        self.specs, self.batch, self.capacity = specs, batch, capacity
-        self.lengths = np.zeros(batch, dtype=np.int64)
+        super().__init__(specs, batch, capacity)
         self.states, self._asset = states, asset
 
     @property
-    def arrays(self) -> list[np.ndarray]:  # type: ignore[override]
+    def arrays(self) -> list[np.ndarray]:
         return [
             np.concatenate([self._asset.read_state(state, spec.name) for state in self.states])[
                 :, :, : self.capacity
@@ -71,20 +70,11 @@ class AssetCache(KVCache):
         """What names the states; they lie where their runtime keeps them."""
         return [id(state) for state in self.states]
 
-    def fork(self) -> AssetCache:
-        states = [self._asset.new_state() for _ in self.states]
-        copy = AssetCache(self.specs, self.batch, self.capacity, self._asset, states)
-        copy._write([array[:, :, : self.length] for array in self.arrays])
-        copy.lengths[:] = self.lengths
-        return copy
-
-    def rows(self, start: int, stop: int) -> AssetCache:
+    def _view(self, start: int, stop: int) -> AssetCache:
         states = self.states[start:stop]
-        view = AssetCache(self.specs, len(states), self.capacity, self._asset, states)
-        view.lengths = self.lengths[start:stop]
-        return view
+        return AssetCache(self.specs, len(states), self.capacity, self._asset, states)
 
-    def _write(self, states: list[np.ndarray]) -> None:
+    def _write(self, states: Sequence[np.ndarray]) -> None:
         for spec, part in zip(self.specs, states, strict=True):
             for row, state in enumerate(self.states):
                 whole = self._asset.read_state(state, spec.name).copy()
@@ -110,42 +100,11 @@ class Sizes:
     flexible: bool
     any_rows: bool
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens ``begin`` to ``end`` of a call, padded to ``length``, and those whose logits are taken."""
-
-    begin: int
-    end: int
-    length: int
-    rows: tuple[int, ...]
-
-
-def pieces(tokens: int, rows: Sequence[int], start: int, sizes: Sizes) -> list[Piece]:
-    """A call cut for the functions of a decoder.
-
-    Args:
-        tokens: of the call; rows: those whose logits are wanted.
-        start: position of the first token.
-    """
-    wanted = sorted(set(rows))
-    found = []
-    if sizes.any_rows:
-        for begin in range(0, tokens, sizes.chunk):
-            end = min(begin + sizes.chunk, tokens)
-            here = tuple(row for row in wanted if begin <= row < end)
-            found.append(Piece(begin, end, end - begin, here or (end - 1,)))
-        return found
-    begin = 0
-    for stop in sorted({row + 1 for row in wanted} | {tokens}):  # one row a call: its last token's
-        while begin < stop:
-            end = min(begin + sizes.chunk, stop)
-            padded = end - begin > 1 and not sizes.flexible
-            if padded and start + begin + sizes.chunk > sizes.capacity:
-                end, padded = begin + 1, False  # the padding would not fit
-            found.append(Piece(begin, end, sizes.chunk if padded else end - begin, (end - 1,)))
-            begin = end
-    return found
+    @property
+    def limits(self) -> CallLimits:
+        """What one call takes."""
+        padded_to = None if self.flexible else self.capacity
+        return CallLimits(self.chunk, last_row_only=not self.any_rows, padded_to=padded_to)
 
 
 class FixedComponent:
@@ -188,26 +147,12 @@ class FixedDecoder:
         return AssetCache(self.contract.states, batch, capacity, self.asset, states)
 
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
-        if not isinstance(cache, AssetCache):
-            raise TypeError("this cache was made by another backend's session")
-        batch, length, _ = inputs_embeds.shape
-        if batch > 1 and length > 1:
-            raise ValueError("several tokens at once are for one row only; use row()")
-        if batch != cache.batch:
-            raise ValueError(f"{batch} rows were given for a cache of {cache.batch}")
-        self.contract.inputs[0].check(inputs_embeds)
-        rows = [int(row) for row in logit_rows]
-        if not all(0 <= row < length for row in rows):
-            raise ValueError(f"logit rows {rows} of {length} tokens")
-        positions = cache.append(length)
-        try:
+        call = validated_call(self.contract, AssetCache, inputs_embeds, logit_rows, cache)
+        with call as (own, rows, positions):
             each = [
-                self._row(inputs_embeds[index], int(positions[index, 0]), rows, cache.states[index])
-                for index in range(batch)
+                self._row(embeds, int(places[0]), rows.tolist(), state)
+                for embeds, places, state in zip(inputs_embeds, positions, own.states, strict=True)
             ]
-        except BaseException:
-            cache.rewind(length)  # what was claimed counts as not written
-            raise
         outputs = {name: np.stack([row[name] for row in each]) for name in each[0]}
         logits = outputs.pop("logits")
         self.tapped = outputs
@@ -217,12 +162,12 @@ class FixedDecoder:
         """One sequence: outputs ``[S or K, ...]`` by name."""
         by_token: dict[str, list[np.ndarray]] = {}
         by_row: dict[str, dict[int, np.ndarray]] = {}
-        for piece in pieces(len(embeds), rows, start, self.sizes):
+        for piece in split_call(len(embeds), rows, start, self.sizes.limits):
             found = self._piece(piece, embeds, start, state)
             for spec in self.contract.outputs:
                 value = found[spec.name][0].astype(spec.dtype, copy=False)
                 if spec.shape[1] == "sequence":
-                    by_token.setdefault(spec.name, []).append(value[: piece.end - piece.begin])
+                    by_token.setdefault(spec.name, []).append(value[: piece.stop - piece.start])
                 else:
                     by_row.setdefault(spec.name, {}).update(zip(piece.rows, value, strict=True))
         outputs = {name: np.concatenate(parts) for name, parts in by_token.items()}
@@ -230,12 +175,12 @@ class FixedDecoder:
 
     def _piece(self, piece: Piece, embeds: np.ndarray, start: int, state: Any) -> Mapping[str, np.ndarray]:
         padded = np.zeros((1, piece.length, embeds.shape[1]), embeds.dtype)
-        padded[0, : piece.end - piece.begin] = embeds[piece.begin : piece.end]
-        first = start + piece.begin
+        padded[0, : piece.stop - piece.start] = embeds[piece.start : piece.stop]
+        first = start + piece.start
         inputs = (
             padded,
             np.arange(first, first + piece.length, dtype=np.int64)[None],
-            np.array(piece.rows, np.int64) - piece.begin,
+            np.array(piece.rows, np.int64) - piece.start,
         )
         named = {spec.name: array for spec, array in zip(self.contract.inputs, inputs, strict=True)}
         return self.asset.call(DECODE if piece.length == 1 else self.sizes.several, named, state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -123,37 +123,6 @@ class Writer:
         return 0
 
 
-def generate(
-    chain: Chain, logits: np.ndarray, cache: KVCache, writers: Sequence[Writer], started: float
-) -> Iterator[list[str]]:
-    """Decode all rows together until each has ended; yields the new text of every row per step.
-
-    Args:
-        logits: ``[B, V]`` after the prompts.
-        cache: one row per writer, the prompts already in it.
-        started: ``perf_counter()`` when the request began.
-    """
-    while True:
-        active = [writer for writer in writers if not writer.finished]
-        pieces = [
-            "" if writer.finished else writer.push(row) for writer, row in zip(writers, logits, strict=True)
-        ]
-        for row, writer in enumerate(writers):
-            pieces[row] += _end_at_capacity(writer, cache, row)
-        for writer in active:
-            _stamp(writer.answer, started)
-        yield pieces
-        if all(writer.finished for writer in writers):
-            return
-        # A finished row is stepped along, and its step taken back.
-        finished = np.array([writer.finished for writer in writers])
-        cache.lengths[finished] = np.minimum(cache.lengths[finished], cache.capacity - 1)
-        kept = cache.lengths.copy()
-        last = np.array([[writer.answer.tokens[-1]] for writer in writers])
-        logits = chain.decode(last, cache)[:, 0]
-        cache.lengths[finished] = kept[finished]
-
-
 # Speculation, in nats. A call of several tokens rounds otherwise than one of a single token. It is used where
 # its logits deviate by at most MOST_DEVIATION, and a choice counts where a deviation of SAFETY times what was
 # measured, and at least LEAST_DEVIATION, could not change it. Measured on tiny: 2e-5 in fp32, 6e-5 with
@@ -215,8 +184,10 @@ class Decoding:
             text, measuring = self.writer.push(rows[0]), False
             if self._uncertain is not None:
                 self._measure(rows[0])
-        text += _end_at_capacity(self.writer, cache, 0)
-        _stamp(answer, self._started)
+        if not self.writer.finished and cache.length >= cache.capacity:
+            text += self.writer.finish("capacity")
+        answer.seconds = perf_counter() - self._started
+        answer.first_token_seconds = answer.first_token_seconds or answer.seconds
         if seconds is not None and not measuring:
             self._lookup.judge(len(self._draft), self._accepted, seconds)
         return text
@@ -245,29 +216,58 @@ class Decoding:
             self._lookup.stop()
 
 
-def generate_one(chain: Chain, logits: np.ndarray, cache: KVCache, decoding: Decoding) -> Iterator[str]:
-    """Decode one sequence until it has ended, with drafts; yields the new text per step.
+def decode_step(
+    chain: Chain, cache: KVCache, active: Mapping[int, Decoding]
+) -> tuple[list[np.ndarray], float | None]:
+    """Decode the last token of the sequences in some rows of a cache, in one call.
+
+    A single sequence is decoded with a draft; several are decoded without drafts. The idle rows between them
+    are decoded too, and then rewound. A full idle row loses its last token.
 
     Args:
-        logits: ``[V]`` after the prompt.
+        active: by row, in ascending order.
+
+    Returns:
+        logits ``[K, V]`` of each sequence, and the seconds of the call if there is one sequence: the
+        arguments of ``Decoding.take``.
     """
-    text = decoding.take(logits[None], cache)
-    while True:
-        yield text
-        if decoding.writer.finished:
-            return
-        tokens = np.array([decoding.tokens(cache)])
+    first, last = min(active), max(active)
+    span = cache.rows(first, last + 1)
+    if len(active) == 1:
+        tokens = np.array([active[first].tokens(span)])
         begun = perf_counter()
-        rows = chain.decode(tokens, cache)[0]
-        text = decoding.take(rows, cache, perf_counter() - begun)
+        return [chain.decode(tokens, span)[0]], perf_counter() - begun
+    tokens = np.zeros((span.batch, 1), np.int64)
+    idle = np.ones(span.batch, bool)
+    for row, decoding in active.items():
+        tokens[row - first] = decoding.tokens(cache.row(row), drafts=False)
+        idle[row - first] = False
+    span.lengths[idle] = np.minimum(span.lengths[idle], span.capacity - 1)
+    kept = span.lengths.copy()
+    try:
+        return list(chain.decode(tokens, span)[~idle]), None
+    finally:
+        span.lengths[idle] = kept[idle]
 
 
-def _end_at_capacity(writer: Writer, cache: KVCache, row: int) -> str:
-    """End an answer whose next token would have no place; its last text."""
-    full = not writer.finished and cache.lengths[row] >= cache.capacity
-    return writer.finish("capacity") if full else ""
+def generate(
+    chain: Chain, logits: Sequence[np.ndarray], cache: KVCache, decodings: Sequence[Decoding]
+) -> Iterator[list[str]]:
+    """Decode the sequences in the rows of a cache until each has ended; yields each one's new text per step.
 
-
-def _stamp(answer: Answer, started: float) -> None:
-    answer.seconds = perf_counter() - started
-    answer.first_token_seconds = answer.first_token_seconds or answer.seconds
+    Args:
+        logits: ``[V]`` of each after its prompt.
+        cache: the prompts are in it.
+    """
+    active = dict(enumerate(decodings))
+    found = [row[None] for row in logits]
+    seconds: float | None = None
+    while True:
+        pieces = [""] * len(decodings)
+        for (row, decoding), rows in zip(active.items(), found, strict=True):
+            pieces[row] = decoding.take(rows, cache.row(row), seconds)
+        yield pieces
+        active = {row: decoding for row, decoding in active.items() if not decoding.writer.finished}
+        if not active:
+            return
+        found, seconds = decode_step(chain, cache, active)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtimes.cache import KVCache
+from runtimes.cache import HostCache, KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state, updated_state
+from runtimes.decode_call import ANY_NUMBER, validated_call
 from runtimes.errors import UserError, first_line
 from runtimes.installation import install_command
 from runtimes.memory import available_memory, widening
 from runtimes.onnxruntime_releases import refusal, release_for_artifact
-from runtimes.session import ANY_NUMBER, EntryPoints, Execution, SessionOptions
+from runtimes.session import EntryPoints, Execution, SessionOptions
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact
@@ -186,7 +187,7 @@ class OrtComponent:
         return dict(zip(names, outputs, strict=True))
 
 
-class OrtCache(KVCache):
+class OrtCache(HostCache):
     """A cache with the bindings that tie its memory to the inputs and outputs of sessions."""
 
     memory = CPU
@@ -213,8 +214,8 @@ class OrtDeviceCache(OrtCache):
         values: list[Any] | None = None,
         first_row: int = 0,
     ) -> None:
-        self.specs, self.batch, self.capacity, self.memory = specs, batch, capacity, memory
-        self.lengths = np.zeros(batch, dtype=np.int64)
+        KVCache.__init__(self, specs, batch, capacity)
+        self.memory = memory
         sizes = {"batch": batch, "capacity": capacity}
         self._first_row = first_row
         self.bindings = {}
@@ -224,7 +225,7 @@ class OrtDeviceCache(OrtCache):
         return _import().OrtValue.ortvalue_from_numpy(array, self.memory, 0)
 
     @property
-    def arrays(self) -> list[np.ndarray]:  # type: ignore[override]
+    def arrays(self) -> list[np.ndarray]:
         rows = slice(self._first_row, self._first_row + self.batch)
         return [value.numpy()[rows].copy() for value in self._values]
 
@@ -237,19 +238,11 @@ class OrtDeviceCache(OrtCache):
             found.append(value.data_ptr() + self._first_row * size)
         return found
 
-    def fork(self) -> OrtDeviceCache:
-        values = [self._value(array) for array in self.arrays]
-        copy = OrtDeviceCache(self.specs, self.batch, self.capacity, self.memory, values)
-        copy.lengths[:] = self.lengths
-        return copy
-
-    def rows(self, start: int, stop: int) -> OrtDeviceCache:
+    def _view(self, start: int, stop: int) -> OrtDeviceCache:
         first, count = self._first_row + start, stop - start
-        view = OrtDeviceCache(self.specs, count, self.capacity, self.memory, self._values, first)
-        view.lengths = self.lengths[start:stop]
-        return view
+        return OrtDeviceCache(self.specs, count, self.capacity, self.memory, self._values, first)
 
-    def _write(self, states: list[np.ndarray]) -> None:
+    def _write(self, states: Sequence[np.ndarray]) -> None:
         rows = slice(self._first_row, self._first_row + self.batch)
         for value, part in zip(self._values, states, strict=True):
             whole = value.numpy().copy()
@@ -293,39 +286,26 @@ class OrtDecoder:
         return OrtCache(self.contract.states, batch, capacity)
 
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
-        if not isinstance(cache, OrtCache):
-            raise TypeError("this cache was made by another backend's session")
-        batch, length, _ = inputs_embeds.shape
-        if batch > 1 and length > 1:
-            raise ValueError("ONNX Runtime takes several tokens at once for one row only; use row()")
-        if batch != cache.batch:
-            raise ValueError(f"{batch} rows were given for a cache of {cache.batch}")
-        embeds_spec, positions_spec, rows_spec = self.contract.inputs
         embeds = np.ascontiguousarray(inputs_embeds)
-        embeds_spec.check(embeds)
-        rows = np.ascontiguousarray(logit_rows, dtype=np.int64)
-        session = self._session if length < PREFILL_FROM else self._prefill
-        if session not in cache.bindings:
-            cache.bindings[session] = self._bind_states(session, cache)
-        binding = cache.bindings[session]
-        positions = cache.append(length)
-        feeds = ((embeds_spec, embeds), (positions_spec, positions), (rows_spec, rows))
-        for spec, array in feeds:
-            _bind(binding.bind_input, spec, array)
-        sizes = {"batch": batch, "sequence": length, "rows": len(rows)}
-        specs = (*self.contract.outputs, *self._appended)
-        outputs = {spec.name: spec.allocate(sizes) for spec in specs}
-        for spec in specs:
-            _bind(binding.bind_output, spec, outputs[spec.name])
-        try:
-            session.run_with_iobinding(binding)
-        except BaseException as error:
-            cache.rewind(length)  # what was claimed was not written
-            if isinstance(error, Exception):
+        with validated_call(self.contract, OrtCache, embeds, logit_rows, cache) as (own, rows, positions):
+            batch, length, _ = embeds.shape
+            session = self._session if length < PREFILL_FROM else self._prefill
+            if session not in own.bindings:
+                own.bindings[session] = self._bind_states(session, own)
+            binding = own.bindings[session]
+            for spec, array in zip(self.contract.inputs, (embeds, positions, rows), strict=True):
+                _bind(binding.bind_input, spec, array)
+            sizes = {"batch": batch, "sequence": length, "rows": len(rows)}
+            specs = (*self.contract.outputs, *self._appended)
+            outputs = {spec.name: spec.allocate(sizes) for spec in specs}
+            for spec in specs:
+                _bind(binding.bind_output, spec, outputs[spec.name])
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as error:  # as above
                 raise _failed(self.contract, error) from error
-            raise
         if self._appended:  # a device's cache would be copied for its arrays
-            for spec, array in zip(self._appended, cache.arrays, strict=True):
+            for spec, array in zip(self._appended, own.arrays, strict=True):
                 write_rows(array, outputs.pop(spec.name), positions)
         logits = outputs.pop("logits")
         self.tapped = outputs

@@ -9,15 +9,13 @@ from threading import RLock
 from time import perf_counter
 from typing import Any, Union
 
-import numpy as np
-
 from runtimes.backends import load_backend
 from runtimes.bundle import Artifact, Bundle
 from runtimes.cache import KVCache, cache_bytes
 from runtimes.chain import Chain, Key, Prompt
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
-from runtimes.generate import Answer, Decoding, Writer, generate, generate_one
+from runtimes.generate import Answer, Decoding, generate
 from runtimes.images import ImageSource
 from runtimes.memory import widening
 from runtimes.prompt import Message, PromptText, format_chat, place_images
@@ -215,7 +213,7 @@ class Pipeline:
         decoding = Decoding(self.chain, asked.tokens, options, started)
         answer = decoding.writer.answer
         answer.reused_tokens = shared
-        for piece in generate_one(self.chain, logits, cache, decoding):
+        for (piece,) in generate(self.chain, [logits], cache, [decoding]):
             written = answer.tokens[: cache.length - len(asked.keys)]
             conversation.keys = asked.keys + [("", token) for token in written]
             yield piece, answer
@@ -240,10 +238,10 @@ class Pipeline:
         logits = [
             self.chain.prefill(self.chain.embed(prompt), cache.row(row)) for row, prompt in enumerate(prompts)
         ]
-        writers = [Writer(self.chain.tokenizer, options, prompt.tokens) for prompt in prompts]
-        for _ in generate(self.chain, np.stack(logits), cache, writers, started):
+        decodings = [Decoding(self.chain, prompt.tokens, options, started) for prompt in prompts]
+        for _ in generate(self.chain, logits, cache, decodings):
             pass
-        return [writer.answer for writer in writers]
+        return [decoding.writer.answer for decoding in decodings]
 
     def reset(self) -> None:
         """Forget the last conversation; the cache's memory is kept."""

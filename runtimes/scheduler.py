@@ -15,10 +15,9 @@ from typing import Any, TypeVar, Union
 
 import numpy as np
 
-from runtimes.cache import KVCache
 from runtimes.chain import Chain, Key, Prompt
 from runtimes.errors import UserError
-from runtimes.generate import Answer, Decoding
+from runtimes.generate import Answer, Decoding, decode_step
 from runtimes.sampling import GenerationOptions, TokenLogprobs
 
 CHUNK = 128  # tokens of a prompt that are read between two steps of the others
@@ -114,7 +113,6 @@ class Scheduler:
         self.chain, self.capacity, self.slots, self.queue, self.chunk = chain, capacity, slots, queue, chunk
         self._vision, self._concurrent = ThreadPoolExecutor(1, "vision"), concurrent
         self._cache = chain.decoder.new_cache(slots, capacity)
-        self._views: dict[tuple[int, int], KVCache] = {}
         self._keys: list[list[Key]] = [[] for _ in range(slots)]  # what each row holds
         self._used = [0.0] * slots  # when each row was last left
         self._waiting: deque[Job] = deque()
@@ -268,7 +266,7 @@ class Scheduler:
 
     def _reading(self, job: Job) -> Iterator[None]:
         """Read a prompt piece by piece."""
-        row, keys = self._view(job.row, job.row + 1), job.prompt.keys
+        row, keys = self._cache.row(job.row), job.prompt.keys
         reused = row.length
         embeds = yield from self._embedding(job, reused)
         job.prompt = replace(job.prompt, images={})  # they are not needed any more
@@ -329,52 +327,26 @@ class Scheduler:
 
     def _write(self) -> None:
         """One step of every answer."""
-        jobs = [job for _, job in sorted(self._jobs.items()) if job.decoding]
+        jobs = {row: job for row, job in sorted(self._jobs.items()) if job.decoding}
         if not jobs:
             return
-        begun = perf_counter()
+        if len(jobs) > 1:  # full rows that are idle may lose a token
+            for row in set(range(self.slots)) - jobs.keys():
+                self._keys[row] = self._keys[row][: self.capacity - 1]
+        active = {row: job.decoding for row, job in jobs.items() if job.decoding}
         try:
-            logits = self._decode_one(jobs[0]) if len(jobs) == 1 else self._decode_several(jobs)
+            logits, seconds = decode_step(self.chain, self._cache, active)
         except Exception as error:  # of the decoder: nobody's answer can go on
-            for job in jobs:
+            for job in jobs.values():
                 self._end(job, error)
             return
-        seconds = perf_counter() - begun if len(jobs) == 1 else None
-        for job, rows in zip(jobs, logits, strict=True):
+        for job, rows in zip(jobs.values(), logits, strict=True):
             self._take(job, rows, seconds)
-
-    def _decode_one(self, job: Job) -> np.ndarray:
-        """Logits ``[1, K, V]`` of an answer's last token and a draft."""
-        assert job.decoding
-        row = self._view(job.row, job.row + 1)
-        return self.chain.decode(np.array([job.decoding.tokens(row)]), row)
-
-    def _decode_several(self, jobs: list[Job]) -> np.ndarray:
-        """Logits ``[jobs, 1, V]`` of each answer's last token.
-
-        The rows from the first to the last job's are decoded; the step of idle ones is taken back.
-        """
-        first, last = jobs[0].row, jobs[-1].row
-        span = self._view(first, last + 1)
-        tokens = np.zeros((span.batch, 1), np.int64)
-        idle = np.ones(span.batch, bool)
-        for job in jobs:
-            assert job.decoding
-            tokens[job.row - first] = job.decoding.tokens(self._view(job.row, job.row + 1), drafts=False)
-            idle[job.row - first] = False
-        for row in first + np.flatnonzero(idle):
-            self._keys[row] = self._keys[row][: self.capacity - 1]
-        span.lengths[idle] = np.minimum(span.lengths[idle], self.capacity - 1)
-        kept = span.lengths.copy()
-        try:
-            return self.chain.decode(tokens, span)[~idle]
-        finally:
-            span.lengths[idle] = kept[idle]
 
     def _take(self, job: Job, logits: np.ndarray, seconds: float | None = None) -> None:
         """Deliver what ``logits [K, V]`` add to an answer."""
         assert job.decoding
-        answer, row = job.decoding.writer.answer, self._view(job.row, job.row + 1)
+        answer, row = job.decoding.writer.answer, self._cache.row(job.row)
         before, asked = len(answer.logprobs), job.prompt.keys
         try:
             text = job.decoding.take(logits, row, seconds)
@@ -409,9 +381,3 @@ class Scheduler:
                 job.deliver(what)
             except Exception:  # who waited for it is gone
                 job.cancel()
-
-    def _view(self, start: int, stop: int) -> KVCache:
-        """Rows as a cache; made once, as sessions keep what they bind."""
-        if (start, stop) not in self._views:
-            self._views[start, stop] = self._cache.rows(start, stop)
-        return self._views[start, stop]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,6 @@ from runtimes.contracts import Contract
 
 if TYPE_CHECKING:
     from runtimes.bundle import Artifact
-
-ANY_NUMBER = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,8 @@ class DecoderSession(Protocol):
         (``cache.row``) and then decodes together with S = 1.
 
         Raises:
-            CapacityError: the cache is too short; nothing has run then.
+            TypeError, ValueError, CapacityError: as ``runtimes.decode_call.validated_call``, which every
+                session begins with; nothing has run then, and the cache is as before.
         """
         ...
 

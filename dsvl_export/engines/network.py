@@ -103,8 +103,16 @@ class ParsedNetwork:
         length = network.add_elementwise(last.get_output(0), one.get_output(0), trt.ElementWiseOperation.SUM)
         lengths = network.add_cast(length.get_output(0), trt.int32).get_output(0)
         for layer in heads:
-            layer.__class__ = trt.IAttentionInputLayer
-            layer.attention.key_value_lengths = lengths
+            attention_of(trt, layer).key_value_lengths = lengths
+
+
+def attention_of(trt: ModuleType, layer: Any) -> Any:
+    """The ``IAttention`` that an input layer of it belongs to.
+
+    ``get_layer`` returns every layer as an ``ILayer``, and the bindings have no cast: the class is changed.
+    """
+    layer.__class__ = trt.IAttentionInputLayer
+    return layer.attention
 
 
 def _set_capacity(model: onnx.ModelProto, contract: Contract, capacity: int) -> None:

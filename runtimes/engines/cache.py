@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from runtimes.cache import KVCache
@@ -13,7 +15,7 @@ from runtimes.engines.layout import aligned, bytes_of
 class DeviceCache(KVCache):
     """Keys and values in device memory; ``slots`` tokens are there, ``capacity`` of them may be used.
 
-    ``arrays`` are copies on the host, for saving and for tests.
+    ``arrays`` are copies on the host.
     """
 
     def __init__(
@@ -27,8 +29,8 @@ class DeviceCache(KVCache):
         block: _Block | None = None,
         first_row: int = 0,
     ) -> None:
-        self.specs, self.batch, self.capacity, self.slots = specs, batch, capacity, slots
-        self.lengths = np.zeros(batch, dtype=np.int64)
+        super().__init__(specs, batch, capacity)
+        self.slots = slots
         self._cuda, self._stream, self._first_row = cuda, stream, first_row
         self._block = block or _Block(cuda, specs, batch, slots)
         if block is None:
@@ -45,33 +47,20 @@ class DeviceCache(KVCache):
         return self._addresses
 
     @property
-    def arrays(self) -> list[np.ndarray]:  # type: ignore[override]
+    def arrays(self) -> list[np.ndarray]:
         found = [spec.allocate({"batch": self.batch, "capacity": self.capacity}) for spec in self.specs]
         for index, array in enumerate(found):
             self._copy(index, array, to_host=True)
         self._cuda.call("cudaStreamSynchronize", self._stream)
         return found
 
-    def fork(self) -> DeviceCache:
-        copy = DeviceCache(self.specs, self.batch, self.capacity, self.slots, self._cuda, self._stream)
-        for index in range(len(self.specs)):
-            size = self.batch * self._row_bytes(index)
-            self._cuda.call(
-                "cudaMemcpyAsync", copy.addresses[index], self.addresses[index], size, self._cuda.on_device,
-                self._stream, what="a copy of the KV cache",
-            )  # fmt: skip
-        copy.lengths[:] = self.lengths
-        return copy
-
-    def rows(self, start: int, stop: int) -> DeviceCache:
-        view = DeviceCache(
+    def _view(self, start: int, stop: int) -> DeviceCache:
+        return DeviceCache(
             self.specs, stop - start, self.capacity, self.slots, self._cuda, self._stream, self._block,
             self._first_row + start,
         )  # fmt: skip
-        view.lengths = self.lengths[start:stop]
-        return view
 
-    def _write(self, states: list[np.ndarray]) -> None:
+    def _write(self, states: Sequence[np.ndarray]) -> None:
         for index, part in enumerate(states):
             self._copy(index, np.ascontiguousarray(part), to_host=False)
         self._cuda.call("cudaStreamSynchronize", self._stream)
@@ -84,7 +73,7 @@ class DeviceCache(KVCache):
         device, host = (self.addresses[index], pitch), (array.ctypes.data, width)
         target, source = (host, device) if to_host else (device, host)
         kind = self._cuda.to_host if to_host else self._cuda.to_device
-        what = "reading the KV cache" if to_host else "loading a KV cache"
+        what = "reading the KV cache" if to_host else "writing the KV cache"
         self._cuda.call(
             "cudaMemcpy2DAsync", *target, *source, width, batch * heads, kind, self._stream, what=what
         )

@@ -1,4 +1,4 @@
-"""What a step of an engine needs, worked out in plain numbers: sizes, pieces, aliases, copies."""
+"""What a step of an engine needs, in plain numbers: sizes, aliases, copies."""
 
 from __future__ import annotations
 
@@ -27,37 +27,6 @@ def bytes_of(spec: TensorSpec, sizes: Sizes) -> int:
 
 def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a call: tokens ``start`` to ``stop``, and the rows of them whose logits the engine gives.
-
-    The first ``kept`` of the rows were asked for; an engine gives at least one.
-    """
-
-    start: int
-    stop: int
-    rows: tuple[int, ...]
-    kept: int
-
-
-def pieces(length: int, rows: Sequence[int], most_tokens: int, most_rows: int) -> list[Piece]:
-    """Cut a call so that no piece has more tokens or rows than the engine's profile allows.
-
-    Args:
-        rows: ascending, each once.
-    """
-    found, start = [], 0
-    while start < length:
-        stop = min(start + most_tokens, length)
-        inside = [row for row in rows if start <= row < stop]
-        if len(inside) > most_rows:
-            stop, inside = inside[most_rows], inside[:most_rows]
-        given = tuple(row - start for row in inside) or (stop - start - 1,)
-        found.append(Piece(start, stop, given, len(inside)))
-        start = stop
-    return found
 
 
 def profile_of(tokens: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from runtimes.bundle import DEBUG_PREFIX
 from runtimes.cache import CapacityError, KVCache
 from runtimes.contracts import Contract, TensorSpec, appended_state
+from runtimes.decode_call import CallLimits, Piece, split_call, validated_call
 from runtimes.engines.cache import DeviceCache
 from runtimes.engines.cuda import Cuda, DeviceMemory, PinnedArray, Stream, import_cuda
 from runtimes.engines.layout import (
@@ -24,7 +25,6 @@ from runtimes.engines.layout import (
     append_copies,
     buffer_bytes,
     bytes_of,
-    pieces,
     profile_of,
     shape_of,
 )
@@ -295,49 +295,32 @@ class EngineDecoder:
         return DeviceCache(self.contract.states, batch, capacity, slots, loaded.cuda, loaded.stream)
 
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
-        if not isinstance(cache, DeviceCache):
-            raise TypeError("this cache was made by another backend's session")
-        batch, length, _ = inputs_embeds.shape
-        if batch > 1 and length > 1:
-            raise ValueError("several tokens at once are for one row only; use row()")
-        if batch != cache.batch:
-            raise ValueError(f"{batch} rows were given for a cache of {cache.batch}")
-        self.contract.inputs[0].check(inputs_embeds)
-        rows, places = np.unique(np.asarray(logit_rows, np.int64), return_inverse=True)
-        if rows.size and not 0 <= rows[0] <= rows[-1] < length:
-            raise ValueError(f"the logit rows {rows.tolist()} do not lie in {length} tokens")
-        limits = self._runner.limits[profile_of(length)]
-        positions = cache.append(length)
-        try:
-            found = [
-                (piece, self._run(inputs_embeds, positions, piece.start, piece.stop, piece.rows, cache))
-                for piece in pieces(length, rows.tolist(), limits["sequence"], limits["rows"])
-            ]
-        except BaseException:
-            cache.rewind(length)  # what was claimed was not written
-            raise
-        self.tapped = {
-            spec.name: np.concatenate([outputs[spec.name] for _, outputs in found], axis=1)
-            for spec in self.contract.outputs[1:]
+        call = validated_call(self.contract, DeviceCache, inputs_embeds, logit_rows, cache)
+        with call as (own, rows, positions):
+            length = inputs_embeds.shape[1]
+            limits = self._runner.limits[profile_of(length)]
+            within = CallLimits(limits["sequence"], limits["rows"])
+            pieces = split_call(length, rows.tolist(), 0, within)
+            found = [self._run(piece, inputs_embeds, positions, own) for piece in pieces]
+        joined = {
+            spec.name: np.concatenate([outputs[spec.name] for outputs in found], axis=1)
+            for spec in self.contract.outputs
         }
-        logits = [outputs["logits"][:, : piece.kept] for piece, outputs in found]
-        return np.concatenate(logits, axis=1)[:, places]
+        logits = joined.pop("logits")
+        self.tapped = joined
+        computed = [row for piece in pieces for row in piece.rows]
+        return logits[:, np.searchsorted(computed, rows)]
 
     def _run(
-        self,
-        embeds: np.ndarray,
-        positions: np.ndarray,
-        start: int,
-        stop: int,
-        rows: tuple[int, ...],
-        cache: DeviceCache,
+        self, piece: Piece, embeds: np.ndarray, positions: np.ndarray, cache: DeviceCache
     ) -> dict[str, np.ndarray]:
-        """One call of the engine for tokens ``start`` to ``stop``."""
-        profile = profile_of(stop - start)
+        """One call of the engine for the tokens of a piece."""
+        profile, tokens = profile_of(piece.length), slice(piece.start, piece.stop)
         sizes = {
-            "batch": len(embeds), "sequence": stop - start, "rows": len(rows), "capacity": cache.slots,
+            "batch": len(embeds), "sequence": piece.length, "rows": len(piece.rows), "capacity": cache.slots,
         }  # fmt: skip
-        feeds = (embeds[:, start:stop], positions[:, start:stop], np.array(rows, np.int64))
+        rows = np.array(piece.rows, np.int64) - piece.start
+        feeds = (embeds[:, tokens], positions[:, tokens], rows)
         for spec, array in zip(self.contract.inputs, feeds, strict=True):
             self._runner.put(spec, array)
         key = self._runner.bind(profile, sizes, cache)

@@ -18,6 +18,7 @@ from calibration.program import planned_chain, planned_model
 from calibration.quantized import (
     dequantize_float8,
     fake_quantize,
+    qd,
     quantize_float8,
     quantize_weight,
     round_trip,
@@ -36,6 +37,17 @@ from runtimes.goldens import relative_rms
 from runtimes.session import SessionOptions
 from tests.calibration.calibrated import Calibrated
 
+OPERATORS = {  # of quantized_decomposed, which PyTorch registers in a private module
+    "quantize_per_tensor": "input scale zero_point quant_min quant_max dtype",
+    "dequantize_per_tensor": "input scale zero_point quant_min quant_max dtype out_dtype",
+    "quantize_per_channel": "input scales zero_points axis quant_min quant_max dtype",
+    "dequantize_per_channel": "input scales zero_points axis quant_min quant_max dtype out_dtype",
+    "quantize_per_channel_group": "input scales zero_points quant_min quant_max dtype group_size",
+    "dequantize_per_channel_group": "input scales zero_points quant_min quant_max dtype group_size output_dtype",
+    "quantize_per_token": "input scales zero_points quant_min quant_max dtype",
+    "dequantize_per_token": "input scales zero_points quant_min quant_max dtype output_dtype",
+    "choose_qparams_per_token_asymmetric": "input dtype",
+}
 PLANS = {
     "int8": "rules: [{layers: '*', precision: int8}]",
     "fp8": "rules: [{layers: '*', precision: fp8}]",
@@ -49,6 +61,13 @@ class BlockDialect(OrtDialect):
     """Weights of 4 and 8 bits behind standard DequantizeLinear, as TensorRT takes them."""
 
     weight_only_linear = StandardDialect.weight_only_linear
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_pytorch_registers_the_operators(operator: str) -> None:
+    """If this fails, PyTorch moved or changed them: change the import in ``calibration/quantized.py``."""
+    schema = getattr(qd, operator).default._schema
+    assert [argument.name for argument in schema.arguments] == OPERATORS[operator].split()
 
 
 def exported(weights: QuantizedWeights, chain: Chain, folder: Path, dialect: OrtDialect) -> Chain:

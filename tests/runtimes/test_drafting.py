@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -161,6 +162,23 @@ def test_drafts_change_no_token(
     half = len(found) // 2
     assert found[:half] == found[half:]
     assert drafted > accepted > 0
+
+
+def test_the_last_answer_of_a_batch_is_decoded_with_drafts(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others end at once; its tokens are those without drafts."""
+    monkeypatch.setattr("runtimes.generate.perf_counter", partial(next, count()))
+    pipeline = Pipeline.open(tiny_bundle, precision="fp32")
+    prompts = ["The circle is red. The square is red. The", "A circle.", "The circle is red."]
+    settings = GenerationOptions(60, repetition_penalty=0.7)
+    plain = replace(settings, drafts=False)
+    expected = [pipeline.generate(prompt, options=plain) for prompt in prompts]
+    longest = max(range(3), key=lambda index: len(expected[index].tokens))
+    found = pipeline.generate_batch([(prompt, []) for prompt in prompts], settings)
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
+    assert found[longest].accepted_tokens > 0
+    assert pipeline.generate_batch([(prompts[0], [])], settings)[0].accepted_tokens > 0
 
 
 class Wobbly:

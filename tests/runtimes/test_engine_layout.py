@@ -1,43 +1,11 @@
-"""The numbers of an engine's step: pieces of a call, and where its rows go."""
+"""The numbers of an engine's step: where its rows go."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from runtimes.contracts import TensorSpec
-from runtimes.engines.layout import append_copies, pieces
-
-
-@pytest.mark.parametrize(
-    ("length", "rows", "tokens", "most", "expected"),
-    [
-        (5, [4], 512, 64, [(0, 5, (4,), 1)]),
-        (5, [], 512, 64, [(0, 5, (4,), 0)]),
-        (5, [0, 4], 3, 64, [(0, 3, (0,), 1), (3, 5, (1,), 1)]),
-        (5, [0, 1, 2, 3, 4], 5, 2, [(0, 2, (0, 1), 2), (2, 4, (0, 1), 2), (4, 5, (0,), 1)]),
-        (6, [5], 2, 1, [(0, 2, (1,), 0), (2, 4, (1,), 0), (4, 6, (1,), 1)]),
-    ],
-)  # fmt: skip
-def test_pieces(
-    length: int,
-    rows: list[int],
-    tokens: int,
-    most: int,
-    expected: list[tuple[int, int, tuple[int, ...], int]],
-) -> None:
-    assert [(p.start, p.stop, p.rows, p.kept) for p in pieces(length, rows, tokens, most)] == expected
-
-
-def test_pieces_cover_everything_once() -> None:
-    random = np.random.default_rng(0)
-    for _ in range(300):
-        length, tokens, most = (int(random.integers(1, high)) for high in (40, 20, 8))
-        rows = sorted(random.choice(length, size=int(random.integers(0, length + 1)), replace=False).tolist())
-        found = pieces(length, rows, tokens, most)
-        assert [p.start for p in found] == [0, *(p.stop for p in found[:-1])] and found[-1].stop == length
-        assert [p.start + row for p in found for row in p.rows[: p.kept]] == rows
-        assert all(0 < p.stop - p.start <= tokens and 0 < len(p.rows) <= most for p in found)
+from runtimes.engines.layout import append_copies
 
 
 def test_rows_of_a_step_go_to_their_places() -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor
 from torch.nn import functional as F
 
+from calibration.quantized import qd
 from runtimes.mil.operators import LARGE, OPERATORS, scaled_dot_product_attention
 
 mil = pytest.importorskip("dsvl_export.mil_program.context", reason="coremltools is not installed here")
@@ -20,7 +20,6 @@ from coremltools.converters.mil.mil import Function, types  # noqa: E402
 
 from dsvl_export.mil_program.functions import TARGET  # noqa: E402
 
-qd = torch.ops.quantized_decomposed
 RANDOM = np.random.default_rng(0)
 
 
