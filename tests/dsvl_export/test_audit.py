@@ -264,7 +264,7 @@ def test_weights_beside_a_graph_are_read_where_they_lie(tmp_path: Path, int8: Bu
 
 
 def test_another_checkpoint_is_refused(run, pair, tiny_bundle: Bundle) -> None:
-    assert refused(run("verify", tiny_bundle.folder, "--precision", "fp16"), "give --weights CHECKPOINT too")
+    assert refused(run("verify", tiny_bundle.folder, "--precision", "fp16"), "pass --weights CHECKPOINT too")
     done = run("verify", tiny_bundle.folder, "--weights", pair.checkpoint.folder)
     assert refused(done, "is not the checkpoint that")
 
