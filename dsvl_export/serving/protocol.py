@@ -29,7 +29,11 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Integer = Annotated[int, BeforeValidator(_whole)]
+# The bounds stand before the validator: behind it, the OpenAPI document would not have them.
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+TopK = Annotated[int, Field(ge=-1), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64), BeforeValidator(_whole)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MOST_TOP), BeforeValidator(_whole)]
 StopText = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 
 
@@ -122,17 +126,17 @@ class ChatRequest(_Fields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
     stream: Optional[bool] = None
     stream_options: Optional[StreamOptions] = None
-    max_tokens: Optional[Integer] = Field(None, ge=1)
-    max_completion_tokens: Optional[Integer] = Field(None, ge=1)
+    max_tokens: Optional[Positive] = None
+    max_completion_tokens: Optional[Positive] = None
     temperature: Optional[float] = Field(None, ge=0, le=2)
     top_p: Optional[float] = Field(None, ge=0, le=1)
-    top_k: Optional[Integer] = Field(None, ge=-1)
+    top_k: Optional[TopK] = None
     repetition_penalty: Optional[float] = Field(None, ge=0.01, le=100)
-    seed: Optional[Integer] = Field(None, ge=-(2**63), lt=2**64)
+    seed: Optional[Seed] = None
     ignore_eos: Optional[bool] = None
     stop: Union[StopText, Annotated[list[StopText], Field(max_length=MOST_STOPS)], None] = None
     logprobs: Optional[bool] = None
-    top_logprobs: Optional[Integer] = Field(None, ge=0, le=MOST_TOP)
+    top_logprobs: Optional[TopLogprobs] = None
 
     @property
     def wants_usage(self) -> bool:
