@@ -147,7 +147,7 @@ def test_export_says_that_there_is_no_file(
     app(["export", "tiny", *options, "--output", str(folder)], standalone_mode=False)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("No tokenizer for ExecuTorch's runner") == 1
-    assert "runner (fp32): it reads 3 texts otherwise, as 'a [b] c'. Apps must give" in said
+    assert "runner (fp32): it reads 3 texts otherwise, as 'a [b] c'. Apps must pass" in said
 
 
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
