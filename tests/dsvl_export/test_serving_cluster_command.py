@@ -127,4 +127,4 @@ def test_what_is_no_cluster(run, tiny_bundle: Bundle) -> None:
     serve = ("serve", str(tiny_bundle.folder), "--port", "0")
     assert refused(run(*serve, "--ray", "127.0.0.1:1"), "There is no Ray cluster at '127.0.0.1:1'")
     assert refused(run(*serve, "--ray", "ray://127.0.0.1:1"), "serve runs on a machine of the cluster")
-    assert refused(run(*serve, "--replicas", "2"), "give --ray ADDRESS.")
+    assert refused(run(*serve, "--replicas", "2"), "pass --ray ADDRESS too.")
