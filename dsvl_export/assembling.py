@@ -69,12 +69,14 @@ def plan_hashes(staging: Staging, precision: str) -> dict[str, str]:
 
 def finished_artifacts(staging: Staging) -> tuple[Artifact, ...]:
     """Finished artifacts; those of a plan or scales that were replaced since do not count."""
-    rows = [
-        row
-        for result in staging.results()
-        for row in result.get("artifacts", [result["artifact"]] if "artifact" in result else [])  # until 0.4
-        if result.get("rests_on", {}) in ({}, plan_hashes(staging, row["precision"]))
-    ]
+    files, rows = staging.files(), []
+    for result in staging.results():
+        for row in result.get("artifacts", [result["artifact"]] if "artifact" in result else []):  # until 0.4
+            if result.get("rests_on", {}) not in ({}, plan_hashes(staging, row["precision"])):
+                continue
+            if result.get("audited"):  # as a whole, when it was written; hashed since
+                row = {**row, "audited": {path: files[path].sha256 for path in row["files"]}}
+            rows.append(row)
     return tuple(map(Artifact.from_dict, rows))
 
 

@@ -497,23 +497,25 @@ class ExportStages:
                 return activation_growth(Workload(traced[component]), self.backend, longest)
 
             compiled = work(parts, folder, on_bytes, self.options)
-            paths = {file: f"{name}/{file.relative_to(folder).as_posix()}" for file in compiled.files}
             audited = self.audits and audit_written(self.compiler, name, compiled, parts, self.options)
-            hashes = {path: sha256_of_file(file) for file, path in paths.items()} if audited else {}
             engine = compiled.engine
             artifacts = [
                 Artifact(
                     component, self.backend, plan.name, compiled.target, compiled.dialect,
-                    tuple(paths.values()),
+                    tuple(f"{name}/{file.relative_to(folder).as_posix()}" for file in compiled.files),
                     {**compiled.tools, "torch": torch.__version__, "dsvl-export": __version__},
                     replace(engine, file=f"{name}/{engine.file}") if engine else None,
                     plan.base, compiled.capacity,
                     *active(component),
-                    plan.quantizes_inputs_or_cache, hashes,
+                    plan.quantizes_inputs_or_cache,
                 )
                 for component in components
             ]  # fmt: skip
-            return {"artifacts": list(map(asdict, artifacts)), "rests_on": self._rests_on(plan.name)}
+            return {
+                "artifacts": list(map(asdict, artifacts)),
+                "rests_on": self._rests_on(plan.name),
+                "audited": audited,
+            }
 
         self._stage(name, build, self._inputs_of(plan))
 

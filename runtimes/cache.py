@@ -130,7 +130,7 @@ class HostCache(KVCache):
     ) -> None:
         super().__init__(specs, batch, capacity)
         sizes = {"batch": batch, "capacity": capacity}
-        self._arrays = arrays or [spec.allocate(sizes) for spec in specs]
+        self._arrays = arrays if arrays is not None else [spec.allocate(sizes) for spec in specs]
 
     @property
     def arrays(self) -> list[np.ndarray]:

@@ -182,7 +182,7 @@ class OrtComponent:
         names = [spec.name for spec in self.contract.outputs]
         try:
             outputs = self._session.run(names, dict(inputs))
-        except Exception as error:  # as above
+        except Exception as error:  # of whatever kind ONNX Runtime raises
             raise _failed(self.contract, error) from error
         return dict(zip(names, outputs, strict=True))
 
@@ -302,7 +302,7 @@ class OrtDecoder:
                 _bind(binding.bind_output, spec, outputs[spec.name])
             try:
                 session.run_with_iobinding(binding)
-            except Exception as error:  # as above
+            except Exception as error:  # of whatever kind ONNX Runtime raises
                 raise _failed(self.contract, error) from error
         if self._appended:  # a device's cache would be copied for its arrays
             for spec, array in zip(self._appended, own.arrays, strict=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +16,12 @@ from dsvl_export.precisions import bundled_plan
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.config import ModelConfig
 from reference.model import DeepSeekVL
-from reference.tiny import TINY
-from reference.tiny.pictures import draw
 from reference.trace import TRACED_COMPONENTS
 from runtimes.bundle import Bundle
 from runtimes.engines.backend import find_gpu
 from tests.calibration.calibrated import random_calibrated, tiny_calibrated
 from tests.dsvl_export.command_line import optimum
+from tests.fixtures import bundle_copy, pictures, state_folder, tiny_copy
 from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
 
 torch.manual_seed(0)
@@ -37,7 +34,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"it would prove the numbers on a GPU itself, but {reason}")
 
 
-__all__ = ["random_calibrated", "tiny_calibrated"]  # fixtures that several packages share
+__all__ = [  # fixtures that several packages share
+    "bundle_copy", "pictures", "random_calibrated", "state_folder", "tiny_calibrated", "tiny_copy",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,6 @@ def _pair(oracle: transformers.PreTrainedModel, folder: Path) -> OraclePair:
     save_oracle(oracle, folder)
     checkpoint = open_checkpoint(str(folder))
     return OraclePair(oracle, checkpoint.model(), checkpoint)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Engines that tests build are not remembered in the developer's home."""
-    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(scope="session")
@@ -149,30 +142,3 @@ def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     bundle = export("tiny", folder, "tensorrt", ["fp16", "int8"], tensorrt=version)
     build_engines(bundle.folder)
     return Bundle.open(folder)
-
-
-@pytest.fixture
-def bundle_copy(tiny_bundle: Bundle, tmp_path: Path) -> Path:
-    """A copy to spoil."""
-    return Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def tiny_copy(tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint to spoil."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    for file in TINY.glob("*.json"):
-        shutil.copyfile(file, folder / file.name)
-    shutil.copyfile(TINY / "model.safetensors", folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Four rendered pictures."""
-    folder = tmp_path_factory.mktemp("pictures")
-    files = [folder / f"{seed}.png" for seed in range(4)]
-    for seed, file in enumerate(files):
-        draw((seed, 1234))[0].save(file)
-    return files

@@ -124,7 +124,7 @@ class Judge:
 
 
 class Worker:
-    """A process that plants faults into a copy of the bundle of its own, and mends them again."""
+    """A process that plants faults into a copy of the bundle of its own, and restores it."""
 
     def __init__(self, sound: Path, folder: Path, backend: str, precisions: list[str]) -> None:
         torch.set_num_threads(1)

@@ -9,23 +9,22 @@ RUNG = "audit"
 
 
 def judge_audit(bundle: Bundle, result: ParityResult) -> None:
-    """Fill the result's rung of the audit; where export compared nothing, it says how to do that.
+    """Fill the result's stage ``audit``: every file of the artifacts must be one that export compared.
 
-    What single requests cannot tell from rounding, export saw when it compared each weight: a file that was
-    changed afterwards is not the one that it judged.
+    Requests cannot tell a small fault from rounding; export compares every weight. A file that export did not
+    compare, as an engine, leaves the stage at ``not run``.
     """
-    rung, manifest = result.rung(RUNG), bundle.manifest
-    artifacts = [
-        item
-        for item in manifest.artifacts
-        if (item.backend, item.precision) == (result.backend, result.precision)
-    ]
-    for artifact in artifacts:
-        for path, digest in artifact.audited.items():
-            if path not in manifest.files or manifest.files[path].sha256 != digest:
-                rung.fail(f"{path} is not the file that export compared with the checkpoint; export it again")
-    unknown = [artifact.component for artifact in artifacts if not artifact.audited]
+    stage, manifest = result.rung(RUNG), bundle.manifest
+    pair, unknown = (result.backend, result.precision), []
+    for artifact in manifest.artifacts:
+        if (artifact.backend, artifact.precision) != pair:
+            continue
+        for path in artifact.files:
+            if path not in artifact.audited:
+                unknown.append(path)
+            elif manifest.files[path].sha256 != artifact.audited[path]:
+                stage.fail(f"{path} is not what export compared with the checkpoint; export it again")
     if not unknown:
-        rung.passed()
-    elif rung.state != "failed":
-        rung.detail = f"export did not compare the {unknown[0]} with the checkpoint; see verify --weights"
+        stage.passed()
+    elif stage.state != "failed":
+        stage.detail = f"export did not compare {unknown[0]} with the checkpoint; see verify --weights"

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from dsvl_export import cli
 from dsvl_export.exporting import export
 from runtimes.bundle import Bundle
 from runtimes.pipeline import Pipeline
-from tests.dsvl_export.command_line import Done
 from tests.dsvl_export.in_browser import BROWSER
 from tests.dsvl_export.serving import Served, serving
+from tests.fixtures import run
 
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run the command line in this process."""
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["dsvl-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return Done(int(caught.value.code or 0), captured.out, captured.err)
-
-    return call
+__all__ = ["run"]  # a fixture
 
 
 @pytest.fixture(scope="session")

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import sys
-from collections.abc import Callable, Generator
-from pathlib import Path
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 
-from dsvl_export import cli
-from reference.tiny import TINY
-from reference.tiny.pictures import draw
 from runtimes.bundle import Bundle
-from tests.dsvl_export.command_line import Done
+from tests.fixtures import bundle_copy, pictures, run, state_folder, tiny_copy
 
+__all__ = ["bundle_copy", "pictures", "run", "state_folder", "tiny_copy"]  # fixtures
 BUNDLE = "DSVL_TEST_BUNDLE"
 # Packages of the export and of other backends; tomllib is part of Python from 3.11.
 ABSENT = {
@@ -31,48 +26,10 @@ ABSENT = {
 MISSING = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
-
-
 @pytest.fixture(scope="session")
 def tiny_bundle() -> Bundle:
     """The tiny checkpoint in fp32 and fp16; tests must not change it."""
     return Bundle.open(os.environ[BUNDLE])
-
-
-@pytest.fixture
-def bundle_copy(tiny_bundle: Bundle, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def tiny_copy(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Run the command line in this process."""
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["dsvl-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return Done(int(caught.value.code or 0), captured.out, captured.err)
-
-    return call
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("pictures")
-    files = [folder / f"{seed}.png" for seed in range(4)]
-    for seed, file in enumerate(files):
-        draw((seed, 1234))[0].save(file)
-    return files
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ from runtimes.bundle import Bundle
 
 
 @pytest.fixture
-def complete(run, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+def complete(run, monkeypatch: pytest.MonkeyPatch):
     """Return what bash is offered for the last of the words."""
 
     def call(*words: object) -> list[str]:
@@ -35,7 +35,7 @@ def complete(run, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-d
     return call
 
 
-def test_help_lists_the_commands_in_panels_with_the_most_used_first(run) -> None:  # type: ignore[no-untyped-def]
+def test_help_lists_the_commands_in_panels_with_the_most_used_first(run) -> None:
     lines = [line.strip("│╭─ ") for line in run("--help").out.splitlines()]
     shown = [
         line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in sum(PANELS.values(), ())
@@ -58,11 +58,11 @@ def test_help_lists_the_commands_in_panels_with_the_most_used_first(run) -> None
 )
 def test_options_of_long_commands_are_in_panels(command: str, panels: set[str]) -> None:
     group = typer.main.get_command(app)
-    options = group.commands[command].params  # type: ignore[attr-defined]
+    options = group.commands[command].params
     assert {panel for option in options if (panel := option.rich_help_panel)} == panels
 
 
-def test_targets_backends_and_precisions_are_completed(complete) -> None:  # type: ignore[no-untyped-def]
+def test_targets_backends_and_precisions_are_completed(complete) -> None:
     assert complete("export", "tiny", "--target", "jetson-orin") == [
         name for name in load_targets() if name.startswith("jetson-orin")
     ]
@@ -79,7 +79,7 @@ def test_targets_backends_and_precisions_are_completed(complete) -> None:  # typ
     assert complete("export", "tiny", "--target", "toaster", "--precision", "fp3") == ["fp32"]
 
 
-def test_a_bundle_offers_what_it_holds(complete, tiny_bundle: Bundle, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_bundle_offers_what_it_holds(complete, tiny_bundle: Bundle, tmp_path: Path) -> None:
     folder = tiny_bundle.folder
     for command in ("run", "chat", "serve", "parity", "bench", "verify", "build-engine"):
         assert complete(command, folder, "--precision", "''") == ["fp32", "fp16"], command
@@ -91,7 +91,7 @@ def test_a_bundle_offers_what_it_holds(complete, tiny_bundle: Bundle, tmp_path: 
     assert complete("run", "--precision", "''") == []
 
 
-def test_other_values_are_completed(complete) -> None:  # type: ignore[no-untyped-def]
+def test_other_values_are_completed(complete) -> None:
     assert complete("calibrate", "tiny", "--method", "''") == list(METHODS)
     assert complete("export", "tiny", "--delegate", "''") == list(DELEGATES)
     assert complete("parity", "x", "--task", "n") == ["none"]
