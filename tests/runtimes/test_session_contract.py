@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reference.session import TorchDecoder
 from runtimes.bundle import Bundle
 from runtimes.cache import CapacityError
 from runtimes.session import DecoderSession, SessionOptions
@@ -168,6 +167,8 @@ def test_bad_calls_leave_the_cache_as_it_was(decoder: DecoderSession) -> None:
 
 def test_a_batch_decodes_one_token_a_call(decoder: DecoderSession) -> None:
     """But for the reference, which measures the rounding error of several prompts at once."""
+    from reference.session import TorchDecoder  # imports torch; other tests of this file need none
+
     x, rows, cache = embeds(decoder, 2, 3), np.array([2]), decoder.new_cache(2, CAPACITY)
     if isinstance(decoder, TorchDecoder):
         assert decoder.decode(x, rows, cache).shape[:2] == (2, 1)
