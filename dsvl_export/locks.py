@@ -34,12 +34,12 @@ class FileLock:
             wait: until another holder releases it; otherwise return False at once.
 
         Raises:
-            UserError: the file is a link, or its file system has no locks.
+            UserError: the file is a link, its file system has no locks, or its folder cannot be created.
         """
         while True:
             if not self.file.parent.is_dir():
                 self._made_folder = True
-                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self._make_folder()
             try:
                 handle = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             except FileNotFoundError:  # the last holder deleted the folder meanwhile
@@ -61,6 +61,18 @@ class FileLock:
                 os.close(handle)
                 raise
             os.close(handle)  # the last holder deleted the file; it stands for nothing now
+
+    def _make_folder(self) -> None:
+        folder = self.file.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if not isinstance(error, (FileExistsError, FileNotFoundError, NotADirectoryError)):
+                raise UserError(f"{folder} cannot be created: {error.strerror}.") from error
+            # Another holder deleted a folder meanwhile, or there is something else in its place.
+            for path in (folder, *folder.parents):
+                if os.path.lexists(path) and not path.is_dir():
+                    raise UserError(f"{path} is not a folder.") from error
 
     def release(self) -> None:
         """Give the lock back, and delete its file, and its folder where that was created and is empty."""

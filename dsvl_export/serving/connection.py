@@ -13,6 +13,7 @@ from dsvl_export.serving.limits import refuse
 
 MOST_CONNECTIONS = 512
 HEAD_SECONDS = STALL_SECONDS = 30
+LINGER_SECONDS = 2
 
 
 class BoundedProtocol(H11Protocol):
@@ -20,12 +21,15 @@ class BoundedProtocol(H11Protocol):
 
     While no request is being answered, the head of the next one, and the rest of the last one's body, must
     arrive within ``HEAD_SECONDS``, however the client divides them; uvicorn closes connections that send
-    nothing. A client must take some of its answer within ``STALL_SECONDS``. Beyond ``MOST_CONNECTIONS``, the
+    nothing. A client must take some of its answer within ``STALL_SECONDS``. After what is not HTTP, the
+    connection is read for ``LINGER_SECONDS`` more, since closing it with unread bytes resets it, and the
+    client may then not see the answer (RFC 9112, section 9.6). Beyond ``MOST_CONNECTIONS``, the
     one that has sent no whole request for longest is closed; if all have, requests are answered with 503.
     """
 
     _stall: asyncio.TimerHandle | None = None
     _late: asyncio.TimerHandle | None = None
+    _refused = False  # the request is not HTTP; nothing after it is parsed
     _since = 0.0  # when the connection began to wait for its request
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -65,6 +69,8 @@ class BoundedProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         super().data_received(data)
         self._limit_request()
 
@@ -74,6 +80,8 @@ class BoundedProtocol(H11Protocol):
 
     def _limit_request(self) -> None:
         """Start the clock of a request when the last one is answered; stop it when it is being answered."""
+        if self._refused:
+            return
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_clock()
         elif self._late is None and not self.transport.is_closing():
@@ -92,7 +100,10 @@ class BoundedProtocol(H11Protocol):
         if self.cycle is not None:  # whose body it was
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        self.transport.close()
+        self._refused = True
+        self._stop_clock()
+        self._late = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        self.transport.write_eof()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -148,6 +148,15 @@ def test_many_threads_hold_a_lock_in_turns(tmp_path: Path) -> None:
     assert (most[0], count[0]) == (1, 300)
 
 
+def test_a_lock_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "missing")
+    for name in ("file", "link"):
+        for folder in (tmp_path / name, tmp_path / name / "folder"):
+            with pytest.raises(UserError, match=f"{name} is not a folder"):
+                FileLock(folder / "lock").acquire()
+
+
 def test_one_calibration_of_a_folder_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path / ".lock"):
         with pytest.raises(UserError, match="Another calibration is writing to"):

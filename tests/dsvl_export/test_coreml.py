@@ -13,6 +13,7 @@ import pytest
 
 from dsvl_export.exporting import export
 from dsvl_export.ladder import parity
+from dsvl_export.ladder.stages import STEPS, Goldens, stages
 from reference.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from reference.tiny.pictures import draw
@@ -90,10 +91,21 @@ def test_every_precision_climbs_the_ladder(bundle: Bundle, precision: str) -> No
     assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
     assert not any(drift.first for drift in result.drift)
     assert result.task and result.task.accuracy_ratio and result.task.accuracy_ratio >= 0.99
-    if precision == "fp16":
-        for rung in ("prefill_logits", "teacher_forced_logits"):
-            errors = result.rung(rung).errors
-            assert errors and errors.relative_rms < 2e-3
+
+
+def test_the_logits_of_half_precision(bundle: Bundle) -> None:
+    """The error over all goldens. The order in which a BLAS adds up moves that of one golden threefold."""
+    chain, goldens = Pipeline.open(bundle, "coreml", "fp16").chain, Goldens.of_bundle(bundle)
+    errors: dict[str, list[float]] = {}
+    for index in range(len(goldens.files)):
+        golden = goldens.load(index, bundle.manifest.checkpoint["sha256"])
+        for stage in stages(chain, golden, steps=STEPS):
+            error = relative_rms(stage.found, stage.expected)
+            errors.setdefault(f"{stage.rung} {stage.tensor}", []).append(error)
+    errors = {name: found for name, found in errors.items() if "logits" in name}
+    assert len(errors) == 3
+    for name, found in errors.items():
+        assert np.sqrt(np.square(found).mean()) < 1.5e-3, name
 
 
 def test_the_fixed_functions_of_the_neural_engine_climb_too(bundle: Bundle) -> None:

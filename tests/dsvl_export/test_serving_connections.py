@@ -134,6 +134,7 @@ def test_a_broken_body_of_a_head_request(served: Served, caplog: pytest.LogCaptu
         b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"GET /" + b"x" * 100_000,
+        b"GET /" + b"x" * 10_000_000,
     ],
 )
 def test_what_is_not_http(served: Served, content: bytes) -> None:
