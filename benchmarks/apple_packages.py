@@ -36,7 +36,7 @@ FOUR_BIT_COREAI = {"four-bit-float": "base: fp32\n" + RULES % "int4-g32"}
 
 def convert(checkpoint: Path, bundle: Path, backend: str, precision: str, goldens: bool) -> dict[str, int]:
     """Export; bytes of each component."""
-    from dsvl_export.exporting import export
+    from dsvl_export.exporter.export import export
 
     made = export(str(checkpoint), bundle, backend, [precision], goldens, capacity=CAPACITY)
     _, name = made.select(backend, Path(precision).stem if precision.endswith(".yaml") else precision)
@@ -92,10 +92,10 @@ def few(checkpoint: Path, bundle: Path) -> dict[str, float]:
     """Relative RMS of a component against the fp32 reference on the same inputs, in Core AI's fp16."""
     from skimage.data import astronaut
 
-    from dsvl_export.exporting import export
-    from reference.checkpoint import open_checkpoint
+    from dsvl_export.exporter.export import export
+    from reference.checkpoint.checkpoint import open_checkpoint
     from reference.session import reference_chain
-    from runtimes.goldens import relative_rms
+    from runtimes.goldens.golden import relative_rms
     from runtimes.pipeline import Pipeline
     from runtimes.preprocess import preprocess
 

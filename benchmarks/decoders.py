@@ -31,7 +31,7 @@ from measuring import (
     spread,
 )
 
-from reference.released import released_config
+from reference.checkpoint.released import released_config
 
 THREADS = 2
 VISION_LAYERS = 2  # the decoder alone is measured

@@ -63,9 +63,9 @@ def scripts(prompt: list[int], fresh: list[int]) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    from runtimes.generate import Decoding, generate
+    from runtimes.generation.decoding import Decoding, generate
+    from runtimes.generation.sampling import GenerationOptions
     from runtimes.pipeline import Pipeline
-    from runtimes.sampling import GenerationOptions
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

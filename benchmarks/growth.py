@@ -34,7 +34,7 @@ def export_once(work: Path, size: str, layers: int | None, vision: int | None) -
 
 
 def _export(bundle: Path, checkpoint: Path) -> None:
-    from dsvl_export.exporting import export
+    from dsvl_export.exporter.export import export
 
     export(str(checkpoint), bundle, BACKEND, [PRECISION], goldens=False)
 
@@ -59,7 +59,7 @@ def decoding(bundle: Path, context: int) -> dict[str, float]:
 def images(bundle: Path, count: int) -> dict[str, float]:
     """Seconds to the first token of a question about so many pictures, and of the vision in it."""
     from runtimes.pipeline import Pipeline
-    from runtimes.prompt import IMAGE_PLACEHOLDER
+    from runtimes.text.prompt import IMAGE_PLACEHOLDER
 
     pipeline = Pipeline.open(bundle, BACKEND, PRECISION, threads=THREADS, verify=False, capacity=8192)
     random = np.random.default_rng(0)

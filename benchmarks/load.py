@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measuring import spread
 
 from reference.tiny import HELDOUT
+from runtimes.generation.sampling import GenerationOptions
 from runtimes.pipeline import Pipeline
-from runtimes.sampling import GenerationOptions
 from runtimes.scheduler import Scheduler
 
 QUESTIONS = ("Describe the picture.", "What number is in the picture?", "How many objects are there?")

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from reference.checkpoint import parameter_shapes
-from reference.config import CLIP_MEAN, CLIP_STD, HALF
-from reference.config_file import parse_config
-from reference.layouts import sources
-from reference.released import RELEASED, released_config
+from reference.checkpoint.checkpoint import parameter_shapes
+from reference.checkpoint.config_file import parse_config
+from reference.checkpoint.layouts import sources
+from reference.checkpoint.released import RELEASED, released_config
+from reference.model.config import CLIP_MEAN, CLIP_STD, HALF
 from reference.tiny import TINY
 
 SHARD = 2 << 30

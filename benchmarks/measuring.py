@@ -71,7 +71,7 @@ def checkpoint_of(work: Path, size: str, layers: int | None, vision: int | None,
 
 def export_to(bundle: Path, checkpoint: Path, backend: str, precision: str, goldens: bool = False) -> Any:
     """Export what is not there yet; bytes by component, and the tools that the manifest names."""
-    from dsvl_export.exporting import export
+    from dsvl_export.exporter.export import export
 
     made = export(str(checkpoint), bundle, backend, [precision], goldens, capacity=CAPACITY)
     items = [a for a in made.manifest.artifacts if (a.backend, a.precision) == (backend, precision)]
@@ -119,7 +119,7 @@ def rates(found: dict[str, Any]) -> tuple[float, float]:
 
 def climb(bundle: Path, backend: str, precision: str) -> dict[str, Any]:
     """The ladder."""
-    from dsvl_export.ladder import parity
+    from dsvl_export.parity_check import parity
 
     result = parity(bundle, backend, precision)
     errors = {rung.name: rung.errors.relative_rms for rung in result.rungs if rung.errors}

@@ -24,7 +24,7 @@ SAMPLES = 64
 def prepare(work: Path) -> None:
     """The fp32 bundle, ours in INT8 and FP8, and the preprocessed calibration pictures."""
     from calibration.data import load_data
-    from dsvl_export.exporting import export
+    from dsvl_export.exporter.export import export
     from runtimes.pipeline import Pipeline
     from runtimes.preprocess import preprocess
 
@@ -66,13 +66,13 @@ def compare(work: Path) -> None:
     import onnx
 
     from reference.tiny import HELDOUT
-    from runtimes import onnxruntime as backend
-    from runtimes.bundle import Bundle
-    from runtimes.goldens import relative_rms
+    from runtimes.backends import onnxruntime as backend
+    from runtimes.bundle.bundle import Bundle
+    from runtimes.goldens.golden import relative_rms
+    from runtimes.goldens.task import load_task, run_task
     from runtimes.pipeline import Pipeline
     from runtimes.preprocess import preprocess
     from runtimes.session import SessionOptions
-    from runtimes.task import load_task, run_task
 
     bundle, items = Bundle.open(work / "bundle"), load_task(HELDOUT)
     contract = bundle.manifest.contracts["fp32"]["vision_encoder"]

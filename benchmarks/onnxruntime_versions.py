@@ -3,9 +3,9 @@
     python benchmarks/onnxruntime_versions.py WORK [--versions 1.23.2 1.32.0] [--ignore-floors]
 
 Exports `tiny` for a CPU, for Jetson Orin and for H100, makes an environment without PyTorch for each version
-in WORK and runs `parity` on a CPU there. Exit code 1 where a version that `runtimes/onnxruntime_releases.py`
-lets through does not pass. With --ignore-floors nothing is refused beforehand: that is how the floors are
-found. 1.23.2 is installed under Python 3.10 where there is one.
+in WORK and runs `parity` on a CPU there. Exit code 1 where a version does not pass that
+`runtimes/backends/onnxruntime_releases.py` lets through. With --ignore-floors nothing is refused beforehand:
+that is how the floors are found. 1.23.2 is installed under Python 3.10 where there is one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BUNDLES = {
 WORDS = {0: "passed", 1: "FAILED", 2: "does not load", 3: "refused"}
 # Runs the command line with a table of features that no file has.
 WITHOUT_FLOORS = (
-    "import sys, runtimes.onnxruntime as r; r.too_old = lambda artifact: '';"
+    "import sys, runtimes.backends.onnxruntime as r; r.too_old = lambda artifact: '';"
     "from dsvl_export.cli import main; main(sys.argv[1:])"
 )
 

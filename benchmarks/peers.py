@@ -15,7 +15,7 @@ from typing import Any
 
 from measuring import made_once
 
-from reference.config import DecoderConfig
+from reference.model.config import DecoderConfig
 
 # What each environment holds.
 PEERS: dict[str, tuple[str, ...]] = {

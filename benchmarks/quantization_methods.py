@@ -16,19 +16,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration import weights as weight_scales
-from calibration.calibrate import make_table
+from calibration import quantized_weights as weight_scales
+from calibration.choose_scales import make_table
 from calibration.data import load_data
-from calibration.evaluate import Evaluation
-from calibration.precision import LayerPrecision, PrecisionPlan, Rule
-from calibration.program import planned_model
+from calibration.evaluation import Evaluation
+from calibration.folding import foldings
+from calibration.planned_model import planned_model
+from calibration.precision_plan import LayerPrecision, PrecisionPlan, Rule
+from calibration.quantized_weights import QuantizedWeights
 from calibration.ranges import METHODS
-from calibration.smoothing import foldings
 from calibration.statistics import collect
-from calibration.weights import QuantizedWeights
-from dsvl_export.calibrating import token_embedding
-from reference.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
-from reference.layouts import sources
+from dsvl_export.quantization.calibrate import token_embedding
+from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
+from reference.checkpoint.layouts import sources
 from reference.tiny import TINY
 
 CHANNELS, OUTLIER = 16, 30.0

@@ -29,7 +29,7 @@ def export_onnx(
     checkpoint: Path, bundle: Path, precision: str, scales: Path | None, goldens: bool
 ) -> dict[str, Any]:
     """The ONNX files alone, for TensorRT 11; the engines are built and measured apart."""
-    from dsvl_export.exporting import export
+    from dsvl_export.exporter.export import export
 
     made = export(
         checkpoint,
@@ -49,8 +49,8 @@ def build(bundle: Path, precision: str, component: str, sm: int) -> dict[str, in
     """One engine of TensorRT-RTX."""
     import tensorrt_rtx
 
-    from dsvl_export.engines.building import EngineSettings, build_engine
-    from runtimes.bundle import Bundle
+    from dsvl_export.compilers.engines.building import EngineSettings, build_engine
+    from runtimes.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)
     artifact = opened.artifact(component, "tensorrt", precision)
@@ -65,8 +65,8 @@ def build(bundle: Path, precision: str, component: str, sm: int) -> dict[str, in
 
 
 def calibrated(checkpoint: Path, folder: Path) -> None:
-    from dsvl_export.calibrating import CalibrationOptions, calibrate
-    from reference.checkpoint import open_checkpoint
+    from dsvl_export.quantization.calibrate import CalibrationOptions, calibrate
+    from reference.checkpoint.checkpoint import open_checkpoint
 
     calibrate(open_checkpoint(str(checkpoint)), folder, CalibrationOptions(samples=4, rows=0))
 

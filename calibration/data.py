@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from runtimes.bundle.files import read_json_lines
 from runtimes.errors import UserError
-from runtimes.files import read_json_lines
 from runtimes.images import load_image
 
 BUNDLED = Path(__file__).parent / "bundled" / "questions.jsonl"

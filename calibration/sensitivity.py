@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from calibration.data import Sample
-from calibration.evaluate import Evaluation
-from calibration.precision import GROUPS, LayerPrecision, LayerSpec, component_layers
-from calibration.quantized import PALETTE, fake_quantize, round_trip
-from calibration.table import ScaleTable
-from calibration.weights import FoldedWeights, find_weight_scale
-from reference.checkpoint import Checkpoint
+from calibration.evaluation import Evaluation
+from calibration.precision_plan import GROUPS, LayerPrecision, LayerSpec, component_layers
+from calibration.quantized_program import PALETTE, fake_quantize, round_trip
+from calibration.quantized_weights import FoldedWeights, find_weight_scale
+from calibration.scale_table import ScaleTable
+from reference.checkpoint.checkpoint import Checkpoint
 from reference.trace import TRACED_COMPONENTS
+from runtimes.bundle.files import read_json, write_json
 from runtimes.errors import UserError
-from runtimes.files import read_json, write_json
 
 CANDIDATES = ("int4-g128", "int4-g32", "int8-weights")
 EIGHT_BIT_BLOCK = 128  # inputs that share a stored scale where weights alone have 8 bits

@@ -16,19 +16,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from calibration.data import Sample
+from calibration.folding import foldings
 from calibration.observers import TensorStatistics
-from calibration.precision import component_layers, layer_kind
-from calibration.smoothing import foldings
-from reference.checkpoint import Checkpoint
-from reference.config import ModelConfig
+from calibration.precision_plan import component_layers, layer_kind
+from reference.checkpoint.checkpoint import Checkpoint
+from reference.model.config import ModelConfig
 from reference.session import reference_chain
 from reference.trace import TRACED_COMPONENTS
+from runtimes.bundle.files import parse_json
+from runtimes.bundle.tensor_files import save_tensors
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.files import parse_json
-from runtimes.goldens import greedy
-from runtimes.prompt import Message, format_chat, place_images
-from runtimes.tensor_files import save_tensors
+from runtimes.goldens.golden import greedy
+from runtimes.text.prompt import Message, format_chat, place_images
 
 GROUP = 8  # samples whose answers are decoded together
 ANSWER_TOKENS = 32

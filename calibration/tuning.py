@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from calibration.folding import foldings
 from calibration.observers import Floats, TensorStatistics
-from calibration.precision import LayerPrecision, LayerSpec, PrecisionPlan
-from calibration.quantized import fake_quantize, round_trip
+from calibration.precision_plan import LayerPrecision, LayerSpec, PrecisionPlan
+from calibration.quantized_program import fake_quantize, round_trip
+from calibration.quantized_weights import FoldedWeights, find_weight_scale, spread
 from calibration.ranges import find_amax
-from calibration.smoothing import foldings
+from calibration.scale_table import QUANTIZED_MAX, TunedWeight
 from calibration.statistics import Statistics
-from calibration.table import QUANTIZED_MAX, TunedWeight
-from calibration.weights import FoldedWeights, find_weight_scale, spread
-from reference.checkpoint import Checkpoint
+from reference.checkpoint.checkpoint import Checkpoint
 from runtimes.errors import UserError
 
 ALPHAS = tuple(step / 10 for step in range(1, 11))

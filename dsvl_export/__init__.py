@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 from dsvl_export.version import PACKAGES, __version__
 
 if TYPE_CHECKING:
-    from dsvl_export.exporting import export
-    from dsvl_export.ladder import parity
+    from dsvl_export.exporter.export import export
+    from dsvl_export.parity_check import parity
     from runtimes.errors import UserError
+    from runtimes.generation.sampling import GenerationOptions
     from runtimes.pipeline import Pipeline
-    from runtimes.prompt import Message
-    from runtimes.sampling import GenerationOptions
+    from runtimes.text.prompt import Message
 
 _HOMES = {
-    "export": "dsvl_export.exporting",
-    "parity": "dsvl_export.ladder",
+    "export": "dsvl_export.exporter.export",
+    "parity": "dsvl_export.parity_check",
     "Pipeline": "runtimes.pipeline",
-    "Message": "runtimes.prompt",
-    "GenerationOptions": "runtimes.sampling",
+    "Message": "runtimes.text.prompt",
+    "GenerationOptions": "runtimes.generation.sampling",
     "UserError": "runtimes.errors",
 }
 

@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from reference.checkpoint import Checkpoint
-from reference.decoder import Decoder
-from reference.model import DeepSeekVL
-from reference.specs import preprocess_spec, prompt_spec
+from reference.checkpoint.checkpoint import Checkpoint
+from reference.checkpoint.specs import preprocess_spec, prompt_spec
+from reference.model.decoder import Decoder
+from reference.model.deepseek_vl import DeepSeekVL
 from reference.taps import Tap, component_taps, recorded
 from reference.trace import component_contract
+from runtimes.bundle.contracts import Contract
 from runtimes.cache import HostCache, KVCache
 from runtimes.chain import Chain
-from runtimes.contracts import Contract
 from runtimes.decode_call import ANY_NUMBER, validated_call
 from runtimes.embedding import TokenEmbedding
-from runtimes.tokenizer import Tokenizer
+from runtimes.text.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 2048  # tokens; a model that streams its weights reads all of them for every call
 

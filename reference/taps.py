@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from reference.config import AdaptorConfig, DecoderConfig, ModelConfig, VisionConfig
-from runtimes.contracts import Dim
+from reference.model.config import AdaptorConfig, DecoderConfig, ModelConfig, VisionConfig
+from runtimes.bundle.contracts import Dim
 
 
 @dataclass(frozen=True)

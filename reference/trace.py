@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
-from reference.config import ModelConfig
-from reference.constants import materialise_constants
-from reference.decoder import Decoder
+from reference.model.config import ModelConfig
+from reference.model.constants import materialise_constants
+from reference.model.decoder import Decoder
+from reference.model.vision import Adaptor, VisionEncoder
 from reference.taps import Tap, component_taps
-from reference.vision import Adaptor, VisionEncoder
-from runtimes.contracts import Contract, TensorSpec
+from runtimes.bundle.contracts import Contract, TensorSpec
 
 TRACED_COMPONENTS = ("vision_encoder", "adaptor", "decoder")
 PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -12,7 +12,7 @@ from math import prod
 
 import numpy as np
 
-from runtimes.contracts import TensorSpec
+from runtimes.bundle.contracts import TensorSpec
 from runtimes.errors import UserError
 
 

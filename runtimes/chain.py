@@ -16,7 +16,7 @@ from runtimes.errors import UserError
 from runtimes.images import ImageSource
 from runtimes.preprocess import PreprocessSpec, preprocess
 from runtimes.session import ComponentSession, DecoderSession
-from runtimes.tokenizer import Tokenizer, expand_images
+from runtimes.text.tokenizer import Tokenizer, expand_images
 
 PREFILL_CHUNK = 512  # tokens
 Key = tuple[str, int]  # ("", token id) or (image digest, index of the image token)

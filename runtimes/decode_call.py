@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from runtimes.bundle.contracts import Contract
 from runtimes.cache import KVCache
-from runtimes.contracts import Contract
 
 ANY_NUMBER = sys.maxsize
 Cache = TypeVar("Cache", bound=KVCache)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from runtimes.bundle.files import parse_json
 from runtimes.errors import UserError
-from runtimes.files import parse_json
 
 MAX_HEADER = 1 << 20  # bytes; it describes one tensor
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}

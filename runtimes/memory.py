@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtimes.contracts import Contract
+from runtimes.bundle.contracts import Contract
 
 MEMINFO = Path("/proc/meminfo")
 MEMBERSHIP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")

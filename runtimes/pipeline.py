@@ -9,19 +9,19 @@ from threading import RLock
 from time import perf_counter
 from typing import Any, Union
 
-from runtimes.backends import load_backend
-from runtimes.bundle import Artifact, Bundle
+from runtimes.backends.registry import load_backend
+from runtimes.bundle.bundle import Artifact, Bundle
 from runtimes.cache import KVCache, cache_bytes
 from runtimes.chain import Chain, Key, Prompt
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
-from runtimes.generate import Answer, Decoding, generate
+from runtimes.generation.decoding import Answer, Decoding, generate
+from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import ImageSource
 from runtimes.memory import widening
-from runtimes.prompt import Message, PromptText, format_chat, place_images
-from runtimes.sampling import GenerationOptions
 from runtimes.session import SessionOptions
-from runtimes.tokenizer import Tokenizer
+from runtimes.text.prompt import Message, PromptText, format_chat, place_images
+from runtimes.text.tokenizer import Tokenizer
 
 AnyMessage = Union[Message, Mapping[str, Any]]
 GREEDY = GenerationOptions()

@@ -17,8 +17,8 @@ import numpy as np
 
 from runtimes.chain import Chain, Key, Prompt
 from runtimes.errors import UserError
-from runtimes.generate import Answer, Decoding, decode_step
-from runtimes.sampling import GenerationOptions, TokenLogprobs
+from runtimes.generation.decoding import Answer, Decoding, decode_step
+from runtimes.generation.sampling import GenerationOptions, TokenLogprobs
 
 CHUNK = 128  # tokens of a prompt that are read between two steps of the others
 SWEEP_SECONDS = 0.2  # between two looks for late requests while nothing else is to be done

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from runtimes.bundle.contracts import Contract
 from runtimes.cache import KVCache
-from runtimes.contracts import Contract
 
 if TYPE_CHECKING:
-    from runtimes.bundle import Artifact
+    from runtimes.bundle.bundle import Artifact
 
 
 @dataclass(frozen=True)

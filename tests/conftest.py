@@ -9,18 +9,18 @@ import pytest
 import torch
 import transformers
 
-from calibration.quantized import trace_planned
-from dsvl_export.engines.on_device import Device, build_engines
-from dsvl_export.exporting import export
-from dsvl_export.precisions import bundled_plan
-from reference.checkpoint import Checkpoint, open_checkpoint
-from reference.config import ModelConfig
-from reference.model import DeepSeekVL
+from calibration.quantized_program import trace_planned
+from dsvl_export.compilers.precisions import bundled_plan
+from dsvl_export.exporter.export import export
+from dsvl_export.exporter.on_device import Device, build_engines
+from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from reference.model.config import ModelConfig
+from reference.model.deepseek_vl import DeepSeekVL
 from reference.trace import TRACED_COMPONENTS
-from runtimes.bundle import Bundle
-from runtimes.engines.backend import find_gpu
+from runtimes.backends.engines.backend import find_gpu
+from runtimes.bundle.bundle import Bundle
 from tests.calibration.calibrated import random_calibrated, tiny_calibrated
-from tests.dsvl_export.command_line import optimum
+from tests.dsvl_export.cli.command_line import optimum
 from tests.fixtures import bundle_copy, pictures, state_folder, tiny_copy
 from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
 

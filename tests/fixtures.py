@@ -13,8 +13,8 @@ import pytest
 from dsvl_export import cli
 from reference.tiny import TINY
 from reference.tiny.pictures import draw
-from runtimes.bundle import Bundle
-from tests.dsvl_export.command_line import Done
+from runtimes.bundle.bundle import Bundle
+from tests.dsvl_export.cli.command_line import Done
 
 
 @pytest.fixture(scope="session", autouse=True)

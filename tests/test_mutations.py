@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.robustness.mutations import Kind, kinds, run
-from runtimes.bundle import Bundle
+from runtimes.bundle.bundle import Bundle
 
 EACH = 60
 NAMES = (

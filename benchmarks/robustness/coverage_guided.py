@@ -27,10 +27,10 @@ with atheris.instrument_imports(include=["runtimes", "PIL"]):
     import numpy as np
     from PIL import Image
 
-    from runtimes.bundle import MANIFEST, Bundle
+    from runtimes.backends.mil.interpreter import Function
+    from runtimes.backends.mil.package import SPECIFICATION, WEIGHTS, Package
+    from runtimes.bundle.bundle import MANIFEST, Bundle
     from runtimes.errors import UserError
-    from runtimes.mil.interpreter import Function
-    from runtimes.mil.package import SPECIFICATION, WEIGHTS, Package
     from runtimes.preprocess import PreprocessSpec, preprocess
 
 SECONDS, MEGABYTES, LONGEST = 20, 4_000, 1 << 20
@@ -40,7 +40,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA")
 
 def manifest_target(work: Path, corpus: Path) -> Callable[[bytes], object]:
     """``manifest.json`` of a bundle."""
-    from dsvl_export.exporting import export
+    from dsvl_export.exporter.export import export
 
     bundle = export("tiny", work / "bundle", goldens=False).folder
     shutil.copyfile(bundle / MANIFEST, corpus / "manifest")
@@ -54,7 +54,7 @@ def manifest_target(work: Path, corpus: Path) -> Callable[[bytes], object]:
 
 def package_target(work: Path, corpus: Path) -> Callable[[bytes], object]:
     """The protobuf, or where the first byte is 1 the weights, of a Core ML package."""
-    from dsvl_export.exporting import export
+    from dsvl_export.exporter.export import export
 
     bundle = export("tiny", work / "bundle", "coreml", ["fp16"], goldens=False).folder
     (folder,) = bundle.glob("coreml/fp16/adaptor/*.mlpackage")

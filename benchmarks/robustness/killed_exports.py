@@ -18,9 +18,9 @@ import time
 import traceback
 from pathlib import Path
 
-from dsvl_export.exporting import export
-from dsvl_export.staging import STAGING
-from runtimes.files import sha256_of_file
+from dsvl_export.exporter.export import export
+from dsvl_export.exporter.staging import STAGING
+from runtimes.bundle.files import sha256_of_file
 
 # Backend → what is exported. Core AI's own writer makes other bytes each time.
 PRECISIONS = {

@@ -26,18 +26,18 @@ from typing import Any
 
 import numpy as np
 
-from calibration.precision import RECIPES, read_plan
-from calibration.table import TABLE_FILE, VECTORS_FILE, ActivationScale, ScaleTable
-from reference.checkpoint import open_checkpoint
-from reference.specs import preprocess_spec, prompt_spec
-from reference.tensor_files import TensorFiles
+from calibration.precision_plan import RECIPES, read_plan
+from calibration.scale_table import TABLE_FILE, VECTORS_FILE, ActivationScale, ScaleTable
+from reference.checkpoint.checkpoint import open_checkpoint
+from reference.checkpoint.specs import preprocess_spec, prompt_spec
+from reference.checkpoint.tensor_files import TensorFiles
 from reference.tiny import TINY
-from runtimes.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.tensor_files import save_tensors
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
-from runtimes.goldens import Golden, load_golden, save_golden
-from runtimes.tensor_files import save_tensors
-from runtimes.tokenizer import Tokenizer
+from runtimes.goldens.golden import Golden, load_golden, save_golden
+from runtimes.text.tokenizer import Tokenizer
 
 COUNT, SECONDS, MEMORY = 20_000, 20, 4_000_000_000
 # Put into JSON in place of a value; the second group as raw text that json.dumps would not write.
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--kind", help="one kind alone")
     parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
     given = parser.parse_args()
-    from dsvl_export.exporting import export
+    from dsvl_export.exporter.export import export
 
     failed = False
     with tempfile.TemporaryDirectory() as work:

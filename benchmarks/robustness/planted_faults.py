@@ -30,17 +30,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.robustness.faults import plant
 from dsvl_export.audit import audit
-from dsvl_export.exporting import export
-from dsvl_export.ladder import parity
-from reference.checkpoint import Checkpoint, open_checkpoint
+from dsvl_export.exporter.export import export
+from dsvl_export.parity_check import parity
+from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.session import reference_chain
 from reference.tiny import HELDOUT
-from runtimes.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import MANIFEST, Bundle
 from runtimes.errors import UserError
-from runtimes.measures import kl_divergence
+from runtimes.goldens.metrics import kl_divergence
+from runtimes.goldens.task import TaskItem, load_task, run_task
 from runtimes.pipeline import Pipeline
-from runtimes.prompt import Message
-from runtimes.task import TaskItem, load_task, run_task
+from runtimes.text.prompt import Message
 
 PRECISIONS = {
     "onnxruntime": ["fp32", "fp16", "int8", "int8-int4", "8da4w"],

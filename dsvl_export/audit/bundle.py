@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibration.quantized import trace_planned
+from calibration.quantized_program import trace_planned
 from dsvl_export.audit.onnx_file import compare_onnx
 from dsvl_export.audit.remade import compare_remade
 from dsvl_export.audit.result import Audit, AuditedPart, Difference
@@ -20,23 +20,23 @@ from dsvl_export.compilers import (
     BUILT_IN,
     App,
     Compiled,
-    CompileOptions,
     Compiler,
     Parts,
     describe_app,
     load_compiler,
 )
-from dsvl_export.ladder.drift import debug_folder
-from dsvl_export.onnx_graph.builder import Graph
-from dsvl_export.precisions import bundled_plan, planned_weights
+from dsvl_export.compilers.onnx.builder import Graph
+from dsvl_export.compilers.precisions import bundled_plan, planned_weights
+from dsvl_export.parity_check.localization import debug_folder
+from dsvl_export.targets.options import CompileOptions
 from dsvl_export.version import __version__
-from reference.checkpoint import Checkpoint
-from reference.specs import preprocess_spec, prompt_spec
+from reference.checkpoint.checkpoint import Checkpoint
+from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from reference.trace import component_contract
-from runtimes.bundle import TOKENIZER, Artifact, Bundle
+from runtimes.backends.onnxruntime import prefill_file
+from runtimes.bundle.bundle import TOKENIZER, Artifact, Bundle
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
-from runtimes.onnxruntime import prefill_file
 
 OnBytes = Callable[[str, int], None]  # of which part, and how many were compared
 ROWS = 1 << 12  # of the token table that are compared at a time

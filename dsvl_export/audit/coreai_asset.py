@@ -15,8 +15,8 @@ import numpy as np
 
 from dsvl_export.audit.result import Difference
 from dsvl_export.audit.values import equal_bytes, first_byte
-from runtimes.coreai import PROGRAM
-from runtimes.files import read_json, sha256_of_file
+from runtimes.backends.coreai import PROGRAM
+from runtimes.bundle.files import read_json, sha256_of_file
 
 MAGIC = b"ML\xefR"
 STRINGS = 0  # id of the section that holds all names

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsvl_export.audit.result import Difference
-from runtimes.mil.package import Package
+from runtimes.backends.mil.package import Package
 
 
 def package_differences(found: Path, expected: Path) -> list[Difference]:

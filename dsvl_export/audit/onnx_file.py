@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dsvl_export.audit.result import AuditedPart, Difference
 from dsvl_export.audit.values import compare_values
-from dsvl_export.onnx_graph.builder import Graph, element_type
-from dsvl_export.onnx_graph.writer import stored_bytes
+from dsvl_export.compilers.onnx.builder import Graph, element_type
+from dsvl_export.compilers.onnx.writer import stored_bytes
 
 METHOD = "compared with the graph lowered anew, bit for bit"
 

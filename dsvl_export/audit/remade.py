@@ -8,8 +8,8 @@ from pathlib import Path
 from dsvl_export.audit.result import AuditedPart, Difference
 from dsvl_export.audit.values import compare_files
 from dsvl_export.compilers import Compiled
-from runtimes.coreai import PROGRAM
-from runtimes.mil.package import SPECIFICATION, package_folder
+from runtimes.backends.coreai import PROGRAM
+from runtimes.backends.mil.package import SPECIFICATION, package_folder
 
 METHOD = "compared byte for byte with the artifact made again"
 

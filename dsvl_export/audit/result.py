@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from dsvl_export.ladder.result import EXIT_CODES
-from dsvl_export.units import size
+from dsvl_export.parity_check.result import EXIT_CODES
+from runtimes.units import size
 
 State = Literal["passed", "failed", "not audited"]
 MOST_SHOWN = 20  # differences of a part; the rest is counted

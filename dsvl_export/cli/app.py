@@ -13,7 +13,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from dsvl_export.terminal import say, say_error
+from dsvl_export.cli.terminal import say, say_error
 from dsvl_export.version import __version__
 from runtimes.errors import UserError, first_line
 from runtimes.installation import PACKAGES, install_command

@@ -34,12 +34,12 @@ from dsvl_export.cli.options import (
     Verify,
 )  # fmt: skip
 from dsvl_export.cli.proof import judge, leave_with
-from dsvl_export.terminal import say
+from dsvl_export.cli.terminal import say
 
 if TYPE_CHECKING:
-    from dsvl_export.ladder import ParityResult
-    from dsvl_export.ladder.against_reference import OnStep
-    from runtimes.bundle import Bundle
+    from dsvl_export.parity_check import ParityResult
+    from dsvl_export.parity_check.against_reference import OnStep
+    from runtimes.bundle.bundle import Bundle
     from runtimes.pipeline import Pipeline
 
 # Panels of the help of ``export``.
@@ -171,16 +171,16 @@ def export(
     from rich.markup import escape
     from rich.progress import TaskID
 
-    from dsvl_export import display
+    from dsvl_export.cli import display
     from dsvl_export.compilers import load_compiler
-    from dsvl_export.defects import warnings_for
-    from dsvl_export.export_stages import ExportProgress
-    from dsvl_export.exporting import export as run_export
-    from dsvl_export.planner.targets import find_target
-    from dsvl_export.precisions import plan_for
-    from dsvl_export.units import size
-    from runtimes.bundle import Bundle
-    from runtimes.runner_tokenizer import RUNNER_TOKENIZER
+    from dsvl_export.compilers.precisions import plan_for
+    from dsvl_export.exporter.export import export as run_export
+    from dsvl_export.exporter.stages import ExportProgress
+    from dsvl_export.targets.defects import warnings_for
+    from dsvl_export.targets.targets import find_target
+    from runtimes.backends.executorch_tokenizer import RUNNER_TOKENIZER
+    from runtimes.bundle.bundle import Bundle
+    from runtimes.units import size
 
     device = find_target(target) if target else None
     backend = backend or (next(iter(device.backends)) if device else "onnxruntime")
@@ -254,7 +254,7 @@ def export(
 
 def _needs(bundle: Bundle, backend: str, precisions: list[str]) -> str:
     """Return the oldest ONNX Runtime for the artifacts as a sentence; empty if none runs them."""
-    from runtimes.onnxruntime_releases import NEEDED, newest
+    from runtimes.backends.onnxruntime_releases import NEEDED, newest
 
     releases = [
         item.tools[NEEDED]
@@ -275,7 +275,7 @@ def _next_step(bundle: Bundle, backend: str) -> str:
 
 def _run_parity(backend: str, precision: str, bundle: Bundle, on_step: OnStep) -> ParityResult:
     """Run the parity check of one precision."""
-    from dsvl_export.ladder import parity
+    from dsvl_export.parity_check import parity
 
     warn_of_memory(bundle, backend, precision)
     return parity(bundle, backend, precision, on_step=on_step)
@@ -292,8 +292,8 @@ def open_pipeline(
     trust_engine: bool,
 ) -> Pipeline:
     """Open a bundle to run it, and warn if the machine has too little free memory."""
-    from runtimes.bundle import Bundle
-    from runtimes.engines.trust import trust_engines
+    from runtimes.backends.engines.trust import trust_engines
+    from runtimes.bundle.bundle import Bundle
     from runtimes.pipeline import Pipeline
 
     bundle = Bundle.open(folder)
@@ -341,10 +341,10 @@ def run(
 
     Example: dsvl-export run tiny-bundle --image photo.png --prompt "What number is in the picture?"
     """
-    from dsvl_export import display
-    from dsvl_export.terminal import answer_text
-    from runtimes.generate import Answer
-    from runtimes.sampling import GenerationOptions
+    from dsvl_export.cli import display
+    from dsvl_export.cli.terminal import answer_text
+    from runtimes.generation.decoding import Answer
+    from runtimes.generation.sampling import GenerationOptions
 
     options = GenerationOptions(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()), drafts
@@ -386,8 +386,8 @@ def chat(
     In the chat, /image FILE adds an image to the next message, /reset starts a new conversation, and /quit
     (or Ctrl-D) ends the chat.
     """
-    from dsvl_export.chatting import converse
-    from runtimes.sampling import GenerationOptions
+    from dsvl_export.cli.conversation import converse
+    from runtimes.generation.sampling import GenerationOptions
 
     options = GenerationOptions(max_new_tokens, temperature, seed=seed, drafts=drafts)
     pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify, trust_engine)
@@ -397,8 +397,8 @@ def chat(
 @command("inspect")
 def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
     """Show the contents of a bundle: model, artifacts, sizes, contracts and parity verdicts."""
-    from dsvl_export import display
-    from runtimes.bundle import Bundle
+    from dsvl_export.cli import display
+    from runtimes.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)
     if as_json:
@@ -416,7 +416,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Export the bundled tiny model, ask it about images, and run the parity check."""
-    from dsvl_export.demo import run_demo
+    from dsvl_export.cli.demo import run_demo
 
     if not run_demo(output, as_json):
         raise typer.Exit(1)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from dsvl_export.planner.targets import Target
-    from runtimes.bundle import Artifact
+    from dsvl_export.targets.targets import Target
+    from runtimes.bundle.bundle import Artifact
 
 Complete = Callable[[typer.Context], list[str]]
 
@@ -26,14 +26,14 @@ def values(*names: str) -> Complete:
 
 def complete_targets(context: typer.Context) -> list[str]:
     """Complete a target."""
-    from dsvl_export.planner.targets import load_targets
+    from dsvl_export.targets.targets import load_targets
 
     return list(load_targets())
 
 
 def complete_backends(context: typer.Context) -> list[str]:
     """Complete a backend: those of ``--target``, or all."""
-    from runtimes.backends import backend_names
+    from runtimes.backends.registry import backend_names
 
     target = _target(context)
     return list(target.backends) if target else backend_names()
@@ -41,7 +41,7 @@ def complete_backends(context: typer.Context) -> list[str]:
 
 def complete_precisions(context: typer.Context) -> list[str]:
     """Complete a precision: those of ``--target`` with ``--backend``, or all."""
-    from dsvl_export.planner.targets import LISTED_BITS
+    from dsvl_export.targets.targets import LISTED_BITS
 
     target, backend = _target(context), context.params.get("backend") or ""
     if target is None:
@@ -73,7 +73,7 @@ def bundle_precisions(bundle: str = "bundle", option: str = "backend") -> Comple
 
 def _target(context: typer.Context) -> Target | None:
     """Return the target that the command line names so far."""
-    from dsvl_export.planner.targets import find_target
+    from dsvl_export.targets.targets import find_target
     from runtimes.errors import UserError
 
     try:
@@ -84,7 +84,7 @@ def _target(context: typer.Context) -> Target | None:
 
 def _artifacts(context: typer.Context, bundle: str) -> list[Artifact]:
     """Return the artifacts of the bundle that the command line names so far."""
-    from runtimes.bundle import Bundle
+    from runtimes.bundle.bundle import Bundle
     from runtimes.errors import UserError
 
     # While the value of the last option is missing, the parser leaves all arguments in ``args``.

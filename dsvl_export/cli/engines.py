@@ -11,7 +11,7 @@ import typer
 from dsvl_export.cli.app import command
 from dsvl_export.cli.completion import complete_targets
 from dsvl_export.cli.options import BundleFolder, Json, Precision
-from dsvl_export.terminal import say
+from dsvl_export.cli.terminal import say
 
 
 @command("lint")
@@ -44,8 +44,8 @@ def lint(
 
     Example: dsvl-export lint model.onnx --target jetson-orin
     """
-    from dsvl_export import display
-    from dsvl_export.linting import lint_path, summary
+    from dsvl_export.cli import display
+    from dsvl_export.lint.bundles import lint_path, summary
 
     found = lint_path(path, tensorrt, target, sm)
     if as_json:
@@ -114,12 +114,12 @@ def build_engine(
 
     Example: dsvl-export build-engine tiny-bundle --timing-cache jetson.timing
     """
-    from dsvl_export import display
-    from dsvl_export.engines.building import EngineSettings
-    from dsvl_export.engines.on_device import build_engines, longest_golden
-    from dsvl_export.staging import Staging
-    from dsvl_export.units import size
-    from runtimes.bundle import Bundle
+    from dsvl_export.cli import display
+    from dsvl_export.compilers.engines.building import EngineSettings
+    from dsvl_export.exporter.on_device import build_engines, longest_golden
+    from dsvl_export.exporter.staging import Staging
+    from runtimes.bundle.bundle import Bundle
+    from runtimes.units import size
 
     opened = Staging(bundle).bundle()
     settings = EngineSettings(

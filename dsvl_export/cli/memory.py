@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtimes.bundle import Bundle
+    from runtimes.bundle.bundle import Bundle
 
 
 def warn_of_memory(
@@ -28,11 +28,11 @@ def warn_of_memory(
     """
     from rich.markup import escape
 
-    from dsvl_export import display
-    from dsvl_export.units import size
-    from runtimes.backends import load_backend
+    from dsvl_export.cli import display
+    from runtimes.backends.registry import load_backend
     from runtimes.memory import available_memory
     from runtimes.pipeline import needed_memory
+    from runtimes.units import size
 
     decoder = bundle.artifact("decoder", backend, precision)
     execution = load_backend(backend).execution(decoder, device)

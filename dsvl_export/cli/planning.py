@@ -17,9 +17,9 @@ def doctor(as_json: Json = False) -> None:
 
     Exit code 1: no backend runs here, or the installed versions are known to be incompatible.
     """
-    from dsvl_export.display import print_json
-    from dsvl_export.display_planning import print_diagnosis
-    from dsvl_export.doctor import diagnose
+    from dsvl_export.cli.display import print_json
+    from dsvl_export.cli.display_planning import print_diagnosis
+    from dsvl_export.planning.doctor import diagnose
 
     found = diagnose()
     if as_json:
@@ -35,9 +35,9 @@ def targets(as_json: Json = False) -> None:
     """List the target devices with memory, speed, backends and precisions."""
     from dataclasses import asdict
 
-    from dsvl_export.display import out, print_json
-    from dsvl_export.display_planning import target_table
-    from dsvl_export.planner.targets import load_targets
+    from dsvl_export.cli.display import out, print_json
+    from dsvl_export.cli.display_planning import target_table
+    from dsvl_export.targets.targets import load_targets
 
     table = load_targets()
     if as_json:
@@ -85,13 +85,13 @@ def plan(
 
     Example: dsvl-export plan my-checkpoint --target jetson-agx-orin --precision int4 --context 4096
     """
-    from dsvl_export import display
-    from dsvl_export.defects import warnings_for
-    from dsvl_export.display_planning import print_plan
-    from dsvl_export.exporting import MAX_DEFAULT_CAPACITY
-    from dsvl_export.planner.plan import Planner, Request
-    from dsvl_export.planner.targets import find_target, measured
-    from reference.checkpoint import open_checkpoint
+    from dsvl_export.cli import display
+    from dsvl_export.cli.display_planning import print_plan
+    from dsvl_export.exporter.export import MAX_DEFAULT_CAPACITY
+    from dsvl_export.planning.plan import Planner, Request
+    from dsvl_export.targets.defects import warnings_for
+    from dsvl_export.targets.targets import find_target, measured
+    from reference.checkpoint.checkpoint import open_checkpoint
 
     device = find_target(target)
     backend = backend or next(iter(device.backends))

@@ -27,15 +27,15 @@ from dsvl_export.cli.options import (
     Tolerances,
     TrustEngine,
 )
-from dsvl_export.terminal import say
+from dsvl_export.cli.terminal import say
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
     from dsvl_export.audit import Audit
-    from dsvl_export.ladder import ParityResult
-    from dsvl_export.ladder.against_reference import OnStep
-    from runtimes.bundle import Bundle
-    from runtimes.task import TaskItem
+    from dsvl_export.parity_check import ParityResult
+    from dsvl_export.parity_check.against_reference import OnStep
+    from runtimes.bundle.bundle import Bundle
+    from runtimes.goldens.task import TaskItem
 
 ReportFolder = Annotated[
     Optional[Path],
@@ -80,12 +80,12 @@ def parity(
 
     Exit code 0: all stages passed; 1: a stage failed; 3: a stage could not be judged on this machine.
     """
-    from dsvl_export import display
-    from dsvl_export.cluster import ray_cluster
-    from dsvl_export.ladder import parity as run_parity
-    from dsvl_export.ladder.tolerances import load_tolerances
-    from runtimes.bundle import Bundle
-    from runtimes.engines.trust import trust_engines
+    from dsvl_export.cli import display
+    from dsvl_export.cluster.ray_cluster import ray_cluster
+    from dsvl_export.parity_check import parity as run_parity
+    from dsvl_export.parity_check.tolerances import load_tolerances
+    from runtimes.backends.engines.trust import trust_engines
+    from runtimes.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)
     if trust_engine:
@@ -168,12 +168,12 @@ def compare(
 
     Example: dsvl-export compare old-bundle new-bundle --precision-a fp16 --precision-b fp16
     """
-    from dsvl_export import display
-    from dsvl_export.ladder import compare as run_compare
-    from dsvl_export.ladder.tolerances import load_tolerances
-    from dsvl_export.records import write_report
-    from dsvl_export.report.document import make_document
-    from runtimes.bundle import Bundle
+    from dsvl_export.cli import display
+    from dsvl_export.parity_check import compare as run_compare
+    from dsvl_export.parity_check.report.document import make_document
+    from dsvl_export.parity_check.report.record import write_report
+    from dsvl_export.parity_check.tolerances import load_tolerances
+    from runtimes.bundle.bundle import Bundle
 
     first, second = Bundle.open(bundle_a), Bundle.open(bundle_b)
     pairs = (first.select(backend_a, precision_a), second.select(backend_b, precision_b))
@@ -226,9 +226,9 @@ def verify(
 
     Example: dsvl-export verify tiny-bundle --weights tiny
     """
-    from dsvl_export import display
-    from runtimes.bundle import Bundle
-    from runtimes.engines.backend import foreign_engines
+    from dsvl_export.cli import display
+    from runtimes.backends.engines.backend import foreign_engines
+    from runtimes.bundle.bundle import Bundle
 
     if weights is None and (backend or precision):
         raise UserError(
@@ -258,9 +258,9 @@ def verify(
 
 def _audit(bundle: Bundle, checkpoint: str, backend: str | None, precision: str | None) -> Audit:
     """Compare the files of a bundle with a checkpoint, with a progress bar."""
-    from dsvl_export import display
     from dsvl_export.audit import audit
-    from reference.checkpoint import open_checkpoint
+    from dsvl_export.cli import display
+    from reference.checkpoint.checkpoint import open_checkpoint
 
     source, done = open_checkpoint(checkpoint), 0
     with display.step_bar("audit") as on_step:
@@ -289,10 +289,10 @@ def judge(
     Returns:
         The document of the report and the result.
     """
-    from dsvl_export import display
-    from dsvl_export.records import record_verdict, write_report
-    from dsvl_export.report.document import make_document
-    from runtimes.bundle import Bundle
+    from dsvl_export.cli import display
+    from dsvl_export.parity_check.report.document import make_document
+    from dsvl_export.parity_check.report.record import record_verdict, write_report
+    from runtimes.bundle.bundle import Bundle
 
     opened = Bundle.open(folder)
     with display.step_bar(label) as on_step:
@@ -325,7 +325,7 @@ def leave_with(results: list[ParityResult]) -> None:
 def _task_items(task: str | None, bundle: Bundle) -> list[TaskItem] | None:
     """Return the questions that ``--task`` names; by default those of the tiny model, for its bundles."""
     from reference.tiny import HELDOUT, TINY_DIGEST
-    from runtimes.task import load_task
+    from runtimes.goldens.task import load_task
 
     tiny = bundle.manifest.checkpoint["sha256"] == TINY_DIGEST
     if task == "none" or (task is None and not tiny):

@@ -10,7 +10,7 @@ import typer
 from dsvl_export.cli.app import command
 from dsvl_export.cli.completion import complete_precisions, values
 from dsvl_export.cli.options import Checkpoint, Json, Ray
-from dsvl_export.terminal import say
+from dsvl_export.cli.terminal import say
 from runtimes.errors import UserError
 from runtimes.installation import install_command
 
@@ -88,11 +88,11 @@ def calibrate(
     """
     from rich.markup import escape
 
-    from dsvl_export import display
-    from dsvl_export.calibrating import CalibrationOptions
-    from dsvl_export.calibrating import calibrate as run_calibrate
-    from dsvl_export.cluster import ray_cluster
-    from reference.checkpoint import open_checkpoint
+    from dsvl_export.cli import display
+    from dsvl_export.cluster.ray_cluster import ray_cluster
+    from dsvl_export.quantization.calibrate import CalibrationOptions
+    from dsvl_export.quantization.calibrate import calibrate as run_calibrate
+    from reference.checkpoint.checkpoint import open_checkpoint
 
     options = CalibrationOptions(
         data, samples, seed, _part(part), method, percentile, rows, tune, smooth, gptq
@@ -155,11 +155,11 @@ def sensitivity(
 
     If the run is interrupted, run the same command again: it resumes.
     """
-    from dsvl_export import display
-    from dsvl_export.cluster import ray_cluster
-    from dsvl_export.display_quantizing import sensitivity_table
-    from dsvl_export.precision_search import sensitivity as run_sensitivity
-    from reference.checkpoint import open_checkpoint
+    from dsvl_export.cli import display
+    from dsvl_export.cli.display_quantizing import sensitivity_table
+    from dsvl_export.cluster.ray_cluster import ray_cluster
+    from dsvl_export.quantization.search import sensitivity as run_sensitivity
+    from reference.checkpoint.checkpoint import open_checkpoint
 
     source = open_checkpoint(checkpoint)
     with ray_cluster(ray) as spread, display.step_bar("sensitivity") as on_step:
@@ -203,10 +203,10 @@ def plan_precision(
 
     Example: dsvl-export plan-precision tiny measured --budget accuracy=0.99 --output plan.yaml
     """
-    from dsvl_export import display
-    from dsvl_export.display_quantizing import front_table
-    from dsvl_export.precision_search import find_plan
-    from reference.checkpoint import open_checkpoint
+    from dsvl_export.cli import display
+    from dsvl_export.cli.display_quantizing import front_table
+    from dsvl_export.quantization.search import find_plan
+    from reference.checkpoint.checkpoint import open_checkpoint
 
     source = open_checkpoint(checkpoint)
     with display.step_bar("plan-precision") as on_step:

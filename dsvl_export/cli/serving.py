@@ -24,7 +24,7 @@ from dsvl_export.cli.options import (
     TrustEngine,
     Verify,
 )
-from dsvl_export.terminal import say
+from dsvl_export.cli.terminal import say
 from runtimes.errors import UserError
 from runtimes.installation import PACKAGES
 
@@ -168,15 +168,15 @@ def serve(
         from dsvl_export.serving.service import ServeOptions, Service
 
         if ray:
-            from dsvl_export.serving.deploying import deployed
+            from dsvl_export.serving.ray_deployment import deployed
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:  # a defect of ours
             raise
         extras = "serve,ray" if ray else "serve"
         raise UserError(f"serve needs {error.name}; run: pip install 'dsvl-export[{extras}]'.") from error
-    from dsvl_export import display
-    from runtimes.bundle import Bundle
-    from runtimes.engines.trust import trust_engines
+    from dsvl_export.cli import display
+    from runtimes.backends.engines.trust import trust_engines
+    from runtimes.bundle.bundle import Bundle
 
     if trust_engine and ray:
         raise UserError(

@@ -50,12 +50,12 @@ def bench(
     """
     from rich.markup import escape
 
-    from dsvl_export import display
-    from dsvl_export.benching import BenchOptions
-    from dsvl_export.benching import bench as run_bench
-    from dsvl_export.display_bench import print_bench, write_bench
-    from runtimes.bundle import Bundle
-    from runtimes.engines.trust import trust_engines
+    from dsvl_export.bench.bench import BenchOptions
+    from dsvl_export.bench.bench import bench as run_bench
+    from dsvl_export.cli import display
+    from dsvl_export.cli.display_bench import print_bench, write_bench
+    from runtimes.backends.engines.trust import trust_engines
+    from runtimes.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)
     if trust_engine:

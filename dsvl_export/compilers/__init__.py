@@ -9,18 +9,18 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from dsvl_export.planner.targets import Target
-from runtimes.backends import load_entry
-from runtimes.bundle import Engine
-from runtimes.contracts import Contract
+from dsvl_export.targets.options import CompileOptions
+from runtimes.backends.registry import load_entry
+from runtimes.bundle.bundle import Engine
+from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError
 from runtimes.installation import install_command
 from runtimes.preprocess import PreprocessSpec
-from runtimes.tokenizer import PromptSpec
+from runtimes.text.tokenizer import PromptSpec
 
 if TYPE_CHECKING:
-    from calibration.precision import PrecisionPlan
-    from reference.config import ModelConfig
+    from calibration.precision_plan import PrecisionPlan
+    from reference.model.config import ModelConfig
     from reference.trace import TracedComponent
 
 BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
@@ -58,35 +58,6 @@ class Compiled:
     tools: dict[str, str]
     engine: Engine | None = None
     capacity: int | None = None
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """What an export is asked for beyond the precision; each compiler takes what concerns it.
-
-    Args:
-        target: the device; None leaves it open.
-        capacity: tokens of the KV cache, where that is fixed when compiling.
-        tensorrt: version of TensorRT that will build or run, as in ``10.3``; None is the target's.
-        capabilities: compute capabilities, as in 89, of engines that are built for several; empty is the
-            target's, or the compiler's choice.
-        deployment: the oldest system to run on, as in ``iOS18``; None is the oldest that the backend has.
-        preprocessing: of the model's images, for programs that take an image itself.
-        delegate: what ExecuTorch runs the encoders on; None is the compiler's choice.
-        prefill: whether a decoder with 4-bit weights and 8-bit activations gets a second graph for prompts.
-    """
-
-    target: Target | None = None
-    capacity: int = 2048
-    tensorrt: str | None = None
-    capabilities: tuple[int, ...] = ()
-    deployment: str | None = None
-    preprocessing: PreprocessSpec | None = None
-    delegate: str | None = None
-    prefill: bool = True
-
-    def target_name(self, otherwise: str) -> str:
-        return self.target.name if self.target else otherwise
 
 
 @dataclass(frozen=True)

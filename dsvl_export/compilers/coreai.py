@@ -8,16 +8,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dsvl_export.compilers import Compiled, CompileOptions
-from dsvl_export.deployment import check_deployment
-from runtimes.coreai import PROGRAM, open_asset
+from dsvl_export.compilers import Compiled
+from dsvl_export.compilers.deployment import check_deployment
+from dsvl_export.targets.options import CompileOptions
+from runtimes.backends.coreai import PROGRAM, open_asset
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from reference.trace import TracedComponent
-    from runtimes.contracts import Contract
+    from runtimes.bundle.contracts import Contract
 
 if find_spec("coreai_torch") is None:
     raise ModuleNotFoundError("there is no coreai_torch", name="coreai_torch")
@@ -49,7 +50,7 @@ def compile_component(
         UserError: Core AI refuses the program.
     """
     # Here, so that its absence is named when a compiler is asked for, and its weight is not felt before.
-    from dsvl_export.coreai_program.asset import write_asset
+    from dsvl_export.compilers.coreai_asset.asset import write_asset
 
     asset = write_asset(folder, traced, load, options.capacity)
     files = sorted(file for file in asset.rglob("*") if file.is_file() and file.name != PROGRAM)
@@ -62,7 +63,7 @@ def compile_component(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    from dsvl_export.lowering import parameter_bytes
+    from dsvl_export.compilers.lowering import parameter_bytes
 
     return parameter_bytes(traced)
 

@@ -8,12 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsvl_export.compilers import App, Compiled, CompileOptions
-from dsvl_export.deployment import check_deployment
-from dsvl_export.mil_program.check import check_package
-from dsvl_export.mil_program.debug import debug_build
-from dsvl_export.mil_program.layers import run_layers
-from runtimes.mil.package import package_files
+from dsvl_export.compilers import App, Compiled
+from dsvl_export.compilers.deployment import check_deployment
+from dsvl_export.compilers.mil.check import check_package
+from dsvl_export.compilers.mil.debug import debug_build
+from dsvl_export.compilers.mil.layers import run_layers
+from dsvl_export.targets.options import CompileOptions
+from runtimes.backends.mil.package import package_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,9 +51,9 @@ def compile_component(
         ValueError: the written package breaks the contract.
     """
     # Here, so that a debug build needs no torch.
-    from dsvl_export.mil_program.context import Weights
-    from dsvl_export.mil_program.functions import build_functions
-    from dsvl_export.mil_program.package import write_package
+    from dsvl_export.compilers.mil.context import Weights
+    from dsvl_export.compilers.mil.functions import build_functions
+    from dsvl_export.compilers.mil.package import write_package
 
     weights = Weights()
     functions = build_functions(traced, load, weights, options.capacity, options.preprocessing)
@@ -66,12 +67,12 @@ def compile_component(
 
 def write_listing(folder: Path, app: App) -> None:
     """The decode loop in Swift."""
-    from dsvl_export.mil_program.listing import FILE, listing
+    from dsvl_export.compilers.mil.listing import FILE, listing
 
     (folder / FILE).write_text(listing(app), encoding="utf-8")
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    from dsvl_export.lowering import parameter_bytes
+    from dsvl_export.compilers.lowering import parameter_bytes
 
     return parameter_bytes(traced)

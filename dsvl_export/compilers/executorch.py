@@ -8,18 +8,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from calibration.precision import component_layers
-from dsvl_export.compilers import App, Compiled, CompileOptions, Parts
+from calibration.precision_plan import component_layers
+from dsvl_export.compilers import App, Compiled, Parts
+from dsvl_export.targets.options import CompileOptions
+from runtimes.backends.executorch import DIALECT, SUFFIX, load_program
+from runtimes.backends.executorch_tokenizer import FILE as TOKENIZER_FILE
+from runtimes.backends.executorch_tokenizer import RUNNER_TOKENIZER
 from runtimes.errors import UserError
-from runtimes.executorch import DIALECT, SUFFIX, load_program
-from runtimes.runner_tokenizer import FILE as TOKENIZER_FILE
-from runtimes.runner_tokenizer import RUNNER_TOKENIZER
 
 if TYPE_CHECKING:
-    from calibration.precision import PrecisionPlan
-    from reference.config import ModelConfig
+    from calibration.precision_plan import PrecisionPlan
+    from reference.model.config import ModelConfig
     from reference.trace import TracedComponent
-    from runtimes.contracts import Contract
+    from runtimes.bundle.contracts import Contract
 
 if find_spec("executorch") is None:
     raise ModuleNotFoundError("there is no executorch", name="executorch")
@@ -80,11 +81,11 @@ def compile_program(
     Raises:
         UserError: ExecuTorch refuses a program.
     """
-    from dsvl_export.executorch_program import quiet
+    from dsvl_export.compilers.executorch_program import quiet
 
     with quiet():  # imported here, so that its weight is not felt before
-        from dsvl_export.executorch_program.program import write_program
-        from dsvl_export.executorch_program.tokenizer import write_runner_tokenizer
+        from dsvl_export.compilers.executorch_program.program import write_program
+        from dsvl_export.compilers.executorch_program.tokenizer import write_runner_tokenizer
 
     file = folder / f"model{SUFFIX}"
     delegate = delegate_of(options)
@@ -101,7 +102,7 @@ def compile_program(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    from dsvl_export.lowering import parameter_bytes
+    from dsvl_export.compilers.lowering import parameter_bytes
 
     return parameter_bytes(traced)
 

@@ -9,22 +9,23 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnxruntime
 
-from dsvl_export.compilers import Compiled, CompileOptions
-from dsvl_export.onnx_graph import debug, layers
-from dsvl_export.onnx_graph.check import check_file
-from dsvl_export.onnx_graph.release import needed_release
+from dsvl_export.compilers import Compiled
+from dsvl_export.compilers.onnx import debug, layers
+from dsvl_export.compilers.onnx.check import check_file
+from dsvl_export.compilers.onnx.release import needed_release
+from dsvl_export.targets.options import CompileOptions
+from runtimes.backends.onnxruntime import ORT, ORT_TOKENS, prefill_file
+from runtimes.backends.onnxruntime_releases import FEATURES, NEEDED, OLDEST, newest, refusal
 from runtimes.errors import UserError, first_line
-from runtimes.onnxruntime import ORT, ORT_TOKENS, prefill_file
-from runtimes.onnxruntime_releases import FEATURES, NEEDED, OLDEST, newest, refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from calibration.precision import PrecisionPlan
-    from dsvl_export.onnx_graph.builder import Graph
-    from reference.config import ModelConfig
+    from calibration.precision_plan import PrecisionPlan
+    from dsvl_export.compilers.onnx.builder import Graph
+    from reference.model.config import ModelConfig
     from reference.trace import TracedComponent
-    from runtimes.contracts import Contract
+    from runtimes.bundle.contracts import Contract
 
 PRECISIONS = ("fp32", "fp16")
 LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4", "8da4w", "8da8w")
@@ -44,7 +45,7 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
         UserError: the base is another, there is no second decoder to leave out, or the installed ONNX Runtime
             is too old to load what would be written.
     """
-    from calibration.precision import component_layers  # here, as a debug build needs no torch
+    from calibration.precision_plan import component_layers  # here, as a debug build needs no torch
 
     two_decoders = False
     for plan in plans:
@@ -92,8 +93,8 @@ def compile_component(
         UserError: ONNX Runtime has no kernel for the decoder's head size.
     """
     # Here, so that a debug build needs no torch.
-    from dsvl_export.onnx_graph.quantization import TOKENS
-    from dsvl_export.onnx_graph.writer import Places, write_model
+    from dsvl_export.compilers.onnx.quantization import TOKENS
+    from dsvl_export.compilers.onnx.writer import Places, write_model
 
     written: list[Path] = []
     places: Places = {}
@@ -113,8 +114,8 @@ def compile_component(
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
     """Weights and graphs; alignment and protobuf's own bytes per weight are left out."""
-    from dsvl_export.lowering import without_weights
-    from dsvl_export.onnx_graph.writer import weight_bytes
+    from dsvl_export.compilers.lowering import without_weights
+    from dsvl_export.compilers.onnx.writer import weight_bytes
 
     made = graphs(traced, without_weights, options)
     return weight_bytes(made) + sum(graph.model().ByteSize() for graph in made)
@@ -133,9 +134,9 @@ run_layers = layers.run_layers
 
 def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
     """The component's graph, and that for prompts where there is one."""
-    from dsvl_export.onnx_graph.dialect_ort import OrtDialect, OrtPrefillDialect
-    from dsvl_export.onnx_graph.lower import lower
-    from dsvl_export.onnx_graph.quantization import FOUR_BIT, TOKENS
+    from dsvl_export.compilers.onnx.dialect_ort import OrtDialect, OrtPrefillDialect
+    from dsvl_export.compilers.onnx.lower import lower
+    from dsvl_export.compilers.onnx.quantization import FOUR_BIT, TOKENS
 
     dialects = [OrtDialect()]
     if traced.contract.states and options.prefill and {TOKENS, FOUR_BIT} <= _operators(traced):

@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
-from packaging.version import InvalidVersion, Version
 
-from dsvl_export.compilers import Compiled, CompileOptions
-from dsvl_export.linter import Release, refuse
-from dsvl_export.onnx_graph.check import check_file
-from dsvl_export.onnx_graph.debug import debug_build
-from dsvl_export.onnx_graph.layers import run_layers
-from dsvl_export.onnx_graph.release import needed_release
-from runtimes.errors import UserError
-from runtimes.onnxruntime_releases import NEEDED
+from dsvl_export.compilers import Compiled
+from dsvl_export.compilers.onnx.check import check_file
+from dsvl_export.compilers.onnx.debug import debug_build
+from dsvl_export.compilers.onnx.layers import run_layers
+from dsvl_export.compilers.onnx.release import needed_release
+from dsvl_export.lint import Release, refuse
+from dsvl_export.targets.options import CompileOptions
+from runtimes.backends.onnxruntime_releases import NEEDED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsvl_export.onnx_graph.builder import Graph
-    from dsvl_export.onnx_graph.context import Dialect
+    from dsvl_export.compilers.onnx.builder import Graph
+    from dsvl_export.compilers.onnx.context import Dialect
     from reference.trace import TracedComponent
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -33,38 +32,17 @@ LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # KVCacheUpdate takes float caches alone
 RECIPE_BASE = "fp16"
 OPTIONS = ("tensorrt",)
-LATEST = "11.4"
 TARGET = "cuda"
-OLDEST = Version("10.3")
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "graphs", "run_layers", "settings"]
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    return {"target": options.target_name(TARGET), "tensorrt": str(tensorrt_version(options))}
-
-
-def tensorrt_version(options: CompileOptions) -> Version:
-    """The version that will build: asked for, the target's, or the latest.
-
-    Raises:
-        UserError: it is none, or too old.
-    """
-    there = options.target.tensorrt if options.target else ()
-    text = options.tensorrt or next(iter(there), LATEST)
-    try:
-        version = Version(text)
-    except InvalidVersion as error:
-        raise UserError(f"{text!r} is no version of TensorRT; write it as 10.3.") from error
-    oldest = min(map(Version, there), default=OLDEST)
-    if version < oldest:
-        where = f" for {options.target.device}" if options.target else ""
-        raise UserError(f"TensorRT {text} is too old{where}; {oldest} is the oldest that is supported.")
-    return version
+    return {"target": options.target_name(TARGET), "tensorrt": str(options.tensorrt_version())}
 
 
 def make_dialect(name: str, traced: TracedComponent) -> Dialect:
-    from dsvl_export.onnx_graph.dialect_trt10 import Trt10Dialect
-    from dsvl_export.onnx_graph.dialect_trt11 import Trt11Dialect
+    from dsvl_export.compilers.onnx.dialect_trt10 import Trt10Dialect
+    from dsvl_export.compilers.onnx.dialect_trt11 import Trt11Dialect
 
     return Trt11Dialect() if name == "trt11" else Trt10Dialect(traced)
 
@@ -82,7 +60,7 @@ def compile_component(
         ValueError: the written file breaks the contract.
         UserError: that TensorRT, or the target's GPU, cannot take it.
     """
-    release = Release(tensorrt_version(options), options.target.sm if options.target else None)
+    release = Release(options.tensorrt_version(), options.target.sm if options.target else None)
     files = write_onnx(traced, load, folder, on_bytes, release.dialect)
     refuse(files[0], release)
     tools = {"onnx": onnx.__version__, "for": str(release.version), NEEDED: needed_release(files)}
@@ -98,7 +76,7 @@ def write_onnx(
 ) -> list[Path]:
     """Lower, write and check a component's ONNX file."""
     # Here, so that a debug build needs no torch.
-    from dsvl_export.onnx_graph.writer import write_model
+    from dsvl_export.compilers.onnx.writer import write_model
 
     file = folder / f"{traced.contract.component}.onnx"
     files = write_model(lower_for(dialect, traced, load), file, on_bytes)
@@ -108,23 +86,23 @@ def write_onnx(
 
 def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
     """The graph of the component's ONNX file."""
-    return [lower_for(Release(tensorrt_version(options)).dialect, traced, load)]
+    return [lower_for(Release(options.tensorrt_version()).dialect, traced, load)]
 
 
 def lower_for(dialect: str, traced: TracedComponent, load: Callable[[str], Tensor]) -> Graph:
     """The component's graph in a dialect."""
-    from dsvl_export.onnx_graph.lower import lower
+    from dsvl_export.compilers.onnx.lower import lower
 
     return lower(traced, load, make_dialect(dialect, traced))
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    return onnx_bytes(traced, Release(tensorrt_version(options)).dialect)
+    return onnx_bytes(traced, Release(options.tensorrt_version()).dialect)
 
 
 def onnx_bytes(traced: TracedComponent, dialect: str) -> int:
     """Weights and graph of the ONNX file; an engine is about as large once more."""
-    from dsvl_export.lowering import without_weights
+    from dsvl_export.compilers.lowering import without_weights
 
     graph = lower_for(dialect, traced, without_weights)
     return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import tensorrt_rtx
 
-from dsvl_export.compilers import Compiled, CompileOptions
+from dsvl_export.compilers import Compiled
+from dsvl_export.compilers.engines.building import EngineSettings, build_engine
+from dsvl_export.compilers.onnx.debug import debug_build
+from dsvl_export.compilers.onnx.layers import run_layers
+from dsvl_export.compilers.onnx.release import needed_release
 from dsvl_export.compilers.tensorrt import (
     CACHE_PRECISIONS,
     LAYER_PRECISIONS,
@@ -19,19 +23,16 @@ from dsvl_export.compilers.tensorrt import (
     onnx_bytes,
     write_onnx,
 )
-from dsvl_export.engines.building import EngineSettings, build_engine
-from dsvl_export.linter import Release, refuse
-from dsvl_export.linter.types import SINCE_SM
-from dsvl_export.onnx_graph.debug import debug_build
-from dsvl_export.onnx_graph.layers import run_layers
-from dsvl_export.onnx_graph.release import needed_release
-from runtimes.bundle import Engine
-from runtimes.onnxruntime_releases import NEEDED
+from dsvl_export.lint import Release, refuse
+from dsvl_export.lint.types import SINCE_SM
+from dsvl_export.targets.options import CompileOptions
+from runtimes.backends.onnxruntime_releases import NEEDED
+from runtimes.bundle.bundle import Engine
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsvl_export.onnx_graph.builder import Graph
+    from dsvl_export.compilers.onnx.builder import Graph
     from reference.trace import TracedComponent
 
 # GPUs with tensor cores that TensorRT-RTX builds for: Ampere, Ada, Blackwell.

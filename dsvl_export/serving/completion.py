@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from runtimes.generate import Answer
-from runtimes.sampling import TokenLogprobs
-from runtimes.tokenizer import Tokenizer
+from runtimes.generation.decoding import Answer
+from runtimes.generation.sampling import TokenLogprobs
+from runtimes.text.tokenizer import Tokenizer
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "capacity": "length"}
 

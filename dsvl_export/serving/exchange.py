@@ -15,10 +15,10 @@ from dsvl_export.serving.models import MOST_SLOTS, Model, ModelOptions, Models, 
 from dsvl_export.serving.protocol import Conversation
 from dsvl_export.serving.service import TOKENIZER, BundleWatch, Exchange, Figures, Service, Work
 from dsvl_export.serving.text import TextEncoder
-from runtimes.bundle import Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.chain import Chain, EncodedImage, Prompt
-from runtimes.prompt import format_chat
 from runtimes.scheduler import BusyError, Job, LateError, Step
+from runtimes.text.prompt import format_chat
 
 AT_ONCE = 2  # images that are decoded at a time
 FETCHES = 8  # images that are fetched at a time

@@ -7,16 +7,16 @@ import threading
 from dataclasses import dataclass
 from time import monotonic
 
-from dsvl_export.ladder.against_reference import execution
+from dsvl_export.parity_check.against_reference import execution
 from dsvl_export.serving.errors import RequestError, unavailable
-from dsvl_export.units import size
-from runtimes.backends import load_backend
-from runtimes.bundle import Bundle
+from runtimes.backends.registry import load_backend
+from runtimes.bundle.bundle import Bundle
 from runtimes.cache import cache_bytes
 from runtimes.errors import UserError
 from runtimes.memory import available_memory
 from runtimes.pipeline import Pipeline, check_files, needed_memory
 from runtimes.scheduler import Scheduler
+from runtimes.units import size
 
 MOST_SLOTS = 8
 CACHE_SHARE = 2  # one part in so many of the free memory is for KV caches, where slots are not given

@@ -12,10 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dsvl_export.serving.errors import RequestError
 from dsvl_export.serving.parameters import check_unsupported
+from runtimes.bundle.files import parse_json
 from runtimes.errors import UserError
-from runtimes.files import parse_json
-from runtimes.prompt import IMAGE, Message, Part
-from runtimes.sampling import GenerationOptions
+from runtimes.generation.sampling import GenerationOptions
+from runtimes.text.prompt import IMAGE, Message, Part
 
 MOST_STOPS, MOST_STOP_CHARACTERS, MOST_TOP = 16, 1_000, 20
 MOST_ITEMS = 16_384  # messages of a request, and parts of a message

@@ -21,10 +21,10 @@ from dsvl_export.serving.exchange import LocalService
 from dsvl_export.serving.images import ImageLimits
 from dsvl_export.serving.models import ModelOptions
 from dsvl_export.serving.service import TOKENIZER, BundleWatch, Exchange, Figures, Service, Work
-from runtimes.bundle import Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError, first_line
 from runtimes.scheduler import BusyError, LateError, Step
-from runtimes.tokenizer import Tokenizer
+from runtimes.text.tokenizer import Tokenizer
 
 DEPLOYMENT = "replica"
 TRIES = 3  # of a request whose replica was lost; it may be the request that ends them

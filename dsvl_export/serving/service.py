@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from dsvl_export.serving.errors import RequestError, quoted, unavailable
 from dsvl_export.serving.images import ImageLimits
 from dsvl_export.serving.protocol import Conversation
-from runtimes.bundle import Bundle
-from runtimes.sampling import GenerationOptions
+from runtimes.bundle.bundle import Bundle
+from runtimes.generation.sampling import GenerationOptions
 from runtimes.scheduler import Step
-from runtimes.tokenizer import Tokenizer
+from runtimes.text.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer/tokenizer.json"
 

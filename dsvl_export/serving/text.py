@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from dsvl_export.serving.errors import RequestError, unavailable
+from runtimes.backends.worker import WorkerAsset
 from runtimes.errors import UserError
-from runtimes.tokenizer import PromptSpec, Tokenizer
-from runtimes.worker import WorkerAsset
+from runtimes.text.tokenizer import PromptSpec, Tokenizer
 
 SHORT = 2_000  # characters that are tokenized in this process
 TEXT_SECONDS = 5.0
 
 
 class TokenizerAsset:
-    """A tokenizer in the other process, called as ``runtimes.worker`` calls its assets."""
+    """A tokenizer in the other process, called as ``runtimes.backends.worker`` calls its assets."""
 
     def __init__(self, file: str, spec: PromptSpec) -> None:
         self._tokenizer = Tokenizer(Path(file), spec)

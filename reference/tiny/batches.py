@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from reference.tiny.pictures import CANVAS, COLOURS, COLUMNS, SHAPES, Scene, draw
 from reference.tiny.questions import Question, chat, image_preamble
-from runtimes.prompt import BOS, EOS, IMAGE_PLACEHOLDER, PAD, SYSTEM_PROMPT, Message, format_chat
+from runtimes.text.prompt import BOS, EOS, IMAGE_PLACEHOLDER, PAD, SYSTEM_PROMPT, Message, format_chat
 
 GRID = 8  # image tokens per side
 NAMES = [str(digit) for digit in range(10)] + list(SHAPES)

@@ -18,8 +18,8 @@ import numpy as np
 from reference.tiny import HELDOUT
 from reference.tiny.pictures import Scene, draw
 from reference.tiny.questions import KINDS, Question, ask, image_preamble
+from runtimes.goldens.task import TaskItem, TaskScore, load_task, run_task
 from runtimes.pipeline import Pipeline
-from runtimes.task import TaskItem, TaskScore, load_task, run_task
 
 QUESTIONS = 500
 SEED = 2403_05525
@@ -73,7 +73,7 @@ def _row(
 
 def reference_answers(items: list[TaskItem]) -> TaskScore:
     """What the fp32 reference answers with the bundled weights."""
-    from reference.checkpoint import open_checkpoint
+    from reference.checkpoint.checkpoint import open_checkpoint
     from reference.session import reference_chain, write_token_embedding
 
     checkpoint = open_checkpoint("tiny")

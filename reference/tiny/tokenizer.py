@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from reference.tiny.pictures import draw
 from reference.tiny.questions import chat, image_preamble
-from runtimes.prompt import BOS, EOS, IMAGE_PLACEHOLDER, PAD, SYSTEM_PROMPT, Message, format_chat
+from runtimes.text.prompt import BOS, EOS, IMAGE_PLACEHOLDER, PAD, SYSTEM_PROMPT, Message, format_chat
 
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = (BOS, EOS, PAD, IMAGE_PLACEHOLDER)

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from reference.checkpoint import write_original
-from reference.config_file import parse_config
-from reference.model import DeepSeekVL
+from reference.checkpoint.checkpoint import write_original
+from reference.checkpoint.config_file import parse_config
+from reference.model.deepseek_vl import DeepSeekVL
 from reference.tiny.batches import (
     DENSE_HEADS,
     GRID,
@@ -45,7 +45,7 @@ from reference.tiny.batches import (
 from reference.tiny.curve import plot
 from reference.tiny.pictures import Scene, draw
 from reference.tiny.tokenizer import corpus, train_tokenizer
-from runtimes.prompt import IMAGE_PLACEHOLDER
+from runtimes.text.prompt import IMAGE_PLACEHOLDER
 
 
 @dataclass(frozen=True)

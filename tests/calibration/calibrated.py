@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from calibration.calibrate import make_table
+from calibration.choose_scales import make_table
 from calibration.data import load_data
+from calibration.scale_table import ScaleTable
 from calibration.statistics import Statistics, collect
-from calibration.table import ScaleTable
-from reference.checkpoint import Checkpoint, open_checkpoint
+from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.session import write_token_embedding
 from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
 

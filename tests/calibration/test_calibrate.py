@@ -12,21 +12,21 @@ import pytest
 import torch
 from PIL import Image
 
-from calibration.calibrate import make_table
+from calibration.choose_scales import make_table
 from calibration.data import load_data
+from calibration.folding import foldings
 from calibration.observers import TensorStatistics
-from calibration.precision import LayerPrecision, PrecisionPlan, Rule, load_precision
-from calibration.program import planned_model
-from calibration.smoothing import foldings
+from calibration.planned_model import planned_model
+from calibration.precision_plan import LayerPrecision, PrecisionPlan, Rule, load_precision
+from calibration.quantized_weights import FoldedWeights, QuantizedWeights, find_weight_scale, spread
+from calibration.scale_table import TABLE_FILE, ScaleTable
 from calibration.statistics import STATISTICS_FILE, Statistics, collect
-from calibration.table import TABLE_FILE, ScaleTable
 from calibration.tuning import gptq
-from calibration.weights import FoldedWeights, QuantizedWeights, find_weight_scale, spread
 from reference.session import reference_chain
 from reference.tiny import HELDOUT
 from runtimes.errors import UserError
 from tests.calibration.calibrated import Calibrated
-from tests.calibration.test_quantized import stage_errors
+from tests.calibration.test_quantized_program import stage_errors
 
 PICTURES = sorted((HELDOUT.parent / "images").glob("*.png"))
 
@@ -147,7 +147,7 @@ def test_statistics_that_give_no_table(tiny_calibrated: Calibrated) -> None:
 def test_broken_weights_are_named(tiny_copy: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from reference.checkpoint import open_checkpoint
+    from reference.checkpoint.checkpoint import open_checkpoint
     from reference.session import write_token_embedding
 
     tensors = load_file(tiny_copy / "model.safetensors")

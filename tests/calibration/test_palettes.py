@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from calibration.precision import LayerPrecision
-from calibration.quantized import dequantize_weight, quantize_weight, round_trip
-from calibration.weights import find_palettes, find_weight_scale
+from calibration.precision_plan import LayerPrecision
+from calibration.quantized_program import dequantize_weight, quantize_weight, round_trip
+from calibration.quantized_weights import find_palettes, find_weight_scale
 
 PRECISION = LayerPrecision.parse("palette4-g4")
 

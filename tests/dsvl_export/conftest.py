@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from dsvl_export.exporting import export
-from runtimes.bundle import Bundle
+from dsvl_export.exporter.export import export
+from runtimes.bundle.bundle import Bundle
 from runtimes.pipeline import Pipeline
-from tests.dsvl_export.in_browser import BROWSER
-from tests.dsvl_export.serving import Served, serving
+from tests.dsvl_export.serving.in_browser import BROWSER
+from tests.dsvl_export.serving.server import Served, serving
 from tests.fixtures import run
 
 __all__ = ["run"]  # a fixture

@@ -48,7 +48,7 @@ GROUPS = {
     ),
     "serve": Group(("onnxruntime", "serve"), ("serve",)),
     "report": Group(("onnxruntime", "report"), ("report",)),
-    "ray": Group(("onnxruntime", "serve", "ray"), ("import ray.serve, dsvl_export.cluster",)),
+    "ray": Group(("onnxruntime", "serve", "ray"), ("import ray.serve, dsvl_export.cluster.ray_cluster",)),
     "export": Group(("export", "onnxruntime"), ("export", "plan"), True),
     "executorch": Group(("executorch", "onnxruntime"), ("export --backend executorch",), True),
     "coreml": Group(("coreml", "onnxruntime"), ("export --backend coreml",), True),

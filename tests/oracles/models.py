@@ -10,9 +10,9 @@ import tokenizers
 import torch
 import transformers
 
-from reference.config import CLIP_MEAN, CLIP_STD, HALF
+from reference.model.config import CLIP_MEAN, CLIP_STD, HALF
 from reference.tiny import TINY
-from runtimes.prompt import IMAGE_PLACEHOLDER
+from runtimes.text.prompt import IMAGE_PLACEHOLDER
 
 VOCABULARY = 521
 # Tokenizers are tiny's: its ids lie below the vocabulary of every model here.

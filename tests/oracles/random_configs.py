@@ -16,8 +16,8 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference.checkpoint import open_checkpoint
-from reference.config import CLIP_MEAN, CLIP_STD
+from reference.checkpoint.checkpoint import open_checkpoint
+from reference.model.config import CLIP_MEAN, CLIP_STD
 from runtimes.errors import UserError
 from tests.oracles.models import IMAGE_TOKEN_ID, randomize, save_oracle
 

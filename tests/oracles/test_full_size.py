@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 
-from reference.checkpoint import parameter_shapes
-from reference.config import ModelConfig
-from reference.config_file import parse_config
-from reference.layouts import UNUSED, sources
-from reference.released import RELEASED, released_config
+from reference.checkpoint.checkpoint import parameter_shapes
+from reference.checkpoint.config_file import parse_config
+from reference.checkpoint.layouts import UNUSED, sources
+from reference.checkpoint.released import RELEASED, released_config
+from reference.model.config import ModelConfig
 
 DATA = Path(__file__).parent.parent / "data"
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from reference.checkpoint import open_checkpoint, parameter_shapes
-from reference.layouts import canonical_names, sources
-from reference.released import released_config
+from reference.checkpoint.checkpoint import open_checkpoint, parameter_shapes
+from reference.checkpoint.layouts import canonical_names, sources
+from reference.checkpoint.released import released_config
 from runtimes.errors import UserError
 from tests.conftest import OraclePair
 from tests.oracles.models import save_oracle

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from reference.resize import bilinear_matrix, resize
+from reference.model.resize import bilinear_matrix, resize
 
 
 @pytest.mark.parametrize(("source", "target"), [(1024, 384), (128, 64), (112, 28), (50, 33)])

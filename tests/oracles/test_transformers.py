@@ -15,10 +15,10 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from reference.config import CLIP_MEAN, CLIP_STD, HALF
-from reference.config_file import parse_config
-from reference.operators import rope_tables
-from reference.released import RELEASED
+from reference.checkpoint.config_file import parse_config
+from reference.checkpoint.released import RELEASED
+from reference.model.config import CLIP_MEAN, CLIP_STD, HALF
+from reference.model.operators import rope_tables
 from tests.conftest import OraclePair
 from tests.oracles.models import IMAGE_TOKEN_ID
 

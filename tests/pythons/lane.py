@@ -26,7 +26,7 @@ CHECKS = (
     "help", "doctor", "targets", "inspect", "verify", "run", "chat", "parity", "report", "serve",
     "build_engine", "export", "pytest",
 )  # fmt: skip
-TESTS = ("tests/runtimes", "tests/dsvl_export/test_package.py", "tests/dsvl_export/test_terminal.py")
+TESTS = ("tests/runtimes", "tests/dsvl_export/cli/test_package.py", "tests/dsvl_export/cli/test_terminal.py")
 FEWEST_TESTS = 230  # 3.10 runs 245; it has no tomllib
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from runtimes.bundle import Bundle
+from runtimes.bundle.bundle import Bundle
 from tests.fixtures import bundle_copy, pictures, run, state_folder, tiny_copy
 
 __all__ = ["bundle_copy", "pictures", "run", "state_folder", "tiny_copy"]  # fixtures

@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.precision import load_precision
-from calibration.program import planned_chain
-from calibration.weights import QuantizedWeights
-from reference.goldens import PHOTOGRAPHS, golden_requests, goldens_bytes
-from reference.model import DeepSeekVL
+from calibration.planned_model import planned_chain
+from calibration.precision_plan import load_precision
+from calibration.quantized_weights import QuantizedWeights
+from reference.goldens.record import PHOTOGRAPHS, golden_requests, goldens_bytes
+from reference.model.deepseek_vl import DeepSeekVL
 from reference.session import reference_chain, write_token_embedding
 from reference.trace import TRACED_COMPONENTS, component_contract
-from runtimes import recording
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens import GREEDY_TOKENS, load_golden, relative_rms
-from runtimes.recording import record_goldens
-from runtimes.taps import SAMPLES, TAPPED_COMPONENTS, sample, take_all_taps, take_taps
+from runtimes.goldens import recording
+from runtimes.goldens.golden import GREEDY_TOKENS, load_golden, relative_rms
+from runtimes.goldens.recording import record_goldens
+from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS, sample, take_all_taps, take_taps
 from tests.conftest import OraclePair
 
 DIGEST = "0" * 64
@@ -108,7 +108,7 @@ def test_taps_do_not_depend_on_how_a_chain_reads(
     """Each call gives a row of logits, so that a reference in longer chunks would have other taps."""
     record(siglip_pair, tmp_path / "r", 300)
     golden, chain = load_golden(tmp_path / "r/goldens/00.safetensors"), chain_of(siglip_pair, tmp_path, True)
-    monkeypatch.setattr("runtimes.taps.PREFILL_CHUNK", 24)
+    monkeypatch.setattr("runtimes.goldens.taps.PREFILL_CHUNK", 24)
     found = []
     for chain.prefill_chunk in (8, 2048):
         found.append(take_taps(chain, golden, "decoder"))

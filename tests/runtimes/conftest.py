@@ -6,15 +6,15 @@ from functools import partial
 
 import pytest
 
-from reference.checkpoint import open_checkpoint
+from reference.checkpoint.checkpoint import open_checkpoint
 from reference.session import TorchDecoder
 from reference.trace import component_contract
-from runtimes.backends import load_backend
-from runtimes.bundle import Bundle
-from runtimes.engines.session import EngineDecoder
-from runtimes.onnxruntime import OrtDeviceCache
+from runtimes.backends.engines.session import EngineDecoder
+from runtimes.backends.onnxruntime import OrtDeviceCache
+from runtimes.backends.registry import load_backend
+from runtimes.bundle.bundle import Bundle
 from runtimes.session import DecoderSession, SessionOptions
-from tests.runtimes.fake_cuda import loaded
+from tests.runtimes.backends.fake_cuda import loaded
 
 ENGINE_CAPACITY = 48
 # What runs the decoder, and the ONNX dialect (or torch, or the device) and precision of its program.

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runtimes.bundle import Bundle
+from runtimes.bundle.bundle import Bundle
 
 REFUSE = """
 import sys

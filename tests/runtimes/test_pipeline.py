@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reference.checkpoint import open_checkpoint
+from reference.checkpoint.checkpoint import open_checkpoint
 from reference.session import reference_chain
-from runtimes.bundle import Bundle, Engine
+from runtimes.bundle.bundle import Bundle, Engine
 from runtimes.errors import UserError
+from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import load_image
 from runtimes.pipeline import MOST_STREAMS, Pipeline, needed_memory
 from runtimes.preprocess import preprocess
-from runtimes.prompt import IMAGE_PLACEHOLDER, Message
-from runtimes.sampling import GenerationOptions
+from runtimes.text.prompt import IMAGE_PLACEHOLDER, Message
 
 SHORT = GenerationOptions(max_new_tokens=3)
 LONG = GenerationOptions(max_new_tokens=40)

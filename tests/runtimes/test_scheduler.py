@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from runtimes import chain
-from runtimes.bundle import Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.chain import EncodedImage, Prompt
 from runtimes.errors import UserError
-from runtimes.generate import Answer
+from runtimes.generation.decoding import Answer
+from runtimes.generation.sampling import GenerationOptions
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import PreprocessSpec, preprocess
-from runtimes.prompt import Message
-from runtimes.sampling import GenerationOptions
 from runtimes.scheduler import BusyError, ClosedError, Job, LateError, Scheduler, Step
+from runtimes.text.prompt import Message
 from tests.runtimes.gate import Gate
 
 DESCRIBE = "Describe the picture."

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.robustness.faults.values import change_values
-from runtimes.mil.blob import KINDS
-from runtimes.mil.package import SPECIFICATION, WEIGHTS, Package
+from runtimes.backends.mil.blob import KINDS
+from runtimes.backends.mil.package import SPECIFICATION, WEIGHTS, Package
 
 Edit = Callable[["Opened", Random], "str | None"]
 EPSILON, FACTORS = 1e-3, (0.5, 0.9, 1.05, 1.3, 2.0)

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import typer
 
-from calibration.precision import recipe_names
+from calibration.precision_plan import recipe_names
 from calibration.ranges import METHODS
 from dsvl_export.cli import app
 from dsvl_export.cli.app import PANELS
 from dsvl_export.compilers.executorch import DELEGATES
-from dsvl_export.planner.targets import LISTED_BITS, find_target, load_targets
+from dsvl_export.targets.targets import LISTED_BITS, find_target, load_targets
 from reference.trace import PRECISION_DTYPES
-from runtimes.backends import backend_names
-from runtimes.bundle import Bundle
+from runtimes.backends.registry import backend_names
+from runtimes.bundle.bundle import Bundle
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dsvl_export.defects import Defect
-from dsvl_export.planner.targets import find_target, measured
-from runtimes.bundle import Bundle
-from tests.dsvl_export.command_line import refused
+from dsvl_export.targets.defects import Defect
+from dsvl_export.targets.targets import find_target, measured
+from runtimes.bundle.bundle import Bundle
+from tests.dsvl_export.cli.command_line import refused
 
 
 def test_doctor_and_targets(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,8 +21,8 @@ def test_doctor_and_targets(run, monkeypatch: pytest.MonkeyPatch) -> None:
         assert text in done.out
     assert json.loads(run("doctor", "--json").out)["healthy"]
     broken = {"executorch": "1.4.1", "torch": "2.12.0"}
-    monkeypatch.setattr("dsvl_export.doctor.package_versions", lambda: broken)
-    monkeypatch.setattr("dsvl_export.doctor.backend_names", lambda: ["executorch", "onnxruntime"])
+    monkeypatch.setattr("dsvl_export.planning.doctor.package_versions", lambda: broken)
+    monkeypatch.setattr("dsvl_export.planning.doctor.backend_names", lambda: ["executorch", "onnxruntime"])
     sick = run("doctor")
     assert sick.code == 1
     assert "Broken: executorch 1.4 needs torch 2.13" in sick.out
@@ -58,7 +58,7 @@ def test_plan_command(run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert refused(run("plan", "/nowhere"), "There is no folder /nowhere")
     assert refused(run("plan", "tiny", "--text-tokens", "1000000"), "the model has only 1024 positions")
     small = replace(measured(find_target("cpu")), usable_gb=0.115)
-    monkeypatch.setattr("dsvl_export.planner.targets.measured", lambda target: small)
+    monkeypatch.setattr("dsvl_export.targets.targets.measured", lambda target: small)
     tight = run("plan", "tiny", "--precision", "fp32", "--context", "1024")
     assert tight.code == 1
     assert "no: the largest context that fits is" in tight.out
@@ -68,7 +68,7 @@ def test_export_warns_of_known_defects(run, tmp_path: Path, monkeypatch: pytest.
     defect = Defect(
         "x", "Answers are green.", "Wear glasses.", "https://example.org/1", backends=["onnxruntime"]
     )
-    monkeypatch.setattr("dsvl_export.defects.load_defects", lambda: (defect,))
+    monkeypatch.setattr("dsvl_export.targets.defects.load_defects", lambda: (defect,))
     done = run("export", "tiny", "--output", tmp_path / "b", "--no-goldens")
     assert done.code == 0
     assert "Known defect: Answers are green. Wear glasses. (https://example.org/1)" in done.err

@@ -1,0 +1,140 @@
+"""What ``doctor``, ``targets`` and ``plan`` show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from dsvl_export.cli.display import out
+from dsvl_export.targets.defects import Defect
+from dsvl_export.targets.targets import Target
+from runtimes.backends.onnxruntime_releases import release_for_precision
+from runtimes.units import size
+
+if TYPE_CHECKING:
+    from dsvl_export.planning.plan import Plan
+
+
+def print_diagnosis(found: dict[str, Any]) -> None:
+    """Backends, then what is broken, then the known defects of what is installed."""
+    machine = found["machine"]
+    out.print(
+        escape(
+            f"{machine['processor']}, {machine['cores']} cores, {size(machine['memory_bytes'])} of memory"
+            f" ({size(machine['available_bytes'])} free), {machine['system']}, Python {machine['python']}"
+        )
+    )
+    out.print(escape(", ".join(f"{name} {version}" for name, version in found["packages"].items())))
+    table = Table(title="Backends here")
+    for heading in ("backend", "compile", "run"):
+        table.add_column(heading)
+    for name, backend in found["backends"].items():
+        compiles, runs = backend["compile"], backend["run"]
+        table.add_row(
+            name,
+            f"[green]yes[/]: {', '.join(compiles['precisions'])}" if compiles["able"] else _no(compiles),
+            f"[green]yes[/]: {', '.join(runs['devices'])}{_too_old(runs)}" if runs["able"] else _no(runs),
+        )
+    out.print(table)
+    for row in found["broken_pairs"]:
+        out.print(f"[red]Broken:[/] {escape(row['what'])} {escape(row['do'])} {escape(row['link'] or '')}")
+    for row in found["defects"]:
+        if not row["handled"]:
+            remedy = f"{row['what']} {row['do']} {row['link'] or ''}"
+            out.print(f"[yellow]Known defect:[/] {escape(remedy)}")
+    out.print("[green]All well.[/]" if found["healthy"] else "[red]Not fit for work; see above.[/]")
+    for row in found["defects"]:
+        if row["handled"]:
+            remedy = f"{row['what']} {row['handled']} {row['link'] or ''}"
+            out.print(f"[dim]Known and handled: {escape(remedy)}[/]")
+
+
+def _too_old(found: dict[str, Any]) -> str:
+    """Precisions that the installed release cannot run."""
+    if not found.get("too_old_for"):
+        return ""
+    needs = ", ".join(f"{name} needs {found['needs'][name]}" for name in found["too_old_for"])
+    return f"; [yellow]{needs}, here is {escape(found['release'])}[/]"
+
+
+def _no(found: dict[str, Any]) -> str:
+    return f"[red]no[/]: {escape(found['missing'])}"
+
+
+def target_table(targets: dict[str, Target]) -> Table:
+    table = Table(title="Targets")
+    table.add_column("target", no_wrap=True)
+    for heading in ("device", "memory", "bandwidth", "peak", "backends and precisions"):
+        table.add_column(heading)
+    for name, target in targets.items():
+        peak = "\n".join(f"{precision} {tops:g}" for precision, tops in target.tops.items())
+        backends = "\n".join(f"{backend}: {' '.join(kinds)}" for backend, kinds in target.backends.items())
+        table.add_row(
+            name,
+            f"{target.device}\n[dim]{escape(target.runtime)}[/]",
+            f"{target.memory_gb:g} GB\n{target.usable_gb:g} usable" if target.memory_gb else "measured",
+            f"{target.bandwidth_gbs:g} GB/s" if target.bandwidth_gbs else "measured",
+            peak or "measured",
+            backends,
+        )
+    table.caption = "Peak: dense 10^12 operations per second. Sources and notes: dsvl-export targets --json"
+    return table
+
+
+def print_plan(plan: Plan, nearest: str | None, defects: Sequence[Defect]) -> None:
+    """The prediction, whether it fits, and what to know about it."""
+    request, target = plan.request, plan.target
+    what = f"{request.precision} with {request.backend} on {target.device}, context {request.context}"
+    table = Table(title=escape(what), show_header=False)
+    stored = size(plan.artifact_bytes) + ("" if plan.exact else " (estimate)")
+    rows = {
+        "artifacts": f"{stored}, and {size(plan.embedding_bytes)} of token embeddings",
+        "memory: weights": size(plan.weight_bytes),
+        "memory: KV cache": f"{size(plan.kv_bytes)} for {request.context} tokens",
+        "memory: activations": size(plan.activation_bytes),
+        "memory: runtime": size(plan.runtime_bytes),
+        "memory: peak": f"[bold]{size(plan.peak_bytes)}[/] of {size(plan.usable_bytes)} usable",
+        "fits": _fit(plan, nearest),
+        "time to first token": f"at least {_time(plan.first_token_seconds)} for {plan.prompt_tokens} tokens"
+        f" (vision {_time(plan.vision_seconds)}, prefill {_time(plan.prefill_seconds)})",
+        "decode": f"at most {_rate(plan.tokens_per_second)} tokens per second at {request.context} tokens",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out.print(table)
+    if not plan.exact:
+        out.print(f"The size is an estimate: what exports to {request.backend} is not installed here.")
+    if request.backend == "onnxruntime" and not request.precision.endswith((".yaml", ".yml")):
+        out.print(f"Needs ONNX Runtime {release_for_precision(request.precision)} or later.")
+    for defect in defects:
+        out.print(f"[yellow]Known defect:[/] {escape(str(defect))}")
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds >= 10
+        else f"{seconds:.2f} s"
+        if seconds >= 1
+        else f"{1000 * seconds:.2g} ms"
+    )
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
+
+
+def _fit(plan: Plan, nearest: str | None) -> str:
+    if plan.fits:
+        return f"[green]yes[/], up to a context of {plan.largest_context}"
+    if plan.weight_bytes + plan.runtime_bytes > plan.usable_bytes:
+        why = "not even the weights do"
+    elif plan.largest_context:
+        why = f"the largest context that fits is {plan.largest_context}"
+    else:
+        why = f"not even with a context for its prompt of {plan.prompt_tokens} tokens"
+    smaller = f"{nearest} fits" if nearest else "no smaller precision fits either"
+    return f"[red]no[/]: {why}; {smaller}"

@@ -1,0 +1,126 @@
+"""A traced component as plain ATen with its sizes fixed, for converters that start from PyTorch's programs.
+
+The high-level program is copied node by node; a backend's table says what it wants otherwise. Weights and
+constants become buffers, states too, which the program then updates. What such converters hold in memory are
+the weights in the precision of the artifact.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+
+from dsvl_export.compilers.lowering import Constant, LoadParameter, ProgramLowering, fake
+from reference.model.operators import cached_attention
+from reference.trace import TracedComponent
+from runtimes.bundle.contracts import TensorSpec
+
+Lower = Callable[[Any, Node], Any]  # of an AtenLowering
+
+
+class AtenLowering(ProgramLowering):
+    """The new program so far; a node's value is its node there, or a list of nodes.
+
+    Args:
+        sizes: of the contract's named dims.
+        form: what the program is for, in messages.
+        tensors: weights and constants by name, which other programs of the component have made or will use.
+    """
+
+    def __init__(
+        self,
+        traced: TracedComponent,
+        load: LoadParameter,
+        sizes: Mapping[str, int],
+        table: Mapping[Any, Lower],
+        boundaries: frozenset[Any],
+        form: str,
+        tensors: dict[str, Tensor],
+    ) -> None:
+        super().__init__(traced, load, {**TABLE, **table}, boundaries)
+        self.form, self.graph, self.root = form, Graph(), nn.Module()
+        self._sizes, self._tensors = sizes, tensors
+        self._buffers: dict[str, Node] = {}
+
+    def bind_input(self, spec: TensorSpec, node: Node) -> Node:
+        if spec in self.traced.contract.states:
+            return self._registered(spec.name, self.example(spec))
+        return self.graph.placeholder(spec.name)
+
+    def bind_outputs(self, sources: list[Node]) -> None:
+        self.graph.output(tuple(self.value(source) for source in sources))
+
+    def example(self, spec: TensorSpec) -> Tensor:
+        """Zeros of a spec."""
+        shape = [dim if isinstance(dim, int) else self._sizes[dim] for dim in spec.shape]
+        return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+
+    def spelled(self, name: str) -> str:
+        return name.replace(".", "_").replace("/", "_")
+
+    def buffer(self, name: str, load: Callable[[], Tensor]) -> Node:
+        """A weight or constant, made once."""
+        if name not in self._buffers:
+            if name not in self._tensors:
+                self._tensors[name] = load().detach().contiguous()
+            self._buffers[name] = self._registered(name, self._tensors[name])
+        return self._buffers[name]
+
+    def _registered(self, name: str, tensor: Tensor) -> Node:
+        target = self.unique(name)
+        self.root.register_buffer(target, tensor)
+        return self.graph.get_attr(target)
+
+    def value(self, source: Node) -> Any:
+        value = self._values[source]
+        return self.buffer(value.name, value.load) if isinstance(value, Constant) else value
+
+    def call(self, target: Any, *args: Any) -> Node:
+        return self.graph.call_function(target, args)
+
+    def other(self, node: Node) -> Any:
+        """The same operator on the new values."""
+        args, kwargs = (torch.fx.map_arg(given, self.value) for given in (node.args, node.kwargs))
+        out = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        if isinstance(fake(node), (list, tuple)):
+            return [self.call(operator.getitem, out, index) for index in range(len(fake(node)))]
+        return out
+
+
+def _cached_attention(lowering: AtenLowering, node: Node) -> Node:
+    """The operator opened up; its updates of the states are plain ATen."""
+    args = torch.fx.map_arg(node.args, lowering.value)
+    return lowering.call(cached_attention, *args)
+
+
+TABLE: dict[Any, Lower] = {torch.ops.dsvl.cached_attention.default: _cached_attention}
+
+
+def fixed_program(
+    traced: TracedComponent,
+    load: LoadParameter,
+    sizes: Mapping[str, int],
+    form: str,
+    table: Mapping[Any, Lower],
+    boundaries: frozenset[Any],
+    tensors: dict[str, Tensor],
+) -> ExportedProgram:
+    """Export a traced component with fixed sizes; inputs and states are named as in the contract.
+
+    See ``AtenLowering`` for the arguments.
+
+    Raises:
+        NotImplementedError: a quantized operator that the table lacks.
+    """
+    lowering = AtenLowering(traced, load, sizes, table, boundaries, form, tensors)
+    lowering.lower_program()
+    module = GraphModule(lowering.root, lowering.graph).eval()
+    examples = tuple(map(lowering.example, traced.contract.inputs))
+    with torch.no_grad():
+        return torch.export.export(module, examples)

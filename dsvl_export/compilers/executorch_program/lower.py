@@ -1,0 +1,273 @@
+"""A traced component as a method that XNNPACK takes in as few pieces as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule, Node
+
+import calibration.quantized_program  # noqa: F401 -- registers the operators
+from dsvl_export.compilers.aten_program import AtenLowering, Lower
+from dsvl_export.compilers.executorch_program import forms
+from dsvl_export.compilers.lowering import Constant, LoadParameter, arguments, aten, fake
+from reference.trace import TracedComponent
+from runtimes.backends.executorch import largest_chunk
+from runtimes.bundle.contracts import TensorSpec
+
+qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
+
+
+@dataclass(frozen=True)
+class Method:
+    """A module with what it is exported with."""
+
+    module: nn.Module
+    examples: tuple[Tensor, ...]
+    dynamic: tuple[dict[int, Any], ...]
+
+    def program(self) -> ExportedProgram:
+        with torch.no_grad():
+            return torch.export.export(self.module, self.examples, dynamic_shapes=self.dynamic, strict=False)
+
+
+def method(traced: TracedComponent, load: LoadParameter, capacity: int) -> Method:
+    """A traced component; its weights are loaded.
+
+    The decoder takes ``inputs_embeds [1, S, D]`` and ``cache_position [S]`` int64, S open, and gives the
+    logits ``[1, 1, V]`` of the last token; its KV cache are buffers ``[1, C, Hkv, Dh]`` with the contract's
+    names.
+
+    Args:
+        capacity: C.
+    """
+    lowering = MethodLowering(traced, load, capacity)
+    lowering.lower_program()
+    lowering.graph.eliminate_dead_code()
+    module = GraphModule(lowering.root, lowering.graph).eval()
+    return Method(module, tuple(lowering.examples), tuple(lowering.dynamic))
+
+
+class MethodLowering(AtenLowering):
+    """As its parent, for one sequence or image; the example inputs and their open dims are kept."""
+
+    def __init__(self, traced: TracedComponent, load: LoadParameter, capacity: int) -> None:
+        sizes = {"batch": 1, "sequence": min(5, capacity), "rows": 1, "capacity": capacity}
+        super().__init__(traced, load, sizes, TABLE, BOUNDARIES, "ExecuTorch", {})
+        self.capacity = capacity
+        self.examples: list[Tensor] = []
+        self.dynamic: list[dict[int, Any]] = []
+        self.cache_position: Node | None = None
+
+    def bind_input(self, spec: TensorSpec, node: Node) -> Any:
+        """A state's buffer, an input's placeholder, or of ``positions`` the first one, a number."""
+        example = self.example(spec)
+        if spec in self.traced.contract.states:
+            batch, heads, capacity, head_dim = example.shape
+            # New memory: of one head, a transposed state keeps strides that ExecuTorch's operators refuse.
+            return self._registered(spec.name, example.new_zeros(batch, capacity, heads, head_dim))
+        if spec.name == "logit_rows":
+            return None
+        sequence = Dim("sequence", min=1, max=largest_chunk(self.capacity))
+        if spec.name == "positions":
+            self.cache_position = self.graph.placeholder("cache_position")
+            self.examples.append(torch.arange(example.shape[1]))
+            self.dynamic.append({0: sequence})
+            return self.call(forms.start_of, self.cache_position, self.capacity)
+        self.examples.append(example)
+        self.dynamic.append({1: sequence} if "sequence" in spec.shape else {})
+        return self.graph.placeholder(spec.name)
+
+    def once(self, target: Any, *args: Any) -> Node:
+        """A call that is shared by all that make the same one."""
+        key = f"{target}{args}"
+        if key not in self.scratch:
+            self.scratch[key] = self.call(target, *args)
+        found: Node = self.scratch[key]
+        return found
+
+    def mean(self, like: Any, eps: float) -> tuple[Node, Node]:
+        """``[1, C]`` whose product with ``[..., C]`` is the mean, and what is added to a mean, ``[1]``."""
+        width = int(fake(like).shape[-1])
+        mean = self.buffer(f"mean_of_{width}", lambda: torch.full((1, width), 1 / width))
+        return mean, self.buffer(f"eps_{eps}", lambda: torch.tensor([eps]))
+
+    def kept(self, constant: Constant, part: Part | None, dtype: torch.dtype) -> Node:
+        """A weight, a bias, codes or scales, or the rows of them that are wanted."""
+        if part is None:
+            return self.buffer(f"{constant.name}_{dtype}", lambda: constant.load().to(dtype))
+        name = f"{constant.name}_{part.index}_of_{part.count}_{dtype}"
+        return self.buffer(name, lambda: part.of(constant.load()).to(dtype))
+
+    def operand(self, source: Any, part: Part | None) -> Node:
+        """A weight ``[out, in]`` in the form of its precision, or the rows of it that are wanted."""
+        weight, dtype = self.weight(source), fake(source).dtype
+        if isinstance(weight, Constant):
+            return self.kept(weight, part, dtype)
+        codes = self.kept(weight.codes, part, torch.int8)
+        scale = self.kept(weight.scale, part, torch.float32)
+        shape = self.root.get_buffer(str(scale.target)).shape
+        name = "zeros_" + "x".join(map(str, shape))
+        zeros = self.buffer(name, lambda: torch.zeros(shape, dtype=torch.int64))
+        if weight.group:
+            dequantize, last = qd.dequantize_per_channel_group.default, (weight.group, dtype)
+            return self.call(dequantize, codes, scale, zeros, -8, 7, torch.int8, *last)
+        args = (codes, scale, zeros, 0, -128, 127, torch.int8)
+        return self.graph.call_function(qd.dequantize_per_channel.default, args, {"out_dtype": dtype})
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a weight: of each of ``blocks`` equal runs of rows the one of ``count`` equal parts."""
+
+    blocks: int
+    count: int
+    index: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        part = tensor.unflatten(0, (self.blocks, self.count, -1))[:, self.index].flatten(0, 1)
+        return part.clone()  # XNNPACK writes a view's storage from its beginning
+
+
+def _projection(lowering: MethodLowering, node: Node) -> Any:
+    """A linear layer; what is cut afterwards is computed in parts, since cutting makes borders.
+
+    Queries and keys become the first and the second halves of all heads, a fused projection its chunks.
+    """
+    users = list(node.users)
+    if all(user.target == dsvl.cached_attention.default and node in user.args[:2] for user in users):
+        blocks = int(fake(node).shape[-1]) // int(fake(arguments(users[0])[6]).shape[3])
+        return [_linear(lowering, node, Part(blocks, 2, half)) for half in range(2)]
+    if [user.target for user in users] == [aten.chunk.default]:
+        count = arguments(users[0])[1]
+        return [_linear(lowering, node, Part(1, count, index)) for index in range(count)]
+    return _linear(lowering, node, None)
+
+
+def _linear(lowering: MethodLowering, node: Node, part: Part | None) -> Node:
+    x, weight, *biases = arguments(node)
+    kept = [lowering.kept(lowering.constant(bias), part, fake(bias).dtype) for bias in biases if bias]
+    return lowering.call(aten.linear.default, lowering.value(x), lowering.operand(weight, part), *kept)
+
+
+def _chunk(lowering: MethodLowering, node: Node) -> Any:
+    parts = lowering.value(arguments(node)[0])
+    return parts if isinstance(parts, list) else lowering.other(node)
+
+
+def _rms_norm(lowering: MethodLowering, node: Node) -> Node:
+    x, _, weight, eps = arguments(node)
+    return lowering.call(forms.rms_norm, lowering.value(x), lowering.value(weight), *lowering.mean(x, eps))
+
+
+def _layer_norm(lowering: MethodLowering, node: Node) -> Node:
+    x, _, weight, bias, eps = arguments(node, None, None, 1e-5)[:5]
+    return lowering.call(forms.layer_norm, *map(lowering.value, (x, weight, bias)), *lowering.mean(x, eps))
+
+
+def _conv2d(lowering: MethodLowering, node: Node) -> Node:
+    """A convolution; its bias is added apart, since Core ML's delegate confuses the dtypes of the two."""
+    x, weight, bias, *places = arguments(node, None, None)
+    kernel = lowering.value(weight)
+    out = lowering.call(aten.conv2d.default, lowering.value(x), kernel, None, *places)
+    if bias is None:
+        return out
+    constant = lowering.constant(bias)
+    column = lowering.buffer(f"{constant.name}_column", lambda: constant.load()[:, None, None].clone())
+    return lowering.call(aten.add.Tensor, out, column)
+
+
+def _gelu(lowering: MethodLowering, node: Node) -> Node:
+    if node.kwargs.get("approximate") == "tanh":
+        return lowering.call(forms.gelu_tanh, lowering.value(arguments(node)[0]))
+    return lowering.call(aten.gelu.default, lowering.value(arguments(node)[0]))
+
+
+def _attention(lowering: MethodLowering, node: Node) -> Node:
+    q, k, v, *mask = arguments(node)
+    operands = [lowering.value(source) for source in (q, k, v)]
+    scale = fake(q).shape[-1] ** -0.5
+    if not mask:
+        return lowering.call(forms.attention, *operands, scale)
+    by_row, by_column = _shifts(mask[0])
+    dtype, images, grid = fake(q).dtype, _of_one_image(fake(q).shape[0]), int(fake(by_row).shape[-1])
+    cells = lowering.buffer(
+        f"cells_of_{images}_{grid}_{dtype}",
+        lambda: forms.cell_rows(grid).repeat(images, 1, 1).to(dtype),
+    )
+    shifts = lowering.value(by_row), lowering.value(by_column)
+    return lowering.call(forms.relative_attention, *operands, *shifts, cells, scale)
+
+
+def _of_one_image(size: Any) -> int:
+    """A size of the vision encoder, whose only open dim is the batch."""
+    if isinstance(size, int):
+        return size
+    formula = size.node.expr
+    return int(formula.subs(dict.fromkeys(formula.free_symbols, 1)))
+
+
+def _shifts(mask: Any) -> tuple[Any, Any]:
+    """What a relative-position bias is the sum of, ``[B, H, n, n, n]`` by row and by column.
+
+    Raises:
+        NotImplementedError: the mask is another one.
+    """
+    total = mask
+    while total.target == aten.flatten.using_ints:
+        total = arguments(total)[0]
+    if total.target == aten.add.Tensor:
+        parts = [arguments(part) for part in arguments(total) if part.target == aten.unsqueeze.default]
+        if [axis for _, axis in parts] == [-1, -2]:
+            return parts[0][0], parts[1][0]
+    raise NotImplementedError(f"no ExecuTorch lowering for attention masked by {mask}")
+
+
+def _matmul(lowering: MethodLowering, node: Node) -> Node:
+    """A product with a constant, which spares a copy of the constant for each channel."""
+    x, y = arguments(node)
+    if lowering.is_constant(x) and fake(x).dim() == 2:
+        columns = lowering.call(aten.transpose.int, lowering.value(y), -1, -2)
+        product = lowering.call(aten.linear.default, columns, lowering.value(x))
+        return lowering.call(aten.transpose.int, product, -1, -2)
+    if lowering.is_constant(y) and fake(y).dim() == 2:
+        constant = lowering.constant(y)
+        matrix = lowering.buffer(f"{constant.name}_transposed", lambda: constant.load().t().clone())
+        return lowering.call(aten.linear.default, lowering.value(x), matrix)
+    if lowering.is_constant(y) and fake(x).dim() == 5:
+        return lowering.call(forms.position_table, lowering.value(x), lowering.value(y))
+    return lowering.call(aten.matmul.default, lowering.value(x), lowering.value(y))
+
+
+def _cached_attention(lowering: MethodLowering, node: Node) -> Node:
+    q, k, v, start, cos, sin, keys, values = map(lowering.value, arguments(node))
+    rows = [lowering.once(forms.rows_from, table, start, lowering.cache_position) for table in (cos, sin)]
+    query, key = (lowering.call(forms.rotated, *halves, *rows) for halves in (q, k))
+    return lowering.call(forms.cached_attention, query, key, v, start, keys, values)
+
+
+def _index_select(lowering: MethodLowering, node: Node) -> Node:
+    """The wanted rows, which here are the last one."""
+    return lowering.call(forms.last_row, lowering.value(arguments(node)[0]))
+
+
+TABLE: Mapping[Any, Lower] = {
+    aten.linear.default: _projection,
+    aten.conv2d.default: _conv2d,
+    aten.gelu.default: _gelu,
+    aten.matmul.default: _matmul,
+    aten.chunk.default: _chunk,
+    aten.rms_norm.default: _rms_norm,
+    aten.layer_norm.default: _layer_norm,
+    aten.scaled_dot_product_attention.default: _attention,
+    dsvl.cached_attention.default: _cached_attention,
+    aten.index_select.default: _index_select,
+    qd.dequantize_per_channel.default: lambda low, node: low.channel_weight(node, np.dtype(np.int8)),
+    qd.dequantize_per_channel_group.default: lambda low, node: low.group_weight(node),
+}
+BOUNDARIES = frozenset({qd.dequantize_per_channel.default, qd.dequantize_per_channel_group.default})

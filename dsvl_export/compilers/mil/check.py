@@ -1,0 +1,33 @@
+"""Whether a written package holds what its contract says, and nothing that cannot be executed here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtimes.backends.mil.interpreter import Function
+from runtimes.backends.mil.package import IMAGE, Package, check_manifest
+from runtimes.bundle.contracts import Contract
+
+ARRAY_NAMES = {"float16": "FLOAT16", "float32": "FLOAT32", "int64": "INT32"}
+
+
+def check_package(folder: Path, contract: Contract) -> None:
+    """Raise ValueError where a package breaks the contract, UserError where it is damaged."""
+    check_manifest(folder)
+    package = Package(folder)
+    for name in package.function_names:
+        function = Function(package, name, {})
+        wanted = {spec.name: spec for spec in contract.inputs}
+        if name == IMAGE:
+            wanted = {IMAGE: contract.inputs[0]}
+        for given, specs, what in (
+            (function.inputs, wanted, "inputs"),
+            (function.states, {spec.name: spec for spec in contract.states}, "states"),
+            (function.outputs, {spec.name: spec for spec in contract.outputs}, "outputs"),
+        ):
+            found = {key: item.dtype for key, item in given.items()}
+            expected = {key: ARRAY_NAMES[spec.dtype] for key, spec in specs.items()}
+            if found != expected:
+                raise ValueError(
+                    f"{name} of {folder.name} has the {what} {found}, the contract says {expected}"
+                )

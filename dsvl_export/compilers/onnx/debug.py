@@ -1,0 +1,62 @@
+"""Debug builds of ONNX files: the same program with its taps as further outputs. Needs no torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx
+from onnx import helper
+
+from dsvl_export.compilers.onnx.builder import TAPS, element_type, value_info
+from runtimes.bundle.contracts import Contract
+from runtimes.bundle.files import parse_json
+from runtimes.errors import UserError
+
+MOST_COPIED = 1 << 30  # bytes of weights
+
+
+def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
+    """The same file with the contract's taps as further outputs."""
+    model = onnx.load(str(artifact), load_external_data=False)
+    sources = tap_values(model, artifact, contract)
+    for spec, source in zip(contract.taps, sources, strict=True):
+        model.graph.node.append(
+            helper.make_node(
+                "Cast", [source], [spec.name], name=f"tap/{spec.name}", to=element_type(spec.dtype)
+            )
+        )
+        model.graph.output.append(value_info(spec.name, spec.dtype, spec.shape))
+    return write_build(model, artifact, folder)
+
+
+def tap_values(model: onnx.ModelProto, artifact: Path, contract: Contract) -> list[str]:
+    """The values that are the contract's taps.
+
+    Raises:
+        UserError: the file does not say so.
+    """
+    try:
+        values = parse_json({item.key: item.value for item in model.metadata_props}[TAPS], "the list of taps")
+        return [values[spec.name] for spec in contract.taps]
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{artifact} does not say where its taps are; export it again.") from error
+
+
+def write_build(model: onnx.ModelProto, artifact: Path, folder: Path) -> Path:
+    """Write a changed graph beside a link to its weights."""
+    file = folder / artifact.name
+    file.write_bytes(model.SerializeToString())
+    for data in artifact.parent.glob("*.data"):  # a graph for prompts reads those of the first one too
+        try:
+            (folder / data.name).hardlink_to(data)  # ONNX Runtime refuses symbolic links
+        except FileExistsError:  # linked for the other graph
+            continue
+        except OSError as error:  # another file system
+            if data.stat().st_size > MOST_COPIED:
+                raise UserError(
+                    f"{data} cannot be linked into {folder} ({error.strerror}), and is too large to copy;"
+                    " make the bundle's folder writable."
+                ) from error
+            shutil.copyfile(data, folder / data.name)
+    return file

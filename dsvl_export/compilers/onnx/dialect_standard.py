@@ -1,0 +1,147 @@
+"""What ONNX itself defines, for the operators that have several forms; other dialects build on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch.fx import Node
+
+from dsvl_export.compilers.lowering import QuantizedWeight, arguments, fake, numpy_dtype
+from dsvl_export.compilers.onnx.builder import Graph
+from dsvl_export.compilers.onnx.context import Lowering
+from dsvl_export.compilers.onnx.quantization import dequantized
+from runtimes.bundle.contracts import TensorSpec, updated_state
+
+
+class StandardDialect:
+    """Attention as matrix products and a softmax, quantized weights behind DequantizeLinear."""
+
+    opset = 23
+    float32_norms = False
+
+    def opset_of(self, graph: Graph) -> int:
+        return self.opset
+
+    def state_output(self, state: TensorSpec) -> TensorSpec:
+        return updated_state(state)
+
+    def rms_norm(self, context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
+        return context.graph.node("RMSNormalization", [x, weight], name, {"axis": -1, "epsilon": epsilon})
+
+    def attention(self, context: Lowering, node: Node) -> str:
+        """Softmax attention of the vision towers, optionally with an additive bias."""
+        (query, key, value), bias = attention_inputs(node)
+        name, (q, k, v) = context.name(node), map(context.value, (query, key, value))
+        scores = _scores(context, q, k, query, name)
+        for addend in bias:
+            scores = context.graph.node("Add", [scores, context.value(addend)], f"{name}_bias")
+        weights = context.graph.node("Softmax", [scores], f"{name}_softmax", {"axis": -1})
+        return context.emit(node, "MatMul", [weights, v])
+
+    def weight_only_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        """A product with a DequantizeLinear by blocks (4 bits) or by channels (8 bits)."""
+        return context.emit(node, "MatMul", [x, dequantized(context, weight, 1)])
+
+    def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        raise NotImplementedError(f"{context.name(node)} with activations in 8 bits, token by token")
+
+
+def attention_inputs(node: Node) -> tuple[list[Node], list[Node]]:
+    """Query, key and value of a scaled_dot_product_attention, and its bias where it has one.
+
+    Raises:
+        NotImplementedError: it is causal, scaled otherwise or dropped out.
+    """
+    if len(node.args) > 4 or node.kwargs.keys() - {"attn_mask"}:
+        raise NotImplementedError("causal, scaled or dropped-out attention in a vision tower")
+    bias = arguments(node, None, None, node.kwargs.get("attn_mask"))[3]
+    return list(node.args[:3]), [] if bias is None else [bias]  # type: ignore[arg-type]
+
+
+def primitive_rms_norm(context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
+    """``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4), as ONNX Runtime's fusion expects it."""
+    graph = context.graph
+    square = graph.node("Pow", [x, graph.constant(np.array(2, np.float32), "two")], f"{name}_square")
+    mean = graph.node("ReduceMean", [square, graph.ints(-1)], f"{name}_mean")
+    shifted = graph.node("Add", [mean, graph.constant(np.array(epsilon, np.float32), "eps")], f"{name}_eps")
+    scaled = graph.node("Div", [x, graph.node("Sqrt", [shifted], f"{name}_root")], f"{name}_scaled")
+    return graph.node("Mul", [scaled, weight], name)
+
+
+def head_scale(source: Node) -> float:
+    """The scale of scores of ``[..., Dh]``."""
+    return float(int(fake(source).shape[-1]) ** -0.5)
+
+
+def softmax_attention(
+    context: Lowering,
+    query: str,
+    blocks: Sequence[tuple[str, str, str]],
+    source: Node,
+    groups: int,
+    name: str,
+) -> str:
+    """Attention ``[B, H, S, Dh]`` over several blocks of keys and values in one softmax.
+
+    Args:
+        query: ``[B, H, S, Dh]``.
+        blocks: keys and values ``[B, Hkv, T, Dh]``, and a bool mask that broadcasts to ``[B, H, S, T]``.
+        source: a node of the program with the head size and the dtype.
+        groups: query heads per head of keys and values.
+    """
+    graph, dtype = context.graph, numpy_dtype(fake(source).dtype)
+    heads, head_dim = int(fake(source).shape[1]), int(fake(source).shape[-1])
+    lowest = graph.constant(np.array(np.finfo(dtype).min, dtype), "lowest")
+
+    def grouped(x: str, what: str) -> str:
+        """An axis for the groups of query heads, where there are any."""
+        return graph.node("Unsqueeze", [x, graph.ints(2)], f"{name}_{what}") if groups > 1 else x
+
+    if groups > 1:
+        shape = graph.ints(0, heads, groups, -1, head_dim)
+        query = graph.node("Reshape", [query, shape], f"{name}_grouped")
+    masked = []
+    for keys, _, mask in blocks:
+        scores = _scores(context, query, grouped(keys, "keys"), source, name, groups > 1)
+        masked.append(graph.node("Where", [grouped(mask, "mask"), scores, lowest], f"{name}_masked"))
+    joined = graph.node("Concat", masked, f"{name}_joined", {"axis": -1}) if len(blocks) > 1 else masked[0]
+    weights = [graph.node("Softmax", [joined], f"{name}_softmax", {"axis": -1})]
+    if len(blocks) > 1:
+        weights = _apart(context, weights[0], [keys for keys, *_ in blocks], name)
+    parts = [
+        graph.node("MatMul", [weight, grouped(values, "values")], f"{name}_values")
+        for weight, (_, values, _) in zip(weights, blocks, strict=True)
+    ]
+    out = parts[0] if len(parts) == 1 else graph.node("Add", parts, f"{name}_sum")
+    if groups > 1:
+        out = graph.node("Reshape", [out, graph.ints(0, heads * groups, -1, head_dim)], f"{name}_ungrouped")
+    return out
+
+
+def _scores(context: Lowering, query: str, keys: str, source: Node, name: str, grouped: bool = False) -> str:
+    """``q · kᵀ · scale``; the queries are scaled first, so that half precision does not overflow.
+
+    Args:
+        source: a node of the program with the head size and the dtype.
+    """
+    graph = context.graph
+    factor = graph.constant(np.array(head_scale(source), numpy_dtype(fake(source).dtype)), "scale")
+    scaled = graph.node("Mul", [query, factor], f"{name}_scale")
+    order = [0, 1, 2, 4, 3] if grouped else [0, 1, 3, 2]
+    swapped = graph.node("Transpose", [keys], f"{name}_keys", {"perm": order})
+    return graph.node("MatMul", [scaled, swapped], f"{name}_scores")
+
+
+def _apart(context: Lowering, weights: str, keys: Sequence[str], name: str) -> list[str]:
+    """Weights of two blocks, cut where the first one's keys end."""
+    graph, known = context.graph, context.scratch
+    if "first_block" not in known:
+        shape = graph.node("Shape", [keys[0]], "first_block_shape")
+        known["first_block"] = graph.node("Gather", [shape, graph.ints(2)], "first_block", {"axis": 0})
+    end = graph.ints(np.iinfo(np.int64).max)
+    bounds = ((graph.ints(0), known["first_block"]), (known["first_block"], end))
+    return [
+        graph.node("Slice", [weights, start, stop, graph.ints(-1)], f"{name}_weights")
+        for start, stop in bounds
+    ]

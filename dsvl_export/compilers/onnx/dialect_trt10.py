@@ -1,0 +1,100 @@
+"""Dialect ``trt10``: primitive operators up to opset 20, for the TensorRT 10.3 of JetPack 6."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.fx import Node
+
+from dsvl_export.compilers.lowering import arguments, fake
+from dsvl_export.compilers.onnx.context import Lowering
+from dsvl_export.compilers.onnx.decoder_parts import merged, rotation_table, slots, split
+from dsvl_export.compilers.onnx.dialect_standard import StandardDialect, softmax_attention
+from dsvl_export.compilers.onnx.quantization import FOUR_BIT
+from reference.trace import TracedComponent
+from runtimes.bundle.contracts import TensorSpec, appended_state
+
+
+class Trt10Dialect(StandardDialect):
+    """RoPE, RMSNorm and attention in primitives; the cache is read by the graph and written by the session.
+
+    TensorRT 10.3 has no KVCacheUpdate, and a Scatter would copy the whole cache in every step. So the new
+    tokens are attended to beside the cache, in one softmax, and leave the graph as outputs: the session
+    copies their rows to their places. The capacity stays a dynamic dimension.
+    """
+
+    float32_norms = True
+
+    def __init__(self, traced: TracedComponent) -> None:
+        """4-bit weights need the DequantizeLinear by blocks of opset 21, which TensorRT 10.3 imports."""
+        four_bit = any(node.target is FOUR_BIT for node in traced.program.graph.nodes)
+        self.opset = 21 if four_bit else 20
+
+    def state_output(self, state: TensorSpec) -> TensorSpec:
+        return appended_state(state)
+
+    def rms_norm(self, context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
+        """``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4), in float32."""
+        graph = context.graph
+        square = graph.node("Mul", [x, x], f"{name}_square")
+        mean = graph.node("ReduceMean", [square, graph.ints(-1)], f"{name}_mean")
+        shifted = graph.node(
+            "Add", [mean, graph.constant(np.array(epsilon, np.float32), "eps")], f"{name}_eps"
+        )
+        scaled = graph.node("Div", [x, graph.node("Sqrt", [shifted], f"{name}_root")], f"{name}_scaled")
+        return graph.node("Mul", [scaled, weight], name)
+
+    def cached_attention(self, context: Lowering, node: Node) -> str:
+        query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
+        graph, name = context.graph, context.name(node)
+        head_dim = int(fake(keys).shape[-1])
+        angles = [self._angles(context, table, keys, context.value(positions)) for table in (cos, sin)]
+        heads = {
+            part: split(context, source, keys, f"{name}_{part}")
+            for part, source in (("query", query), ("key", key), ("value", value))
+        }
+        rotated_query, rotated_key = (
+            self._rotate(context, heads[part], angles, f"{name}_rotated_{part}") for part in ("query", "key")
+        )
+        for rows, output in zip(
+            (rotated_key, heads["value"]), context.state_outputs(keys, values), strict=True
+        ):
+            graph.node("Identity", [rows], f"{name}_{output}", outputs=[output])
+        past, new = self._masks(context, context.value(positions), context.value(keys))
+        groups = int(fake(query).shape[-1]) // head_dim // int(fake(keys).shape[1])
+        blocks = [
+            (context.value(keys), context.value(values), past),
+            (rotated_key, heads["value"], new),
+        ]
+        out = softmax_attention(context, rotated_query, blocks, keys, groups, name)
+        return merged(context, out, node, keys)
+
+    def _angles(self, context: Lowering, table: Node, cache: Node, positions: str) -> str:
+        """Rows ``[B, 1, S, Dh / 2]`` of a RoPE table, computed once for all layers."""
+        graph, known, source = context.graph, context.scratch, rotation_table(context, table, cache)
+        if source not in known:
+            rows = graph.node("Gather", [source, positions], f"{source}_rows", {"axis": 0})
+            known[source] = graph.node("Unsqueeze", [rows, graph.ints(1)], f"{source}_of_heads")
+        return known[source]
+
+    def _rotate(self, context: Lowering, x: str, angles: list[str], name: str) -> str:
+        """RoPE in LLaMA's half-split form on ``[B, H, S, Dh]``."""
+        graph = context.graph
+        halves = [graph.unique(f"{name}_{half}") for half in ("first", "second")]
+        graph.node("Split", [x], f"{name}_halves", {"axis": -1, "num_outputs": 2}, outputs=halves)
+        (a, b), (cos, sin), turned = halves, angles, []
+        for sign, one, other in (("Sub", a, b), ("Add", b, a)):
+            kept = graph.node("Mul", [one, cos], f"{name}_cos")
+            crossed = graph.node("Mul", [other, sin], f"{name}_sin")
+            turned.append(graph.node(sign, [kept, crossed], f"{name}_half"))
+        return graph.node("Concat", turned, name, {"axis": -1})
+
+    def _masks(self, context: Lowering, positions: str, cache: str) -> tuple[str, str]:
+        """What may be attended to: slots of the cache ``[B, 1, 1, C]``, new tokens ``[B, 1, S, S]``."""
+        graph, known = context.graph, context.scratch
+        if "mask_new" not in known:
+            across = graph.node("Unsqueeze", [positions, graph.ints(1, 2)], "positions_across")
+            down = graph.node("Unsqueeze", [positions, graph.ints(1, 3)], "positions_down")
+            known["mask_new"] = graph.node("LessOrEqual", [across, down], "mask_new")
+            first = graph.node("Slice", [down, *(graph.ints(v) for v in (0, 1, 2))], "positions_first")
+            known["mask_past"] = graph.node("Less", [slots(context, cache), first], "mask_past")
+        return known["mask_past"], known["mask_new"]

@@ -1,0 +1,88 @@
+"""Dialect ``trt11``: operators of ONNX opset 24 that TensorRT 10.15 and later import, 11 included."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.fx import Node
+
+from dsvl_export.compilers.lowering import arguments, fake, numpy_dtype
+from dsvl_export.compilers.onnx.context import Lowering
+from dsvl_export.compilers.onnx.decoder_parts import merged, rotation_table, split, visible_slots
+from dsvl_export.compilers.onnx.dialect_standard import (
+    StandardDialect,
+    attention_inputs,
+    head_scale,
+    softmax_attention,
+)
+
+LARGEST_HEAD = 256
+
+
+class Trt11Dialect(StandardDialect):
+    """Attention with an explicit mask, RotaryEmbedding, RMSNormalization, and TensorScatter as KV cache.
+
+    - TensorRT drops Attention's ``nonpad_kv_seqlen`` with a mere warning, so what may be attended is a mask.
+    - Without a fused kernel it refuses Attention: matrix products in float32 and for odd head sizes.
+    - TensorScatter becomes a KVCacheUpdate, whose output must share the memory of its input.
+    """
+
+    opset = 24
+    float32_norms = True
+
+    def attention(self, context: Lowering, node: Node) -> str:
+        sources, bias = attention_inputs(node)
+        if not _fused(sources[0]):
+            return super().attention(context, node)
+        inputs = [context.value(source) for source in (*sources, *bias)]
+        return context.emit(node, "Attention", inputs, {"scale": head_scale(sources[0])})
+
+    def cached_attention(self, context: Lowering, node: Node) -> str:
+        query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
+        graph, name = context.graph, context.name(node)
+        head_dim = int(fake(keys).shape[-1])
+        tables = [rotation_table(context, table, keys) for table in (cos, sin)]
+        rotated = [
+            graph.node(
+                "RotaryEmbedding",
+                [split(context, source, keys, f"{name}_{part}"), *tables, context.value(positions)],
+                f"{name}_rotated_{part}",
+            )
+            for source, part in ((query, "query"), (key, "key"))
+        ]
+        start = self._start(context, context.value(positions))
+        new = (rotated[1], split(context, value, keys, f"{name}_value"))
+        cache = [
+            graph.node(
+                "TensorScatter", [context.value(state), rows, start], f"{name}_{output}", {"axis": -2},
+                outputs=[output],
+            )
+            for state, rows, output in zip(
+                (keys, values), new, context.state_outputs(keys, values), strict=True
+            )
+        ]  # fmt: skip
+        mask = visible_slots(context, context.value(positions), context.value(keys))
+        if not _fused(keys):
+            groups = int(fake(query).shape[-1]) // head_dim // int(fake(keys).shape[1])
+            out = softmax_attention(context, rotated[0], [(cache[0], cache[1], mask)], keys, groups, name)
+        else:
+            scale = {"scale": head_scale(keys)}
+            out = graph.node("Attention", [rotated[0], *cache, mask], f"{name}_attention", scale)
+        return merged(context, out, node, keys)
+
+    def _start(self, context: Lowering, positions: str) -> str:
+        """``[B]``: where each row's new tokens go; positions are consecutive in a row."""
+        known = context.scratch
+        if "start" not in known:
+            zero = context.graph.constant(np.array(0, np.int64), "first")
+            known["start"] = context.graph.node("Gather", [positions, zero], "start", {"axis": 1})
+        return known["start"]
+
+
+def _fused(source: Node) -> bool:
+    """Whether TensorRT has a fused kernel for ``[..., Dh]``, also between quantized layers.
+
+    Seen with TensorRT-RTX 1.7.1: half precision, and heads in multiples of 16 channels up to 256; smaller
+    ones build until their neighbours are INT8.
+    """
+    head_dim = int(fake(source).shape[-1])
+    return numpy_dtype(fake(source).dtype) != np.float32 and head_dim % 16 == 0 and head_dim <= LARGEST_HEAD

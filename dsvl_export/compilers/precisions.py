@@ -1,0 +1,122 @@
+"""Precisions of bundles: what a backend can compile, and which plan and scales a bundle keeps of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from calibration.precision_plan import (
+    PrecisionPlan,
+    component_layers,
+    load_precision,
+    read_plan,
+    recipe_names,
+)
+from calibration.quantized_weights import QuantizedWeights
+from calibration.scale_table import TABLE_FILE, ScaleTable
+from dsvl_export.compilers import Compiler, check_options
+from dsvl_export.targets.options import CompileOptions
+from reference.checkpoint.checkpoint import Checkpoint
+from reference.model.config import ModelConfig
+from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS
+from runtimes.errors import UserError
+
+
+def plan_for(compiler: Compiler, precision: str) -> PrecisionPlan:
+    """The plan that a ``--precision`` names; what a recipe leaves alone is in the compiler's base."""
+    plan = load_precision(precision)
+    return plan.on(compiler.RECIPE_BASE) if precision in recipe_names() else plan
+
+
+def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: ModelConfig) -> None:
+    """Refuse a plan that the model or the backend cannot have, before any work.
+
+    Raises:
+        UserError: names the layer, or the precision, and what there is instead.
+    """
+    plan.check(config)
+    if plan.base not in compiler.PRECISIONS:
+        raise UserError(
+            f"The backend {backend} has no precision {plan.base!r}; it has {', '.join(compiler.PRECISIONS)}."
+        )
+    layers = {layer.name: layer for name in TRACED_COMPONENTS for layer in component_layers(config, name)}
+    for name, layer in layers.items():
+        family = plan.of(layer).family
+        if family not in ("float", *compiler.LAYER_PRECISIONS):
+            raise UserError(
+                f"The backend {backend} cannot compute {name} in {family}; it has"
+                f" {', '.join(compiler.LAYER_PRECISIONS)}."
+            )
+    if plan.kv_cache not in ("float", *compiler.CACHE_PRECISIONS):
+        raise UserError(
+            f"The backend {backend} has no KV cache in {plan.kv_cache}; the nearest is"
+            f" {', '.join(compiler.CACHE_PRECISIONS) or 'float'}."
+        )
+
+
+def shipped_precisions(compiler: Compiler) -> list[str]:
+    """What ``--precision`` takes by name for a backend, whatever the target."""
+    names = []
+    for name in (*PRECISION_DTYPES, *recipe_names()):
+        plan = plan_for(compiler, name)
+        families = {rule.precision.family for rule in plan.rules}
+        if (
+            plan.base in compiler.PRECISIONS
+            and families <= {"float", *compiler.LAYER_PRECISIONS}
+            and plan.kv_cache in ("float", *compiler.CACHE_PRECISIONS)
+        ):
+            names.append(name)
+    return names
+
+
+def kinds_of(plan: PrecisionPlan, config: ModelConfig) -> list[str]:
+    """The precisions that a target must support for a plan, in the words of ``targets.yaml``."""
+    layers = (layer for name in TRACED_COMPONENTS for layer in component_layers(config, name))
+    families = dict.fromkeys(plan.of(layer).family for layer in layers)
+    cache = [f"kv-{plan.kv_cache}"] if plan.kv_cache != "float" else []
+    return list(dict.fromkeys([plan.base, *(family for family in families if family != "float"), *cache]))
+
+
+def check_request(
+    backend: str,
+    compiler: Compiler,
+    plans: Sequence[PrecisionPlan],
+    config: ModelConfig,
+    options: CompileOptions,
+) -> None:
+    """Refuse what a backend or its target cannot do; the one check of ``plan`` and ``export``.
+
+    Raises:
+        UserError: names what comes nearest.
+    """
+    for plan in plans:
+        check_plan(backend, compiler, plan, config)
+        if options.target:
+            for kind in kinds_of(plan, config):
+                options.target.check(backend, kind)
+    check_options(backend, compiler, options)
+    compiler.settings(options)
+    if check := getattr(compiler, "check", None):
+        check(plans, config, options)
+
+
+def precision_folder(precision: str) -> str:
+    """Where a bundle keeps the plan and the scales of a quantized precision."""
+    return f"precisions/{precision}"
+
+
+def bundled_plan(folder: Path, precision: str) -> PrecisionPlan:
+    """The plan that a precision of a bundle was exported with."""
+    file = folder / precision_folder(precision) / f"{precision}.yaml"
+    return read_plan(file) if file.exists() else load_precision(precision)
+
+
+def planned_weights(source: Checkpoint, folder: Path, precision: str) -> QuantizedWeights:
+    """Parameters of a checkpoint in a precision of a bundle, with the scales that the bundle keeps.
+
+    Raises:
+        UserError: the scales are damaged, or of another checkpoint.
+    """
+    scales = folder / precision_folder(precision)
+    table = ScaleTable.load(scales) if (scales / TABLE_FILE).exists() else None
+    return QuantizedWeights(source, bundled_plan(folder, precision), table)

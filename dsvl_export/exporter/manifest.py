@@ -1,0 +1,107 @@
+"""What the finished stages of an export amount to: the bundle's manifest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsvl_export.compilers.precisions import bundled_plan, precision_folder
+from dsvl_export.exporter.staging import Staging
+from reference.checkpoint.checkpoint import Checkpoint
+from reference.trace import TRACED_COMPONENTS, component_contract
+from runtimes.bundle.bundle import JUDGED_WITH, Artifact, Manifest
+from runtimes.bundle.files import sha256_of_file
+
+TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
+
+
+def manifest_of(
+    source: Checkpoint,
+    staging: Staging,
+    capacity: int,
+    preprocessing: Any,
+    prompt: Any,
+    now: Manifest | None,
+) -> Manifest:
+    """The manifest of all that is finished.
+
+    Args:
+        now: that of the bundle that is extended, with what parity recorded meanwhile.
+    """
+    artifacts = _complete(staging)
+    others = (artifact for artifact in finished_artifacts(staging) if artifact not in artifacts)
+    unfinished = {path for artifact in others for path in artifact.files}
+    precisions = dict.fromkeys(artifact.precision for artifact in artifacts)
+    plans = {name: bundled_plan(staging.folder, name) for name in precisions}
+    return Manifest(
+        model=source.config.to_dict(),
+        checkpoint={
+            "name": checkpoint_name(source, staging),
+            "sha256": source.digest,
+            "layout": source.config.layout,
+        },
+        preprocessing=preprocessing,
+        prompt=prompt,
+        token_embedding=TOKEN_EMBEDDING,
+        default_capacity=capacity,
+        contracts={
+            precision: {
+                component: component_contract(source.config, component, plan.base, plan.kv_cache)
+                for component in TRACED_COMPONENTS
+            }
+            for precision, plan in plans.items()
+        },
+        artifacts=artifacts,
+        files={path: entry for path, entry in staging.files().items() if path not in unfinished},
+        parity=_kept_verdicts(staging, now),
+    )
+
+
+def checkpoint_name(source: Checkpoint, staging: Staging) -> str:
+    """The name of the checkpoint's folder, as it was when the bundle was first exported: listings have it."""
+    return staging.previous.checkpoint["name"] if staging.previous else source.folder.name
+
+
+def plan_hashes(staging: Staging, precision: str) -> dict[str, str]:
+    """Hashes of a precision's plan and scales, which its artifacts rest on."""
+    folder = staging.folder / precision_folder(precision)
+    return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*"))}
+
+
+def finished_artifacts(staging: Staging) -> tuple[Artifact, ...]:
+    """Finished artifacts; those of a plan or scales that were replaced since do not count."""
+    files, rows = staging.files(), []
+    for result in staging.results():
+        for row in result.get("artifacts", [result["artifact"]] if "artifact" in result else []):  # until 0.4
+            if result.get("rests_on", {}) not in ({}, plan_hashes(staging, row["precision"])):
+                continue
+            if result.get("audited"):  # as a whole, when it was written; hashed since
+                row = {**row, "audited": {path: files[path].sha256 for path in row["files"]}}
+            rows.append(row)
+    return tuple(map(Artifact.from_dict, rows))
+
+
+def _complete(staging: Staging) -> tuple[Artifact, ...]:
+    """Artifacts of backends and precisions that have every component; an interrupted one has not."""
+    artifacts = finished_artifacts(staging)
+    there = {(item.backend, item.precision, item.component) for item in artifacts}
+    return tuple(
+        item
+        for item in artifacts
+        if all((item.backend, item.precision, component) in there for component in TRACED_COMPONENTS)
+    )
+
+
+def _kept_verdicts(staging: Staging, old: Manifest | None) -> dict[str, Any]:
+    """Verdicts of the bundle that is extended, where nothing that they rest on has changed."""
+    files = staging.files()
+    if old is None:
+        return {}
+    return {
+        pair: verdict
+        for pair, verdict in old.parity.items()
+        if all(
+            files.get(path) == entry
+            for path, entry in old.files.items()
+            if path.startswith((f"{pair}/", *JUDGED_WITH))
+        )
+    }

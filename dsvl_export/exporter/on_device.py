@@ -1,0 +1,185 @@
+"""Engines for the GPU at hand, from the ONNX files that a bundle brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+from packaging.version import Version
+
+from dsvl_export.compilers.engines.building import EngineSettings, build_engine
+from dsvl_export.exporter.staging import Staging
+from dsvl_export.lint import Release, refuse
+from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu, import_cuda
+from runtimes.backends.engines.library import import_library
+from runtimes.bundle.bundle import Artifact, Bundle, Engine, Manifest
+from runtimes.errors import UserError
+from runtimes.goldens.golden import is_golden, tokens_of_golden
+
+BACKEND = "tensorrt"
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What builds: the library, and the GPU that it builds for."""
+
+    trt: ModuleType
+    gpu: Gpu
+
+    @classmethod
+    def here(cls) -> Device:
+        """This machine's.
+
+        Raises:
+            UserError: TensorRT, cuda-python or a GPU is missing.
+        """
+        trt = import_library(BACKEND)
+        try:
+            return cls(trt, Cuda(import_cuda()).gpu())
+        except CudaError as error:
+            reason = str(error).rstrip(".")
+            raise UserError(
+                f"Engines are built on the GPU that runs them, and none can be used here ({reason})."
+            ) from error
+
+    @property
+    def version(self) -> Version:
+        return Version(self.trt.__version__)
+
+
+def build_engines(
+    folder: Path,
+    settings: EngineSettings | None = None,
+    precision: str | None = None,
+    device: Device | None = None,
+    on_step: OnStep = lambda name, done, total: None,
+) -> list[Artifact]:
+    """Build the engine of every ``tensorrt`` artifact of a bundle, and put it into the bundle.
+
+    Engines that fit this machine and the settings already are kept, so an interrupted build goes on.
+
+    Args:
+        settings: None takes the bundle's capacity.
+        precision: one of the bundle's; None builds all.
+        device: None is this machine.
+
+    Returns:
+        The artifacts with their engines.
+
+    Raises:
+        UserError: the bundle has no ONNX for TensorRT or for this version, or TensorRT refuses.
+    """
+    device = device or Device.here()
+    staging, built = Staging(folder), []
+    try:
+        bundle = staging.bundle()
+        staging.open()
+        artifacts = _artifacts(bundle, precision, device.version)
+        settings = settings or EngineSettings(bundle.manifest.default_capacity)
+        longest = int(bundle.manifest.model["decoder"]["max_positions"])
+        if settings.capacity > longest:
+            raise UserError(
+                f"The capacity must lie between 1 and the model's {longest}, got {settings.capacity}."
+            )
+        for index, item in enumerate(artifacts):
+            on_step(f"{item.precision}/{item.component}", index, len(artifacts))
+            built.append(_build(bundle, staging, item, settings, device))
+        on_step("done", len(artifacts), len(artifacts))
+    except OSError as error:
+        raise UserError(
+            f"The build stopped: {error.strerror or error} ({folder}); mend that and run it again, it goes on"
+            " where it stopped."
+        ) from error
+    finally:
+        staging.close()
+    return built
+
+
+def _artifacts(bundle: Bundle, precision: str | None, version: Version) -> list[Artifact]:
+    """Those to build, checked against their hashes and against the version of TensorRT."""
+    pairs = bundle.matching(BACKEND, precision)
+    if not pairs:
+        asked = f" in {precision}" if precision else ""
+        raise UserError(
+            f"The bundle {bundle.folder} holds no ONNX for TensorRT{asked};"
+            " export it with --backend tensorrt."
+        )
+    found = [item for item in bundle.manifest.artifacts if (item.backend, item.precision) in pairs]
+    for item in found:
+        _check_version(item, version)
+    engines = {item.engine.file for item in found if item.engine}
+    bundle.check([path for item in found for path in item.files if path not in engines])
+    return found
+
+
+def longest_golden(bundle: Bundle) -> int:
+    """Tokens that ``parity`` needs in the KV cache; 0 where the bundle has no goldens."""
+    files = [path for path in bundle.manifest.files if path.startswith("goldens/") and is_golden(path)]
+    return max((tokens_of_golden(bundle.path(path)) for path in files), default=0)
+
+
+def _check_version(item: Artifact, version: Version) -> None:
+    if Release(version).dialect != item.dialect:
+        wanted = item.tools.get("for", "another version")
+        raise UserError(
+            f"The {item.component} in {item.precision} was exported for TensorRT {wanted}, here is {version};"
+            f" export it again with --tensorrt {version.major}.{version.minor}."
+        )
+
+
+def _build(
+    bundle: Bundle, staging: Staging, item: Artifact, settings: EngineSettings, device: Device
+) -> Artifact:
+    file = bundle.path(item.files[0])
+    sm = settings.compute_capabilities or (device.gpu.sm,)
+    if item.component != "vision_encoder":
+        settings = replace(settings, dla_core=None)
+    engine = Engine(
+        file=f"{item.stage}/{item.component}.engine",
+        sm=sm,
+        gpu=device.gpu.name,
+        driver=device.gpu.driver,
+        platform=device.gpu.platform,
+        tensorrt=device.trt.__version__,
+        capacity=settings.capacity,
+        max_batch=settings.max_batch,
+        options=settings.options,
+    )
+    # The driver may change under an engine.
+    known = replace(item.engine, driver=engine.driver) if item.engine else None
+    if known == engine and not bundle.problems([engine.file]):
+        return item
+    refuse(file, Release(device.version, device.gpu.sm))
+    contract = bundle.manifest.contracts[item.precision][item.component]
+    temporary = staging.work / Path(engine.file).name
+    try:
+        build_engine(device.trt, file, contract, settings, temporary)
+        done = replace(item, engine=engine, files=tuple(dict.fromkeys((*item.files, engine.file))))
+        stage = item.stage
+        staging.attach(stage, temporary, {"artifacts": [asdict(done)]})
+    finally:
+        temporary.unlink(missing_ok=True)
+    _publish(bundle, staging, item, done)
+    return done
+
+
+def _publish(bundle: Bundle, staging: Staging, old: Artifact, new: Artifact) -> None:
+    """Write the manifest with an artifact replaced; what was said of the old one is no longer known."""
+    known = (old.component, old.backend, old.precision)
+    entry = staging.files()[new.files[-1]]
+
+    def make(now: Manifest | None) -> Manifest:
+        manifest = now or bundle.manifest
+        artifacts = tuple(
+            new if (item.component, item.backend, item.precision) == known else item
+            for item in manifest.artifacts
+        )
+        pair = f"{new.backend}/{new.precision}"
+        parity = {name: verdict for name, verdict in manifest.parity.items() if name != pair}
+        files = {**manifest.files, new.files[-1]: entry}
+        return replace(manifest, artifacts=artifacts, files=files, parity=parity)
+
+    staging.finish(make)

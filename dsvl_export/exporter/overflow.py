@@ -1,0 +1,50 @@
+"""Numbers that a precision cannot hold: weights are checked before an export, activations on its goldens."""
+
+from __future__ import annotations
+
+import torch
+
+from calibration.precision_plan import PrecisionPlan
+from calibration.quantized_weights import QuantizedWeights
+from dsvl_export.compilers import Compiler
+from reference.checkpoint.checkpoint import parameter_shapes
+from reference.trace import PRECISION_DTYPES
+from runtimes.errors import OverflowVerdict, UserError
+
+WIDER = {"fp16": ("bf16", "fp32")}  # by base: what holds larger numbers, the smallest first
+
+
+def overflow_remedy(backend: str, compiler: Compiler, plan: PrecisionPlan) -> str:
+    """What to export where a plan's base cannot hold a checkpoint's numbers."""
+    bases = [base for base in WIDER.get(plan.base, ()) if base in compiler.PRECISIONS]
+    if not bases:
+        return f"{backend} has no wider base than {plan.base}: export for onnxruntime in fp32"
+    name = plan.name.removesuffix(f"-{plan.base}")
+    names = [base if plan.name == plan.base else f"{name}-{base}" for base in bases]
+    if plan.quantizes and name == plan.name:  # a plan of the user's own
+        return f"set the base of the plan {plan.name} to {' or '.join(bases)}"
+    return f"export with --precision {' or '.join(names)}"
+
+
+def check_weights(weights: QuantizedWeights, remedy: str) -> None:
+    """Read every parameter of a precision and compare it with the range of the plan's base.
+
+    Raises:
+        OverflowVerdict: the base cannot hold one; it is named.
+        UserError: the checkpoint itself holds NaN or infinity.
+    """
+    plan, source = weights.plan, weights.source
+    dtype = PRECISION_DTYPES[plan.base]
+    for name in parameter_shapes(source.config):
+        low, high = weights.load(name).aminmax()
+        largest = float(torch.maximum(high, -low))
+        if not torch.isfinite(low + high):
+            raise UserError(
+                f"The tensor {name} of {source.folder} holds NaN or infinity; are the checkpoint's weights"
+                " sound?"
+            )
+        if not torch.isfinite(torch.tensor(largest).to(dtype)):
+            raise OverflowVerdict(
+                f"{plan.name} cannot hold the tensor {name} of {source.folder}: its largest magnitude is"
+                f" {largest:.4g}, and {plan.base} ends at {torch.finfo(dtype).max:.5g}; {remedy}."
+            )

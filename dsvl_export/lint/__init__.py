@@ -1,0 +1,6 @@
+"""What TensorRT will say of an ONNX file, before any build: node, rule and remedy."""
+
+from dsvl_export.lint.finding import Finding
+from dsvl_export.lint.lint import Release, lint, refuse
+
+__all__ = ["Finding", "Release", "lint", "refuse"]

@@ -1,0 +1,98 @@
+"""Linting of bundles and files: which rules hold for which file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dsvl_export.lint import Finding, Release, lint
+from dsvl_export.lint.quantization import quantization_findings
+from dsvl_export.lint.view import GraphView
+from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.targets import find_target, load_targets
+from runtimes.backends.onnxruntime import ORT
+from runtimes.bundle.bundle import Artifact, Bundle
+from runtimes.errors import UserError
+
+
+def lint_path(
+    path: Path, tensorrt: str | None = None, target: str | None = None, sm: int | None = None
+) -> dict[Path, list[Finding]]:
+    """Findings of an ONNX file, or of every ONNX file of a bundle.
+
+    Args:
+        tensorrt, target, sm: as ``lint`` of the command line takes them; of a bundle's own files they are
+            known, and given ones go before.
+
+    A bundle's file that is not for TensorRT has the one finding ``not checked``; without a version, target or
+    GPU, the rules of quantization are tried on ONNX files for ONNX Runtime.
+
+    Raises:
+        UserError: there is nothing to check, no such version or target, or the target has no TensorRT.
+    """
+    device = find_target(target) if target else None
+    if device and not device.tensorrt:
+        fitting = ", ".join(name for name, each in load_targets().items() if each.tensorrt)
+        raise UserError(
+            f"lint checks files for TensorRT, which {device.device} does not have; give one of {fitting}."
+        )
+    release = Release(
+        CompileOptions(device, tensorrt=tensorrt).tensorrt_version(), sm or (device.sm if device else None)
+    )
+    if not path.is_dir():
+        return {path: lint(path, release)}
+    bundle = Bundle.open(path)
+    given = bool(tensorrt or target or sm)
+    found = {
+        bundle.path(file): _of_file(bundle, item, file, release, given)
+        for item in bundle.manifest.artifacts
+        for file in item.files
+        if file.endswith(".onnx") or file == item.files[0]
+    }
+    if not found:
+        raise UserError(f"The bundle {path} has no artifacts to check.")
+    return found
+
+
+def summary(found: Mapping[Path, Sequence[Finding]]) -> str:
+    """One sentence about all files; what was not checked is not counted as good."""
+    checked = [findings for findings in found.values() if all(finding.checked for finding in findings)]
+    broken = sum(any(finding.harmful for finding in findings) for findings in checked)
+    missing = len(found) - len(checked)
+    if not checked:
+        return f"Nothing was checked: none of {len(found)} files is for TensorRT."
+    if broken:
+        said = f"{broken} of {len(checked)} files break a rule"
+    else:
+        said = f"{'' if missing else 'All '}{len(checked)} files keep the rules"
+    return f"{said}, {missing} more were not checked." if missing else f"{said}."
+
+
+def _of_file(bundle: Bundle, item: Artifact, name: str, release: Release, given: bool) -> list[Finding]:
+    file = bundle.path(name)
+    if not item.dialect.startswith("trt"):
+        if item.dialect == ORT and not given:
+            return list(quantization_findings(GraphView(file)))
+        return [_not_checked(item)]
+    if given:
+        return lint(file, release)
+    if item.backend == "tensorrt_rtx":
+        return lint(file, Release.tensorrt_rtx(min(item.engine.sm) if item.engine else None))
+    known = load_targets().get(item.target)
+    return lint(
+        file,
+        Release(
+            CompileOptions(known, tensorrt=item.tools.get("for")).tensorrt_version(),
+            known.sm if known else None,
+        ),
+    )
+
+
+def _not_checked(item: Artifact) -> Finding:
+    return Finding(
+        "the file",
+        "not-checked",
+        "not checked",
+        f"it is for {item.backend}, not for TensorRT",
+        "export it with --backend tensorrt to have it checked",
+    )

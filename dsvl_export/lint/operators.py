@@ -1,0 +1,225 @@
+"""Rules of operators: which exist in a release, and what it does not take of those that do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+from onnx import NodeProto, TensorProto
+from packaging.version import Version
+
+from dsvl_export.lint.finding import Finding
+from dsvl_export.lint.view import GraphView, attributes_of, dtype_name, input_of
+from runtimes.bundle.yaml_files import read_yaml
+
+TABLE = Path(__file__).parent / "operators.yaml"
+INTEGER = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv")
+ATTENTION_HEAD = 256  # largest head size with a fused kernel (seen: 256 builds, 512 does not)
+# Inputs that say shapes, axes or counts: TensorRT must know them when it builds.
+SHAPE_INPUTS = {
+    "Reshape": (1,), "Expand": (1,), "Tile": (1,), "TopK": (1,), "Pad": (1, 3), "Slice": (1, 2, 3, 4),
+    "Squeeze": (1,), "Unsqueeze": (1,), "ConstantOfShape": (0,), "Range": (0, 1, 2), "Resize": (1, 2, 3),
+    "ReduceMean": (1,), "ReduceSum": (1,), "ReduceMax": (1,), "ReduceMin": (1,), "ReduceProd": (1,),
+    "ReduceL2": (1,), "Split": (1,), "CumSum": (1,),
+}  # fmt: skip
+FIRST_OUTPUT_ALONE = {"LayerNormalization", "RMSNormalization", "MaxPool", "Attention", "GroupNormalization"}
+Rule = Callable[[GraphView, NodeProto], Iterator[Finding]]
+
+
+@cache
+def operator_table() -> dict[str, Version]:
+    """Operators → the version of TensorRT that imports them first."""
+    rows = read_yaml(TABLE, "table of operators")
+    return {operator: Version(since) for since, operators in rows.items() for operator in operators}
+
+
+def operator_findings(view: GraphView, version: Version) -> Iterator[Finding]:
+    for node in view.nodes:
+        missing = _missing(node, version)
+        if missing:
+            yield missing
+            continue
+        if node.op_type in FIRST_OUTPUT_ALONE and any(node.output[1:]):
+            yield refused(
+                node, "outputs", f"only the first output of {node.op_type} is there", "leave the others out"
+            )
+        yield from _shape_inputs(view, node)
+        if node.op_type in RULES:
+            yield from RULES[node.op_type](view, node)
+
+
+def refused(node: NodeProto, rule: str, problem: str, remedy: str) -> Finding:
+    return Finding(node.name, rule, "refused", problem, remedy)
+
+
+def _missing(node: NodeProto, version: Version) -> Finding | None:
+    if node.domain not in ("", "ai.onnx"):
+        return refused(
+            node,
+            "domain",
+            f"TensorRT knows no {node.domain}::{node.op_type} without a plugin",
+            "write it in operators of ONNX, as the backend tensorrt does",
+        )
+    since = operator_table().get(node.op_type)
+    if since is None:
+        remedy = "quantize by QuantizeLinear and DequantizeLinear" if node.op_type in INTEGER else ""
+        return refused(
+            node, "operator", f"TensorRT imports no {node.op_type}", remedy or "write it in other operators"
+        )
+    if version < since:
+        return refused(
+            node,
+            "operator",
+            f"{node.op_type} imports since TensorRT {since}, this is {version}",
+            f"export for TensorRT {version}, which writes it in primitives",
+        )
+    return None
+
+
+def _shape_inputs(view: GraphView, node: NodeProto) -> Iterator[Finding]:
+    for place in SHAPE_INPUTS.get(node.op_type, ()):
+        name = input_of(node, place)
+        if name in view.inputs:
+            yield refused(
+                node,
+                "shape-input",
+                f"{node.op_type} takes a shape or axes from the network's input {name}",
+                "make it a constant, or derive it from the shape of another input",
+            )
+
+
+def _attention(view: GraphView, node: NodeProto) -> Iterator[Finding]:
+    attributes, dtype = attributes_of(node), view.dtype(input_of(node, 0))
+    mask, shape = input_of(node, 3), view.shape(input_of(node, 0))
+    if attributes.get("softcap", 0.0):
+        yield refused(node, "attention-softcap", "Attention has no softcap", "write it in primitives")
+    if mask and attributes.get("is_causal"):
+        yield refused(
+            node,
+            "attention-mask",
+            "a mask and is_causal exclude each other",
+            "put the causal part into the mask",
+        )
+    if input_of(node, 4) or input_of(node, 5):
+        yield refused(
+            node, "attention-past", "Attention takes no past keys and values", "keep them by TensorScatter"
+        )
+    if input_of(node, 6):
+        yield Finding(
+            node.name,
+            "attention-lengths",
+            "changed",
+            "nonpad_kv_seqlen is dropped with a mere warning, and garbage is attended to",
+            "say by a mask what may be attended to",
+        )
+    if dtype == TensorProto.FLOAT:
+        yield refused(
+            node,
+            "attention-float32",
+            "Attention has no fused kernel in float32",
+            "compute it in float16 or bfloat16, or write it as matrix products",
+        )
+    if mask and view.dtype(mask) not in (None, TensorProto.BOOL, dtype):
+        yield refused(
+            node,
+            "attention-mask",
+            f"the mask is {dtype_name(view.dtype(mask) or 0)}, the queries are not",
+            "Cast the mask, or make it boolean",
+        )
+    head = shape[-1] if shape and len(shape) == 4 else None
+    if isinstance(head, int) and head > ATTENTION_HEAD:
+        yield refused(
+            node,
+            "attention-head",
+            f"heads of {head} channels have no fused kernel, {ATTENTION_HEAD} are the most",
+            "write it as matrix products",
+        )
+
+
+def _tensor_scatter(view: GraphView, node: NodeProto) -> Iterator[Finding]:
+    """KVCacheUpdate's own rules."""
+    attributes, cache = attributes_of(node), input_of(node, 0)
+    shape, dtype = view.shape(cache), view.dtype(cache)
+    axis = attributes.get("axis", -2)
+    if shape and axis % len(shape) != len(shape) - 2:
+        yield refused(
+            node,
+            "cache-axis",
+            f"the cache is written along axis {axis}",
+            "lay it out as [B, H, C, Dh], axis -2",
+        )
+    length = shape[-2] if shape and len(shape) > 1 else None
+    if shape and not isinstance(length, int) and length not in view.set_when_built:
+        yield refused(
+            node,
+            "cache-length",
+            "the cache has a dynamic length",
+            "make it static; the compilers of this package set it when they build",
+        )
+    if attributes.get("mode", b"linear") not in (b"linear", "linear"):
+        yield refused(node, "cache-mode", "the cache is circular", "take the linear mode")
+    if cache not in view.inputs:
+        yield refused(
+            node, "cache-input", f"its cache {cache} is no input of the network", "pass the cache in and out"
+        )
+    if node.output[0] not in view.outputs:
+        yield refused(
+            node, "cache-output", "the written cache is no output of the network", "pass the cache in and out"
+        )
+    if dtype not in (None, TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16):
+        yield refused(
+            node,
+            "cache-type",
+            f"the cache is {dtype_name(dtype or 0)}",
+            "keep it in float16, bfloat16 or float32",
+        )
+
+
+def _resize(view: GraphView, node: NodeProto) -> Iterator[Finding]:
+    if attributes_of(node).get("antialias"):
+        yield refused(
+            node,
+            "antialias",
+            "Resize has no antialiasing",
+            "of a fixed size it is two constant matrix products",
+        )
+
+
+def _scatter_nd(view: GraphView, node: NodeProto) -> Iterator[Finding]:
+    kind = attributes_of(node).get("reduction", b"none")
+    if kind not in (b"none", "none"):
+        yield refused(node, "scatter-reduction", "ScatterND reduces nothing", "add by ScatterElements")
+
+
+def _batch_normalization(view: GraphView, node: NodeProto) -> Iterator[Finding]:
+    if attributes_of(node).get("training_mode"):
+        yield refused(node, "training", "BatchNormalization is in training mode", "export in evaluation mode")
+
+
+def _max_pool(view: GraphView, node: NodeProto) -> Iterator[Finding]:
+    if any(dilation != 1 for dilation in attributes_of(node).get("dilations", ())):
+        yield refused(node, "pool-dilation", "MaxPool has no dilation", "take another pooling")
+
+
+def _conv(view: GraphView, node: NodeProto) -> Iterator[Finding]:
+    shape = view.shape(input_of(node, 0))
+    if shape and len(shape) > 5:
+        yield refused(
+            node, "conv-rank", f"a convolution over {len(shape) - 2} axes", "at most 3 axes are there"
+        )
+    if shape and len(shape) > 2 and not isinstance(shape[1], int):
+        yield refused(
+            node, "conv-channels", "its number of channels is dynamic", "make the channel axis static"
+        )
+
+
+RULES: dict[str, Rule] = {
+    "Attention": _attention,
+    "TensorScatter": _tensor_scatter,
+    "Resize": _resize,
+    "ScatterND": _scatter_nd,
+    "BatchNormalization": _batch_normalization,
+    "MaxPool": _max_pool,
+    "Conv": _conv,
+}

@@ -1,6 +1,0 @@
-"""What TensorRT will say of an ONNX file, before any build: node, rule and remedy."""
-
-from dsvl_export.linter.finding import Finding
-from dsvl_export.linter.lint import Release, lint, refuse
-
-__all__ = ["Finding", "Release", "lint", "refuse"]

@@ -1,0 +1,206 @@
+"""Parity: one backend and precision of a bundle against the reference."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dsvl_export.cluster.ray_cluster import Spread
+from dsvl_export.parity_check.audit import judge_audit
+from dsvl_export.parity_check.entry_points import judge_entry_points
+from dsvl_export.parity_check.layers import judge_layers
+from dsvl_export.parity_check.localization import locate, suspects
+from dsvl_export.parity_check.long_context import LongGoldens, bundled_long_goldens, judge_long_context
+from dsvl_export.parity_check.quantization_error import Noise, measure_long_golden, measure_noise, read_noise
+from dsvl_export.parity_check.result import ParityResult
+from dsvl_export.parity_check.run_stages import climb
+from dsvl_export.parity_check.stages import Goldens
+from dsvl_export.parity_check.task import counted, counted_spread, judge_task
+from dsvl_export.parity_check.text import bundled_texts, judge_text
+from dsvl_export.parity_check.tolerances import Tolerance, load_tolerances, tolerance_for, tolerance_of_base
+from runtimes.backends.registry import load_backend
+from runtimes.bundle.bundle import Bundle
+from runtimes.errors import UserError
+from runtimes.goldens.taps import TAPPED_COMPONENTS
+from runtimes.goldens.task import TaskItem, TaskScore, recorded_score
+from runtimes.goldens.texts import TextGoldens
+from runtimes.pipeline import Pipeline
+from runtimes.session import Execution, SessionOptions
+
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the reference computed; None is what an earlier release did not record."""
+
+    goldens: Goldens
+    noise: Noise
+    texts: TextGoldens | None
+    long: LongGoldens | None
+
+
+def silent(name: str, done: int, total: int) -> None:
+    """The ``on_step`` that reports nothing."""
+
+
+def parity(
+    bundle: str | Path | Bundle,
+    backend: str | None = None,
+    precision: str | None = None,
+    *,
+    task: list[TaskItem] | None = None,
+    taps: bool = False,
+    live: str | None = None,
+    tolerances: dict[str, Tolerance] | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    on_step: OnStep = silent,
+    spread: Spread | None = None,
+) -> ParityResult:
+    """Compare a bundle's artifacts with the reference. Needs no torch, unless ``live``.
+
+    Args:
+        backend, precision: as in ``Pipeline.open``.
+        task: questions whose exact match is held against fp32's; the fp32 answers are those recorded
+            with the questions, the live reference's, or those of the bundle's own fp32 artifacts.
+        taps: locate drift in every component, not only where a rung failed.
+        live: a checkpoint to compute the reference from, with torch, instead of the recorded goldens.
+        tolerances: from ``load_tolerances``; None takes the shipped table.
+        device: what to run on; None is the backend's own, or what can stand for it here.
+        on_step: called with what is being done, how much of it is done, and of how much.
+        spread: asks the task's questions on other machines.
+
+    Raises:
+        UserError: the bundle has no goldens or cannot be opened, or the checkpoint is another one.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    backend, precision = bundle.select(backend, precision)
+    shipped = load_tolerances()
+    tolerance = tolerance_for(tolerances or shipped, bundle, precision)
+    if tolerance is None:
+        raise UserError(f"There is no tolerance for the precision {precision!r}; give one by --tolerances.")
+    reference = f"torch fp32, live from {live}" if live else "torch fp32, recorded in the bundle"
+    result = ParityResult(backend, precision, execution(bundle, backend, precision, device), reference)
+    result.tolerance, result.overridden = tolerance, tolerance != tolerance_for(shipped, bundle, precision)
+    if not result.execution.judgeable:
+        return result
+    device = result.execution.device
+    pipeline = Pipeline.open(bundle, backend, precision, threads=threads, device=device)
+    checkpoint = bundle.manifest.checkpoint["sha256"]
+    table = tolerances or shipped
+    base = tolerance_of_base(table, bundle, precision, tolerance)
+    with ExitStack() as stack:
+        if live:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            recorded = _record_live(bundle, live, precision, folder, on_step)
+        else:
+            recorded = Recorded(
+                Goldens.of_bundle(bundle),
+                read_noise(bundle, precision),
+                bundled_texts(bundle),
+                bundled_long_goldens(bundle, precision),
+            )
+        goldens, noise = recorded.goldens, recorded.noise
+        judge_audit(bundle, result)
+        judge_text(pipeline.chain.tokenizer, recorded.texts, result)
+        fitting = goldens.within(pipeline.capacity)
+        result.left_out, goldens = len(goldens.files) - len(fitting.files), fitting
+        climb(pipeline.chain, goldens, checkpoint, result, noise, on_step)
+        on_step("long context", 0, 1)
+        bound = partial(tolerance.long_bound, base)
+        capacity = bundle.manifest.default_capacity
+        judge_long_context(pipeline.chain, recorded.long, pipeline.longest, capacity, bound, result)
+        on_step("entry points", 0, 1)
+        judge_entry_points(bundle, pipeline.chain, goldens, checkpoint, result, noise, live)
+        if base is not table["fp32"]:
+            result.advise_on_overflow()
+        if task:
+            baseline = _baseline(bundle, task, live, result, threads, on_step)
+            if spread:
+                where = (str(bundle.folder), backend, precision, threads, device)
+                score = counted_spread(where, task, "task", on_step, spread)
+            else:
+                score = counted(pipeline, task, "task", on_step)
+            judge_task(score, result, baseline)
+        row = table.get(bundle.artifact("decoder", backend, precision).base, tolerance)
+        judge_layers(bundle, pipeline.chain, row, result, SessionOptions(threads, device), on_step)
+        for component in TAPPED_COMPONENTS if taps else suspects(result):
+            on_step(f"taps of the {component}", 0, 1)
+            options = SessionOptions(threads, device)
+            result.drift.append(
+                locate(bundle, pipeline.chain, goldens, checkpoint, component, result, noise, options)
+            )
+    return result
+
+
+def execution(bundle: Bundle, backend: str, precision: str, device: str | None = None) -> Execution:
+    """What can be done here with a backend's artifacts: the least that holds for all components."""
+    module = load_backend(backend)
+    artifacts = [a for a in bundle.manifest.artifacts if (a.backend, a.precision) == (backend, precision)]
+    return weakest(module.execution(artifact, device) for artifact in artifacts)
+
+
+def weakest(executions: Iterable[Execution]) -> Execution:
+    """The one that claims least."""
+    order = ("not run", "built only", "simulated", "ran")
+    return min(executions, key=lambda one: order.index(one.kind))
+
+
+def _record_live(bundle: Bundle, live: str, precision: str, folder: Path, on_step: OnStep) -> Recorded:
+    """Goldens and noise computed now from the checkpoint, its token embeddings included."""
+    from dsvl_export.compilers.precisions import planned_weights
+    from reference.checkpoint.checkpoint import open_checkpoint
+    from reference.goldens.record import record_long_reference, record_reference, reference_texts
+    from reference.session import write_token_embedding
+
+    source = open_checkpoint(live)
+    if source.digest != bundle.manifest.checkpoint["sha256"]:
+        raise UserError(f"{live} is not the checkpoint that {bundle.folder} was exported from.")
+    table = folder / "token_embedding.safetensors"
+    write_token_embedding(source, table)
+    record_reference(source, table, folder / "goldens", partial(on_step, "reference"))
+    goldens, texts = Goldens.recorded_into(folder / "goldens"), reference_texts(source)
+    long = record_long_reference(source, table, bundle.manifest.default_capacity)
+    if precision == "fp32":
+        return Recorded(goldens, Noise(), texts, LongGoldens(long, long))
+    weights = planned_weights(source, bundle.folder, precision)
+    measured = measure_noise(weights, table, goldens, partial(on_step, "noise"))
+    noise = Noise(tuple(measured["goldens"]), measured["taps"])
+    return Recorded(goldens, noise, texts, LongGoldens(long, measure_long_golden(weights, table, long)))
+
+
+def _baseline(
+    bundle: Bundle,
+    task: list[TaskItem],
+    live: str | None,
+    result: ParityResult,
+    threads: int | None,
+    on_step: OnStep,
+) -> tuple[str, TaskScore] | None:
+    """Whose fp32 answers the task is held against, and their score."""
+    if live:
+        from reference.checkpoint.checkpoint import open_checkpoint
+        from reference.session import reference_chain
+
+        chain = reference_chain(open_checkpoint(live), bundle.path(bundle.manifest.token_embedding))
+        manifest = bundle.manifest
+        pipeline = Pipeline(chain, manifest.prompt.system_prompt, manifest.default_capacity)
+        return "the torch reference", counted(pipeline, task, "task by the reference", on_step)
+    recorded = recorded_score(task)
+    if recorded:
+        return "the recorded reference", recorded
+    if result.precision == "fp32":
+        return None
+    for backend, precision in bundle.choices():
+        failed = bundle.manifest.parity.get(f"{backend}/fp32", {}).get("verdict") == "failed"
+        run = execution(bundle, backend, precision)
+        if precision == "fp32" and not failed and run.judgeable:
+            name = f"{backend} fp32"
+            pipeline = Pipeline.open(bundle, backend, "fp32", threads=threads, device=run.device)
+            return name, counted(pipeline, task, f"task by {name}", on_step)
+    return None

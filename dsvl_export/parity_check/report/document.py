@@ -1,0 +1,45 @@
+"""The JSON document that a run of the ladder leaves; its schema is ``report.schema.json``."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from dsvl_export.parity_check.result import ParityResult
+from dsvl_export.targets.machine import describe_machine, package_versions
+from runtimes.bundle.bundle import Bundle
+
+SCHEMA = Path(__file__).parent / "report.schema.json"
+SCHEMA_VERSION = 1
+
+
+def make_document(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
+    """All that was found, and about what, with what and where it was found."""
+    manifest = bundle.manifest
+    artifacts = [
+        {
+            "component": item.component, "target": item.target, "dialect": item.dialect, "tools": item.tools,
+            "bytes": sum(manifest.files[path].bytes for path in item.files),
+            "audit": "passed" if item.audited else "not audited",
+        }
+        for item in manifest.artifacts
+        if (item.backend, item.precision) == (result.backend, result.precision)
+    ]  # fmt: skip
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "bundle": {
+            "folder": str(bundle.folder), "checkpoint": manifest.checkpoint, "model": manifest.model,
+            "artifacts": artifacts,
+        },
+        "machine": describe_machine(),
+        "packages": package_versions(),
+        **result.to_dict(),
+    }  # fmt: skip
+
+
+def schema() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    return content

@@ -1,0 +1,164 @@
+"""The stages of a chain on a golden, each fed with the reference's own input, so errors do not add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from runtimes.bundle.bundle import Bundle
+from runtimes.chain import Chain
+from runtimes.errors import UserError
+from runtimes.goldens.golden import (
+    GREEDY_TOKENS,
+    Golden,
+    is_golden,
+    load_golden,
+    teacher_forced,
+    tokens_of_golden,
+)
+from runtimes.preprocess import to_pixel_values
+
+IMAGES = "goldens/images/"
+STEPS = 8  # single decode steps per golden whose logits are judged
+
+
+@dataclass(frozen=True)
+class Goldens:
+    """A folder of goldens, their files in order, and the number that each goes by."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    numbers: tuple[int, ...]
+    listed: frozenset[str] | None = None  # names of the images that the manifest has; None allows all
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> Goldens:
+        """The recorded ones, checked against their hashes.
+
+        Raises:
+            UserError: there are none, or they are damaged.
+        """
+        paths = [path for path in sorted(bundle.manifest.files) if path.startswith("goldens/")]
+        names = [path for path in paths if is_golden(path)]
+        if not names:
+            raise UserError(f"The bundle {bundle.folder} has no goldens; export it again with goldens.")
+        bundle.check(paths)
+        files = tuple(map(bundle.path, names))
+        listed = frozenset(path.removeprefix(IMAGES) for path in paths if path.startswith(IMAGES))
+        return cls(bundle.path("goldens"), files, tuple(range(len(names))), listed)
+
+    @classmethod
+    def recorded_into(cls, folder: Path) -> Goldens:
+        files = tuple(sorted(file for file in folder.glob("*.safetensors") if is_golden(file.name)))
+        return cls(folder, files, tuple(range(len(files))))
+
+    def within(self, longest: int | None) -> Goldens:
+        """Those that fit into a KV cache of ``longest`` tokens; None is no limit.
+
+        Raises:
+            UserError: none does.
+        """
+        sizes = [tokens_of_golden(file) for file in self.files]
+        kept = [index for index, size in enumerate(sizes) if longest is None or size <= longest]
+        if not kept:
+            raise UserError(
+                f"No golden fits into the decoder's KV cache of {longest} tokens; the shortest needs"
+                f" {min(sizes)}, export again with at least that --capacity."
+            )
+        numbers = tuple(self.numbers[index] for index in kept)
+        return replace(self, files=tuple(self.files[index] for index in kept), numbers=numbers)
+
+    def images(self, golden: Golden) -> list[Path]:
+        return [self.folder / "images" / name for name in golden.images]
+
+    def load(self, index: int, checkpoint: str) -> Golden:
+        """One golden.
+
+        Raises:
+            UserError: it cannot be read, holds NaN, or is of another checkpoint than the given SHA-256.
+        """
+        golden = load_golden(self.files[index])
+        if golden.checkpoint != checkpoint:
+            raise UserError(
+                f"The golden {self.files[index]} was recorded from the checkpoint {golden.checkpoint[:12]},"
+                f" not from {checkpoint[:12]}; export the bundle again."
+            )
+        if self.listed is not None and not self.listed.issuperset(golden.images):
+            raise UserError(f"The golden {self.files[index]} names an image that the manifest does not list.")
+        return golden
+
+    def check_fits(self, index: int, golden: Golden, chain: Chain) -> None:
+        """Raise UserError where a golden has not the shapes that the chain's contracts ask for."""
+        images, tokens = len(golden.images), len(golden.prompt_tokens)
+        side = chain.preprocessing.image_size
+        outputs = {spec.name: spec for spec in chain.vision_encoder.contract.outputs}
+        outputs = {name: outputs[name] for name in golden.features.keys() & outputs.keys()}
+        inputs = {spec.name for spec in chain.adaptor.contract.inputs}
+        logits, embeds = chain.decoder.contract.outputs[0], chain.decoder.contract.inputs[0]
+        vocabulary = int(logits.shape[-1])
+        spec = chain.tokenizer.spec
+        ids = np.concatenate([golden.prompt_tokens, golden.greedy_tokens])
+        fits = (
+            images > 0
+            and all(isinstance(name, str) for name in golden.images)
+            and golden.squares.shape == (images, side, side, 3)
+            and golden.squares.dtype == np.uint8
+            and golden.features.keys() == inputs == outputs.keys()
+            and all(
+                golden.features[name].shape == (images, *item.shape[1:]) for name, item in outputs.items()
+            )
+            and golden.image_embeds.shape == (images, spec.image_tokens, embeds.shape[-1])
+            and golden.prompt_tokens.shape == (tokens,)
+            and int((golden.prompt_tokens == spec.image_token_id).sum()) == images * spec.image_tokens
+            and golden.greedy_tokens.shape == (GREEDY_TOKENS,)
+            and golden.logits.shape == (GREEDY_TOKENS, vocabulary)
+            and 0 <= ids.min() <= ids.max() < vocabulary
+        )
+        if not fits:
+            raise UserError(
+                f"The golden {self.files[index]} does not fit the bundle's contracts; export it again."
+            )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One tensor of one rung, as the chain computes it and as the reference did."""
+
+    rung: str
+    tensor: str
+    found: np.ndarray
+    expected: np.ndarray
+
+
+def stages(chain: Chain, golden: Golden, steps: int = 0) -> Iterator[Stage]:
+    """Vision encoder, adaptor, prefill and teacher-forced logits of one golden.
+
+    Args:
+        steps: decode so many tokens one by one as well; a step may be another kernel, program or
+            profile than a prefill.
+    """
+    yield from vision_stages(chain, golden)
+    embeds = chain.merge(golden.prompt_tokens, golden.image_embeds)
+    cache = chain.decoder.new_cache(1, len(embeds) + steps)
+    logits = chain.prefill(embeds, cache)[None]
+    yield Stage("prefill_logits", "logits", logits, golden.logits[:1])
+    if steps:
+        rows = [chain.decode(np.array([[token]]), cache)[0, 0] for token in golden.greedy_tokens[:steps]]
+        yield Stage("teacher_forced_logits", "step_logits", np.stack(rows), golden.logits[1 : steps + 1])
+    logits = teacher_forced(chain, embeds, golden.greedy_tokens.tolist())
+    yield Stage("teacher_forced_logits", "logits", logits, golden.logits)
+
+
+def vision_stages(chain: Chain, golden: Golden) -> Iterator[Stage]:
+    """Vision features and image embeddings of one golden."""
+    pixels = np.stack([to_pixel_values(square, chain.preprocessing) for square in golden.squares])
+    features = chain.encode_pixels(pixels)
+    for name, expected in golden.features.items():
+        yield Stage("vision_encoder", name, features[name], expected)
+    given = {
+        item.name: golden.features[item.name].astype(item.dtype) for item in chain.adaptor.contract.inputs
+    }
+    yield Stage("adaptor", "image_embeds", chain.adapt(given), golden.image_embeds)

@@ -1,0 +1,1 @@
+"""What an export will need, and what this machine can do."""

@@ -1,0 +1,1 @@
+"""Calibration of a checkpoint, measured sensitivity, and the search for a precision plan."""

@@ -1,0 +1,1 @@
+"""Devices, this machine, and the known defects of their runtimes."""

@@ -1,0 +1,1 @@
+"""Reading checkpoints: configs, tensors, tokenizers and processors in both layouts."""

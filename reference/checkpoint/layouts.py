@@ -1,0 +1,139 @@
+"""Where each parameter of the reference model lies in the two checkpoint layouts.
+
+A ``Source`` names the checkpoint tensors that make up one parameter: usually one, three where
+transformers keeps q, k and v apart (they are concatenated along axis 0).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from reference.model.config import ModelConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Checkpoint tensors of one parameter and the shape each must have."""
+
+    names: tuple[str, ...]
+    shape: Shape  # of each named tensor
+
+
+# Present in real checkpoints and used by nothing: pooling heads and norms of other tower modes,
+# tables that every loader computes itself.
+UNUSED = re.compile(
+    r"(.*\.attn_pool\..*|vision_model\.(high|low)_layer_norm\.(weight|bias)"
+    r"|model\.vision_model\.(vision_model\.)?head\..*|.*\.rotary_emb\.inv_freq|.*\.position_ids)"
+)
+
+
+def sources(config: ModelConfig, shapes: dict[str, Shape]) -> dict[str, Source]:
+    """Sources of every parameter.
+
+    Args:
+        config: its ``layout`` decides the names.
+        shapes: parameter name → shape, as in ``DeepSeekVL.named_parameters()``.
+    """
+    rename = _original if config.layout == "original" else _transformers
+    return {name: rename(config, name, shape) for name, shape in shapes.items()}
+
+
+# Modules that wrap others and put their own name before or between the names of a state dict:
+# torch.compile, FSDP, activation checkpointing, DistributedDataParallel and Lightning.
+_WRAPPERS = re.compile(
+    r"^(?:module\.|_forward_module\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+
+
+def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, list[str]]:
+    """Names as in ``sources`` → the names under which a checkpoint stores the same tensor.
+
+    What transformers 5.23 accepts (``conversion_mapping.py`` and ``rename_source_key`` in
+    ``core_model_loading.py``), and a little more: ``model.`` before a name or not; SigLIP nested as in all
+    files of transformers before 5.6; the language model nested or not; the head at any level.
+    """
+    table: dict[str, list[str]] = {}
+    for name in stored:
+        base = re.sub(r"^(model\.)+", "", _WRAPPERS.sub("", name))
+        base = re.sub(r"^(vision_model\.)+", "vision_model.", base)
+        base = re.sub(r"^(?:language_model\.)?(?:model\.)*lm_head\.", "lm_head.", base)
+        base = re.sub(r"^language_model\.(model\.)+", "language_model.", base)
+        if config.layout == "original":
+            base = re.sub(r"^lm_head\.", "language_model.lm_head.", base)
+            canonical = re.sub(r"^language_model\.(?!lm_head\.)", "language_model.model.", base)
+        else:
+            canonical = base if base.startswith("lm_head.") else f"model.{base}"
+        table.setdefault(canonical, []).append(name)
+    return table
+
+
+def _original(config: ModelConfig, name: str, shape: Shape) -> Source:
+    hybrid = config.vision.hybrid
+    tower = "vision_model.vision_tower"
+    rules = [
+        (r"vision_encoder\.high\.hd_alpha$", f"{tower}_high.vision_tower.hd_alpha_downsamples"),
+        (r"vision_encoder\.high\.(.*)\.mlp\.fc([12])\.", rf"{tower}_high.vision_tower.\1.mlp.lin\2."),
+        (r"vision_encoder\.high\.", f"{tower}_high.vision_tower."),
+        (r"vision_encoder\.low\.", f"{tower}_low.vision_tower." if hybrid else f"{tower}."),
+        (r"adaptor\.", "aligner."),
+        (r"token_embedding\.", "language_model.model.embed_tokens."),
+        (r"decoder\.head\.", "language_model.lm_head."),
+        (r"decoder\.", "language_model.model."),
+    ]
+    return Source((_first_rule(rules, name),), shape)
+
+
+def _transformers(config: ModelConfig, name: str, shape: Shape) -> Source:
+    low, high = "model.vision_model", "model.high_res_vision_model.vision_encoder"
+    if re.fullmatch(r"vision_encoder\.low\.blocks\.\d+\.attn\.qkv\.(weight|bias)", name):
+        base = _first_rule([(r"vision_encoder\.low\.blocks\.", f"{low}.encoder.layers.")], name)
+        names = tuple(base.replace("attn.qkv", f"self_attn.{part}_proj") for part in "qkv")
+        return Source(names, (shape[0] // 3, *shape[1:]))
+    if name == "vision_encoder.low.pos_embed":
+        return Source((f"{low}.embeddings.position_embedding.weight",), shape[1:])
+    rules = [
+        (r"vision_encoder\.low\.patch_embed\.proj\.", f"{low}.embeddings.patch_embedding."),
+        (r"vision_encoder\.low\.norm\.", f"{low}.post_layernorm."),
+        (r"vision_encoder\.low\.blocks\.(\d+)\.norm([12])\.", rf"{low}.encoder.layers.\1.layer_norm\2."),
+        (
+            r"vision_encoder\.low\.blocks\.(\d+)\.attn\.proj\.",
+            rf"{low}.encoder.layers.\1.self_attn.out_proj.",
+        ),
+        (r"vision_encoder\.low\.blocks\.", f"{low}.encoder.layers."),
+        (r"vision_encoder\.high\.patch_embed\.proj\.", f"{high}.patch_embed.projection."),
+        (r"vision_encoder\.high\.pos_embed$", f"{high}.pos_embed"),
+        (r"vision_encoder\.high\.blocks\.(\d+)\.norm([12])\.", rf"{high}.layers.\1.layer_norm\2."),
+        (r"vision_encoder\.high\.blocks\.(\d+)\.mlp\.fc([12])\.", rf"{high}.layers.\1.mlp.lin\2."),
+        (r"vision_encoder\.high\.blocks\.", f"{high}.layers."),
+        *_neck_rules(r"vision_encoder\.high\.neck\.", f"{high}.neck."),
+        *_neck_rules(r"vision_encoder\.high\.neck_hd\.", "model.high_res_vision_neck."),
+        (r"vision_encoder\.high\.downsamples\.0\.", "model.high_res_vision_proj.conv1."),
+        (r"vision_encoder\.high\.downsamples\.1\.", "model.high_res_vision_proj.conv2."),
+        (r"vision_encoder\.high\.hd_alpha$", "model.high_res_vision_alpha"),
+        (r"adaptor\.high_up_proj\.", "model.aligner.high_res_vision_proj."),
+        (r"adaptor\.low_up_proj\.", "model.aligner.vision_proj."),
+        (r"adaptor\.layers\.1\.", "model.aligner.proj."),  # the split form starts with its GELU
+        (r"adaptor\.layers\.0\.", "model.aligner.linear1."),
+        (r"adaptor\.layers\.2\.", "model.aligner.linear2."),
+        (r"token_embedding\.", "model.language_model.embed_tokens."),
+        (r"decoder\.head\.", "lm_head."),
+        (r"decoder\.", "model.language_model."),
+    ]
+    return Source((_first_rule(rules, name),), shape)
+
+
+def _neck_rules(ours: str, theirs: str) -> list[tuple[str, str]]:
+    parts = ("conv1", "layer_norm1", "conv2", "layer_norm2")
+    return [(rf"{ours}{index}\.", f"{theirs}{part}.") for index, part in enumerate(parts)]
+
+
+def _first_rule(rules: Iterable[tuple[str, str]], name: str) -> str:
+    for pattern, replacement in rules:
+        renamed, count = re.subn("^" + pattern, replacement, name)
+        if count:
+            return renamed
+    raise KeyError(name)

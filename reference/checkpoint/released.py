@@ -1,0 +1,55 @@
+"""The released sizes: ``config.json`` of the 1.3B and the 7B in the original layout, unused keys left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reference.checkpoint.config_file import parse_config
+from reference.model.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig
+
+_SIGLIP = {"model_name": "siglip_large_patch16_384", "image_size": 384, "select_layer": -1}
+
+RELEASED: dict[str, dict[str, Any]] = {
+    "1.3b": {
+        "model_type": "multi_modality",
+        "vision_config": {"cls": "CLIPVisionTower", "params": _SIGLIP},
+        "aligner_config": {"params": {"projector_type": "mlp_gelu", "depth": 2, "n_embed": 2048}},
+        "language_config": {
+            "vocab_size": 102400,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "max_position_embeddings": 16384,
+        },
+    },
+    "7b": {
+        "model_type": "multi_modality",
+        "vision_config": {
+            "cls": "HybridVisionTower",
+            "params": {
+                "high_res_cfg": {
+                    "model_name": "sam_b_downsample",
+                    "image_size": 1024,
+                    "pixel_mean": CLIP_MEAN,
+                    "pixel_std": CLIP_STD,
+                },
+                "low_res_cfg": {**_SIGLIP, "pixel_mean": HALF, "pixel_std": HALF},
+            },
+        },
+        "aligner_config": {
+            "params": {"projector_type": "low_high_hybrid_split_mlp_gelu", "depth": 2, "n_embed": 4096}
+        },
+        # Its other sizes are LlamaConfig's defaults.
+        "language_config": {
+            "vocab_size": 102400,
+            "num_hidden_layers": 30,
+            "max_position_embeddings": 16384,
+        },
+    },
+}
+
+
+def released_config(size: str) -> ModelConfig:
+    """Config of ``1.3b`` or ``7b``."""
+    return parse_config(RELEASED[size], f"the released {size} config")

@@ -1,0 +1,98 @@
+"""What the runtime must know about a checkpoint besides its weights: preprocessing and prompt."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from reference.checkpoint.checkpoint import Checkpoint
+from reference.checkpoint.image_processor import preprocessing
+from reference.checkpoint.settings import Settings
+from runtimes.bundle.files import read_json
+from runtimes.errors import UserError
+from runtimes.preprocess import PreprocessSpec
+from runtimes.text.prompt import BOS, EOS, IMAGE_PLACEHOLDER, SYSTEM_PROMPT
+from runtimes.text.tokenizer import PromptSpec
+from runtimes.text.tokenizer_file import read_tokenizer
+
+TEXT_CONFIGS = ("text_config", "language_config")  # keys of config.json in the two layouts
+
+
+def preprocess_spec(checkpoint: Checkpoint) -> PreprocessSpec:
+    """Preprocessing of one image, from the image processor's settings and the model's config.
+
+    Raises:
+        UserError: a setting is not supported, or does not fit the model.
+    """
+    settings = checkpoint.preprocessor or Settings({}, str(checkpoint.folder))
+    return preprocessing(settings, checkpoint.config)
+
+
+def reference_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Model and preprocessing as the reference has them, in the form of a manifest.
+
+    The text goldens have the prompt.
+    """
+    return {
+        "model": checkpoint.config.to_dict(),
+        "preprocessing": asdict(preprocess_spec(checkpoint)),
+    }
+
+
+def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
+    """Special tokens by their names in the checkpoint's own tokenizer.
+
+    Raises:
+        UserError: the tokenizer lacks one of them, or the end tokens are not token ids.
+    """
+    file = checkpoint.tokenizer_files[0]
+    tokenizer = read_tokenizer(file)
+    settings_file = checkpoint.folder / "tokenizer_config.json"
+    settings = read_json(settings_file, huge_integers=True) if settings_file.exists() else {}
+
+    def token_id(name: str) -> int:
+        number = tokenizer.token_to_id(name)
+        if number is None:
+            raise UserError(f"{file} has no token {name!r}, which the prompt format needs.")
+        if number >= checkpoint.config.decoder.vocab_size:
+            raise UserError(f"{file} gives {name!r} the id {number}, outside the model's vocabulary.")
+        return int(number)
+
+    return PromptSpec(
+        system_prompt=SYSTEM_PROMPT,
+        bos_id=token_id(_token(settings.get("bos_token"), BOS)),
+        eos_ids=_eos_ids(checkpoint, token_id(_token(settings.get("eos_token"), EOS))),
+        image_token_id=token_id(IMAGE_PLACEHOLDER),
+        image_tokens=checkpoint.config.vision.image_tokens,
+    )
+
+
+def _eos_ids(checkpoint: Checkpoint, tokenizer_eos: int) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's own, and those with which transformers generates.
+
+    These are ``eos_token_id`` of ``generation_config.json``; without that file, of ``config.json``, at the
+    top or else of the text model (transformers' ``GenerationConfig.from_model_config``).
+    """
+    file = checkpoint.folder / "generation_config.json"
+    if file.exists():
+        setting = read_json(file).get("eos_token_id")
+    else:
+        file = checkpoint.folder / "config.json"
+        config = read_json(file)
+        parts = [config, *(config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict))]
+        setting = next((part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None), None)
+    ids = setting if isinstance(setting, list) else [] if setting is None else [setting]
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
+        raise UserError(
+            f"{file} has the eos_token_id {setting!r}, which is neither a token id nor a list of them."
+        )
+    # The model cannot produce a token outside its vocabulary; -1 is a common way to write "none".
+    produced = [number for number in ids if 0 <= number < checkpoint.config.decoder.vocab_size]
+    return tuple(dict.fromkeys([tokenizer_eos, *produced]))
+
+
+def _token(setting: Any, default: str) -> str:
+    """A token of tokenizer_config.json, which is a string or an AddedToken object."""
+    if isinstance(setting, dict):
+        setting = setting.get("content")
+    return str(setting or default)

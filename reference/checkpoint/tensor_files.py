@@ -1,0 +1,218 @@
+"""Named tensors in safetensors or torch files, one file or shards, read one tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from reference.checkpoint.file_start import check_start
+from reference.checkpoint.layouts import Shape
+from reference.checkpoint.legacy_bin import LegacyFile, LegacyTensor
+from reference.checkpoint.settings import shorten
+from runtimes.bundle.files import read_json
+from runtimes.errors import UserError, first_line
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+MERGE_FIRST = "merge the adapter into its base model first (in PEFT: merge_and_unload) and save the result"
+
+# Types by their codes in safetensors, named as in torch; other codes are shown as they are.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
+           "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+           "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
+# Under which training frameworks keep the table of tensors inside a .bin file.
+_TABLE_KEYS = ("state_dict", "model_state_dict", "model", "module")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Type and shape of a tensor in a file; ``nbytes`` is its size there."""
+
+    dtype: str
+    shape: Shape
+    nbytes: int
+
+
+class _TensorFile(Protocol):
+    """One file of tensors."""
+
+    def table(self) -> dict[str, StoredTensor]: ...
+
+    def load(self, name: str) -> Tensor: ...
+
+
+class TensorFiles:
+    """The weights of a checkpoint folder.
+
+    Raises:
+        UserError: a file is missing, cut short, or not a file of tensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        main = _main_file(folder)
+        index = _read_index(main) if main.suffix == ".json" else {}
+        self.files = list(dict.fromkeys(index.values())) if index else [main]
+        self.stored: dict[str, StoredTensor] = {}
+        self._file_of: dict[str, _TensorFile] = {}
+        for file in self.files:
+            if not file.exists():
+                raise UserError(f"The weight shard {file} is missing; download it again.")
+            opened = _open(file)
+            table = opened.table()
+            self.stored |= table
+            self._file_of |= dict.fromkeys(table, opened)
+        lost = sorted(index.keys() - self.stored.keys())
+        if lost:
+            raise UserError(
+                f"{main} lists {list_names(lost)}, which {index[lost[0]].name} does not contain;"
+                " download the shards and the index again."
+            )
+
+    def load(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        return self._file_of[name].load(name)
+
+
+def list_names(names: Iterable[str], most: int = 10) -> str:
+    """The first names, and how many there are besides; without control characters."""
+    names = [name if name.isprintable() else repr(name) for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+def _main_file(folder: Path) -> Path:
+    """The file of weights, or the index of its shards."""
+    for name in WEIGHT_FILES:
+        if (folder / name).exists():
+            return folder / name
+    others = sorted(
+        file.name for file in folder.iterdir()
+        if file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
+    )  # fmt: skip
+    shard = next((name for name in others if re.search(r"-\d+-of-\d+\.(safetensors|bin)$", name)), None)
+    if shard:
+        stem, suffix = re.sub(r"-\d+-of-\d+\.", ".", shard).rsplit(".", 1)
+        raise UserError(
+            f"{folder} holds no weights that can be found: the index {stem}.{suffix}.index.json of its"
+            " shards is missing; download it again."
+        )
+    there = f"; it has {list_names(others, 5)}, which are not read" if others else ""
+    raise UserError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}{there}.")
+
+
+def _read_index(file: Path) -> dict[str, Path]:
+    """Tensor name → shard."""
+    check_start(file)
+    table = read_json(file).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{file} has no weight_map, so its shards cannot be found.")
+    for shard in table.values():
+        if (
+            not isinstance(shard, str)
+            or Path(shard).name != shard
+            or not shard.endswith((".safetensors", ".bin"))
+        ):
+            raise UserError(
+                f"{file} lists the shard {shorten(shard)}, expected the name of a file in the same folder."
+            )
+    return {name: file.parent / shard for name, shard in table.items()}
+
+
+def _open(file: Path) -> _TensorFile:
+    check_start(file)
+    return _TorchFile(file) if file.suffix == ".bin" else _SafetensorsFile(file)
+
+
+class _SafetensorsFile:
+    """A ``.safetensors`` file; it is opened for each tensor, so that its pages can leave memory."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def table(self) -> dict[str, StoredTensor]:
+        found = {}
+        with self._open() as handle:
+            for name in handle.keys():
+                part = handle.get_slice(name)
+                code, shape = part.get_dtype(), tuple(part.get_shape())
+                dtype = _DTYPES.get(code, code)
+                size = getattr(torch, dtype).itemsize if hasattr(torch, dtype) else 1
+                found[name] = StoredTensor(dtype, shape, size * prod(shape))
+        return found
+
+    def load(self, name: str) -> Tensor:
+        with self._open() as handle:
+            return handle.get_tensor(name)
+
+    def _open(self) -> Any:
+        try:
+            return safe_open(self._file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"The weight file {self._file} is damaged or cut short ({first_line(error)});"
+                " download it again."
+            ) from error
+
+
+class _TorchFile:
+    """A ``.bin`` file of either format of torch, memory-mapped; pickles with code are refused."""
+
+    def __init__(self, file: Path) -> None:
+        self._legacy: LegacyFile | None = None
+        try:
+            with file.open("rb") as handle:
+                zipped = handle.read(2) == b"PK"
+            if zipped:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                self._legacy = LegacyFile(file)
+                content = self._legacy.content
+        except Exception as error:  # torch and pickle raise a dozen types on bad files
+            named = re.search(r"GLOBAL (\S+)", str(error))  # torch goes on to advise how to run it
+            reason = f"it names {named[1]}" if named else first_line(error).split(". ")[0]
+            raise UserError(
+                f"{file} cannot be read as plain weights (it is damaged or holds code): {reason}."
+            ) from error
+        table = next(filter(_is_table, (content, *_inner_tables(content))), None)
+        if table is None:
+            raise UserError(f"{file} holds no table of tensors, so it is no pytorch_model.bin.")
+        self._content: dict[str, Tensor | LegacyTensor] = table
+
+    def table(self) -> dict[str, StoredTensor]:
+        found = {}
+        for name, tensor in self._content.items():
+            dtype, shape = tensor.dtype, tuple(tensor.shape)
+            found[name] = StoredTensor(str(dtype).removeprefix("torch."), shape, dtype.itemsize * prod(shape))
+        return found
+
+    def load(self, name: str) -> Tensor:
+        tensor = self._content[name]
+        if isinstance(tensor, Tensor):
+            return tensor.detach()
+        assert self._legacy is not None
+        return self._legacy.load(tensor)
+
+
+def _inner_tables(content: Any) -> list[Any]:
+    return [content[key] for key in _TABLE_KEYS if key in content] if isinstance(content, dict) else []
+
+
+def _is_table(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, (Tensor, LegacyTensor))
+        for name, tensor in content.items()
+    )

@@ -1,0 +1,1 @@
+"""Recording goldens with the reference model."""

@@ -1,0 +1,226 @@
+"""Sizes of a DeepSeek-VL model; ``reference/checkpoint/config_file.py`` reads them from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from runtimes.errors import UserError, first_line
+
+Layout = str  # "original" or "transformers"
+Triple = tuple[float, float, float]
+
+# Bounds of what a config may ask for: above them a short file costs gigabytes or minutes.
+LARGEST_TABLE = 1 << 27  # numbers in the RoPE tables
+LARGEST_GRID = 256  # patches along a side
+
+# Forms of GELU by the names in configs; transformers' SigLIP may use the tanh approximation.
+ACTIVATIONS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """SigLIP ViT. Sizes in pixels, channels and layers; the output is ``grid**2`` tokens of ``width``."""
+
+    image_size: int = 384
+    patch_size: int = 16
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class SamConfig:
+    """SAM ViT-B with two necks and two stride-2 convolutions; see ``reference/model/sam.py``.
+
+    The second neck reads the output of the first layer that ``global_layers`` *lists*. A ``window_size``
+    of 0 makes all layers global.
+    """
+
+    image_size: int = 1024
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    window_size: int = 14
+    global_layers: tuple[int, ...] = (2, 5, 8, 11)
+    neck_width: int = 256
+    downsample_widths: tuple[int, int] = (512, 1024)
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class NormalizationConfig:
+    """Per-channel ``(x - mean) / std`` of RGB in [0, 1]."""
+
+    mean: Triple
+    std: Triple
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower: SigLIP alone (1.3B) or SAM beside it (7B).
+
+    ``low_norm`` / ``high_norm`` are the normalisations *inside* the tower; None where the
+    preprocessing has normalised already.
+    """
+
+    siglip: SiglipConfig
+    sam: SamConfig | None = None
+    low_norm: NormalizationConfig | None = None
+    high_norm: NormalizationConfig | None = None
+
+    @property
+    def hybrid(self) -> bool:
+        return self.sam is not None
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square image that the tower takes."""
+        return self.sam.image_size if self.sam else self.siglip.image_size
+
+    @property
+    def image_tokens(self) -> int:
+        return self.siglip.grid**2
+
+
+@dataclass(frozen=True)
+class AdaptorConfig:
+    """``mlp_gelu`` of any depth, or the 7B's ``low_high_hybrid_split_mlp_gelu``."""
+
+    low_width: int
+    high_width: int | None
+    width: int
+    depth: int = 2
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """LLaMA decoder; defaults are LlamaConfig's, which the checkpoints leave out."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    mlp_width: int = 11008
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_positions: int = 2048
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One DeepSeek-VL: vision tower, adaptor and decoder, and the layout it came in."""
+
+    vision: VisionConfig
+    adaptor: AdaptorConfig
+    decoder: DecoderConfig
+    layout: Layout = "original"
+    tied_head: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of ``to_dict``, also of what JSON makes of it.
+
+        Raises:
+            UserError: the object comes from a manifest that is damaged.
+        """
+
+        def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+            return {
+                name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+            }
+
+        try:
+            vision = raw["vision"]
+            norms = (vision["low_norm"], vision["high_norm"])
+            return cls(
+                VisionConfig(
+                    SiglipConfig(**vision["siglip"]),
+                    SamConfig(**tuples(vision["sam"])) if vision["sam"] else None,
+                    *(NormalizationConfig(**tuples(norm)) if norm else None for norm in norms),
+                ),
+                AdaptorConfig(**raw["adaptor"]),
+                DecoderConfig(**raw["decoder"]),
+                raw["layout"],
+                raw["tied_head"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"The model's sizes in the manifest cannot be used ({first_line(error)}); export it again."
+            ) from error
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    low, high, decoder = config.vision.siglip, config.vision.sam, config.decoder
+    parts = {"SigLIP": low, "SAM": high, "the decoder": decoder}
+    sizes = {
+        f"{part}'s {key}": value
+        for part, spec in parts.items()
+        if spec
+        for key, value in vars(spec).items()
+        if isinstance(value, int)
+    }
+    for name, value in sizes.items():
+        if value < (0 if name == "SAM's window_size" else 1):
+            raise ValueError(f"{name} is {value}, it must be at least 1")
+    for tower in (low, high):
+        if tower and tower.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {tower.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    checks: list[tuple[bool, str]] = [
+        (low.image_size % low.patch_size == 0, "SigLIP's patch_size must divide its image_size"),
+        (low.grid <= LARGEST_GRID, f"SigLIP's grid of {low.grid} patches is larger than {LARGEST_GRID}"),
+        (low.width % low.heads == 0, "SigLIP's heads must divide its width"),
+        (decoder.heads % decoder.kv_heads == 0, "the decoder's kv_heads must divide its heads"),
+        (decoder.head_dim % 2 == 0, "the decoder's head_dim must be even for RoPE"),
+        (
+            decoder.max_positions * decoder.head_dim <= LARGEST_TABLE,
+            f"RoPE tables of {decoder.max_positions} positions with {decoder.head_dim} numbers are too large",
+        ),
+        (
+            config.adaptor.width == decoder.width,
+            f"the adaptor gives {config.adaptor.width} channels but the decoder takes {decoder.width}",
+        ),
+    ]
+    if high:
+        checks += [
+            (high.image_size % high.patch_size == 0, "SAM's patch_size must divide its image_size"),
+            (high.grid <= LARGEST_GRID, f"SAM's grid of {high.grid} patches is larger than {LARGEST_GRID}"),
+            (high.width % high.heads == 0, "SAM's heads must divide its width"),
+            (len(high.downsample_widths) == 2, "SAM needs two downsample_widths"),
+            (bool(high.global_layers), "SAM needs at least one global-attention layer"),
+            (
+                all(0 <= layer < high.layers for layer in high.global_layers),
+                "SAM's global layers must lie below its layer count",
+            ),
+            (decoder.width % 2 == 0, "the hybrid adaptor needs an even decoder width"),
+        ]
+    for holds, sentence in checks:
+        if not holds:
+            raise ValueError(sentence)

@@ -1,0 +1,93 @@
+"""The vision tower and the adaptor: pixels → image embeddings of the decoder's width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from reference.model.config import AdaptorConfig, NormalizationConfig, VisionConfig
+from reference.model.constants import ConstantModule
+from reference.model.resize import bilinear_matrix, resize
+from reference.model.sam import SamEncoder
+from reference.model.siglip import SiglipEncoder
+
+
+class Normalize(ConstantModule):
+    """Per-channel normalisation of ``[B, 3, N, N]`` RGB in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: NormalizationConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        mean, std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
+        return {"mean": mean.reshape(1, 3, 1, 1), "std": std.reshape(1, 3, 1, 1)}
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
+
+
+class VisionEncoder(ConstantModule):
+    """SigLIP alone, or SAM at high and SigLIP at low resolution.
+
+    The hybrid tower takes one image in [0, 1], shrinks it inside by antialiased bilinear
+    interpolation for the low branch, and normalises each branch with its own constants.
+    """
+
+    low_resize: Tensor
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.low = SiglipEncoder(config.siglip)
+        self.low_norm = Normalize(config.low_norm) if config.low_norm else nn.Identity()
+        self.high: SamEncoder | None = None
+        if config.sam:
+            self.high = SamEncoder(config.sam, config.siglip.grid)
+            self.high_norm = Normalize(config.high_norm) if config.high_norm else nn.Identity()
+        self.register_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        if self.config.sam is None:
+            return {}
+        sizes = self.config.sam.image_size, self.config.siglip.image_size
+        return {"low_resize": bilinear_matrix(*sizes, antialias=True)}
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """``[B, 3, N, N]`` → ``(low [B, T, C],)`` or ``(high [B, T, C'], low [B, T, C])``."""
+        if self.high is None:
+            return (self.low(self.low_norm(pixel_values)),)
+        high = self.high(self.high_norm(pixel_values))
+        low = self.low(self.low_norm(resize(pixel_values, self.low_resize)))
+        return high, low
+
+
+class Adaptor(nn.Module):
+    """Vision features → ``[B, T, D]`` embeddings: ``mlp_gelu``, or its split form for two branches.
+
+    The split form projects each branch to half the width and concatenates **high first**.
+    """
+
+    def __init__(self, config: AdaptorConfig) -> None:
+        super().__init__()
+        self.hybrid = config.high_width is not None
+        if config.high_width is not None:
+            self.high_up_proj = nn.Linear(config.high_width, config.width // 2)
+            self.low_up_proj = nn.Linear(config.low_width, config.width // 2)
+            layers: list[nn.Module] = []
+        else:
+            layers = [nn.Linear(config.low_width, config.width)]
+        for _ in range(1, config.depth):
+            layers += [nn.GELU(), nn.Linear(config.width, config.width)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, *features: Tensor) -> Tensor:
+        if self.hybrid:
+            high, low = features
+            return self.layers(torch.cat([self.high_up_proj(high), self.low_up_proj(low)], dim=-1))
+        (low,) = features
+        return self.layers(low)

@@ -1,0 +1,1 @@
+"""Backends: each runs the components of a bundle with one library."""

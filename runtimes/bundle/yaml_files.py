@@ -1,0 +1,84 @@
+"""YAML files that somebody else wrote: plain values only, of a bounded size. Needs PyYAML."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runtimes.bundle.files import MAX_NESTING, read_bytes
+from runtimes.errors import UserError
+
+MAX_YAML_BYTES = 200_000  # PyYAML takes some 3 s to read as much
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader without aliases, tags, keys that occur twice, and deep nesting.
+
+    An alias makes a value of the text's size times itself: ten lines of aliases stand for 10^10 values.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        parser: Any = self
+        event = parser.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise _refusal("anchors and aliases (& and *) are not supported", event)
+        if getattr(event, "tag", None):
+            raise _refusal(f"the tag {event.tag!r} is not supported", event)
+        self._levels += 1
+        if self._levels > MAX_NESTING:
+            raise _refusal(f"it has more than {MAX_NESTING} levels", event)
+        node = super().compose_node(parent, index)
+        self._levels -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) != len(node.value):
+            raise _refusal("a key occurs twice", node)
+        return mapping
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        value = super().construct_yaml_float(node)
+        if not math.isfinite(value):
+            raise _refusal(f"{node.value} is not a finite number", node)
+        return value
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > 20:
+            raise _refusal(f"the number {node.value[:20]}… has more than 64 bits", node)
+        return super().construct_yaml_int(node)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_yaml_float)
+
+
+def _refusal(reason: str, place: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(problem=reason, problem_mark=place.start_mark)
+
+
+def read_yaml(file: Path, what: str) -> Any:
+    """The value of a YAML file.
+
+    Args:
+        what: the file's purpose, for the sentence, as in ``precision plan``.
+
+    Raises:
+        UserError: the file cannot be read, is too large, or is not YAML of plain values: aliases, tags,
+            infinity, NaN, keys that occur twice and more than ``MAX_NESTING`` levels are refused.
+    """
+    content = read_bytes(file, MAX_YAML_BYTES)
+    try:
+        return yaml.load(content.decode("utf-8-sig"), _PlainLoader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"The {what} {file} is not UTF-8 text.") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # PyYAML's own constructors raise what they like, as for the date 2001-99-99.
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error

@@ -1,0 +1,1 @@
+"""Recorded reference inputs and outputs."""

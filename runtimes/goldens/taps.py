@@ -1,0 +1,73 @@
+"""Taking taps: every component of a chain run once on one golden request.
+
+The chain's sessions must be debug builds. What is kept of a tap is a fixed sample of its values, so
+that the taps of a 7B's 66 layers fit into 20 MB.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtimes.chain import PREFILL_CHUNK, Chain
+from runtimes.goldens.golden import Golden
+from runtimes.preprocess import to_pixel_values
+
+TAPPED_COMPONENTS = ("vision_encoder", "adaptor", "decoder")
+SAMPLES = 1 << 16
+Taps = dict[str, np.ndarray]  # name → sampled values
+
+
+def sample(array: np.ndarray) -> np.ndarray:
+    """All values of an array flat, or ``SAMPLES`` of them at places that depend on its size alone.
+
+    The places are hashed (splitmix64, Steele et al. 2014), so that no axis is favoured: a wrong
+    channel, token or window is hit as often as its share.
+    """
+    flat = array.reshape(-1)
+    if flat.size <= SAMPLES:
+        return flat.astype(np.float32)
+    places = (hashed_numbers(SAMPLES) % np.uint64(flat.size)).astype(np.int64)
+    return flat[places].astype(np.float32)
+
+
+def hashed_numbers(count: int) -> np.ndarray:
+    """``count`` uint64 numbers with random bits, always the same: splitmix64 of 0, 1, 2 …"""
+    mixed = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
+def take_taps(chain: Chain, golden: Golden, component: str) -> Taps:
+    """Run one component on the reference's own input and sample its taps, in order of execution."""
+    if component == "vision_encoder":
+        pixels = to_pixel_values(golden.squares[0], chain.preprocessing)
+        tapped = chain.encode_pixels(pixels[None])
+    elif component == "adaptor":
+        inputs = chain.adaptor.contract.inputs
+        tapped = chain.adaptor.run(
+            {item.name: golden.features[item.name][:1].astype(item.dtype) for item in inputs}
+        )
+    else:
+        tapped = _tap_decoder(chain, golden)
+    contract = getattr(chain, component).contract
+    return {spec.name: sample(tapped[spec.name]) for spec in contract.taps}
+
+
+def take_all_taps(chain: Chain, golden: Golden) -> dict[str, Taps]:
+    """Taps of every component of a chain of debug builds."""
+    return {component: take_taps(chain, golden, component) for component in TAPPED_COMPONENTS}
+
+
+def _tap_decoder(chain: Chain, golden: Golden) -> Taps:
+    """The prompt in prefill chunks, its last tokens as eight and one, so that the cache is read as well.
+
+    The chunks are the same for all chains, as each call gives a row of logits.
+    """
+    embeds = chain.merge(golden.prompt_tokens, golden.image_embeds)
+    cache, parts, most = chain.decoder.new_cache(1, len(embeds)), [], len(embeds) - 9
+    borders = [*range(PREFILL_CHUNK, most, PREFILL_CHUNK), most, most + 8]
+    for chunk in np.split(embeds, borders):
+        chain.decoder.decode(chunk[None], np.array([len(chunk) - 1]), cache)
+        parts.append(chain.decoder.tapped)
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}

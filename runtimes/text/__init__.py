@@ -1,0 +1,1 @@
+"""Prompt format and tokenizer."""

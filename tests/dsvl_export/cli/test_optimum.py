@@ -1,0 +1,48 @@
+"""``optimum-cli export dsvl``, through the real ``optimum-cli``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsvl_export.compilers import load_compiler
+from runtimes.backends.registry import BUILT_IN
+from runtimes.bundle.bundle import Bundle
+from tests.dsvl_export.cli.command_line import optimum, refused
+
+
+def judge(bundle: Bundle, backend: str, precision: str) -> None:
+    assert bundle.select(backend, precision) == (backend, precision)
+    assert not bundle.problems(list(bundle.manifest.files))
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BUILT_IN if backend != "executorch"])
+def test_every_backend(backend: str, tmp_path: Path) -> None:
+    precision, folder = load_compiler(backend).PRECISIONS[0], str(tmp_path / "bundle")
+    done = optimum(
+        "--model", "tiny", "--backend", backend, "--precision", precision, "--output", folder,
+        "--capacity", "64", "--no-goldens", "--no-parity", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["bundle"] == folder
+    judge(Bundle.open(folder), backend, precision)
+
+
+def test_executorch(executorch_bundle: Bundle) -> None:
+    judge(executorch_bundle, "executorch", "8da4w")
+
+
+def test_options_are_those_of_our_own_command() -> None:
+    shown = optimum("--help").out
+    assert all(name in shown for name in ("--model", "--scales", "--target", "--tensorrt", "--no-parity"))
+
+
+def test_bad_requests_are_sentences(tmp_path: Path) -> None:
+    folder = str(tmp_path / "bundle")
+    assert refused(
+        optimum("--model", "tiny", "--output", folder, "--precision", "int3"), "no precision 'int3'"
+    )
+    assert refused(optimum("--model", str(tmp_path / "none"), "--output", folder), "none")
+    assert not Path(folder).exists()

@@ -1,0 +1,448 @@
+"""Core ML packages: written, executed from the saved files, proven by the ladder, and refused where they are bad."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsvl_export.exporter.export import export
+from dsvl_export.parity_check import parity
+from dsvl_export.parity_check.stages import STEPS, Goldens, stages
+from reference.checkpoint.checkpoint import open_checkpoint
+from reference.tiny import HELDOUT
+from reference.tiny.pictures import draw
+from runtimes.backends.mil.interpreter import Function, InterpretedAsset
+from runtimes.backends.mil.package import (
+    CONTRACT,
+    EXTEND,
+    IMAGE,
+    PREFILL,
+    PREPROCESSING,
+    SPECIFICATION,
+    WEIGHTS,
+    Package,
+)
+from runtimes.backends.registry import load_backend
+from runtimes.backends.static_shape import DECODE, FixedDecoder, Sizes
+from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.contracts import Contract
+from runtimes.bundle.files import write_json
+from runtimes.embedding import TokenEmbedding
+from runtimes.errors import UserError
+from runtimes.goldens.golden import relative_rms
+from runtimes.goldens.task import load_task
+from runtimes.pipeline import Pipeline
+from runtimes.preprocess import PreprocessSpec, preprocess
+from runtimes.session import SessionOptions
+from tests.conftest import OraclePair, assert_programs_untouched
+from tests.dsvl_export.compilers.package_faults import (
+    FAULTS,
+    FUNCTION_FAULTS,
+    Edit,
+    Opened,
+    PackageFault,
+    plant,
+    weight,
+)
+from tests.dsvl_export.parity_check.faults import rehash
+
+coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed here")
+PRECISIONS = ("fp16", "int8", "int8-weights", "int4", "palette4")
+PROOF = "simulated by the MIL interpreter on the saved package"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Tiny in every precision that Core ML has; tests must not change it."""
+    made = export("tiny", tmp_path_factory.mktemp("coreml") / "bundle", "coreml", PRECISIONS, capacity=1024)
+    assert_programs_untouched(made, open_checkpoint("tiny").config)
+    return made
+
+
+@pytest.fixture
+def short(bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy to spoil, with four goldens."""
+    folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
+    goldens = [
+        path for path in bundle.manifest.files if path.startswith("goldens/") and path.endswith("tensors")
+    ]
+    files = {path: entry for path, entry in bundle.manifest.files.items() if path not in sorted(goldens)[4:]}
+    write_json(folder / MANIFEST, replace(bundle.manifest, files=files).to_dict())
+    return folder
+
+
+def package(bundle: Bundle, precision: str, component: str) -> Path:
+    artifact = bundle.artifact(component, "coreml", precision)
+    return bundle.path(artifact.files[0]).parents[2]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_climbs_the_ladder(bundle: Bundle, precision: str) -> None:
+    backend, name = bundle.select("coreml", precision)
+    questions = load_task(HELDOUT)[::8]
+    result = parity(bundle, backend, name, task=questions, taps=True)
+    assert str(result.execution) == PROOF or sys.platform == "darwin"
+    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert not any(drift.first for drift in result.drift)
+    assert result.task and result.task.accuracy_ratio and result.task.accuracy_ratio >= 0.99
+
+
+def test_the_logits_of_half_precision(bundle: Bundle) -> None:
+    """The error over all goldens. The order in which a BLAS adds up moves that of one golden threefold."""
+    chain, goldens = Pipeline.open(bundle, "coreml", "fp16").chain, Goldens.of_bundle(bundle)
+    errors: dict[str, list[float]] = {}
+    for index in range(len(goldens.files)):
+        golden = goldens.load(index, bundle.manifest.checkpoint["sha256"])
+        for stage in stages(chain, golden, steps=STEPS):
+            error = relative_rms(stage.found, stage.expected)
+            errors.setdefault(f"{stage.rung} {stage.tensor}", []).append(error)
+    errors = {name: found for name, found in errors.items() if "logits" in name}
+    assert len(errors) == 3
+    for name, found in errors.items():
+        assert np.sqrt(np.square(found).mean()) < 1.5e-3, name
+
+
+def test_the_fixed_functions_of_the_neural_engine_climb_too(bundle: Bundle) -> None:
+    result = parity(bundle, "coreml", "fp16", device="ane")
+    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4", "palette4", "int8"])
+def test_random_checkpoints_of_both_variants(pair: OraclePair, precision: str, tmp_path: Path) -> None:
+    """Grouped queries and both vision towers; groups that divide their small widths."""
+    if precision in ("int4", "palette4"):
+        rule = f"layers: 'decoder.layers.*', kind: linear, precision: {precision}-g4"
+        (tmp_path / "four.yaml").write_text("base: fp16\nrules: [{" + rule + "}]")
+        precision = str(tmp_path / "four.yaml")
+    made = export(pair.checkpoint.folder, tmp_path / "b", "coreml", [precision], capacity=256)
+    result = parity(made, taps=True)
+    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+
+
+def test_functions_share_their_weights(bundle: Bundle) -> None:
+    """Three functions of the decoder, two of the vision encoder, at the bytes of one."""
+    for component, functions in (("decoder", [DECODE, EXTEND, PREFILL]), ("vision_encoder", [IMAGE, "main"])):
+        opened = Package(package(bundle, "fp16", component))
+        assert opened.function_names == functions
+        offsets = {
+            name: {
+                int(op.attributes["val"].blobFileValue.offset)
+                for op in opened.function(name).block_specializations["CoreML8"].operations
+                if op.type == "const" and op.attributes["val"].WhichOneof("value") == "blobFileValue"
+            }
+            for name in functions
+        }
+        shared = set.intersection(*offsets.values())
+        size = (opened.folder / WEIGHTS).stat().st_size
+        alone = sum(_bytes(opened, offset) for offset in shared)
+        assert size < 1.02 * alone
+
+
+def _bytes(opened: Package, offset: int) -> int:
+    raw = np.fromfile(opened.folder / WEIGHTS, "<u8", 1, offset=offset + 8)
+    return int(raw[0])
+
+
+def test_coremltools_reads_the_packages(bundle: Bundle) -> None:
+    """Apple's own reader loads the program, with its types inferred anew, and the metadata say what it is."""
+    from coremltools.converters.mil.frontend.milproto import load
+
+    for component in ("vision_encoder", "adaptor", "decoder"):
+        folder = package(bundle, "int4-fp16", component)
+        model = coremltools.models.MLModel(str(folder), skip_model_load=True)
+        program = load.load(model.get_spec(), model.get_spec().specificationVersion, model.weights_dir)
+        assert set(program.functions) == set(Package(folder).function_names)
+        spec = model.get_spec()
+        about = spec.description.metadata
+        assert about.shortDescription.startswith("DeepSeek-VL") and about.license
+        contract = bundle.manifest.contracts["int4-fp16"][component]
+        assert Contract.from_dict(json.loads(about.userDefined[CONTRACT])) == contract
+        spelled = json.loads(about.userDefined[PREPROCESSING])
+        assert PreprocessSpec.from_dict(spelled) == bundle.manifest.preprocessing
+        described = {item.name: item for item in spec.description.functions} or {"main": spec.description}
+        for name, item in described.items():
+            assert {feature.name for feature in item.output} == {spec.name for spec in contract.outputs}
+            assert all(feature.shortDescription for feature in (*item.input, *item.output, *item.state))
+            assert not item.state or name in (DECODE, EXTEND, PREFILL)
+
+
+def test_an_image_is_an_input(bundle: Bundle) -> None:
+    """The function that takes a camera frame agrees with the one that takes preprocessed pixels."""
+    contract = bundle.manifest.contracts["fp16"]["vision_encoder"]
+    file = bundle.path(bundle.artifact("vision_encoder", "coreml", "fp16").files[0])
+    session = load_backend("coreml").open_component(file, contract, SessionOptions())
+    spec = bundle.manifest.preprocessing
+    picture, _ = draw((5, 1234))
+    square = np.asarray(picture.convert("RGB").resize((spec.image_size, spec.image_size)))
+    pixels = preprocess(square, spec)[None].astype(np.float16)
+    expected = session.run({"pixel_values": pixels})
+    found = session.run_image(square)  # type: ignore[attr-defined]
+    for name in expected:
+        assert relative_rms(found[name], expected[name]) < 2e-3
+    wrong = session.run_image(square[:, :, ::-1].copy())  # type: ignore[attr-defined]
+    assert all(relative_rms(wrong[name], expected[name]) > 2e-2 for name in expected)
+
+
+def test_rms_norm_of_large_activations(bundle: Bundle) -> None:
+    """Rows of 3,000, whose squares half precision does not have, and rows that are small."""
+    contract = bundle.manifest.contracts["fp16"]["decoder"]
+    opened = Opened(package(bundle, "fp16", "decoder"))
+    proto = opened.package.function(DECODE)
+    block = proto.block_specializations[proto.opset]
+    name = "layers__0__input_layernorm_rms_norm"
+    block.outputs.append(name)
+    function = Function(opened.package, DECODE, {})
+    width = int(contract.inputs[0].shape[-1])
+    weight = function._read("layers__0__input_layernorm__weight")
+    asset = InterpretedAsset(opened.package, contract)
+    for size in (3000.0, 1.0, 1e-3):
+        x = (size * np.random.default_rng(0).normal(size=(1, 1, width))).astype(np.float16)
+        inputs = {"inputs_embeds": x, "positions": np.zeros((1, 1)), "logit_rows": np.zeros(1)}
+        found = function.run(inputs, asset.new_state())[name]
+        wide = x.astype(np.float64)
+        epsilon = 1e-6
+        expected = wide / np.sqrt(np.square(wide).mean() + epsilon) * weight
+        assert relative_rms(found, expected) < 2e-3
+
+
+def test_an_input_of_an_unknown_type_is_refused(bundle: Bundle) -> None:
+    opened = Package(package(bundle, "fp16", "decoder"))
+    (first, *_) = opened.function(DECODE).inputs
+    first.type.tensorType.dataType = 5
+    with pytest.raises(UserError, match="decode of .* is malformed"):
+        Function(opened, DECODE, {})
+
+
+def test_it_answers_on_linux(bundle: Bundle, pictures: list[Path]) -> None:
+    greedy = Pipeline.open(bundle, "coreml", "fp16").chat("What colour is the shape?", pictures[:1]).text
+    fixed = Pipeline.open(bundle, "coreml", "fp16", device="ane").chat(
+        "What colour is the shape?", pictures[:1]
+    )
+    assert greedy == fixed.text != ""
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+def test_planted_faults_are_caught(short: Path, fault: PackageFault) -> None:
+    spoiled = plant(short, fault.precision, fault.component, fault.edit)
+    try:
+        result = parity(spoiled, "coreml", fault.precision)
+    except UserError as error:
+        assert ".mlpackage" in str(error)
+    else:
+        assert not result.passed
+
+
+def test_a_fault_is_located_in_its_layer(short: Path) -> None:
+    """Two rows of a projection are swapped; each layer is handed what was recorded."""
+    spoiled = plant(short, "fp16", "decoder", weight("layers__2__mlp__up_proj__weight", "<f2", swap_rows))
+    rung = parity(spoiled, "coreml", "fp16").rung("layers")
+    assert rung.state == "failed"
+    assert rung.detail.startswith("decoder: layers.2 is wrong on its recorded input")
+
+
+def swap_rows(values: np.ndarray) -> None:
+    values[[3, 17]] = values[[17, 3]]
+
+
+@pytest.mark.parametrize(("function", "component", "edit", "device"), FUNCTION_FAULTS)
+def test_faults_of_functions_that_apps_call_are_caught(
+    short: Path, function: str, component: str, edit: Edit, device: str | None
+) -> None:
+    """The function that an app on another device calls, or that takes an image itself."""
+    result = parity(plant(short, "fp16", component, edit, function), "coreml", "fp16", device=device)
+    failed = {rung.name for rung in result.rungs if rung.state == "failed"}
+    assert failed - {"layers"} == {"entry_points"}  # the function extend is judged by its layers as well
+    assert result.rung("entry_points").detail.startswith(f"function {function} of the ")
+
+
+def test_a_listing_with_other_token_ids_is_caught(short: Path) -> None:
+    path = "coreml/fp16/listing/DeepSeekVL.swift"
+    text = (short / path).read_text()
+    spec = Bundle.open(short).manifest.prompt
+    assert f"[{spec.eos_id}].contains" in text
+    (short / path).write_text(text.replace(f"[{spec.eos_id}].contains", f"[{spec.eos_id + 1}].contains"))
+    result = parity(rehash(short, path), "coreml", "fp16")
+    assert [rung.name for rung in result.rungs if rung.state == "failed"] == ["entry_points"]
+    assert "of the listing DeepSeekVL.swift is" in result.rung("entry_points").detail
+
+
+def test_the_unspoiled_copy_passes(short: Path) -> None:
+    """What the test above rests on; the long golden, which takes the interpreter long, was left out."""
+    result = parity(Bundle.open(short), "coreml", "fp16")
+    assert result.verdict == "not judged"
+    assert not [rung.name for rung in result.rungs if rung.state == "failed"]
+
+
+def test_goldens_that_do_not_fit_are_left_out(short: Path) -> None:
+    """A KV cache for less than a golden needs is judged by the others; for none of them, it is said."""
+
+    def with_capacity(capacity: int) -> Bundle:
+        manifest = Bundle.open(short).manifest
+        write_json(short / MANIFEST, replace(manifest, default_capacity=capacity).to_dict())
+        return Bundle.open(short)
+
+    result = parity(with_capacity(200), "coreml", "fp16")
+    assert (result.verdict, result.goldens, result.left_out) == ("not judged", 3, 1)
+    assert [each.golden for each in result.tokens] == [0, 2, 3]
+    with pytest.raises(UserError, match="cache of 100 tokens; the shortest needs 156"):
+        parity(with_capacity(100), "coreml", "fp16")
+
+
+def test_there_are_twenty_faults() -> None:
+    assert len(FAULTS) >= 20
+
+
+def open_decoder(folder: Path) -> FixedDecoder:
+    """In the interpreter, on a Mac too."""
+    bundle = Bundle.open(folder)
+    contract = bundle.manifest.contracts["fp16"]["decoder"]
+    asset = InterpretedAsset(Package(package(bundle, "fp16", "decoder")), contract)
+    return FixedDecoder(asset, contract, Sizes(1024, EXTEND, 256, flexible=True, any_rows=True))
+
+
+def step(folder: Path) -> None:
+    session = open_decoder(folder)
+    width = int(session.contract.inputs[0].shape[-1])
+    session.decode(np.zeros((1, 1, width), np.float16), np.array([0]), session.new_cache(1, 8))
+
+
+def test_damaged_packages_are_named(short: Path) -> None:
+    folder = package(Bundle.open(short), "fp16", "decoder")
+    specification, weights = (folder / SPECIFICATION).read_bytes(), (folder / WEIGHTS).read_bytes()
+    cases = {
+        "is damaged": (specification[: len(specification) // 2], weights),
+        "end at byte": (specification, weights[:-4000]),
+        "too short for a weight": (specification, weights[:80]),
+        "is no weight file": (specification, b"nonsense" * 100),
+        "has no weight at byte": (specification, weights[:64] + bytes(len(weights) - 64)),
+    }
+    for message, (first, second) in cases.items():
+        (folder / SPECIFICATION).write_bytes(first)
+        (folder / WEIGHTS).write_bytes(second)
+        with pytest.raises(UserError, match=message):
+            step(short)
+    (folder / WEIGHTS).write_bytes(weights)
+    (folder / SPECIFICATION).unlink()
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        step(short)
+
+
+def test_what_the_interpreter_cannot_do_is_named(short: Path) -> None:
+    folder = package(Bundle.open(short), "fp16", "decoder")
+    cases = {
+        "uses the operator 'einsum'": lambda op: setattr(op, "type", "einsum"),
+        "reads 'nothing', which is not computed": lambda op: setattr(
+            op.inputs["x"].arguments[0], "name", "nothing"
+        ),
+        "is declared as FLOAT16": lambda op: setattr(
+            op.outputs[0].type.tensorType.dimensions[2].constant, "size", 3
+        ),
+    }
+    for message, change in cases.items():
+        opened = Opened(folder)
+        for operation in opened.operations("layers__0__mlp_silu"):
+            change(operation)
+        before = (folder / SPECIFICATION).read_bytes()
+        opened.save()
+        with pytest.raises(UserError, match=message):
+            step(short)
+        (folder / SPECIFICATION).write_bytes(before)
+
+
+def test_a_package_that_is_something_else_is_named(short: Path) -> None:
+    folder = package(Bundle.open(short), "fp16", "decoder")
+    before = (folder / SPECIFICATION).read_bytes()
+
+    def without_states(opened: Opened) -> None:
+        for item in opened.package.model.description.functions:
+            del item.state[:]
+
+    def of_another_opset(opened: Opened) -> None:
+        opened.package.function(DECODE).opset = "CoreML99"
+
+    for edit, sentence in (
+        (without_states, "has no states"),
+        (of_another_opset, "decode .* does not give logits"),
+    ):
+        opened = Opened(folder)
+        edit(opened)
+        opened.save()
+        with pytest.raises(UserError, match=sentence):
+            Package(folder).capacity()
+            step(short)
+        (folder / SPECIFICATION).write_bytes(before)
+
+
+def test_lengths_outside_of_the_range_are_refused(bundle: Bundle) -> None:
+    session = open_decoder(bundle.folder)
+    width = int(session.contract.inputs[0].shape[-1])
+    long = {
+        "inputs_embeds": np.zeros((1, 300, width), np.float16),
+        "positions": np.arange(300)[None],
+        "logit_rows": np.zeros(1, np.int64),
+    }
+    with pytest.raises(UserError, match="takes inputs_embeds of 1 to 256, got"):
+        session.asset.call(EXTEND, long, session.asset.new_state())
+    with pytest.raises(UserError, match="takes inputs_embeds as"):
+        session.asset.call(DECODE, long, session.asset.new_state())
+    with pytest.raises(UserError, match="compiled for 1024 tokens, a KV cache of 2000 was asked for"):
+        session.new_cache(1, 2000)
+
+
+def test_memory_is_asked_for_before_it_is_taken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtimes.backends.mil.interpreter.available_memory", lambda: 1000)
+    with pytest.raises(
+        UserError, match="interpreter needs 0.0 GB of memory for the weights of decoder.mlpackage"
+    ):
+        open_decoder(bundle.folder)
+
+
+def test_exports_are_the_same_byte_for_byte(bundle: Bundle, tmp_path: Path) -> None:
+    again = export("tiny", tmp_path / "b", "coreml", ["fp16"], goldens=False, capacity=1024)
+    for component in ("vision_encoder", "decoder"):
+        for file in bundle.artifact(component, "coreml", "fp16").files:
+            assert again.manifest.files[file].sha256 == bundle.manifest.files[file].sha256
+
+
+def test_the_listing_is_of_this_bundle(bundle: Bundle) -> None:
+    """Every tensor's and function's name, and the numbers of the token embeddings, from the bundle itself."""
+    text = bundle.path("coreml/fp16/listing/DeepSeekVL.swift").read_text()
+    contracts = bundle.manifest.contracts["fp16"]
+    for contract in contracts.values():
+        for spec in (*contract.outputs, *(contract.inputs if contract.component == "decoder" else ())):
+            assert f'"{spec.name}"' in text
+    for function in (IMAGE, DECODE, PREFILL, EXTEND):
+        assert f'"{function}"' in text
+    table = TokenEmbedding(bundle.path(bundle.manifest.token_embedding))
+    assert f"let place = {table.rows.offset} + (token * {table.rows.shape[1]} + index)" in text
+    assert "capacity = 1024, chunk = 256" in text
+    assert f"![{bundle.manifest.prompt.eos_id}].contains(token)" in text
+    assert "${" not in text and "$$" not in text
+    assert text.count("{") == text.count("}") and text.count("(") == text.count(")")
+
+
+@pytest.mark.parametrize("backend, asked, sentence", [
+    ("coreml", "iOS17", "iOS 17 lacks the states that hold the KV cache in Core ML; iOS 18 and macOS 15 are the oldest"),
+    ("coreml", "macOS 14.4", "macOS 14 lacks the states"),
+    ("coreml", "watchOS11", "'watchOS11' is no deployment target; write it as iOS18 or macOS15."),
+    ("coreai", "iOS26", "iOS 26 lacks Core AI; iOS 27 and macOS 27 are the oldest"),
+])  # fmt: skip
+def test_systems_that_are_too_old_are_refused(
+    backend: str, asked: str, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        export("tiny", tmp_path / "b", backend, ["fp16"], deployment=asked)
+    assert not (tmp_path / "b").exists()
+
+
+def test_bundles_keep_the_capacity(bundle: Bundle) -> None:
+    assert bundle.artifact("decoder", "coreml", "fp16").capacity == 1024
+    assert bundle.artifact("adaptor", "coreml", "fp16").capacity is None
+    raw = json.loads((bundle.folder / MANIFEST).read_text())
+    assert raw["default_capacity"] == 1024

@@ -1,0 +1,41 @@
+"""Two exports of the same input are the same bytes, whatever order sets and hashes have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from runtimes.bundle.files import sha256_of_file
+
+EXPORT = """
+import sys
+from dsvl_export.exporter.export import export
+export("tiny", sys.argv[1], "onnxruntime", ["fp32"])
+export("tiny", sys.argv[1], "coreml", ["fp16"])
+"""
+
+
+def test_exports_of_two_processes_are_identical(tmp_path: Path) -> None:
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", EXPORT, str(tmp_path / seed)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stderr=subprocess.PIPE,
+        )
+        for seed in ("1", "2")
+    ]
+    for process in running:
+        _, told = process.communicate()
+        assert process.returncode == 0, told.decode()
+    one, other = (
+        {
+            file.relative_to(folder).as_posix(): sha256_of_file(file)
+            for file in folder.rglob("*")
+            if file.is_file()
+        }
+        for folder in (tmp_path / "1", tmp_path / "2")
+    )
+    assert len(one) > 20 and "manifest.json" in one and "goldens/00.safetensors" in one
+    assert one == other

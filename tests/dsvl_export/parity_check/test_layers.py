@@ -1,0 +1,141 @@
+"""Layers one by one: faults that hide in a precision's own error are found, and the faulty layer is named."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dsvl_export.exporter.export import export
+from dsvl_export.parity_check import parity
+from dsvl_export.parity_check.layers import INPUTS, outputs_file
+from dsvl_export.parity_check.result import ParityResult
+from reference.checkpoint.checkpoint import open_checkpoint
+from reference.goldens.layers import layer_golden_bytes, layer_taps
+from reference.taps import component_taps, recorded
+from runtimes.bundle.bundle import Bundle
+from runtimes.errors import UserError
+from runtimes.goldens.layers import LayerInputs, load_tables, sample_rows
+from tests.conftest import OraclePair
+from tests.dsvl_export.parity_check.faults import Edit, plant, rehash, scaled, weight
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export("tiny", tmp_path_factory.mktemp("layers") / "bundle", precisions=("int8", "8da4w"))
+
+
+def first_wrong(result: ParityResult) -> str:
+    rung = result.rung("layers")
+    assert rung.state == "failed"
+    return rung.detail
+
+
+@pytest.mark.parametrize("precision", ["int8", "8da4w"])
+def test_sound_layers_pass_far_below_the_error_of_the_precision(quantized: Bundle, precision: str) -> None:
+    result = parity(quantized, precision=precision)
+    assert result.passed
+    errors = result.rung("layers").errors
+    assert errors
+    assert errors.noise is not None
+    assert errors.relative_rms < 0.25 * max(errors.noise, 1e-4)
+
+
+def swapped(values: np.ndarray) -> np.ndarray:
+    values[..., [3, 4]] = values[..., [4, 3]]
+    return values
+
+
+QUANTIZED_FAULTS: list[tuple[str, str, str, Edit]] = [
+    ("int8", "decoder", "layers.1",
+     weight("layers.1.self_attn.k_proj/quantize_per_channel_folded_codes", swapped)),
+    ("int8", "decoder", "layers.2", weight("layers.2.mlp.up_proj/to_folded_4_of_codes", scaled(1.3))),
+    ("int8", "vision_encoder", "low.blocks.1", weight("low.blocks.1.norm1.bias", scaled(1.3))),
+    ("8da4w", "decoder", "layers.3", weight("layers.3.mlp.down_proj/to_folded_2_of_blocks", scaled(1.3))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precision", "component", "tap", "edit"), QUANTIZED_FAULTS, ids=lambda v: str(v)[:20]
+)
+def test_faults_in_quantized_layers_are_located(
+    quantized: Bundle, tmp_path: Path, precision: str, component: str, tap: str, edit: Edit
+) -> None:
+    copy = Path(shutil.copytree(quantized.folder, tmp_path / "bundle"))
+    result = parity(plant(copy, precision, component, edit), precision=precision)
+    assert result.exit_code == 1
+    assert first_wrong(result).startswith(f"{component}: {tap} is wrong on its recorded input")
+
+
+def test_layers_of_random_models_pass(pair: OraclePair, tmp_path: Path) -> None:
+    bundle = export(pair.checkpoint.folder, tmp_path / "bundle", precisions=("fp32", "fp16"))
+    for precision in ("fp32", "fp16"):
+        assert parity(bundle, precision=precision).rung("layers").state == "passed"
+    written = [bundle.path(path).stat().st_size for path in (INPUTS, outputs_file("fp16"))]
+    for size, most in zip(written, layer_golden_bytes(pair.checkpoint.config), strict=True):
+        assert size < most + 20_000  # the header
+
+
+def test_onnx_for_tensorrt_is_judged_in_its_simulator(tmp_path: Path) -> None:
+    bundle = export("tiny", tmp_path / "bundle", "tensorrt", ("fp16", "int8"), tensorrt="10.3", capacity=256)
+    for precision in ("fp16", "int8-fp16"):
+        result = parity(bundle, precision=precision, device="cpu")
+        assert result.rung("layers").state == "passed"
+
+
+def test_a_layer_computes_on_what_it_is_handed() -> None:
+    """Handed its own taps, a model gives what it gives by itself; another tap changes what reads it alone."""
+    source = open_checkpoint("tiny")
+    model = source.model()
+    taps = component_taps(source.config, "adaptor")
+    torch.manual_seed(0)
+    features = [
+        torch.randn(1, 64, width).half()
+        for width in (model.adaptor.high_up_proj.in_features, model.adaptor.low_up_proj.in_features)
+    ]
+    with recorded(model.adaptor, taps) as table:
+        expected = model.adaptor(*(item.float() for item in features))
+    names = ("high_features", "low_features")
+    inputs = {"adaptor": {name: item.numpy() for name, item in zip(names, features, strict=True)}}
+    alone = LayerInputs("", inputs, {"adaptor": {}})
+    found = layer_taps(model, source.config, alone, torch.float32, components=("adaptor",))["adaptor"]
+    assert torch.equal(found["layers.1"], expected)
+    given = {name: tensor.numpy().astype(np.float16) for name, tensor in table.items()}
+    given["layers.0"] = given["layers.0"] * 0
+    handed = LayerInputs("", inputs, {"adaptor": given})
+    found = layer_taps(model, source.config, handed, torch.float32, components=("adaptor",))["adaptor"]
+    assert torch.allclose(found["layers.0"], table["layers.0"], atol=2e-2)
+    bias = model.adaptor.get_submodule("layers.1").bias
+    assert torch.allclose(found["layers.1"], bias.expand_as(found["layers.1"]))
+
+
+def test_bundles_without_layer_goldens_are_judged_without(bundle_copy: Path) -> None:
+    """Those of earlier releases."""
+    bundle = Bundle.open(bundle_copy)
+    for path in [path for path in bundle.manifest.files if path.startswith("layers/")]:
+        del bundle.manifest.files[path]
+    result = parity(bundle, precision="fp16")
+    assert result.passed
+    assert (result.rung("layers").state, result.rung("layers").detail) == (
+        "not run",
+        "the bundle has no layer goldens",
+    )
+
+
+def test_damaged_layer_goldens_are_refused(bundle_copy: Path) -> None:
+    (bundle_copy / INPUTS).write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="cannot be read as layer goldens"):
+        parity(rehash(bundle_copy, INPUTS), precision="fp32")
+    with pytest.raises(UserError, match="of the bundle's checkpoint"):
+        load_tables(bundle_copy / outputs_file("fp16"), "0" * 64)
+
+
+def test_sampled_rows_hold_all_channels() -> None:
+    array = np.arange(100 * 40_000, dtype=np.float32).reshape(100, 40_000)
+    rows = sample_rows(array)
+    assert rows.shape == (4, 40_000)
+    assert np.array_equal(rows[[0, -1]], array[[0, -1]])
+    assert np.array_equal(sample_rows(array[:3, :7]), array[:3, :7])
