@@ -115,8 +115,7 @@ class EntryPoints:
 class Backend(Protocol):
     """A module ``runtimes/<backend>.py``: how to open the artifacts of a backend.
 
-    It may also have ``entry_points(chain, capacity)``, which gives the ``EntryPoints`` of the artifacts that
-    a chain has open: what apps call of them beside what the sessions do.
+    What only some backends can do is in ``runtimes.backends.capabilities``.
     """
 
     def devices(self) -> list[str]:

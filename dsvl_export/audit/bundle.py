@@ -16,17 +16,19 @@ from dsvl_export.audit.onnx_file import compare_onnx
 from dsvl_export.audit.remade import compare_remade
 from dsvl_export.audit.result import Audit, AuditedPart, Difference
 from dsvl_export.audit.values import compare_files, compare_values
-from dsvl_export.compilers import (
-    BUILT_IN,
+from dsvl_export.compilers.onnx.builder import Graph
+from dsvl_export.compilers.precisions import bundled_plan, planned_weights
+from dsvl_export.compilers.protocol import (
     App,
+    BuildsGraphs,
     Compiled,
     Compiler,
     Parts,
+    WritesListing,
+    compile_parts,
     describe_app,
-    load_compiler,
 )
-from dsvl_export.compilers.onnx.builder import Graph
-from dsvl_export.compilers.precisions import bundled_plan, planned_weights
+from dsvl_export.compilers.registry import BUILT_IN, load_compiler
 from dsvl_export.parity_check.localization import debug_folder
 from dsvl_export.targets.options import CompileOptions
 from dsvl_export.version import __version__
@@ -198,8 +200,9 @@ def _audit_pair(
             audit_artifacts(compiler, bundle, items, traced_parts(items), app, options, part, on_part)
         except UserError as error:
             part.add(Difference(part.name, f"cannot be compared: {error}"))
-    if write := getattr(compiler, "write_listing", None):
-        parts.append(_audit_listing(bundle, f"{backend}/{precision}/listing", partial(write, app=app)))
+    if isinstance(compiler, WritesListing):
+        write = partial(compiler.write_listing, app=app)
+        parts.append(_audit_listing(bundle, f"{backend}/{precision}/listing", write))
     return parts
 
 
@@ -226,9 +229,9 @@ def audit_artifacts(
 ) -> None:
     """Compare what lies in one stage of a bundle; what is found is noted in ``part``."""
     first = artifacts[0]
-    if graphs := getattr(compiler, "graphs", None):
+    if isinstance(compiler, BuildsGraphs):
         files = [bundle.path(path) for path in first.files]
-        audit_onnx(graphs(*traced[first.component], options), files, part, on_bytes)
+        audit_onnx(compiler.graphs(*traced[first.component], options), files, part, on_bytes)
         writer = first.tools.get("dsvl-export", __version__)
         if part.differences and writer != __version__:
             part.differences.clear()
@@ -238,9 +241,7 @@ def audit_artifacts(
         return
 
     def compile_into(folder: Path) -> Compiled:
-        if whole := getattr(compiler, "compile_program", None):
-            return whole(app, traced, folder, on_bytes, options)
-        return compiler.compile_component(*traced[first.component], folder, on_bytes, options)
+        return compile_parts(compiler, app, traced, folder, on_bytes, options)
 
     with debug_folder(bundle) as temporary:
         stage = bundle.path(first.stage)
@@ -268,12 +269,11 @@ def audit_written(
     Raises:
         UserError: it is not what the checkpoint and the plan make of it.
     """
-    graphs = getattr(compiler, "graphs", None)
-    if graphs is None or compiled.engine:
+    if not isinstance(compiler, BuildsGraphs) or compiled.engine:
         return False
     (traced,) = parts.values()
     part = AuditedPart(name)
-    audit_onnx(graphs(*traced, options), compiled.files, part, lambda count: None)
+    audit_onnx(compiler.graphs(*traced, options), compiled.files, part, lambda count: None)
     if part.differences:
         raise UserError(
             f"What was written into {name} is not what the checkpoint makes of it"

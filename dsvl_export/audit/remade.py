@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dsvl_export.audit.result import AuditedPart, Difference
 from dsvl_export.audit.values import compare_files
-from dsvl_export.compilers import Compiled
+from dsvl_export.compilers.protocol import Compiled
 from runtimes.backends.coreai import PROGRAM
 from runtimes.backends.mil.package import SPECIFICATION, package_folder
 

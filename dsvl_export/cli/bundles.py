@@ -172,8 +172,8 @@ def export(
     from rich.progress import TaskID
 
     from dsvl_export.cli import display
-    from dsvl_export.compilers import load_compiler
     from dsvl_export.compilers.precisions import plan_for
+    from dsvl_export.compilers.registry import load_compiler
     from dsvl_export.exporter.export import export as run_export
     from dsvl_export.exporter.stages import ExportProgress
     from dsvl_export.targets.defects import warnings_for

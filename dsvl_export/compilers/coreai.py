@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dsvl_export.compilers import Compiled
 from dsvl_export.compilers.deployment import check_deployment
+from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.coreai import PROGRAM, open_asset
 from runtimes.errors import UserError
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 if find_spec("coreai_torch") is None:
     raise ModuleNotFoundError("there is no coreai_torch", name="coreai_torch")
 
-PRECISIONS = ("fp16", "fp32")
-LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
+PRECISIONS: tuple[str, ...] = ("fp16", "fp32")
+LAYER_PRECISIONS: tuple[str, ...] = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp16"
-OPTIONS = ("deployment",)
+OPTIONS: tuple[str, ...] = ("deployment",)
 TARGET, SINCE = "apple", {"iOS": 27, "macOS": 27}
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
+__all__ = [
+    "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",
+    "artifact_bytes", "compile_component", "debug_build", "settings",
+]  # fmt: skip
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsvl_export.compilers import App, Compiled
 from dsvl_export.compilers.deployment import check_deployment
 from dsvl_export.compilers.mil.check import check_package
 from dsvl_export.compilers.mil.debug import debug_build
 from dsvl_export.compilers.mil.layers import run_layers
+from dsvl_export.compilers.protocol import App, Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.mil.package import package_files
 
@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 if find_spec("coremltools") is None:
     raise ModuleNotFoundError("there is no coremltools", name="coremltools")
 
-PRECISIONS = ("fp16",)
-LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
+PRECISIONS: tuple[str, ...] = ("fp16",)
+LAYER_PRECISIONS: tuple[str, ...] = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # states are half precision
 RECIPE_BASE = "fp16"
-OPTIONS = ("deployment",)
+OPTIONS: tuple[str, ...] = ("deployment",)
 TARGET, SINCE = "apple", {"iOS": 18, "macOS": 15}
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "run_layers", "settings", "write_listing"]
+__all__ = [
+    "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",
+    "artifact_bytes", "compile_component", "debug_build", "run_layers", "settings", "write_listing",
+]  # fmt: skip
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from calibration.precision_plan import component_layers
-from dsvl_export.compilers import App, Compiled, Parts
+from dsvl_export.compilers.protocol import App, Compiled, Parts
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.executorch import DIALECT, SUFFIX, load_program
 from runtimes.backends.executorch_tokenizer import FILE as TOKENIZER_FILE
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 if find_spec("executorch") is None:
     raise ModuleNotFoundError("there is no executorch", name="executorch")
 
-PRECISIONS = ("fp32", "fp16")
-LAYER_PRECISIONS = ("8da4w", "8da8w")
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16")
+LAYER_PRECISIONS: tuple[str, ...] = ("8da4w", "8da8w")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp32"
-OPTIONS = ("delegate",)
+OPTIONS: tuple[str, ...] = ("delegate",)
 TARGET = "phone"
 DELEGATES = (DIALECT, "coreml", "vulkan")
 MIN_CAPACITY = 3  # torch.export makes a fixed length of 2 of the range from 1 to 2

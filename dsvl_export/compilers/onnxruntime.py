@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnxruntime
 
-from dsvl_export.compilers import Compiled
 from dsvl_export.compilers.onnx import debug, layers
 from dsvl_export.compilers.onnx.check import check_file
 from dsvl_export.compilers.onnx.release import needed_release
+from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.onnxruntime import ORT, ORT_TOKENS, prefill_file
 from runtimes.backends.onnxruntime_releases import FEATURES, NEEDED, OLDEST, newest, refusal
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from reference.trace import TracedComponent
     from runtimes.bundle.contracts import Contract
 
-PRECISIONS = ("fp32", "fp16")
-LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4", "8da4w", "8da8w")
-CACHE_PRECISIONS = ("int8",)
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16")
+LAYER_PRECISIONS: tuple[str, ...] = ("int8", "fp8", "int8-weights", "int4", "8da4w", "8da8w")
+CACHE_PRECISIONS: tuple[str, ...] = ("int8",)
 RECIPE_BASE = "fp32"
-OPTIONS = ("prefill",)
+OPTIONS: tuple[str, ...] = ("prefill",)
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from calibration.precision_plan import (
 )
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import TABLE_FILE, ScaleTable
-from dsvl_export.compilers import Compiler, check_options
+from dsvl_export.compilers.protocol import ChecksPlans, Compiler
+from dsvl_export.compilers.registry import check_options
 from dsvl_export.targets.options import CompileOptions
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.model.config import ModelConfig
@@ -96,8 +97,8 @@ def check_request(
                 options.target.check(backend, kind)
     check_options(backend, compiler, options)
     compiler.settings(options)
-    if check := getattr(compiler, "check", None):
-        check(plans, config, options)
+    if isinstance(compiler, ChecksPlans):
+        compiler.check(plans, config, options)
 
 
 def precision_folder(precision: str) -> str:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from dsvl_export.compilers import Compiled
 from dsvl_export.compilers.onnx.check import check_file
 from dsvl_export.compilers.onnx.debug import debug_build
 from dsvl_export.compilers.onnx.layers import run_layers
 from dsvl_export.compilers.onnx.release import needed_release
+from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.lint import Release, refuse
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.onnxruntime_releases import NEEDED
@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     from dsvl_export.compilers.onnx.context import Dialect
     from reference.trace import TracedComponent
 
-PRECISIONS = ("fp32", "fp16", "bf16")
-LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
+LAYER_PRECISIONS: tuple[str, ...] = ("int8", "fp8", "int8-weights", "int4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # KVCacheUpdate takes float caches alone
 RECIPE_BASE = "fp16"
-OPTIONS = ("tensorrt",)
+OPTIONS: tuple[str, ...] = ("tensorrt",)
 TARGET = "cuda"
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "graphs", "run_layers", "settings"]
+__all__ = [
+    "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",
+    "artifact_bytes", "compile_component", "debug_build", "graphs", "run_layers", "settings",
+]  # fmt: skip
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:

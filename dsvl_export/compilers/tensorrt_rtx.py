@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import tensorrt_rtx
 
-from dsvl_export.compilers import Compiled
 from dsvl_export.compilers.engines.building import EngineSettings, build_engine
 from dsvl_export.compilers.onnx.debug import debug_build
 from dsvl_export.compilers.onnx.layers import run_layers
 from dsvl_export.compilers.onnx.release import needed_release
+from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.compilers.tensorrt import (
     CACHE_PRECISIONS,
     LAYER_PRECISIONS,
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 # GPUs with tensor cores that TensorRT-RTX builds for: Ampere, Ada, Blackwell.
 CAPABILITIES = (86, 89, 120)
-OPTIONS = ("capabilities",)
+OPTIONS: tuple[str, ...] = ("capabilities",)
 DIALECT = "trt11"
 __all__ = [
-    "CACHE_PRECISIONS", "LAYER_PRECISIONS", "PRECISIONS", "RECIPE_BASE",
+    "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",
     "artifact_bytes", "compile_component", "debug_build", "graphs", "run_layers", "settings",
 ]  # fmt: skip
 

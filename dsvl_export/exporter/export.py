@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
-from dsvl_export.compilers import load_compiler
 from dsvl_export.compilers.precisions import check_request, plan_for
+from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.exporter.manifest import manifest_of
 from dsvl_export.exporter.stages import ExportProgress, ExportStages, Report, identify
 from dsvl_export.exporter.staging import Staging

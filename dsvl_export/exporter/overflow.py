@@ -6,7 +6,7 @@ import torch
 
 from calibration.precision_plan import PrecisionPlan
 from calibration.quantized_weights import QuantizedWeights
-from dsvl_export.compilers import Compiler
+from dsvl_export.compilers.protocol import Compiler
 from reference.checkpoint.checkpoint import parameter_shapes
 from reference.trace import PRECISION_DTYPES
 from runtimes.errors import OverflowVerdict, UserError

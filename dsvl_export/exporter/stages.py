@@ -17,16 +17,18 @@ from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
 from calibration.statistics import STATISTICS_FILE, Statistics
 from dsvl_export.audit import audit_written
-from dsvl_export.compilers import (
-    Compiled,
-    CompileProgram,
-    Compiler,
-    Parts,
-    describe_app,
-)
 from dsvl_export.compilers.precisions import (
     planned_weights,
     precision_folder,
+)
+from dsvl_export.compilers.protocol import (
+    App,
+    Compiler,
+    CompilesProgram,
+    Parts,
+    WritesListing,
+    compile_parts,
+    describe_app,
 )
 from dsvl_export.exporter.manifest import TOKEN_EMBEDDING, checkpoint_name, finished_artifacts, plan_hashes
 from dsvl_export.exporter.overflow import check_weights, overflow_remedy
@@ -187,7 +189,7 @@ class ExportStages:
     def _stages(self, plan: PrecisionPlan) -> dict[str, tuple[str, ...]]:
         """Stages that compile, and their components: all in one where the backend has them in one file."""
         folder = f"{self.backend}/{plan.name}"
-        if hasattr(self.compiler, "compile_program"):
+        if isinstance(self.compiler, CompilesProgram):
             return {f"{folder}/program": TRACED_COMPONENTS}
         return {f"{folder}/{component}": (component,) for component in TRACED_COMPONENTS}
 
@@ -446,33 +448,19 @@ class ExportStages:
             self.source.config, plan, self.options.preprocessing, prompt, folder / TOKEN_EMBEDDING,
             folder / TOKENIZER, self.options.capacity, checkpoint_name(self.source, self.staging),
         )  # fmt: skip
-        whole = getattr(self.compiler, "compile_program", None)
         for name, components in self._stages(plan).items():
-            work = partial(whole, app) if whole else self._one(components[0])
-            self._compiled(name, plan, components, work)
-        write = getattr(self.compiler, "write_listing", None)
-        if write:
+            self._compiled(name, plan, components, app)
+        compiler = self.compiler
+        if isinstance(compiler, WritesListing):
 
             def build(folder: Path) -> dict[str, Any]:
-                write(folder, app)
+                compiler.write_listing(folder, app)
                 return {}
 
             inputs = {**self._inputs, "capacity": self.options.capacity}
             self._stage(f"{self.backend}/{plan.name}/listing", build, inputs)
 
-    def _one(self, component: str) -> CompileProgram:
-        """The compiler's work on one component in the form of its work on all of them."""
-
-        def compile_one(
-            parts: Parts, folder: Path, on_bytes: Callable[[int], None], options: CompileOptions
-        ) -> Compiled:
-            return self.compiler.compile_component(*parts[component], folder, on_bytes, options)
-
-        return compile_one
-
-    def _compiled(
-        self, name: str, plan: PrecisionPlan, components: Sequence[str], work: CompileProgram
-    ) -> None:
+    def _compiled(self, name: str, plan: PrecisionPlan, components: Sequence[str], app: App) -> None:
         """Trace, lower and check components in one stage; weights stream from the checkpoint.
 
         Progress counts each byte twice, as it is written and as it is hashed.
@@ -496,7 +484,7 @@ class ExportStages:
                 longest = self.source.config.decoder.max_positions
                 return activation_growth(Workload(traced[component]), self.backend, longest)
 
-            compiled = work(parts, folder, on_bytes, self.options)
+            compiled = compile_parts(self.compiler, app, parts, folder, on_bytes, self.options)
             audited = self.audits and audit_written(self.compiler, name, compiled, parts, self.options)
             engine = compiled.engine
             artifacts = [

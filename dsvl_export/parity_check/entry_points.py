@@ -8,12 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from dsvl_export.compilers import App
+from dsvl_export.compilers.protocol import App
 from dsvl_export.parity_check.quantization_error import Noise
 from dsvl_export.parity_check.result import ParityResult
 from dsvl_export.parity_check.settings import settings_faults
 from dsvl_export.parity_check.stages import STEPS, Goldens
 from dsvl_export.version import __version__
+from runtimes.backends.capabilities import ProvidesEntryPoints
 from runtimes.backends.executorch_tokenizer import describe_differences, tokenizer_differences
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import TOKENIZER, Bundle
@@ -58,10 +59,12 @@ def judge_entry_points(
     rung.passed()
     for fault in settings_faults(bundle, live):
         rung.fail(fault)
-    module = load_backend(result.backend)
-    make: Callable[[Chain, int], EntryPoints] = getattr(module, "entry_points", lambda *_: EntryPoints())
-    artifact = bundle.artifact("decoder", result.backend, result.precision)
-    found = make(chain, artifact.capacity or bundle.manifest.default_capacity)
+    backend = load_backend(result.backend)
+    capacity = bundle.artifact("decoder", result.backend, result.precision).capacity
+    capacity = capacity or bundle.manifest.default_capacity
+    found = EntryPoints()
+    if isinstance(backend, ProvidesEntryPoints):
+        found = backend.entry_points(chain, capacity)
     golden, index = goldens.load(0, checkpoint), goldens.numbers[0]
 
     def judge(name: str, stage: str, array: np.ndarray, expected: np.ndarray, same: bool = False) -> None:

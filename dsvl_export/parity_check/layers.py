@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsvl_export.compilers import load_compiler
+from dsvl_export.compilers.protocol import RunsLayers
+from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.parity_check.localization import debug_folder
 from dsvl_export.parity_check.result import ParityResult, Rung
 from dsvl_export.parity_check.tolerances import Tolerance
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from reference.model.deepseek_vl import DeepSeekVL
 
 RUNG = "layers"
-RunLayers = Callable[..., dict[str, np.ndarray]]  # docs/adding-a-backend.md has its arguments
 OUTPUTS, COMPONENTS = "outputs", "components"  # tables of the files: of layers, and of whole components
 INPUTS = "layers/inputs/inputs.safetensors"
 ARTIFACTS = (".onnx", Path(SPECIFICATION).name)  # how files that hold a program end
@@ -121,13 +121,13 @@ def judge_layers(
     given, exact = _read_inputs(bundle.path(INPUTS), digest)
     expected = load_tables(bundle.path(path), digest) if path in manifest.files else exact
     try:
-        run, reason = _layer_runner(result)
-        if run is None:
+        compiler, reason = _layer_compiler(result)
+        if compiler is None:
             _judge_components(chain, given, expected[COMPONENTS], exact[COMPONENTS], base, result)
             rung.detail = rung.detail or f"components as a whole: {reason}"
         else:
             tables = (expected[OUTPUTS], exact[OUTPUTS])
-            _judge_each(bundle, chain, run, given, *tables, base, result, options, on_step)
+            _judge_each(bundle, chain, compiler, given, *tables, base, result, options, on_step)
     except KeyError as error:
         raise UserError(
             f"The layer goldens of {bundle.folder} do not fit its contracts: {error} is missing;"
@@ -135,16 +135,16 @@ def judge_layers(
         ) from error
 
 
-def _layer_runner(result: ParityResult) -> tuple[RunLayers | None, str]:
-    """What runs single layers of a backend; None with the reason where they cannot be run here."""
+def _layer_compiler(result: ParityResult) -> tuple[RunsLayers | None, str]:
+    """The compiler that runs single layers of a backend; None and the reason if none can be run here."""
     try:
-        run = getattr(load_compiler(result.backend), "run_layers", None)
+        compiler = load_compiler(result.backend)
     except UserError as error:
         return None, str(error).rstrip(".")
     simulated = result.execution.kind == "simulated" or result.backend in ("onnxruntime", "coreml")
-    if run is None or not simulated:
+    if not isinstance(compiler, RunsLayers) or not simulated:
         return None, f"layers of {result.backend} cannot be run one by one here"
-    return run, ""
+    return compiler, ""
 
 
 def _judge_components(
@@ -172,7 +172,7 @@ def _judge_components(
 def _judge_each(
     bundle: Bundle,
     chain: Chain,
-    run: RunLayers,
+    compiler: RunsLayers,
     given: LayerInputs,
     expected: Table,
     exact: Table,
@@ -190,7 +190,7 @@ def _judge_each(
         files = bundle.artifact(component, result.backend, result.precision).files
         for artifact in (bundle.path(file) for file in files if file.endswith(ARTIFACTS)):
             try:
-                found = _run_layers(bundle, run, artifact, contracts[component], given, options)
+                found = _run_layers(bundle, compiler, artifact, contracts[component], given, options)
             except (UserError, OSError) as error:
                 skipped.append(f"no build of single layers: {str(error).rstrip('.')}")
                 continue
@@ -224,7 +224,7 @@ def median_row_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def _run_layers(
     bundle: Bundle,
-    run: RunLayers,
+    compiler: RunsLayers,
     artifact: Path,
     contract: Contract,
     given: LayerInputs,
@@ -240,5 +240,6 @@ def _run_layers(
         inputs["logit_rows"] = np.arange(count)
         inputs |= {spec.name: spec.allocate(sizes) for spec in contract.states}
     with debug_folder(bundle) as folder:
-        found = run(artifact, contract, inputs, given.taps[component], Path(folder), options)
+        taps = given.taps[component]
+        found = compiler.run_layers(artifact, contract, inputs, taps, Path(folder), options)
     return {spec.name: sample_rows(found[spec.name]) for spec in contract.taps}

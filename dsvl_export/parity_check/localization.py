@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsvl_export.compilers import load_compiler
+from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.parity_check.quantization_error import Noise
 from dsvl_export.parity_check.result import Drift, ParityResult, TapError
 from dsvl_export.parity_check.stages import Goldens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from dsvl_export.compilers import EXTRAS, compiler_names, load_compiler
+from dsvl_export.compilers.registry import EXTRAS, compiler_names, load_compiler
 from dsvl_export.targets.defects import Defect, load_defects
 from dsvl_export.targets.machine import describe_machine, package_versions
 from dsvl_export.targets.targets import load_targets

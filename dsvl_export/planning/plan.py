@@ -14,8 +14,8 @@ from typing import Any
 from calibration.precision_plan import FLOAT, PrecisionPlan, component_layers, load_precision
 from calibration.quantized_program import trace_planned
 from calibration.sensitivity import weight_bytes
-from dsvl_export.compilers import load_compiler
 from dsvl_export.compilers.precisions import check_request, kinds_of, plan_for
+from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.planning.workload import Workload, activations
 from dsvl_export.targets.options import CompileOptions
 from dsvl_export.targets.targets import LISTED_BITS, WEIGHT_BITS, Target

@@ -9,7 +9,7 @@ import pytest
 import tomllib
 from packaging.requirements import Requirement
 
-from dsvl_export.compilers import BUILT_IN, EXTRAS
+from dsvl_export.compilers.registry import BUILT_IN, EXTRAS
 from runtimes import installation
 from runtimes.installation import ON_JETSON, PACKAGES, install_command
 

@@ -17,10 +17,10 @@ from torch.fx import Graph
 from calibration.precision_plan import LayerPrecision
 from calibration.quantized_program import quantize_weight
 from calibration.quantized_weights import find_weight_scale
-from dsvl_export.compilers import App, Parts
 from dsvl_export.compilers.executorch_program import quiet
 from dsvl_export.compilers.executorch_program.delegates import encoder_partitioner
 from dsvl_export.compilers.executorch_program.lower import BOUNDARIES, Method, method
+from dsvl_export.compilers.protocol import App, Parts
 from runtimes.backends.executorch import DIALECT, METHODS, TOKEN_EMBEDDING, largest_chunk, program_constants
 from runtimes.errors import UserError, first_line
 

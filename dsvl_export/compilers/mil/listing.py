@@ -6,7 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dsvl_export.compilers import App
+from dsvl_export.compilers.protocol import App
 from dsvl_export.version import __version__
 from runtimes.backends.mil.package import CHUNK, EXTEND, IMAGE, PREFILL
 from runtimes.backends.static_shape import DECODE

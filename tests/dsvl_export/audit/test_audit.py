@@ -18,13 +18,13 @@ from calibration.quantized_program import trace_planned
 from dsvl_export.audit import Audit, AuditedPart, audit
 from dsvl_export.audit.onnx_file import compare_onnx
 from dsvl_export.audit.remade import compare_remade
-from dsvl_export.compilers import Compiled
 from dsvl_export.compilers.onnx import writer
 from dsvl_export.compilers.onnx.builder import Graph
 from dsvl_export.compilers.onnx.dialect_ort import OrtDialect
 from dsvl_export.compilers.onnx.lower import lower
 from dsvl_export.compilers.onnx.writer import write_model
 from dsvl_export.compilers.precisions import planned_weights
+from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
 from reference.checkpoint.checkpoint import open_checkpoint

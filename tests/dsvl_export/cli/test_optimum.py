@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsvl_export.compilers import load_compiler
+from dsvl_export.compilers.registry import load_compiler
 from runtimes.backends.registry import BUILT_IN
 from runtimes.bundle.bundle import Bundle
 from tests.dsvl_export.cli.command_line import optimum, refused

@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 
 from dsvl_export import export, parity
-from dsvl_export.compilers import check_options
+from dsvl_export.compilers.registry import check_options
 from dsvl_export.exporter.stages import ExportProgress
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.parity_check.report.record import record_verdict

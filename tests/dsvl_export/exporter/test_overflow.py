@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration.precision_plan import PrecisionPlan, load_precision
-from dsvl_export.compilers import load_compiler
+from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.exporter.export import export
 from dsvl_export.exporter.overflow import overflow_remedy
 from runtimes.bundle.bundle import Bundle

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calibration.precision_plan import based_recipes, recipe_names
-from dsvl_export.compilers import compiler_names
+from dsvl_export.compilers.registry import compiler_names
 from dsvl_export.exporter.export import export
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.planning.plan import Planner, Request
