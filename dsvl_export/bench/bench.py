@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from dsvl_export.targets.machine import describe_machine, package_versions, read_bandwidth, timed
+from dsvl_export.targets.targets import find_target, measured
+from reference.model.config import ModelConfig
 from runtimes.backends.onnxruntime import prefill_file
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
@@ -293,9 +295,7 @@ def _predicted(
 ) -> dict[str, Any] | str:
     """What ``plan`` says of this machine."""
     try:
-        from dsvl_export.planning.plan import Planner, Request
-        from dsvl_export.targets.targets import find_target, measured
-        from reference.model.config import ModelConfig
+        from dsvl_export.planning.plan import Planner, Request  # deferred: imports torch and onnx
     except ImportError as error:
         return f"a prediction needs {error.name}; run: {install_command(error.name or 'torch')}"
     tokens = prompt - bundle.manifest.prompt.image_tokens

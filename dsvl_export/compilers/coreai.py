@@ -52,8 +52,7 @@ def compile_component(
     Raises:
         UserError: Core AI refuses the program.
     """
-    # Here, so that its absence is named when a compiler is asked for, and its weight is not felt before.
-    from dsvl_export.compilers.coreai_asset.asset import write_asset
+    from dsvl_export.compilers.coreai_asset.asset import write_asset  # deferred: imports coreai_torch
 
     asset = write_asset(folder, traced, load, options.capacity)
     files = sorted(file for file in asset.rglob("*") if file.is_file() and file.name != PROGRAM)
@@ -66,7 +65,7 @@ def compile_component(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    from dsvl_export.compilers.lowering import parameter_bytes
+    from dsvl_export.compilers.lowering import parameter_bytes  # deferred: imports torch
 
     return parameter_bytes(traced)
 

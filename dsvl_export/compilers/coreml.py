@@ -12,6 +12,7 @@ from dsvl_export.compilers.deployment import check_deployment
 from dsvl_export.compilers.mil.check import check_package
 from dsvl_export.compilers.mil.debug import debug_build
 from dsvl_export.compilers.mil.layers import run_layers
+from dsvl_export.compilers.mil.listing import FILE, listing
 from dsvl_export.compilers.protocol import App, Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.mil.package import package_files
@@ -53,7 +54,7 @@ def compile_component(
     Raises:
         ValueError: the written package breaks the contract.
     """
-    # Here, so that a debug build needs no torch.
+    # Deferred: imports torch, which a debug build does without, and coremltools.
     from dsvl_export.compilers.mil.context import Weights
     from dsvl_export.compilers.mil.functions import build_functions
     from dsvl_export.compilers.mil.package import write_package
@@ -70,12 +71,10 @@ def compile_component(
 
 def write_listing(folder: Path, app: App) -> None:
     """The decode loop in Swift."""
-    from dsvl_export.compilers.mil.listing import FILE, listing
-
     (folder / FILE).write_text(listing(app), encoding="utf-8")
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    from dsvl_export.compilers.lowering import parameter_bytes
+    from dsvl_export.compilers.lowering import parameter_bytes  # deferred: imports torch
 
     return parameter_bytes(traced)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from calibration.precision_plan import component_layers
+from dsvl_export.compilers.executorch_program import quiet
+from dsvl_export.compilers.lowering import parameter_bytes
 from dsvl_export.compilers.protocol import App, Compiled, Parts
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.executorch import DIALECT, SUFFIX, load_program
@@ -81,9 +83,7 @@ def compile_program(
     Raises:
         UserError: ExecuTorch refuses a program.
     """
-    from dsvl_export.compilers.executorch_program import quiet
-
-    with quiet():  # imported here, so that its weight is not felt before
+    with quiet():  # deferred: imports executorch and torchao
         from dsvl_export.compilers.executorch_program.program import write_program
         from dsvl_export.compilers.executorch_program.tokenizer import write_runner_tokenizer
 
@@ -102,8 +102,6 @@ def compile_program(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    from dsvl_export.compilers.lowering import parameter_bytes
-
     return parameter_bytes(traced)
 
 

@@ -12,6 +12,7 @@ import onnxruntime
 from dsvl_export.compilers.onnx import debug, layers
 from dsvl_export.compilers.onnx.check import check_file
 from dsvl_export.compilers.onnx.release import needed_release
+from dsvl_export.compilers.onnx.writer import Places, weight_bytes, write_model
 from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.onnxruntime import ORT, ORT_TOKENS, prefill_file
@@ -45,7 +46,7 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
         UserError: the base is another, there is no second decoder to leave out, or the installed ONNX Runtime
             is too old to load what would be written.
     """
-    from calibration.precision_plan import component_layers  # here, as a debug build needs no torch
+    from calibration.precision_plan import component_layers  # deferred: imports torch
 
     two_decoders = False
     for plan in plans:
@@ -92,9 +93,7 @@ def compile_component(
         ValueError: the written file breaks the contract or a rule of quantization.
         UserError: ONNX Runtime has no kernel for the decoder's head size.
     """
-    # Here, so that a debug build needs no torch.
-    from dsvl_export.compilers.onnx.quantization import TOKENS
-    from dsvl_export.compilers.onnx.writer import Places, write_model
+    from dsvl_export.compilers.onnx.quantization import TOKENS  # deferred: imports torch
 
     written: list[Path] = []
     places: Places = {}
@@ -114,8 +113,7 @@ def compile_component(
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
     """Weights and graphs; alignment and protobuf's own bytes per weight are left out."""
-    from dsvl_export.compilers.lowering import without_weights
-    from dsvl_export.compilers.onnx.writer import weight_bytes
+    from dsvl_export.compilers.lowering import without_weights  # deferred: imports torch
 
     made = graphs(traced, without_weights, options)
     return weight_bytes(made) + sum(graph.model().ByteSize() for graph in made)
@@ -134,6 +132,7 @@ run_layers = layers.run_layers
 
 def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
     """The component's graph, and that for prompts where there is one."""
+    # Deferred: imports torch, which a debug build does without.
     from dsvl_export.compilers.onnx.dialect_ort import OrtDialect, OrtPrefillDialect
     from dsvl_export.compilers.onnx.lower import lower
     from dsvl_export.compilers.onnx.quantization import FOUR_BIT, TOKENS

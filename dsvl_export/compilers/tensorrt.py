@@ -15,6 +15,7 @@ from dsvl_export.compilers.onnx.check import check_file
 from dsvl_export.compilers.onnx.debug import debug_build
 from dsvl_export.compilers.onnx.layers import run_layers
 from dsvl_export.compilers.onnx.release import needed_release
+from dsvl_export.compilers.onnx.writer import write_model
 from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.lint import Release, refuse
 from dsvl_export.targets.options import CompileOptions
@@ -44,6 +45,7 @@ def settings(options: CompileOptions) -> dict[str, Any]:
 
 
 def make_dialect(name: str, traced: TracedComponent) -> Dialect:
+    # Deferred: imports torch, which a debug build does without.
     from dsvl_export.compilers.onnx.dialect_trt10 import Trt10Dialect
     from dsvl_export.compilers.onnx.dialect_trt11 import Trt11Dialect
 
@@ -78,9 +80,6 @@ def write_onnx(
     dialect: str,
 ) -> list[Path]:
     """Lower, write and check a component's ONNX file."""
-    # Here, so that a debug build needs no torch.
-    from dsvl_export.compilers.onnx.writer import write_model
-
     file = folder / f"{traced.contract.component}.onnx"
     files = write_model(lower_for(dialect, traced, load), file, on_bytes)
     check_file(file, traced.contract, make_dialect(dialect, traced).state_output)
@@ -94,7 +93,7 @@ def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: Comp
 
 def lower_for(dialect: str, traced: TracedComponent, load: Callable[[str], Tensor]) -> Graph:
     """The component's graph in a dialect."""
-    from dsvl_export.compilers.onnx.lower import lower
+    from dsvl_export.compilers.onnx.lower import lower  # deferred: imports torch
 
     return lower(traced, load, make_dialect(dialect, traced))
 
@@ -105,7 +104,7 @@ def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
 
 def onnx_bytes(traced: TracedComponent, dialect: str) -> int:
     """Weights and graph of the ONNX file; an engine is about as large once more."""
-    from dsvl_export.compilers.lowering import without_weights
+    from dsvl_export.compilers.lowering import without_weights  # deferred: imports torch
 
     graph = lower_for(dialect, traced, without_weights)
     return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()

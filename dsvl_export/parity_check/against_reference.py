@@ -153,6 +153,7 @@ def weakest(executions: Iterable[Execution]) -> Execution:
 
 def _record_live(bundle: Bundle, live: str, precision: str, folder: Path, on_step: OnStep) -> Recorded:
     """Goldens and noise computed now from the checkpoint, its token embeddings included."""
+    # Deferred: imports torch.
     from dsvl_export.compilers.precisions import planned_weights
     from reference.checkpoint.checkpoint import open_checkpoint
     from reference.goldens.record import record_long_reference, record_reference, reference_texts
@@ -184,6 +185,7 @@ def _baseline(
 ) -> tuple[str, TaskScore] | None:
     """Whose fp32 answers the task is held against, and their score."""
     if live:
+        # Deferred: imports torch.
         from reference.checkpoint.checkpoint import open_checkpoint
         from reference.session import reference_chain
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dsvl_export.compilers.mil.listing import FILE, listing
 from dsvl_export.compilers.protocol import App
 from dsvl_export.parity_check.quantization_error import Noise
 from dsvl_export.parity_check.result import ParityResult
@@ -141,8 +142,6 @@ def _judge_token_embeddings(
 
 def _listing_faults(bundle: Bundle, result: ParityResult) -> Iterator[str]:
     """Where the listing of source code is not what this release writes for the bundle."""
-    from dsvl_export.compilers.mil.listing import FILE, listing
-
     manifest = bundle.manifest
     path = f"{result.backend}/{result.precision}/listing/{FILE}"
     if path not in manifest.files:

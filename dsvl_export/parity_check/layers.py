@@ -22,7 +22,7 @@ from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens.golden import relative_rms
+from runtimes.goldens.golden import load_golden, relative_rms
 from runtimes.goldens.layers import (
     STATELESS,
     LayerInputs,
@@ -53,11 +53,11 @@ def outputs_file(precision: str) -> str:
 
 def record_inputs(source: Checkpoint, embedding_file: Path, golden: Path, file: Path) -> None:
     """Write what layers are handed, and what the fp32 reference's layers make of it."""
+    # Deferred: imports torch.
     import torch
 
     from reference.goldens.layers import record_layer_inputs
     from reference.session import reference_chain
-    from runtimes.goldens.golden import load_golden
 
     model = source.model()
     chain = reference_chain(source, embedding_file, model)
@@ -68,6 +68,7 @@ def record_inputs(source: Checkpoint, embedding_file: Path, golden: Path, file: 
 
 def record_outputs(weights: QuantizedWeights, inputs: Path, file: Path) -> None:
     """Write what the layers of a precision make of the recorded inputs."""
+    # Deferred: imports torch.
     from calibration.planned_model import planned_model
     from reference.trace import PRECISION_DTYPES
 
@@ -81,7 +82,7 @@ def _outputs(
     model: DeepSeekVL, source: Checkpoint, given: LayerInputs, base: torch.dtype, kv_cache: str = "float"
 ) -> dict[str, Table]:
     """What a model's layers and whole components make of the inputs."""
-    from reference.goldens.layers import component_outputs, layer_outputs
+    from reference.goldens.layers import component_outputs, layer_outputs  # deferred: imports torch
 
     return {
         OUTPUTS: layer_outputs(model, source.config, given, base, kv_cache),

@@ -111,7 +111,7 @@ def measure_noise(
     Raises:
         OverflowVerdict: the plan computes NaN or infinity; the layer and the golden are named.
     """
-    from calibration.planned_model import planned_chain
+    from calibration.planned_model import planned_chain  # deferred: imports torch
 
     chain = planned_chain(weights, embedding_file, tapped=True)
     found = _recorded(journal) if journal else []
@@ -158,7 +158,7 @@ def measure_long_golden(
     Raises:
         OverflowVerdict: it is NaN or infinity; the layer is named.
     """
-    from calibration.planned_model import planned_chain
+    from calibration.planned_model import planned_chain  # deferred: imports torch
 
     chain = planned_chain(weights, embedding_file)
     found = record_long_golden(chain, golden.tokens, golden.checkpoint, golden.capacity)

@@ -22,6 +22,7 @@ def settings_faults(bundle: Bundle, live: str | None) -> Iterator[str]:
     """
     path = f"goldens/{SETTINGS}"
     if live:
+        # Deferred: imports torch.
         from reference.checkpoint.checkpoint import open_checkpoint
         from reference.checkpoint.specs import reference_settings
 

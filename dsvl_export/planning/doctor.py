@@ -52,7 +52,7 @@ def _compile(backend: str) -> dict[str, Any]:
             "able": False,
             "missing": f"Exporting needs torch; run: pip install 'dsvl-export[{extras}]'.",
         }
-    from dsvl_export.compilers.precisions import shipped_precisions  # here, as it imports torch
+    from dsvl_export.compilers.precisions import shipped_precisions  # deferred: imports torch
 
     return {"able": True, "precisions": shipped_precisions(compiler)}
 

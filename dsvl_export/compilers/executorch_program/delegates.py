@@ -20,6 +20,7 @@ def encoder_partitioner(delegate: str, dtype: torch.dtype) -> Any:
     if delegate == "coreml":
         return _coreml(dtype)
     if delegate == "vulkan":
+        # Deferred, like Core ML's below: only the chosen delegate is imported.
         from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
 
         return VulkanPartitioner()

@@ -34,6 +34,7 @@ def write_report(bundle: Bundle, result: ParityResult, folder: Path, name: str, 
         write_json(file, document)
         page = folder / f"{name}.html"
         try:
+            # Deferred: imports jinja2 and matplotlib, which are optional.
             from dsvl_export.parity_check.report.html import render
         except ImportError:
             page.unlink(missing_ok=True)  # of an earlier verdict
