@@ -49,7 +49,7 @@ def build(bundle: Path, precision: str, component: str, sm: int) -> dict[str, in
     """One engine of TensorRT-RTX."""
     import tensorrt_rtx
 
-    from dsvl_export.compilers.engines.building import EngineSettings, build_engine
+    from dsvl_export.compilers.engines.build import EngineSettings, build_engine
     from runtimes.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)

@@ -45,7 +45,7 @@ def lint(
     Example: dsvl-export lint model.onnx --target jetson-orin
     """
     from dsvl_export.cli import display
-    from dsvl_export.lint.bundles import lint_path, summary
+    from dsvl_export.lint.bundles import lint_path, summarize_findings
 
     found = lint_path(path, tensorrt, target, sm)
     if as_json:
@@ -57,7 +57,7 @@ def lint(
             for finding in findings:
                 word = "" if finding.harmful else f"{finding.effect}: "
                 say(f"{file}: {word}{finding}")
-        print(summary(found))
+        print(summarize_findings(found))
     checked = [findings for findings in found.values() if all(finding.checked for finding in findings)]
     if any(finding.harmful for findings in checked for finding in findings):
         raise typer.Exit(1)
@@ -115,7 +115,7 @@ def build_engine(
     Example: dsvl-export build-engine tiny-bundle --timing-cache jetson.timing
     """
     from dsvl_export.cli import display
-    from dsvl_export.compilers.engines.building import EngineSettings
+    from dsvl_export.compilers.engines.build import EngineSettings
     from dsvl_export.exporter.on_device import build_engines, longest_golden
     from dsvl_export.exporter.staging import Staging
     from runtimes.bundle.bundle import Bundle

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from dsvl_export.compilers.lowering import Constant, LoadParameter, ProgramLowering, fake
+from dsvl_export.compilers.lowering import Constant, LoadParameter, ProgramLowering, fake_tensor
 from reference.model.operators import cached_attention
 from reference.trace import TracedComponent
 from runtimes.bundle.contracts import TensorSpec
@@ -29,7 +29,7 @@ class AtenLowering(ProgramLowering):
 
     Args:
         sizes: of the contract's named dims.
-        form: what the program is for, in messages.
+        target_format: what the program is for, in messages.
         tensors: weights and constants by name, which other programs of the component have made or will use.
     """
 
@@ -40,11 +40,11 @@ class AtenLowering(ProgramLowering):
         sizes: Mapping[str, int],
         table: Mapping[Any, Lower],
         boundaries: frozenset[Any],
-        form: str,
+        target_format: str,
         tensors: dict[str, Tensor],
     ) -> None:
         super().__init__(traced, load, {**TABLE, **table}, boundaries)
-        self.form, self.graph, self.root = form, Graph(), nn.Module()
+        self.target_format, self.graph, self.root = target_format, Graph(), nn.Module()
         self._sizes, self._tensors = sizes, tensors
         self._buffers: dict[str, Node] = {}
 
@@ -61,7 +61,7 @@ class AtenLowering(ProgramLowering):
         shape = [dim if isinstance(dim, int) else self._sizes[dim] for dim in spec.shape]
         return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 
-    def spelled(self, name: str) -> str:
+    def sanitize_name(self, name: str) -> str:
         return name.replace(".", "_").replace("/", "_")
 
     def buffer(self, name: str, load: Callable[[], Tensor]) -> Node:
@@ -73,7 +73,7 @@ class AtenLowering(ProgramLowering):
         return self._buffers[name]
 
     def _registered(self, name: str, tensor: Tensor) -> Node:
-        target = self.unique(name)
+        target = self.unique_name(name)
         self.root.register_buffer(target, tensor)
         return self.graph.get_attr(target)
 
@@ -84,12 +84,12 @@ class AtenLowering(ProgramLowering):
     def call(self, target: Any, *args: Any) -> Node:
         return self.graph.call_function(target, args)
 
-    def other(self, node: Node) -> Any:
+    def lower_unlisted(self, node: Node) -> Any:
         """The same operator on the new values."""
         args, kwargs = (torch.fx.map_arg(given, self.value) for given in (node.args, node.kwargs))
         out = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-        if isinstance(fake(node), (list, tuple)):
-            return [self.call(operator.getitem, out, index) for index in range(len(fake(node)))]
+        if isinstance(fake_tensor(node), (list, tuple)):
+            return [self.call(operator.getitem, out, index) for index in range(len(fake_tensor(node)))]
         return out
 
 
@@ -106,7 +106,7 @@ def fixed_program(
     traced: TracedComponent,
     load: LoadParameter,
     sizes: Mapping[str, int],
-    form: str,
+    target_format: str,
     table: Mapping[Any, Lower],
     boundaries: frozenset[Any],
     tensors: dict[str, Tensor],
@@ -118,7 +118,7 @@ def fixed_program(
     Raises:
         NotImplementedError: a quantized operator that the table lacks.
     """
-    lowering = AtenLowering(traced, load, sizes, table, boundaries, form, tensors)
+    lowering = AtenLowering(traced, load, sizes, table, boundaries, target_format, tensors)
     lowering.lower_program()
     module = GraphModule(lowering.root, lowering.graph).eval()
     examples = tuple(map(lowering.example, traced.contract.inputs))

@@ -12,7 +12,7 @@ from dsvl_export.compilers.deployment import check_deployment
 from dsvl_export.compilers.mil.check import check_package
 from dsvl_export.compilers.mil.debug import debug_build
 from dsvl_export.compilers.mil.layers import run_layers
-from dsvl_export.compilers.mil.listing import FILE, listing
+from dsvl_export.compilers.mil.listing import FILE, render_listing
 from dsvl_export.compilers.protocol import App, Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.mil.package import package_files
@@ -71,7 +71,7 @@ def compile_component(
 
 def write_listing(folder: Path, app: App) -> None:
     """The decode loop in Swift."""
-    (folder / FILE).write_text(listing(app), encoding="utf-8")
+    (folder / FILE).write_text(render_listing(app), encoding="utf-8")
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:

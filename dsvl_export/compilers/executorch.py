@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from calibration.precision_plan import component_layers
-from dsvl_export.compilers.executorch_program import quiet
+from dsvl_export.compilers.executorch_program import suppress_warnings
 from dsvl_export.compilers.lowering import parameter_bytes
 from dsvl_export.compilers.protocol import App, Compiled, Parts
 from dsvl_export.targets.options import CompileOptions
@@ -37,7 +37,7 @@ DELEGATES = (DIALECT, "coreml", "vulkan")
 MIN_CAPACITY = 3  # torch.export makes a fixed length of 2 of the range from 1 to 2
 
 
-def delegate_of(options: CompileOptions) -> str:
+def find_delegate(options: CompileOptions) -> str:
     delegate = options.delegate or DIALECT
     if delegate not in DELEGATES:
         raise UserError(f"ExecuTorch has no delegate {delegate!r} here; it has {', '.join(DELEGATES)}.")
@@ -50,7 +50,7 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
     Raises:
         UserError: names the first layer that a plan quantizes, or the smallest capacity.
     """
-    delegate = delegate_of(options)
+    delegate = find_delegate(options)
     if options.capacity < MIN_CAPACITY:
         raise UserError(
             f"ExecuTorch's programs need a --capacity of at least {MIN_CAPACITY} tokens, got"
@@ -67,7 +67,7 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    target, delegate = options.target_name(TARGET), delegate_of(options)
+    target, delegate = options.target_name(TARGET), find_delegate(options)
     return {"capacity": options.capacity, "target": target, "delegate": delegate}
 
 
@@ -83,12 +83,12 @@ def compile_program(
     Raises:
         UserError: ExecuTorch refuses a program.
     """
-    with quiet():  # deferred: imports executorch and torchao
+    with suppress_warnings():  # deferred: imports executorch and torchao
         from dsvl_export.compilers.executorch_program.program import write_program
         from dsvl_export.compilers.executorch_program.tokenizer import write_runner_tokenizer
 
     file = folder / f"model{SUFFIX}"
-    delegate = delegate_of(options)
+    delegate = find_delegate(options)
     pieces = write_program(file, parts, app, delegate)
     on_bytes(file.stat().st_size)
     load_program(file)

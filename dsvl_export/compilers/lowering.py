@@ -74,7 +74,7 @@ class ProgramLowering(ABC):
         boundaries: operators that are never evaluated, though all they read is known.
     """
 
-    form: str  # what programs are lowered to, for messages
+    target_format: str  # what programs are lowered to, for messages
 
     def __init__(
         self,
@@ -98,13 +98,13 @@ class ProgramLowering(ABC):
     def bind_outputs(self, sources: list[Node]) -> None:
         """Give the values of these nodes, one for each output of the contract, to the outside."""
 
-    def spelled(self, name: str) -> str:
+    def sanitize_name(self, name: str) -> str:
         """A name in the letters that the target allows."""
         return name
 
-    def unique(self, name: str) -> str:
+    def unique_name(self, name: str) -> str:
         """A name that nothing else has: ``name``, or ``name_2`` and so on where it is taken."""
-        name = candidate = self.spelled(name)
+        name = candidate = self.sanitize_name(name)
         count = 1
         while candidate in self._names:
             count += 1
@@ -135,7 +135,7 @@ class ProgramLowering(ABC):
             if spec.kind == InputKind.USER_INPUT:
                 self._values[node] = self.bind_input(next(user_specs), node)
             elif spec.kind == InputKind.PARAMETER:
-                dtype = fake(node).dtype
+                dtype = fake_tensor(node).dtype
                 self._values[node] = Constant(spec.target, _load_as(self._load, spec.target, dtype))
             else:
                 value = program.constants[spec.target]
@@ -150,16 +150,16 @@ class ProgramLowering(ABC):
         elif node.target not in self._boundaries and all(
             isinstance(self._values[source], Constant) for source in node.all_input_nodes
         ):
-            name = self.unique(f"{self.name(node)}_folded")
+            name = self.unique_name(f"{self.name(node)}_folded")
             self._values[node] = Constant(name, lambda: self._evaluate(node))
         elif node.target in self._table:
             self._values[node] = self._table[node.target](self, node)
         else:
-            self._values[node] = self.other(node)
+            self._values[node] = self.lower_unlisted(node)
 
-    def other(self, node: Node) -> Any:
+    def lower_unlisted(self, node: Node) -> Any:
         """What the table lacks."""
-        raise NotImplementedError(f"no {self.form} lowering for {node.target} ({self.name(node)})")
+        raise NotImplementedError(f"no {self.target_format} lowering for {node.target} ({self.name(node)})")
 
     def _evaluate(self, node: Node) -> Tensor:
         args: Any = torch.fx.map_arg(node.args, lambda source: self._values[source].load())
@@ -185,21 +185,22 @@ class ProgramLowering(ABC):
     def channel_weight(self, node: Node, codes: np.dtype[Any]) -> QuantizedWeight:
         """The weight of a dequantize operator with a scale per output channel."""
         source, scale = arguments(node)[:2]
-        shape = tuple(static(fake(source).shape))
+        shape = tuple(static_shape(fake_tensor(source).shape))
         return QuantizedWeight(self.constant(source), self.constant(scale), shape, 8, codes)
 
     def group_weight(self, node: Node) -> QuantizedWeight:
         """The weight of a dequantize operator with a scale for each group of inputs, in 4 bits."""
         source, scale = arguments(node)[:2]
-        shape = tuple(static(fake(source).shape))
-        group = shape[1] // int(fake(scale).shape[1])
+        shape = tuple(static_shape(fake_tensor(source).shape))
+        group = shape[1] // int(fake_tensor(scale).shape[1])
         codes = np.dtype("int4")
         return QuantizedWeight(self.constant(source), self.constant(scale), shape, 4, codes, group)
 
     def palette_weight(self, node: Node) -> PaletteWeight:
         """The weight of a dequantize operator with palettes."""
         codes, palettes = arguments(node)[:2]
-        shape, (groups, entries) = tuple(static(fake(codes).shape)), static(fake(palettes).shape)
+        shape = tuple(static_shape(fake_tensor(codes).shape))
+        groups, entries = static_shape(fake_tensor(palettes).shape)
         return PaletteWeight(self.constant(codes), self.constant(palettes), shape, (groups, entries))
 
     def name(self, node: Node) -> str:
@@ -221,7 +222,7 @@ def arguments(node: Node, *defaults: Any) -> list[Any]:
 
 def swapped_axes(node: Node) -> list[int]:
     """The permutation that a transpose of two axes is."""
-    order = list(range(fake(node).dim()))
+    order = list(range(fake_tensor(node).dim()))
     _, first, second = arguments(node)
     order[first], order[second] = order[second], order[first]
     return order
@@ -233,7 +234,7 @@ def permuted_axes(node: Node) -> list[int]:
     return [axis % len(order) for axis in order]
 
 
-def fake(source: Any) -> Any:
+def fake_tensor(source: Any) -> Any:
     """The fake tensor of a node: its shape and dtype."""
     return source.meta["val"]
 
@@ -273,7 +274,8 @@ def parameter_bytes(traced: TracedComponent) -> int:
     for node in traced.program.graph.nodes:
         if node.name in names:
             codes = [bits[user.target] for user in node.users if user.target in bits and user.args[0] is node]
-            total += fake(node).numel() * (codes[0] if codes else fake(node).dtype.itemsize * 8) // 8
+            tensor = fake_tensor(node)
+            total += tensor.numel() * (codes[0] if codes else tensor.dtype.itemsize * 8) // 8
     return total
 
 
@@ -285,5 +287,5 @@ def _load_as(load: LoadParameter, name: str, dtype: torch.dtype) -> Callable[[],
     return lambda: load(name).to(dtype)
 
 
-def static(shape: torch.Size) -> list[int]:
+def static_shape(shape: torch.Size) -> list[int]:
     return [int(size) for size in shape]

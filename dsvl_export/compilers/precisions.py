@@ -55,7 +55,7 @@ def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: Mo
         )
 
 
-def shipped_precisions(compiler: Compiler) -> list[str]:
+def supported_precisions(compiler: Compiler) -> list[str]:
     """What ``--precision`` takes by name for a backend, whatever the target."""
     names = []
     for name in (*PRECISION_DTYPES, *recipe_names()):
@@ -70,7 +70,7 @@ def shipped_precisions(compiler: Compiler) -> list[str]:
     return names
 
 
-def kinds_of(plan: PrecisionPlan, config: ModelConfig) -> list[str]:
+def required_precisions(plan: PrecisionPlan, config: ModelConfig) -> list[str]:
     """The precisions that a target must support for a plan, in the words of ``targets.yaml``."""
     layers = (layer for name in TRACED_COMPONENTS for layer in component_layers(config, name))
     families = dict.fromkeys(plan.of(layer).family for layer in layers)
@@ -93,7 +93,7 @@ def check_request(
     for plan in plans:
         check_plan(backend, compiler, plan, config)
         if options.target:
-            for kind in kinds_of(plan, config):
+            for kind in required_precisions(plan, config):
                 options.target.check(backend, kind)
     check_options(backend, compiler, options)
     compiler.settings(options)

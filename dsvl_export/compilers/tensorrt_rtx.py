@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import tensorrt_rtx
 
-from dsvl_export.compilers.engines.building import EngineSettings, build_engine
+from dsvl_export.compilers.engines.build import EngineSettings, build_engine
 from dsvl_export.compilers.onnx.debug import debug_build
 from dsvl_export.compilers.onnx.layers import run_layers
 from dsvl_export.compilers.onnx.release import needed_release

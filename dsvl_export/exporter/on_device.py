@@ -9,7 +9,7 @@ from types import ModuleType
 
 from packaging.version import Version
 
-from dsvl_export.compilers.engines.building import EngineSettings, build_engine
+from dsvl_export.compilers.engines.build import EngineSettings, build_engine
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.lint import Release, refuse
 from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu, import_cuda

@@ -54,7 +54,7 @@ def lint_path(
     return found
 
 
-def summary(found: Mapping[Path, Sequence[Finding]]) -> str:
+def summarize_findings(found: Mapping[Path, Sequence[Finding]]) -> str:
     """One sentence about all files; what was not checked is not counted as good."""
     checked = [findings for findings in found.values() if all(finding.checked for finding in findings)]
     broken = sum(any(finding.harmful for finding in findings) for findings in checked)

@@ -10,7 +10,7 @@ from onnx import NodeProto, TensorProto
 from packaging.version import Version
 
 from dsvl_export.lint.finding import Finding
-from dsvl_export.lint.view import GraphView, attributes_of, dtype_name, input_of
+from dsvl_export.lint.view import GraphView, dtype_name, input_name, node_attributes
 from runtimes.bundle.yaml_files import read_yaml
 
 TABLE = Path(__file__).parent / "operators.yaml"
@@ -79,7 +79,7 @@ def _missing(node: NodeProto, version: Version) -> Finding | None:
 
 def _shape_inputs(view: GraphView, node: NodeProto) -> Iterator[Finding]:
     for place in SHAPE_INPUTS.get(node.op_type, ()):
-        name = input_of(node, place)
+        name = input_name(node, place)
         if name in view.inputs:
             yield refused(
                 node,
@@ -90,8 +90,8 @@ def _shape_inputs(view: GraphView, node: NodeProto) -> Iterator[Finding]:
 
 
 def _attention(view: GraphView, node: NodeProto) -> Iterator[Finding]:
-    attributes, dtype = attributes_of(node), view.dtype(input_of(node, 0))
-    mask, shape = input_of(node, 3), view.shape(input_of(node, 0))
+    attributes, dtype = node_attributes(node), view.dtype(input_name(node, 0))
+    mask, shape = input_name(node, 3), view.shape(input_name(node, 0))
     if attributes.get("softcap", 0.0):
         yield refused(node, "attention-softcap", "Attention has no softcap", "write it in primitives")
     if mask and attributes.get("is_causal"):
@@ -101,11 +101,11 @@ def _attention(view: GraphView, node: NodeProto) -> Iterator[Finding]:
             "a mask and is_causal exclude each other",
             "put the causal part into the mask",
         )
-    if input_of(node, 4) or input_of(node, 5):
+    if input_name(node, 4) or input_name(node, 5):
         yield refused(
             node, "attention-past", "Attention takes no past keys and values", "keep them by TensorScatter"
         )
-    if input_of(node, 6):
+    if input_name(node, 6):
         yield Finding(
             node.name,
             "attention-lengths",
@@ -139,7 +139,7 @@ def _attention(view: GraphView, node: NodeProto) -> Iterator[Finding]:
 
 def _tensor_scatter(view: GraphView, node: NodeProto) -> Iterator[Finding]:
     """KVCacheUpdate's own rules."""
-    attributes, cache = attributes_of(node), input_of(node, 0)
+    attributes, cache = node_attributes(node), input_name(node, 0)
     shape, dtype = view.shape(cache), view.dtype(cache)
     axis = attributes.get("axis", -2)
     if shape and axis % len(shape) != len(shape) - 2:
@@ -177,7 +177,7 @@ def _tensor_scatter(view: GraphView, node: NodeProto) -> Iterator[Finding]:
 
 
 def _resize(view: GraphView, node: NodeProto) -> Iterator[Finding]:
-    if attributes_of(node).get("antialias"):
+    if node_attributes(node).get("antialias"):
         yield refused(
             node,
             "antialias",
@@ -187,23 +187,23 @@ def _resize(view: GraphView, node: NodeProto) -> Iterator[Finding]:
 
 
 def _scatter_nd(view: GraphView, node: NodeProto) -> Iterator[Finding]:
-    kind = attributes_of(node).get("reduction", b"none")
+    kind = node_attributes(node).get("reduction", b"none")
     if kind not in (b"none", "none"):
         yield refused(node, "scatter-reduction", "ScatterND reduces nothing", "add by ScatterElements")
 
 
 def _batch_normalization(view: GraphView, node: NodeProto) -> Iterator[Finding]:
-    if attributes_of(node).get("training_mode"):
+    if node_attributes(node).get("training_mode"):
         yield refused(node, "training", "BatchNormalization is in training mode", "export in evaluation mode")
 
 
 def _max_pool(view: GraphView, node: NodeProto) -> Iterator[Finding]:
-    if any(dilation != 1 for dilation in attributes_of(node).get("dilations", ())):
+    if any(dilation != 1 for dilation in node_attributes(node).get("dilations", ())):
         yield refused(node, "pool-dilation", "MaxPool has no dilation", "take another pooling")
 
 
 def _conv(view: GraphView, node: NodeProto) -> Iterator[Finding]:
-    shape = view.shape(input_of(node, 0))
+    shape = view.shape(input_name(node, 0))
     if shape and len(shape) > 5:
         yield refused(
             node, "conv-rank", f"a convolution over {len(shape) - 2} axes", "at most 3 axes are there"

@@ -15,14 +15,14 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from dsvl_export.lint.finding import Finding
-from dsvl_export.lint.view import GraphView, attributes_of, dtype_name, input_of
+from dsvl_export.lint.view import GraphView, dtype_name, input_name, node_attributes
 
 CODES = {TensorProto.INT8: "int8", TensorProto.FLOAT8E4M3FN: "float8e4m3fn", TensorProto.INT4: "int4"}
 # Axis of the output channels of the weight that each operator reads second.
 CHANNEL_AXIS = {"MatMul": 1, "Gemm": 1, "Conv": 0}
 
 
-def problems(file: Path) -> list[str]:
+def quantization_problems(file: Path) -> list[str]:
     """What breaks a rule of quantization in an ONNX file, unusual things too: a sentence each.
 
     Raises:
@@ -38,10 +38,10 @@ def quantization_findings(view: GraphView) -> Iterator[Finding]:
 
 
 def _check(view: GraphView, node: NodeProto) -> Iterator[Finding]:
-    attributes, source, scale = attributes_of(node), input_of(node, 0), input_of(node, 1)
+    attributes, source, scale = node_attributes(node), input_name(node, 0), input_name(node, 1)
     weight = source in view.constants
     codes = view.constants[source].data_type if weight and node.op_type == "DequantizeLinear" else None
-    zero = input_of(node, 2)
+    zero = input_name(node, 2)
     if zero:
         codes = view.dtype(zero) if codes is None else codes
         yield from _zero_point(view, node, zero)
@@ -100,7 +100,7 @@ def _scale(
             f"its scale {scale} must be positive and finite, it holds {values.min()}",
             "calibrate it again",
         )
-    block, weight = attributes.get("block_size", 0), input_of(node, 0) in view.constants
+    block, weight = attributes.get("block_size", 0), input_name(node, 0) in view.constants
     if block and codes in CODES and codes != TensorProto.INT4:
         yield Finding(
             node.name, "block", "unusual", f"blocks of {block} need 4-bit codes", "take a scale per channel"
@@ -118,7 +118,7 @@ def _scale(
 
 
 def _channels(view: GraphView, node: NodeProto, axis: int, scales: int) -> Iterator[Finding]:
-    shape = view.constants[input_of(node, 0)].dims
+    shape = view.constants[input_name(node, 0)].dims
     if scales != shape[axis]:
         yield Finding(
             node.name,

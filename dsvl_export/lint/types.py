@@ -8,7 +8,7 @@ from onnx import NodeProto, TensorProto
 from packaging.version import Version
 
 from dsvl_export.lint.finding import Finding
-from dsvl_export.lint.view import GraphView, dtype_name, input_of
+from dsvl_export.lint.view import GraphView, dtype_name, input_name
 
 MAX_RANK = 8
 OLDEST_OPSET = 7
@@ -122,7 +122,7 @@ def _capability(view: GraphView, values: list[str], sm: int | None) -> Iterator[
 
 def _node(view: GraphView, node: NodeProto) -> Iterator[Finding]:
     places = SAME_TYPE.get(node.op_type, ())
-    types = {view.dtype(input_of(node, place)) for place in places if input_of(node, place)} - {None}
+    types = {view.dtype(input_name(node, place)) for place in places if input_name(node, place)} - {None}
     if len(types) > 1:
         names = " and ".join(sorted(dtype_name(found) for found in types if found))
         yield Finding(
@@ -132,7 +132,7 @@ def _node(view: GraphView, node: NodeProto) -> Iterator[Finding]:
             f"{node.op_type} mixes {names}",
             "insert a Cast, or store the constant in the other's type",
         )
-    first = view.dtype(input_of(node, 0))
+    first = view.dtype(input_name(node, 0))
     if node.op_type in FLOATS_ONLY and first is not None and first not in FLOATS:
         yield Finding(
             node.name,

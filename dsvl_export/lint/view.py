@@ -80,7 +80,7 @@ class GraphView:
         return np.asarray(numpy_helper.to_array(self.constants[name], base_dir=str(self.file.parent)))
 
 
-def attributes_of(node: NodeProto) -> dict[str, Any]:
+def node_attributes(node: NodeProto) -> dict[str, Any]:
     return {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
 
 
@@ -88,6 +88,6 @@ def dtype_name(dtype: int) -> str:
     return TensorProto.DataType.Name(dtype).lower()
 
 
-def input_of(node: NodeProto, place: int) -> str:
+def input_name(node: NodeProto, place: int) -> str:
     """The name of an input, empty where it is left out."""
     return node.input[place] if place < len(node.input) else ""

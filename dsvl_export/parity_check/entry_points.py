@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dsvl_export.compilers.mil.listing import FILE, listing
+from dsvl_export.compilers.mil.listing import FILE, render_listing
 from dsvl_export.compilers.protocol import App
 from dsvl_export.parity_check.quantization_error import Noise
 from dsvl_export.parity_check.result import ParityResult
@@ -154,7 +154,7 @@ def _listing_faults(bundle: Bundle, result: ParityResult) -> Iterator[str]:
         decoder.capacity or manifest.default_capacity, manifest.checkpoint["name"], result.precision,
     )  # fmt: skip
     found = bundle.path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    expected = listing(app).splitlines()
+    expected = render_listing(app).splitlines()
     if not found or __version__ not in found[0]:
         yield f"the listing {FILE} was not written by this release ({__version__}); export the bundle again"
         return

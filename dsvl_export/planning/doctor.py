@@ -52,9 +52,9 @@ def _compile(backend: str) -> dict[str, Any]:
             "able": False,
             "missing": f"Exporting needs torch; run: pip install 'dsvl-export[{extras}]'.",
         }
-    from dsvl_export.compilers.precisions import shipped_precisions  # deferred: imports torch
+    from dsvl_export.compilers.precisions import supported_precisions  # deferred: imports torch
 
-    return {"able": True, "precisions": shipped_precisions(compiler)}
+    return {"able": True, "precisions": supported_precisions(compiler)}
 
 
 def _run(backend: str) -> dict[str, Any]:

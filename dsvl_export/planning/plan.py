@@ -14,7 +14,7 @@ from typing import Any
 from calibration.precision_plan import FLOAT, PrecisionPlan, component_layers, load_precision
 from calibration.quantized_program import trace_planned
 from calibration.sensitivity import weight_bytes
-from dsvl_export.compilers.precisions import check_request, kinds_of, plan_for
+from dsvl_export.compilers.precisions import check_request, plan_for, required_precisions
 from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.planning.workload import Workload, activations
 from dsvl_export.targets.options import CompileOptions
@@ -148,7 +148,7 @@ class Planner:
             plan = load_precision(request.precision)
             plan.check(self.config)
             listed = request.precision in LISTED_BITS
-            for kind in [request.precision] if listed else kinds_of(plan, self.config)[1:]:
+            for kind in [request.precision] if listed else required_precisions(plan, self.config)[1:]:
                 target.check(request.backend, kind)
             return
         plans = [plan_for(compiler, request.precision)]
@@ -191,7 +191,7 @@ class Planner:
         exported = self._exportable(request)
         if precision not in WEIGHT_BITS:
             given = exported or load_precision(precision)
-            quantized = [name for name in kinds_of(given, self.config) if name in ("int8", "fp8")]
+            quantized = [name for name in required_precisions(given, self.config) if name in ("int8", "fp8")]
             precision = quantized[0] if quantized and given.quantizes_activations else given.base
         works = {component: self.workload(component, precision) for component in TRACED_COMPONENTS}
         artifacts = self._artifact_bytes(target, request, exported, works) if exported else {}

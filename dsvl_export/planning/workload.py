@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from dsvl_export.compilers.lowering import arguments, without_weights
 from dsvl_export.compilers.onnx.builder import Graph, Initializer
-from dsvl_export.compilers.onnx.dialect_ort import MOST_SCORES, OrtDialect, sum_of_positions
+from dsvl_export.compilers.onnx.dialect_ort import MAX_BLOCK_SCORES, OrtDialect, sum_of_positions
 from dsvl_export.compilers.onnx.dialect_standard import attention_inputs
 from dsvl_export.compilers.onnx.lower import lower
 from dsvl_export.targets.targets import WEIGHT_BITS
@@ -155,7 +155,7 @@ def activations(work: Workload, backend: str, prompt: int, capacity: int) -> int
     Args:
         prompt: tokens that are read at once, up to a chunk.
     """
-    blocks = MOST_SCORES if backend == "onnxruntime" else None
+    blocks = MAX_BLOCK_SCORES if backend == "onnxruntime" else None
     if not work.traced.contract.states:
         return work.activation_bytes(blocks, batch=1)
     chunk = min(PREFILL_CHUNK, prompt, capacity)

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 import calibration.quantized_program  # noqa: F401 -- registers the operators
 from dsvl_export.compilers.aten_program import AtenLowering, Lower
-from dsvl_export.compilers.lowering import Constant, PaletteWeight, arguments, aten, fake
+from dsvl_export.compilers.lowering import Constant, PaletteWeight, arguments, aten, fake_tensor
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it takes 2.13.0+cpu for something newer than 2.13.0
@@ -38,7 +38,7 @@ def _dequantize(lowering: AtenLowering, node: Node) -> Any:
 
 def _scale(lowering: AtenLowering, source: Any, like: Node) -> Node:
     """A scale of activations in the dtype of what is not quantized."""
-    scale, dtype = lowering.constant(source), fake(like).dtype
+    scale, dtype = lowering.constant(source), fake_tensor(like).dtype
     return lowering.buffer(f"{scale.name}_{dtype}", lambda: scale.load().to(dtype))
 
 
@@ -50,7 +50,7 @@ def _layer(lowering: AtenLowering, node: Node) -> Node:
 
 
 def _weight(lowering: AtenLowering, source: Any) -> Node:
-    weight, base = lowering.weight(source), fake(source).dtype
+    weight, base = lowering.weight(source), fake_tensor(source).dtype
     if isinstance(weight, Constant):
         return lowering.value(source)
     if isinstance(weight, PaletteWeight):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def suppress_warnings() -> Iterator[None]:
     """Warnings of torchao and of ExecuTorch's exporter are not for our users."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

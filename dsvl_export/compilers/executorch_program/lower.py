@@ -14,8 +14,8 @@ from torch.fx import GraphModule, Node
 
 import calibration.quantized_program  # noqa: F401 -- registers the operators
 from dsvl_export.compilers.aten_program import AtenLowering, Lower
-from dsvl_export.compilers.executorch_program import forms
-from dsvl_export.compilers.lowering import Constant, LoadParameter, arguments, aten, fake
+from dsvl_export.compilers.executorch_program import xnnpack_operators as xnnpack
+from dsvl_export.compilers.lowering import Constant, LoadParameter, arguments, aten, fake_tensor
 from reference.trace import TracedComponent
 from runtimes.backends.executorch import largest_chunk
 from runtimes.bundle.contracts import TensorSpec
@@ -36,7 +36,7 @@ class Method:
             return torch.export.export(self.module, self.examples, dynamic_shapes=self.dynamic, strict=False)
 
 
-def method(traced: TracedComponent, load: LoadParameter, capacity: int) -> Method:
+def build_method(traced: TracedComponent, load: LoadParameter, capacity: int) -> Method:
     """A traced component; its weights are loaded.
 
     The decoder takes ``inputs_embeds [1, S, D]`` and ``cache_position [S]`` int64, S open, and gives the
@@ -78,12 +78,12 @@ class MethodLowering(AtenLowering):
             self.cache_position = self.graph.placeholder("cache_position")
             self.examples.append(torch.arange(example.shape[1]))
             self.dynamic.append({0: sequence})
-            return self.call(forms.start_of, self.cache_position, self.capacity)
+            return self.call(xnnpack.first_position, self.cache_position, self.capacity)
         self.examples.append(example)
         self.dynamic.append({1: sequence} if "sequence" in spec.shape else {})
         return self.graph.placeholder(spec.name)
 
-    def once(self, target: Any, *args: Any) -> Node:
+    def call_once(self, target: Any, *args: Any) -> Node:
         """A call that is shared by all that make the same one."""
         key = f"{target}{args}"
         if key not in self.scratch:
@@ -91,26 +91,26 @@ class MethodLowering(AtenLowering):
         found: Node = self.scratch[key]
         return found
 
-    def mean(self, like: Any, eps: float) -> tuple[Node, Node]:
+    def mean_and_eps(self, like: Any, eps: float) -> tuple[Node, Node]:
         """``[1, C]`` whose product with ``[..., C]`` is the mean, and what is added to a mean, ``[1]``."""
-        width = int(fake(like).shape[-1])
+        width = int(fake_tensor(like).shape[-1])
         mean = self.buffer(f"mean_of_{width}", lambda: torch.full((1, width), 1 / width))
         return mean, self.buffer(f"eps_{eps}", lambda: torch.tensor([eps]))
 
-    def kept(self, constant: Constant, part: Part | None, dtype: torch.dtype) -> Node:
+    def add_buffer(self, constant: Constant, part: Part | None, dtype: torch.dtype) -> Node:
         """A weight, a bias, codes or scales, or the rows of them that are wanted."""
         if part is None:
             return self.buffer(f"{constant.name}_{dtype}", lambda: constant.load().to(dtype))
         name = f"{constant.name}_{part.index}_of_{part.count}_{dtype}"
-        return self.buffer(name, lambda: part.of(constant.load()).to(dtype))
+        return self.buffer(name, lambda: part.select(constant.load()).to(dtype))
 
-    def operand(self, source: Any, part: Part | None) -> Node:
+    def weight_operand(self, source: Any, part: Part | None) -> Node:
         """A weight ``[out, in]`` in the form of its precision, or the rows of it that are wanted."""
-        weight, dtype = self.weight(source), fake(source).dtype
+        weight, dtype = self.weight(source), fake_tensor(source).dtype
         if isinstance(weight, Constant):
-            return self.kept(weight, part, dtype)
-        codes = self.kept(weight.codes, part, torch.int8)
-        scale = self.kept(weight.scale, part, torch.float32)
+            return self.add_buffer(weight, part, dtype)
+        codes = self.add_buffer(weight.codes, part, torch.int8)
+        scale = self.add_buffer(weight.scale, part, torch.float32)
         shape = self.root.get_buffer(str(scale.target)).shape
         name = "zeros_" + "x".join(map(str, shape))
         zeros = self.buffer(name, lambda: torch.zeros(shape, dtype=torch.int64))
@@ -129,7 +129,7 @@ class Part:
     count: int
     index: int
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def select(self, tensor: Tensor) -> Tensor:
         part = tensor.unflatten(0, (self.blocks, self.count, -1))[:, self.index].flatten(0, 1)
         return part.clone()  # XNNPACK writes a view's storage from its beginning
 
@@ -141,7 +141,7 @@ def _projection(lowering: MethodLowering, node: Node) -> Any:
     """
     users = list(node.users)
     if all(user.target == dsvl.cached_attention.default and node in user.args[:2] for user in users):
-        blocks = int(fake(node).shape[-1]) // int(fake(arguments(users[0])[6]).shape[3])
+        blocks = int(fake_tensor(node).shape[-1]) // int(fake_tensor(arguments(users[0])[6]).shape[3])
         return [_linear(lowering, node, Part(blocks, 2, half)) for half in range(2)]
     if [user.target for user in users] == [aten.chunk.default]:
         count = arguments(users[0])[1]
@@ -151,23 +151,28 @@ def _projection(lowering: MethodLowering, node: Node) -> Any:
 
 def _linear(lowering: MethodLowering, node: Node, part: Part | None) -> Node:
     x, weight, *biases = arguments(node)
-    kept = [lowering.kept(lowering.constant(bias), part, fake(bias).dtype) for bias in biases if bias]
-    return lowering.call(aten.linear.default, lowering.value(x), lowering.operand(weight, part), *kept)
+    buffers = [
+        lowering.add_buffer(lowering.constant(bias), part, fake_tensor(bias).dtype) for bias in biases if bias
+    ]
+    operand = lowering.weight_operand(weight, part)
+    return lowering.call(aten.linear.default, lowering.value(x), operand, *buffers)
 
 
 def _chunk(lowering: MethodLowering, node: Node) -> Any:
     parts = lowering.value(arguments(node)[0])
-    return parts if isinstance(parts, list) else lowering.other(node)
+    return parts if isinstance(parts, list) else lowering.lower_unlisted(node)
 
 
 def _rms_norm(lowering: MethodLowering, node: Node) -> Node:
     x, _, weight, eps = arguments(node)
-    return lowering.call(forms.rms_norm, lowering.value(x), lowering.value(weight), *lowering.mean(x, eps))
+    operands = map(lowering.value, (x, weight))
+    return lowering.call(xnnpack.rms_norm, *operands, *lowering.mean_and_eps(x, eps))
 
 
 def _layer_norm(lowering: MethodLowering, node: Node) -> Node:
     x, _, weight, bias, eps = arguments(node, None, None, 1e-5)[:5]
-    return lowering.call(forms.layer_norm, *map(lowering.value, (x, weight, bias)), *lowering.mean(x, eps))
+    operands = map(lowering.value, (x, weight, bias))
+    return lowering.call(xnnpack.layer_norm, *operands, *lowering.mean_and_eps(x, eps))
 
 
 def _conv2d(lowering: MethodLowering, node: Node) -> Node:
@@ -184,27 +189,28 @@ def _conv2d(lowering: MethodLowering, node: Node) -> Node:
 
 def _gelu(lowering: MethodLowering, node: Node) -> Node:
     if node.kwargs.get("approximate") == "tanh":
-        return lowering.call(forms.gelu_tanh, lowering.value(arguments(node)[0]))
+        return lowering.call(xnnpack.gelu_tanh, lowering.value(arguments(node)[0]))
     return lowering.call(aten.gelu.default, lowering.value(arguments(node)[0]))
 
 
 def _attention(lowering: MethodLowering, node: Node) -> Node:
     q, k, v, *mask = arguments(node)
     operands = [lowering.value(source) for source in (q, k, v)]
-    scale = fake(q).shape[-1] ** -0.5
+    scale = fake_tensor(q).shape[-1] ** -0.5
     if not mask:
-        return lowering.call(forms.attention, *operands, scale)
+        return lowering.call(xnnpack.attention, *operands, scale)
     by_row, by_column = _shifts(mask[0])
-    dtype, images, grid = fake(q).dtype, _of_one_image(fake(q).shape[0]), int(fake(by_row).shape[-1])
+    dtype, images = fake_tensor(q).dtype, _size_for_one_image(fake_tensor(q).shape[0])
+    grid = int(fake_tensor(by_row).shape[-1])
     cells = lowering.buffer(
         f"cells_of_{images}_{grid}_{dtype}",
-        lambda: forms.cell_rows(grid).repeat(images, 1, 1).to(dtype),
+        lambda: xnnpack.grid_one_hot(grid).repeat(images, 1, 1).to(dtype),
     )
     shifts = lowering.value(by_row), lowering.value(by_column)
-    return lowering.call(forms.relative_attention, *operands, *shifts, cells, scale)
+    return lowering.call(xnnpack.relative_attention, *operands, *shifts, cells, scale)
 
 
-def _of_one_image(size: Any) -> int:
+def _size_for_one_image(size: Any) -> int:
     """A size of the vision encoder, whose only open dim is the batch."""
     if isinstance(size, int):
         return size
@@ -231,29 +237,30 @@ def _shifts(mask: Any) -> tuple[Any, Any]:
 def _matmul(lowering: MethodLowering, node: Node) -> Node:
     """A product with a constant, which spares a copy of the constant for each channel."""
     x, y = arguments(node)
-    if lowering.is_constant(x) and fake(x).dim() == 2:
+    if lowering.is_constant(x) and fake_tensor(x).dim() == 2:
         columns = lowering.call(aten.transpose.int, lowering.value(y), -1, -2)
         product = lowering.call(aten.linear.default, columns, lowering.value(x))
         return lowering.call(aten.transpose.int, product, -1, -2)
-    if lowering.is_constant(y) and fake(y).dim() == 2:
+    if lowering.is_constant(y) and fake_tensor(y).dim() == 2:
         constant = lowering.constant(y)
         matrix = lowering.buffer(f"{constant.name}_transposed", lambda: constant.load().t().clone())
         return lowering.call(aten.linear.default, lowering.value(x), matrix)
-    if lowering.is_constant(y) and fake(x).dim() == 5:
-        return lowering.call(forms.position_table, lowering.value(x), lowering.value(y))
+    if lowering.is_constant(y) and fake_tensor(x).dim() == 5:
+        return lowering.call(xnnpack.relative_scores, lowering.value(x), lowering.value(y))
     return lowering.call(aten.matmul.default, lowering.value(x), lowering.value(y))
 
 
 def _cached_attention(lowering: MethodLowering, node: Node) -> Node:
     q, k, v, start, cos, sin, keys, values = map(lowering.value, arguments(node))
-    rows = [lowering.once(forms.rows_from, table, start, lowering.cache_position) for table in (cos, sin)]
-    query, key = (lowering.call(forms.rotated, *halves, *rows) for halves in (q, k))
-    return lowering.call(forms.cached_attention, query, key, v, start, keys, values)
+    place = start, lowering.cache_position
+    rows = [lowering.call_once(xnnpack.table_rows, table, *place) for table in (cos, sin)]
+    query, key = (lowering.call(xnnpack.rotate_halves, *halves, *rows) for halves in (q, k))
+    return lowering.call(xnnpack.cached_attention, query, key, v, start, keys, values)
 
 
 def _index_select(lowering: MethodLowering, node: Node) -> Node:
     """The wanted rows, which here are the last one."""
-    return lowering.call(forms.last_row, lowering.value(arguments(node)[0]))
+    return lowering.call(xnnpack.last_row, lowering.value(arguments(node)[0]))
 
 
 TABLE: Mapping[Any, Lower] = {

@@ -17,9 +17,9 @@ from torch.fx import Graph
 from calibration.precision_plan import LayerPrecision
 from calibration.quantized_program import quantize_weight
 from calibration.quantized_weights import find_weight_scale
-from dsvl_export.compilers.executorch_program import quiet
+from dsvl_export.compilers.executorch_program import suppress_warnings
 from dsvl_export.compilers.executorch_program.delegates import encoder_partitioner
-from dsvl_export.compilers.executorch_program.lower import BOUNDARIES, Method, method
+from dsvl_export.compilers.executorch_program.lower import BOUNDARIES, Method, build_method
 from dsvl_export.compilers.protocol import App, Parts
 from runtimes.backends.executorch import DIALECT, METHODS, TOKEN_EMBEDDING, largest_chunk, program_constants
 from runtimes.errors import UserError, first_line
@@ -73,9 +73,9 @@ class Embedding(nn.Module):
         return found
 
 
-def methods_of(parts: Parts, app: App) -> dict[str, Method]:
+def build_methods(parts: Parts, app: App) -> dict[str, Method]:
     """The methods of a program, by name."""
-    made = {component: method(*part, app.capacity) for component, part in parts.items()}
+    made = {component: build_method(*part, app.capacity) for component, part in parts.items()}
     encoder, adaptor = made["vision_encoder"], made["adaptor"]
     (pixels,) = encoder.examples
     folded = FoldedEncoder(encoder.module, adaptor.module, pixels.dtype)
@@ -104,14 +104,14 @@ def write_program(file: Path, parts: Parts, app: App, delegate: str) -> dict[str
         UserError: ExecuTorch or the delegate refuses a program.
     """
     try:
-        with quiet():
+        with suppress_warnings():
             return _write(file, parts, app, delegate)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(f"ExecuTorch cannot lower the model: {first_line(error)}.") from error
 
 
 def _write(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
-    programs = {name: made.program() for name, made in methods_of(parts, app).items()}
+    programs = {name: made.program() for name, made in build_methods(parts, app).items()}
     dtype = getattr(torch, app.contracts["decoder"].inputs[0].dtype)
     (vocabulary,) = (int(spec.shape[2]) for spec in app.contracts["decoder"].outputs)
     encoders = [METHODS["vision_encoder"], METHODS["adaptor"]]

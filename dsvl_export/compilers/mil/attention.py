@@ -8,7 +8,7 @@ import numpy as np
 from coremltools.converters.mil import Builder as mb
 from torch.fx import Node
 
-from dsvl_export.compilers.lowering import arguments, fake, numpy_dtype, to_numpy
+from dsvl_export.compilers.lowering import arguments, fake_tensor, numpy_dtype, to_numpy
 from dsvl_export.compilers.mil.context import MilLowering, Var
 
 # Far below any score, and a score of up to 35,000 can be added to it in half precision.
@@ -96,13 +96,13 @@ def cached_attention(context: MilLowering, node: Node) -> Var:
 
 def _angles(context: MilLowering, table: Node, positions: Var, capacity: int) -> Var:
     """Rows ``[1, 1, S, Dh / 2]`` of a RoPE table ``[C, Dh / 2]``, gathered once for all layers."""
-    constant, dtype = context.constant(table), numpy_dtype(fake(table).dtype)
+    constant, dtype = context.constant(table), numpy_dtype(fake_tensor(table).dtype)
     key = f"rows of {constant.name}"
     if key not in context.scratch:
-        known = context.known(
+        known = context.add_constant(
             f"{constant.name}_table",
             dtype,
-            (capacity, int(fake(table).shape[1])),
+            (capacity, int(fake_tensor(table).shape[1])),
             lambda: to_numpy(constant.load())[:capacity],
         )
         rows = context.op("gather", x=known, indices=positions, axis=0)
@@ -141,7 +141,7 @@ def _span(context: MilLowering, positions: Var) -> tuple[Var, Var]:
 def _visible(context: MilLowering, positions: Var, length: int, capacity: int, node: Node) -> Var:
     """``[1, 1, S, C]``: what to add to the scores, so that a token sees the slots up to its own."""
     if "visible" not in context.scratch:
-        slots = context.known(
+        slots = context.add_constant(
             "slots", np.dtype(np.int32), (1, 1, 1, capacity),
             lambda: np.arange(capacity, dtype=np.int32).reshape(1, 1, 1, -1),
         )  # fmt: skip

@@ -23,7 +23,7 @@ from dsvl_export.compilers.lowering import (
     LoadParameter,
     ProgramLowering,
     arguments,
-    fake,
+    fake_tensor,
     numpy_dtype,
     to_numpy,
 )
@@ -33,7 +33,7 @@ from runtimes.bundle.contracts import TensorSpec
 
 Var = Any  # coremltools' value of a program
 MAX_RANK = 5
-HELD = 9  # values; larger constants lie in the weight file, and need not be known while a program is built
+MAX_INLINE_VALUES = 9  # of a constant; larger ones are loaded when the weight file is written
 MIL_TYPES = {"float16": types.fp16, "float32": types.fp32, "int64": types.int32}
 MIL_NAMES = {"float16": "fp16", "float32": "fp32", "int64": "int32"}
 
@@ -58,7 +58,7 @@ class MilLowering(ProgramLowering):
         sizes: of the contract's named dims; a dim that is not here stays flexible.
     """
 
-    form = "Core ML"
+    target_format = "Core ML"
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class MilLowering(ProgramLowering):
         for spec, source in zip(self.traced.contract.outputs, sources, strict=True):
             self.outputs.append(mb.cast(x=self.value(source), dtype=MIL_NAMES[spec.dtype], name=spec.name))
 
-    def spelled(self, name: str) -> str:
+    def sanitize_name(self, name: str) -> str:
         return identifier(name)
 
     @cached_property
@@ -94,7 +94,7 @@ class MilLowering(ProgramLowering):
         names = self.traced.program.graph_signature.user_inputs
         found = {}
         for spec, name in zip(contract.inputs + contract.states, names, strict=True):
-            for dim, size in zip(spec.shape, fake(nodes[str(name)]).shape, strict=True):
+            for dim, size in zip(spec.shape, fake_tensor(nodes[str(name)]).shape, strict=True):
                 if dim in self._sizes:
                     found[size.node.expr] = self._sizes[str(dim)]
         return found
@@ -102,7 +102,7 @@ class MilLowering(ProgramLowering):
     def full_shape(self, source: Node) -> list[int]:
         """Shape of a node, -1 for a flexible dim."""
         shape = []
-        for size in fake(source).shape:
+        for size in fake_tensor(source).shape:
             known: Any = size if isinstance(size, int) else size.node.expr.subs(self._symbols)
             shape.append(int(known) if isinstance(size, int) or known.is_number else -1)
         return shape
@@ -118,11 +118,12 @@ class MilLowering(ProgramLowering):
         """The variable of a node; constants join the program on first use."""
         value = self._values[source]
         if isinstance(value, Constant):
-            dtype = numpy_dtype(fake(source).dtype)
-            return self.known(value.name, dtype, tuple(self.shape(source)), lambda: to_numpy(value.load()))
+            dtype = numpy_dtype(fake_tensor(source).dtype)
+            shape = tuple(self.shape(source))
+            return self.add_constant(value.name, dtype, shape, lambda: to_numpy(value.load()))
         return value
 
-    def known(
+    def add_constant(
         self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], load: Callable[[], np.ndarray]
     ) -> Var:
         """A constant under a name that means the same values in all functions.
@@ -132,13 +133,13 @@ class MilLowering(ProgramLowering):
         """
         if name not in self._constants:
             stored = np.dtype(np.int32) if dtype == np.int64 else dtype
-            small = prod(shape) <= HELD
+            small = prod(shape) <= MAX_INLINE_VALUES
             held = (
                 load().reshape(shape).astype(stored)
                 if small
                 else np.broadcast_to(np.zeros((), stored), shape)
             )
-            var = mb.const(val=held, name=self.unique(name))
+            var = mb.const(val=held, name=self.unique_name(name))
             if not small:
                 bits = 4 if var.dtype in (types.int4, types.uint4) else stored.itemsize * 8
                 var.op.weight_id = name
@@ -153,12 +154,12 @@ class MilLowering(ProgramLowering):
 
     def number(self, value: float, like: Node) -> Any:
         """A number in the dtype of a node."""
-        return numpy_dtype(fake(like).dtype).type(value)
+        return numpy_dtype(fake_tensor(like).dtype).type(value)
 
     def op(self, kind: str, **arguments: Any) -> Any:
         """An operator of MIL on the way to a node's value."""
-        return getattr(mb, kind)(**arguments, name=self.unique(f"{self.scope}_{kind}"))
+        return getattr(mb, kind)(**arguments, name=self.unique_name(f"{self.scope}_{kind}"))
 
     def emit(self, node: Node, operator: Callable[..., Var], **arguments: Any) -> Var:
         """An operator of MIL, named after the node."""
-        return operator(**arguments, name=self.unique(self.name(node)))
+        return operator(**arguments, name=self.unique_name(self.name(node)))

@@ -42,7 +42,7 @@ class Feature:
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltFunction:
     """A function, its features, and which of its variables are the taps."""
 
     function: Any
@@ -58,7 +58,7 @@ def build_functions(
     weights: Weights,
     capacity: int,
     preprocessing: PreprocessSpec | None,
-) -> dict[str, Built]:
+) -> dict[str, BuiltFunction]:
     """All functions of a component, the default first.
 
     Args:
@@ -87,7 +87,7 @@ def _build(
     weights: Weights,
     sizes: dict[str, Size],
     preprocessing: PreprocessSpec | None = None,
-) -> Built:
+) -> BuiltFunction:
     contract, sizes = traced.contract, {"batch": 1, **sizes}
 
     def feature(spec: TensorSpec) -> Feature:
@@ -117,7 +117,7 @@ def _build(
         lowering = lower(traced, load, weights, given, fixed)
         function.set_outputs(lowering.outputs)
     taps = {tap: lowering.value(node).name for tap, node in tap_nodes(traced.program, traced.taps).items()}
-    return Built(function, inputs, tuple(map(feature, contract.outputs)), states, taps)
+    return BuiltFunction(function, inputs, tuple(map(feature, contract.outputs)), states, taps)
 
 
 def _normalised(image: Any, spec: PreprocessSpec) -> Any:

@@ -26,7 +26,7 @@ READS = {
 }
 
 
-def listing(app: App) -> str:
+def render_listing(app: App) -> str:
     """Swift for an app: encode an image, prefill, decode greedily."""
     vision, adaptor, decoder = (app.contracts[name] for name in ("vision_encoder", "adaptor", "decoder"))
     prompt, preprocessing, table = app.prompt, app.preprocessing, TokenEmbedding(app.embedding)

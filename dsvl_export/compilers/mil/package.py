@@ -18,7 +18,7 @@ from coremltools.converters.mil.mil import Program
 from coremltools.proto import FeatureTypes_pb2, Model_pb2
 
 from dsvl_export.compilers.mil.context import Var, Weights
-from dsvl_export.compilers.mil.functions import Built
+from dsvl_export.compilers.mil.functions import BuiltFunction
 from dsvl_export.version import __version__
 from reference.trace import TracedComponent
 from runtimes.backends.mil.package import CONTRACT, PREPROCESSING, SPECIFICATION, SUFFIX, TAPS, WEIGHTS
@@ -60,7 +60,7 @@ class _StreamingExporter(MILProtoExporter):
 def write_package(
     folder: Path,
     traced: TracedComponent,
-    functions: Mapping[str, Built],
+    functions: Mapping[str, BuiltFunction],
     weights: Weights,
     preprocessing: PreprocessSpec | None,
     on_bytes: Callable[[int], None],
@@ -117,7 +117,7 @@ def _write_manifest(package: Path) -> None:
     (package / "Manifest.json").write_text(json.dumps(manifest, indent=4), encoding="utf-8")
 
 
-def _describe(model: Any, functions: Mapping[str, Built]) -> None:
+def _describe(model: Any, functions: Mapping[str, BuiltFunction]) -> None:
     """Inputs, outputs and states as apps see them."""
     descriptions = []
     for name, built in functions.items():

@@ -17,7 +17,7 @@ from dsvl_export.compilers.lowering import (
     PaletteWeight,
     QuantizedWeight,
     arguments,
-    fake,
+    fake_tensor,
     numpy_dtype,
     to_numpy,
 )
@@ -52,7 +52,7 @@ def _dequantize(context: MilLowering, node: Node) -> Any:
 
 
 def _scalar(context: MilLowering, scale: Node, like: Node) -> Any:
-    return numpy_dtype(fake(like).dtype).type(to_numpy(context.constant(scale).load()))
+    return numpy_dtype(fake_tensor(like).dtype).type(to_numpy(context.constant(scale).load()))
 
 
 def weight_operand(context: MilLowering, source: Node) -> Var:
@@ -70,14 +70,14 @@ def weight_operand(context: MilLowering, source: Node) -> Var:
 def _from_palettes(context: MilLowering, weight: PaletteWeight, name: str) -> Var:
     groups, entries = weight.entries
     lut = (groups, 1, entries, 1)  # for each group of rows, for all columns, entries, of one number
-    indices = context.known(
+    indices = context.add_constant(
         weight.codes.name, types.np_uint4_dtype, weight.shape,
         lambda: to_numpy(weight.codes.load()).astype(types.np_uint4_dtype),
     )  # fmt: skip
-    palettes = context.known(
+    palettes = context.add_constant(
         weight.palettes.name, HALF, lut, lambda: to_numpy(weight.palettes.load()).astype(HALF).reshape(lut)
     )
-    return mb.constexpr_lut_to_dense(indices=indices, lut=palettes, name=context.unique(name))
+    return mb.constexpr_lut_to_dense(indices=indices, lut=palettes, name=context.unique_name(name))
 
 
 def _from_scales(context: MilLowering, weight: QuantizedWeight, name: str) -> Var:
@@ -85,13 +85,13 @@ def _from_scales(context: MilLowering, weight: QuantizedWeight, name: str) -> Va
     groups = columns // weight.group if weight.group else 1
     stored = types.np_int4_dtype if weight.bits == 4 else np.dtype(np.int8)
     scales = (rows, groups, *(1 for _ in kernel))
-    data = context.known(
+    data = context.add_constant(
         weight.codes.name, stored, weight.shape, lambda: to_numpy(weight.codes.load()).astype(stored)
     )
-    scale = context.known(
+    scale = context.add_constant(
         weight.scale.name, HALF, scales, lambda: to_numpy(weight.scale.load()).astype(HALF).reshape(scales)
     )
-    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=context.unique(name))
+    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=context.unique_name(name))
 
 
 DEQUANTIZE = frozenset(

@@ -61,14 +61,14 @@ class Graph:
         domain: str = "",
     ) -> str:
         """Append a node and return its first output, named like the node unless ``outputs`` says else."""
-        name = self.unique(name)
+        name = self.unique_name(name)
         outputs = list(outputs) or [name]
         self.nodes.append(
             helper.make_node(operator, list(inputs), outputs, name=name, domain=domain, **attributes)
         )
         return outputs[0]
 
-    def unique(self, name: str) -> str:
+    def unique_name(self, name: str) -> str:
         """``name``, or ``name_2`` and so on where it is taken."""
         candidate, count = name, 1
         while candidate in self._names:

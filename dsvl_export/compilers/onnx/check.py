@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from dsvl_export.compilers.onnx.builder import element_type
-from dsvl_export.lint.quantization import problems
+from dsvl_export.lint.quantization import quantization_problems
 from runtimes.bundle.contracts import Contract, TensorSpec, updated_state
 
 
@@ -28,7 +28,7 @@ def check_file(
         ValueError: it does not.
     """
     onnx.checker.check_model(str(file), full_check=True)
-    broken = problems(file) if tensorrt_rules else []
+    broken = quantization_problems(file) if tensorrt_rules else []
     if broken:
         raise ValueError(f"{file.name} breaks TensorRT's rules of quantization: {' '.join(broken)}")
     check_contract(onnx.load(str(file), load_external_data=False), contract, state_output)

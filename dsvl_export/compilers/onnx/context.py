@@ -17,7 +17,7 @@ from dsvl_export.compilers.lowering import (
     ProgramLowering,
     QuantizedWeight,
     arguments,
-    fake,
+    fake_tensor,
     numpy_dtype,
     to_numpy,
 )
@@ -68,7 +68,7 @@ class Dialect(Protocol):
 class Lowering(ProgramLowering):
     """The graph so far; a node's value is its name in ONNX."""
 
-    form = "ONNX"
+    target_format = "ONNX"
 
     def __init__(
         self,
@@ -84,11 +84,11 @@ class Lowering(ProgramLowering):
 
     def bind_input(self, spec: TensorSpec, node: Node) -> str:
         self.graph.inputs.append(value_info(spec.name, spec.dtype, spec.shape))
-        name, dtype = self.graph.unique(spec.name), numpy_dtype(fake(node).dtype)
+        name, dtype = self.graph.unique_name(spec.name), numpy_dtype(fake_tensor(node).dtype)
         return name if np.dtype(spec.dtype) == dtype else self.cast(name, dtype, f"{name}_inside")
 
-    def unique(self, name: str) -> str:
-        return self.graph.unique(name)
+    def unique_name(self, name: str) -> str:
+        return self.graph.unique_name(name)
 
     def run(self) -> Graph:
         """Lower every node; the outputs take the contract's names.
@@ -106,7 +106,7 @@ class Lowering(ProgramLowering):
     def bind_outputs(self, sources: list[Node]) -> None:
         contract = self.traced.contract
         for spec, source in zip(contract.outputs, sources, strict=True):
-            if numpy_dtype(fake(source).dtype) == np.dtype(spec.dtype):
+            if numpy_dtype(fake_tensor(source).dtype) == np.dtype(spec.dtype):
                 self.graph.node("Identity", [self.value(source)], spec.name, outputs=[spec.name])
             else:
                 to = {"to": element_type(spec.dtype)}
@@ -121,15 +121,15 @@ class Lowering(ProgramLowering):
         """ONNX name of a program node's value; constants become initializers on first use."""
         value = self._values[source]
         if isinstance(value, Constant):
-            tensor = fake(source)
+            tensor = fake_tensor(source)
             return self.graph.initializer(
                 value.name, numpy_dtype(tensor.dtype), tensor.shape, lambda: to_numpy(value.load())
             )
         return value
 
-    def widened(self, source: Node) -> str:
+    def float32_constant(self, source: Node) -> str:
         """A constant as a float32 initializer."""
-        constant, shape = self.constant(source), fake(source).shape
+        constant, shape = self.constant(source), fake_tensor(source).shape
         return self.graph.initializer(
             f"{constant.name}_float32", np.dtype(np.float32), shape, lambda: to_numpy(constant.load().float())
         )
@@ -147,7 +147,7 @@ class Lowering(ProgramLowering):
         """The fake tensor of the program's first input."""
         name = str(self.traced.program.graph_signature.user_inputs[0])
         (first,) = (node for node in self.traced.program.graph.nodes if node.name == name)
-        return fake(first)
+        return fake_tensor(first)
 
     @cached_property
     def rounds_activations(self) -> bool:
@@ -164,7 +164,7 @@ class Lowering(ProgramLowering):
         argument = arguments(node)[position]
         if isinstance(argument, Node):
             return self.value(argument)
-        dtype = numpy_dtype(fake(node).dtype)
+        dtype = numpy_dtype(fake_tensor(node).dtype)
         return self.graph.constant(np.array(argument, dtype=dtype), "scalar")
 
     def emit(

@@ -13,7 +13,7 @@ from runtimes.bundle.contracts import Contract
 from runtimes.bundle.files import parse_json
 from runtimes.errors import UserError
 
-MOST_COPIED = 1 << 30  # bytes of weights
+MAX_COPIED_BYTES = 1 << 30  # bytes of weights
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
@@ -53,7 +53,7 @@ def write_build(model: onnx.ModelProto, artifact: Path, folder: Path) -> Path:
         except FileExistsError:  # linked for the other graph
             continue
         except OSError as error:  # another file system
-            if data.stat().st_size > MOST_COPIED:
+            if data.stat().st_size > MAX_COPIED_BYTES:
                 raise UserError(
                     f"{data} cannot be linked into {folder} ({error.strerror}), and is too large to copy;"
                     " make the bundle's folder writable."

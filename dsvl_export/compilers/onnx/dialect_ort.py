@@ -13,7 +13,7 @@ from dsvl_export.compilers.lowering import (
     QuantizedWeight,
     arguments,
     aten,
-    fake,
+    fake_tensor,
     numpy_dtype,
     swapped_axes,
     to_numpy,
@@ -25,14 +25,14 @@ from dsvl_export.compilers.onnx.dialect_standard import (
     attention_inputs,
     primitive_rms_norm,
 )
-from dsvl_export.compilers.onnx.token_integers import in_eight_bits, integer_linear
+from dsvl_export.compilers.onnx.token_integers import integer_linear, widen_to_int8
 from runtimes.errors import UserError
 
 # MatMulNBits' accuracy_level: what it rounds activations to.
 FLOAT_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
 # Scores of a block of queries. SAM-B has 201 million, for 4,096 tokens: in blocks of 25 million its encoder
 # takes 1.0 GB instead of 2.6 in fp32, in the same time.
-MOST_SCORES = 1 << 25
+MAX_BLOCK_SCORES = 1 << 25
 FLOAT32 = np.dtype(np.float32)
 WITHOUT_RMS_NORM = 21  # the opset of everything else
 
@@ -71,7 +71,7 @@ class OrtDialect(StandardDialect):
         It takes and gives ``[B, T, H * Dh]``, so that the program's transposes around it fall away.
         """
         operands, bias = attention_inputs(node)
-        heads, name, graph = int(fake(operands[0]).shape[1]), context.name(node), context.graph
+        heads, name, graph = int(fake_tensor(operands[0]).shape[1]), context.name(node), context.graph
         query, key, value = (self._before_heads(context, source) for source in operands)
         parts = [
             graph.node(
@@ -85,7 +85,7 @@ class OrtDialect(StandardDialect):
         ]
         joined = graph.node("Concat", parts, f"{name}_whole", {"axis": 1}) if len(parts) > 1 else parts[0]
         split = graph.node(
-            "Reshape", [joined, graph.ints(0, 0, heads, int(fake(node).shape[-1]))], f"{name}_split"
+            "Reshape", [joined, graph.ints(0, 0, heads, int(fake_tensor(node).shape[-1]))], f"{name}_split"
         )
         return context.emit(node, "Transpose", [split], {"perm": [0, 2, 1, 3]})
 
@@ -104,7 +104,7 @@ class OrtDialect(StandardDialect):
     def cached_attention(self, context: Lowering, node: Node) -> str:
         query, key, value, positions, cos, sin, keys, values, *scales = arguments(node)
         lengths, total = self._lengths(context, context.value(positions))
-        head_dim = int(fake(keys).shape[-1])
+        head_dim = int(fake_tensor(keys).shape[-1])
         if head_dim % 16:
             raise UserError(
                 f"ONNX Runtime's GroupQueryAttention needs a head size that is a multiple of 16,"
@@ -114,14 +114,14 @@ class OrtDialect(StandardDialect):
         inputs = [context.value(query), context.value(key), context.value(value), *states,
                   lengths, total, context.value(cos), context.value(sin)]  # fmt: skip
         attributes: dict[str, Any] = {
-            "num_heads": int(fake(query).shape[-1]) // head_dim,
-            "kv_num_heads": int(fake(keys).shape[1]), "do_rotary": 1,
+            "num_heads": int(fake_tensor(query).shape[-1]) // head_dim,
+            "kv_num_heads": int(fake_tensor(keys).shape[1]), "do_rotary": 1,
         }  # fmt: skip
         if any(scale is not None for scale in scales):
             inputs += ["", "", "", *(self._cache_scale(context, scale, head_dim) for scale in scales)]
             kinds = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
             attributes |= kinds
-        name = context.graph.unique(f"{context.name(node)}_out")
+        name = context.graph.unique_name(f"{context.name(node)}_out")
         outputs = [name, *context.state_outputs(keys, values)]
         return context.graph.node(
             "GroupQueryAttention", inputs, context.name(node), attributes, outputs, "com.microsoft"
@@ -130,7 +130,7 @@ class OrtDialect(StandardDialect):
     def _cache_scale(self, context: Lowering, source: Node, head_dim: int) -> str:
         """A scale per head ``[Hkv]`` as the operator wants it, per channel: ``[Hkv * Dh]`` float32."""
         scale = context.constant(source)
-        size = int(fake(source).shape[0]) * head_dim
+        size = int(fake_tensor(source).shape[0]) * head_dim
         return context.graph.initializer(
             f"{scale.name}_of_channels", np.dtype(np.float32), (size,),
             lambda: to_numpy(scale.load().float().repeat_interleave(head_dim)),
@@ -170,7 +170,7 @@ class OrtDialect(StandardDialect):
             scale = to_numpy(weight.scale.load()).astype(dtype).reshape(rows, -1)
             return np.ascontiguousarray(np.broadcast_to(scale, (rows, blocks)))
 
-        graph, name, dtype = context.graph, weight.codes.name, numpy_dtype(fake(node).dtype)
+        graph, name, dtype = context.graph, weight.codes.name, numpy_dtype(fake_tensor(node).dtype)
         shape = (rows, blocks, block * weight.bits // 8)
         inputs = [
             x,
@@ -206,17 +206,17 @@ class OrtPrefillDialect(OrtDialect):
     """
 
     def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
-        *_, tokens, _ = fake(node).shape
+        *_, tokens, _ = fake_tensor(node).shape
         if weight.bits == 8 or tokens != context.first_input.shape[1]:  # the head, of the wanted rows
             return super().dynamic_linear(context, node, x, weight)
-        return integer_linear(context, node, x, in_eight_bits(weight))
+        return integer_linear(context, node, x, widen_to_int8(weight))
 
 
 def sum_of_positions(bias: Node) -> Node | None:
     """The node in a bias that adds rows ``[B, H, n, n, kh, 1]`` and columns ``[B, H, n, n, 1, kw]``."""
     while bias.target == aten.flatten.using_ints:
         bias = arguments(bias)[0]
-    return bias if bias.target == aten.add.Tensor and fake(bias).dim() == 6 else None
+    return bias if bias.target == aten.add.Tensor and fake_tensor(bias).dim() == 6 else None
 
 
 def _query_blocks(context: Lowering, query: str, bias: list[Node]) -> list[tuple[str, str]]:
@@ -227,17 +227,17 @@ def _query_blocks(context: Lowering, query: str, bias: list[Node]) -> list[tuple
     """
     if not bias:
         return [(query, "")]
-    _, *scores = fake(bias[0]).shape
+    _, *scores = fake_tensor(bias[0]).shape
     source = sum_of_positions(bias[0])
-    least = math.ceil(math.prod(map(int, scores)) / MOST_SCORES)
+    least = math.ceil(math.prod(map(int, scores)) / MAX_BLOCK_SCORES)
     if least == 1 or source is None:
         return [(query, context.value(bias[0]))]
-    rows = int(fake(source).shape[2])
+    rows = int(fake_tensor(source).shape[2])
     count = next(count for count in range(min(least, rows), rows + 1) if rows % count == 0)
     graph, name = context.graph, context.name(bias[0])
 
     def blocks(value: str, axis: int) -> list[str]:
-        outputs = [graph.unique(f"{name}_block") for _ in range(count)]
+        outputs = [graph.unique_name(f"{name}_block") for _ in range(count)]
         graph.node("Split", [value], f"{name}_blocks", {"axis": axis, "num_outputs": count}, outputs)
         return outputs
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.compilers.lowering import QuantizedWeight, arguments, fake, numpy_dtype
+from dsvl_export.compilers.lowering import QuantizedWeight, arguments, fake_tensor, numpy_dtype
 from dsvl_export.compilers.onnx.builder import Graph
 from dsvl_export.compilers.onnx.context import Lowering
-from dsvl_export.compilers.onnx.quantization import dequantized
+from dsvl_export.compilers.onnx.quantization import dequantize_weight
 from runtimes.bundle.contracts import TensorSpec, updated_state
 
 
@@ -41,7 +41,7 @@ class StandardDialect:
 
     def weight_only_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
         """A product with a DequantizeLinear by blocks (4 bits) or by channels (8 bits)."""
-        return context.emit(node, "MatMul", [x, dequantized(context, weight, 1)])
+        return context.emit(node, "MatMul", [x, dequantize_weight(context, weight, 1)])
 
     def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
         raise NotImplementedError(f"{context.name(node)} with activations in 8 bits, token by token")
@@ -71,7 +71,7 @@ def primitive_rms_norm(context: Lowering, x: str, weight: str, epsilon: float, n
 
 def head_scale(source: Node) -> float:
     """The scale of scores of ``[..., Dh]``."""
-    return float(int(fake(source).shape[-1]) ** -0.5)
+    return float(int(fake_tensor(source).shape[-1]) ** -0.5)
 
 
 def softmax_attention(
@@ -90,8 +90,8 @@ def softmax_attention(
         source: a node of the program with the head size and the dtype.
         groups: query heads per head of keys and values.
     """
-    graph, dtype = context.graph, numpy_dtype(fake(source).dtype)
-    heads, head_dim = int(fake(source).shape[1]), int(fake(source).shape[-1])
+    graph, dtype = context.graph, numpy_dtype(fake_tensor(source).dtype)
+    heads, head_dim = int(fake_tensor(source).shape[1]), int(fake_tensor(source).shape[-1])
     lowest = graph.constant(np.array(np.finfo(dtype).min, dtype), "lowest")
 
     def grouped(x: str, what: str) -> str:
@@ -126,7 +126,7 @@ def _scores(context: Lowering, query: str, keys: str, source: Node, name: str, g
         source: a node of the program with the head size and the dtype.
     """
     graph = context.graph
-    factor = graph.constant(np.array(head_scale(source), numpy_dtype(fake(source).dtype)), "scale")
+    factor = graph.constant(np.array(head_scale(source), numpy_dtype(fake_tensor(source).dtype)), "scale")
     scaled = graph.node("Mul", [query, factor], f"{name}_scale")
     order = [0, 1, 2, 4, 3] if grouped else [0, 1, 3, 2]
     swapped = graph.node("Transpose", [keys], f"{name}_keys", {"perm": order})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.compilers.lowering import arguments, fake
+from dsvl_export.compilers.lowering import arguments, fake_tensor
 from dsvl_export.compilers.onnx.context import Lowering
-from dsvl_export.compilers.onnx.decoder_parts import merged, rotation_table, slots, split
+from dsvl_export.compilers.onnx.decoder_parts import cache_slots, merge_heads, rotation_table, split_heads
 from dsvl_export.compilers.onnx.dialect_standard import StandardDialect, softmax_attention
 from dsvl_export.compilers.onnx.quantization import FOUR_BIT
 from reference.trace import TracedComponent
@@ -46,10 +46,10 @@ class Trt10Dialect(StandardDialect):
     def cached_attention(self, context: Lowering, node: Node) -> str:
         query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
         graph, name = context.graph, context.name(node)
-        head_dim = int(fake(keys).shape[-1])
+        head_dim = int(fake_tensor(keys).shape[-1])
         angles = [self._angles(context, table, keys, context.value(positions)) for table in (cos, sin)]
         heads = {
-            part: split(context, source, keys, f"{name}_{part}")
+            part: split_heads(context, source, keys, f"{name}_{part}")
             for part, source in (("query", query), ("key", key), ("value", value))
         }
         rotated_query, rotated_key = (
@@ -60,13 +60,13 @@ class Trt10Dialect(StandardDialect):
         ):
             graph.node("Identity", [rows], f"{name}_{output}", outputs=[output])
         past, new = self._masks(context, context.value(positions), context.value(keys))
-        groups = int(fake(query).shape[-1]) // head_dim // int(fake(keys).shape[1])
+        groups = int(fake_tensor(query).shape[-1]) // head_dim // int(fake_tensor(keys).shape[1])
         blocks = [
             (context.value(keys), context.value(values), past),
             (rotated_key, heads["value"], new),
         ]
         out = softmax_attention(context, rotated_query, blocks, keys, groups, name)
-        return merged(context, out, node, keys)
+        return merge_heads(context, out, node, keys)
 
     def _angles(self, context: Lowering, table: Node, cache: Node, positions: str) -> str:
         """Rows ``[B, 1, S, Dh / 2]`` of a RoPE table, computed once for all layers."""
@@ -79,7 +79,7 @@ class Trt10Dialect(StandardDialect):
     def _rotate(self, context: Lowering, x: str, angles: list[str], name: str) -> str:
         """RoPE in LLaMA's half-split form on ``[B, H, S, Dh]``."""
         graph = context.graph
-        halves = [graph.unique(f"{name}_{half}") for half in ("first", "second")]
+        halves = [graph.unique_name(f"{name}_{half}") for half in ("first", "second")]
         graph.node("Split", [x], f"{name}_halves", {"axis": -1, "num_outputs": 2}, outputs=halves)
         (a, b), (cos, sin), turned = halves, angles, []
         for sign, one, other in (("Sub", a, b), ("Add", b, a)):
@@ -96,5 +96,5 @@ class Trt10Dialect(StandardDialect):
             down = graph.node("Unsqueeze", [positions, graph.ints(1, 3)], "positions_down")
             known["mask_new"] = graph.node("LessOrEqual", [across, down], "mask_new")
             first = graph.node("Slice", [down, *(graph.ints(v) for v in (0, 1, 2))], "positions_first")
-            known["mask_past"] = graph.node("Less", [slots(context, cache), first], "mask_past")
+            known["mask_past"] = graph.node("Less", [cache_slots(context, cache), first], "mask_past")
         return known["mask_past"], known["mask_new"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.compilers.lowering import arguments, fake, numpy_dtype
+from dsvl_export.compilers.lowering import arguments, fake_tensor, numpy_dtype
 from dsvl_export.compilers.onnx.context import Lowering
-from dsvl_export.compilers.onnx.decoder_parts import merged, rotation_table, split, visible_slots
+from dsvl_export.compilers.onnx.decoder_parts import merge_heads, rotation_table, split_heads, visible_slots
 from dsvl_export.compilers.onnx.dialect_standard import (
     StandardDialect,
     attention_inputs,
@@ -15,7 +15,7 @@ from dsvl_export.compilers.onnx.dialect_standard import (
     softmax_attention,
 )
 
-LARGEST_HEAD = 256
+MAX_HEAD_SIZE = 256
 
 
 class Trt11Dialect(StandardDialect):
@@ -39,18 +39,18 @@ class Trt11Dialect(StandardDialect):
     def cached_attention(self, context: Lowering, node: Node) -> str:
         query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
         graph, name = context.graph, context.name(node)
-        head_dim = int(fake(keys).shape[-1])
+        head_dim = int(fake_tensor(keys).shape[-1])
         tables = [rotation_table(context, table, keys) for table in (cos, sin)]
         rotated = [
             graph.node(
                 "RotaryEmbedding",
-                [split(context, source, keys, f"{name}_{part}"), *tables, context.value(positions)],
+                [split_heads(context, source, keys, f"{name}_{part}"), *tables, context.value(positions)],
                 f"{name}_rotated_{part}",
             )
             for source, part in ((query, "query"), (key, "key"))
         ]
         start = self._start(context, context.value(positions))
-        new = (rotated[1], split(context, value, keys, f"{name}_value"))
+        new = (rotated[1], split_heads(context, value, keys, f"{name}_value"))
         cache = [
             graph.node(
                 "TensorScatter", [context.value(state), rows, start], f"{name}_{output}", {"axis": -2},
@@ -62,12 +62,12 @@ class Trt11Dialect(StandardDialect):
         ]  # fmt: skip
         mask = visible_slots(context, context.value(positions), context.value(keys))
         if not _fused(keys):
-            groups = int(fake(query).shape[-1]) // head_dim // int(fake(keys).shape[1])
+            groups = int(fake_tensor(query).shape[-1]) // head_dim // int(fake_tensor(keys).shape[1])
             out = softmax_attention(context, rotated[0], [(cache[0], cache[1], mask)], keys, groups, name)
         else:
             scale = {"scale": head_scale(keys)}
             out = graph.node("Attention", [rotated[0], *cache, mask], f"{name}_attention", scale)
-        return merged(context, out, node, keys)
+        return merge_heads(context, out, node, keys)
 
     def _start(self, context: Lowering, positions: str) -> str:
         """``[B]``: where each row's new tokens go; positions are consecutive in a row."""
@@ -84,5 +84,5 @@ def _fused(source: Node) -> bool:
     Seen with TensorRT-RTX 1.7.1: half precision, and heads in multiples of 16 channels up to 256; smaller
     ones build until their neighbours are INT8.
     """
-    head_dim = int(fake(source).shape[-1])
-    return numpy_dtype(fake(source).dtype) != np.float32 and head_dim % 16 == 0 and head_dim <= LARGEST_HEAD
+    head_dim, dtype = int(fake_tensor(source).shape[-1]), numpy_dtype(fake_tensor(source).dtype)
+    return dtype != np.float32 and head_dim % 16 == 0 and head_dim <= MAX_HEAD_SIZE

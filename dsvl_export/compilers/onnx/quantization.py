@@ -15,7 +15,14 @@ import torch
 from torch.fx import Node
 
 import calibration.quantized_program  # noqa: F401 -- registers the float8 operators
-from dsvl_export.compilers.lowering import Constant, QuantizedWeight, arguments, fake, numpy_dtype, to_numpy
+from dsvl_export.compilers.lowering import (
+    Constant,
+    QuantizedWeight,
+    arguments,
+    fake_tensor,
+    numpy_dtype,
+    to_numpy,
+)
 from dsvl_export.compilers.onnx.context import Lowering
 
 qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
@@ -31,7 +38,7 @@ def _quantize(codes: np.dtype[Any]) -> Callable[[Lowering, Node], str]:
         x, scale = arguments(node)[:2]
         source, factor = (
             context.value(x),
-            _scalar(context, context.constant(scale), numpy_dtype(fake(x).dtype)),
+            _scalar(context, context.constant(scale), numpy_dtype(fake_tensor(x).dtype)),
         )
         key = f"quantized {source} {factor} {codes}"
         if key not in context.scratch:
@@ -49,7 +56,7 @@ def _dequantize(codes: np.dtype[Any]) -> Callable[[Lowering, Node], Any]:
         source, scale = arguments(node)[:2]
         if context.is_constant(source):
             return context.channel_weight(node, codes)
-        factor = _scalar(context, context.constant(scale), numpy_dtype(fake(node).dtype))
+        factor = _scalar(context, context.constant(scale), numpy_dtype(fake_tensor(node).dtype))
         key = f"dequantized {context.value(source)} {factor}"
         if key not in context.scratch:
             inputs = [context.value(source), factor, _zero(context, codes)]
@@ -87,10 +94,10 @@ def quantized_linear(context: Lowering, node: Node, x: Node, weight: QuantizedWe
         return context.dialect.dynamic_linear(context, node, context.value(x), weight)
     if x.target not in DEQUANTIZE:
         return context.dialect.weight_only_linear(context, node, context.value(x), weight)
-    return context.emit(node, "MatMul", [context.value(x), dequantized(context, weight, 1)])
+    return context.emit(node, "MatMul", [context.value(x), dequantize_weight(context, weight, 1)])
 
 
-def dequantized(context: Lowering, weight: QuantizedWeight, axis: int) -> str:
+def dequantize_weight(context: Lowering, weight: QuantizedWeight, axis: int) -> str:
     """The weight behind a DequantizeLinear.
 
     Args:

@@ -52,7 +52,7 @@ def integer_linear(context: Lowering, node: Node, x: str, weight: QuantizedWeigh
     return context.emit(node, "Mul", [shifted, scale])
 
 
-def in_eight_bits(weight: QuantizedWeight) -> QuantizedWeight:
+def widen_to_int8(weight: QuantizedWeight) -> QuantizedWeight:
     """A weight of 4 bits with a scale per group as one of 8 bits with a scale per output channel.
 
     The rounding that this adds is about a fourteenth of that of the 4 bits where a row's groups are alike

@@ -115,7 +115,7 @@ def test_attention_in_blocks_of_queries_changes_no_bit(
     traced = trace(hybrid_pair.checkpoint.config, "vision_encoder", "fp32")
     found, attentions = {}, {}
     for most in (1 << 25, 1 << 9, 1):
-        monkeypatch.setattr("dsvl_export.compilers.onnx.dialect_ort.MOST_SCORES", most)
+        monkeypatch.setattr("dsvl_export.compilers.onnx.dialect_ort.MAX_BLOCK_SCORES", most)
         graph = lower(traced, loader(hybrid_pair, "vision_encoder"), OrtDialect())
         (file,) = write_model(graph, tmp_path / f"{most}.onnx", lambda count: None)
         attentions[most] = Counter(node.op_type for node in graph.nodes)["MultiHeadAttention"]

@@ -12,7 +12,7 @@ from types import ModuleType
 import onnx
 import pytest
 
-from dsvl_export.compilers.engines.building import EngineSettings
+from dsvl_export.compilers.engines.build import EngineSettings
 from dsvl_export.exporter import on_device
 from dsvl_export.exporter.export import export
 from dsvl_export.lint.bundles import lint_path

@@ -16,7 +16,7 @@ from calibration.precision_plan import LayerPrecision as Precision
 from calibration.precision_plan import PrecisionPlan, Rule
 from calibration.quantized_program import trace_planned
 from dsvl_export.compilers.lowering import Constant, QuantizedWeight
-from dsvl_export.compilers.onnx.token_integers import in_eight_bits
+from dsvl_export.compilers.onnx.token_integers import widen_to_int8
 from dsvl_export.compilers.onnxruntime import artifact_bytes
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
@@ -47,7 +47,7 @@ def test_eight_bits_stand_for_four() -> None:
     codes = torch.randint(-8, 8, (24, 256), generator=generator, dtype=torch.int8)
     scale = torch.rand(24, 2, generator=generator) + 0.1
     codes[3], scale[4] = 0, 1e-20
-    wide = in_eight_bits(
+    wide = widen_to_int8(
         QuantizedWeight(
             Constant("w", lambda: codes), Constant("s", lambda: scale), (24, 256), 4, np.dtype("int4"), 128
         )

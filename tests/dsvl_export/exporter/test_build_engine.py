@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import onnx
 import pytest
 
-from dsvl_export.compilers.engines.building import EngineSettings, configure, profiles
+from dsvl_export.compilers.engines.build import EngineSettings, configure, profiles
 from dsvl_export.compilers.engines.network import ParsedNetwork, attention_of
 from dsvl_export.exporter import on_device
 from dsvl_export.exporter.export import export
@@ -271,7 +271,7 @@ def test_what_cannot_be_built(
     ],
 )
 def test_what_tensorrt_says_becomes_a_sentence_with_a_remedy(log: str, sentence: str) -> None:
-    from dsvl_export.compilers.engines.building import _refusal
+    from dsvl_export.compilers.engines.build import _refusal
 
     parsed = SimpleNamespace(file="decoder.onnx", logger=SimpleNamespace(errors=lambda: log))
     assert sentence in _refusal(parsed, EngineSettings(1, workspace_bytes=1_000_000))  # type: ignore[arg-type]

@@ -9,9 +9,9 @@ import onnx
 import pytest
 from packaging.version import Version
 
-from dsvl_export.compilers.engines.building import EngineSettings, build_engine
+from dsvl_export.compilers.engines.build import EngineSettings, build_engine
 from dsvl_export.lint import Finding, Release, lint
-from dsvl_export.lint.bundles import summary
+from dsvl_export.lint.bundles import summarize_findings
 from dsvl_export.lint.operators import RULES, operator_table
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract, TensorSpec
@@ -162,8 +162,11 @@ def test_files_of_both_kinds_are_counted_apart() -> None:
     fine: list[Finding] = []
     apart = [Finding("the file", "not-checked", "not checked", "it is for coreml", "export it")]
     bad = [Finding("x", "operator", "refused", "no", "do")]
-    assert summary({Path("a"): fine, Path("b"): fine}) == "All 2 files keep the rules."
-    assert summary({Path("a"): fine, Path("b"): apart}) == "1 files keep the rules, 1 more were not checked."
-    assert summary({Path("a"): fine, Path("b"): bad, Path("c"): apart}).startswith(
+    assert summarize_findings({Path("a"): fine, Path("b"): fine}) == "All 2 files keep the rules."
+    assert (
+        summarize_findings({Path("a"): fine, Path("b"): apart})
+        == "1 files keep the rules, 1 more were not checked."
+    )
+    assert summarize_findings({Path("a"): fine, Path("b"): bad, Path("c"): apart}).startswith(
         "1 of 2 files break a rule"
     )

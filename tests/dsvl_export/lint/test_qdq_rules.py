@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dsvl_export.lint.quantization import problems
+from dsvl_export.lint.quantization import quantization_problems
 from runtimes.errors import UserError
 
 IN, OUT = 32, 8
@@ -47,9 +47,14 @@ def model(folder: Path, **changes: Any) -> Path:
 
 
 def test_a_good_file_has_no_problems(tmp_path: Path) -> None:
-    assert problems(model(tmp_path)) == []
+    assert quantization_problems(model(tmp_path)) == []
     four = np.ones((IN, OUT), np.dtype("int4"))
-    assert problems(model(tmp_path, codes=four, w_scale=np.full((2, OUT), 0.1, np.float32), block=16)) == []
+    assert (
+        quantization_problems(
+            model(tmp_path, codes=four, w_scale=np.full((2, OUT), 0.1, np.float32), block=16)
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,12 +73,12 @@ def test_a_good_file_has_no_problems(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_every_rule_has_a_file_that_breaks_it(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
-    assert any(sentence in found for found in problems(model(tmp_path, **changes))), problems(
-        model(tmp_path, **changes)
+    assert any(sentence in found for found in quantization_problems(model(tmp_path, **changes))), (
+        quantization_problems(model(tmp_path, **changes))
     )
 
 
 def test_what_is_no_onnx_file(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"\xff\xff no")
     with pytest.raises(UserError, match="is no ONNX file that can be read"):
-        problems(tmp_path / "x.onnx")
+        quantization_problems(tmp_path / "x.onnx")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 llama = torch.ops.llama
 
 
-def start_of(cache_position: Tensor, capacity: int) -> int:
+def first_position(cache_position: Tensor, capacity: int) -> int:
     """The first of ``[S]`` consecutive cache positions."""
     start: int = cache_position[0].item()  # type: ignore[assignment]
     torch._check(start >= 0)
@@ -25,7 +25,7 @@ def start_of(cache_position: Tensor, capacity: int) -> int:
     return start
 
 
-def rows_from(table: Tensor, start: int, cache_position: Tensor) -> Tensor:
+def table_rows(table: Tensor, start: int, cache_position: Tensor) -> Tensor:
     """Rows of a RoPE table ``[P, Dh / 2]`` for consecutive positions, ``[1, S, 1, Dh / 2]``."""
     return table.narrow(0, start, cache_position.shape[0])[None, :, None]
 
@@ -66,7 +66,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.bmm(torch.softmax(scores, -1), v).view(batch, heads, queries, v.shape[-1])
 
 
-def position_table(q: Tensor, table: Tensor) -> Tensor:
+def relative_scores(q: Tensor, table: Tensor) -> Tensor:
     """Queries of a grid times the relative embeddings of its rows (or columns).
 
     Args:
@@ -81,7 +81,7 @@ def position_table(q: Tensor, table: Tensor) -> Tensor:
     return found.view(rows, batch, heads, columns, rows).permute(1, 2, 0, 3, 4)
 
 
-def cell_rows(grid: int) -> Tensor:
+def grid_one_hot(grid: int) -> Tensor:
     """``[1, T, 2n]``: for each cell of an ``n × n`` grid, ones at its row and, behind them, at its column."""
     one = torch.eye(grid)
     return torch.cat([one.repeat_interleave(grid, 0), one.repeat(grid, 1)], -1)[None]
@@ -99,7 +99,7 @@ def relative_attention(
     Args:
         q, k, v: ``[B, H, T, Dh]``, T the cells of the grid.
         by_row, by_column: ``[B, H, n, n, n]``: query's row, query's column, key's row (or column).
-        cells: ``cell_rows`` for B images.
+        cells: ``grid_one_hot`` for B images.
     """
     shifts = torch.cat([by_row.flatten(2, 3), by_column.flatten(2, 3)], -1)  # [B, H, T, 2n]
     heads = []
@@ -114,7 +114,7 @@ def relative_attention(
     return torch.cat(heads, 1)
 
 
-def rotated(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_halves(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in LLaMA's half-split form (arXiv 2104.09864), the halves computed apart.
 
     XNNPACK cannot slice where a length is open, so that the projections give the halves of all heads.

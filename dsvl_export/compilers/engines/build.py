@@ -19,7 +19,7 @@ from runtimes.errors import UserError
 
 Range = tuple[int, int, int]  # smallest, likeliest and largest size
 ONE: Range = (1, 1, 1)
-MOST_ROWS = 64  # of logits in one call
+MAX_LOGIT_ROWS = 64  # of logits in one call
 # How TensorRT says that its workspace is too small.
 WORKSPACE_WORDS = ("workspace", "insufficient memory", "could not find any implementation")
 
@@ -72,7 +72,7 @@ def profiles(contract: Contract, settings: EngineSettings) -> list[dict[str, Ran
     prefill = {
         "batch": ONE,
         "sequence": (1, chunk, chunk),
-        "rows": (1, 1, min(chunk, MOST_ROWS)),
+        "rows": (1, 1, min(chunk, MAX_LOGIT_ROWS)),
         "capacity": capacity,
     }
     decode = {"batch": (1, 1, settings.max_batch), "sequence": ONE, "rows": ONE, "capacity": capacity}
