@@ -36,6 +36,7 @@ __all__ = [
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
+    """See ``Compiler.settings``."""
     check_deployment(options.deployment, SINCE, "Core AI")
     return {"capacity": options.capacity, "target": options.target_name(TARGET)}
 
@@ -65,10 +66,16 @@ def compile_component(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
+    """See ``Compiler.artifact_bytes``."""
     from dsvl_export.compilers.lowering import parameter_bytes  # deferred: imports torch
 
     return parameter_bytes(traced)
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> NoReturn:
+    """Refuse: Core AI assets cannot be given taps.
+
+    Raises:
+        UserError: always.
+    """
     raise UserError("Core AI's assets cannot be given taps, so the layer that drifts first cannot be named.")

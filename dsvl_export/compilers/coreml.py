@@ -38,6 +38,7 @@ __all__ = [
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
+    """See ``Compiler.settings``."""
     check_deployment(options.deployment, SINCE, "the states that hold the KV cache in Core ML")
     return {"capacity": options.capacity, "target": options.target_name(TARGET)}
 
@@ -49,7 +50,7 @@ def compile_component(
     on_bytes: Callable[[int], None],
     options: CompileOptions,
 ) -> Compiled:
-    """Write ``<component>.mlpackage``, whose specification is the main file.
+    """Write ``<component>.mlpackage``; its specification is the main file.
 
     Raises:
         ValueError: the written package breaks the contract.
@@ -70,11 +71,12 @@ def compile_component(
 
 
 def write_listing(folder: Path, app: App) -> None:
-    """The decode loop in Swift."""
+    """Write the decode loop in Swift."""
     (folder / FILE).write_text(render_listing(app), encoding="utf-8")
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
+    """See ``Compiler.artifact_bytes``."""
     from dsvl_export.compilers.lowering import parameter_bytes  # deferred: imports torch
 
     return parameter_bytes(traced)

@@ -38,6 +38,11 @@ MIN_CAPACITY = 3  # torch.export makes a fixed length of 2 of the range from 1 t
 
 
 def find_delegate(options: CompileOptions) -> str:
+    """Return the delegate that runs the encoders.
+
+    Raises:
+        UserError: there is no such delegate.
+    """
     delegate = options.delegate or DIALECT
     if delegate not in DELEGATES:
         raise UserError(f"ExecuTorch has no delegate {delegate!r} here; it has {', '.join(DELEGATES)}.")
@@ -45,10 +50,10 @@ def find_delegate(options: CompileOptions) -> str:
 
 
 def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileOptions) -> None:
-    """Core ML's and Vulkan's delegates take encoders in float alone, and a program a range of lengths.
+    """Refuse a small capacity, and quantized encoders for Core ML's and Vulkan's delegates.
 
     Raises:
-        UserError: names the first layer that a plan quantizes, or the smallest capacity.
+        UserError: names the smallest capacity, or the first layer that a plan quantizes.
     """
     delegate = find_delegate(options)
     if options.capacity < MIN_CAPACITY:
@@ -67,6 +72,7 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
+    """See ``Compiler.settings``."""
     target, delegate = options.target_name(TARGET), find_delegate(options)
     return {"capacity": options.capacity, "target": target, "delegate": delegate}
 
@@ -78,7 +84,7 @@ def compile_program(
     on_bytes: Callable[[int], None],
     options: CompileOptions,
 ) -> Compiled:
-    """Write ``model.pte`` and load it once; beside it the tokenizer for the stock runner.
+    """Write ``model.pte`` and load it once; write the stock runner's tokenizer beside it.
 
     Raises:
         UserError: ExecuTorch refuses a program.
@@ -102,10 +108,16 @@ def compile_program(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
+    """See ``Compiler.artifact_bytes``."""
     return parameter_bytes(traced)
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> NoReturn:
+    """Refuse: ExecuTorch programs cannot be given taps.
+
+    Raises:
+        UserError: always.
+    """
     raise UserError(
         "ExecuTorch's programs cannot be given taps, so the layer that drifts first cannot be named."
     )

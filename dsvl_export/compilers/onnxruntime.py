@@ -36,15 +36,18 @@ OPTIONS: tuple[str, ...] = ("prefill",)
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
+    """See ``Compiler.settings``."""
     return {} if options.prefill else {"prefill": False}
 
 
 def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileOptions) -> None:
-    """Activations that are rounded token by token want a base of fp32; few plans have two decoders.
+    """Refuse unsupported plans, and ``--no-prefill`` if there is no prefill decoder.
+
+    Activations that are quantized per token need a base of fp32.
 
     Raises:
-        UserError: the base is another, there is no second decoder to leave out, or the installed ONNX Runtime
-            is too old to load what would be written.
+        UserError: the base is not fp32, there is no prefill decoder to leave out, or the installed
+            ONNX Runtime is too old to load the artifacts.
     """
     from calibration.precision_plan import component_layers  # deferred: imports torch
 
@@ -66,7 +69,10 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
 
 
 def _releases(plan: PrecisionPlan) -> Iterator[str]:
-    """Releases of ONNX Runtime since which the parts of a plan load; ``release.features`` reads files."""
+    """List the ONNX Runtime releases that introduced what a plan uses.
+
+    ``release.features`` reads the same from a written file.
+    """
     yield OLDEST
     if plan.kv_cache != "float":
         yield FEATURES["int8-cache"].since
@@ -84,10 +90,10 @@ def compile_component(
     on_bytes: Callable[[int], None],
     options: CompileOptions,
 ) -> Compiled:
-    """Write ``<component>.onnx`` (with ``.data`` beside it above 64 MB of weights).
+    """Write ``<component>.onnx``, with ``.data`` beside it above 64 MB of weights.
 
-    A decoder whose activations are rounded token by token gets a second graph for prompts, which has the
-    4-bit weights in 8 bits and all others from the first one's file.
+    A decoder with per-token activations gets a second graph for prefill. It has the 4-bit weights
+    in 8 bits and reads all other weights from the first graph's file.
 
     Raises:
         ValueError: the written file breaks the contract or a rule of quantization.
@@ -112,7 +118,7 @@ def compile_component(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    """Weights and graphs; alignment and protobuf's own bytes per weight are left out."""
+    """Compute the bytes of weights and graphs, without alignment and protobuf's overhead."""
     from dsvl_export.compilers.lowering import without_weights  # deferred: imports torch
 
     made = graphs(traced, without_weights, options)
@@ -120,7 +126,7 @@ def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
-    """See ``onnx_graph.debug``; a graph for prompts is built as well."""
+    """Write debug builds of a graph and its prefill graph, if any; see ``onnx.debug``."""
     prefill = prefill_file(artifact)
     if prefill.exists():
         debug.debug_build(prefill, contract, folder)
@@ -131,7 +137,7 @@ run_layers = layers.run_layers
 
 
 def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
-    """The component's graph, and that for prompts where there is one."""
+    """Build the component's graph, and its prefill graph if it has one."""
     # Deferred: imports torch, which a debug build does without.
     from dsvl_export.compilers.onnx.dialect_ort import OrtDialect, OrtPrefillDialect
     from dsvl_export.compilers.onnx.lower import lower
@@ -148,7 +154,10 @@ def _operators(traced: TracedComponent) -> set[Any]:
 
 
 def _load_once(file: Path) -> None:
-    """Every kernel is there. Unoptimised, so that half precision is not widened to check a big file."""
+    """Load a file, to check that every kernel exists.
+
+    Optimizations are off, so that half precision is not widened to check a large file.
+    """
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings.add_session_config_entry("session.disable_prepacking", "1")

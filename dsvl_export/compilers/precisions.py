@@ -1,4 +1,4 @@
-"""Precisions of bundles: what a backend can compile, and which plan and scales a bundle keeps of each."""
+"""Which precisions a backend compiles, and which plan and scales a bundle keeps for each."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from runtimes.errors import UserError
 
 
 def plan_for(compiler: Compiler, precision: str) -> PrecisionPlan:
-    """The plan that a ``--precision`` names; what a recipe leaves alone is in the compiler's base."""
+    """Load the plan that a ``--precision`` names; a recipe is applied to the compiler's base."""
     plan = load_precision(precision)
     return plan.on(compiler.RECIPE_BASE) if precision in recipe_names() else plan
 
 
 def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: ModelConfig) -> None:
-    """Refuse a plan that the model or the backend cannot have, before any work.
+    """Refuse a plan that the model or the backend does not support.
 
     Raises:
-        UserError: names the layer, or the precision, and what there is instead.
+        UserError: names the layer or the precision, and what the backend supports instead.
     """
     plan.check(config)
     if plan.base not in compiler.PRECISIONS:
@@ -56,7 +56,7 @@ def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: Mo
 
 
 def supported_precisions(compiler: Compiler) -> list[str]:
-    """What ``--precision`` takes by name for a backend, whatever the target."""
+    """List the names that ``--precision`` accepts for a backend, for any target."""
     names = []
     for name in (*PRECISION_DTYPES, *recipe_names()):
         plan = plan_for(compiler, name)
@@ -71,7 +71,7 @@ def supported_precisions(compiler: Compiler) -> list[str]:
 
 
 def required_precisions(plan: PrecisionPlan, config: ModelConfig) -> list[str]:
-    """The precisions that a target must support for a plan, in the words of ``targets.yaml``."""
+    """List the precisions that a target must support for a plan, as ``targets.yaml`` names them."""
     layers = (layer for name in TRACED_COMPONENTS for layer in component_layers(config, name))
     families = dict.fromkeys(plan.of(layer).family for layer in layers)
     cache = [f"kv-{plan.kv_cache}"] if plan.kv_cache != "float" else []
@@ -85,10 +85,10 @@ def check_request(
     config: ModelConfig,
     options: CompileOptions,
 ) -> None:
-    """Refuse what a backend or its target cannot do; the one check of ``plan`` and ``export``.
+    """Refuse what the backend or its target does not support, for ``plan`` and ``export``.
 
     Raises:
-        UserError: names what comes nearest.
+        UserError: names the closest alternative.
     """
     for plan in plans:
         check_plan(backend, compiler, plan, config)
@@ -102,21 +102,21 @@ def check_request(
 
 
 def precision_folder(precision: str) -> str:
-    """Where a bundle keeps the plan and the scales of a quantized precision."""
+    """Return the bundle's folder for the plan and the scales of a quantized precision."""
     return f"precisions/{precision}"
 
 
 def bundled_plan(folder: Path, precision: str) -> PrecisionPlan:
-    """The plan that a precision of a bundle was exported with."""
+    """Load the plan that a precision of a bundle was exported with."""
     file = folder / precision_folder(precision) / f"{precision}.yaml"
     return read_plan(file) if file.exists() else load_precision(precision)
 
 
 def planned_weights(source: Checkpoint, folder: Path, precision: str) -> QuantizedWeights:
-    """Parameters of a checkpoint in a precision of a bundle, with the scales that the bundle keeps.
+    """Open a checkpoint's parameters in a precision of a bundle, with the bundle's scales.
 
     Raises:
-        UserError: the scales are damaged, or of another checkpoint.
+        UserError: the scales are damaged, or belong to another checkpoint.
     """
     scales = folder / precision_folder(precision)
     table = ScaleTable.load(scales) if (scales / TABLE_FILE).exists() else None

@@ -1,7 +1,7 @@
-"""What a compiler is: the protocol that every compiler keeps, and the capabilities that only some have.
+"""The protocol that every compiler keeps, and the capabilities that only some compilers have.
 
-A capability is a protocol of its own. Callers ask for it by ``isinstance``, which works for the modules of
-this package as for whatever object a third party registers.
+A capability is a protocol of its own. Callers ask for it with ``isinstance``, which works for the
+modules of this package and for whatever object a third party registers.
 """
 
 from __future__ import annotations
@@ -123,13 +123,14 @@ class Compiler(Protocol):
         ...
 
     def debug_build(self, artifact: Path, contract: Contract, folder: Path) -> Path:
-        """Write the artifact's program into ``folder``, with the contract's taps as further outputs.
+        """Write the artifact's program into ``folder`` with the contract's taps as further outputs.
 
-        The runtime opens it under ``contract.with_taps()``. It is built from the shipped artifact where the
-        format allows that, so that a fault in the file is in the debug build as well. Imports no torch.
+        The runtime opens it under ``contract.with_taps()``. It is built from the shipped artifact
+        where the format allows that, so that a fault in the file is also in the debug build.
+        Imports no torch.
 
         Raises:
-            UserError: it cannot be built here.
+            UserError: the debug build cannot be made here.
         """
         ...
 

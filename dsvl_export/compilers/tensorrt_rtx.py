@@ -1,4 +1,4 @@
-"""Compiler ``tensorrt_rtx``: ONNX in the dialect trt11, and engines built from it without a GPU."""
+"""Compiler ``tensorrt_rtx``: ONNX in the dialect trt11, and engines built without a GPU."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ __all__ = [
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
+    """See ``Compiler.settings``."""
     sm = options.target.sm if options.target else None
     return {
         "capabilities": options.capabilities or ((sm,) if sm else CAPABILITIES),
@@ -55,11 +56,12 @@ def settings(options: CompileOptions) -> dict[str, Any]:
 
 
 def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
-    """The graph of the component's ONNX file."""
+    """See ``BuildsGraphs.graphs``."""
     return [lower_for(DIALECT, traced, load)]
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
+    """See ``Compiler.artifact_bytes``."""
     return onnx_bytes(traced, DIALECT)
 
 

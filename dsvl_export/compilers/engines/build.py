@@ -1,4 +1,4 @@
-"""Engines from parsed networks: optimization profiles, builder settings, and errors as sentences."""
+"""Build engines from parsed networks: optimization profiles, builder settings, error messages."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ WORKSPACE_WORDS = ("workspace", "insufficient memory", "could not find any imple
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is built for.
+    """Settings of an engine build.
 
     Args:
-        capacity: tokens of the KV cache, the most where the file leaves it dynamic.
-        max_batch: rows that decode together.
-        compute_capabilities: SM numbers, for TensorRT-RTX alone; the others build for the GPU at hand.
-        workspace_bytes: most scratch memory that a kernel may ask for; None is TensorRT's own limit.
-        timing_cache: file with kernels' times, read and written; makes the next build faster.
-        version_compatible: runs on later releases of the same major version, too.
-        hardware_compatible: runs on every GPU from Ampere on, slower.
-        weight_streaming: weights may stay in the host's memory where the GPU's is too small.
-        dla_core: of a Jetson; what it cannot run falls back to the GPU.
+        capacity: tokens of the KV cache; the largest number where the file leaves it dynamic.
+        max_batch: sequences that decode together.
+        compute_capabilities: SM numbers, for TensorRT-RTX alone; TensorRT builds for the present
+            GPU.
+        workspace_bytes: limit of a kernel's scratch memory; None is TensorRT's own limit.
+        timing_cache: file with measured kernel times, read and written; makes the next build
+            faster.
+        version_compatible: the engine also runs on later releases of the same major version.
+        hardware_compatible: the engine runs on every GPU from Ampere on, but slower.
+        weight_streaming: weights may stay in host memory if the GPU's memory is too small.
+        dla_core: DLA core of a Jetson; layers that it cannot run fall back to the GPU.
     """
 
     capacity: int
@@ -52,7 +54,7 @@ class EngineSettings:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of what is set, as the manifest keeps them."""
+        """List the options that are set, by the names that the manifest uses."""
         flags = {
             VERSION_COMPATIBLE: self.version_compatible,
             HARDWARE_COMPATIBLE: self.hardware_compatible,
@@ -64,7 +66,10 @@ class EngineSettings:
 
 
 def profiles(contract: Contract, settings: EngineSettings) -> list[dict[str, Range]]:
-    """Ranges of the contract's named dims: prefill and decode for the decoder, one for the others."""
+    """List the optimization profiles as ranges of named dims; the decoder has two.
+
+    The decoder has one profile for prefill and one for decode, the other components have one.
+    """
     if not contract.states:
         return [{"batch": ONE}]
     capacity = (1, settings.capacity, settings.capacity)
@@ -85,7 +90,7 @@ def build_engine(
     """Build the engine of an ONNX file and write it.
 
     Raises:
-        UserError: TensorRT refuses; the sentence gives its reason.
+        UserError: TensorRT refuses the file; the message gives its reason.
     """
     parsed = ParsedNetwork(trt, file, contract, settings.capacity)
     config = parsed.builder.create_builder_config()
@@ -106,10 +111,10 @@ def build_engine(
 
 
 def configure(trt: ModuleType, config: Any, settings: EngineSettings) -> None:
-    """Set a builder's config.
+    """Apply the settings to a builder config.
 
     Raises:
-        UserError: TensorRT-RTX does not know a compute capability.
+        UserError: TensorRT-RTX does not support a compute capability.
     """
     if settings.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
@@ -134,7 +139,7 @@ def configure(trt: ModuleType, config: Any, settings: EngineSettings) -> None:
 
 
 def _refusal(parsed: ParsedNetwork, settings: EngineSettings) -> str:
-    """Why nothing was built, in one sentence with what to do."""
+    """Explain a failed build in one sentence, with what to do."""
     reason = parsed.logger.errors()
     remedy = ""
     if settings.workspace_bytes is not None and any(word in reason.lower() for word in WORKSPACE_WORDS):
