@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def suppress_warnings() -> Iterator[None]:
-    """Warnings of torchao and of ExecuTorch's exporter are not for our users."""
+    """Suppress the warnings of torchao and of ExecuTorch's exporter, which do not concern users."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""A traced component as a method that XNNPACK takes in as few pieces as can be."""
+"""A traced component as a method that XNNPACK runs in as few partitions as possible."""
 
 from __future__ import annotations
 
@@ -25,26 +25,35 @@ qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
 
 @dataclass(frozen=True)
 class Method:
-    """A module with what it is exported with."""
+    """A module and the arguments that it is exported with.
+
+    Args:
+        module: the module.
+        examples: example inputs.
+        dynamic: axis → open dim, for each input.
+    """
 
     module: nn.Module
     examples: tuple[Tensor, ...]
     dynamic: tuple[dict[int, Any], ...]
 
     def program(self) -> ExportedProgram:
+        """Export the module."""
         with torch.no_grad():
             return torch.export.export(self.module, self.examples, dynamic_shapes=self.dynamic, strict=False)
 
 
 def build_method(traced: TracedComponent, load: LoadParameter, capacity: int) -> Method:
-    """A traced component; its weights are loaded.
+    """Build the method of a traced component and load its weights.
 
-    The decoder takes ``inputs_embeds [1, S, D]`` and ``cache_position [S]`` int64, S open, and gives the
-    logits ``[1, 1, V]`` of the last token; its KV cache are buffers ``[1, C, Hkv, Dh]`` with the contract's
-    names.
+    The decoder takes ``inputs_embeds [1, S, D]`` and ``cache_position [S]`` int64, S open, and
+    returns the logits ``[1, 1, V]`` of the last token. Its KV cache is held in buffers ``[1, C,
+    Hkv, Dh]`` with the contract's names.
 
     Args:
-        capacity: C.
+        traced: the component.
+        load: loads a parameter by name.
+        capacity: C, the capacity of the KV cache.
     """
     lowering = MethodLowering(traced, load, capacity)
     lowering.lower_program()
@@ -54,9 +63,16 @@ def build_method(traced: TracedComponent, load: LoadParameter, capacity: int) ->
 
 
 class MethodLowering(AtenLowering):
-    """As its parent, for one sequence or image; the example inputs and their open dims are kept."""
+    """Lower a component for one sequence or image, and keep example inputs and their open dims.
+
+    Args:
+        traced: the component.
+        load: loads a parameter by name.
+        capacity: tokens of the KV cache.
+    """
 
     def __init__(self, traced: TracedComponent, load: LoadParameter, capacity: int) -> None:
+        """Create an empty program; see the class for the arguments."""
         sizes = {"batch": 1, "sequence": min(5, capacity), "rows": 1, "capacity": capacity}
         super().__init__(traced, load, sizes, TABLE, BOUNDARIES, "ExecuTorch", {})
         self.capacity = capacity
@@ -65,7 +81,10 @@ class MethodLowering(AtenLowering):
         self.cache_position: Node | None = None
 
     def bind_input(self, spec: TensorSpec, node: Node) -> Any:
-        """A state's buffer, an input's placeholder, or of ``positions`` the first one, a number."""
+        """Add a buffer for a state or a placeholder for an input.
+
+        The value of ``positions`` is the first position, as a number.
+        """
         example = self.example(spec)
         if spec in self.traced.contract.states:
             batch, heads, capacity, head_dim = example.shape
@@ -84,7 +103,7 @@ class MethodLowering(AtenLowering):
         return self.graph.placeholder(spec.name)
 
     def call_once(self, target: Any, *args: Any) -> Node:
-        """A call that is shared by all that make the same one."""
+        """Add a call, or return the node of an equal call."""
         key = f"{target}{args}"
         if key not in self.scratch:
             self.scratch[key] = self.call(target, *args)
@@ -92,20 +111,25 @@ class MethodLowering(AtenLowering):
         return found
 
     def mean_and_eps(self, like: Any, eps: float) -> tuple[Node, Node]:
-        """``[1, C]`` whose product with ``[..., C]`` is the mean, and what is added to a mean, ``[1]``."""
+        """Add the constants of a norm over C channels.
+
+        Returns:
+            The matrix ``[1, C]`` whose product with ``[..., C]`` is the mean, and the number
+            ``[1]`` that is added to a mean.
+        """
         width = int(fake_tensor(like).shape[-1])
         mean = self.buffer(f"mean_of_{width}", lambda: torch.full((1, width), 1 / width))
         return mean, self.buffer(f"eps_{eps}", lambda: torch.tensor([eps]))
 
     def add_buffer(self, constant: Constant, part: Part | None, dtype: torch.dtype) -> Node:
-        """A weight, a bias, codes or scales, or the rows of them that are wanted."""
+        """Add a weight, a bias, codes or scales as a buffer, or the selected rows of them."""
         if part is None:
             return self.buffer(f"{constant.name}_{dtype}", lambda: constant.load().to(dtype))
         name = f"{constant.name}_{part.index}_of_{part.count}_{dtype}"
         return self.buffer(name, lambda: part.select(constant.load()).to(dtype))
 
     def weight_operand(self, source: Any, part: Part | None) -> Node:
-        """A weight ``[out, in]`` in the form of its precision, or the rows of it that are wanted."""
+        """Add a weight ``[out, in]``, dequantized where it is quantized, or its selected rows."""
         weight, dtype = self.weight(source), fake_tensor(source).dtype
         if isinstance(weight, Constant):
             return self.add_buffer(weight, part, dtype)
@@ -123,21 +147,32 @@ class MethodLowering(AtenLowering):
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a weight: of each of ``blocks`` equal runs of rows the one of ``count`` equal parts."""
+    """A selection of rows of a weight.
+
+    The rows are split into equal blocks, and each block into equal parts; one part of each block is
+    selected.
+
+    Args:
+        blocks: number of blocks.
+        count: parts in each block.
+        index: the part that is selected.
+    """
 
     blocks: int
     count: int
     index: int
 
     def select(self, tensor: Tensor) -> Tensor:
+        """Return the selected rows of a tensor."""
         part = tensor.unflatten(0, (self.blocks, self.count, -1))[:, self.index].flatten(0, 1)
         return part.clone()  # XNNPACK writes a view's storage from its beginning
 
 
 def _projection(lowering: MethodLowering, node: Node) -> Any:
-    """A linear layer; what is cut afterwards is computed in parts, since cutting makes borders.
+    """Lower a linear layer; a layer whose output is split is computed in parts.
 
-    Queries and keys become the first and the second halves of all heads, a fused projection its chunks.
+    A split would end a partition. Queries and keys become the first and the second halves of all
+    heads, a fused projection becomes its chunks.
     """
     users = list(node.users)
     if all(user.target == dsvl.cached_attention.default and node in user.args[:2] for user in users):
@@ -176,7 +211,10 @@ def _layer_norm(lowering: MethodLowering, node: Node) -> Node:
 
 
 def _conv2d(lowering: MethodLowering, node: Node) -> Node:
-    """A convolution; its bias is added apart, since Core ML's delegate confuses the dtypes of the two."""
+    """Lower a convolution; its bias is added separately.
+
+    Core ML's delegate confuses the dtypes of the kernel and the bias.
+    """
     x, weight, bias, *places = arguments(node, None, None)
     kernel = lowering.value(weight)
     out = lowering.call(aten.conv2d.default, lowering.value(x), kernel, None, *places)
@@ -211,7 +249,7 @@ def _attention(lowering: MethodLowering, node: Node) -> Node:
 
 
 def _size_for_one_image(size: Any) -> int:
-    """A size of the vision encoder, whose only open dim is the batch."""
+    """Return a size in the vision encoder for batch 1; the batch is its only open dim."""
     if isinstance(size, int):
         return size
     formula = size.node.expr
@@ -219,10 +257,10 @@ def _size_for_one_image(size: Any) -> int:
 
 
 def _shifts(mask: Any) -> tuple[Any, Any]:
-    """What a relative-position bias is the sum of, ``[B, H, n, n, n]`` by row and by column.
+    """Return the two terms ``[B, H, n, n, n]`` of a relative-position bias, by row and by column.
 
     Raises:
-        NotImplementedError: the mask is another one.
+        NotImplementedError: the mask is not such a bias.
     """
     total = mask
     while total.target == aten.flatten.using_ints:
@@ -235,7 +273,7 @@ def _shifts(mask: Any) -> tuple[Any, Any]:
 
 
 def _matmul(lowering: MethodLowering, node: Node) -> Node:
-    """A product with a constant, which spares a copy of the constant for each channel."""
+    """Lower a product; with a constant it is a linear layer, which needs no copy per channel."""
     x, y = arguments(node)
     if lowering.is_constant(x) and fake_tensor(x).dim() == 2:
         columns = lowering.call(aten.transpose.int, lowering.value(y), -1, -2)
@@ -259,7 +297,7 @@ def _cached_attention(lowering: MethodLowering, node: Node) -> Node:
 
 
 def _index_select(lowering: MethodLowering, node: Node) -> Node:
-    """The wanted rows, which here are the last one."""
+    """Select the rows whose logits are needed, which is the last one here."""
     return lowering.call(xnnpack.last_row, lowering.value(arguments(node)[0]))
 
 

@@ -1,4 +1,4 @@
-"""One ``.pte`` of several methods from a model's traced components."""
+"""One ``.pte`` file of several methods from a model's traced components."""
 
 from __future__ import annotations
 
@@ -29,28 +29,41 @@ BYTES = LayerPrecision("int8-weights")
 
 
 class FoldedEncoder(nn.Module):
-    """The vision encoder with the adaptor: what the stock runner calls the vision encoder.
+    """The vision encoder and the adaptor in one module, as ExecuTorch's stock runner calls them.
 
-    It takes float32 in every precision, as that runner gives.
+    It takes float32 in every precision, because that runner passes float32.
+
+    Args:
+        encoder: the vision encoder.
+        adaptor: the adaptor.
+        dtype: dtype that the encoder takes.
     """
 
     def __init__(self, encoder: nn.Module, adaptor: nn.Module, dtype: torch.dtype) -> None:
+        """Keep the modules; see the class for the arguments."""
         super().__init__()
         self.encoder, self.adaptor, self.dtype = encoder, adaptor, dtype
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """``[1, 3, N, N]`` → the image tokens ``[1, T, D]``, then the features by which it is judged."""
+        """Encode ``[1, 3, N, N]`` into image tokens ``[1, T, D]``; the vision features follow."""
         features = self.encoder(pixel_values.to(self.dtype))
         return (*self.adaptor(*features), *features)
 
 
 class Embedding(nn.Module):
-    """The token table as the checkpoint has it, or in 8 bits for each token's row."""
+    """The token table in the checkpoint's dtype, or in 8 bits with one scale per token.
+
+    Args:
+        file: the bundle's file of the token embeddings.
+        dtype: dtype of the embeddings.
+        quantized: whether to quantize the table to 8 bits.
+    """
 
     table: Tensor
     scale: Tensor | None
 
     def __init__(self, file: Path, dtype: torch.dtype, quantized: bool) -> None:
+        """Load the table; see the class for the arguments."""
         super().__init__()
         with safe_open(file, framework="pt") as handle:
             table = handle.get_tensor("token_embedding")
@@ -64,7 +77,7 @@ class Embedding(nn.Module):
         self.dtype = dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``[1, S]`` int64 → ``[1, S, D]``"""
+        """Embed ``[1, S]`` int64 as ``[1, S, D]``."""
         if self.scale is None:
             return torch.nn.functional.embedding(tokens, self.table).to(self.dtype)
         found: Tensor = qd.embedding_byte.dtype(
@@ -74,7 +87,7 @@ class Embedding(nn.Module):
 
 
 def build_methods(parts: Parts, app: App) -> dict[str, Method]:
-    """The methods of a program, by name."""
+    """Build the methods of a program, by name."""
     made = {component: build_method(*part, app.capacity) for component, part in parts.items()}
     encoder, adaptor = made["vision_encoder"], made["adaptor"]
     (pixels,) = encoder.examples
@@ -95,10 +108,13 @@ def write_program(file: Path, parts: Parts, app: App, delegate: str) -> dict[str
     """Lower all methods and write the program.
 
     Args:
-        delegate: what runs the vision encoder and the adaptor; XNNPACK runs the rest.
+        file: the ``.pte`` file.
+        parts: programs and loaders of all components.
+        app: contracts and settings that the program contains.
+        delegate: runs the vision encoder and the adaptor; XNNPACK runs the rest.
 
     Returns:
-        How many pieces each method was taken in.
+        The number of partitions of each method.
 
     Raises:
         UserError: ExecuTorch or the delegate refuses a program.
@@ -147,7 +163,7 @@ def _write(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
 
 
 def _left(graph: Graph) -> list[str]:
-    """The operators that no delegate took."""
+    """List the operators that no delegate runs."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_function"}
     names = {name.partition(": schema")[0].removeprefix("<EdgeOpOverload: ") for name in called}
     return sorted(name for name in names if "call_delegate" not in name and "getitem" not in name)

@@ -1,4 +1,4 @@
-"""Layers of packages one by one, in the MIL interpreter: what reads a tap reads what it is handed."""
+"""Run the layers of a package one by one in the MIL interpreter, on recorded taps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_layers(
     folder: Path,
     options: SessionOptions,
 ) -> dict[str, np.ndarray]:
-    """Taps of a package, each computed from the given ones before it; a decoder reads all tokens at once."""
+    """See ``RunsLayers.run_layers``."""
     package = Package(package_folder(artifact))
     function = Function(package, EXTEND if contract.states else MAIN, {})
     variables = tap_variables(package, function.name, contract)

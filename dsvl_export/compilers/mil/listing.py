@@ -27,7 +27,7 @@ READS = {
 
 
 def render_listing(app: App) -> str:
-    """Swift for an app: encode an image, prefill, decode greedily."""
+    """Render Swift source for an app: encode an image, prefill, decode greedily."""
     vision, adaptor, decoder = (app.contracts[name] for name in ("vision_encoder", "adaptor", "decoder"))
     prompt, preprocessing, table = app.prompt, app.preprocessing, TokenEmbedding(app.embedding)
     embeds, positions, rows = (spec.name for spec in decoder.inputs)

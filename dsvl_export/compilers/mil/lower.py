@@ -1,4 +1,4 @@
-"""From an ExportedProgram to a function of a MIL program: one function per ATen operator, by a table."""
+"""Lower an ExportedProgram to a MIL function, with one Python function per operator."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _slice(context: MilLowering, node: Node) -> Var:
 
 
 def _pad(context: MilLowering, node: Node) -> Var:
-    """torch pads from the last axis backwards; MIL lists the two sides of each axis, in order."""
+    """PyTorch pads from the last axis backwards; MIL lists the two sides of each axis, in order."""
     x, amounts = arguments(node)[:2]
     sides: list[int] = []
     for last in range(len(amounts), 0, -2):

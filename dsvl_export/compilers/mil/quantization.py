@@ -1,4 +1,4 @@
-"""Quantized weights and activations in MIL, from the same scales as every other backend's."""
+"""Quantized weights and activations in MIL, with the scales that all backends share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INT8, HALF = np.dtype(np.int8), np.dtype(np.float16)
 
 
 def _quantize(context: MilLowering, node: Node) -> Var:
-    """An activation to codes; the same input with the same scale is quantized once."""
+    """Quantize an activation; the same input with the same scale is quantized once."""
     x, scale = arguments(node)[:2]
     source, factor = context.value(x), _scalar(context, scale, x)
     key = f"quantized {source.name} {factor}"
@@ -40,7 +40,7 @@ def _quantize(context: MilLowering, node: Node) -> Var:
 
 
 def _dequantize(context: MilLowering, node: Node) -> Any:
-    """Codes of an activation to numbers; a weight stays as it is until its layer is lowered."""
+    """Dequantize an activation; a weight stays quantized until its layer is lowered."""
     source, scale = arguments(node)[:2]
     if context.is_constant(source):
         return context.channel_weight(node, INT8)
@@ -56,7 +56,7 @@ def _scalar(context: MilLowering, scale: Node, like: Node) -> Any:
 
 
 def weight_operand(context: MilLowering, source: Node) -> Var:
-    """A weight ``[out, in, ...]``, as it is, or by codes that Core ML keeps and decompresses."""
+    """Add a weight ``[out, in, ...]``, or the codes that Core ML stores and decompresses."""
     weight = context.weight(source)
     if isinstance(weight, Constant):
         return context.value(source)
