@@ -53,7 +53,8 @@ def compile_component(
     Raises:
         UserError: Core AI refuses the program.
     """
-    from dsvl_export.compilers.coreai_asset.asset import write_asset  # deferred: imports coreai_torch
+    # Deferred: imports coreai_torch.
+    from dsvl_export.compilers.coreai_asset.asset import write_asset
 
     asset = write_asset(folder, traced, load, options.capacity)
     files = sorted(file for file in asset.rglob("*") if file.is_file() and file.name != PROGRAM)

@@ -26,7 +26,7 @@ from runtimes.bundle.contracts import TensorSpec
 
 LoadParameter = Callable[[str], Tensor]
 aten, qd = torch.ops.aten, torch.ops.quantized_decomposed
-# Operators on a weight, its scales and zero points, each ``[out, ...]``, that are computed in parts.
+# Operators on a weight, its scales and zero points ``[out, ...]`` that are computed in parts.
 BY_ROWS = {qd.quantize_per_channel.default, qd.quantize_per_channel_group.default}
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from reference.model.config import ModelConfig
     from reference.trace import TracedComponent
 
-# Component → its program, and the function that loads one of its parameters by name, as a torch tensor.
+# Component → its program, and what loads one of its parameters by name, as a torch tensor.
 Parts = Mapping[str, tuple["TracedComponent", Callable[[str], Any]]]
 
 
@@ -217,8 +217,8 @@ class ChecksPlans(Protocol):
 class BuildsGraphs(Protocol):
     """A compiler whose artifacts are ONNX files of this package.
 
-    ``verify`` compares the files with the graphs, tensor by tensor. Artifacts of other compilers are compiled
-    again and compared byte for byte.
+    ``verify`` compares the files with the graphs, tensor by tensor. Artifacts of other compilers
+    are compiled again and compared byte for byte.
     """
 
     def graphs(

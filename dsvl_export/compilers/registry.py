@@ -14,7 +14,7 @@ from runtimes.installation import install_command
 
 BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.compilers"
-# The extras that an export needs. An engine of ``tensorrt`` is built with the device's own TensorRT.
+# The extras that an export needs. ``tensorrt`` builds engines with the device's own TensorRT.
 EXTRAS = {
     "coreai": "coreai",
     "coreml": "coreml",

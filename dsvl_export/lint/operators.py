@@ -1,4 +1,4 @@
-"""Rules of operators: which exist in a release, and what it does not take of those that do."""
+"""Rules of operators: which operators a release has, and what it does not support of them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ Rule = Callable[[GraphView, NodeProto], Iterator[Finding]]
 
 @cache
 def operator_table() -> dict[str, Version]:
-    """Operators → the version of TensorRT that imports them first."""
+    """Load the table of operators → the first TensorRT version that imports them."""
     rows = read_yaml(TABLE, "table of operators")
     return {operator: Version(since) for since, operators in rows.items() for operator in operators}
 
 
 def operator_findings(view: GraphView, version: Version) -> Iterator[Finding]:
+    """Check every node's operator."""
     for node in view.nodes:
         missing = _missing(node, version)
         if missing:
@@ -50,6 +51,7 @@ def operator_findings(view: GraphView, version: Version) -> Iterator[Finding]:
 
 
 def refused(node: NodeProto, rule: str, problem: str, remedy: str) -> Finding:
+    """Create a finding with the effect ``refused``."""
     return Finding(node.name, rule, "refused", problem, remedy)
 
 
@@ -138,7 +140,7 @@ def _attention(view: GraphView, node: NodeProto) -> Iterator[Finding]:
 
 
 def _tensor_scatter(view: GraphView, node: NodeProto) -> Iterator[Finding]:
-    """KVCacheUpdate's own rules."""
+    """Check the rules of KVCacheUpdate."""
     attributes, cache = node_attributes(node), input_name(node, 0)
     shape, dtype = view.shape(cache), view.dtype(cache)
     axis = attributes.get("axis", -2)

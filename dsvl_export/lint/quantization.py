@@ -1,8 +1,8 @@
 """TensorRT's rules for quantize and dequantize operators.
 
-From NVIDIA's documentation of explicit quantization: symmetric with constant zero points, positive constant
-scales, activations per tensor, single channels for weights alone, blocks for 4-bit codes alone. What the
-parser of TensorRT-RTX 1.7.1 takes although the documentation does not is ``unusual``.
+From NVIDIA's documentation of explicit quantization: symmetric with constant zero points, positive
+constant scales, activations per tensor, channels only for weights, blocks only for 4-bit codes.
+What the parser of TensorRT-RTX 1.7.1 accepts against the documentation is ``unusual``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ CHANNEL_AXIS = {"MatMul": 1, "Gemm": 1, "Conv": 0}
 
 
 def quantization_problems(file: Path) -> list[str]:
-    """What breaks a rule of quantization in an ONNX file, unusual things too: a sentence each.
+    """List what breaks a rule of quantization, including what is unusual, as sentences.
 
     Raises:
-        UserError: it is no ONNX file.
+        UserError: the file is not a readable ONNX file.
     """
     return [str(finding) for finding in quantization_findings(GraphView(file))]
 
 
 def quantization_findings(view: GraphView) -> Iterator[Finding]:
+    """Check every quantize and dequantize node."""
     for node in view.nodes:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             yield from _check(view, node)

@@ -1,4 +1,4 @@
-"""Rules of types, ranks and inputs; networks are strongly typed, so nothing is converted in silence."""
+"""Rules of types, ranks and inputs; networks are strongly typed, so TensorRT converts nothing."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ TAKES_UINT8 = {"Cast", "Identity", "QuantizeLinear", "DequantizeLinear"}
 
 
 def type_findings(view: GraphView, version: Version, sm: int | None) -> Iterator[Finding]:
+    """Check opset, types, ranks and inputs of a file."""
     yield from _opset(view, version)
     values = [*view.constants, *view.inputs]
     for name in values:
@@ -102,7 +103,7 @@ def _value(view: GraphView, name: str) -> Iterator[Finding]:
 
 
 def _capability(view: GraphView, values: list[str], sm: int | None) -> Iterator[Finding]:
-    """Types that a GPU has not, named once each."""
+    """Find types that the GPU does not support, each once."""
     types: dict[int, str] = {}
     for name in (*values, *(output for node in view.nodes for output in node.output)):
         dtype = view.dtype(name)

@@ -102,7 +102,7 @@ def build_engine(
         raise UserError(_refusal(parsed, settings))
     parsed.check_build()
     engine.write_bytes(plan)
-    with suppress(OSError):  # a home that cannot be written: it asks for --trust-engine if it brings code
+    with suppress(OSError):  # the home is read-only: an engine with code then needs --trust-engine
         trust_engine(engine)
     times = config.get_timing_cache() if settings.timing_cache else None
     if settings.timing_cache and times is not None:  # a finished build does not fail for it
@@ -134,7 +134,8 @@ def configure(trt: ModuleType, config: Any, settings: EngineSettings) -> None:
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
     if settings.timing_cache:
         known = settings.timing_cache.read_bytes() if settings.timing_cache.is_file() else b""
-        if not config.set_timing_cache(config.create_timing_cache(known), False):  # another device's
+        # A timing cache of another device is refused.
+        if not config.set_timing_cache(config.create_timing_cache(known), False):
             config.set_timing_cache(config.create_timing_cache(b""), False)
 
 

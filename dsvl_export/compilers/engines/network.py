@@ -52,7 +52,7 @@ class ParsedNetwork:
         strong = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         self.network = self.builder.create_network(1 << int(strong))
         self._parser = trt.OnnxParser(self.network, self.logger)
-        self.logger.messages.clear()  # what a builder warns of when it starts says nothing about the file
+        self.logger.messages.clear()  # warnings of a starting builder do not concern the file
         if not self._parser.parse(model.SerializeToString(), str(file)):
             errors = [self._parser.get_error(index) for index in range(self._parser.num_errors)]
             where = errors[0].node_name() if errors else ""

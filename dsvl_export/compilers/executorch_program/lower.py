@@ -88,7 +88,7 @@ class MethodLowering(AtenLowering):
         example = self.example(spec)
         if spec in self.traced.contract.states:
             batch, heads, capacity, head_dim = example.shape
-            # New memory: of one head, a transposed state keeps strides that ExecuTorch's operators refuse.
+            # New memory: with one head, a transposed state keeps strides that ExecuTorch refuses.
             return self._registered(spec.name, example.new_zeros(batch, capacity, heads, head_dim))
         if spec.name == "logit_rows":
             return None

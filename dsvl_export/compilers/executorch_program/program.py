@@ -71,7 +71,7 @@ class Embedding(nn.Module):
             table = table.float()
             scale = find_weight_scale(table, BYTES)
             table = quantize_weight(table, scale, BYTES)
-        # ExecuTorch has no bfloat16 here; half precision holds a bfloat16 table's values but for tiny ones.
+        # ExecuTorch has no bfloat16 here; half precision represents its values, except tiny ones.
         self.register_buffer("table", table.half() if table.dtype == torch.bfloat16 else table)
         self.register_buffer("scale", scale.float() if quantized else None)
         self.dtype = dtype
@@ -149,7 +149,7 @@ def _write(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
             )
     program = edge.to_executorch(
         ExecutorchBackendConfig(
-            # The methods of a program share one memory; unshared, a method overwrites another's KV cache.
+            # All methods share one memory; otherwise a method overwrites another's KV cache.
             memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
             emit_mutable_buffer_names=True,
         )

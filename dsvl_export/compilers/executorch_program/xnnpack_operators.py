@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
-from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 -- registers torch.ops.llama
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 -- torch.ops.llama
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -1,4 +1,4 @@
-"""Debug builds of ONNX files: the same program with its taps as further outputs. Needs no torch."""
+"""Debug builds of ONNX files: the same program with its taps as outputs. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_COPIED_BYTES = 1 << 30  # bytes of weights
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
-    """The same file with the contract's taps as further outputs."""
+    """Write the file with the contract's taps as further outputs."""
     model = onnx.load(str(artifact), load_external_data=False)
     sources = tap_values(model, artifact, contract)
     for spec, source in zip(contract.taps, sources, strict=True):
@@ -31,10 +31,10 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
 
 
 def tap_values(model: onnx.ModelProto, artifact: Path, contract: Contract) -> list[str]:
-    """The values that are the contract's taps.
+    """Return the values of the graph that hold the contract's taps, in order.
 
     Raises:
-        UserError: the file does not say so.
+        UserError: the file does not list its taps.
     """
     try:
         values = parse_json({item.key: item.value for item in model.metadata_props}[TAPS], "the list of taps")
@@ -44,10 +44,14 @@ def tap_values(model: onnx.ModelProto, artifact: Path, contract: Contract) -> li
 
 
 def write_build(model: onnx.ModelProto, artifact: Path, folder: Path) -> Path:
-    """Write a changed graph beside a link to its weights."""
+    """Write a changed graph with links to the weights beside it.
+
+    Raises:
+        UserError: the weights cannot be linked and are too large to copy.
+    """
     file = folder / artifact.name
     file.write_bytes(model.SerializeToString())
-    for data in artifact.parent.glob("*.data"):  # a graph for prompts reads those of the first one too
+    for data in artifact.parent.glob("*.data"):  # a prefill graph also reads the first graph's
         try:
             (folder / data.name).hardlink_to(data)  # ONNX Runtime refuses symbolic links
         except FileExistsError:  # linked for the other graph

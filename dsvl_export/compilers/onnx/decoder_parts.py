@@ -1,4 +1,4 @@
-"""Parts of the decoder's attention that both TensorRT dialects are made of."""
+"""Parts of the decoder's attention that both TensorRT dialects use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dsvl_export.compilers.onnx.context import Lowering
 
 
 def split_heads(context: Lowering, source: Node, cache: Node, name: str) -> str:
-    """``[B, S, H * Dh]`` → ``[B, H, S, Dh]`` in the cache's dtype."""
+    """Split heads in the cache's dtype: ``[B, S, H * Dh]`` → ``[B, H, S, Dh]``."""
     graph, head_dim = context.graph, int(fake_tensor(cache).shape[-1])
     x, dtype = context.value(source), numpy_dtype(fake_tensor(cache).dtype)
     if numpy_dtype(fake_tensor(source).dtype) != dtype:
@@ -21,7 +21,7 @@ def split_heads(context: Lowering, source: Node, cache: Node, name: str) -> str:
 
 
 def merge_heads(context: Lowering, x: str, node: Node, cache: Node) -> str:
-    """``[B, H, S, Dh]`` → ``[B, S, H * Dh]``, the value of ``node``."""
+    """Merge heads into the value of ``node``: ``[B, H, S, Dh]`` → ``[B, S, H * Dh]``."""
     graph, name, dtype = context.graph, context.name(node), numpy_dtype(fake_tensor(node).dtype)
     turned = graph.node("Transpose", [x], f"{name}_tokens", {"perm": [0, 2, 1, 3]})
     out = context.emit(node, "Reshape", [turned, graph.ints(0, 0, int(fake_tensor(node).shape[-1]))])
@@ -29,7 +29,7 @@ def merge_heads(context: Lowering, x: str, node: Node, cache: Node) -> str:
 
 
 def rotation_table(context: Lowering, table: Node, cache: Node) -> str:
-    """Cosines or sines ``[P, Dh / 2]`` in the cache's dtype."""
+    """Add the table of cosines or sines ``[P, Dh / 2]`` in the cache's dtype."""
     constant, dtype = context.constant(table), fake_tensor(cache).dtype
     return context.graph.initializer(
         f"{constant.name}_table",
@@ -40,7 +40,7 @@ def rotation_table(context: Lowering, table: Node, cache: Node) -> str:
 
 
 def cache_slots(context: Lowering, cache: str) -> str:
-    """``[C]``: the numbers of the cache's slots."""
+    """Add the numbers ``[C]`` of the cache's slots."""
     graph, known = context.graph, context.scratch
     if "slots" not in known:
         shape = graph.node("Shape", [cache], "cache_shape")
@@ -52,7 +52,7 @@ def cache_slots(context: Lowering, cache: str) -> str:
 
 
 def visible_slots(context: Lowering, positions: str, cache: str) -> str:
-    """``[B, 1, S, C]`` bool: slots up to each token's own, made once for all layers."""
+    """Build the mask ``[B, 1, S, C]`` bool of slots up to each token's own, once for all layers."""
     graph, known = context.graph, context.scratch
     if "visible" not in known:
         down = graph.node("Unsqueeze", [positions, graph.ints(1, 3)], "positions_down")

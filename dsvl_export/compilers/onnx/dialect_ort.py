@@ -1,4 +1,4 @@
-"""Dialect ``ort``: what ONNX Runtime runs fastest; the one place where its contrib operators are chosen."""
+"""Dialect ``ort``: the operators that ONNX Runtime runs fastest, its contrib operators included."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ from runtimes.errors import UserError
 
 # MatMulNBits' accuracy_level: what it rounds activations to.
 FLOAT_ACTIVATIONS, INT8_ACTIVATIONS = 1, 4
-# Scores of a block of queries. SAM-B has 201 million, for 4,096 tokens: in blocks of 25 million its encoder
-# takes 1.0 GB instead of 2.6 in fp32, in the same time.
+# Scores of a block of queries. SAM-B has 201 million, for 4,096 tokens: in blocks of 25 million,
+# its encoder takes 1.0 GB instead of 2.6 GB in fp32, in the same time.
 MAX_BLOCK_SCORES = 1 << 25
 FLOAT32 = np.dtype(np.float32)
 WITHOUT_RMS_NORM = 21  # the opset of everything else
 
 
 class OrtDialect(StandardDialect):
-    """Standard operators, ``MatMulNBits`` for weights of 4 and 8 bits, ``GroupQueryAttention`` for the cache.
+    """Standard operators, ``MatMulNBits`` for 4- and 8-bit weights, ``GroupQueryAttention``.
 
-    GroupQueryAttention writes the cache in place when a past and its present are bound to the same
-    buffer; the standard TensorScatter + Attention pair was slower on CPU by 1.6 times in decode.
+    GroupQueryAttention writes the cache in place if a past and its present are bound to the same
+    buffer; the standard pair TensorScatter and Attention was 1.6 times slower in decode on CPU.
     """
 
     def opset_of(self, graph: Graph) -> int:
-        """The oldest opset that can express a graph, as older releases of ONNX Runtime load it."""
+        """Return the oldest opset that can express a graph, for older ONNX Runtime releases."""
         operators = {node.op_type for node in graph.nodes}
         return self.opset if "RMSNormalization" in operators else WITHOUT_RMS_NORM
 
     def rms_norm(self, context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
-        """RMSNormalization; in a program that rounds activations, primitives that are fused into its kernel.
+        """Add RMSNormalization, or primitives that ONNX Runtime fuses if activations are quantized.
 
         RMSNormalization needs opset 23, for whose QuantizeLinear ONNX Runtime 1.23 has no kernel
-        (https://github.com/microsoft/onnxruntime/issues/25932). That release is the last for Python 3.10,
-        which JetPack 6 has.
+        (https://github.com/microsoft/onnxruntime/issues/25932). That release is the last for Python
+        3.10, which JetPack 6 has.
         """
         if not context.rounds_activations:
             return super().rms_norm(context, x, weight, epsilon, name)
@@ -66,9 +66,10 @@ class OrtDialect(StandardDialect):
         return context.cast(out, context.base, name)
 
     def attention(self, context: Lowering, node: Node) -> str:
-        """``MultiHeadAttention``, which adds a bias inside the product of queries and keys.
+        """Lower to ``MultiHeadAttention``, which adds a bias to the product of queries and keys.
 
-        It takes and gives ``[B, T, H * Dh]``, so that the program's transposes around it fall away.
+        Its inputs and outputs are ``[B, T, H * Dh]``, so that the program's transposes around it
+        are not needed.
         """
         operands, bias = attention_inputs(node)
         heads, name, graph = int(fake_tensor(operands[0]).shape[1]), context.name(node), context.graph
@@ -90,10 +91,10 @@ class OrtDialect(StandardDialect):
         return context.emit(node, "Transpose", [split], {"perm": [0, 2, 1, 3]})
 
     def _before_heads(self, context: Lowering, source: Node) -> str:
-        """``[B, T, H * Dh]`` of what the program has as ``[B, H, T, Dh]``.
+        """Return as ``[B, T, H * Dh]`` what the program has as ``[B, H, T, Dh]``.
 
         Raises:
-            NotImplementedError: it is not made by splitting heads and exchanging axes.
+            NotImplementedError: the node is not made by splitting heads and exchanging axes.
         """
         if source.target == aten.transpose.int and swapped_axes(source) == [0, 2, 1, 3]:
             split = arguments(source)[0]
@@ -102,6 +103,11 @@ class OrtDialect(StandardDialect):
         raise NotImplementedError(f"no MultiHeadAttention of {source}")
 
     def cached_attention(self, context: Lowering, node: Node) -> str:
+        """Lower to ``GroupQueryAttention``.
+
+        Raises:
+            UserError: the head size is not a multiple of 16.
+        """
         query, key, value, positions, cos, sin, keys, values, *scales = arguments(node)
         lengths, total = self._lengths(context, context.value(positions))
         head_dim = int(fake_tensor(keys).shape[-1])
@@ -128,7 +134,7 @@ class OrtDialect(StandardDialect):
         )
 
     def _cache_scale(self, context: Lowering, source: Node, head_dim: int) -> str:
-        """A scale per head ``[Hkv]`` as the operator wants it, per channel: ``[Hkv * Dh]`` float32."""
+        """Add a scale per head ``[Hkv]`` as a scale per channel ``[Hkv * Dh]`` float32."""
         scale = context.constant(source)
         size = int(fake_tensor(source).shape[0]) * head_dim
         return context.graph.initializer(
@@ -137,16 +143,22 @@ class OrtDialect(StandardDialect):
         )  # fmt: skip
 
     def weight_only_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        """Lower to ``MatMulNBits`` with float activations."""
         return self._blocks(context, node, x, weight, FLOAT_ACTIVATIONS)
 
     def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
-        """``MatMulNBits`` rounds activations in blocks, which is finer than by tokens."""
+        """Lower 8-bit weights to integer products, 4-bit weights to ``MatMulNBits``.
+
+        ``MatMulNBits`` quantizes activations in blocks, which is finer than per token.
+        """
         if weight.bits == 8:
             return integer_linear(context, node, x, weight)
         return self._blocks(context, node, x, weight, INT8_ACTIVATIONS)
 
     def _blocks(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight, accuracy: int) -> str:
-        """``MatMulNBits``: codes with an offset, 4-bit ones two to a byte, the lower half first.
+        """Add a ``MatMulNBits``, whose codes have an offset.
+
+        Of two 4-bit codes in a byte, the lower half is first.
 
         A scale per output channel is repeated for blocks of ``EIGHT_BIT_BLOCK`` inputs.
         """
@@ -183,9 +195,9 @@ class OrtDialect(StandardDialect):
         return graph.node("MatMulNBits", inputs, context.name(node), attributes, domain="com.microsoft")
 
     def _lengths(self, context: Lowering, positions: str) -> tuple[str, str]:
-        """``seqlens_k [B]`` (cache length after the step, minus one) and the longest length, int32.
+        """Return ``seqlens_k [B]``, the length after the step minus one, and the largest length.
 
-        Positions are consecutive in a row, so its last one is that length minus one.
+        Both are int32. Positions are consecutive in a row, so its last one is that length minus one.
         """
         graph, known = context.graph, context.scratch
         if "lengths" not in known:
@@ -200,30 +212,35 @@ class OrtDialect(StandardDialect):
 
 
 class OrtPrefillDialect(OrtDialect):
-    """The same for many tokens at a time: 4-bit weights are widened to 8 bits beforehand.
+    """The dialect for prefill, where 4-bit weights are widened to 8 bits ahead of time.
 
-    ``MatMulNBits`` is made for one token; on several hundred, products of 8-bit integers are twice as fast.
+    ``MatMulNBits`` is optimized for one token; for several hundred, products of 8-bit integers are
+    twice as fast.
     """
 
     def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        """Lower to integer products, except for the head, whose input has only the needed rows."""
         *_, tokens, _ = fake_tensor(node).shape
-        if weight.bits == 8 or tokens != context.first_input.shape[1]:  # the head, of the wanted rows
+        if weight.bits == 8 or tokens != context.first_input.shape[1]:  # the head
             return super().dynamic_linear(context, node, x, weight)
         return integer_linear(context, node, x, widen_to_int8(weight))
 
 
 def sum_of_positions(bias: Node) -> Node | None:
-    """The node in a bias that adds rows ``[B, H, n, n, kh, 1]`` and columns ``[B, H, n, n, 1, kw]``."""
+    """Find the node in a bias that adds row and column terms; None if there is none.
+
+    The terms are ``[B, H, n, n, kh, 1]`` and ``[B, H, n, n, 1, kw]``.
+    """
     while bias.target == aten.flatten.using_ints:
         bias = arguments(bias)[0]
     return bias if bias.target == aten.add.Tensor and fake_tensor(bias).dim() == 6 else None
 
 
 def _query_blocks(context: Lowering, query: str, bias: list[Node]) -> list[tuple[str, str]]:
-    """Queries ``[B, t, H * Dh]`` and their bias ``[B, H, t, T]``, empty where there is none, block by block.
+    """Split queries ``[B, t, H * Dh]`` and their bias ``[B, H, t, T]`` into blocks.
 
-    Where all scores at once would be too many, and the bias is a sum of rows and columns, a block has some
-    rows of the grid.
+    A block is some rows of the grid. There is one block unless all scores at once would be too many
+    and the bias is a sum of row and column terms. The bias is empty if there is none.
     """
     if not bias:
         return [(query, "")]

@@ -1,4 +1,4 @@
-"""What ONNX itself defines, for the operators that have several forms; other dialects build on it."""
+"""The ONNX standard's own operators where several forms exist; other dialects extend it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ class StandardDialect:
     float32_norms = False
 
     def opset_of(self, graph: Graph) -> int:
+        """Return the dialect's opset."""
         return self.opset
 
     def state_output(self, state: TensorSpec) -> TensorSpec:
+        """Return the whole updated state."""
         return updated_state(state)
 
     def rms_norm(self, context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
+        """Add RMSNormalization over the last axis."""
         return context.graph.node("RMSNormalization", [x, weight], name, {"axis": -1, "epsilon": epsilon})
 
     def attention(self, context: Lowering, node: Node) -> str:
-        """Softmax attention of the vision towers, optionally with an additive bias."""
+        """Lower the softmax attention of the vision towers, with or without an additive bias."""
         (query, key, value), bias = attention_inputs(node)
         name, (q, k, v) = context.name(node), map(context.value, (query, key, value))
         scores = _scores(context, q, k, query, name)
@@ -40,18 +43,23 @@ class StandardDialect:
         return context.emit(node, "MatMul", [weights, v])
 
     def weight_only_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
-        """A product with a DequantizeLinear by blocks (4 bits) or by channels (8 bits)."""
+        """Lower to a product with a DequantizeLinear by blocks (4 bits) or by channels (8 bits)."""
         return context.emit(node, "MatMul", [x, dequantize_weight(context, weight, 1)])
 
     def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        """Refuse: the ONNX standard has no efficient form.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError(f"{context.name(node)} with activations in 8 bits, token by token")
 
 
 def attention_inputs(node: Node) -> tuple[list[Node], list[Node]]:
-    """Query, key and value of a scaled_dot_product_attention, and its bias where it has one.
+    """Return query, key and value of a scaled_dot_product_attention, and its bias in a list.
 
     Raises:
-        NotImplementedError: it is causal, scaled otherwise or dropped out.
+        NotImplementedError: it is causal, or has another scale or dropout.
     """
     if len(node.args) > 4 or node.kwargs.keys() - {"attn_mask"}:
         raise NotImplementedError("causal, scaled or dropped-out attention in a vision tower")
@@ -60,7 +68,7 @@ def attention_inputs(node: Node) -> tuple[list[Node], list[Node]]:
 
 
 def primitive_rms_norm(context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
-    """``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4), as ONNX Runtime's fusion expects it."""
+    """Add ``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4) for ONNX Runtime's fusion."""
     graph = context.graph
     square = graph.node("Pow", [x, graph.constant(np.array(2, np.float32), "two")], f"{name}_square")
     mean = graph.node("ReduceMean", [square, graph.ints(-1)], f"{name}_mean")
@@ -70,7 +78,7 @@ def primitive_rms_norm(context: Lowering, x: str, weight: str, epsilon: float, n
 
 
 def head_scale(source: Node) -> float:
-    """The scale of scores of ``[..., Dh]``."""
+    """Return the scale of attention scores for heads ``[..., Dh]``."""
     return float(int(fake_tensor(source).shape[-1]) ** -0.5)
 
 
@@ -82,13 +90,16 @@ def softmax_attention(
     groups: int,
     name: str,
 ) -> str:
-    """Attention ``[B, H, S, Dh]`` over several blocks of keys and values in one softmax.
+    """Add attention ``[B, H, S, Dh]`` over several blocks of keys and values, with one softmax.
 
     Args:
+        context: the lowering.
         query: ``[B, H, S, Dh]``.
-        blocks: keys and values ``[B, Hkv, T, Dh]``, and a bool mask that broadcasts to ``[B, H, S, T]``.
+        blocks: keys and values ``[B, Hkv, T, Dh]``, and a bool mask that broadcasts to ``[B, H, S,
+            T]``.
         source: a node of the program with the head size and the dtype.
         groups: query heads per head of keys and values.
+        name: prefix of the nodes' names.
     """
     graph, dtype = context.graph, numpy_dtype(fake_tensor(source).dtype)
     heads, head_dim = int(fake_tensor(source).shape[1]), int(fake_tensor(source).shape[-1])
@@ -120,11 +131,7 @@ def softmax_attention(
 
 
 def _scores(context: Lowering, query: str, keys: str, source: Node, name: str, grouped: bool = False) -> str:
-    """``q · kᵀ · scale``; the queries are scaled first, so that half precision does not overflow.
-
-    Args:
-        source: a node of the program with the head size and the dtype.
-    """
+    """Add ``q · kᵀ · scale``; scales the queries first, to avoid overflow in half precision."""
     graph = context.graph
     factor = graph.constant(np.array(head_scale(source), numpy_dtype(fake_tensor(source).dtype)), "scale")
     scaled = graph.node("Mul", [query, factor], f"{name}_scale")
@@ -134,7 +141,7 @@ def _scores(context: Lowering, query: str, keys: str, source: Node, name: str, g
 
 
 def _apart(context: Lowering, weights: str, keys: Sequence[str], name: str) -> list[str]:
-    """Weights of two blocks, cut where the first one's keys end."""
+    """Split weights of two blocks where the first block's keys end."""
     graph, known = context.graph, context.scratch
     if "first_block" not in known:
         shape = graph.node("Shape", [keys[0]], "first_block_shape")

@@ -1,4 +1,4 @@
-"""Dialect ``trt10``: primitive operators up to opset 20, for the TensorRT 10.3 of JetPack 6."""
+"""Dialect ``trt10``: primitive operators up to opset 20, for TensorRT 10.3 of JetPack 6."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from runtimes.bundle.contracts import TensorSpec, appended_state
 
 
 class Trt10Dialect(StandardDialect):
-    """RoPE, RMSNorm and attention in primitives; the cache is read by the graph and written by the session.
+    """RoPE, RMSNorm and attention in primitives; the graph reads the cache, the session writes it.
 
-    TensorRT 10.3 has no KVCacheUpdate, and a Scatter would copy the whole cache in every step. So the new
-    tokens are attended to beside the cache, in one softmax, and leave the graph as outputs: the session
-    copies their rows to their places. The capacity stays a dynamic dimension.
+    TensorRT 10.3 has no KVCacheUpdate, and a Scatter would copy the whole cache in every step. So
+    attention reads the new tokens beside the cache, in one softmax, and returns them as outputs;
+    the session copies their rows into the cache. The capacity stays a dynamic dimension.
     """
 
     float32_norms = True
 
     def __init__(self, traced: TracedComponent) -> None:
-        """4-bit weights need the DequantizeLinear by blocks of opset 21, which TensorRT 10.3 imports."""
+        """Choose opset 21 (DequantizeLinear by blocks) for 4-bit weights, otherwise 20."""
         four_bit = any(node.target is FOUR_BIT for node in traced.program.graph.nodes)
         self.opset = 21 if four_bit else 20
 
     def state_output(self, state: TensorSpec) -> TensorSpec:
+        """Return only the new rows of a state."""
         return appended_state(state)
 
     def rms_norm(self, context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
-        """``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4), in float32."""
+        """Add ``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4), in float32."""
         graph = context.graph
         square = graph.node("Mul", [x, x], f"{name}_square")
         mean = graph.node("ReduceMean", [square, graph.ints(-1)], f"{name}_mean")
@@ -44,6 +45,7 @@ class Trt10Dialect(StandardDialect):
         return graph.node("Mul", [scaled, weight], name)
 
     def cached_attention(self, context: Lowering, node: Node) -> str:
+        """Lower to primitives over the cache and the new tokens."""
         query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
         graph, name = context.graph, context.name(node)
         head_dim = int(fake_tensor(keys).shape[-1])
@@ -69,7 +71,7 @@ class Trt10Dialect(StandardDialect):
         return merge_heads(context, out, node, keys)
 
     def _angles(self, context: Lowering, table: Node, cache: Node, positions: str) -> str:
-        """Rows ``[B, 1, S, Dh / 2]`` of a RoPE table, computed once for all layers."""
+        """Gather rows ``[B, 1, S, Dh / 2]`` of a RoPE table, once for all layers."""
         graph, known, source = context.graph, context.scratch, rotation_table(context, table, cache)
         if source not in known:
             rows = graph.node("Gather", [source, positions], f"{source}_rows", {"axis": 0})
@@ -77,7 +79,7 @@ class Trt10Dialect(StandardDialect):
         return known[source]
 
     def _rotate(self, context: Lowering, x: str, angles: list[str], name: str) -> str:
-        """RoPE in LLaMA's half-split form on ``[B, H, S, Dh]``."""
+        """Apply RoPE in LLaMA's half-split form to ``[B, H, S, Dh]``."""
         graph = context.graph
         halves = [graph.unique_name(f"{name}_{half}") for half in ("first", "second")]
         graph.node("Split", [x], f"{name}_halves", {"axis": -1, "num_outputs": 2}, outputs=halves)
@@ -89,7 +91,7 @@ class Trt10Dialect(StandardDialect):
         return graph.node("Concat", turned, name, {"axis": -1})
 
     def _masks(self, context: Lowering, positions: str, cache: str) -> tuple[str, str]:
-        """What may be attended to: slots of the cache ``[B, 1, 1, C]``, new tokens ``[B, 1, S, S]``."""
+        """Build the masks of cache slots ``[B, 1, 1, C]`` and new tokens ``[B, 1, S, S]``."""
         graph, known = context.graph, context.scratch
         if "mask_new" not in known:
             across = graph.node("Unsqueeze", [positions, graph.ints(1, 2)], "positions_across")

@@ -1,4 +1,4 @@
-"""Dialect ``trt11``: operators of ONNX opset 24 that TensorRT 10.15 and later import, 11 included."""
+"""Dialect ``trt11``: ONNX opset 24 for TensorRT 10.15 and later, 11 included."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ MAX_HEAD_SIZE = 256
 
 
 class Trt11Dialect(StandardDialect):
-    """Attention with an explicit mask, RotaryEmbedding, RMSNormalization, and TensorScatter as KV cache.
+    """Attention with an explicit mask, RotaryEmbedding, RMSNormalization, TensorScatter.
 
-    - TensorRT drops Attention's ``nonpad_kv_seqlen`` with a mere warning, so what may be attended is a mask.
-    - Without a fused kernel it refuses Attention: matrix products in float32 and for odd head sizes.
+    - TensorRT drops Attention's ``nonpad_kv_seqlen`` with only a warning, so a mask limits
+      attention.
+    - TensorRT refuses an Attention without a fused kernel, so float32 and odd head sizes use matrix
+      products.
     - TensorScatter becomes a KVCacheUpdate, whose output must share the memory of its input.
     """
 
@@ -30,6 +32,7 @@ class Trt11Dialect(StandardDialect):
     float32_norms = True
 
     def attention(self, context: Lowering, node: Node) -> str:
+        """Lower to Attention, or to matrix products if TensorRT has no fused kernel."""
         sources, bias = attention_inputs(node)
         if not _fused(sources[0]):
             return super().attention(context, node)
@@ -37,6 +40,7 @@ class Trt11Dialect(StandardDialect):
         return context.emit(node, "Attention", inputs, {"scale": head_scale(sources[0])})
 
     def cached_attention(self, context: Lowering, node: Node) -> str:
+        """Lower to RotaryEmbedding, TensorScatter and Attention."""
         query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
         graph, name = context.graph, context.name(node)
         head_dim = int(fake_tensor(keys).shape[-1])
@@ -70,7 +74,10 @@ class Trt11Dialect(StandardDialect):
         return merge_heads(context, out, node, keys)
 
     def _start(self, context: Lowering, positions: str) -> str:
-        """``[B]``: where each row's new tokens go; positions are consecutive in a row."""
+        """Return the slot ``[B]`` of each row's first new token.
+
+        Positions are consecutive in a row.
+        """
         known = context.scratch
         if "start" not in known:
             zero = context.graph.constant(np.array(0, np.int64), "first")
@@ -79,10 +86,10 @@ class Trt11Dialect(StandardDialect):
 
 
 def _fused(source: Node) -> bool:
-    """Whether TensorRT has a fused kernel for ``[..., Dh]``, also between quantized layers.
+    """Return whether TensorRT has a fused kernel for ``[..., Dh]``, also between quantized layers.
 
-    Seen with TensorRT-RTX 1.7.1: half precision, and heads in multiples of 16 channels up to 256; smaller
-    ones build until their neighbours are INT8.
+    Observed with TensorRT-RTX 1.7.1: half precision, and head sizes in multiples of 16 up to 256;
+    smaller ones build unless their neighbours are INT8.
     """
     head_dim, dtype = int(fake_tensor(source).shape[-1]), numpy_dtype(fake_tensor(source).dtype)
     return dtype != np.float32 and head_dim % 16 == 0 and head_dim <= MAX_HEAD_SIZE

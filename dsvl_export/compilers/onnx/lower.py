@@ -1,4 +1,4 @@
-"""From an ExportedProgram to an ONNX graph: one function per ATen operator, by a table."""
+"""Lower an ExportedProgram to an ONNX graph, with one Python function per operator."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONV_IN_BFLOAT16 = 22  # the opset that allows it
 
 
 def _reshape(context: Lowering, node: Node) -> str:
-    """Reshape with 0 for a kept symbolic dim and -1 for the one that is left to infer."""
+    """Use 0 for an axis whose symbolic size is kept, and -1 for the one that is inferred."""
     (source, *_) = arguments(node)
     before, after = fake_tensor(source).shape, fake_tensor(node).shape
     target: list[int] = []
@@ -53,7 +53,7 @@ def _reshape(context: Lowering, node: Node) -> str:
 
 
 def _linear(context: Lowering, node: Node) -> str:
-    """``x @ W^T + b``; the weight is stored transposed, so that no consumer has to fold it."""
+    """Lower ``x @ W^T + b``; stores the weight transposed, so that no consumer has to fold it."""
     x, weight_node, bias = arguments(node, None, None)
     weight = context.weight(weight_node)
     if isinstance(weight, QuantizedWeight):
@@ -120,7 +120,10 @@ def _rms_norm(context: Lowering, node: Node) -> str:
 def _normalised(
     context: Lowering, node: Node, x: Node, parameters: list[Node], emit: Callable[..., str]
 ) -> str:
-    """A norm, in float32 where the dialect wants that: squares of half precision end at 65,504."""
+    """Lower a norm, in float32 if the dialect requires it.
+
+    Squares overflow in half precision above 65,504.
+    """
     dtype = numpy_dtype(fake_tensor(x).dtype)
     if dtype == FLOAT32 or not context.dialect.float32_norms:
         return emit(context.value(x), *(context.value(item) for item in parameters))
@@ -182,7 +185,7 @@ def _slice(context: Lowering, node: Node) -> str:
 
 
 def _pad(context: Lowering, node: Node) -> str:
-    """torch pads from the last axis backwards; ONNX lists all begins, then all ends."""
+    """PyTorch pads from the last axis backwards; ONNX lists all begins, then all ends."""
     x, amounts = arguments(node)[:2]
     rank = fake_tensor(x).dim()
     begins, ends = [0] * rank, [0] * rank
@@ -245,9 +248,11 @@ TABLE: dict[Any, Callable[[Lowering, Node], Any]] = {
 
 
 def lower(traced: TracedComponent, load: LoadParameter, dialect: Dialect) -> Graph:
-    """The ONNX graph of a traced component in a dialect; weights stay behind ``load``.
+    """Lower a traced component to an ONNX graph in a dialect; weights are not loaded yet.
 
     Args:
-        load: gives a parameter of the component by its name, in any float dtype.
+        traced: the component.
+        load: loads a parameter of the component by name, in any float dtype.
+        dialect: lowers the operators that have several forms.
     """
     return Lowering(traced, load, dialect, TABLE, DEQUANTIZE).run()

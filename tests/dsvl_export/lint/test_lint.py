@@ -122,7 +122,7 @@ def test_harmful_findings_come_first(tmp_path: Path) -> None:
 
 def test_what_is_no_onnx_file(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"\xff\xff no")
-    with pytest.raises(UserError, match="is no ONNX file that can be read"):
+    with pytest.raises(UserError, match="is not a readable ONNX file"):
         lint(tmp_path / "x.onnx", Release.tensorrt_rtx())
 
 

@@ -80,5 +80,5 @@ def test_every_rule_has_a_file_that_breaks_it(tmp_path: Path, changes: dict[str,
 
 def test_what_is_no_onnx_file(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"\xff\xff no")
-    with pytest.raises(UserError, match="is no ONNX file that can be read"):
+    with pytest.raises(UserError, match="is not a readable ONNX file"):
         quantization_problems(tmp_path / "x.onnx")
