@@ -51,15 +51,15 @@ def _check(view: GraphView, node: NodeProto) -> Iterator[Finding]:
             node.name,
             "zero-point",
             "changed",
-            "without a zero point its codes are uint8; TensorRT takes int8",
-            "give it a zero point of int8",
+            "without a zero point its codes are uint8, and TensorRT reads int8",
+            "add a zero point of int8",
         )
     if codes is not None and codes not in CODES:
         yield Finding(
             node.name,
             "codes",
             "refused",
-            f"its codes are {dtype_name(codes)}; TensorRT takes {', '.join(CODES.values())}",
+            f"its codes are {dtype_name(codes)}; TensorRT supports {', '.join(CODES.values())}",
             "quantize to int8",
         )
     yield from _scale(view, node, scale, attributes, codes)
@@ -71,7 +71,7 @@ def _zero_point(view: GraphView, node: NodeProto, zero: str) -> Iterator[Finding
             node.name,
             "zero-point",
             "refused",
-            f"its zero point {zero} is no constant",
+            f"its zero point {zero} is not a constant",
             "make it a constant 0",
         )
     elif np.any(view.array(zero).astype(np.float32)):
@@ -79,7 +79,7 @@ def _zero_point(view: GraphView, node: NodeProto, zero: str) -> Iterator[Finding
             node.name,
             "zero-point",
             "refused",
-            "its zero point is not 0; only symmetric quantization is taken",
+            "its zero point is not 0; TensorRT supports only symmetric quantization",
             "calibrate symmetrically",
         )
 
@@ -89,7 +89,11 @@ def _scale(
 ) -> Iterator[Finding]:
     if scale not in view.constants:
         yield Finding(
-            node.name, "scale", "unusual", f"its scale {scale} is no constant", "calibrate it beforehand"
+            node.name,
+            "scale",
+            "unusual",
+            f"its scale {scale} is not a constant",
+            "calibrate it ahead of time",
         )
         return
     values = view.array(scale)
@@ -104,30 +108,21 @@ def _scale(
     block, weight = attributes.get("block_size", 0), input_name(node, 0) in view.constants
     if block and codes in CODES and codes != TensorProto.INT4:
         yield Finding(
-            node.name, "block", "unusual", f"blocks of {block} need 4-bit codes", "take a scale per channel"
+            node.name, "block", "unusual", f"blocks of {block} need 4-bit codes", "use a scale per channel"
         )
     if values.size > 1 and not weight:
         yield Finding(
             node.name,
             "activation-scales",
             "unusual",
-            f"an activation has {values.size} scales, only weights may have several",
+            f"an activation has {values.size} scales, only weights may have more than one",
             "quantize activations per tensor",
         )
     elif values.size > 1 and not block:
-        yield from _channels(view, node, attributes.get("axis", 1), values.size)
+        yield from _channels(view, node, attributes.get("axis", 1))
 
 
-def _channels(view: GraphView, node: NodeProto, axis: int, scales: int) -> Iterator[Finding]:
-    shape = view.constants[input_name(node, 0)].dims
-    if scales != shape[axis]:
-        yield Finding(
-            node.name,
-            "scale-count",
-            "refused",
-            f"it has {scales} scales for {shape[axis]} channels along axis {axis}",
-            "give every output channel one",
-        )
+def _channels(view: GraphView, node: NodeProto, axis: int) -> Iterator[Finding]:
     for reader, place in view.readers.get(node.output[0], []):
         wanted = CHANNEL_AXIS.get(reader.op_type)
         if place == 1 and wanted is not None and axis != wanted:
@@ -135,6 +130,6 @@ def _channels(view: GraphView, node: NodeProto, axis: int, scales: int) -> Itera
                 node.name,
                 "scale-axis",
                 "unusual",
-                f"its scales lie along axis {axis}, {reader.op_type} needs {wanted}",
+                f"its scales are along axis {axis}, {reader.op_type} needs axis {wanted}",
                 "scale output channels",
             )

@@ -10,33 +10,22 @@ from packaging.version import Version
 from dsvl_export.lint.finding import Finding
 from dsvl_export.lint.view import GraphView, dtype_name, input_name
 
-MAX_RANK = 8
-OLDEST_OPSET = 7
-# The newest opset that the ONNX inside a release knows.
+# TensorRT version → the newest opset that its ONNX parser supports.
 NEWEST_OPSET = {Version("10.3"): 21, Version("10.8"): 22, Version("10.12"): 23, Version("10.15"): 24}
 TYPES = {
     TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.INT64,
     TensorProto.INT32, TensorProto.INT8, TensorProto.UINT8, TensorProto.BOOL, TensorProto.FLOAT8E4M3FN,
     TensorProto.INT4,
 }  # fmt: skip
-# Compute capabilities that have a type.
+# Type → the compute capability that introduced it.
 SINCE_SM = {TensorProto.FLOAT8E4M3FN: 89, TensorProto.BFLOAT16: 80}
-# Operators whose inputs, from the first place on and at these places, must have one type.
+# Operator → the places of inputs that must have the same type.
 SAME_TYPE = {
     "Add": (0, 1), "Sub": (0, 1), "Mul": (0, 1), "Div": (0, 1), "MatMul": (0, 1), "Gemm": (0, 1, 2),
     "Conv": (0, 1, 2), "ConvTranspose": (0, 1, 2), "LayerNormalization": (0, 1, 2), "Where": (1, 2),
     "Less": (0, 1), "LessOrEqual": (0, 1), "Greater": (0, 1), "Equal": (0, 1), "Attention": (0, 1, 2),
 }  # fmt: skip
-FLOATS_ONLY = {
-    "MatMul",
-    "Gemm",
-    "Conv",
-    "Softmax",
-    "LayerNormalization",
-    "RMSNormalization",
-    "Attention",
-    "Gelu",
-}
+FLOATS_ONLY = {"MatMul", "Gemm"}  # for which ONNX allows integers
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 # UINT8 is for inputs and outputs of the network; these operators may still touch it.
 TAKES_UINT8 = {"Cast", "Identity", "QuantizeLinear", "DequantizeLinear"}
@@ -57,48 +46,32 @@ def type_findings(view: GraphView, version: Version, sm: int | None) -> Iterator
                 name,
                 "unused-input",
                 "changed",
-                "no node reads this input, so what it says is lost",
+                "no node reads this input",
                 "remove it, or use it",
             )
 
 
 def _opset(view: GraphView, version: Version) -> Iterator[Finding]:
     newest = max((opset for since, opset in NEWEST_OPSET.items() if version >= since), default=0)
-    if view.opset < OLDEST_OPSET:
+    if version < Version("11") and view.opset > newest:
         yield Finding(
             "the file",
             "opset",
             "refused",
-            f"opset {view.opset} is older than {OLDEST_OPSET}",
-            f"convert it to opset {OLDEST_OPSET} or later",
-        )
-    elif version < Version("11") and view.opset > newest:
-        yield Finding(
-            "the file",
-            "opset",
-            "refused",
-            f"TensorRT {version} knows opsets up to {newest}, this is {view.opset}",
+            f"TensorRT {version} supports opsets up to {newest}, this is {view.opset}",
             f"export it for TensorRT {version}",
         )
 
 
 def _value(view: GraphView, name: str) -> Iterator[Finding]:
-    dtype, shape = view.dtype(name), view.shape(name)
+    dtype = view.dtype(name)
     if dtype is not None and dtype not in TYPES:
         yield Finding(
             name,
             "type",
             "refused",
             f"TensorRT has no {dtype_name(dtype)}",
-            f"take one of {', '.join(sorted(dtype_name(known) for known in TYPES))}",
-        )
-    if shape is not None and len(shape) > MAX_RANK:
-        yield Finding(
-            name,
-            "rank",
-            "refused",
-            f"its rank is {len(shape)}, TensorRT has at most {MAX_RANK}",
-            "merge axes by a Reshape",
+            f"use one of {', '.join(sorted(dtype_name(known) for known in TYPES))}",
         )
 
 
@@ -117,7 +90,7 @@ def _capability(view: GraphView, values: list[str], sm: int | None) -> Iterator[
                 "capability",
                 "refused",
                 f"{dtype_name(dtype)} needs SM {since}, this is SM {sm}",
-                f"take {other} for this GPU",
+                f"use {other} for this GPU",
             )
 
 
@@ -139,7 +112,7 @@ def _node(view: GraphView, node: NodeProto) -> Iterator[Finding]:
             node.name,
             "float-only",
             "refused",
-            f"{node.op_type} takes no {dtype_name(first)}",
+            f"{node.op_type} does not support {dtype_name(first)}",
             "compute it in float16 or float32",
         )
     elif first == TensorProto.UINT8 and node.op_type not in TAKES_UINT8:
@@ -147,6 +120,6 @@ def _node(view: GraphView, node: NodeProto) -> Iterator[Finding]:
             node.name,
             "uint8",
             "refused",
-            f"{node.op_type} takes no uint8, which only inputs and outputs may be",
+            f"{node.op_type} does not support uint8, which is only for inputs and outputs",
             "Cast it first",
         )

@@ -197,7 +197,7 @@ def test_the_command_line(run, tmp_path: Path) -> None:
 def test_a_newer_dialect_is_named_by_the_linter(rtx: Bundle, run) -> None:
     done = run("lint", rtx.folder / "tensorrt_rtx/fp16/decoder/decoder.onnx", "--target", "jetson-orin")
     assert done.code == 1
-    assert "TensorScatter imports since TensorRT 10.15, this is 10.3; export for TensorRT 10.3" in done.out
+    assert "TensorScatter needs TensorRT 10.15, this is 10.3; export for TensorRT 10.3" in done.out
 
 
 def test_bfloat16_is_built_and_nothing_is_claimed_of_its_numbers(trt: ModuleType, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_capabilities_of_jetson(tmp_path: Path) -> None:
     """FP8 on Orin (SM 87) is refused, on Thor (SM 110) it is not; TensorRT-RTX knows neither."""
     file = saved(Case(quantized(codes="float8_e4m3fn")), tmp_path)
     (orin,) = lint(file, Release(Version("11.4"), 87))
-    assert str(orin).endswith("float8e4m3fn needs SM 89, this is SM 87; take int8 for this GPU.")
+    assert str(orin).endswith("float8e4m3fn needs SM 89, this is SM 87; use int8 for this GPU.")
     assert lint(file, Release(Version("11.4"), 110)) == []
 
 
@@ -130,7 +130,7 @@ def test_a_file_for_a_newer_tensorrt_is_named_as_such(tmp_path: Path) -> None:
     (found,) = lint(saved(Case(unary("Relu", opset=24)), tmp_path), Release(Version("10.3")))
     assert (
         str(found)
-        == "the file: TensorRT 10.3 knows opsets up to 21, this is 24; export it for TensorRT 10.3."
+        == "the file: TensorRT 10.3 supports opsets up to 21, this is 24; export it for TensorRT 10.3."
     )
 
 

@@ -61,14 +61,14 @@ def test_a_good_file_has_no_problems(tmp_path: Path) -> None:
     ("changes", "sentence"),
     [
         ({"zero": np.int8(3).reshape(())}, "quantize: its zero point is not 0"),
-        ({"zero": np.uint8(0).reshape(())}, "quantize: its codes are uint8; TensorRT takes int8, float8e4m3fn, int4"),
+        ({"zero": np.uint8(0).reshape(())}, "quantize: its codes are uint8; TensorRT supports int8, float8e4m3fn, int4"),
         ({"remove": ("zero",)}, "quantize: without a zero point its codes are uint8"),
         ({"x_scale": np.float32(0).reshape(())}, "quantize: its scale x_scale must be positive and finite"),
         ({"w_scale": np.full(OUT, -1, np.float32)}, "weight: its scale w_scale must be positive"),
         ({"w_scale": np.full(OUT, np.nan, np.float32)}, "weight: its scale w_scale must be positive and finite"),
-        ({"remove": ("x_scale",)}, "quantize: its scale x_scale is no constant"),
+        ({"remove": ("x_scale",)}, "quantize: its scale x_scale is not a constant"),
         ({"x_scale": np.full(IN, 0.1, np.float32), "zero": np.zeros(IN, np.int8)}, "quantize: an activation has 32 scales"),
-        ({"axis": 0, "w_scale": np.full(IN, 0.1, np.float32)}, "weight: its scales lie along axis 0, MatMul needs 1"),
+        ({"axis": 0, "w_scale": np.full(IN, 0.1, np.float32)}, "weight: its scales are along axis 0, MatMul needs axis 1"),
         ({"w_scale": np.full((2, OUT), 0.1, np.float32), "block": 16}, "weight: blocks of 16 need 4-bit codes"),
     ],
 )  # fmt: skip
