@@ -74,9 +74,9 @@ def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> NoReturn:
-    """Refuse: Core AI assets cannot be given taps.
+    """Refuse: Core AI assets cannot have taps.
 
     Raises:
         UserError: always.
     """
-    raise UserError("Core AI's assets cannot be given taps, so the layer that drifts first cannot be named.")
+    raise UserError("Core AI assets cannot have taps, so the first layer that differs cannot be located.")

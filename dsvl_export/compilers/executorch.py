@@ -66,8 +66,9 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
         quantized = [layer.name for layer in layers if plan.of(layer).family != "float"]
         if quantized and delegate != DIALECT:
             raise UserError(
-                f"ExecuTorch's delegate {delegate} takes encoders in float alone, {plan.name} quantizes"
-                f" {quantized[0]}; use fp16, a plan for the decoder alone, or the delegate {DIALECT}."
+                f"ExecuTorch's delegate {delegate} supports only float encoders, {plan.name}"
+                f" quantizes {quantized[0]}; use fp16, a plan that quantizes only the decoder, or"
+                f" the delegate {DIALECT}."
             )
 
 
@@ -113,11 +114,11 @@ def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> NoReturn:
-    """Refuse: ExecuTorch programs cannot be given taps.
+    """Refuse: ExecuTorch programs cannot have taps.
 
     Raises:
         UserError: always.
     """
     raise UserError(
-        "ExecuTorch's programs cannot be given taps, so the layer that drifts first cannot be named."
+        "ExecuTorch programs cannot have taps, so the first layer that differs cannot be located."
     )

@@ -59,7 +59,7 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
         dynamic = [str(rule.precision) for rule in plan.rules if rule.precision.dynamic]
         if dynamic and plan.base != "fp32":
             raise UserError(
-                f"ONNX Runtime computes {dynamic[0]} on a base of fp32 alone, {plan.name} has {plan.base}."
+                f"ONNX Runtime computes {dynamic[0]} only on a base of fp32, {plan.name} has {plan.base}."
             )
         decoder = (plan.of(layer) for layer in component_layers(config, "decoder"))
         two_decoders |= any(layer.dynamic and layer.kind == "int4" for layer in decoder)

@@ -99,4 +99,6 @@ def check_options(backend: str, compiler: Compiler, options: CompileOptions) -> 
     usual = CompileOptions()
     for name, flag in FLAGS.items():
         if name not in compiler.OPTIONS and getattr(options, name) != getattr(usual, name):
-            raise UserError(f"{backend} has no {flag}; see 'dsvl-export export --help' for whose it is.")
+            raise UserError(
+                f"{backend} has no {flag}; 'dsvl-export export --help' names the backends that have it."
+            )

@@ -173,6 +173,6 @@ def _capability(trt: ModuleType, number: int) -> Any:
     except AttributeError:
         there = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
         raise UserError(
-            f"TensorRT-RTX {trt.__version__} builds no engines for SM {number}; it knows"
+            f"TensorRT-RTX {trt.__version__} builds no engines for SM {number}; it supports"
             f" {', '.join(map(str, there))}."
         ) from None

@@ -77,7 +77,7 @@ class ParsedNetwork:
     def _refuse(self, suspicious: list[str]) -> None:
         if suspicious:
             raise UserError(
-                f"TensorRT takes {self.file} with a warning, so the engine may compute something else:"
+                f"TensorRT accepts {self.file} with a warning, so the engine may compute something else:"
                 f" {one_line(suspicious[0])}."
             )
 

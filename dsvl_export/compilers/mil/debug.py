@@ -44,7 +44,7 @@ def tap_variables(package: Package, function: str, contract: Contract) -> dict[s
         taps = parse_json(package.metadata[TAPS], "the list of taps")[function]
         return {spec.name: str(taps[spec.name]) for spec in contract.taps}
     except (KeyError, TypeError) as error:
-        raise UserError(f"{package.folder} does not say where its taps are; export it again.") from error
+        raise UserError(f"{package.folder} does not list its taps; export it again.") from error
 
 
 def _add_outputs(package: Package, name: str, contract: Contract) -> None:

@@ -40,7 +40,7 @@ def tap_values(model: onnx.ModelProto, artifact: Path, contract: Contract) -> li
         values = parse_json({item.key: item.value for item in model.metadata_props}[TAPS], "the list of taps")
         return [values[spec.name] for spec in contract.taps]
     except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{artifact} does not say where its taps are; export it again.") from error
+        raise UserError(f"{artifact} does not list its taps; export it again.") from error
 
 
 def write_build(model: onnx.ModelProto, artifact: Path, folder: Path) -> Path:

@@ -52,7 +52,7 @@ def cache_slots(context: Lowering, cache: str) -> str:
 
 
 def visible_slots(context: Lowering, positions: str, cache: str) -> str:
-    """Build the mask ``[B, 1, S, C]`` bool of slots up to each token's own, once for all layers."""
+    """Build the bool mask ``[B, 1, S, C]`` of slots up to each token's own, once for all layers."""
     graph, known = context.graph, context.scratch
     if "visible" not in known:
         down = graph.node("Unsqueeze", [positions, graph.ints(1, 3)], "positions_down")

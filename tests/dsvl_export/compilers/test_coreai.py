@@ -121,4 +121,4 @@ def test_damaged_assets_are_named(bundle: Bundle, tmp_path: Path) -> None:
 def test_taps_that_cannot_be_had_are_said(bundle: Bundle) -> None:
     result = parity(bundle, "coreai", "fp32", taps=True)
     assert result.passed
-    assert all("Core AI's assets cannot be given taps" in drift.note for drift in result.drift)
+    assert all("Core AI assets cannot have taps" in drift.note for drift in result.drift)

@@ -259,7 +259,7 @@ def test_what_other_delegates_do_not_take_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="delegate 'metal' here; it has xnnpack, coreml, vulkan"):
         export("tiny", tmp_path / "a", "executorch", delegate="metal")
     with pytest.raises(
-        UserError, match="coreml takes encoders in float alone, 8da8w quantizes vision_encoder."
+        UserError, match="coreml supports only float encoders, 8da8w quantizes vision_encoder."
     ):
         export("tiny", tmp_path / "b", "executorch", ["8da8w"], goldens=False, delegate="coreml")
     assert not list(tmp_path.iterdir())

@@ -159,6 +159,6 @@ def test_weights_of_both_graphs_are_written_once(bundle: Bundle, tmp_path: Path)
 
 
 def test_half_precision_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="8da8w on a base of fp32 alone, 8da4w-fp16 has fp16"):
+    with pytest.raises(UserError, match="8da8w only on a base of fp32, 8da4w-fp16 has fp16"):
         export("tiny", tmp_path / "b", precisions=["8da4w-fp16"])
     assert not (tmp_path / "b").exists()

@@ -137,7 +137,7 @@ def test_every_setting_is_one_of_the_real_library(trt: ModuleType) -> None:
 def test_an_unknown_capability(trt: ModuleType, rtx: Bundle, tmp_path: Path) -> None:
     file = rtx.path(rtx.artifact("adaptor", "tensorrt_rtx", "fp16").files[0])
     contract = rtx.manifest.contracts["fp16"]["adaptor"]
-    with pytest.raises(UserError, match=r"builds no engines for SM 87; it knows 75, 80, 86, 89, 120"):
+    with pytest.raises(UserError, match=r"builds no engines for SM 87; it supports 75, 80, 86, 89, 120"):
         on_device.build_engine(
             trt, file, contract, EngineSettings(64, compute_capabilities=(87,)), tmp_path / "e"
         )

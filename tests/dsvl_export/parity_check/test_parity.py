@@ -284,7 +284,7 @@ def test_drift_that_cannot_be_located_says_why(bundle_copy: Path, monkeypatch: p
     bundle = rehash(bundle_copy, path)
     (drift,) = parity(bundle, precision="fp32").drift
     assert drift.first is None
-    assert "does not say where its taps are; export it again" in drift.note
+    assert "does not list its taps; export it again" in drift.note
     tensors = load_file(bundle_copy / "goldens/00.safetensors")
     with safe_open(bundle_copy / "goldens/00.safetensors", "np") as handle:
         metadata = handle.metadata()
