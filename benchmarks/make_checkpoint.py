@@ -18,8 +18,8 @@ import numpy as np
 
 from reference.checkpoint.checkpoint import parameter_shapes
 from reference.checkpoint.config_file import parse_config
-from reference.checkpoint.layouts import sources
-from reference.checkpoint.released import RELEASED, released_config
+from reference.checkpoint.layouts import parameter_sources
+from reference.checkpoint.released import RELEASED_CONFIGS, released_config
 from reference.model.config import CLIP_MEAN, CLIP_STD, HALF
 from reference.tiny import TINY
 
@@ -40,7 +40,7 @@ def config_of(
         "tie_word_embeddings": False,
         "text_config": {
             "model_type": "llama",
-            **RELEASED[size]["language_config"],
+            **RELEASED_CONFIGS[size]["language_config"],
             "hidden_size": decoder.width,
             "intermediate_size": decoder.mlp_width,
             "num_attention_heads": decoder.heads,
@@ -68,7 +68,7 @@ def write(raw: dict[str, Any], folder: Path, seed: int = 0) -> int:
     config = parse_config(raw, "config.json")
     tensors = {
         name: source.shape
-        for source in sources(config, parameter_shapes(config)).values()
+        for source in parameter_sources(config, parameter_shapes(config)).values()
         for name in source.names
     }
     shards: list[dict[str, tuple[int, ...]]] = [{}]
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("size", choices=sorted(RELEASED))
+    parser.add_argument("size", choices=sorted(RELEASED_CONFIGS))
     parser.add_argument("folder", type=Path)
     for name in ("--layers", "--vision-layers", "--vocabulary"):
         parser.add_argument(name, type=int)

@@ -28,7 +28,7 @@ from calibration.ranges import METHODS
 from calibration.statistics import collect
 from dsvl_export.quantization.calibrate import token_embedding
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
-from reference.checkpoint.layouts import sources
+from reference.checkpoint.layouts import parameter_sources
 from reference.tiny import TINY
 
 CHANNELS, OUTLIER = 16, 30.0
@@ -40,7 +40,7 @@ def with_outliers(folder: Path) -> Checkpoint:
         (folder / file.name).write_bytes(file.read_bytes())
     source = open_checkpoint("tiny")
     tensors = {name: tensor.float() for name, tensor in load_file(TINY / "model.safetensors").items()}
-    names = sources(source.config, parameter_shapes(source.config))
+    names = parameter_sources(source.config, parameter_shapes(source.config))
     generator = torch.Generator().manual_seed(0)
     for folding in foldings(source.config):
         if "norm" not in folding.producer:
@@ -66,7 +66,7 @@ def compare(
     data = load_data("bundled", 128).samples
     with token_embedding(source) as embedding, tempfile.TemporaryDirectory() as folder:
         statistics = collect(source, embedding, data[::2][:samples], Path(folder))
-        evaluation = Evaluation(source, embedding, data[1::2], source.model())
+        evaluation = Evaluation(source, embedding, data[1::2], source.load_model())
         for name, options in rows:
             clip = options.pop("clip", True)
             weight_scales.CLIPS = CLIPS if clip else ()

@@ -23,7 +23,7 @@ def planned_model(weights: QuantizedWeights) -> DeepSeekVL:
     of each component and the output of every module.
     """
     dtype = PRECISION_DTYPES[weights.plan.base]
-    model = weights.source.model(
+    model = weights.source.load_model(
         load=lambda name: weights.load(name).to(dtype), prepare=partial(quantize_model, plan=weights.plan)
     )
     if dtype != torch.float32:

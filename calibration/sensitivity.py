@@ -197,7 +197,7 @@ class Trial:
         self._weights = FoldedWeights(source, table.smoothing if table else {})
         self._table = table
         self._changed: dict[str, Tensor] = {}
-        self.model = source.model(load=self._load)
+        self.model = source.load_model(load=self._load)
 
     def _load(self, parameter: str) -> Tensor:
         """Read each time a layer runs where weights are streamed, and once otherwise."""

@@ -167,7 +167,7 @@ def collect(
     on_step(done, len(samples))
     if not todo:
         return statistics
-    model = source.model()
+    model = source.load_model()
     observer = _Observer(model, source.config, statistics)
     chain = reference_chain(source, embedding_file, model)
     chain.kept_images = 0  # an image that two samples show is observed for both

@@ -88,7 +88,7 @@ def reference_chain(
         tapped: as a debug build, whose sessions give their taps.
         kv_cache: precision of the model's cache.
     """
-    model = model or checkpoint.model()
+    model = model or checkpoint.load_model()
     config = checkpoint.config
 
     def contract(component: str) -> Contract:

@@ -51,7 +51,7 @@ class OraclePair:
 def _pair(oracle: transformers.PreTrainedModel, folder: Path) -> OraclePair:
     save_oracle(oracle, folder)
     checkpoint = open_checkpoint(str(folder))
-    return OraclePair(oracle, checkpoint.model(), checkpoint)
+    return OraclePair(oracle, checkpoint.load_model(), checkpoint)
 
 
 @pytest.fixture(scope="session")

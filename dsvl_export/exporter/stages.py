@@ -78,7 +78,7 @@ def identify(source: Checkpoint, report: Report) -> str:
         state: Literal["running", "finished"] = "finished" if done == total else "running"
         report(ExportProgress("hash of the checkpoint", done, total, state, in_bytes=True))
 
-    return source.identify(on_step)
+    return source.compute_digest(on_step)
 
 
 class ExportStages:

@@ -59,7 +59,7 @@ def record_inputs(source: Checkpoint, embedding_file: Path, golden: Path, file: 
     from reference.session import reference_chain
     from runtimes.goldens.golden import load_golden
 
-    model = source.model()
+    model = source.load_model()
     chain = reference_chain(source, embedding_file, model)
     given = record_layer_inputs(source, model, chain, load_golden(golden))
     tables = {"inputs": given.inputs, "taps": given.taps}

@@ -158,7 +158,11 @@ def find_plan(
     tried = 0
     with token_embedding(source) as embedding:
         evaluation = Evaluation(
-            source, embedding, held_out, source.model(), lambda done, total: on_step("answering", done, total)
+            source,
+            embedding,
+            held_out,
+            source.load_model(),
+            lambda done, total: on_step("answering", done, total),
         )
 
         def measure(plan: PrecisionPlan) -> Cost:

@@ -50,7 +50,7 @@ def record_reference(
     """Goldens of the fp32 reference, with taps, and of texts, into ``folder``; see ``record_goldens``."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / TEXT_GOLDENS, reference_texts(source).to_dict())
-    model = source.model()
+    model = source.load_model()
     chain, tapped = (reference_chain(source, embedding_file, model, tapped) for tapped in (False, True))
     requests = golden_requests(chain.tokenizer.spec.system_prompt)
     positions = source.config.decoder.max_positions

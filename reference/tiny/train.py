@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from reference.checkpoint.checkpoint import write_original
+from reference.checkpoint.checkpoint import write_original_checkpoint
 from reference.checkpoint.config_file import parse_config
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.tiny.batches import (
@@ -257,7 +257,7 @@ def main(
     initialise(model)
     for stage in STAGES:
         run_stage(trainee, stage, tokenizer, output)
-    write_original(model, raw, tokenizer, output / "checkpoint")
+    write_original_checkpoint(model, raw, tokenizer, output / "checkpoint")
     plot(output / "curve.jsonl", output / "curve.svg")
 
 

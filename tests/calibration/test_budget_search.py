@@ -30,7 +30,7 @@ def planner(tiny_calibrated: Calibrated, measured: Sensitivity) -> Planner:
     source = tiny_calibrated.source
     held_out = load_data("bundled", 128).samples[4::16]
     assert not {sample.digest for sample in held_out} & set(measured.samples)
-    evaluation = Evaluation(source, tiny_calibrated.embedding, held_out, source.model())
+    evaluation = Evaluation(source, tiny_calibrated.embedding, held_out, source.load_model())
     return Planner(
         measured, lambda plan: evaluation.cost(planned_model(QuantizedWeights(source, plan))), "found"
     )
@@ -79,7 +79,7 @@ def test_plans_beat_uniform_ones_of_their_size(tiny_calibrated: Calibrated, meas
     """On the mean over all samples that were not measured: rare answers cost a thousand times more than most."""
     source = tiny_calibrated.source
     held_out = [sample for index, sample in enumerate(load_data("bundled", 128).samples) if index % 8]
-    evaluation = Evaluation(source, tiny_calibrated.embedding, held_out, source.model())
+    evaluation = Evaluation(source, tiny_calibrated.embedding, held_out, source.load_model())
 
     def measure(plan: PrecisionPlan) -> Cost:
         return evaluation.cost(planned_model(QuantizedWeights(source, plan)))

@@ -226,7 +226,7 @@ def test_folding_changes_nothing(tiny_calibrated: Calibrated) -> None:
         for place in places
     }  # fmt: skip
     folded = reference_chain(
-        source, tiny_calibrated.embedding, source.model(load=FoldedWeights(source, factors).load)
+        source, tiny_calibrated.embedding, source.load_model(load=FoldedWeights(source, factors).load)
     )
     errors = stage_errors(folded, reference_chain(source, tiny_calibrated.embedding))
     assert max(errors.values()) < 2e-5, errors

@@ -89,7 +89,7 @@ def test_onnx_for_tensorrt_is_judged_in_its_simulator(tmp_path: Path) -> None:
 def test_a_layer_computes_on_what_it_is_handed() -> None:
     """Handed its own taps, a model gives what it gives by itself; another tap changes what reads it alone."""
     source = open_checkpoint("tiny")
-    model = source.model()
+    model = source.load_model()
     taps = component_taps(source.config, "adaptor")
     torch.manual_seed(0)
     features = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import reference.checkpoint.chat_template
-from reference.checkpoint.chat_template import template_difference
+from reference.checkpoint.chat_template import describe_template_difference
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.checkpoint.specs import prompt_spec
 from reference.tiny import TINY
@@ -42,7 +42,7 @@ def difference(folder: Path, name: str, content: str) -> str:
         shutil.copyfile(TINY / file, folder / file)
     (folder / name).write_text(content, encoding="utf-8")
     checkpoint = open_checkpoint(str(folder))
-    return template_difference(checkpoint, prompt_spec(checkpoint))
+    return describe_template_difference(checkpoint, prompt_spec(checkpoint))
 
 
 def in_json(template: str) -> str:
