@@ -20,7 +20,7 @@ from reference.checkpoint.checkpoint import parameter_shapes
 from reference.checkpoint.config_file import parse_config
 from reference.checkpoint.layouts import parameter_sources
 from reference.checkpoint.released import RELEASED_CONFIGS, released_config
-from reference.model.config import CLIP_MEAN, CLIP_STD, HALF
+from reference.model.config import CLIP_MEAN, CLIP_STD, HALF_RGB
 from reference.tiny import TINY
 
 SHARD = 2 << 30
@@ -94,7 +94,7 @@ def write(raw: dict[str, Any], folder: Path, seed: int = 0) -> int:
         shutil.copyfile(TINY / file, folder / file)
     side = raw["vision_config"]["image_size"]
     processor: dict[str, Any] = {
-        "image_mean": HALF, "image_std": HALF, "min_size": 14, "rescale_factor": 1 / 255,
+        "image_mean": HALF_RGB, "image_std": HALF_RGB, "min_size": 14, "rescale_factor": 1 / 255,
         "size": {"height": side, "width": side},
     }  # fmt: skip
     if "high_res_vision_config" in raw:

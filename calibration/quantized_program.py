@@ -24,7 +24,7 @@ from reference.model.config import ModelConfig
 from reference.model.decoder import SelfAttention
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.model.operators import FLOAT8_MAX
-from reference.trace import TRACED_COMPONENTS, TracedComponent, trace
+from reference.trace import TRACED_COMPONENTS, TracedComponent, trace_component
 
 qd = torch.ops.quantized_decomposed
 INT8 = (-128, 127, torch.int8)
@@ -240,4 +240,4 @@ def trace_planned(config: ModelConfig, component: str, plan: PrecisionPlan) -> T
     it is.
     """
     prepare = partial(quantize_layers, component=component, plan=plan)
-    return trace(config, component, plan.base, plan.kv_cache, prepare)
+    return trace_component(config, component, plan.base, plan.kv_cache, prepare)

@@ -43,7 +43,12 @@ from dsvl_export.version import __version__, code_digest
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.specs import reference_settings
 from reference.goldens.layers import layer_golden_bytes
-from reference.goldens.record import goldens_bytes, long_golden_bytes, record_long_reference, record_reference
+from reference.goldens.record import (
+    goldens_bytes,
+    long_golden_bytes,
+    record_reference_goldens,
+    record_reference_long_golden,
+)
 from reference.session import write_token_embedding
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent
 from runtimes.bundle.bundle import TOKENIZER, Artifact
@@ -264,7 +269,7 @@ class ExportStages:
                 file = journal.with_name(journal.name.removesuffix(JOURNAL))
                 if not file.exists() or sha256_of_file(file) != journal.read_text():
                     file.unlink(missing_ok=True)
-            record_reference(
+            record_reference_goldens(
                 self.source,
                 self.staging.folder / TOKEN_EMBEDDING,
                 folder,
@@ -287,7 +292,7 @@ class ExportStages:
             return
         self.report(ExportProgress("long golden"))
         table = self.staging.folder / TOKEN_EMBEDDING
-        made = record_long_reference(self.source, table, self.options.capacity)
+        made = record_reference_long_golden(self.source, table, self.options.capacity)
         file = self.staging.work / LONG_GOLDEN
         made.save(file)
         self.staging.attach("goldens", file, {**known, **key})

@@ -34,7 +34,7 @@ from reference.checkpoint.tensor_files import (
     join_names,
 )
 from reference.model.config import ModelConfig
-from reference.model.constants import materialise_constants
+from reference.model.constants import materialize_constants
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.tiny import TINY
 from runtimes.bundle.files import read_json, sha256_of_files, sha256_of_text, write_json
@@ -197,7 +197,7 @@ class Checkpoint:
             model = model.to_empty(device="cpu")
             for name, parameter in model.named_parameters():
                 parameter.data.copy_(load(name))
-        materialise_constants(model)
+        materialize_constants(model)
         return model.eval().requires_grad_(False)
 
     @cached_property

@@ -14,10 +14,10 @@ from typing import Any
 
 from reference.checkpoint.settings import Settings, format_value
 from reference.model.config import (
-    ACTIVATIONS,
     CLIP_MEAN,
     CLIP_STD,
-    HALF,
+    GELU_APPROXIMATIONS,
+    HALF_RGB,
     AdaptorConfig,
     DecoderConfig,
     ModelConfig,
@@ -159,7 +159,7 @@ def _tower_sizes(
         elif isinstance(value, float):
             sizes[key] = params.number(key, value, high=1.0)
         elif isinstance(value, str):
-            sizes[key] = params.choice(key, tuple(ACTIVATIONS), value)
+            sizes[key] = params.choice(key, tuple(GELU_APPROXIMATIONS), value)
         else:
             sizes[key] = params.integers(key, value, low=0 if key == "global_layers" else 1)
     return sizes
@@ -185,7 +185,7 @@ def _parse_transformers(raw: Settings, preprocessor: Settings | None) -> ModelCo
         layers=vision.integer("num_hidden_layers", 12, high=MAX_VISION_LAYERS),
         heads=vision.integer("num_attention_heads", 12),
         mlp_width=vision.integer("intermediate_size", 3072),
-        activation=vision.choice("hidden_act", tuple(ACTIVATIONS), "gelu_pytorch_tanh"),
+        activation=vision.choice("hidden_act", tuple(GELU_APPROXIMATIONS), "gelu_pytorch_tanh"),
         norm_eps=vision.number("layer_norm_eps", 1e-6, high=1.0),
     )
     hybrid = raw.values["model_type"] == "deepseek_vl_hybrid"
@@ -210,7 +210,7 @@ def _branch_normalizations(
 ) -> tuple[NormalizationConfig | None, NormalizationConfig | None]:
     """Return the normalization of both branches, low first; the released 7B's without settings."""
     if preprocessor is None:
-        return NormalizationConfig(HALF, HALF), NormalizationConfig(CLIP_MEAN, CLIP_STD)
+        return NormalizationConfig(HALF_RGB, HALF_RGB), NormalizationConfig(CLIP_MEAN, CLIP_STD)
     if not preprocessor.nullable_flag("do_normalize", True):
         return None, None
     # transformers' class defaults to CLIP's values for both branches.
@@ -243,7 +243,7 @@ def _sam_from_transformers(raw: Settings) -> SamConfig:
         global_layers=raw.integers("global_attn_indexes", (2, 5, 8, 11), low=0),
         neck_width=neck,
         downsample_widths=(2 * neck, 4 * neck),
-        activation=raw.choice("hidden_act", tuple(ACTIVATIONS), "gelu"),
+        activation=raw.choice("hidden_act", tuple(GELU_APPROXIMATIONS), "gelu"),
         norm_eps=raw.number("layer_norm_eps", 1e-6, high=1.0),
     )
 

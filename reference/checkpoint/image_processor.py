@@ -6,7 +6,7 @@ from pathlib import Path
 
 from reference.checkpoint.config_file import MAX_STD, MIN_STD
 from reference.checkpoint.settings import Settings
-from reference.model.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig
+from reference.model.config import CLIP_MEAN, CLIP_STD, HALF_RGB, ModelConfig
 from runtimes.bundle.files import read_json
 from runtimes.preprocess import RESAMPLING, PreprocessSpec
 
@@ -63,8 +63,8 @@ def parse_preprocessing(settings: Settings, config: ModelConfig) -> PreprocessSp
     return PreprocessSpec(
         image_size=vision.image_size,
         min_size=settings.integer("min_size", min(14, vision.image_size), high=vision.image_size),
-        mean=mean or HALF,
-        std=std or HALF,
+        mean=mean or HALF_RGB,
+        std=std or HALF_RGB,
         background=(background[0], background[1], background[2]),
         rescale_factor=settings.number("rescale_factor", 1 / 255, high=1000.0) if rescales else 1.0,
         do_normalize=normalizes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from reference.checkpoint.config_file import parse_config
-from reference.model.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig
+from reference.model.config import CLIP_MEAN, CLIP_STD, HALF_RGB, ModelConfig
 
 _SIGLIP = {"model_name": "siglip_large_patch16_384", "image_size": 384, "select_layer": -1}
 
@@ -37,7 +37,7 @@ RELEASED_CONFIGS: dict[str, dict[str, Any]] = {
                     "pixel_mean": CLIP_MEAN,
                     "pixel_std": CLIP_STD,
                 },
-                "low_res_cfg": {**_SIGLIP, "pixel_mean": HALF, "pixel_std": HALF},
+                "low_res_cfg": {**_SIGLIP, "pixel_mean": HALF_RGB, "pixel_std": HALF_RGB},
             },
         },
         "aligner_config": {

@@ -11,15 +11,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from reference.tiny.pictures import CANVAS, COLOURS, COLUMNS, SHAPES, Scene, draw
-from reference.tiny.questions import Question, chat, image_preamble
+from reference.tiny.pictures import CANVAS, COLOURS, COLUMNS, SHAPES, Scene, draw_scene
+from reference.tiny.questions import Question, image_preamble, make_chat
 from runtimes.text.prompt import BOS, EOS, IMAGE_PLACEHOLDER, PAD, SYSTEM_PROMPT, Message, format_chat
 
 GRID = 8  # image tokens per side
-NAMES = [str(digit) for digit in range(10)] + list(SHAPES)
+OBJECT_NAMES = [str(digit) for digit in range(10)] + list(SHAPES)
 # Classes of the dense heads; 0 means background.
 DENSE_HEADS = {
-    "name": len(NAMES) + 1,
+    "name": len(OBJECT_NAMES) + 1,
     "colour": len(COLOURS) + 1,
     "order": len(COLUMNS) + 1,
     "row": GRID,
@@ -56,7 +56,7 @@ def dense_targets(scene: Scene) -> np.ndarray:
         covered = rows[:, None] & columns[None, :]
         middle = min(int((y0 + y1) / 2 / cell), GRID - 1), min(int((x0 + x1) / 2 / cell), GRID - 1)
         covered[middle] = True
-        targets[0][covered] = NAMES.index(thing.name) + 1
+        targets[0][covered] = OBJECT_NAMES.index(thing.name) + 1
         targets[1][covered] = list(COLOURS).index(thing.colour) + 1
         targets[2][middle] = thing.order + 1
     targets[3], targets[4] = np.indices((GRID, GRID))
@@ -85,12 +85,12 @@ def encode_chat(tokenizer: Tokenizer, questions: list[Question], images: int) ->
     return ids, answers
 
 
-def pad(rows: list[list[int]], value: int) -> Tensor:
+def pad_rows(rows: list[list[int]], value: int) -> Tensor:
     width = max(len(row) for row in rows)
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-EMPTY = torch.zeros(0)
+EMPTY_TENSOR = torch.zeros(0)
 
 
 class DenseBatches(Dataset[Batch]):
@@ -103,9 +103,15 @@ class DenseBatches(Dataset[Batch]):
         return 1 << 30
 
     def __getitem__(self, step: int) -> Batch:
-        drawn = [draw((1, step, index)) for index in range(self.size)]
+        drawn = [draw_scene((1, step, index)) for index in range(self.size)]
         pixels = torch.from_numpy(np.stack([to_pixels(image) for image, _ in drawn]))
-        return Batch(pixels, EMPTY, _dense([scene for _, scene in drawn]), EMPTY, EMPTY)
+        return Batch(
+            pixels,
+            EMPTY_TENSOR,
+            _stack_dense_targets([scene for _, scene in drawn]),
+            EMPTY_TENSOR,
+            EMPTY_TENSOR,
+        )
 
 
 class ChatBatches(Dataset[Batch]):
@@ -121,16 +127,16 @@ class ChatBatches(Dataset[Batch]):
         rng = np.random.default_rng((2, step))
         chosen = rng.integers(len(self.scenes), size=self.size)
         scenes = [self.scenes[index] for index in chosen]
-        dense = _dense(scenes)
-        tokens, answers = conversations(rng, scenes, self.tokenizer)
-        return Batch(EMPTY, torch.from_numpy(chosen), dense, tokens, answers)
+        dense = _stack_dense_targets(scenes)
+        tokens, answers = encode_conversations(rng, scenes, self.tokenizer)
+        return Batch(EMPTY_TENSOR, torch.from_numpy(chosen), dense, tokens, answers)
 
 
-def _dense(scenes: list[Scene]) -> Tensor:
+def _stack_dense_targets(scenes: list[Scene]) -> Tensor:
     return torch.from_numpy(np.stack([dense_targets(scene) for scene in scenes]))
 
 
-def conversations(
+def encode_conversations(
     rng: np.random.Generator, scenes: list[Scene], tokenizer: Tokenizer
 ) -> tuple[Tensor, Tensor]:
     """Tokens and answer mask ``[B, S]`` of chats about the scenes, in order.
@@ -141,9 +147,9 @@ def conversations(
     ids, answers, first = [], [], 0
     while first < len(scenes):
         images = 2 if first + 1 < len(scenes) and first < len(scenes) * 2 // 3 else 1
-        questions = chat(rng, scenes[first : first + images], turns=6 if images == 2 else 9)
+        questions = make_chat(rng, scenes[first : first + images], turns=6 if images == 2 else 9)
         row_ids, row_answers = encode_chat(tokenizer, questions, images)
         ids.append(row_ids)
         answers.append([int(answer) for answer in row_answers])
         first += images
-    return pad(ids, token_id(tokenizer, PAD)), pad(answers, 0).bool()
+    return pad_rows(ids, token_id(tokenizer, PAD)), pad_rows(answers, 0).bool()

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from reference.tiny import HELDOUT
-from reference.tiny.pictures import Scene, draw
-from reference.tiny.questions import KINDS, Question, ask, image_preamble
+from reference.tiny.pictures import Scene, draw_scene
+from reference.tiny.questions import HELD_OUT_KINDS, Question, image_preamble, make_question
 from runtimes.goldens.task import TaskItem, TaskScore, load_task, run_task
 from runtimes.pipeline import Pipeline
 
-QUESTIONS = 500
+QUESTION_COUNT = 500
 SEED = 2403_05525
 
 
-def make_rows(folder: Path) -> list[dict[str, Any]]:
+def make_held_out_rows(folder: Path) -> list[dict[str, Any]]:
     """Draw the pictures into ``folder / images`` and return one row per question.
 
     Kinds take turns. A sixth of the questions is about one of two pictures, and a seventh of the
@@ -35,13 +35,15 @@ def make_rows(folder: Path) -> list[dict[str, Any]]:
     rng = np.random.default_rng(SEED)
     rows: list[dict[str, Any]] = []
     picture = 0
-    while len(rows) < QUESTIONS:
+    while len(rows) < QUESTION_COUNT:
         count = 2 if rng.random() < 1 / 6 else 1
         names = ["the picture"] if count == 1 else ["Figure 1", "Figure 2"]
-        drawn = [draw((SEED, picture + index), held_out=True) for index in range(count)]
+        drawn = [draw_scene((SEED, picture + index), held_out=True) for index in range(count)]
         scenes = [scene for _, scene in drawn]
         which = int(rng.integers(count))
-        question = ask(rng, KINDS[len(rows) % len(KINDS)], scenes[which], names[which])
+        question = make_question(
+            rng, HELD_OUT_KINDS[len(rows) % len(HELD_OUT_KINDS)], scenes[which], names[which]
+        )
         picture += count
         if question is None:  # the scene has no such question; try the next picture
             continue
@@ -49,19 +51,21 @@ def make_rows(folder: Path) -> list[dict[str, Any]]:
         for index, (image, _) in enumerate(drawn):
             files.append(f"images/{picture - count + index:04}.png")
             image.save(folder / files[-1], optimize=True)
-        rows.append(_row(rng, question, scenes, files))
+        rows.append(_make_row(rng, question, scenes, files))
     return rows
 
 
-def _row(
+def _make_row(
     rng: np.random.Generator, question: Question, scenes: list[Scene], files: list[str]
 ) -> dict[str, Any]:
     history = []
     text, first = question.text, image_preamble(len(files))
     if len(files) == 1 and rng.random() < 1 / 7:
-        kinds = [kind for kind in KINDS[:-1] if kind != question.kind]
+        kinds = [kind for kind in HELD_OUT_KINDS[:-1] if kind != question.kind]
         before = next(
-            q for kind in rng.permutation(kinds) if (q := ask(rng, str(kind), scenes[0], "the picture"))
+            q
+            for kind in rng.permutation(kinds)
+            if (q := make_question(rng, str(kind), scenes[0], "the picture"))
         )
         history = [{"role": "user", "content": first + before.text},
                    {"role": "assistant", "content": before.answer}]  # fmt: skip
@@ -71,7 +75,7 @@ def _row(
             "expected": question.answer}  # fmt: skip
 
 
-def reference_answers(items: list[TaskItem]) -> TaskScore:
+def answer_with_reference(items: list[TaskItem]) -> TaskScore:
     """What the fp32 reference answers with the bundled weights."""
     from reference.checkpoint.checkpoint import open_checkpoint
     from reference.session import reference_chain, write_token_embedding
@@ -90,11 +94,11 @@ def reference_answers(items: list[TaskItem]) -> TaskScore:
 def main() -> None:
     if sys.argv[1:] == ["--answers"]:
         rows = [json.loads(line) for line in HELDOUT.read_text(encoding="utf-8").splitlines()]
-        score = reference_answers(load_task(HELDOUT))
+        score = answer_with_reference(load_task(HELDOUT))
         for row, answer, tokens in zip(rows, score.answers, score.tokens, strict=True):
             row.update(reference=answer, reference_tokens=tokens)
     else:
-        rows = make_rows(HELDOUT.parent)
+        rows = make_held_out_rows(HELDOUT.parent)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     HELDOUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -39,7 +39,7 @@ STRIPES, HELD_OUT_STRIPES = 12, (3, 8)
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """A digit or a shape: name, colour, box in canvas units, and its order from left to right."""
 
     name: str
@@ -55,14 +55,14 @@ class Scene:
     number: str
     number_colour: str
     number_half: str
-    shapes: tuple[Thing, ...]
-    digits: tuple[Thing, ...]
+    shapes: tuple[SceneObject, ...]
+    digits: tuple[SceneObject, ...]
 
-    def at(self, column: int) -> Thing | None:
+    def shape_at(self, column: int) -> SceneObject | None:
         return next((shape for shape in self.shapes if shape.order == column), None)
 
 
-def draw(seed: Sequence[int], held_out: bool = False) -> tuple[Image.Image, Scene]:
+def draw_scene(seed: Sequence[int], held_out: bool = False) -> tuple[Image.Image, Scene]:
     """Picture (RGB, 160 to 384 pixels square) and scene of a seed.
 
     Args:
@@ -111,7 +111,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 def _draw_number(
     pen: ImageDraw.ImageDraw, rng: np.random.Generator, scale: float, half: int, held_out: bool
-) -> tuple[str, str, list[Thing]]:
+) -> tuple[str, str, list[SceneObject]]:
     count = int(rng.integers(1, 4))
     first = rng.integers(1 if count > 1 else 0, 10)
     number = "".join(str(d) for d in [first, *rng.integers(0, 10, size=count - 1)])
@@ -132,14 +132,14 @@ def _draw_number(
     for order, (digit, advance) in enumerate(zip(number, advances, strict=True)):
         pen.text((x, y - top), digit, font=font, fill=rgb, stroke_width=stroke)
         box = (x / scale, y / scale, (x + advance) / scale, (y + height) / scale)
-        digits.append(Thing(digit, name, box, order))
+        digits.append(SceneObject(digit, name, box, order))
         x += advance
     return number, name, digits
 
 
 def _draw_shapes(
     pen: ImageDraw.ImageDraw, rng: np.random.Generator, scale: float, half: int, held_out: bool
-) -> list[Thing]:
+) -> list[SceneObject]:
     columns = sorted(int(c) for c in rng.permutation(3)[: rng.integers(1, 4)])
     width, height = CANVAS / 3, CANVAS / 2
     shapes = []
@@ -150,7 +150,7 @@ def _draw_shapes(
         y = half * height + radius + 2 + _offset(rng, height - 2 * radius - 4, held_out)
         box = (x - radius, y - radius, x + radius, y + radius)
         _draw_shape(pen, kind, tuple(v * scale for v in (x, y, radius)), rgb)
-        shapes.append(Thing(kind, name, box, column))
+        shapes.append(SceneObject(kind, name, box, column))
     return shapes
 
 

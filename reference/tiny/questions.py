@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reference.tiny.pictures import COLOURS, COLUMNS, SHAPES, Scene, Thing
+from reference.tiny.pictures import COLOURS, COLUMNS, SHAPES, Scene, SceneObject
 
 TRAINED_KINDS = (
     "number_1", "number_2", "number_3", "number_colour", "number_half", "count_all",
@@ -15,7 +15,7 @@ TRAINED_KINDS = (
 # Below the bar of 90 % right, and so not part of the held-out set: they compare what is asked with
 # what is there.
 WEAK_KINDS = ("count_colour", "exists")
-KINDS = tuple(kind for kind in TRAINED_KINDS if kind not in WEAK_KINDS)
+HELD_OUT_KINDS = tuple(kind for kind in TRAINED_KINDS if kind not in WEAK_KINDS)
 
 _PHRASES = {
     "number": ("What number is in {picture}?", "Which number do you see in {picture}?", "Read the number in {picture}."),
@@ -44,19 +44,19 @@ def _phrase(rng: np.random.Generator, kind: str, **words: str) -> str:
     return str(rng.choice(_PHRASES[kind])).format(**words)
 
 
-def _unique_shape(rng: np.random.Generator, scene: Scene) -> Thing | None:
+def _unique_shape(rng: np.random.Generator, scene: Scene) -> SceneObject | None:
     names = [shape.name for shape in scene.shapes]
     unique = [shape for shape in scene.shapes if names.count(shape.name) == 1]
     return unique[rng.integers(len(unique))] if unique else None
 
 
-def describe(scene: Scene) -> str:
+def describe_scene(scene: Scene) -> str:
     """All of a scene in one sentence, shapes from left to right."""
     shapes = ", ".join(f"a {shape.colour} {shape.name}" for shape in scene.shapes)
     return f"The {scene.number_colour} number {scene.number} at the {scene.number_half}, and {shapes}."
 
 
-def ask(rng: np.random.Generator, kind: str, scene: Scene, picture: str) -> Question | None:
+def make_question(rng: np.random.Generator, kind: str, scene: Scene, picture: str) -> Question | None:
     """A question of a kind about a scene; None where the scene has no such question.
 
     Args:
@@ -88,13 +88,13 @@ def ask(rng: np.random.Generator, kind: str, scene: Scene, picture: str) -> Ques
         words["column"] = COLUMNS[shape.order]
         answer = shape.name
     elif kind == "exists":
-        words["colour"], words["shape"], answer = _existence(rng, scene)
+        words["colour"], words["shape"], answer = _choose_existence(rng, scene)
     else:
-        answer = describe(scene)
+        answer = describe_scene(scene)
     return Question(kind, _phrase(rng, kind, **words), answer)
 
 
-def _existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str, str]:
+def _choose_existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str, str]:
     """Half yes, half no; a no is mostly a near miss (right shape, wrong colour or the reverse)."""
     shape = scene.shapes[rng.integers(len(scene.shapes))]
     present = {(thing.colour, thing.name) for thing in scene.shapes}
@@ -106,7 +106,7 @@ def _existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str, str]:
     return colour, name, "no"
 
 
-def chat(rng: np.random.Generator, scenes: list[Scene], turns: int) -> list[Question]:
+def make_chat(rng: np.random.Generator, scenes: list[Scene], turns: int) -> list[Question]:
     """At most ``turns`` different questions about one or two pictures.
 
     Every fourth chat is of any length and ends with a description; earlier, it would let the others
@@ -122,13 +122,13 @@ def chat(rng: np.random.Generator, scenes: list[Scene], turns: int) -> list[Ques
         if len(questions) == turns - described:
             break
         kind, which = pairs[index]
-        question = ask(rng, kind, scenes[which], names[which])
+        question = make_question(rng, kind, scenes[which], names[which])
         if question:
             questions.append(question)
     if described:
         which = int(rng.integers(len(scenes)))
         text = _phrase(rng, "describe", picture=names[which])
-        questions.append(Question("describe", text, describe(scenes[which])))
+        questions.append(Question("describe", text, describe_scene(scenes[which])))
     return questions
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from reference.tiny.pictures import draw
-from reference.tiny.questions import chat, image_preamble
+from reference.tiny.pictures import draw_scene
+from reference.tiny.questions import image_preamble, make_chat
 from runtimes.text.prompt import BOS, EOS, IMAGE_PLACEHOLDER, PAD, SYSTEM_PROMPT, Message, format_chat
 
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = (BOS, EOS, PAD, IMAGE_PLACEHOLDER)
 
 
-def corpus(scenes: int) -> list[str]:
+def build_corpus(scenes: int) -> list[str]:
     """Prompts as the model will see them, without pictures."""
     texts = []
     for seed in range(scenes):
-        _, scene = draw((seed, 99))
+        _, scene = draw_scene((seed, 99))
         rng = np.random.default_rng((seed, 98))
         messages = []
-        for question in chat(rng, [scene, scene], turns=8):
+        for question in make_chat(rng, [scene, scene], turns=8):
             messages += [Message("user", question.text), Message("assistant", question.answer)]
         texts.append(image_preamble(2) + format_chat(messages, SYSTEM_PROMPT))
     return texts

@@ -42,9 +42,9 @@ from reference.tiny.batches import (
     to_pixels,
     token_id,
 )
-from reference.tiny.curve import plot
-from reference.tiny.pictures import Scene, draw
-from reference.tiny.tokenizer import corpus, train_tokenizer
+from reference.tiny.curve import plot_curve
+from reference.tiny.pictures import Scene, draw_scene
+from reference.tiny.tokenizer import build_corpus, train_tokenizer
 from runtimes.text.prompt import IMAGE_PLACEHOLDER
 
 
@@ -64,7 +64,7 @@ STAGES = (
     Stage(1, 2400, 64, 0.02, 2e-3, 0.2),
     Stage(2, 1800, 72, 0.015, 2e-3, 0.3),
 )
-POOL = 24_000  # pictures of stage 2
+POOL_SIZE = 24_000  # pictures of stage 2
 DENSE_WEIGHTS = {"name": 1.0, "colour": 0.7, "order": 1.0, "row": 0.1, "column": 0.1}
 
 
@@ -85,7 +85,7 @@ def dense_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float
 
 
 @dataclass(frozen=True)
-class Pool:
+class FeaturePool:
     """Pictures whose scenes and vision features (bfloat16, each ``[POOL, T, C]``) are kept."""
 
     scenes: list[Scene]
@@ -93,21 +93,21 @@ class Pool:
 
 
 @torch.no_grad()
-def fill_pool(model: DeepSeekVL) -> Pool:
+def build_feature_pool(model: DeepSeekVL) -> FeaturePool:
     """Draw the pool and encode it with the vision encoder as it is after stage 1."""
     scenes: list[Scene] = []
     parts: list[tuple[Tensor, ...]] = []
-    for first in track(range(0, POOL, 80), "encoding the pool"):
-        drawn = [draw((2, index)) for index in range(first, first + 80)]
+    for first in track(range(0, POOL_SIZE, 80), "encoding the pool"):
+        drawn = [draw_scene((2, index)) for index in range(first, first + 80)]
         scenes += [scene for _, scene in drawn]
         pixels = torch.from_numpy(np.stack([to_pixels(image) for image, _ in drawn]))
         with torch.autocast("cpu", torch.bfloat16):
             features = model.vision_encoder(pixels)
         parts.append(tuple(part.to(torch.bfloat16) for part in features))
-    return Pool(scenes, tuple(torch.cat(part) for part in zip(*parts, strict=True)))
+    return FeaturePool(scenes, tuple(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-class Trainee(nn.Module):
+class TrainingModel(nn.Module):
     """The model with the dense heads of training."""
 
     def __init__(self, model: DeepSeekVL, image_token_id: int) -> None:
@@ -132,7 +132,7 @@ class Trainee(nn.Module):
         number = (is_image.cumsum(1) - 1) // GRID**2
         return F.cross_entropy(self.which(self._halfway[is_image]).float(), number[is_image])
 
-    def forward(self, batch: Batch, pool: Pool | None) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: Batch, pool: FeaturePool | None) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", torch.bfloat16):
             if pool is None:
                 image_embeds = self.model.encode_image(batch.pixels)  # [N, T, D]
@@ -155,7 +155,7 @@ class Trainee(nn.Module):
         return answer_loss + 0.2 * loss + 0.1 * which_loss, numbers
 
 
-def initialise(model: DeepSeekVL) -> None:
+def initialize_weights(model: DeepSeekVL) -> None:
     """Normal(0, 0.02) weights, residual projections scaled down by depth (GPT-2's rule)."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
@@ -169,7 +169,7 @@ def initialise(model: DeepSeekVL) -> None:
     nn.init.ones_(model.vision_encoder.high.hd_alpha)
 
 
-def optimizers(trainee: Trainee, stage: Stage) -> list[torch.optim.Optimizer]:
+def build_optimizers(trainee: TrainingModel, stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon (Keller Jordan, 2024) for hidden matrices, AdamW for embeddings, convolutions, norms, heads."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -186,16 +186,16 @@ def optimizers(trainee: Trainee, stage: Stage) -> list[torch.optim.Optimizer]:
     ]
 
 
-def rate_factor(stage: Stage, step: int) -> float:
+def learning_rate_factor(stage: Stage, step: int) -> float:
     """Warm-up over 50 steps, flat, then a linear fall over the last ``decay`` of the steps."""
     left = (stage.steps - step) / (stage.steps * stage.decay)
     return min(1.0, (step + 1) / 50, left)
 
 
-def run_stage(trainee: Trainee, stage: Stage, tokenizer: Tokenizer, output: Path) -> None:
+def run_stage(trainee: TrainingModel, stage: Stage, tokenizer: Tokenizer, output: Path) -> None:
     """One stage from its last saved state to its end; appends to ``curve.jsonl``."""
     state_file = output / f"stage{stage.number}.pt"
-    optims, start = optimizers(trainee, stage), 0
+    optims, start = build_optimizers(trainee, stage), 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         start = state["step"]
@@ -204,7 +204,7 @@ def run_stage(trainee: Trainee, stage: Stage, tokenizer: Tokenizer, output: Path
             return
         for optim, saved in zip(optims, state["optimizers"], strict=True):
             optim.load_state_dict(saved)
-    pool = fill_pool(trainee.model) if stage.number == 2 else None
+    pool = build_feature_pool(trainee.model) if stage.number == 2 else None
     batches: Dataset[Batch] = (
         ChatBatches(pool.scenes, stage.batch, tokenizer) if pool else DenseBatches(stage.batch)
     )
@@ -220,7 +220,7 @@ def run_stage(trainee: Trainee, stage: Stage, tokenizer: Tokenizer, output: Path
             begun = time.time()
             for optim, rate in zip(optims, (stage.matrix_rate, stage.other_rate), strict=True):
                 for group in optim.param_groups:
-                    group["lr"] = rate * rate_factor(stage, step)
+                    group["lr"] = rate * learning_rate_factor(stage, step)
             loss, numbers = trainee(batch, pool)
             trainee.zero_grad(set_to_none=True)
             loss.backward()
@@ -252,13 +252,13 @@ def main(
     raw = json.loads((Path(__file__).parent / "config.json").read_text())
     torch.manual_seed(0)
     model = DeepSeekVL(parse_config(raw, "config.json"))
-    tokenizer = train_tokenizer(corpus(2000))
-    trainee = Trainee(model, token_id(tokenizer, IMAGE_PLACEHOLDER))
-    initialise(model)
+    tokenizer = train_tokenizer(build_corpus(2000))
+    trainee = TrainingModel(model, token_id(tokenizer, IMAGE_PLACEHOLDER))
+    initialize_weights(model)
     for stage in STAGES:
         run_stage(trainee, stage, tokenizer, output)
     write_original_checkpoint(model, raw, tokenizer, output / "checkpoint")
-    plot(output / "curve.jsonl", output / "curve.svg")
+    plot_curve(output / "curve.jsonl", output / "curve.svg")
 
 
 if __name__ == "__main__":
