@@ -44,7 +44,7 @@ class SiglipConfig:
 
 @dataclass(frozen=True)
 class SamConfig:
-    """Sizes of a SAM ViT-B with two necks and two strided convolutions; see ``reference.model.sam``.
+    """Sizes of a SAM ViT-B with two necks and strided convolutions; see ``reference.model.sam``.
 
     The second neck reads the output of the first layer that ``global_layers`` *lists*. A
     ``window_size`` of 0 makes all layers global.

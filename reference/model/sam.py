@@ -19,7 +19,7 @@ from reference.model.siglip import Mlp, PatchEmbed
 
 
 class RelativePositionAttention(ConstantModule):
-    """Attention on an ``n × n`` grid with decomposed relative positions (arXiv 2112.01526, eq. 4)."""
+    """Attention on an ``n × n`` grid with decomposed relative positions (arXiv 2112.01526)."""
 
     relative_index: Tensor
 

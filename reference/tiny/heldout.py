@@ -1,8 +1,8 @@
-"""Write the held-out set: ``python -m reference.tiny.heldout`` (500 questions, fixed seeds).
+"""Generator of the held-out set: ``python -m reference.tiny.heldout`` (500 questions, fixed seeds).
 
-Fonts and positions are those that training never uses. The pictures are stored, so that the
-figures do not depend on the fonts or the FreeType of the machine. ``--answers`` keeps the set and
-records what the fp32 reference answers with the present weights.
+Training never uses the fonts and positions of these pictures. The pictures are stored, so that
+accuracy does not depend on the machine's fonts or FreeType. ``--answers`` keeps the set and records
+the answers of the fp32 reference with the current weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SEED = 2403_05525
 def make_held_out_rows(folder: Path) -> list[dict[str, Any]]:
     """Draw the pictures into ``folder / images`` and return one row per question.
 
-    Kinds take turns. A sixth of the questions is about one of two pictures, and a seventh of the
+    The kinds alternate. One question in six is about one of two pictures; one in seven of the
     others is the second turn of a chat.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def _make_row(
 
 
 def answer_with_reference(items: list[TaskItem]) -> TaskScore:
-    """What the fp32 reference answers with the bundled weights."""
+    """Answer the questions with the fp32 reference and the bundled weights."""
     from reference.checkpoint.checkpoint import open_checkpoint
     from reference.session import reference_chain, write_token_embedding
 
@@ -92,6 +92,7 @@ def answer_with_reference(items: list[TaskItem]) -> TaskScore:
 
 
 def main() -> None:
+    """Write the held-out set, or with ``--answers`` the reference's answers."""
     if sys.argv[1:] == ["--answers"]:
         rows = [json.loads(line) for line in HELDOUT.read_text(encoding="utf-8").splitlines()]
         score = answer_with_reference(load_task(HELDOUT))

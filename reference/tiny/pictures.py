@@ -1,7 +1,7 @@
 """Rendered pictures for the tiny model: a number in one half, one to three shapes in the other.
 
-Every picture is drawn from a seed and returned with its scene (what is where), from which the
-questions, the answers and the dense targets of the first training stage follow.
+A seed determines a picture and its scene (the objects and their positions). Questions, answers and
+the dense targets of the first training stage are computed from the scene.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TRAIN_FONTS = (
     "cmtt10", "cmti10",
 )  # fmt: skip
 HELD_OUT_FONTS = ("pillow", "cmss10", "DejaVuSansMono-Bold")
-# Offsets inside the free room are drawn from stripes; the held-out set has stripes of its own.
+# Positions are drawn from stripes of the free space; training and held-out set share no stripe.
 STRIPES, HELD_OUT_STRIPES = 12, (3, 8)
 
 
@@ -50,7 +50,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """The content of a picture: a number and shapes."""
 
     number: str
     number_colour: str
@@ -58,16 +58,13 @@ class Scene:
     shapes: tuple[SceneObject, ...]
     digits: tuple[SceneObject, ...]
 
-    def shape_at(self, column: int) -> SceneObject | None:
-        return next((shape for shape in self.shapes if shape.order == column), None)
-
 
 def draw_scene(seed: Sequence[int], held_out: bool = False) -> tuple[Image.Image, Scene]:
-    """Picture (RGB, 160 to 384 pixels square) and scene of a seed.
+    """Draw the picture of a seed, RGB, 160 to 384 pixels square; returns it with its scene.
 
     Args:
-        seed: any integers; the same seed gives the same picture.
-        held_out: use the fonts and positions that training never sees.
+        seed: any integers; a seed always gives the same picture.
+        held_out: use the fonts and positions that training never uses.
     """
     rng = np.random.default_rng(list(seed))
     scale = float(rng.uniform(1.25, 3.0))
@@ -84,7 +81,7 @@ def draw_scene(seed: Sequence[int], held_out: bool = False) -> tuple[Image.Image
 
 
 def _offset(rng: np.random.Generator, room: float, held_out: bool) -> float:
-    """A position in [0, room], in a stripe that belongs to training or to the held-out set."""
+    """Draw a position in [0, room], from a stripe of training or of the held-out set."""
     train = [stripe for stripe in range(STRIPES) if stripe not in HELD_OUT_STRIPES]
     stripe = rng.choice(HELD_OUT_STRIPES if held_out else train)
     return float((stripe + rng.random()) / STRIPES * room)

@@ -14,7 +14,7 @@ SPECIAL_TOKENS = (BOS, EOS, PAD, IMAGE_PLACEHOLDER)
 
 
 def build_corpus(scenes: int) -> list[str]:
-    """Prompts as the model will see them, without pictures."""
+    """Return prompts in the format of training, with placeholders instead of pictures."""
     texts = []
     for seed in range(scenes):
         _, scene = draw_scene((seed, 99))
@@ -27,7 +27,7 @@ def build_corpus(scenes: int) -> list[str]:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE of ``VOCAB_SIZE`` tokens; every digit is a token of its own, as in DeepSeek's."""
+    """Train byte-level BPE of ``VOCAB_SIZE`` tokens; digits are single tokens, as in DeepSeek's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -43,7 +43,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Special tokens come last, as the real tokenizer's ids from 100,000 on do.
+    # Special tokens come last, as in DeepSeek's tokenizer (ids from 100,000).
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
     )

@@ -1,9 +1,9 @@
-"""Train the tiny checkpoint: ``python -m reference.tiny.train --output DIR`` (``--help`` for more).
+"""Training of the tiny checkpoint: ``python -m reference.tiny.train --output DIR``.
 
-Stage 1 trains vision and adaptor on dense targets (what covers each image token's cell). Stage 2
-trains adaptor and decoder on conversations about a pool of pictures whose vision features are
-computed once. Without the first stage, training stays on a plateau. Interrupt it at will: the same
-command resumes.
+Stage 1 trains vision encoder and adaptor on dense targets (the object in each image token's cell).
+Stage 2 trains adaptor and decoder on conversations about a pool of pictures whose vision features
+are computed once. Without stage 1, the loss stays on a plateau. The same command resumes an
+interrupted training.
 """
 
 from __future__ import annotations
@@ -50,13 +50,16 @@ from runtimes.text.prompt import IMAGE_PLACEHOLDER
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps, batch size and learning rates; the rate is flat, then falls to zero over ``decay``."""
+    """Steps, batch size and learning rates of a stage.
+
+    A rate is constant, then falls linearly to zero over the share ``decay`` of the steps.
+    """
 
     number: int
     steps: int
     batch: int
-    matrix_rate: float  # Muon, on the hidden matrices
-    other_rate: float  # AdamW, on all else
+    matrix_rate: float  # of Muon, for hidden matrices
+    other_rate: float  # of AdamW, for all other parameters
     decay: float
 
 
@@ -69,7 +72,17 @@ DENSE_WEIGHTS = {"name": 1.0, "colour": 0.7, "order": 1.0, "row": 0.1, "column":
 
 
 def dense_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of each dense head, background weighted 0.15, and its accuracy off the background."""
+    """Compute the loss and the accuracies of the dense heads.
+
+    The loss is cross-entropy, with weight 0.15 for background; accuracies exclude background.
+
+    Args:
+        logits: ``[N, T, classes of all heads]``.
+        targets: ``[N, heads, T]``.
+
+    Returns:
+        The loss, and accuracy by head.
+    """
     loss, accuracy = logits.new_zeros(()), {}
     parts = torch.split(logits.float(), list(DENSE_HEADS.values()), dim=-1)
     for index, ((name, classes), part) in enumerate(zip(DENSE_HEADS.items(), parts, strict=True)):
@@ -86,7 +99,7 @@ def dense_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float
 
 @dataclass(frozen=True)
 class FeaturePool:
-    """Pictures whose scenes and vision features (bfloat16, each ``[POOL, T, C]``) are kept."""
+    """Scenes and vision features of pictures; features are bfloat16, ``[POOL_SIZE, T, C]`` each."""
 
     scenes: list[Scene]
     features: tuple[Tensor, ...]
@@ -94,7 +107,7 @@ class FeaturePool:
 
 @torch.no_grad()
 def build_feature_pool(model: DeepSeekVL) -> FeaturePool:
-    """Draw the pool and encode it with the vision encoder as it is after stage 1."""
+    """Draw the pictures of the pool and encode them with the vision encoder of stage 1."""
     scenes: list[Scene] = []
     parts: list[tuple[Tensor, ...]] = []
     for first in track(range(0, POOL_SIZE, 80), "encoding the pool"):
@@ -108,16 +121,17 @@ def build_feature_pool(model: DeepSeekVL) -> FeaturePool:
 
 
 class TrainingModel(nn.Module):
-    """The model with the dense heads of training."""
+    """The model with the additional heads of training."""
 
     def __init__(self, model: DeepSeekVL, image_token_id: int) -> None:
+        """Add the heads to a model."""
         super().__init__()
         self.model = model
         self.image_token_id = image_token_id
         width = model.config.decoder.width
         self.dense = nn.Linear(width, sum(DENSE_HEADS.values()))
-        # Which of the prompt's images a token belongs to, read off the decoder half-way: without
-        # this help it takes long to learn that "Figure 2" means the second image.
+        # Predicts the image of each image token from the middle layer of the decoder. Without this
+        # loss the model takes long to learn that "Figure 2" means the second image.
         self.which = nn.Linear(width, 2)
         self._halfway = torch.zeros(0)
         middle = model.decoder.layers[len(model.decoder.layers) // 2 - 1]
@@ -127,12 +141,13 @@ class TrainingModel(nn.Module):
         self._halfway = output
 
     def which_loss(self, tokens: Tensor) -> Tensor:
-        """Cross-entropy of the image number (0 or 1) at every image token."""
+        """Compute the cross-entropy of the image number (0 or 1) at every image token."""
         is_image = tokens == self.image_token_id
         number = (is_image.cumsum(1) - 1) // GRID**2
         return F.cross_entropy(self.which(self._halfway[is_image]).float(), number[is_image])
 
     def forward(self, batch: Batch, pool: FeaturePool | None) -> tuple[Tensor, dict[str, float]]:
+        """Compute the loss of a batch and the numbers to log; ``pool`` is None in stage 1."""
         with torch.autocast("cpu", torch.bfloat16):
             if pool is None:
                 image_embeds = self.model.encode_image(batch.pixels)  # [N, T, D]
@@ -156,7 +171,7 @@ class TrainingModel(nn.Module):
 
 
 def initialize_weights(model: DeepSeekVL) -> None:
-    """Normal(0, 0.02) weights, residual projections scaled down by depth (GPT-2's rule)."""
+    """Initialize weights from N(0, 0.02), scaled down by depth in residual projections (GPT-2)."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             scaled = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight"))
@@ -170,7 +185,7 @@ def initialize_weights(model: DeepSeekVL) -> None:
 
 
 def build_optimizers(trainee: TrainingModel, stage: Stage) -> list[torch.optim.Optimizer]:
-    """Muon (Keller Jordan, 2024) for hidden matrices, AdamW for embeddings, convolutions, norms, heads."""
+    """Build Muon (Keller Jordan, 2024) for hidden matrices and AdamW for all other parameters."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in trainee.named_parameters():
@@ -187,13 +202,13 @@ def build_optimizers(trainee: TrainingModel, stage: Stage) -> list[torch.optim.O
 
 
 def learning_rate_factor(stage: Stage, step: int) -> float:
-    """Warm-up over 50 steps, flat, then a linear fall over the last ``decay`` of the steps."""
+    """Return the factor of the learning rate: 50 warm-up steps, constant, then linear decay."""
     left = (stage.steps - step) / (stage.steps * stage.decay)
     return min(1.0, (step + 1) / 50, left)
 
 
 def run_stage(trainee: TrainingModel, stage: Stage, tokenizer: Tokenizer, output: Path) -> None:
-    """One stage from its last saved state to its end; appends to ``curve.jsonl``."""
+    """Run a stage from its last saved state to its end; appends to ``curve.jsonl``."""
     state_file = output / f"stage{stage.number}.pt"
     optims, start = build_optimizers(trainee, stage), 0
     if state_file.exists():
@@ -246,7 +261,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for the state, the curve and the checkpoint.")],
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
-    """Train the tiny checkpoint; less than an hour on two idle CPU cores. Resumes where it stopped."""
+    """Train the tiny checkpoint in less than an hour on two idle CPU cores; can be resumed."""
     torch.set_num_threads(threads)
     output.mkdir(parents=True, exist_ok=True)
     raw = json.loads((Path(__file__).parent / "config.json").read_text())
