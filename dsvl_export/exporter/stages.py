@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from calibration.precision_plan import PrecisionPlan
-from calibration.quantized_program import trace_planned
+from calibration.quantized_program import trace_with_plan
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
 from calibration.statistics import STATISTICS_FILE, Statistics
@@ -229,7 +229,7 @@ class ExportStages:
         }
 
     def _traced(self, component: str, plan: PrecisionPlan) -> TracedComponent:
-        return trace_planned(self.source.config, component, plan)
+        return trace_with_plan(self.source.config, component, plan)
 
     def _stage(
         self, name: str, build: Callable[[Path], dict[str, Any]], inputs: Mapping[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""The bundled checkpoint ``tiny``, and the programs that made its weights and held-out questions."""
+"""The bundled checkpoint ``tiny``, and the programs that made its weights and questions."""
 
 from __future__ import annotations
 

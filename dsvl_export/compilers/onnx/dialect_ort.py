@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from calibration.sensitivity import EIGHT_BIT_BLOCK
+from calibration.sensitivity import INT8_BLOCK
 from dsvl_export.compilers.lowering import (
     QuantizedWeight,
     arguments,
@@ -148,10 +148,10 @@ class OrtDialect(StandardDialect):
     def _blocks(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight, accuracy: int) -> str:
         """``MatMulNBits``: codes with an offset, 4-bit ones two to a byte, the lower half first.
 
-        A scale per output channel is repeated for blocks of ``EIGHT_BIT_BLOCK`` inputs.
+        A scale per output channel is repeated for blocks of ``INT8_BLOCK`` inputs.
         """
         rows, columns = weight.shape
-        block = weight.group or EIGHT_BIT_BLOCK
+        block = weight.group or INT8_BLOCK
         if block < 16 or block & (block - 1):
             raise UserError(
                 f"ONNX Runtime's MatMulNBits needs groups of a power of two from 16 on, {weight.codes.name}"

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from calibration.precision_plan import load_precision
-from calibration.quantized_program import trace_planned
+from calibration.quantized_program import trace_with_plan
 from dsvl_export.exporter.export import export
 from dsvl_export.planning.plan import Planner, Request
 from dsvl_export.planning.workload import Workload, activation_growth, activations
@@ -120,7 +120,7 @@ def test_weights_of_a_quantized_program_are_no_activations(planner: Planner) -> 
     """What is unpacked from codes follows from weights alone; rounding x keeps a copy or two of it."""
     config = planner.config
     plan = load_precision("int4")
-    quantized = Workload(trace_planned(config, "decoder", plan))
+    quantized = Workload(trace_with_plan(config, "decoder", plan))
     floats = planner.workload("decoder", "fp32")
     sizes = {"batch": 1, "sequence": 512, "rows": 1, "capacity": 1024}
     assert quantized.activation_bytes(**sizes) == floats.activation_bytes(**sizes)
