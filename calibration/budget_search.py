@@ -152,14 +152,13 @@ class BudgetSearch:
         return [self._measured[index] for index in sorted(self._measured)]
 
     def measure(self, index: int) -> MeasuredPlan:
-        """Measure a plan of the path."""
+        """Measure a plan by its index in the path, unless that was done before."""
         if index not in self._measured:
             assignment = self.path[index]
             plan = build_plan(self.sensitivity, assignment, self._name)
             predicted = sum(row.kl for row in assignment.values())
-            self._points[index] = MeasuredPlan(
-                plan, self.total_bytes(assignment), predicted, self._measure(plan)
-            )
+            cost = self._measure_cost(plan)
+            self._measured[index] = MeasuredPlan(plan, self.total_bytes(assignment), predicted, cost)
         return self._measured[index]
 
     def total_bytes(self, assignment: Assignment) -> int:
@@ -168,7 +167,7 @@ class BudgetSearch:
         return sum(assignment[layer].bytes if layer in assignment else size for layer, size in floats.items())
 
     def find_best(self, budget: Budget) -> MeasuredPlan:
-        """Find the smallest plan that keeps a budget of quality, or the best for a budget of bytes.
+        """Find the smallest plan for a budget of quality, or the largest for a budget of bytes.
 
         Raises:
             UserError: no plan of the path keeps the budget.

@@ -46,7 +46,7 @@ def build_scale_table(
             that they were made for.
         smooth: whether to smooth.
         gptq: whether to use GPTQ for 4-bit weights.
-        on_step: called with the name of the work, the number of items done and in total.
+        on_step: called with the name of the step, the number of items done and in total.
 
     Raises:
         UserError: the statistics belong to another checkpoint, miss a tensor, or have a tensor that

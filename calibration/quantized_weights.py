@@ -42,11 +42,13 @@ class QuantizedWeights:
         plan.check(source.config)
         if table and table.checkpoint != source.digest:
             raise UserError(
-                f"The scale table was made for the checkpoint {table.checkpoint[:12]}, this is"
-                f" {source.digest[:12]}; calibrate {source.folder}."
+                f"The scale table was made for the checkpoint {table.checkpoint[:12]}, but"
+                f" {source.folder} is {source.digest[:12]}; calibrate {source.folder}."
             )
         if table is None and plan.needs_scales(source.config):
-            raise UserError(f"The precision {plan.name} needs a scale table; give one made by 'calibrate'.")
+            raise UserError(
+                f"The precision {plan.name} needs a scale table; make one with 'dsvl-export calibrate'."
+            )
         self.source, self.plan, self.table = source, plan, table
         self._layers: dict[str, LayerSpec] = {
             layer.name: layer

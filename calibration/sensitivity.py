@@ -119,7 +119,7 @@ def measure_sensitivity(
         candidates: precisions to measure.
         table: scales of activations, for candidates that quantize them; its smoothing is folded in.
         base: precision of the layers that are not quantized.
-        on_step: called with the name of the work, the number of items done and in total.
+        on_step: called with the name of the step, the number of items done and in total.
         measure_remotely: measures a list of layers and precisions on other machines; yields the
             index in the list and the row of each.
 
@@ -130,7 +130,7 @@ def measure_sensitivity(
     precisions = [_parse_candidate(candidate) for candidate in candidates]
     if table is None and any(precision.quantizes_activations for precision in precisions):
         raise UserError(
-            "Precisions that quantize activations need a scale table; give one made by 'calibrate'."
+            "Precisions that quantize activations need a scale table; make one with 'dsvl-export calibrate'."
         )
     layers = [layer for name in TRACED_COMPONENTS for layer in component_layers(source.config, name)]
     floats = {layer.name: weight_bytes(layer, LayerPrecision("float"), base) for layer in layers}
@@ -147,7 +147,8 @@ def measure_sensitivity(
         saved = Sensitivity.load(file)
         if replace(saved, rows=[], floats=floats) != result:
             raise UserError(
-                f"{file} was measured on another checkpoint, other data or other scales; give another folder."
+                f"{file} was measured on another checkpoint, other data or other scales;"
+                " choose another folder."
             )
         result.rows.extend(saved.rows)
     done = {(row.layer, row.precision) for row in result.rows}

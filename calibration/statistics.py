@@ -151,10 +151,10 @@ def load_or_create_statistics(
     statistics = Statistics.load(file) if file.exists() else Statistics(source.digest, keep)
     if (statistics.checkpoint, statistics.keep) != (source.digest, keep):
         raise UserError(
-            f"{file} belongs to another checkpoint or keeps another number of rows; give another folder."
+            f"{file} belongs to another checkpoint or keeps another number of rows; choose another folder."
         )
     if not set(statistics.samples) <= {sample.digest for sample in samples}:
-        raise UserError(f"{file} holds samples that are not among the data; give another folder.")
+        raise UserError(f"{file} holds samples that are not among the data; choose another folder.")
     return statistics
 
 

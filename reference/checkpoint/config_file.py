@@ -144,13 +144,13 @@ def _sam_from_original(params: Settings) -> SamConfig:
 
 
 def _tower_sizes(
-    params: Settings, known: Mapping[str, dict[str, Any]], default: SiglipConfig | SamConfig
+    params: Settings, by_name: Mapping[str, dict[str, Any]], default: SiglipConfig | SamConfig
 ) -> dict[str, Any]:
     """Return a tower's sizes: those of its name, overridden by explicit keys (as in ``tiny``)."""
-    name = params.text("model_name", next(iter(known)))
-    if name not in known and not all(key in params for key in ("width", "layers", "heads")):
-        raise params.error("model_name", f"which is not supported; expected {' or '.join(known)}")
-    sizes: dict[str, Any] = {**asdict(default), **known.get(name, {})}
+    name = params.text("model_name", next(iter(by_name)))
+    if name not in by_name and not all(key in params for key in ("width", "layers", "heads")):
+        raise params.error("model_name", f"which is not supported; expected {' or '.join(by_name)}")
+    sizes: dict[str, Any] = {**asdict(default), **by_name.get(name, {})}
     bounds = {"layers": MAX_VISION_LAYERS, "image_size": MAX_IMAGE_SIZE}
     for key, value in sizes.items():
         if isinstance(value, int):

@@ -127,9 +127,9 @@ def _transformers_source(config: ModelConfig, name: str, shape: Shape) -> Parame
     return ParameterSource((_apply_first_rule(rules, name),), shape)
 
 
-def _neck_rules(ours: str, theirs: str) -> list[tuple[str, str]]:
+def _neck_rules(pattern: str, replacement: str) -> list[tuple[str, str]]:
     parts = ("conv1", "layer_norm1", "conv2", "layer_norm2")
-    return [(rf"{ours}{index}\.", f"{theirs}{part}.") for index, part in enumerate(parts)]
+    return [(rf"{pattern}{index}\.", f"{replacement}{part}.") for index, part in enumerate(parts)]
 
 
 def _apply_first_rule(rules: Iterable[tuple[str, str]], name: str) -> str:

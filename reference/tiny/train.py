@@ -158,8 +158,8 @@ class TrainingModel(nn.Module):
                 return loss, numbers
             embeds = self.model.merge(batch.tokens, image_embeds, self.image_token_id)
             logits = self.model.logits(embeds)  # [B, S, V]
-        wanted = batch.answers[:, 1:]
-        predicted, target = logits[:, :-1][wanted], batch.tokens[:, 1:][wanted]
+        is_answer = batch.answers[:, 1:]
+        predicted, target = logits[:, :-1][is_answer], batch.tokens[:, 1:][is_answer]
         answer_loss = F.cross_entropy(predicted, target)
         numbers |= {
             "answer_loss": answer_loss.item(),

@@ -120,7 +120,7 @@ def test_damaged_tables(tiny_calibrated: Calibrated, tmp_path: Path, spoil, sent
 def test_tables_that_do_not_fit(tiny_calibrated: Calibrated, tmp_path: Path) -> None:
     plan = load_precision("int8")
     table = tiny_calibrated.table
-    with pytest.raises(UserError, match="was made for the checkpoint 000, this is"):
+    with pytest.raises(UserError, match="was made for the checkpoint 000, but"):
         QuantizedWeights(tiny_calibrated.source, plan, replace(table, checkpoint="000"))
     lacking = {name: row for name, row in table.activations.items() if name != "decoder.head"}
     weights = QuantizedWeights(tiny_calibrated.source, plan, replace(table, activations=lacking))

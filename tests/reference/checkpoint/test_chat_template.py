@@ -84,6 +84,6 @@ def test_another_format_is_one_sentence(tmp_path: Path, template: str, clause: s
 
 
 def test_a_template_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference.checkpoint.chat_template, "SECONDS", 1.0)
+    monkeypatch.setattr(reference.checkpoint.chat_template, "RENDER_TIMEOUT_SECONDS", 1.0)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     assert "it takes more than 1 seconds" in difference(tmp_path, "chat_template.jinja", endless)

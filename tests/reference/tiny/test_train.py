@@ -17,7 +17,7 @@ def test_both_stages_learn_and_write_a_checkpoint(tmp_path: Path, monkeypatch: p
     first, second = train.STAGES
     stages = (replace(first, steps=60, batch=8), replace(second, steps=40, batch=12))
     monkeypatch.setattr(train, "STAGES", stages)
-    monkeypatch.setattr(train, "POOL", 80)
+    monkeypatch.setattr(train, "POOL_SIZE", 80)
     threads = torch.get_num_threads()
     train.main(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
