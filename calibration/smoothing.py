@@ -22,7 +22,7 @@ from calibration.statistics import Statistics
 from reference.checkpoint.checkpoint import Checkpoint
 
 SMOOTHING_ALPHAS = tuple(step / 10 for step in range(1, 11))
-SMALLEST_SIZE = 1e-5  # relative to the largest channel; smaller channels count as this
+MIN_RELATIVE_SIZE = 1e-5  # relative to the largest channel; smaller channels count as this
 
 
 def find_smoothing(
@@ -100,9 +100,9 @@ def _best_factors(
         activation_size = rows.abs().mean(dim=0)
     if not bool(activation_size.max() > 0):
         return None
-    activation_size = activation_size.clamp(min=SMALLEST_SIZE * float(activation_size.max()))
+    activation_size = activation_size.clamp(min=MIN_RELATIVE_SIZE * float(activation_size.max()))
     weight_size = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
-    weight_size = weight_size.clamp(min=SMALLEST_SIZE * float(weight_size.max()))
+    weight_size = weight_size.clamp(min=MIN_RELATIVE_SIZE * float(weight_size.max()))
     ones = torch.ones_like(activation_size)
     best, lowest = None, error(ones)
     for alpha in SMOOTHING_ALPHAS:

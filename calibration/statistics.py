@@ -33,7 +33,7 @@ from runtimes.text.prompt import Message, format_chat, place_images
 ANSWER_BATCH = 8  # samples whose answers are decoded in one batch
 ANSWER_TOKENS = 32
 KEPT_ROWS = 512  # rows kept of every activation
-SAVE_SECONDS = 60.0  # seconds
+SAVE_SECONDS = 60.0  # between two saves
 STATISTICS_FILE = "statistics.safetensors"
 OnStep = Callable[[int, int], None]
 

@@ -230,7 +230,7 @@ class Checkpoint:
             UserError: there is no ``tokenizer.json``.
         """
         if not (self.folder / "tokenizer.json").exists():
-            raise UserError(f"{self.folder} has no tokenizer.json, which the runtime needs.")
+            raise UserError(f"{self.folder} has no tokenizer.json, which the runtime needs; download it too.")
         names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
         return [self.folder / name for name in names if (self.folder / name).exists()]
 
@@ -309,7 +309,7 @@ def resolve_checkpoint(checkpoint: str, weights: bool = True) -> Path:
     try:
         patterns = ["*.json", "*.safetensors", "*.bin"] if weights else ["*.json"]
         return Path(snapshot_download(checkpoint, allow_patterns=patterns))
-    except Exception as error:  # network, authorisation and hub errors share no base class
+    except Exception as error:  # network, authorization and hub errors share no base class
         raise UserError(
             f"The folder {checkpoint} does not exist, and its download from the hub failed:"
             f" {first_line(error)}."

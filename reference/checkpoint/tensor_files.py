@@ -122,7 +122,7 @@ def _read_index(file: Path) -> dict[str, Path]:
     check_file_signature(file)
     table = read_json(file).get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise UserError(f"{file} has no weight_map, so its shards cannot be found.")
+        raise UserError(f"{file} has no weight_map, so its shards cannot be found; download it again.")
     for shard in table.values():
         if (
             not isinstance(shard, str)
@@ -191,6 +191,7 @@ class _TorchFile:
             reason = f"it refers to {code[1]}" if code else first_line(error).split(". ")[0]
             raise UserError(
                 f"{file} cannot be read as plain weights (it is damaged or holds code): {reason}."
+                " Download it again, or save the weights as safetensors."
             ) from error
         table = next(filter(_is_table, (content, *_nested_tables(content))), None)
         if table is None:
