@@ -70,7 +70,7 @@ def test_configs_that_are_no_deepseek_vl(tiny_copy: Path) -> None:
     [
         (("vision_config", "cls"), "CLIPModel", "vision_config.cls is 'CLIPModel', which is not supported"),
         (("aligner_config", "params", "projector_type"), "linear", "projector_type is 'linear'"),
-        (("aligner_config", "params", "n_embed"), 64, "gives 64 channels but the decoder takes 4096"),
+        (("aligner_config", "params", "n_embed"), 64, "outputs 64 channels but the decoder takes 4096"),
         (("language_config", "hidden_act"), "gelu", "hidden_act is 'gelu', which is not supported"),
         (("language_config", "rope_scaling"), {"type": "linear", "factor": 2}, "type is 'linear'"),
         (("language_config", "rope_scaling"), "linear", "rope_scaling is 'linear', expected an object"),
