@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from calibration.quantized_program import trace_planned
+from calibration.quantized_program import trace_with_plan
 from dsvl_export.compilers.precisions import bundled_plan
 from dsvl_export.exporter.export import export
 from dsvl_export.exporter.on_device import Device, build_engines
@@ -51,7 +51,7 @@ class OraclePair:
 def _pair(oracle: transformers.PreTrainedModel, folder: Path) -> OraclePair:
     save_oracle(oracle, folder)
     checkpoint = open_checkpoint(str(folder))
-    return OraclePair(oracle, checkpoint.model(), checkpoint)
+    return OraclePair(oracle, checkpoint.load_model(), checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +76,10 @@ def assert_programs_untouched(bundle: Bundle, config: ModelConfig) -> None:
     for _, precision in bundle.choices():
         plan = bundled_plan(bundle.folder, precision)
         for component in TRACED_COMPONENTS:
-            traced = trace_planned.cache_info().misses
-            kept = trace_planned(config, component, plan).program
-            assert trace_planned.cache_info().misses == traced  # else it would say nothing
-            fresh = trace_planned.__wrapped__(config, component, plan).program
+            traced = trace_with_plan.cache_info().misses
+            kept = trace_with_plan(config, component, plan).program
+            assert trace_with_plan.cache_info().misses == traced  # else it would say nothing
+            fresh = trace_with_plan.__wrapped__(config, component, plan).program
             for one, other in zip(kept.graph.nodes, fresh.graph.nodes, strict=True):
                 assert one.format_node() == other.format_node()
                 assert str(one.meta.get("val")) == str(other.meta.get("val"))

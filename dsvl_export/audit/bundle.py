@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibration.quantized_program import trace_planned
+from calibration.quantized_program import trace_with_plan
 from dsvl_export.audit.onnx_file import compare_onnx
 from dsvl_export.audit.remade import compare_remade
 from dsvl_export.audit.result import Audit, AuditedPart, Difference
@@ -192,7 +192,7 @@ def _audit_pair(
             return lambda parameter: weights.load(f"{component}.{parameter}")
 
         names = [item.component for item in items]
-        return {name: (trace_planned(source.config, name, plan), loading(name)) for name in names}
+        return {name: (trace_with_plan(source.config, name, plan), loading(name)) for name in names}
 
     for part, items in zip(parts, stages.values(), strict=True):
         options, on_part = _options(items[0], app), partial(on_bytes, part.name)

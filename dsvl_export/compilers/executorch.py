@@ -63,7 +63,7 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
         )
     layers = [layer for name in ("vision_encoder", "adaptor") for layer in component_layers(config, name)]
     for plan in plans:
-        quantized = [layer.name for layer in layers if plan.of(layer).family != "float"]
+        quantized = [layer.name for layer in layers if plan.precision_of(layer).family != "float"]
         if quantized and delegate != DIALECT:
             raise UserError(
                 f"ExecuTorch's delegate {delegate} supports only float encoders, {plan.name}"

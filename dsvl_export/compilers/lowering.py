@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from calibration.quantized_program import by_rows  # with it, the operators are registered
+from calibration.quantized_program import map_row_chunks  # with it, the operators are registered
 from reference.trace import TracedComponent
 from runtimes.bundle.contracts import TensorSpec
 
@@ -187,7 +187,7 @@ class ProgramLowering(ABC):
         target: Any = node.target
         if target not in BY_ROWS:
             return target(*args, **node.kwargs)
-        return by_rows(lambda *parts: target(*parts, *args[3:], **node.kwargs), *args[:3])
+        return map_row_chunks(lambda *parts: target(*parts, *args[3:], **node.kwargs), *args[:3])
 
     def is_constant(self, source: Node) -> bool:
         """Return whether the value of a node is a ``Constant``."""

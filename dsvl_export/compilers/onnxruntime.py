@@ -61,7 +61,7 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
             raise UserError(
                 f"ONNX Runtime computes {dynamic[0]} only on a base of fp32, {plan.name} has {plan.base}."
             )
-        decoder = (plan.of(layer) for layer in component_layers(config, "decoder"))
+        decoder = (plan.precision_of(layer) for layer in component_layers(config, "decoder"))
         two_decoders |= any(layer.dynamic and layer.kind == "int4" for layer in decoder)
     if not options.prefill and not two_decoders:
         names = " and ".join(plan.name for plan in plans)

@@ -26,7 +26,7 @@ from runtimes.errors import UserError
 def plan_for(compiler: Compiler, precision: str) -> PrecisionPlan:
     """Load the plan that a ``--precision`` names; a recipe is applied to the compiler's base."""
     plan = load_precision(precision)
-    return plan.on(compiler.RECIPE_BASE) if precision in recipe_names() else plan
+    return plan.with_base(compiler.RECIPE_BASE) if precision in recipe_names() else plan
 
 
 def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: ModelConfig) -> None:
@@ -42,7 +42,7 @@ def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: Mo
         )
     layers = {layer.name: layer for name in TRACED_COMPONENTS for layer in component_layers(config, name)}
     for name, layer in layers.items():
-        family = plan.of(layer).family
+        family = plan.precision_of(layer).family
         if family not in ("float", *compiler.LAYER_PRECISIONS):
             raise UserError(
                 f"The backend {backend} cannot compute {name} in {family}; it has"
@@ -73,7 +73,7 @@ def supported_precisions(compiler: Compiler) -> list[str]:
 def required_precisions(plan: PrecisionPlan, config: ModelConfig) -> list[str]:
     """List the precisions that a target must support for a plan, as ``targets.yaml`` names them."""
     layers = (layer for name in TRACED_COMPONENTS for layer in component_layers(config, name))
-    families = dict.fromkeys(plan.of(layer).family for layer in layers)
+    families = dict.fromkeys(plan.precision_of(layer).family for layer in layers)
     cache = [f"kv-{plan.kv_cache}"] if plan.kv_cache != "float" else []
     return list(dict.fromkeys([plan.base, *(family for family in families if family != "float"), *cache]))
 

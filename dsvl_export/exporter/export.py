@@ -18,7 +18,7 @@ from dsvl_export.exporter.stages import ExportProgress, ExportStages, Report, id
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.targets.options import CompileOptions
 from dsvl_export.targets.targets import find_target
-from reference.checkpoint.chat_template import template_difference
+from reference.checkpoint.chat_template import describe_template_difference
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from reference.trace import PRECISION_DTYPES
@@ -99,7 +99,7 @@ def export(
         for plan in plans:
             QuantizedWeights(source, plan, table).check()
     prompt = prompt_spec(source)
-    prompt = replace(prompt, template_difference=template_difference(source, prompt))
+    prompt = replace(prompt, template_difference=describe_template_difference(source, prompt))
     specs = (preprocess_spec(source), prompt)
     staging = Staging(Path(output).expanduser())
     try:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from calibration.precision_plan import PrecisionPlan
-from calibration.quantized_program import trace_planned
+from calibration.quantized_program import trace_with_plan
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
 from calibration.statistics import STATISTICS_FILE, Statistics
@@ -45,7 +45,12 @@ from dsvl_export.version import __version__, code_digest
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.specs import reference_settings
 from reference.goldens.layers import layer_golden_bytes
-from reference.goldens.record import goldens_bytes, long_golden_bytes, record_long_reference, record_reference
+from reference.goldens.record import (
+    goldens_bytes,
+    long_golden_bytes,
+    record_reference_goldens,
+    record_reference_long_golden,
+)
 from reference.session import write_token_embedding
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent
 from runtimes.bundle.bundle import TOKENIZER, Artifact
@@ -80,7 +85,7 @@ def identify(source: Checkpoint, report: Report) -> str:
         state: Literal["running", "finished"] = "finished" if done == total else "running"
         report(ExportProgress("hash of the checkpoint", done, total, state, in_bytes=True))
 
-    return source.identify(on_step)
+    return source.compute_digest(on_step)
 
 
 class ExportStages:
@@ -226,7 +231,7 @@ class ExportStages:
         }
 
     def _traced(self, component: str, plan: PrecisionPlan) -> TracedComponent:
-        return trace_planned(self.source.config, component, plan)
+        return trace_with_plan(self.source.config, component, plan)
 
     def _stage(
         self, name: str, build: Callable[[Path], dict[str, Any]], inputs: Mapping[str, Any] | None = None
@@ -266,7 +271,7 @@ class ExportStages:
                 file = journal.with_name(journal.name.removesuffix(JOURNAL))
                 if not file.exists() or sha256_of_file(file) != journal.read_text():
                     file.unlink(missing_ok=True)
-            record_reference(
+            record_reference_goldens(
                 self.source,
                 self.staging.folder / TOKEN_EMBEDDING,
                 folder,
@@ -289,7 +294,7 @@ class ExportStages:
             return
         self.report(ExportProgress("long golden"))
         table = self.staging.folder / TOKEN_EMBEDDING
-        made = record_long_reference(self.source, table, self.options.capacity)
+        made = record_reference_long_golden(self.source, table, self.options.capacity)
         file = self.staging.work / LONG_GOLDEN
         made.save(file)
         self.staging.attach("goldens", file, {**known, **key})

@@ -156,7 +156,11 @@ def _record_live(bundle: Bundle, live: str, precision: str, folder: Path, on_ste
     # Deferred: imports torch.
     from dsvl_export.compilers.precisions import planned_weights
     from reference.checkpoint.checkpoint import open_checkpoint
-    from reference.goldens.record import record_long_reference, record_reference, reference_texts
+    from reference.goldens.record import (
+        record_reference_goldens,
+        record_reference_long_golden,
+        record_reference_texts,
+    )
     from reference.session import write_token_embedding
 
     source = open_checkpoint(live)
@@ -164,9 +168,9 @@ def _record_live(bundle: Bundle, live: str, precision: str, folder: Path, on_ste
         raise UserError(f"{live} is not the checkpoint that {bundle.folder} was exported from.")
     table = folder / "token_embedding.safetensors"
     write_token_embedding(source, table)
-    record_reference(source, table, folder / "goldens", partial(on_step, "reference"))
-    goldens, texts = Goldens.recorded_into(folder / "goldens"), reference_texts(source)
-    long = record_long_reference(source, table, bundle.manifest.default_capacity)
+    record_reference_goldens(source, table, folder / "goldens", partial(on_step, "reference"))
+    goldens, texts = Goldens.recorded_into(folder / "goldens"), record_reference_texts(source)
+    long = record_reference_long_golden(source, table, bundle.manifest.default_capacity)
     if precision == "fp32":
         return Recorded(goldens, Noise(), texts, LongGoldens(long, long))
     weights = planned_weights(source, bundle.folder, precision)

@@ -59,7 +59,7 @@ def record_inputs(source: Checkpoint, embedding_file: Path, golden: Path, file: 
     from reference.goldens.layers import record_layer_inputs
     from reference.session import reference_chain
 
-    model = source.model()
+    model = source.load_model()
     chain = reference_chain(source, embedding_file, model)
     given = record_layer_inputs(source, model, chain, load_golden(golden))
     tables = {"inputs": given.inputs, "taps": given.taps}

@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any
 
 from calibration.precision_plan import FLOAT, PrecisionPlan, component_layers, load_precision
-from calibration.quantized_program import trace_planned
+from calibration.quantized_program import trace_with_plan
 from calibration.sensitivity import weight_bytes
 from dsvl_export.compilers.precisions import check_request, plan_for, required_precisions
 from dsvl_export.compilers.registry import load_compiler
@@ -121,7 +121,9 @@ class Planner:
         key = (component, traced_in)
         if key not in self._workloads:
             self._on_step(component)
-            self._workloads[key] = Workload(trace_planned(self.config, component, load_precision(traced_in)))
+            self._workloads[key] = Workload(
+                trace_with_plan(self.config, component, load_precision(traced_in))
+            )
         return self._workloads[key]
 
     def kv_bytes(self, request: Request, context: int) -> int:
@@ -160,7 +162,7 @@ class Planner:
         layers = component_layers(self.config, component)
         floats = sum(weight_bytes(layer, FLOAT, plan.base) for layer in layers)
         rest = self.workload(component, plan.base).weight_bytes(plan.base) - floats
-        return rest + sum(weight_bytes(layer, plan.of(layer), plan.base) for layer in layers)
+        return rest + sum(weight_bytes(layer, plan.precision_of(layer), plan.base) for layer in layers)
 
     def plan(self, target: Target, request: Request) -> Plan:
         """Predict one request on one target.
@@ -282,7 +284,7 @@ class Planner:
         target = options.target.name if options.target else None
         key = (target, backend, plan.name, component, options.prefill)
         if key not in self._artifacts:
-            traced = trace_planned(self.config, component, plan) if plan.quantizes else work.traced
+            traced = trace_with_plan(self.config, component, plan) if plan.quantizes else work.traced
             self._artifacts[key] = load_compiler(backend).artifact_bytes(traced, options)
         return self._artifacts[key]
 

@@ -9,12 +9,19 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from calibration.choose_scales import make_table
+from calibration.choose_scales import build_scale_table
 from calibration.data import Sample, load_data
 from calibration.precision_plan import PrecisionPlan, load_precision
 from calibration.ranges import METHODS, PERCENTILE
 from calibration.scale_table import ScaleTable
-from calibration.statistics import GROUP, ROWS, STATISTICS_FILE, Statistics, collect, known_statistics
+from calibration.statistics import (
+    ANSWER_BATCH,
+    KEPT_ROWS,
+    STATISTICS_FILE,
+    Statistics,
+    collect_statistics,
+    load_or_create_statistics,
+)
 from dsvl_export.cluster.ray_cluster import Spread
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.session import write_token_embedding
@@ -41,7 +48,7 @@ class CalibrationOptions:
     part: tuple[int, int] = (1, 1)
     method: str = METHOD
     percentile: float = PERCENTILE
-    rows: int = ROWS
+    rows: int = KEPT_ROWS
     tune: str | None = None
     smooth: bool = True
     gptq: bool = True
@@ -124,8 +131,8 @@ def _calibrate(
             statistics = _collect_spread(source, samples, output, options.rows, on_sample, spread)
         else:
             with token_embedding(source) as embedding:
-                statistics = collect(source, embedding, samples, output, options.rows, on_sample)
-    table = make_table(
+                statistics = collect_statistics(source, embedding, samples, output, options.rows, on_sample)
+    table = build_scale_table(
         source, statistics, options.method, options.percentile, plan, options.smooth, options.gptq, on_step
     )
     table.save(output)
@@ -140,11 +147,11 @@ def _collect_spread(
     on_sample: Callable[[int, int], None],
     spread: Spread,
 ) -> Statistics:
-    """``collect`` with groups of samples on other machines, merged as they come."""
-    statistics = known_statistics(source, samples, folder, keep)
+    """``collect_statistics`` with groups of samples on other machines, merged as they come."""
+    statistics = load_or_create_statistics(source, samples, folder, keep)
     by_digest, known = {sample.digest: sample for sample in samples}, set(statistics.samples)
     missing = [sample for digest, sample in by_digest.items() if digest not in known]
-    groups = [missing[start : start + GROUP] for start in range(0, len(missing), GROUP)]
+    groups = [missing[start : start + ANSWER_BATCH] for start in range(0, len(missing), ANSWER_BATCH)]
     on_sample(len(statistics.samples), len(samples))
     parts = [(str(source.folder), source.digest, group, keep) for group in groups]
     for _, found in spread(collect_part, parts):
@@ -160,7 +167,7 @@ def collect_part(folder: str, digest: str, samples: Sequence[Sample], keep: int)
     """Statistics of some samples, on the machine that this runs on."""
     source, embedding = checkpoint_here(folder, digest)
     with tempfile.TemporaryDirectory() as scratch:
-        return collect(source, embedding, samples, Path(scratch), keep)
+        return collect_statistics(source, embedding, samples, Path(scratch), keep)
 
 
 @cache

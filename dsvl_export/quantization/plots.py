@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from calibration.budget_search import Point
+    from calibration.budget_search import MeasuredPlan
     from calibration.sensitivity import Sensitivity
 
 STYLE = {"svg.hashsalt": "dsvl-export", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
@@ -37,7 +37,9 @@ def draw_sensitivity(found: Sensitivity, file: Path) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def draw_front(chosen: Point, front: list[Point], uniform: list[Point], budget: str, file: Path) -> None:
+def draw_front(
+    chosen: MeasuredPlan, front: list[MeasuredPlan], uniform: list[MeasuredPlan], budget: str, file: Path
+) -> None:
     """KL divergence against bytes of weights: measured plans, the chosen one, uniform ones; as SVG."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 4.6), layout="constrained")

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from calibration.budget_search import Budget, Planner, Point
+from calibration.budget_search import Budget, BudgetSearch, MeasuredPlan
 from calibration.data import Sample, load_data
 from calibration.evaluation import Cost, Evaluation
 from calibration.planned_model import planned_model
@@ -23,13 +23,13 @@ from calibration.precision_plan import (
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
 from calibration.sensitivity import (
-    CANDIDATES,
+    DEFAULT_CANDIDATES,
     SENSITIVITY_FILE,
-    Row,
     Sensitivity,
-    Trials,
+    SensitivityMeter,
+    SensitivityRow,
+    can_quantize,
     measure_sensitivity,
-    possible,
     weight_bytes,
 )
 from dsvl_export.cluster.ray_cluster import Spread
@@ -46,13 +46,13 @@ class FoundPlan:
     """The plan for a budget, the front it was chosen from, and the uniform plans beside it."""
 
     budget: str
-    chosen: Point
-    front: list[Point]
-    uniform: list[Point]
+    chosen: MeasuredPlan
+    front: list[MeasuredPlan]
+    uniform: list[MeasuredPlan]
     picture: Path | None
 
     def to_dict(self) -> dict[str, Any]:
-        def row(point: Point) -> dict[str, Any]:
+        def row(point: MeasuredPlan) -> dict[str, Any]:
             kept = {"bytes": point.bytes, "predicted_kl": point.predicted_kl}
             return {"name": point.plan.name, **kept, "kl": point.cost.kl, "kept": point.cost.kept}
 
@@ -84,7 +84,7 @@ def sensitivity(
     chosen = load_data(data, samples, seed).samples
     table = ScaleTable.load(scales.expanduser()) if scales else None
 
-    def measured(todo: Sequence[tuple[LayerSpec, LayerPrecision]]) -> Iterator[tuple[int, Row]]:
+    def measured(todo: Sequence[tuple[LayerSpec, LayerPrecision]]) -> Iterator[tuple[int, SensitivityRow]]:
         assert spread
         found_at = str(scales.expanduser()) if scales else None
         where = (str(source.folder), source.digest, tuple(chosen), found_at)
@@ -92,8 +92,8 @@ def sensitivity(
 
     with token_embedding(source) as embedding:
         found = measure_sensitivity(
-            source, embedding, chosen, folder, candidates or CANDIDATES, table, on_step=on_step,
-            spread=measured if spread else None,
+            source, embedding, chosen, folder, candidates or DEFAULT_CANDIDATES, table, on_step=on_step,
+            measure_remotely=measured if spread else None,
         )  # fmt: skip
     picture = folder / "sensitivity.svg"
     pictures = _pictures()
@@ -110,16 +110,18 @@ def row_of(
     scales: str | None,
     layer: LayerSpec,
     precision: LayerPrecision,
-) -> Row:
+) -> SensitivityRow:
     """One layer in one precision, on the machine that this runs on."""
-    return _trials_here(folder, digest, samples, scales).row(layer, precision)
+    return _trials_here(folder, digest, samples, scales).measure(layer, precision)
 
 
 @cache
-def _trials_here(folder: str, digest: str, samples: tuple[Sample, ...], scales: str | None) -> Trials:
+def _trials_here(
+    folder: str, digest: str, samples: tuple[Sample, ...], scales: str | None
+) -> SensitivityMeter:
     source, embedding = checkpoint_here(folder, digest)
     table = ScaleTable.load(Path(scales)) if scales else None
-    return Trials(source, embedding, samples, table, "fp32")
+    return SensitivityMeter(source, embedding, samples, table, "fp32")
 
 
 def find_plan(
@@ -158,19 +160,23 @@ def find_plan(
     tried = 0
     with token_embedding(source) as embedding:
         evaluation = Evaluation(
-            source, embedding, held_out, source.model(), lambda done, total: on_step("answering", done, total)
+            source,
+            embedding,
+            held_out,
+            source.load_model(),
+            lambda done, total: on_step("answering", done, total),
         )
 
         def measure(plan: PrecisionPlan) -> Cost:
             nonlocal tried
             tried += 1
             on_step(f"measuring plan {tried}", 0, 1)
-            return evaluation.cost(planned_model(QuantizedWeights(source, plan, table)))
+            return evaluation.measure_cost(planned_model(QuantizedWeights(source, plan, table)))
 
-        planner = Planner(known, measure, output.stem)
-        chosen = planner.best(wanted)
+        search = BudgetSearch(known, measure, output.stem)
+        chosen = search.find_best(wanted)
         uniform = _uniform(source, known, measure) if front else []
-        points = planner.front() if front else planner.points
+        points = search.measure_front() if front else search.measured_plans
     output.parent.mkdir(parents=True, exist_ok=True)
     chosen.plan.save(
         output,
@@ -185,27 +191,29 @@ def find_plan(
     return FoundPlan(budget, chosen, points, uniform, picture)
 
 
-def _uniform(source: Checkpoint, known: Sensitivity, measure: Callable[[PrecisionPlan], Cost]) -> list[Point]:
+def _uniform(
+    source: Checkpoint, known: Sensitivity, measure: Callable[[PrecisionPlan], Cost]
+) -> list[MeasuredPlan]:
     """Every measured precision given to all layers that can have it; the others take the next larger."""
     layers = [layer for name in TRACED_COMPONENTS for layer in component_layers(source.config, name)]
     names = sorted({row.precision for row in known.rows}, key=lambda name: _total(layers, name, known.base))
     points = []
     for index, name in enumerate(names):
         fallback = [LayerPrecision.parse(other) for other in names[index:]]
-        given = {layer.name: next((p for p in fallback if possible(layer, p)), None) for layer in layers}
+        given = {layer.name: next((p for p in fallback if can_quantize(layer, p)), None) for layer in layers}
         plan = PrecisionPlan(
             f"all {name}", known.base, rules=tuple(Rule(layer, p) for layer, p in given.items() if p)
         )
         size = sum(
             weight_bytes(layer, given[layer.name] or LayerPrecision("float"), known.base) for layer in layers
         )
-        points.append(Point(plan, size, 0.0, measure(plan)))
+        points.append(MeasuredPlan(plan, size, 0.0, measure(plan)))
     return points
 
 
 def _total(layers: Sequence[LayerSpec], name: str, base: str) -> int:
     precision = LayerPrecision.parse(name)
-    return sum(weight_bytes(layer, precision, base) for layer in layers if possible(layer, precision))
+    return sum(weight_bytes(layer, precision, base) for layer in layers if can_quantize(layer, precision))
 
 
 def _pictures() -> Any:

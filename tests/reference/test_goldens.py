@@ -71,7 +71,7 @@ def test_requests_that_do_not_fit_are_left_out(hybrid_pair: OraclePair, tmp_path
 
 
 def test_a_checkpoint_with_nan_is_not_recorded(siglip_pair: OraclePair, tmp_path: Path) -> None:
-    model = siglip_pair.checkpoint.model()
+    model = siglip_pair.checkpoint.load_model()
     model.decoder.norm.weight.data[3] = float("nan")
     with pytest.raises(
         UserError, match="holds NaN or infinity in logits; are the checkpoint's weights sound"

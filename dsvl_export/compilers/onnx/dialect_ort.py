@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from calibration.sensitivity import EIGHT_BIT_BLOCK
+from calibration.sensitivity import INT8_BLOCK
 from dsvl_export.compilers.lowering import (
     QuantizedWeight,
     arguments,
@@ -160,10 +160,10 @@ class OrtDialect(StandardDialect):
 
         Of two 4-bit codes in a byte, the lower half is first.
 
-        A scale per output channel is repeated for blocks of ``EIGHT_BIT_BLOCK`` inputs.
+        A scale per output channel is repeated for blocks of ``INT8_BLOCK`` inputs.
         """
         rows, columns = weight.shape
-        block = weight.group or EIGHT_BIT_BLOCK
+        block = weight.group or INT8_BLOCK
         if block < 16 or block & (block - 1):
             raise UserError(
                 f"ONNX Runtime's MatMulNBits needs groups of a power of two from 16 on, {weight.codes.name}"

@@ -14,7 +14,7 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from calibration.quantized_program import trace_planned
+from calibration.quantized_program import trace_with_plan
 from dsvl_export.audit import Audit, AuditedPart, audit
 from dsvl_export.audit.onnx_file import compare_onnx
 from dsvl_export.audit.remade import compare_remade
@@ -241,7 +241,7 @@ def test_a_tokenizer_that_decodes_differently_is_named(bundle_copy: Path) -> Non
 def test_weights_beside_a_graph_are_read_where_they_lie(tmp_path: Path, int8: Bundle) -> None:
     """Files above 64 MB have them there."""
     weights = planned_weights(open_checkpoint("tiny"), int8.folder, "8da4w")
-    traced = trace_planned(weights.source.config, "decoder", weights.plan)
+    traced = trace_with_plan(weights.source.config, "decoder", weights.plan)
     graph = lower(traced, lambda name: weights.load(f"decoder.{name}"), OrtDialect())
     file, data = write_model(graph, tmp_path / "decoder.onnx", lambda count: None, external_above=0)
 

@@ -284,7 +284,7 @@ def test_bad_checkpoints(run, tiny_copy: Path, tmp_path: Path) -> None:
     index.unlink()
     weights.write_bytes(content)
     (tiny_copy / "config.json").write_text('{"model_type": "llava"}')
-    assert refused(run(*export), "which is no DeepSeek-VL")
+    assert refused(run(*export), "which is not a DeepSeek-VL model")
     (tiny_copy / "config.json").write_text("{")
     assert refused(run(*export), "is not valid JSON")
     assert not (tmp_path / "b").exists()
@@ -318,7 +318,7 @@ def test_bad_requests(run, tiny_bundle: Bundle, pictures: list[Path], tmp_path: 
     assert refused(run(*ask, "x", "--seed", "-1"), "Seed must not be negative")
     assert refused(run(*ask, "x\udcff"), "not valid UTF-8")
     assert refused(run(*ask, "x", "--capacity", "5000"), "between 1 and the model's 1024")
-    assert refused(run("export", tmp_path / "absent", "--output", tmp_path / "b"), "There is no folder")
+    assert refused(run("export", tmp_path / "absent", "--output", tmp_path / "b"), "does not exist")
     assert refused(
         run("export", "tiny", "--output", tmp_path / "b", "--precision", "fp7"), "no precision 'fp7'"
     )

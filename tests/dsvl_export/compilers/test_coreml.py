@@ -16,7 +16,7 @@ from dsvl_export.parity_check import parity
 from dsvl_export.parity_check.stages import STEPS, Goldens, stages
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
-from reference.tiny.pictures import draw
+from reference.tiny.pictures import draw_scene
 from runtimes.backends.mil.interpreter import Function, InterpretedAsset
 from runtimes.backends.mil.package import (
     CONTRACT,
@@ -178,7 +178,7 @@ def test_an_image_is_an_input(bundle: Bundle) -> None:
     file = bundle.path(bundle.artifact("vision_encoder", "coreml", "fp16").files[0])
     session = load_backend("coreml").open_component(file, contract, SessionOptions())
     spec = bundle.manifest.preprocessing
-    picture, _ = draw((5, 1234))
+    picture, _ = draw_scene((5, 1234))
     square = np.asarray(picture.convert("RGB").resize((spec.image_size, spec.image_size)))
     pixels = preprocess(square, spec)[None].astype(np.float16)
     expected = session.run({"pixel_values": pixels})

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from calibration.precision_plan import LayerPrecision as Precision
 from calibration.precision_plan import PrecisionPlan, Rule
-from calibration.quantized_program import trace_planned
+from calibration.quantized_program import trace_with_plan
 from dsvl_export.compilers.lowering import Constant, QuantizedWeight
 from dsvl_export.compilers.onnx.token_integers import widen_to_int8
 from dsvl_export.compilers.onnxruntime import artifact_bytes
@@ -124,7 +124,7 @@ def test_without_the_second_graph(bundle: Bundle, tmp_path: Path) -> None:
     for made, options in ((bundle, CompileOptions()), (lean, CompileOptions(prefill=False))):
         names = made.artifact("decoder", "onnxruntime", PRECISION).files
         found = sum(made.manifest.files[name].bytes for name in names)
-        predicted = artifact_bytes(trace_planned(config, "decoder", plan), options)
+        predicted = artifact_bytes(trace_with_plan(config, "decoder", plan), options)
         assert predicted == pytest.approx(found, rel=0.02)
 
 
@@ -137,7 +137,7 @@ def test_weights_of_both_graphs_are_written_once(bundle: Bundle, tmp_path: Path)
 
     source = open_checkpoint("tiny")
     weights = planned_weights(source, bundle.folder, PRECISION)
-    traced = trace_planned(source.config, "decoder", weights.plan)
+    traced = trace_with_plan(source.config, "decoder", weights.plan)
     places: Places = {}
     sizes = []
     for name, dialect in (("decoder", OrtDialect()), ("decoder_prefill", OrtPrefillDialect())):

@@ -273,7 +273,7 @@ def test_bad_requests_write_nothing(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             export("tiny", tmp_path / "b", backend, [precision])
-    with pytest.raises(UserError, match="There is no folder"):
+    with pytest.raises(UserError, match="does not exist"):
         export(tmp_path / "absent", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 

@@ -83,7 +83,7 @@ def test_bytes(quantized: Bundle) -> None:
     floats = sum(
         4 * tensor.numel()
         for name in TRACED_COMPONENTS
-        for tensor in getattr(source.model(), name).parameters()
+        for tensor in getattr(source.load_model(), name).parameters()
     )
     for precision, share in (("int8", 0.33), ("int4", 0.29)):
         plan = planner.plan(cpu, Request("onnxruntime", precision, 200))

@@ -15,7 +15,7 @@ from dsvl_export.parity_check.layers import INPUTS, outputs_file
 from dsvl_export.parity_check.result import ParityResult
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.goldens.layers import layer_golden_bytes, layer_taps
-from reference.taps import component_taps, recorded
+from reference.taps import component_taps, record_taps
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
 from runtimes.goldens.layers import LayerInputs, load_tables, sample_rows
@@ -89,14 +89,14 @@ def test_onnx_for_tensorrt_is_judged_in_its_simulator(tmp_path: Path) -> None:
 def test_a_layer_computes_on_what_it_is_handed() -> None:
     """Handed its own taps, a model gives what it gives by itself; another tap changes what reads it alone."""
     source = open_checkpoint("tiny")
-    model = source.model()
+    model = source.load_model()
     taps = component_taps(source.config, "adaptor")
     torch.manual_seed(0)
     features = [
         torch.randn(1, 64, width).half()
         for width in (model.adaptor.high_up_proj.in_features, model.adaptor.low_up_proj.in_features)
     ]
-    with recorded(model.adaptor, taps) as table:
+    with record_taps(model.adaptor, taps) as table:
         expected = model.adaptor(*(item.float() for item in features))
     names = ("high_features", "low_features")
     inputs = {"adaptor": {name: item.numpy() for name, item in zip(names, features, strict=True)}}

@@ -15,8 +15,8 @@ from dsvl_export.parity_check import compare, parity
 from dsvl_export.parity_check.result import ParityResult, Rung
 from dsvl_export.parity_check.text import bundled_texts, judge_text
 from reference.checkpoint.checkpoint import open_checkpoint
-from reference.goldens.record import reference_texts
-from reference.goldens.texts import TEXTS, golden_conversations
+from reference.goldens.record import record_reference_texts
+from reference.goldens.texts import GOLDEN_TEXTS, golden_conversations
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
 from runtimes.goldens.texts import TextGoldens, record_again
@@ -145,27 +145,27 @@ def test_parity_and_compare_judge_text(bundle_copy: Path, tiny_bundle: Bundle) -
 def test_goldens_come_from_the_checkpoint(tiny_bundle: Bundle, tiny_copy: Path) -> None:
     """Not from the bundle: its file holds what ``tokenizers`` says of the checkpoint's own file."""
     goldens = bundled_texts(tiny_bundle)
-    assert goldens == reference_texts(open_checkpoint("tiny"))
+    assert goldens == record_reference_texts(open_checkpoint("tiny"))
     library = LibraryTokenizer.from_file(str(open_checkpoint("tiny").folder / "tokenizer.json"))
-    for text in TEXTS:
+    for text in GOLDEN_TEXTS:
         assert goldens.raw[text] == [501, *library.encode(text, add_special_tokens=False).ids]
     texts = {tuple(tokens): text for tokens, text in goldens.answers}
     for tokens in goldens.raw.values():
         if tokens[1:]:
             assert texts[tuple(tokens[1:])] == library.decode(tokens[1:])
     (tiny_copy / "generation_config.json").write_text('{"eos_token_id": [502, 40]}')
-    other = reference_texts(open_checkpoint(str(tiny_copy)))
+    other = record_reference_texts(open_checkpoint(str(tiny_copy)))
     assert other.prompt["eos_ids"] == [502, 40]
 
 
 def test_text_that_spells_control_tokens_stays_text(tiny_bundle: Bundle) -> None:
     goldens = bundled_texts(tiny_bundle)
     assert goldens
-    (place,) = [i for i, text in enumerate(TEXTS) if EOS in text and IMAGE_PLACEHOLDER in text]
-    assert golden_conversations()[place].messages[0].content == TEXTS[place]
+    (place,) = [i for i, text in enumerate(GOLDEN_TEXTS) if EOS in text and IMAGE_PLACEHOLDER in text]
+    assert golden_conversations()[place].messages[0].content == GOLDEN_TEXTS[place]
     tokens = goldens.prompts[place]
     assert not {502, 503, 504} & set(tokens)
-    assert {502, 503, 504} <= set(goldens.raw[TEXTS[place]])
+    assert {502, 503, 504} <= set(goldens.raw[GOLDEN_TEXTS[place]])
 
 
 def test_a_damaged_file_is_one_sentence(bundle_copy: Path) -> None:

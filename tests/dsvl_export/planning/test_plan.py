@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from calibration.precision_plan import load_precision
-from calibration.quantized_program import trace_planned
+from calibration.quantized_program import trace_with_plan
 from dsvl_export.exporter.export import export
 from dsvl_export.planning.plan import Planner, Request
 from dsvl_export.planning.workload import Workload, activation_growth, activations
@@ -20,7 +20,7 @@ from dsvl_export.targets.targets import LISTED_BITS, find_target, load_targets, 
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.checkpoint.released import released_config
 from reference.tiny import TINY
-from reference.trace import TRACED_COMPONENTS, trace
+from reference.trace import TRACED_COMPONENTS, trace_component
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
 from tests.conftest import OraclePair
@@ -70,11 +70,16 @@ def test_operations_are_those_that_torch_counts(pair: OraclePair) -> None:
     # Plain matrix products: the counter has no formula for the fused kernels of a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         features = model.vision_encoder(torch.zeros(1, 3, side, side))
-    assert Workload(trace(config, "vision_encoder", "fp32")).operations(batch=1) == counter.get_total_flops()
+    assert (
+        Workload(trace_component(config, "vision_encoder", "fp32")).operations(batch=1)
+        == counter.get_total_flops()
+    )
     with FlopCounterMode(display=False) as counter:
         model.adaptor(*features)
-    assert Workload(trace(config, "adaptor", "fp32")).operations(batch=1) == counter.get_total_flops()
-    decoder = Workload(trace(config, "decoder", "fp32"))
+    assert (
+        Workload(trace_component(config, "adaptor", "fp32")).operations(batch=1) == counter.get_total_flops()
+    )
+    decoder = Workload(trace_component(config, "decoder", "fp32"))
     linear = [module for module in model.decoder.modules() if isinstance(module, torch.nn.Linear)]
     per_token = sum(2 * module.weight.numel() for module in linear[:-1])
     head = 2 * linear[-1].weight.numel()
@@ -97,7 +102,7 @@ def test_activations_grow_with_what_is_alive(planner: Planner) -> None:
 
 def test_the_scores_of_sam_are_there_in_blocks() -> None:
     """ONNX Runtime's encoder grows by 0.51 GB while it runs at full size; whole scores and bias are 2.4 GB."""
-    sam = Workload(trace(released_config("7b"), "vision_encoder", "fp32"))
+    sam = Workload(trace_component(released_config("7b"), "vision_encoder", "fp32"))
     assert activations(sam, "onnxruntime", 640, 2048) / 1e9 == pytest.approx(0.51, rel=0.3)
     assert activations(sam, "tensorrt", 640, 2048) / 1e9 == pytest.approx(2.5, rel=0.1)
 
@@ -115,7 +120,7 @@ def test_weights_of_a_quantized_program_are_no_activations(planner: Planner) -> 
     """What is unpacked from codes follows from weights alone; rounding x keeps a copy or two of it."""
     config = planner.config
     plan = load_precision("int4")
-    quantized = Workload(trace_planned(config, "decoder", plan))
+    quantized = Workload(trace_with_plan(config, "decoder", plan))
     floats = planner.workload("decoder", "fp32")
     sizes = {"batch": 1, "sequence": 512, "rows": 1, "capacity": 1024}
     assert quantized.activation_bytes(**sizes) == floats.activation_bytes(**sizes)
@@ -133,7 +138,7 @@ def test_what_rounds_activations_is_bound_by_integers(planner: Planner) -> None:
 def test_released_sizes_are_what_is_known_of_them() -> None:
     """1.3B: 2.9 GB of fp16 decoder; 7B: 13 GB; int4 takes a bit more than a quarter."""
     for size, gigabytes in (("1.3b", 2.89), ("7b", 12.99)):
-        decoder = Workload(trace(released_config(size), "decoder", "fp16"))
+        decoder = Workload(trace_component(released_config(size), "decoder", "fp16"))
         half = decoder.weight_bytes("fp16")
         assert half / 1e9 == pytest.approx(gigabytes, abs=0.01)
         assert 0.25 < decoder.weight_bytes("int4") / half < 0.27

@@ -1,4 +1,4 @@
-"""Files that are not what their name says, recognized by their first bytes."""
+"""File signatures: checks by its first bytes that a file is what its name says."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 from runtimes.errors import UserError
 
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # the zip format, the one before it
+_TORCH_SIGNATURES = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # the zip format, the legacy format
 
 
-def check_start(file: Path) -> None:
-    """Raise UserError for a file of a checkpoint that is empty, a placeholder or a page of a website.
+def check_file_signature(file: Path) -> None:
+    """Check that a checkpoint's file is not empty, a Git LFS pointer, a web page or another format.
 
-    JSON files must not start with a byte order mark: neither ``json`` nor ``tokenizers`` reads them.
+    A JSON file must not start with a byte order mark: neither ``json`` nor ``tokenizers`` reads it.
+
+    Raises:
+        UserError: the file cannot be read, or is not what its name says.
     """
     try:
         with file.open("rb") as handle:
@@ -28,12 +31,12 @@ def check_start(file: Path) -> None:
             f"{file} is a Git LFS pointer, not the file itself; run 'git lfs pull' in its folder."
         )
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise UserError(f"{file} is an HTML page, not a file of a checkpoint; download it again.")
+        raise UserError(f"{file} is an HTML page, not a checkpoint file; download it again.")
     if file.suffix == ".json" and start.startswith(_BYTE_ORDER_MARKS):
         raise UserError(f"{file} starts with a byte order mark; save it as UTF-8 without one.")
     if file.suffix == ".bin" and start[8:10] == b'{"':
         raise UserError(f"{file} is a safetensors file; rename it to model.safetensors.")
-    if file.suffix == ".safetensors" and start.startswith(_TORCH_STARTS):
+    if file.suffix == ".safetensors" and start.startswith(_TORCH_SIGNATURES):
         raise UserError(
             f"{file} is a file of torch.save, not of safetensors; rename it to pytorch_model.bin."
         )
