@@ -19,7 +19,7 @@ from reference.checkpoint.checkpoint import Checkpoint
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.session import reference_chain
 from runtimes.chain import Chain
-from runtimes.goldens.golden import greedy, teacher_forced
+from runtimes.goldens.golden import greedy_decode, teacher_forced_logits
 from runtimes.goldens.metrics import kl_divergence
 from runtimes.images import ImageSource
 
@@ -78,7 +78,7 @@ class Evaluation:
         divergences, kept = [], 0
         for item in self._answered:
             embeds = chain.embed_prompt(item.prompt, item.images) if vision else item.embeds
-            logits = teacher_forced(chain, embeds, item.tokens)
+            logits = teacher_forced_logits(chain, embeds, item.tokens)
             divergences.append(kl_divergence(item.logits, logits))
             kept += int((logits.argmax(-1) == np.array(item.tokens)).all())
         return Cost(float(np.concatenate(divergences).mean()), kept / len(self._answered))
@@ -87,7 +87,7 @@ class Evaluation:
 def _answer(chain: Chain, sample: Sample) -> _Answered:
     prompt = ask(chain, sample)
     embeds = chain.embed_prompt(prompt, sample.images)
-    (tokens,), (logits,) = greedy(chain, [embeds], ANSWER_TOKENS)
+    (tokens,), (logits,) = greedy_decode(chain, [embeds], ANSWER_TOKENS)
     row = tokens.tolist()
     ends = [place for place, token in enumerate(row) if token in chain.tokenizer.spec.eos_ids]
     row = row[: ends[0] + 1] if ends else row

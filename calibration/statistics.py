@@ -27,7 +27,7 @@ from runtimes.bundle.files import parse_json
 from runtimes.bundle.tensor_files import save_tensors
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens.golden import greedy
+from runtimes.goldens.golden import greedy_decode
 from runtimes.text.prompt import Message, format_chat, place_images
 
 GROUP = 8  # samples whose answers are decoded together
@@ -170,7 +170,7 @@ def collect(
     model = source.model()
     observer = _Observer(model, source.config, statistics)
     chain = reference_chain(source, embedding_file, model)
-    chain.kept_images = 0  # an image that two samples show is observed for both
+    chain.max_cached_images = 0  # an image that two samples show is observed for both
     saved = monotonic()
     try:
         for start in range(0, len(todo), GROUP):
@@ -204,7 +204,7 @@ def _answers(
     for sample, digest in group:
         with observer.watching(digest):
             prompts.append(chain.embed_prompt(ask(chain, sample), sample.images))
-    tokens, _ = greedy(chain, prompts, ANSWER_TOKENS)
+    tokens, _ = greedy_decode(chain, prompts, ANSWER_TOKENS)
     answers = []
     for row in tokens.tolist():
         ends = [place for place, token in enumerate(row) if token in chain.tokenizer.spec.eos_ids]

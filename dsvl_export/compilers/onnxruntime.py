@@ -15,7 +15,7 @@ from dsvl_export.compilers.onnx.check import check_file
 from dsvl_export.compilers.onnx.release import needed_release
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.onnxruntime import ORT, ORT_TOKENS, prefill_file
-from runtimes.backends.onnxruntime_releases import FEATURES, NEEDED, OLDEST, newest, refusal
+from runtimes.backends.onnxruntime_releases import FEATURES, NEEDED, OLDEST, newest_release, upgrade_message
 from runtimes.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
 
     two_decoders = False
     for plan in plans:
-        too_old = refusal(newest(_releases(plan)), onnxruntime.__version__)
+        too_old = upgrade_message(newest_release(_releases(plan)), onnxruntime.__version__)
         if too_old:
             raise UserError(f"{plan.name} cannot be exported here: {too_old}.")
         dynamic = [str(rule.precision) for rule in plan.rules if rule.precision.dynamic]

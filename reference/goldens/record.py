@@ -25,14 +25,14 @@ from runtimes.errors import UserError
 from runtimes.goldens.golden import GREEDY_TOKENS
 from runtimes.goldens.long_context import (
     CACHE_BYTES,
-    PROJECTED,
+    MIN_PROJECTIONS,
     LongGolden,
     logit_rows,
     long_golden_length,
     record_long_golden,
 )
 from runtimes.goldens.recording import GoldenRequest, record_goldens
-from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS, hashed_numbers, take_all_taps
+from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS, hashed_numbers, record_all_taps
 from runtimes.goldens.texts import TEXT_GOLDENS, TextGoldens, record_texts
 from runtimes.text.prompt import IMAGE_PLACEHOLDER, Message, format_chat, place_images
 from runtimes.text.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def record_reference(
     chain, tapped = (reference_chain(source, embedding_file, model, tapped) for tapped in (False, True))
     requests = golden_requests(chain.tokenizer.spec.system_prompt)
     positions = source.config.decoder.max_positions
-    tap = partial(take_all_taps, tapped)
+    tap = partial(record_all_taps, tapped)
     record_goldens(chain, requests, folder, source.digest, positions, on_step, tap, on_saved)
 
 
@@ -75,7 +75,7 @@ def record_long_reference(source: Checkpoint, embedding_file: Path, capacity: in
     chain = reference_chain(source, embedding_file)
     length = long_golden_length(chain, capacity, source.config.decoder.max_positions)
     golden = record_long_golden(chain, long_text(chain, length), source.digest, capacity)
-    if layer := golden.not_finite():
+    if layer := golden.first_nonfinite_part():
         raise UserError(
             f"What the model computes holds NaN or infinity in {layer}; are the checkpoint's weights sound?"
         )
@@ -100,7 +100,7 @@ def long_golden_bytes(config: ModelConfig, capacity: int) -> int:
     decoder = component_contract(config, "decoder", "fp32")
     length = min(capacity, config.decoder.max_positions, CACHE_BYTES // cache_bytes(decoder.states, 1, 1))
     rows, heads = len(logit_rows(length)), config.decoder.kv_heads
-    keys = config.decoder.layers * heads * -(-PROJECTED // heads) * length
+    keys = config.decoder.layers * heads * -(-MIN_PROJECTIONS // heads) * length
     return 8 * (length + rows) + 4 * (rows * config.decoder.vocab_size + keys)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtimes.backends.static_shape import FixedComponent, FixedDecoder, Sizes
+from runtimes.backends.static_shape import DecoderSizes, StaticShapeComponent, StaticShapeDecoder
 from runtimes.backends.worker import WorkerAsset
 from runtimes.bundle.contracts import Contract
 from runtimes.bundle.files import read_json
@@ -59,24 +59,26 @@ def execution(artifact: Artifact, device: str | None = None) -> Execution:
 
 
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
-    return FixedComponent(open_asset(file, contract), contract)
+    return StaticShapeComponent(open_asset(file, contract), contract)
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
     try:
         several = read_json(file.parent / SIZES)[PREFILL]
-        fixed = Sizes(several["capacity"], PREFILL, several["sequence"], flexible=False, any_rows=False)
+        fixed = DecoderSizes(
+            several["capacity"], PREFILL, several["sequence"], flexible=False, any_rows=False
+        )
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{file.parent / SIZES} does not say what the decoder takes; export it again."
         ) from error
-    return FixedDecoder(open_asset(file, contract), contract, fixed)
+    return StaticShapeDecoder(open_asset(file, contract), contract, fixed)
 
 
 def entry_points(chain: Chain, capacity: int) -> EntryPoints:
     """All functions are called by the sessions; the capacity is the asset's own."""
     decoder = chain.decoder
-    assert isinstance(decoder, FixedDecoder)
+    assert isinstance(decoder, StaticShapeDecoder)
     return EntryPoints(values={"capacity of the decoder's asset": (decoder.sizes.capacity, capacity)})
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtimes.backends.mil.package import CHUNK, EXTEND, IMAGE, PREFILL, Package, package_folder
-from runtimes.backends.static_shape import Asset, FixedComponent, FixedDecoder, Sizes
+from runtimes.backends.static_shape import Asset, DecoderSizes, StaticShapeComponent, StaticShapeDecoder
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError
 from runtimes.installation import install_command
@@ -54,15 +54,15 @@ def open_component(file: Path, contract: Contract, options: SessionOptions) -> C
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
     package = Package(package_folder(file))
     sizes = _sizes(package.capacity(), (options.device or DEVICES[0]) in FLEXIBLE)
-    return FixedDecoder(_asset(package, contract, options), contract, sizes)
+    return StaticShapeDecoder(_asset(package, contract, options), contract, sizes)
 
 
 def entry_points(chain: Chain, capacity: int) -> EntryPoints:
     """The encoder's function for images, and the decoder's functions that another device calls."""
     encoder, decoder = chain.vision_encoder, chain.decoder
-    assert isinstance(encoder, CoreMLComponent) and isinstance(decoder, FixedDecoder)
+    assert isinstance(encoder, CoreMLComponent) and isinstance(decoder, StaticShapeDecoder)
     name = PREFILL if decoder.sizes.flexible else EXTEND
-    other = FixedDecoder(decoder.asset, decoder.contract, _sizes(capacity, name == EXTEND))
+    other = StaticShapeDecoder(decoder.asset, decoder.contract, _sizes(capacity, name == EXTEND))
     return EntryPoints(
         images={f"function {IMAGE} of the vision encoder": encoder.run_image},
         decoders={f"function {name} of the decoder": other},
@@ -70,9 +70,9 @@ def entry_points(chain: Chain, capacity: int) -> EntryPoints:
     )
 
 
-def _sizes(capacity: int, flexible: bool) -> Sizes:
-    several = EXTEND if flexible else PREFILL
-    return Sizes(capacity, several, min(CHUNK, capacity), flexible, any_rows=flexible)
+def _sizes(capacity: int, flexible: bool) -> DecoderSizes:
+    multi_token_function = EXTEND if flexible else PREFILL
+    return DecoderSizes(capacity, multi_token_function, min(CHUNK, capacity), flexible, any_rows=flexible)
 
 
 def _asset(package: Package, contract: Contract, options: SessionOptions) -> Asset:
@@ -85,7 +85,7 @@ def _asset(package: Package, contract: Contract, options: SessionOptions) -> Ass
     return InterpretedAsset(package, contract)
 
 
-class CoreMLComponent(FixedComponent):
+class CoreMLComponent(StaticShapeComponent):
     """A stateless component, which a vision encoder can also be given an image for."""
 
     def run_image(self, image: np.ndarray) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtimes.backends import executorch_tokenizer as runner_tokenizer
-from runtimes.backends.static_shape import DECODE, FixedComponent, FixedDecoder, Sizes
+from runtimes.backends.static_shape import DECODE, DecoderSizes, StaticShapeComponent, StaticShapeDecoder
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError, first_line
 from runtimes.installation import install_command
@@ -38,12 +38,12 @@ METHODS = {"vision_encoder": "vision_encoder", "adaptor": "adaptor", "decoder": 
 TOKEN_EMBEDDING = "token_embedding"  # a method for the stock runner; here the bundle's table is read
 MAX_CONTEXT, MAX_CHUNK = "get_max_context_len", "get_max_seq_len"  # methods that say a number
 LISTS = ("get_eos_ids",)  # of those that say several
-LONGEST_CALL = 1024  # tokens of a call: activations are planned for so many
+MAX_CALL_TOKENS = 1024  # tokens of a call: activations are planned for so many
 
 
 def largest_chunk(capacity: int) -> int:
     """The most tokens of a call of a decoder."""
-    return min(LONGEST_CALL, capacity)
+    return min(MAX_CALL_TOKENS, capacity)
 
 
 def program_constants(prompt: PromptSpec, vocabulary: int, capacity: int) -> dict[str, Any]:
@@ -87,19 +87,21 @@ def execution(artifact: Artifact, device: str | None = None) -> Execution:
 
 
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
-    return FixedComponent(ExecuTorchAsset(file, contract, options.threads), contract)
+    return StaticShapeComponent(ExecuTorchAsset(file, contract, options.threads), contract)
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
     asset = ExecuTorchAsset(file, contract, options.threads)
-    sizes = Sizes(asset.number(MAX_CONTEXT), DECODE, asset.number(MAX_CHUNK), flexible=True, any_rows=False)
-    return FixedDecoder(asset, contract, sizes)
+    sizes = DecoderSizes(
+        asset.number(MAX_CONTEXT), DECODE, asset.number(MAX_CHUNK), flexible=True, any_rows=False
+    )
+    return StaticShapeDecoder(asset, contract, sizes)
 
 
 def entry_points(chain: Chain, capacity: int) -> EntryPoints:
     """What the stock runner calls and reads: its encoder, its token embeddings, its tokenizer, constants."""
     encoder, decoder = chain.vision_encoder, chain.decoder
-    assert isinstance(encoder, FixedComponent) and isinstance(decoder, FixedDecoder)
+    assert isinstance(encoder, StaticShapeComponent) and isinstance(decoder, StaticShapeDecoder)
     asset, program = encoder.asset, decoder.asset
     assert isinstance(asset, ExecuTorchAsset) and isinstance(program, ExecuTorchAsset)
     (vocabulary,) = (int(spec.shape[2]) for spec in decoder.contract.outputs if spec.name == "logits")
@@ -108,7 +110,7 @@ def entry_points(chain: Chain, capacity: int) -> EntryPoints:
     return EntryPoints(
         image_embeds={f"method {METHODS['vision_encoder']}, with the adaptor": asset.image_embeds},
         token_embeddings={f"method {TOKEN_EMBEDDING}": program.token_embeddings},
-        most_tokens=program.number(MAX_CHUNK),
+        max_tokens=program.number(MAX_CHUNK),
         values={f"method {name}": (program.constant(name), value) for name, value in expected.items()},
         tokenizers={f"the runner's {tokenizer.name}": tokenizer} if tokenizer.exists() else {},
     )

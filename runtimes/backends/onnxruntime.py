@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtimes.backends.onnxruntime_releases import refusal, release_for_artifact
+from runtimes.backends.onnxruntime_releases import release_for_artifact, upgrade_message
 from runtimes.bundle.contracts import Contract, TensorSpec, appended_state, updated_state
 from runtimes.cache import HostCache, KVCache
-from runtimes.decode_call import ANY_NUMBER, validated_call
+from runtimes.decode_call import UNLIMITED, validated_call
 from runtimes.errors import UserError, first_line
 from runtimes.installation import install_command
 from runtimes.memory import available_memory, widening
@@ -65,7 +65,7 @@ def execution(artifact: Artifact, device: str | None = None) -> Execution:
         return Execution("not run", f"it was built for {artifact.target}, here is only {', '.join(there)}")
     if device not in there:
         return Execution("not run", f"this ONNX Runtime has no {device}, only {', '.join(there)}")
-    reason = too_old(artifact)
+    reason = release_problem(artifact)
     if reason:
         return Execution("not run", reason)
     return Execution("ran", f"{device} with onnxruntime {release()}", device=device)
@@ -80,9 +80,9 @@ def release() -> str:
     return str(_import().__version__)
 
 
-def too_old(artifact: Artifact) -> str:
+def release_problem(artifact: Artifact) -> str:
     """Why the installed release cannot run an artifact's files, and what to do; empty where it can."""
-    return refusal(release_for_artifact(artifact), release())
+    return upgrade_message(release_for_artifact(artifact), release())
 
 
 def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
@@ -260,7 +260,7 @@ class OrtDecoder:
         prefill: a session of the same decoder that is faster for many tokens.
     """
 
-    most_rows = most_batch = ANY_NUMBER
+    max_logit_rows = max_batch = UNLIMITED
 
     def __init__(
         self, session: Any, contract: Contract, memory: str = CPU, prefill: Any | None = None

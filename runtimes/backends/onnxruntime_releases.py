@@ -104,21 +104,21 @@ def release_for_artifact(artifact: Artifact) -> str:
             found.append(FEATURES["float16-quantize"].since)
     if artifact.dialect == "trt11":
         found.append(FEATURES["tensor-scatter"].since)
-    return newest(found)
+    return newest_release(found)
 
 
-def newest(releases: Iterable[str]) -> str:
-    return max(releases, key=numbers)
+def newest_release(releases: Iterable[str]) -> str:
+    return max(releases, key=version_numbers)
 
 
-def numbers(release: str) -> tuple[int, ...]:
+def version_numbers(release: str) -> tuple[int, ...]:
     """``(1, 23)`` of ``1.23.2``; what follows is left out, as in ``1.24.0.dev1``."""
     return tuple(int(part) for part in re.findall(r"\d+", release)[:2])
 
 
-def refusal(needed: str, installed: str) -> str:
+def upgrade_message(needed: str, installed: str) -> str:
     """Why a release is too old and what to do, as the end of a sentence; empty where it is not."""
-    if numbers(installed) >= numbers(needed):
+    if version_numbers(installed) >= version_numbers(needed):
         return ""
     python = ""
     if sys.version_info[:2] <= PYTHON_OF_OLDEST:

@@ -14,10 +14,10 @@ import numpy as np
 
 from runtimes.bundle.contracts import Contract, TensorSpec
 from runtimes.cache import KVCache
-from runtimes.decode_call import ANY_NUMBER, CallLimits, Piece, split_call, validated_call
+from runtimes.decode_call import UNLIMITED, CallLimits, Piece, split_call, validated_call
 from runtimes.errors import UserError
 
-# Functions of an asset: of a component without states, and of a decoder (one token, several).
+# Functions of an asset: of a component without states, and of a decoder (one token, multi_token_function).
 MAIN, DECODE = "main", "decode"
 
 
@@ -83,19 +83,19 @@ class AssetCache(KVCache):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class DecoderSizes:
     """What a decoder's functions take.
 
     Args:
         capacity: of the states.
-        several: the function for several tokens.
+        multi_token_function: the function for multi_token_function tokens.
         chunk: the most tokens of one call.
         flexible: that function takes as many tokens as there are; otherwise always ``chunk``.
         any_rows: it gives any number of logit rows; otherwise the last token's.
     """
 
     capacity: int
-    several: str
+    multi_token_function: str
     chunk: int
     flexible: bool
     any_rows: bool
@@ -103,11 +103,11 @@ class Sizes:
     @property
     def limits(self) -> CallLimits:
         """What one call takes."""
-        padded_to = None if self.flexible else self.capacity
-        return CallLimits(self.chunk, last_row_only=not self.any_rows, padded_to=padded_to)
+        padded_capacity = None if self.flexible else self.capacity
+        return CallLimits(self.chunk, last_row_only=not self.any_rows, padded_capacity=padded_capacity)
 
 
-class FixedComponent:
+class StaticShapeComponent:
     """A stateless component; one image after the other, since assets take one."""
 
     def __init__(self, asset: Asset, contract: Contract) -> None:
@@ -127,14 +127,14 @@ class FixedComponent:
         }
 
 
-class FixedDecoder:
+class StaticShapeDecoder:
     """A decoder on an asset, which takes the sequences of a batch one after the other."""
 
-    most_batch = ANY_NUMBER
+    max_batch = UNLIMITED
 
-    def __init__(self, asset: Asset, contract: Contract, sizes: Sizes) -> None:
+    def __init__(self, asset: Asset, contract: Contract, sizes: DecoderSizes) -> None:
         self.contract, self.asset, self.sizes = contract, asset, sizes
-        self.most_rows = sizes.chunk if sizes.any_rows else 1
+        self.max_logit_rows = sizes.chunk if sizes.any_rows else 1
         self.tapped: Mapping[str, np.ndarray] = {}
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -183,4 +183,4 @@ class FixedDecoder:
             np.array(piece.rows, np.int64) - piece.start,
         )
         named = {spec.name: array for spec, array in zip(self.contract.inputs, inputs, strict=True)}
-        return self.asset.call(DECODE if piece.length == 1 else self.sizes.several, named, state)
+        return self.asset.call(DECODE if piece.length == 1 else self.sizes.multi_token_function, named, state)

@@ -71,7 +71,7 @@ def is_golden(path: str) -> bool:
     return name.suffix == ".safetensors" and name.stem.isdigit()
 
 
-def tokens_of_golden(file: Path) -> int:
+def golden_token_count(file: Path) -> int:
     """Tokens of a golden's prompt and answer, from its header alone; 0 where it cannot be read."""
     try:
         with safe_open(file, framework="np") as handle:
@@ -132,7 +132,7 @@ def relative_rms(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(difference))) / max(scale, 1e-30))
 
 
-def greedy(
+def greedy_decode(
     chain: Chain,
     prompts: Sequence[np.ndarray],
     count: int,
@@ -153,7 +153,7 @@ def greedy(
     return table.argmax(-1), table
 
 
-def teacher_forced(chain: Chain, embeds: np.ndarray, tokens: list[int]) -> np.ndarray:
+def teacher_forced_logits(chain: Chain, embeds: np.ndarray, tokens: list[int]) -> np.ndarray:
     """``[len(tokens), V]`` logits that predict each of ``tokens``, computed in prefill chunks.
 
     The last chunk asks for several rows at once, which is what ``logit_rows`` is for.

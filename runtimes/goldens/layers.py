@@ -19,7 +19,7 @@ from runtimes.errors import UserError
 from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS
 
 TOKENS = 128  # of the decoder: the first and the last ones of a golden
-LEAST_ROWS = 4
+MIN_ROWS = 4
 STATELESS = ("vision_encoder", "adaptor")  # components that are judged as a whole as well
 Table = dict[str, dict[str, np.ndarray]]  # component → name → values
 
@@ -67,5 +67,5 @@ def load_tables(file: Path, checkpoint: str) -> dict[str, Table]:
 def sample_rows(array: np.ndarray) -> np.ndarray:
     """Rows ``[rows, C]`` of an array ``[..., C]``, evenly spread, all channels of each."""
     flat = array.reshape(-1, array.shape[-1])
-    rows = min(max(SAMPLES // flat.shape[1], LEAST_ROWS), len(flat))
+    rows = min(max(SAMPLES // flat.shape[1], MIN_ROWS), len(flat))
     return flat[np.unique(np.linspace(0, len(flat) - 1, rows).astype(np.int64))].astype(np.float32)

@@ -21,7 +21,7 @@ from runtimes.errors import UserError
 from runtimes.goldens.taps import hashed_numbers
 
 LONG_GOLDEN = "long.safetensors"
-PROJECTED = 16  # numbers per layer and position, at the least
+MIN_PROJECTIONS = 16  # numbers per layer and position, at the least
 CACHE_BYTES = 8 << 30  # of the fp32 reference's KV cache: 8738 tokens of the 7B, all 16384 of the 1.3B
 
 
@@ -41,7 +41,7 @@ class LongGolden:
     logits: np.ndarray
     keys: np.ndarray
 
-    def until(self, length: int | None) -> LongGolden:
+    def truncate(self, length: int | None) -> LongGolden:
         """The beginning that a KV cache of ``length`` tokens holds; None is no limit."""
         if length is None or length >= len(self.tokens):
             return self
@@ -94,10 +94,10 @@ class LongGolden:
         )
         if not fits:
             raise ValueError("its arrays have other shapes")
-        if self.not_finite():
+        if self.first_nonfinite_part():
             raise ValueError("it holds NaN or infinity")
 
-    def not_finite(self) -> str:
+    def first_nonfinite_part(self) -> str:
         """The first part of the decoder that gives NaN or infinity; empty where none does."""
         for layer, keys in enumerate(self.keys):
             if not np.isfinite(keys).all():
@@ -123,11 +123,11 @@ def logit_rows(length: int) -> np.ndarray:
 def record_long_golden(chain: Chain, tokens: np.ndarray, checkpoint: str, capacity: int) -> LongGolden:
     """What a chain computes for ``tokens [S]``; it may hold NaN and infinity."""
     rows = logit_rows(len(tokens))
-    logits, cache = read_text(chain, tokens, rows)
+    logits, cache = prefill_text(chain, tokens, rows)
     return LongGolden(checkpoint, capacity, tokens, rows, logits, project_keys(cache, len(tokens)))
 
 
-def read_text(chain: Chain, tokens: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, KVCache]:
+def prefill_text(chain: Chain, tokens: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, KVCache]:
     """Prefill ``tokens [S]`` in chunks: the logits ``[K, V]`` of ``rows [K]``, and the filled cache."""
     cache = chain.decoder.new_cache(1, len(tokens))
     found = []
@@ -140,7 +140,7 @@ def read_text(chain: Chain, tokens: np.ndarray, rows: np.ndarray) -> tuple[np.nd
     return np.concatenate(found), cache
 
 
-def read_steps(chain: Chain, tokens: np.ndarray, rows: np.ndarray, cache: KVCache) -> np.ndarray:
+def decode_rows_again(chain: Chain, tokens: np.ndarray, rows: np.ndarray, cache: KVCache) -> np.ndarray:
     """Logits ``[K, V]`` of ``rows [K]``, each decoded again as a single step after the tokens before it.
 
     The keys of later positions stay in the cache's memory.
@@ -158,7 +158,7 @@ def project_keys(cache: KVCache, length: int) -> np.ndarray:
     for array in cache.arrays[::2]:  # keys, then values of each layer
         keys = _values(array[0, :, :length])  # [Hkv, S, Dh]
         heads, _, head_dim = keys.shape
-        projected = keys @ _signs(head_dim, -(-PROJECTED // heads))  # [Hkv, S, R]
+        projected = keys @ _signs(head_dim, -(-MIN_PROJECTIONS // heads))  # [Hkv, S, R]
         layers.append(projected.transpose(0, 2, 1).reshape(-1, length))
     return np.stack(layers)
 

@@ -19,7 +19,7 @@ from runtimes.goldens.golden import (
     GREEDY_TOKENS,
     Golden,
     check_finite,
-    greedy,
+    greedy_decode,
     is_golden,
     load_golden,
     save_golden,
@@ -109,7 +109,7 @@ def record_goldens(
             goldens[0] = replace(goldens[0], taps=tap(goldens[0]))
             step()
         embeds = [chain.merge(golden.prompt_tokens, golden.image_embeds) for golden in goldens]
-        tokens, logits = greedy(chain, embeds, GREEDY_TOKENS, step)
+        tokens, logits = greedy_decode(chain, embeds, GREEDY_TOKENS, step)
         for row, (golden, file) in enumerate(zip(goldens, files, strict=True)):
             whole = replace(golden, greedy_tokens=tokens[row].astype(np.int64), logits=logits[row])
             check_finite(whole, "What the model computes")

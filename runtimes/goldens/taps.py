@@ -38,7 +38,7 @@ def hashed_numbers(count: int) -> np.ndarray:
     return np.asarray(mixed ^ (mixed >> np.uint64(31)))
 
 
-def take_taps(chain: Chain, golden: Golden, component: str) -> Taps:
+def record_taps(chain: Chain, golden: Golden, component: str) -> Taps:
     """Run one component on the reference's own input and sample its taps, in order of execution."""
     if component == "vision_encoder":
         pixels = to_pixel_values(golden.squares[0], chain.preprocessing)
@@ -54,9 +54,9 @@ def take_taps(chain: Chain, golden: Golden, component: str) -> Taps:
     return {spec.name: sample(tapped[spec.name]) for spec in contract.taps}
 
 
-def take_all_taps(chain: Chain, golden: Golden) -> dict[str, Taps]:
+def record_all_taps(chain: Chain, golden: Golden) -> dict[str, Taps]:
     """Taps of every component of a chain of debug builds."""
-    return {component: take_taps(chain, golden, component) for component in TAPPED_COMPONENTS}
+    return {component: record_taps(chain, golden, component) for component in TAPPED_COMPONENTS}
 
 
 def _tap_decoder(chain: Chain, golden: Golden) -> Taps:

@@ -134,7 +134,7 @@ def record_texts(
     )
 
 
-def record_again(goldens: TextGoldens, tokenizer: Tokenizer) -> TextGoldens:
+def rerecord_texts(goldens: TextGoldens, tokenizer: Tokenizer) -> TextGoldens:
     """What another tokenizer makes of the same texts."""
     answers = [tokens for tokens, _ in goldens.answers]
     return record_texts(tokenizer, goldens.conversations, list(goldens.raw), answers, goldens.vocabulary)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from runtimes.backends import onnxruntime
 from runtimes.backends.engines.cuda import Cuda, Gpu, import_cuda
 from runtimes.backends.engines.library import import_library
-from runtimes.backends.engines.machine import mismatch
+from runtimes.backends.engines.machine import engine_mismatch
 from runtimes.backends.engines.session import GPU, EngineComponent, EngineDecoder, load_engine
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError
@@ -58,14 +58,14 @@ def execution(library: str, artifact: Artifact, device: str | None = None) -> Ex
     except UserError as error:
         return Execution("not run", str(error).rstrip("."))
     if artifact.engine is None:
-        return Execution("not run", f"it has no engine yet; {rebuild(library)}")
-    reason = mismatch(artifact.engine, gpu, library, version) or ""
+        return Execution("not run", f"it has no engine yet; {rebuild_command(library)}")
+    reason = engine_mismatch(artifact.engine, gpu, library, version) or ""
     if reason:
-        return Execution("not run", f"{reason}; {rebuild(library)}")
+        return Execution("not run", f"{reason}; {rebuild_command(library)}")
     return Execution("ran", f"{gpu.name} with {library} {version}", device=GPU)
 
 
-def foreign_engines(bundle: Bundle) -> list[str]:
+def engine_problems(bundle: Bundle) -> list[str]:
     """What is wrong with a bundle's engines here; nothing where there is no GPU to judge by."""
     found = []
     for artifact in bundle.manifest.artifacts:
@@ -76,7 +76,7 @@ def foreign_engines(bundle: Bundle) -> list[str]:
     return found
 
 
-def rebuild(library: str) -> str:
+def rebuild_command(library: str) -> str:
     """The command that makes an engine for this machine."""
     if library == "tensorrt":
         return "run: dsvl-export build-engine BUNDLE"
@@ -91,12 +91,12 @@ def _simulated(library: str, artifact: Artifact) -> Execution:
     except UserError as error:
         return Execution("not run", f"without a GPU its ONNX would be run, but: {str(error).rstrip('.')}")
     built = BUILDERS[library] if artifact.engine else ""
-    too_old = onnxruntime.too_old(artifact)
+    release_problem = onnxruntime.release_problem(artifact)
     if artifact.base == "bf16":
         why = "ONNX Runtime has no kernels for bfloat16 on a CPU that could stand for a GPU"
         return Execution("built only", f"{built}; {why}") if built else Execution("not run", why)
-    if too_old:
-        why = f"without a GPU {too_old}"
+    if release_problem:
+        why = f"without a GPU {release_problem}"
         return Execution("built only", f"{built}; {why}") if built else Execution("not run", why)
     by = f"ONNX Runtime {onnxruntime.release()} on the same file"
     return Execution("simulated", by, built_by=built)

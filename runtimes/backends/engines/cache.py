@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtimes.backends.engines.cuda import Cuda, DeviceMemory, Stream
-from runtimes.backends.engines.layout import aligned, bytes_of
+from runtimes.backends.engines.layout import align, tensor_bytes
 from runtimes.bundle.contracts import TensorSpec
 from runtimes.cache import KVCache
 
@@ -79,7 +79,7 @@ class DeviceCache(KVCache):
         )
 
     def _row_bytes(self, index: int) -> int:
-        return bytes_of(self.specs[index], {"batch": 1, "capacity": self.slots})
+        return tensor_bytes(self.specs[index], {"batch": 1, "capacity": self.slots})
 
 
 class _Block(DeviceMemory):
@@ -89,5 +89,5 @@ class _Block(DeviceMemory):
         self.offsets, size = [], 0
         for spec in specs:
             self.offsets.append(size)
-            size += aligned(bytes_of(spec, {"batch": rows, "capacity": slots}))
+            size += align(tensor_bytes(spec, {"batch": rows, "capacity": slots}))
         super().__init__(cuda, size, f"a KV cache of {slots} tokens")

@@ -17,26 +17,26 @@ ALIGNMENT = 256  # bytes; TensorRT wants it of every address
 Sizes = Mapping[str, int]  # of the contract's named dims
 
 
-def shape_of(spec: TensorSpec, sizes: Sizes) -> tuple[int, ...]:
+def tensor_shape(spec: TensorSpec, sizes: Sizes) -> tuple[int, ...]:
     return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)
 
 
-def bytes_of(spec: TensorSpec, sizes: Sizes) -> int:
-    return prod(shape_of(spec, sizes)) * np.dtype(spec.dtype).itemsize
+def tensor_bytes(spec: TensorSpec, sizes: Sizes) -> int:
+    return prod(tensor_shape(spec, sizes)) * np.dtype(spec.dtype).itemsize
 
 
-def aligned(size: int) -> int:
+def align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def profile_of(tokens: int) -> int:
+def profile_for_tokens(tokens: int) -> int:
     """A single token is decoded, several are a prefill."""
     return DECODE if tokens == 1 else PREFILL
 
 
 def buffer_bytes(specs: Sequence[TensorSpec], limits: Sequence[Sizes]) -> dict[str, int]:
     """Bytes of each tensor that hold its largest shape under any profile."""
-    return {spec.name: max(bytes_of(spec, sizes) for sizes in limits) for spec in specs}
+    return {spec.name: max(tensor_bytes(spec, sizes) for sizes in limits) for spec in specs}
 
 
 def aliases(contract: Contract, outputs: Mapping[str, str | None]) -> dict[str, str]:

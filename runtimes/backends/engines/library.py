@@ -28,13 +28,13 @@ def import_library(name: str) -> ModuleType:
         raise UserError(f"The library {name} cannot be loaded here: {reason}; install it again.") from error
 
 
-def one_line(text: str) -> str:
+def first_log_line(text: str) -> str:
     """The first line of a library's message, without file names and line numbers of its source."""
     first = next((line for line in text.strip().splitlines() if line.strip()), "")
     return " ".join(re.sub(r"\[\w+\.\w+:[\w:]+\]|\S+\.cpp:\d+:?", "", first).split()).rstrip(".")
 
 
-def logger_of(trt: ModuleType) -> Any:
+def get_logger(trt: ModuleType) -> Any:
     """The one logger of a process for a TensorRT library; ``messages`` holds the log."""
     if trt.__name__ not in _LOGGERS:
 
@@ -47,7 +47,7 @@ def logger_of(trt: ModuleType) -> Any:
 
             def errors(self) -> str:
                 """The errors since the log was cleared, without TensorRT's places in its own code."""
-                found = [one_line(text) for error, text in self.messages if error]
+                found = [first_log_line(text) for error, text in self.messages if error]
                 return "; ".join(dict.fromkeys(found)) or "it gives no reason"
 
             def log(self, severity: Any, message: str) -> None:

@@ -8,7 +8,7 @@ from runtimes.bundle.bundle import Engine
 VERSION_COMPATIBLE, HARDWARE_COMPATIBLE = "version-compatible", "hardware-compatible"
 
 
-def mismatch(engine: Engine, gpu: Gpu, library: str, version: str) -> str | None:
+def engine_mismatch(engine: Engine, gpu: Gpu, library: str, version: str) -> str | None:
     """Why an engine cannot run on a machine, as the end of a sentence; None where it can.
 
     An engine belongs to the compute capability and the TensorRT that built it, and, unless it was built

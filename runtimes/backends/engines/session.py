@@ -20,11 +20,11 @@ from runtimes.backends.engines.layout import (
     aliases,
     append_copies,
     buffer_bytes,
-    bytes_of,
-    profile_of,
-    shape_of,
+    profile_for_tokens,
+    tensor_bytes,
+    tensor_shape,
 )
-from runtimes.backends.engines.library import import_library, logger_of
+from runtimes.backends.engines.library import get_logger, import_library
 from runtimes.backends.engines.trust import is_trusted
 from runtimes.bundle.bundle import DEBUG_PREFIX
 from runtimes.bundle.contracts import Contract, TensorSpec, appended_state
@@ -76,7 +76,7 @@ def load_engine(library: str, file: Path, options: SessionOptions) -> LoadedEngi
     if not plan.is_file():
         raise UserError(f"There is no engine {plan}; run: dsvl-export build-engine BUNDLE.")
     trt = import_library(library)
-    logger = logger_of(trt)
+    logger = get_logger(trt)
     logger.messages.clear()
     try:
         runtime = trt.Runtime(logger)
@@ -168,7 +168,7 @@ class _Runner:
             if context is None:
                 raise UserError(
                     f"TensorRT cannot make an execution context for {self.loaded.file}:"
-                    f" {logger_of(trt).errors()}; close other programs, or take a smaller precision."
+                    f" {get_logger(trt).errors()}; close other programs, or take a smaller precision."
                 )
             context.set_device_memory(self._scratch.address, self._scratch.size)
             if not context.set_optimization_profile_async(index, int(self.loaded.stream)):
@@ -186,7 +186,7 @@ class _Runner:
         context = self.contexts[profile]
         self._bound[profile] = None
         for spec in (*self.contract.inputs, *self.contract.states):
-            self._accepted(context.set_input_shape(spec.name, shape_of(spec, sizes)), spec, sizes)
+            self._accepted(context.set_input_shape(spec.name, tensor_shape(spec, sizes)), spec, sizes)
         addresses = {name: memory.address for name, memory in self.device.items()}
         if cache:
             names = [spec.name for spec in self.contract.states]
@@ -201,7 +201,7 @@ class _Runner:
     def _accepted(self, accepted: bool, spec: TensorSpec, sizes: Sizes) -> None:
         if not accepted:
             raise UserError(
-                f"{spec.name} {list(shape_of(spec, sizes))} lies beyond the profiles of {self.loaded.file};"
+                f"{spec.name} {list(tensor_shape(spec, sizes))} lies beyond the profiles of {self.loaded.file};"
                 " build the engine for a larger capacity or batch."
             )
 
@@ -209,15 +209,15 @@ class _Runner:
         """Queue the copies to the device, the engine, and the copies back."""
         cuda, stream = self.loaded.cuda, self.loaded.stream
         for spec in self.contract.inputs:
-            name, size = spec.name, bytes_of(spec, sizes)
+            name, size = spec.name, tensor_bytes(spec, sizes)
             arguments = (self.device[name].address, self.host[name].address, size, cuda.to_device, stream)
             cuda.call("cudaMemcpyAsync", *arguments, what=name)
-        logger = logger_of(self.loaded.trt)
+        logger = get_logger(self.loaded.trt)
         logger.messages.clear()
         if not self.contexts[profile].execute_async_v3(int(stream)):
             raise UserError(f"TensorRT failed in the {self.contract.component}: {logger.errors()}.")
         for spec in self.contract.outputs:
-            name, size = spec.name, bytes_of(spec, sizes)
+            name, size = spec.name, tensor_bytes(spec, sizes)
             arguments = (self.host[name].address, self.device[name].address, size, cuda.to_host, stream)
             cuda.call("cudaMemcpyAsync", *arguments, what=name)
 
@@ -228,7 +228,7 @@ class _Runner:
         """Copies of the outputs, once the stream is done."""
         self.loaded.cuda.call("cudaStreamSynchronize", self.loaded.stream, what=self.contract.component)
         return {
-            spec.name: self.host[spec.name].view(spec.dtype, shape_of(spec, sizes)).copy()
+            spec.name: self.host[spec.name].view(spec.dtype, tensor_shape(spec, sizes)).copy()
             for spec in self.contract.outputs
         }
 
@@ -267,12 +267,12 @@ class EngineDecoder:
         self._runner = _Runner(loaded, contract)
         self._graph: Any = None
         self._graph_key: tuple[Any, ...] | None = None  # of the last decode step
-        self.no_graph: str | None = None  # why decode steps cannot be captured, where they cannot
+        self.no_graph_reason: str | None = None  # why decode steps cannot be captured, where they cannot
         self.tapped: Mapping[str, np.ndarray] = {}
         # Appended rows leave the capacity to the cache; an engine that updates it has a fixed one.
         self._most = self._runner.limits[PREFILL]["capacity"]
-        self.most_rows = self._runner.limits[PREFILL]["rows"]
-        self.most_batch = self._runner.limits[DECODE]["batch"]
+        self.max_logit_rows = self._runner.limits[PREFILL]["rows"]
+        self.max_batch = self._runner.limits[DECODE]["batch"]
 
     def new_cache(self, batch: int, capacity: int) -> DeviceCache:
         """A cache on the device.
@@ -285,9 +285,9 @@ class EngineDecoder:
                 f"The engine {self._loaded.file} holds {self._most} tokens, a KV cache of {capacity} was"
                 f" asked for; take at most {self._most}, or build it with a larger --capacity."
             )
-        if batch > self.most_batch:
+        if batch > self.max_batch:
             raise UserError(
-                f"The engine {self._loaded.file} decodes at most {self.most_batch} sequences together,"
+                f"The engine {self._loaded.file} decodes at most {self.max_batch} sequences together,"
                 f" not {batch}; build it for a larger batch."
             )
         slots = capacity if self._runner.appended else self._most
@@ -298,7 +298,7 @@ class EngineDecoder:
         call = validated_call(self.contract, DeviceCache, inputs_embeds, logit_rows, cache)
         with call as (own, rows, positions):
             length = inputs_embeds.shape[1]
-            limits = self._runner.limits[profile_of(length)]
+            limits = self._runner.limits[profile_for_tokens(length)]
             within = CallLimits(limits["sequence"], limits["rows"])
             pieces = split_call(length, rows.tolist(), 0, within)
             found = [self._run(piece, inputs_embeds, positions, own) for piece in pieces]
@@ -315,7 +315,7 @@ class EngineDecoder:
         self, piece: Piece, embeds: np.ndarray, positions: np.ndarray, cache: DeviceCache
     ) -> dict[str, np.ndarray]:
         """One call of the engine for the tokens of a piece."""
-        profile, tokens = profile_of(piece.length), slice(piece.start, piece.stop)
+        profile, tokens = profile_for_tokens(piece.length), slice(piece.start, piece.stop)
         sizes = {
             "batch": len(embeds), "sequence": piece.length, "rows": len(piece.rows), "capacity": cache.slots,
         }  # fmt: skip
@@ -346,7 +346,7 @@ class EngineDecoder:
             self._runner.enqueue(DECODE, sizes)
             self._graph_key = key
             return
-        if self._graph is None and self.no_graph is None:
+        if self._graph is None and self.no_graph_reason is None:
             self._capture(sizes)
         if self._graph is None:
             self._runner.enqueue(DECODE, sizes)
@@ -365,12 +365,12 @@ class EngineDecoder:
             cuda.api.cudaStreamEndCapture(stream.handle)
             if not isinstance(error, UserError):
                 raise
-            self.no_graph = str(error)
+            self.no_graph_reason = str(error)
             return
         try:
             self._graph = cuda.call("cudaGraphInstantiate", graph, 0)
         except UserError as error:
-            self.no_graph = str(error)
+            self.no_graph_reason = str(error)
         finally:
             cuda.call("cudaGraphDestroy", graph)
 

@@ -118,7 +118,7 @@ def test_what_the_builder_is_told(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_one_of_the_real_library(trt: ModuleType) -> None:
-    config = trt.Builder(session.logger_of(trt)).create_builder_config()
+    config = trt.Builder(session.get_logger(trt)).create_builder_config()
     for name in (
         "set_memory_pool_limit",
         "set_flag",

@@ -13,7 +13,7 @@ import pytest
 
 from runtimes.backends.engines import backend, session
 from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu
-from runtimes.backends.engines.machine import mismatch
+from runtimes.backends.engines.machine import engine_mismatch
 from runtimes.backends.engines.trust import trust_engine
 from runtimes.bundle.bundle import Bundle, Engine
 from runtimes.errors import UserError
@@ -118,7 +118,7 @@ ENGINE = Engine("f", (87,), "Orin", "CUDA 12.6", "10.3.0", 2048, 8, (), "aarch64
     ],
 )  # fmt: skip
 def test_engines_of_other_machines(engine: Engine, gpu: Gpu, version: str, reason: str | None) -> None:
-    assert mismatch(engine, gpu, "tensorrt", version) == reason
+    assert engine_mismatch(engine, gpu, "tensorrt", version) == reason
 
 
 def test_what_the_gpu_is(cuda: FakeCuda) -> None:
@@ -163,7 +163,7 @@ def test_executions(trt11_bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.Mo
     )
     rtx = backend.execution("tensorrt_rtx", built)
     assert str(rtx) == f"built by TensorRT-RTX on CPU, numerics by ONNX Runtime {RELEASE} on the same file"
-    assert (rtx.kind, rtx.device, rtx.judgeable) == ("simulated", "cpu", True)
+    assert (rtx.kind, rtx.device, rtx.runnable) == ("simulated", "cpu", True)
     asked = backend.execution("tensorrt", built, "cuda")
     assert (
         asked.kind == "not run"
@@ -195,5 +195,5 @@ def test_executions(trt11_bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.Mo
         "here is Fake GPU with 16 multiprocessors (SM 89); run: dsvl-export build-engine BUNDLE"
     )
     bundle = SimpleNamespace(manifest=SimpleNamespace(artifacts=[built, other]))
-    (problem,) = backend.foreign_engines(bundle)  # type: ignore[arg-type]
+    (problem,) = backend.engine_problems(bundle)  # type: ignore[arg-type]
     assert "its engine was built for SM 87" in problem

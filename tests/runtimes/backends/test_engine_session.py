@@ -14,7 +14,7 @@ import pytest
 from runtimes.backends.engines import backend
 from runtimes.backends.engines.cache import DeviceCache
 from runtimes.backends.engines.cuda import Cuda, CudaError
-from runtimes.backends.engines.layout import aliases, aligned, bytes_of
+from runtimes.backends.engines.layout import align, aliases, tensor_bytes
 from runtimes.backends.engines.session import EngineComponent, EngineDecoder
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract, TensorSpec
@@ -231,7 +231,8 @@ def test_a_step_that_cannot_be_captured_runs_without_a_graph(decoder: EngineDeco
     context.refuses_capture = True
     steps = [decoder.decode(embeds(decoder, 1, 1, seed=step), np.array([0]), cache) for step in range(3)]
     assert (
-        cuda.capturing is None and decoder.no_graph == "TensorRT failed in the decoder: it gives no reason."
+        cuda.capturing is None
+        and decoder.no_graph_reason == "TensorRT failed in the decoder: it gives no reason."
     )
     assert cuda.names().count("cudaStreamBeginCapture") == 1 and "cudaGraphLaunch" not in cuda.names()
     other = decoder.new_cache(1, CAPACITY)
@@ -265,7 +266,7 @@ def test_a_row_of_a_batch_is_no_cache_of_one(bundle: Bundle, cuda: FakeCuda) -> 
     _, contract = onnx_file(bundle)
 
     def cache(rows: int) -> DeviceCache:
-        state = aligned(bytes_of(contract.states[0], {"batch": rows, "capacity": CAPACITY}))
+        state = align(tensor_bytes(contract.states[0], {"batch": rows, "capacity": CAPACITY}))
         block = SimpleNamespace(
             address=4096, offsets=[index * state for index in range(len(contract.states))]
         )

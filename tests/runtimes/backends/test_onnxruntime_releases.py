@@ -15,9 +15,9 @@ from runtimes.backends.onnxruntime_releases import (
     NEEDED,
     OLDEST,
     numbers,
-    refusal,
     release_for_artifact,
     release_for_precision,
+    upgrade_message,
 )
 from runtimes.bundle.bundle import Artifact, Bundle
 from runtimes.bundle.files import write_json
@@ -36,16 +36,16 @@ def install(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
 
 def test_releases_are_compared_by_number() -> None:
     assert numbers("1.9.1") < numbers("1.23") == numbers("1.23.2") < numbers("1.24.0.dev20251001")
-    assert refusal("1.30", "1.30.0") == refusal("1.23", "1.32.0") == ""
+    assert upgrade_message("1.30", "1.30.0") == upgrade_message("1.23", "1.32.0") == ""
 
 
 def test_the_sentence_has_both_releases_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime_releases.sys, "version_info", (3, 11, 7))
     monkeypatch.setattr(onnxruntime_releases, "installed_package", lambda: "onnxruntime-gpu")
     needs = "it needs ONNX Runtime 1.27 or later, here is 1.23.2; run: pip install 'onnxruntime-gpu>=1.27'"
-    assert refusal("1.27", "1.23.2") == needs
+    assert upgrade_message("1.27", "1.23.2") == needs
     monkeypatch.setattr(onnxruntime_releases.sys, "version_info", (3, 10, 12))
-    assert refusal("1.27", "1.23.2") == f"{needs} under Python 3.11 or later"
+    assert upgrade_message("1.27", "1.23.2") == f"{needs} under Python 3.11 or later"
 
 
 @pytest.mark.parametrize(
