@@ -77,7 +77,7 @@ def record_long_reference(source: Checkpoint, embedding_file: Path, capacity: in
     golden = record_long_golden(chain, long_text(chain, length), source.digest, capacity)
     if layer := golden.first_nonfinite_part():
         raise UserError(
-            f"What the model computes holds NaN or infinity in {layer}; are the checkpoint's weights sound?"
+            f"The output of the model holds NaN or infinity in {layer}; check the checkpoint's weights."
         )
     return golden
 

@@ -81,7 +81,7 @@ def test_changed_goldens_are_noticed(bundle_copy: Path) -> None:
     (bundle_copy / path).write_bytes(b"spoilt" + (bundle_copy / path).read_bytes()[6:])
     with pytest.raises(UserError, match=r"goldens/03.safetensors has a wrong SHA-256"):
         parity(bundle_copy)
-    with pytest.raises(UserError, match="no golden that can be read"):
+    with pytest.raises(UserError, match="is not a readable golden"):
         parity(rehash(bundle_copy, path))
 
 

@@ -14,7 +14,7 @@ import pytest
 from runtimes.backends.engines import backend
 from runtimes.backends.engines.cache import DeviceCache
 from runtimes.backends.engines.cuda import Cuda, CudaError
-from runtimes.backends.engines.layout import align, aliases, tensor_bytes
+from runtimes.backends.engines.layout import aliases, align, tensor_bytes
 from runtimes.backends.engines.session import EngineComponent, EngineDecoder
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract, TensorSpec
