@@ -391,7 +391,7 @@ def test_lengths_outside_of_the_range_are_refused(bundle: Bundle) -> None:
         session.asset.call(EXTEND, long, session.asset.new_state())
     with pytest.raises(UserError, match="takes inputs_embeds as"):
         session.asset.call(DECODE, long, session.asset.new_state())
-    with pytest.raises(UserError, match="compiled for 1024 tokens, a KV cache of 2000 was asked for"):
+    with pytest.raises(UserError, match="compiled for 1024 tokens, but a KV cache of 2000 was requested"):
         session.new_cache(1, 2000)
 
 

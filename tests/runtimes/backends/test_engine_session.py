@@ -192,7 +192,7 @@ def test_a_prompt_beyond_the_engine_is_refused_before_anything_runs(
         decoder.decode(embeds(decoder, 1, 49), np.array([48]), cache)
     assert len(cuda.calls) == calls
     with pytest.raises(
-        CapacityError, match=r"holds 48 tokens, a KV cache of 49 was asked for; take at most 48"
+        CapacityError, match=r"holds 48 tokens, but a KV cache of 49 was requested; use at most 48"
     ):
         decoder.new_cache(1, 49)
     with pytest.raises(UserError, match="decodes at most 4 sequences together, not 5"):
@@ -204,7 +204,7 @@ def test_out_of_device_memory(bundle: Bundle) -> None:
     decoder = EngineDecoder(loaded(file, contract, CAPACITY, cuda=FakeCuda(memory_bytes=4_000_000)), contract)
     with pytest.raises(
         CudaError,
-        match=r"has no \d+ MB left for a KV cache of 48 tokens \(cudaErrorMemoryAllocation\); take a smaller",
+        match=r"has no \d+ MB left for a KV cache of 48 tokens \(cudaErrorMemoryAllocation\); use a smaller",
     ):
         _ = [decoder.new_cache(4, CAPACITY) for _ in range(1000)]
 
@@ -256,7 +256,7 @@ def test_out_of_memory_outside_of_an_allocation_is_a_sentence(cuda: FakeCuda) ->
     for name, arguments in (("cudaStreamCreate", ()), ("cudaGraphInstantiate", (object(), 0))):
         cuda.fail[name] = OUT_OF_MEMORY
         with pytest.raises(
-            CudaError, match=r"The GPU has no memory left \(cudaErrorMemoryAllocation\); take a smaller"
+            CudaError, match=r"The GPU has no memory left \(cudaErrorMemoryAllocation\); use a smaller"
         ):
             Cuda(cuda).call(name, *arguments)
 
@@ -299,9 +299,9 @@ def test_an_engine_of_another_contract_is_refused(bundle: Bundle) -> None:
     ):
         EngineDecoder(loaded(file, other, CAPACITY), other)
     more = replace(contract, outputs=(*contract.outputs, TensorSpec("tap", "float32", (1,), "")))
-    with pytest.raises(UserError, match="has no tap; build it again"):
+    with pytest.raises(UserError, match="has no tensor tap; build it again"):
         EngineDecoder(loaded(file, more, CAPACITY), more)
-    with pytest.raises(UserError, match="gives back no key_cache_0"):
+    with pytest.raises(UserError, match="does not return the state key_cache_0"):
         aliases(contract, {"logits": None})
     with pytest.raises(UserError, match="shares the memory of value_cache_0"):
         aliases(contract, {"key_cache_0_updated": "value_cache_0"})
