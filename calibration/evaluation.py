@@ -19,7 +19,7 @@ from reference.checkpoint.checkpoint import Checkpoint
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.session import reference_chain
 from runtimes.chain import Chain
-from runtimes.goldens.golden import greedy, teacher_forced
+from runtimes.goldens.golden import greedy_decode, teacher_forced_logits
 from runtimes.goldens.metrics import kl_divergence
 from runtimes.images import ImageSource
 
@@ -86,7 +86,7 @@ class Evaluation:
         divergences, kept = [], 0
         for item in self._answered:
             embeds = chain.embed_prompt(item.prompt, item.images) if vision else item.embeds
-            logits = teacher_forced(chain, embeds, item.tokens)
+            logits = teacher_forced_logits(chain, embeds, item.tokens)
             divergences.append(kl_divergence(item.logits, logits))
             kept += int((logits.argmax(-1) == np.array(item.tokens)).all())
         return Cost(float(np.concatenate(divergences).mean()), kept / len(self._answered))
@@ -95,7 +95,7 @@ class Evaluation:
 def _answer_sample(chain: Chain, sample: Sample) -> _ReferenceAnswer:
     prompt = format_sample_prompt(chain, sample)
     embeds = chain.embed_prompt(prompt, sample.images)
-    (tokens,), (logits,) = greedy(chain, [embeds], ANSWER_TOKENS)
+    (tokens,), (logits,) = greedy_decode(chain, [embeds], ANSWER_TOKENS)
     row = tokens.tolist()
     ends = [index for index, token in enumerate(row) if token in chain.tokenizer.spec.eos_ids]
     row = row[: ends[0] + 1] if ends else row

@@ -27,7 +27,7 @@ from runtimes.bundle.files import parse_json
 from runtimes.bundle.tensor_files import save_tensors
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens.golden import greedy
+from runtimes.goldens.golden import greedy_decode
 from runtimes.text.prompt import Message, format_chat, place_images
 
 ANSWER_BATCH = 8  # samples whose answers are decoded in one batch
@@ -195,7 +195,7 @@ def collect_statistics(
     model = source.load_model()
     observer = _Observer(model, source.config, statistics)
     chain = reference_chain(source, embedding_file, model)
-    chain.kept_images = 0  # an image of two samples is observed for both
+    chain.max_cached_images = 0  # an image that two samples show is observed for both
     saved = monotonic()
     try:
         for start in range(0, len(todo), ANSWER_BATCH):
@@ -235,7 +235,7 @@ def _decode_answers(
     for sample, digest in group:
         with observer.observing(digest):
             prompts.append(chain.embed_prompt(format_sample_prompt(chain, sample), sample.images))
-    tokens, _ = greedy(chain, prompts, ANSWER_TOKENS)
+    tokens, _ = greedy_decode(chain, prompts, ANSWER_TOKENS)
     answers = []
     for row in tokens.tolist():
         ends = [index for index, token in enumerate(row) if token in chain.tokenizer.spec.eos_ids]

@@ -19,7 +19,7 @@ from reference.trace import component_contract
 from runtimes.bundle.contracts import Contract
 from runtimes.cache import HostCache, KVCache
 from runtimes.chain import Chain
-from runtimes.decode_call import ANY_NUMBER, validated_call
+from runtimes.decode_call import UNLIMITED, validated_call
 from runtimes.embedding import TokenEmbedding
 from runtimes.text.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ class TorchDecoder:
     ``tapped`` has the taps of the last call.
     """
 
-    most_rows = most_batch = ANY_NUMBER
+    max_logit_rows = max_batch = UNLIMITED
 
     def __init__(self, module: Decoder, contract: Contract, taps: Sequence[Tap] = ()) -> None:
         """Wrap a decoder; arguments as in ``TorchComponent``."""

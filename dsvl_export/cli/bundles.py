@@ -254,7 +254,7 @@ def export(
 
 def _needs(bundle: Bundle, backend: str, precisions: list[str]) -> str:
     """Return the oldest ONNX Runtime for the artifacts as a sentence; empty if none runs them."""
-    from runtimes.backends.onnxruntime_releases import NEEDED, newest
+    from runtimes.backends.onnxruntime_releases import NEEDED, newest_release
 
     releases = [
         item.tools[NEEDED]
@@ -262,7 +262,7 @@ def _needs(bundle: Bundle, backend: str, precisions: list[str]) -> str:
         if item.backend == backend and item.precision in precisions and NEEDED in item.tools
     ]
     where = "" if backend == "onnxruntime" else " to run without a GPU"
-    return f"Needs ONNX Runtime {newest(releases)} or later{where}." if releases else ""
+    return f"Needs ONNX Runtime {newest_release(releases)} or later{where}." if releases else ""
 
 
 def _next_step(bundle: Bundle, backend: str) -> str:

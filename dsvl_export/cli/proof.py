@@ -227,7 +227,7 @@ def verify(
     Example: dsvl-export verify tiny-bundle --weights tiny
     """
     from dsvl_export.cli import display
-    from runtimes.backends.engines.backend import foreign_engines
+    from runtimes.backends.engines.backend import engine_problems
     from runtimes.bundle.bundle import Bundle
 
     if weights is None and (backend or precision):
@@ -235,7 +235,7 @@ def verify(
             "--backend and --precision select what --weights audits; pass --weights CHECKPOINT too."
         )
     opened = Bundle.open(bundle)
-    problems = opened.problems() + foreign_engines(opened)
+    problems = opened.problems() + engine_problems(opened)
     report: dict[str, Any] = {
         "bundle": str(bundle), "files": len(opened.manifest.files), "problems": problems,
     }  # fmt: skip

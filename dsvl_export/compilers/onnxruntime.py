@@ -16,7 +16,7 @@ from dsvl_export.compilers.onnx.writer import Places, weight_bytes, write_model
 from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.onnxruntime import ORT, ORT_TOKENS, prefill_file
-from runtimes.backends.onnxruntime_releases import FEATURES, NEEDED, OLDEST, newest, refusal
+from runtimes.backends.onnxruntime_releases import FEATURES, NEEDED, OLDEST, newest_release, upgrade_message
 from runtimes.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
 
     two_decoders = False
     for plan in plans:
-        too_old = refusal(newest(_releases(plan)), onnxruntime.__version__)
+        too_old = upgrade_message(newest_release(_releases(plan)), onnxruntime.__version__)
         if too_old:
             raise UserError(f"{plan.name} cannot be exported here: {too_old}.")
         dynamic = [str(rule.precision) for rule in plan.rules if rule.precision.dynamic]

@@ -23,7 +23,7 @@ from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from reference.trace import PRECISION_DTYPES
 from runtimes.bundle.bundle import Bundle
-from runtimes.errors import OverflowVerdict, UserError
+from runtimes.errors import PrecisionOverflowError, UserError
 
 MAX_DEFAULT_CAPACITY = 2048
 
@@ -70,7 +70,7 @@ def export(
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
-        OverflowVerdict: weights or activations exceed the range of a precision's base.
+        PrecisionOverflowError: weights or activations exceed the range of a precision's base.
     """
     compiler = load_compiler(backend)
     plans = [plan_for(compiler, precision) for precision in precisions]
@@ -125,7 +125,7 @@ def export(
         run.noise_of_others(plans)
         run.layers()
         staging.finish(lambda now: manifest_of(source, staging, options.capacity, *specs, now))
-    except OverflowVerdict:
+    except PrecisionOverflowError:
         if staging.previous:  # the bundle stays usable without the precision
             staging.finish(lambda now: manifest_of(source, staging, options.capacity, *specs, now))
         raise

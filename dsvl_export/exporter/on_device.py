@@ -16,7 +16,7 @@ from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu, import_cuda
 from runtimes.backends.engines.library import import_library
 from runtimes.bundle.bundle import Artifact, Bundle, Engine, Manifest
 from runtimes.errors import UserError
-from runtimes.goldens.golden import is_golden, tokens_of_golden
+from runtimes.goldens.golden import golden_token_count, is_golden
 
 BACKEND = "tensorrt"
 OnStep = Callable[[str, int, int], None]
@@ -118,7 +118,7 @@ def _artifacts(bundle: Bundle, precision: str | None, version: Version) -> list[
 def longest_golden(bundle: Bundle) -> int:
     """Tokens that ``parity`` needs in the KV cache; 0 where the bundle has no goldens."""
     files = [path for path in bundle.manifest.files if path.startswith("goldens/") and is_golden(path)]
-    return max((tokens_of_golden(bundle.path(path)) for path in files), default=0)
+    return max((golden_token_count(bundle.path(path)) for path in files), default=0)
 
 
 def _check_version(item: Artifact, version: Version) -> None:

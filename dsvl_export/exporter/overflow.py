@@ -9,7 +9,7 @@ from calibration.quantized_weights import QuantizedWeights
 from dsvl_export.compilers.protocol import Compiler
 from reference.checkpoint.checkpoint import parameter_shapes
 from reference.trace import PRECISION_DTYPES
-from runtimes.errors import OverflowVerdict, UserError
+from runtimes.errors import PrecisionOverflowError, UserError
 
 WIDER = {"fp16": ("bf16", "fp32")}  # by base: what holds larger numbers, the smallest first
 
@@ -30,7 +30,7 @@ def check_weights(weights: QuantizedWeights, remedy: str) -> None:
     """Read every parameter of a precision and compare it with the range of the plan's base.
 
     Raises:
-        OverflowVerdict: the base cannot hold one; it is named.
+        PrecisionOverflowError: the base cannot hold one; it is named.
         UserError: the checkpoint itself holds NaN or infinity.
     """
     plan, source = weights.plan, weights.source
@@ -44,7 +44,7 @@ def check_weights(weights: QuantizedWeights, remedy: str) -> None:
                 " sound?"
             )
         if not torch.isfinite(torch.tensor(largest).to(dtype)):
-            raise OverflowVerdict(
+            raise PrecisionOverflowError(
                 f"{plan.name} cannot hold the tensor {name} of {source.folder}: its largest magnitude is"
                 f" {largest:.4g}, and {plan.base} ends at {torch.finfo(dtype).max:.5g}; {remedy}."
             )

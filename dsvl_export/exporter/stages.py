@@ -55,7 +55,7 @@ from reference.session import write_token_embedding
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent
 from runtimes.bundle.bundle import TOKENIZER, Artifact
 from runtimes.bundle.files import JOURNAL, sha256_of_file, write_json, write_text
-from runtimes.errors import OverflowVerdict, UserError
+from runtimes.errors import PrecisionOverflowError, UserError
 from runtimes.goldens.golden import SETTINGS
 from runtimes.goldens.long_context import LONG_GOLDEN, LongGolden
 from runtimes.text.tokenizer import PromptSpec
@@ -172,7 +172,7 @@ class ExportStages:
         """Refuse weights that a precision cannot hold, before any work; what is compiled was checked before.
 
         Raises:
-            OverflowVerdict: names the tensor.
+            PrecisionOverflowError: names the tensor.
             UserError: the checkpoint holds NaN or infinity.
         """
         ranges: dict[str, PrecisionPlan] = {}  # plans of one base round the same numbers
@@ -304,7 +304,7 @@ class ExportStages:
         """What a precision costs the reference itself on the recorded goldens, if there are any.
 
         Raises:
-            OverflowVerdict: it computes NaN or infinity.
+            PrecisionOverflowError: it computes NaN or infinity.
         """
         if self._hashes and plan.name != "fp32":
             self._noise_of(plan.name, self._remedy(plan))
@@ -318,7 +318,7 @@ class ExportStages:
             if self._hashes and precision != "fp32" and precision not in {plan.name for plan in plans}:
                 try:
                     self._noise_of(precision, "")
-                except OverflowVerdict:
+                except PrecisionOverflowError:
                     for name in (_noise_stage(precision), _long_stage(precision)):
                         if not self.staging.is_current(name, self._measured_with(name, precision)):
                             self.staging.forget(name)  # it is of other goldens

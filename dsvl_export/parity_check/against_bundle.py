@@ -28,7 +28,7 @@ from runtimes.goldens.long_context import record_long_golden
 from runtimes.goldens.recording import GoldenRequest, record_goldens
 from runtimes.goldens.taps import TAPPED_COMPONENTS
 from runtimes.goldens.task import TaskItem
-from runtimes.goldens.texts import record_again
+from runtimes.goldens.texts import rerecord_texts
 from runtimes.pipeline import Pipeline
 from runtimes.session import SessionOptions
 
@@ -74,13 +74,13 @@ def compare(
         raise UserError(f"There is no tolerance for {first_pair[1]} or {second_pair[1]}; give --tolerances.")
     result.tolerance = bounds[0].plus(bounds[1])
     result.overridden = bounds != [tolerance_for(shipped, *pair) for pair in pairs]
-    if not run.judgeable:
+    if not run.runnable:
         return result
     one = Pipeline.open(first, *first_pair, threads=threads, device=runs[0].device)
     checkpoint = first.manifest.checkpoint["sha256"]
     other = Pipeline.open(second, *second_pair, threads=threads, device=runs[1].device)
     whole = Goldens.of_bundle(first)
-    recorded = whole.within(one.longest).within(other.longest)
+    recorded = whole.within(one.max_capacity).within(other.max_capacity)
     result.left_out = len(whole.files) - len(recorded.files)
     loaded = [recorded.load(index, checkpoint) for index in range(len(recorded.files))]
     with tempfile.TemporaryDirectory() as temporary:
@@ -94,7 +94,7 @@ def compare(
         baseline = (name, counted(one, task, f"task by {name}", on_step)) if task else None
         noise = read_noise(first, first_pair[1]).plus(read_noise(second, second_pair[1]))
         texts = bundled_texts(first)
-        texts = record_again(texts, one.chain.tokenizer) if texts else None
+        texts = rerecord_texts(texts, one.chain.tokenizer) if texts else None
         judge_text(other.chain.tokenizer, texts, result)
         climb(other.chain, goldens, checkpoint, result, noise, on_step)
         _compare_long_context(pairs, (one, other), checkpoint, tolerances or shipped, result)
@@ -124,8 +124,8 @@ def _compare_long_context(
     if recorded[0] is None:
         judge_long_context(pipelines[1].chain, None, None, 0, lambda error: 0.0, result)
         return
-    lengths = [pipeline.longest for pipeline in pipelines if pipeline.longest]
-    golden = recorded[0].exact.until(min(lengths, default=None))
+    lengths = [pipeline.max_capacity for pipeline in pipelines if pipeline.max_capacity]
+    golden = recorded[0].exact.truncate(min(lengths, default=None))
     bounds = []
     for (bundle, precision), long in zip(pairs, recorded, strict=True):
         own = tolerance_for(table, bundle, precision)

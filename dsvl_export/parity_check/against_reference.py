@@ -87,7 +87,7 @@ def parity(
     reference = f"torch fp32, live from {live}" if live else "torch fp32, recorded in the bundle"
     result = ParityResult(backend, precision, execution(bundle, backend, precision, device), reference)
     result.tolerance, result.overridden = tolerance, tolerance != tolerance_for(shipped, bundle, precision)
-    if not result.execution.judgeable:
+    if not result.execution.runnable:
         return result
     device = result.execution.device
     pipeline = Pipeline.open(bundle, backend, precision, threads=threads, device=device)
@@ -114,7 +114,7 @@ def parity(
         on_step("long context", 0, 1)
         bound = partial(tolerance.long_bound, base)
         capacity = bundle.manifest.default_capacity
-        judge_long_context(pipeline.chain, recorded.long, pipeline.longest, capacity, bound, result)
+        judge_long_context(pipeline.chain, recorded.long, pipeline.max_capacity, capacity, bound, result)
         on_step("entry points", 0, 1)
         judge_entry_points(bundle, pipeline.chain, goldens, checkpoint, result, noise, live)
         if base is not table["fp32"]:
@@ -205,7 +205,7 @@ def _baseline(
     for backend, precision in bundle.choices():
         failed = bundle.manifest.parity.get(f"{backend}/fp32", {}).get("verdict") == "failed"
         run = execution(bundle, backend, precision)
-        if precision == "fp32" and not failed and run.judgeable:
+        if precision == "fp32" and not failed and run.runnable:
             name = f"{backend} fp32"
             pipeline = Pipeline.open(bundle, backend, "fp32", threads=threads, device=run.device)
             return name, counted(pipeline, task, f"task by {name}", on_step)

@@ -83,7 +83,7 @@ def judge_entry_points(
     _judge_encoders(found, chain, golden, judge)
     _judge_decoders(found, chain, golden, judge)
     for name, embed in found.token_embeddings.items():
-        _judge_token_embeddings(name, embed, found.most_tokens, chain, result)
+        _judge_token_embeddings(name, embed, found.max_tokens, chain, result)
     for name, file in found.tokenizers.items():
         different, _ = tokenizer_differences(file, bundle.path(TOKENIZER), thorough=False)
         if different:
@@ -119,15 +119,15 @@ def _judge_decoders(found: EntryPoints, chain: Chain, golden: Golden, judge: Jud
 def _judge_token_embeddings(
     name: str,
     embed: Callable[[np.ndarray], np.ndarray],
-    most_tokens: int,
+    max_tokens: int,
     chain: Chain,
     result: ParityResult,
 ) -> None:
     """Compare all rows with the bundle's table; a quantized precision has 8 bits of each number."""
     rung, allowed = result.rung(RUNG), ROUNDED if result.precision in FLOATS else IN_8_BITS
     tokens = np.arange(len(chain.embedding.rows))
-    for start in range(0, len(tokens), most_tokens):
-        part = tokens[start : start + most_tokens]
+    for start in range(0, len(tokens), max_tokens):
+        part = tokens[start : start + max_tokens]
         expected = chain.embed_tokens(part).astype(np.float32)
         found = embed(part).astype(np.float32)
         if found.shape != expected.shape:

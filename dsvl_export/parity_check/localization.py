@@ -19,7 +19,7 @@ from runtimes.bundle.bundle import DEBUG_PREFIX, Bundle
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens.golden import Golden, relative_rms
-from runtimes.goldens.taps import TAPPED_COMPONENTS, Taps, take_taps
+from runtimes.goldens.taps import TAPPED_COMPONENTS, Taps, record_taps
 from runtimes.session import SessionOptions
 
 RUNG_OF = {
@@ -60,7 +60,7 @@ def take_from_debug_build(
         file = load_compiler(backend, debug_build=True).debug_build(artifact, contract, Path(folder))
         start = module.open_decoder if component == "decoder" else module.open_component
         setattr(debug, component, start(file, contract.with_taps(), options))
-        return take_taps(debug, golden, component)
+        return record_taps(debug, golden, component)
 
 
 def debug_folder(bundle: Bundle) -> tempfile.TemporaryDirectory[str]:

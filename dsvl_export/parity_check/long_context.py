@@ -17,10 +17,10 @@ from runtimes.goldens.golden import relative_rms
 from runtimes.goldens.long_context import (
     LONG_GOLDEN,
     LongGolden,
+    decode_rows_again,
     normalize_keys,
+    prefill_text,
     project_keys,
-    read_steps,
-    read_text,
 )
 
 STAGE = "long_context"
@@ -38,9 +38,9 @@ class LongGoldens:
     exact: LongGolden
     planned: LongGolden
 
-    def until(self, length: int | None) -> LongGoldens:
+    def truncate(self, length: int | None) -> LongGoldens:
         """The beginning of both that a KV cache of ``length`` tokens holds; None is no limit."""
-        return LongGoldens(self.exact.until(length), self.planned.until(length))
+        return LongGoldens(self.exact.truncate(length), self.planned.truncate(length))
 
     def errors(self) -> list[float]:
         """Relative RMS errors of the plan from fp32: of the logits, and of each layer's keys."""
@@ -103,7 +103,7 @@ def judge_long_context(
         rung.detail = MISSING
         return
     recorded = goldens.exact.capacity
-    goldens = goldens.until(longest)
+    goldens = goldens.truncate(longest)
     exact, planned = goldens.exact, goldens.planned
     if not len(planned.rows):
         rung.detail = f"a KV cache of {longest} tokens ends before the first logits that were recorded"
@@ -111,8 +111,8 @@ def judge_long_context(
     _check_fits(planned, chain)
     if capacity != recorded:
         rung.fail(f"the manifest's default_capacity is {capacity}, the goldens were recorded for {recorded}")
-    logits, cache = read_text(chain, planned.tokens, planned.rows)
-    steps = read_steps(chain, planned.tokens, planned.rows, cache)
+    logits, cache = prefill_text(chain, planned.tokens, planned.rows)
+    steps = decode_rows_again(chain, planned.tokens, planned.rows, cache)
     keys = [
         normalize_keys(each) for each in (project_keys(cache, len(planned.tokens)), planned.keys, exact.keys)
     ]

@@ -17,10 +17,10 @@ from dsvl_export.parity_check.stages import STEPS, Goldens, vision_stages
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import parse_json, read_json
 from runtimes.chain import Chain
-from runtimes.errors import OverflowVerdict, UserError
+from runtimes.errors import PrecisionOverflowError, UserError
 from runtimes.goldens.golden import Golden, relative_rms
 from runtimes.goldens.long_context import LongGolden, record_long_golden
-from runtimes.goldens.taps import TAPPED_COMPONENTS, take_taps
+from runtimes.goldens.taps import TAPPED_COMPONENTS, record_taps
 
 if TYPE_CHECKING:
     from calibration.quantized_weights import QuantizedWeights
@@ -109,7 +109,7 @@ def measure_noise(
         remedy: what to do where the plan's numbers overflow.
 
     Raises:
-        OverflowVerdict: the plan computes NaN or infinity; the layer and the golden are named.
+        PrecisionOverflowError: the plan computes NaN or infinity; the layer and the golden are named.
     """
     from calibration.planned_model import planned_chain  # deferred: imports torch
 
@@ -138,7 +138,7 @@ def measure_noise(
         row[CHAIN] = max(map(relative_rms, own, golden.logits))
         taps: dict[str, Errors] = {}
         for component, expected in golden.taps.items():
-            tapped = take_taps(chain, golden, component)
+            tapped = record_taps(chain, golden, component)
             errors = {name: relative_rms(tapped[name], array) for name, array in expected.items()}
             taps[component] = {name: error for name, error in errors.items() if math.isfinite(error)}
         found.append((row, taps))
@@ -156,23 +156,27 @@ def measure_long_golden(
     """What a precision plan computes in PyTorch for the long golden.
 
     Raises:
-        OverflowVerdict: it is NaN or infinity; the layer is named.
+        PrecisionOverflowError: it is NaN or infinity; the layer is named.
     """
     from calibration.planned_model import planned_chain  # deferred: imports torch
 
     chain = planned_chain(weights, embedding_file)
     found = record_long_golden(chain, golden.tokens, golden.checkpoint, golden.capacity)
-    if layer := found.not_finite():
-        raise OverflowVerdict(f"{layer} overflows in {weights.plan.name} on the long golden; {remedy}.")
+    if layer := found.first_nonfinite_part():
+        raise PrecisionOverflowError(
+            f"{layer} overflows in {weights.plan.name} on the long golden; {remedy}."
+        )
     return found
 
 
-def _overflow(chain: Chain, golden: Golden, component: str, precision: str, remedy: str) -> OverflowVerdict:
+def _overflow(
+    chain: Chain, golden: Golden, component: str, precision: str, remedy: str
+) -> PrecisionOverflowError:
     """The verdict that names the first layer whose tap is not finite."""
-    taps = take_taps(chain, golden, component)
+    taps = record_taps(chain, golden, component)
     layer = next((f".{name}" for name, array in taps.items() if not np.isfinite(array).all()), "")
     images = ", ".join(golden.images)
-    return OverflowVerdict(
+    return PrecisionOverflowError(
         f"{component}{layer} overflows in {precision}: it gives NaN or infinity on the golden of {images};"
         f" {remedy}."
     )

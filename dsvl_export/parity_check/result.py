@@ -200,7 +200,7 @@ class ParityResult:
         if "failed" in states:
             return "failed"
         unjudged = any(rung.state == "not run" for rung in self.rungs if rung.name not in OPTIONAL)
-        if not self.execution.judgeable or unjudged or "not judged" in states:
+        if not self.execution.runnable or unjudged or "not judged" in states:
             return "not judged"
         return "passed"
 

@@ -13,7 +13,7 @@ from dsvl_export.parity_check.quantization_error import CHAIN, Noise
 from dsvl_export.parity_check.result import ParityResult, TokenComparison
 from dsvl_export.parity_check.stages import STEPS, Goldens, stages
 from runtimes.chain import Chain
-from runtimes.goldens.golden import Golden, greedy
+from runtimes.goldens.golden import Golden, greedy_decode
 from runtimes.images import load_image
 from runtimes.preprocess import resize_and_pad
 
@@ -62,7 +62,7 @@ def _compare_tokens(
     if own.tokens != golden.prompt_tokens.tolist():
         rung.fail(f"the tokenizer reads the prompt of golden {index} differently")
         return
-    (tokens,), (logits,) = greedy(chain, [chain.embed(own)], len(golden.greedy_tokens))
+    (tokens,), (logits,) = greedy_decode(chain, [chain.embed(own)], len(golden.greedy_tokens))
     if not np.isfinite(logits).all():
         rung.fail(f"NaN or infinity in the logits of golden {index}")
         return

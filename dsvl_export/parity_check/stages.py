@@ -14,10 +14,10 @@ from runtimes.errors import UserError
 from runtimes.goldens.golden import (
     GREEDY_TOKENS,
     Golden,
+    golden_token_count,
     is_golden,
     load_golden,
-    teacher_forced,
-    tokens_of_golden,
+    teacher_forced_logits,
 )
 from runtimes.preprocess import to_pixel_values
 
@@ -61,7 +61,7 @@ class Goldens:
         Raises:
             UserError: none does.
         """
-        sizes = [tokens_of_golden(file) for file in self.files]
+        sizes = [golden_token_count(file) for file in self.files]
         kept = [index for index, size in enumerate(sizes) if longest is None or size <= longest]
         if not kept:
             raise UserError(
@@ -148,7 +148,7 @@ def stages(chain: Chain, golden: Golden, steps: int = 0) -> Iterator[Stage]:
     if steps:
         rows = [chain.decode(np.array([[token]]), cache)[0, 0] for token in golden.greedy_tokens[:steps]]
         yield Stage("teacher_forced_logits", "step_logits", np.stack(rows), golden.logits[1 : steps + 1])
-    logits = teacher_forced(chain, embeds, golden.greedy_tokens.tolist())
+    logits = teacher_forced_logits(chain, embeds, golden.greedy_tokens.tolist())
     yield Stage("teacher_forced_logits", "logits", logits, golden.logits)
 
 

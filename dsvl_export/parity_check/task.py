@@ -33,17 +33,17 @@ def judge_task(
     assert result.tolerance
     name, reference = baseline or (None, None)
     result.task = task = TaskResult(
-        questions=score.asked.total(),
-        right=score.right.total(),
+        questions=score.questions.total(),
+        right=score.correct.total(),
         by_kind=score.by_kind(),
         mean_tokens=score.mean_tokens,
         baseline=name,
-        baseline_right=reference.right.total() if reference else None,
+        baseline_right=reference.correct.total() if reference else None,
         baseline_mean_tokens=reference.mean_tokens if reference else None,
         wrong=[
             {"images": [str(path) for path in item.images], "question": item.messages[-1].content,
              "expected": item.expected, "answer": answer}
-            for item, answer in score.wrong[:KEPT_WRONG]
+            for item, answer in score.incorrect[:KEPT_WRONG]
         ],
     )  # fmt: skip
     rung = result.rung("task_accuracy")

@@ -7,7 +7,7 @@ from itertools import islice
 from dsvl_export.parity_check.result import ParityResult
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
-from runtimes.goldens.texts import TEXT_GOLDENS, TextGoldens, record_again, text_differences
+from runtimes.goldens.texts import TEXT_GOLDENS, TextGoldens, rerecord_texts, text_differences
 from runtimes.text.tokenizer import Tokenizer
 
 STAGE = "text"
@@ -31,7 +31,7 @@ def judge_text(tokenizer: Tokenizer, goldens: TextGoldens | None, result: Parity
         rung.detail = MISSING
         return
     try:
-        found = record_again(goldens, tokenizer)
+        found = rerecord_texts(goldens, tokenizer)
     except UserError as error:
         rung.fail(str(error).rstrip("."))
         return

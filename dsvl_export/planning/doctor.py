@@ -10,7 +10,7 @@ from dsvl_export.targets.defects import Defect, load_defects
 from dsvl_export.targets.machine import describe_machine, package_versions
 from dsvl_export.targets.targets import load_targets
 from runtimes.backends import onnxruntime
-from runtimes.backends.onnxruntime_releases import refusal, release_for_precision
+from runtimes.backends.onnxruntime_releases import release_for_precision, upgrade_message
 from runtimes.backends.registry import backend_names, load_backend
 from runtimes.errors import UserError
 
@@ -67,7 +67,7 @@ def _run(backend: str) -> dict[str, Any]:
         found["release"] = onnxruntime.release()
         found["needs"] = {name: release_for_precision(name) for name in listed}
         found["too_old_for"] = [
-            name for name, needed in found["needs"].items() if refusal(needed, found["release"])
+            name for name, needed in found["needs"].items() if upgrade_message(needed, found["release"])
         ]
     return found
 

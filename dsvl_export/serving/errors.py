@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtimes.errors import UserError
-from runtimes.scheduler import BusyError, ClosedError, LateError
+from runtimes.scheduler import BusyError, ClosedError, DeadlineError
 
 INTERNAL = "The server failed at this request; its log says why."
 
@@ -75,7 +75,7 @@ def request_error(error: Exception) -> RequestError:
         return unavailable(str(error))
     if isinstance(error, BusyError):
         return RequestError(429, str(error), "rate_limit_error", "busy", headers={"Retry-After": "1"})
-    if isinstance(error, LateError):
+    if isinstance(error, DeadlineError):
         return RequestError(504, str(error), "timeout_error", "late")
     if isinstance(error, UserError):
         return RequestError(400, str(error))

@@ -17,7 +17,7 @@ from dsvl_export.serving.service import TOKENIZER, BundleWatch, Exchange, Figure
 from dsvl_export.serving.text import TextEncoder
 from runtimes.bundle.bundle import Bundle
 from runtimes.chain import Chain, EncodedImage, Prompt
-from runtimes.scheduler import BusyError, Job, LateError, Step
+from runtimes.scheduler import BusyError, DeadlineError, Job, Step
 from runtimes.text.prompt import format_chat
 
 AT_ONCE = 2  # images that are decoded at a time
@@ -92,7 +92,7 @@ class LocalExchange(Exchange):
         try:
             prompt = await asyncio.wait_for(self._prepared(), self._work.seconds)
         except asyncio.TimeoutError as error:
-            raise LateError("The request was not read within its time; the server is busy.") from error
+            raise DeadlineError("The request was not read within its time; the server is busy.") from error
         finally:
             service.preparing -= 1
         self._submit(prompt, until - perf_counter())
@@ -100,7 +100,7 @@ class LocalExchange(Exchange):
     async def next(self) -> Step:
         """What was written since, in one step."""
         step = await self._steps.get()
-        if isinstance(step, LateError):
+        if isinstance(step, DeadlineError):
             raise step
         if isinstance(step, Exception):
             log.error("an answer failed", exc_info=step)

@@ -15,7 +15,7 @@ from runtimes.bundle.bundle import Bundle
 from runtimes.cache import cache_bytes
 from runtimes.errors import UserError
 from runtimes.memory import available_memory
-from runtimes.pipeline import Pipeline, check_files, needed_memory
+from runtimes.pipeline import Pipeline, check_files, required_memory
 from runtimes.scheduler import Scheduler
 from runtimes.units import size
 
@@ -61,7 +61,7 @@ class Model:
 
 def askable(bundle: Bundle, device: str | None) -> list[str]:
     """Names of the models of a bundle that can answer here."""
-    return ["/".join(choice) for choice in bundle.choices() if execution(bundle, *choice, device).judgeable]
+    return ["/".join(choice) for choice in bundle.choices() if execution(bundle, *choice, device).runnable]
 
 
 class Models:
@@ -177,7 +177,7 @@ class Models:
         device = execution(bundle, backend, precision, options.device).device
         promised = sum(model.cache_bytes for model in self.open)  # caches take memory as they are filled
         free = available_memory() - promised
-        needed = needed_memory(bundle, backend, precision, options.capacity)
+        needed = required_memory(bundle, backend, precision, options.capacity)
         if device == "cpu" and needed > free:
             sentence = f"{name} takes {size(needed)} of memory, {size(free)} are free."
             if self._open:
@@ -190,7 +190,7 @@ class Models:
         states = bundle.manifest.contracts[precision]["decoder"].states
         row = cache_bytes(states, 1, pipeline.capacity)
         fitting = (available_memory() - promised) // CACHE_SHARE // row
-        most = pipeline.chain.decoder.most_batch
+        most = pipeline.chain.decoder.max_batch
         slots = options.slots or max(min(MOST_SLOTS, fitting, most), 1)
         if slots > most:
             raise UserError(f"The decoder answers at most {most} requests at once; give --slots {most}.")

@@ -255,7 +255,7 @@ def conversation(messages: Sequence[ChatMessage], most_images: int) -> Conversat
             else:
                 parts.append(part.text if isinstance(part, TextPart) else part.refusal)
         role = "system" if message.role == "developer" else message.role
-        turns.append(Message.of_parts(role, parts))
+        turns.append(Message.from_parts(role, parts))
     if len(urls) > most_images:
         raise RequestError(
             400, f"The request has {len(urls)} images, this server takes {most_images}.", param="messages"

@@ -23,7 +23,7 @@ from dsvl_export.serving.models import ModelOptions
 from dsvl_export.serving.service import TOKENIZER, BundleWatch, Exchange, Figures, Service, Work
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError, first_line
-from runtimes.scheduler import BusyError, LateError, Step
+from runtimes.scheduler import BusyError, DeadlineError, Step
 from runtimes.text.tokenizer import Tokenizer
 
 DEPLOYMENT = "replica"
@@ -166,7 +166,9 @@ class ClusterExchange(Exchange):
         try:
             found: Step | RequestError = await asyncio.wait_for(anext(self._steps), self._left())
         except asyncio.TimeoutError as error:
-            raise LateError(f"The answer was not complete after {self._work.seconds:.0f} seconds.") from error
+            raise DeadlineError(
+                f"The answer was not complete after {self._work.seconds:.0f} seconds."
+            ) from error
         except RayTaskError as error:  # nothing of the replica's loss
             self._steps = None
             raise RuntimeError("a replica failed") from error

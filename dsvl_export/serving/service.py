@@ -94,7 +94,7 @@ class Exchange(ABC):
 
     @abstractmethod
     async def next(self) -> Step:
-        """Raises RequestError where the model fails, LateError where the time is over."""
+        """Raises RequestError where the model fails, DeadlineError where the time is over."""
 
     @abstractmethod
     def close(self) -> None:

@@ -56,7 +56,7 @@ class TokenizerProcess(WorkerAsset):
 
     def encode(self, text: str) -> list[int]:
         """Raises UserError: the text cannot be tokenized, or the process has ended."""
-        ids: np.ndarray = self._ask("call", "encode", {"text": text}, None)["ids"]
+        ids: np.ndarray = self._request("call", "encode", {"text": text}, None)["ids"]
         return [int(token) for token in ids]
 
 

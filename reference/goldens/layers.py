@@ -18,7 +18,7 @@ from reference.trace import component_contract
 from runtimes.bundle.contracts import Contract
 from runtimes.chain import Chain
 from runtimes.goldens.golden import Golden
-from runtimes.goldens.layers import LEAST_ROWS, STATELESS, TOKENS, LayerInputs, Table, sample_rows
+from runtimes.goldens.layers import MIN_ROWS, STATELESS, TOKENS, LayerInputs, Table, sample_rows
 from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS
 from runtimes.preprocess import to_pixel_values
 
@@ -172,5 +172,5 @@ def layer_golden_bytes(config: ModelConfig) -> tuple[int, int]:
         if contract.component in STATELESS
         for spec in contract.outputs
     ]
-    output_bytes = 4 * sum(max(SAMPLES, LEAST_ROWS * shape[-1]) for shape in shapes)
+    output_bytes = 4 * sum(max(SAMPLES, MIN_ROWS * shape[-1]) for shape in shapes)
     return tap_bytes + input_bytes + output_bytes, output_bytes

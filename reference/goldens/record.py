@@ -28,14 +28,14 @@ from runtimes.errors import UserError
 from runtimes.goldens.golden import GREEDY_TOKENS
 from runtimes.goldens.long_context import (
     CACHE_BYTES,
-    PROJECTED,
+    MIN_PROJECTIONS,
     LongGolden,
     logit_rows,
     long_golden_length,
     record_long_golden,
 )
 from runtimes.goldens.recording import GoldenRequest, record_goldens
-from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS, hashed_numbers, take_all_taps
+from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS, hashed_numbers, record_all_taps
 from runtimes.goldens.texts import TEXT_GOLDENS, TextGoldens, record_texts
 from runtimes.text.prompt import IMAGE_PLACEHOLDER, Message, format_chat, place_images
 from runtimes.text.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def record_reference_goldens(
     chain, tapped = (reference_chain(source, embedding_file, model, tapped) for tapped in (False, True))
     requests = golden_requests(chain.tokenizer.spec.system_prompt)
     positions = source.config.decoder.max_positions
-    tap = partial(take_all_taps, tapped)
+    tap = partial(record_all_taps, tapped)
     record_goldens(chain, requests, folder, source.digest, positions, on_step, tap, on_saved)
 
 
@@ -92,7 +92,7 @@ def record_reference_long_golden(source: Checkpoint, embedding_file: Path, capac
     chain = reference_chain(source, embedding_file)
     length = long_golden_length(chain, capacity, source.config.decoder.max_positions)
     golden = record_long_golden(chain, long_golden_tokens(chain, length), source.digest, capacity)
-    if layer := golden.not_finite():
+    if layer := golden.first_nonfinite_part():
         raise UserError(
             f"The model computes NaN or infinity in {layer}; check the weights of {source.folder}."
         )
@@ -117,7 +117,7 @@ def long_golden_bytes(config: ModelConfig, capacity: int) -> int:
     decoder = component_contract(config, "decoder", "fp32")
     length = min(capacity, config.decoder.max_positions, CACHE_BYTES // cache_bytes(decoder.states, 1, 1))
     rows, heads = len(logit_rows(length)), config.decoder.kv_heads
-    keys = config.decoder.layers * heads * -(-PROJECTED // heads) * length
+    keys = config.decoder.layers * heads * -(-MIN_PROJECTIONS // heads) * length
     return 8 * (length + rows) + 4 * (rows * config.decoder.vocab_size + keys)
 
 

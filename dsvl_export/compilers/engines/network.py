@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from runtimes.backends.engines.library import logger_of, one_line
+from runtimes.backends.engines.library import first_log_line, get_logger
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError
 
@@ -42,7 +42,7 @@ class ParsedNetwork:
         self.updates_cache = any(node.op_type == "TensorScatter" for node in model.graph.node)
         if self.updates_cache:
             _set_capacity(model, contract, capacity)
-        self.logger = logger_of(trt)
+        self.logger = get_logger(trt)
         try:
             self.builder = trt.Builder(self.logger)
         except TypeError as error:  # how the bindings say that TensorRT gave none
@@ -56,7 +56,7 @@ class ParsedNetwork:
         if not self._parser.parse(model.SerializeToString(), str(file)):
             errors = [self._parser.get_error(index) for index in range(self._parser.num_errors)]
             where = errors[0].node_name() if errors else ""
-            reason = one_line(errors[0].desc()) if errors else self.logger.errors()
+            reason = first_log_line(errors[0].desc()) if errors else self.logger.errors()
             raise UserError(f"TensorRT cannot import {file}{f' at {where}' if where else ''}: {reason}.")
         self._refuse([text for text in self.warnings() if not any(known in text for known in HARMLESS)])
         if self.updates_cache:
@@ -78,7 +78,7 @@ class ParsedNetwork:
         if suspicious:
             raise UserError(
                 f"TensorRT accepts {self.file} with a warning, so the engine may compute something else:"
-                f" {one_line(suspicious[0])}."
+                f" {first_log_line(suspicious[0])}."
             )
 
     def input(self, name: str) -> Any:

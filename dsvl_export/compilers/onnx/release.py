@@ -8,13 +8,13 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from runtimes.backends.onnxruntime_releases import FEATURES, OLDEST, newest
+from runtimes.backends.onnxruntime_releases import FEATURES, OLDEST, newest_release
 
 
 def needed_release(files: Iterable[Path]) -> str:
     """Return the oldest ONNX Runtime release that runs all ONNX files among these."""
     models = [onnx.load(str(file), load_external_data=False) for file in files if file.suffix == ".onnx"]
-    return newest([OLDEST, *(FEATURES[name].since for model in models for name in features(model))])
+    return newest_release([OLDEST, *(FEATURES[name].since for model in models for name in features(model))])
 
 
 def features(model: onnx.ModelProto) -> Iterator[str]:

@@ -20,7 +20,7 @@ from dsvl_export.cli.display import describe_verdict
 from dsvl_export.parity_check.tolerances import load_tolerances
 from runtimes.bundle.bundle import MANIFEST, Bundle
 from runtimes.memory import available_memory
-from runtimes.pipeline import needed_memory
+from runtimes.pipeline import required_memory
 from runtimes.units import size
 from tests.dsvl_export.cli.command_line import refused
 from tests.dsvl_export.parity_check.faults import plant, scaled, weight
@@ -67,8 +67,8 @@ def test_chat_remembers_the_image(
     assert done.code == 0
     assert done.out.count("Model: ") == 4
     assert done.out.count("The ") == 3
-    assert "There is no image file nowhere.png" in done.err
-    assert "have 2 <image_placeholder> but 1 images were given" in done.err
+    assert "The image file nowhere.png does not exist" in done.err
+    assert "have 2 <image_placeholder> but 1 images were passed" in done.err
     monkeypatch.setattr(sys, "stdin", io.StringIO("Count the shapes in the picture.\nHello\n"))
     machine = run("chat", tiny_bundle.folder, "--image", pictures[0], "--json")
     assert [json.loads(line)["finish_reason"] for line in machine.out.splitlines()] == ["eos", "eos"]
@@ -310,7 +310,7 @@ def test_bad_requests(run, tiny_bundle: Bundle, pictures: list[Path], tmp_path: 
     ask = ("run", tiny_bundle.folder, "--prompt")
     (tmp_path / "text.png").write_text("hello")
     assert refused(run(*ask, "x", "--image", tmp_path / "text.png"), "is not a readable image")
-    assert refused(run(*ask, "x", "--image", tmp_path / "none.png"), "There is no image file")
+    assert refused(run(*ask, "x", "--image", tmp_path / "none.png"), "does not exist")
     two = "<image_placeholder><image_placeholder>"
     assert refused(run(*ask, two, "--image", pictures[0]), "2 <image_placeholder> but 1 images")
     assert refused(run(*ask, "word " * 500, "--capacity", "200"), "tokens but the KV cache holds 200")
@@ -359,7 +359,7 @@ def test_short_memory_is_said_with_both_figures(
     run, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], spare: int, said: bool
 ) -> None:
     """The bundle runs all the same: the system may still find room."""
-    free = needed_memory(Bundle.open(bundle_copy), "onnxruntime", "fp32", None) + spare
+    free = required_memory(Bundle.open(bundle_copy), "onnxruntime", "fp32", None) + spare
     monkeypatch.setattr("runtimes.memory.available_memory", lambda: free)
     done = run(command[0], bundle_copy, *command[1:], "--precision", "fp32")
     assert done.code == 0

@@ -29,7 +29,7 @@ from runtimes.backends.mil.package import (
     Package,
 )
 from runtimes.backends.registry import load_backend
-from runtimes.backends.static_shape import DECODE, FixedDecoder, Sizes
+from runtimes.backends.static_shape import DECODE, DecoderSizes, StaticShapeDecoder
 from runtimes.bundle.bundle import MANIFEST, Bundle
 from runtimes.bundle.contracts import Contract
 from runtimes.bundle.files import write_json
@@ -298,12 +298,12 @@ def test_there_are_twenty_faults() -> None:
     assert len(FAULTS) >= 20
 
 
-def open_decoder(folder: Path) -> FixedDecoder:
+def open_decoder(folder: Path) -> StaticShapeDecoder:
     """In the interpreter, on a Mac too."""
     bundle = Bundle.open(folder)
     contract = bundle.manifest.contracts["fp16"]["decoder"]
     asset = InterpretedAsset(Package(package(bundle, "fp16", "decoder")), contract)
-    return FixedDecoder(asset, contract, Sizes(1024, EXTEND, 256, flexible=True, any_rows=True))
+    return StaticShapeDecoder(asset, contract, DecoderSizes(1024, EXTEND, 256, flexible=True, any_rows=True))
 
 
 def step(folder: Path) -> None:
@@ -391,7 +391,7 @@ def test_lengths_outside_of_the_range_are_refused(bundle: Bundle) -> None:
         session.asset.call(EXTEND, long, session.asset.new_state())
     with pytest.raises(UserError, match="takes inputs_embeds as"):
         session.asset.call(DECODE, long, session.asset.new_state())
-    with pytest.raises(UserError, match="compiled for 1024 tokens, a KV cache of 2000 was asked for"):
+    with pytest.raises(UserError, match="compiled for 1024 tokens, but a KV cache of 2000 was requested"):
         session.new_cache(1, 2000)
 
 

@@ -118,7 +118,7 @@ def test_what_the_builder_is_told(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_one_of_the_real_library(trt: ModuleType) -> None:
-    config = trt.Builder(session.logger_of(trt)).create_builder_config()
+    config = trt.Builder(session.get_logger(trt)).create_builder_config()
     for name in (
         "set_memory_pool_limit",
         "set_flag",
@@ -298,7 +298,7 @@ def test_the_whole_way_on_a_fake_gpu(
         engine.write_bytes(fake_plan(file, contract.component, settings.capacity))
 
     monkeypatch.setattr(on_device, "build_engine", build)
-    with pytest.raises(UserError, match=r"There is no engine .*; run: dsvl-export build-engine"):
+    with pytest.raises(UserError, match=r"The engine .* does not exist; run: dsvl-export build-engine"):
         Pipeline.open(folder, "tensorrt", "fp16")
     build_engines(folder, EngineSettings(900), "fp16")
     result = parity(folder, "tensorrt", "fp16")
@@ -312,13 +312,13 @@ def test_the_whole_way_on_a_fake_gpu(
     cpu = Pipeline.open(folder, "tensorrt", "fp16", device="cpu").chat("Describe the picture.", [picture])
     assert answer.text == cpu.text
     with pytest.raises(
-        UserError, match="holds 900 tokens, a KV cache of 1000 was asked for; take at most 900"
+        UserError, match="holds 900 tokens, but a KV cache of 1000 was requested; use at most 900"
     ):
         Pipeline.open(folder, "tensorrt", "fp16", capacity=1000).chat("Describe the picture.", [picture])
     cuda.sm = (8, 9)
     with pytest.raises(
         UserError,
-        match=r"cannot run here: its engine was built for SM 87, here is Orin with 16 multiprocessors \(SM 89\); run: dsvl-export build-engine",
+        match=r"cannot run here: its engine was built for SM 87, but this machine has Orin with 16 multiprocessors \(SM 89\); run: dsvl-export build-engine",
     ):
         Pipeline.open(folder, "tensorrt", "fp16")
 

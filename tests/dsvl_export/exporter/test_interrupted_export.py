@@ -219,7 +219,7 @@ def test_halves_of_other_inputs_make_room(tmp_path: Path, monkeypatch: pytest.Mo
 def test_goldens_go_on_at_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One request per group: those that are recorded are not computed again, and progress never falls."""
     decoded: list[int] = []
-    plain = recording.greedy
+    plain = recording.greedy_decode
 
     def greedy(*arguments: Any) -> Any:
         if len(decoded) == 4:
@@ -234,14 +234,14 @@ def test_goldens_go_on_at_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             steps.append((progress.done, progress.total))
 
     monkeypatch.setattr(recording, "CACHE_BYTES", 1)
-    monkeypatch.setattr(recording, "greedy", greedy)
+    monkeypatch.setattr(recording, "greedy_decode", greedy)
     with pytest.raises(KeyboardInterrupt):
         export("tiny", tmp_path / "b")
     spoilt, stray, *_ = sorted((tmp_path / "b/.staging/goldens").glob("*.safetensors"))
     spoilt.write_bytes(spoilt.read_bytes()[:-400] + bytes(400))  # zeros, as a power cut leaves them
     stray.rename(stray.with_name("99.safetensors"))
     Path(f"{stray}.journal").rename(stray.with_name("99.safetensors.journal"))
-    monkeypatch.setattr(recording, "greedy", lambda *arguments: decoded.append(1) or plain(*arguments))
+    monkeypatch.setattr(recording, "greedy_decode", lambda *arguments: decoded.append(1) or plain(*arguments))
     bundle = export("tiny", tmp_path / "b", report=follow)
     assert len(decoded) == 10 + 2
     assert (

@@ -16,7 +16,7 @@ from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.exporter.export import export
 from dsvl_export.exporter.overflow import overflow_remedy
 from runtimes.bundle.bundle import Bundle
-from runtimes.errors import OverflowVerdict, UserError
+from runtimes.errors import PrecisionOverflowError, UserError
 
 DOWN = "language_model.model.layers.0.mlp.down_proj.weight"
 
@@ -49,7 +49,9 @@ def test_weights_beyond_half_precision(
     assert "its largest magnitude is 9.984e+04, and fp16 ends at 65504" in done.err
     assert "export with --precision fp32" in done.err
     assert not (tmp_path / "b").exists()
-    with pytest.raises(OverflowVerdict, match=r"int8-fp16 cannot hold.*export with --precision int8-fp32"):
+    with pytest.raises(
+        PrecisionOverflowError, match=r"int8-fp16 cannot hold.*export with --precision int8-fp32"
+    ):
         export(tiny_copy, tmp_path / "b", precisions=["int8-fp16"], goldens=False)
 
 

@@ -20,7 +20,7 @@ from dsvl_export.targets.targets import find_target, measured
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from reference.trace import TRACED_COMPONENTS
-from runtimes.backends.onnxruntime_releases import NEEDED, newest, release_for_precision
+from runtimes.backends.onnxruntime_releases import NEEDED, newest_release, release_for_precision
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
@@ -62,7 +62,7 @@ def test_a_file_needs_the_release_that_the_table_gives_its_precision(quantized: 
     """``doctor`` names precisions, ``run`` reads what the export found in the files."""
     for precision in WANTED:
         artifacts = [item for item in quantized.manifest.artifacts if item.precision == precision]
-        found = newest([item.tools[NEEDED] for item in artifacts])
+        found = newest_release([item.tools[NEEDED] for item in artifacts])
         assert found == release_for_precision(precision), precision
         for item in artifacts:
             opset = onnx.load(str(quantized.path(item.files[0])), load_external_data=False).opset_import[0]

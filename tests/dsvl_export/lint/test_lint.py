@@ -79,10 +79,10 @@ def test_the_corpus_is_large_enough() -> None:
 
 def test_every_imported_operator_is_one_that_tensorrt_rtx_supports() -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is there for Linux on x86-64 alone")
-    from runtimes.backends.engines.library import logger_of
+    from runtimes.backends.engines.library import get_logger
 
-    builder = trt.Builder(logger_of(trt))
-    parser = trt.OnnxParser(builder.create_network(0), logger_of(trt))
+    builder = trt.Builder(get_logger(trt))
+    parser = trt.OnnxParser(builder.create_network(0), get_logger(trt))
     known = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
     for operator in known:
         if operator not in ("LinearAttention", "CausalConvWithState"):  # newer than this release writes

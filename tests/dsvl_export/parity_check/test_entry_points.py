@@ -26,7 +26,7 @@ from runtimes.bundle.bundle import MANIFEST, TOKENIZER, Bundle
 from runtimes.bundle.files import write_json
 from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
-from runtimes.goldens.texts import record_again, text_differences
+from runtimes.goldens.texts import rerecord_texts, text_differences
 from runtimes.pipeline import Pipeline
 from runtimes.session import Execution
 from runtimes.text.tokenizer import Tokenizer
@@ -173,7 +173,7 @@ def test_no_value_of_the_manifest_changes_an_answer_unseen(tiny_bundle: Bundle, 
             texts = bundled_texts(bundle)
             assert texts
             differences = place[0] == "prompt" and list(
-                text_differences(record_again(texts, tokenizer), texts)
+                text_differences(rerecord_texts(texts, tokenizer), texts)
             )
             if not differences and not list(settings_faults(bundle, None)):
                 assert answer() == expected, place

@@ -127,7 +127,7 @@ def test_bundles_without_layer_goldens_are_judged_without(bundle_copy: Path) -> 
 
 def test_damaged_layer_goldens_are_refused(bundle_copy: Path) -> None:
     (bundle_copy / INPUTS).write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="cannot be read as layer goldens"):
+    with pytest.raises(UserError, match="does not hold readable layer goldens"):
         parity(rehash(bundle_copy, INPUTS), precision="fp32")
     with pytest.raises(UserError, match="of the bundle's checkpoint"):
         load_tables(bundle_copy / outputs_file("fp16"), "0" * 64)

@@ -81,7 +81,7 @@ def test_changed_goldens_are_noticed(bundle_copy: Path) -> None:
     (bundle_copy / path).write_bytes(b"spoilt" + (bundle_copy / path).read_bytes()[6:])
     with pytest.raises(UserError, match=r"goldens/03.safetensors has a wrong SHA-256"):
         parity(bundle_copy)
-    with pytest.raises(UserError, match="no golden that can be read"):
+    with pytest.raises(UserError, match="is not a readable golden"):
         parity(rehash(bundle_copy, path))
 
 
@@ -239,8 +239,8 @@ def test_artifacts_of_other_machines_are_not_judged(
         assert result.exit_code == 3
         return str(result.execution)
 
-    assert said(target="cuda") == "not run: it was built for cuda, here is only cpu"
-    assert said(dialect="ort99") == "not run: it is written in the dialect ort99, this release runs ort"
+    assert said(target="cuda") == "not run: it was built for cuda, but only cpu is available"
+    assert said(dialect="ort99") == "not run: its dialect is ort99, but this release runs ort"
     monkeypatch.setattr(onnxruntime, "_import", missing)
     assert "pip install 'dsvl-export[onnxruntime]'" in str(parity(bundle).execution)
 

@@ -19,7 +19,7 @@ from reference.goldens.record import record_reference_texts
 from reference.goldens.texts import GOLDEN_TEXTS, golden_conversations
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
-from runtimes.goldens.texts import TextGoldens, record_again
+from runtimes.goldens.texts import TextGoldens, rerecord_texts
 from runtimes.session import Execution
 from runtimes.text.prompt import EOS, IMAGE_PLACEHOLDER, ChatTemplate, PromptText
 from runtimes.text.tokenizer import PromptSpec, Tokenizer
@@ -187,7 +187,7 @@ def test_lists_of_other_lengths_differ(tiny_bundle: Bundle) -> None:
     goldens = bundled_texts(tiny_bundle)
     assert goldens
     tokenizer = Tokenizer(tiny_bundle.path(FILE), PromptSpec.from_dict(goldens.prompt))
-    assert isinstance(record_again(goldens, tokenizer), TextGoldens)
+    assert isinstance(rerecord_texts(goldens, tokenizer), TextGoldens)
     fewer = replace(goldens, pieces=goldens.pieces[:1])
     result = ParityResult("onnxruntime", "fp32", Execution("ran"), "r")
     judge_text(tokenizer, fewer, result)

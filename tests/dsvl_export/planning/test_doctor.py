@@ -61,7 +61,7 @@ def test_an_export_that_the_installed_release_cannot_load_is_refused(monkeypatch
     check_request("onnxruntime", compiler, [plan_for(compiler, "int8")], config, options)
     with pytest.raises(
         UserError,
-        match=r"kv-int8 cannot be exported here: it needs ONNX Runtime 1\.27 or later, here is 1\.26\.0",
+        match=r"kv-int8 cannot be exported here: it needs ONNX Runtime 1\.27 or later, but 1\.26\.0 is installed",
     ):
         check_request("onnxruntime", compiler, [plan_for(compiler, "kv-int8")], config, options)
     with pytest.raises(UserError, match=r"int8-fp16 .* 1\.30 or later"):

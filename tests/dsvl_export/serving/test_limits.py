@@ -272,8 +272,8 @@ def test_clients_that_go_away_free_their_slots(
         served.rests()
         job = taken.pop()
         assert job.cancelled
-        assert (job.decoding is None) == waits
-        assert waits or len(job.decoding.writer.answer.tokens) < 400
+        assert (job.sequence is None) == waits
+        assert waits or len(job.sequence.answer.tokens) < 400
 
 
 def test_a_bundle_that_changes(tiny_bundle: Bundle, tmp_path: Path) -> None:

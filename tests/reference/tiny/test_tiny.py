@@ -38,7 +38,7 @@ def scores(tiny_bundle: Bundle, items: list[TaskItem]) -> dict[str, TaskScore]:
 
 def test_exact_match(scores: dict[str, TaskScore]) -> None:
     fp32 = scores["fp32"]
-    assert fp32.asked.total() == QUESTION_COUNT == 500
+    assert fp32.questions.total() == QUESTION_COUNT == 500
     assert fp32.accuracy >= 0.95
     assert min(fp32.by_kind().values()) >= 0.90, fp32.by_kind()
 

@@ -83,7 +83,7 @@ def test_a_silent_fallback_is_refused(tiny_bundle: Bundle, monkeypatch: pytest.M
     monkeypatch.setattr(backend, "_import", lambda: FakeRuntime(starts=False))
     with pytest.raises(
         UserError,
-        match="could not start CUDAExecutionProvider and fell back to CPUExecutionProvider, which was not asked for",
+        match="could not start CUDAExecutionProvider and fell back to CPUExecutionProvider; fix CUDA",
     ):
         opened(tiny_bundle, "cuda")
 
