@@ -1,4 +1,4 @@
-"""Measures of logits that calibration and the ladder share."""
+"""Measures of logits that calibration and the parity check share."""
 
 from __future__ import annotations
 

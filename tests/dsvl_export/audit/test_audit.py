@@ -100,18 +100,20 @@ def test_parity_tells_a_file_that_was_changed_after_its_audit(bundle_copy: Path)
     audited_hashes = [dict(item.audited) for item in bundle.manifest.artifacts]
     rehash(bundle_copy, path)
     result = parity(bundle_copy, precision="fp16")
-    assert (result.verdict, result.rung("audit").state) == ("passed", "not run")
-    assert "see verify --weights" in result.rung("audit").detail
+    assert (result.verdict, result.stage("audit").state) == ("passed", "not run")
+    assert "run verify --weights" in result.stage("audit").detail
     changed = Bundle.open(bundle_copy)
     for item, hashes in zip(changed.manifest.artifacts, audited_hashes, strict=True):
         item.audited.update(hashes)
     result = parity(changed, precision="fp16")
-    assert [rung.name for rung in result.rungs if rung.state == "failed"] == ["audit"]
-    assert path in result.rung("audit").detail
-    assert parity(changed, precision="fp32").rung("audit").state == "passed"
+    assert [stage.name for stage in result.stages if stage.state == "failed"] == ["audit"]
+    assert path in result.stage("audit").detail
+    assert parity(changed, precision="fp32").stage("audit").state == "passed"
     for item in changed.manifest.artifacts:
         item.audited.pop(path, None)
-    assert parity(changed, precision="fp16").rung("audit").state == "not run"  # one of its files is not known
+    assert (
+        parity(changed, precision="fp16").stage("audit").state == "not run"
+    )  # one of its files is not known
 
 
 @pytest.mark.parametrize("precision", ["int8", "8da4w"])
