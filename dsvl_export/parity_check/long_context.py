@@ -43,7 +43,7 @@ class LongGoldens:
         return LongGoldens(self.exact.until(length), self.planned.until(length))
 
     def errors(self) -> list[float]:
-        """Return the plan's errors (relative RMS) from fp32: of the logits, then of each layer's keys."""
+        """Return the plan's relative RMS errors from fp32: logits first, then each layer's keys."""
         keys = (normalize_keys(golden.keys) for golden in (self.planned, self.exact))
         layers = map(relative_rms, *keys)
         return [relative_rms(self.planned.logits, self.exact.logits), *layers]

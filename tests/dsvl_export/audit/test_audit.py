@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from calibration.quantized_program import trace_planned
 from dsvl_export.audit import Audit, AuditedPart, audit
 from dsvl_export.audit.onnx_file import compare_onnx
-from dsvl_export.audit.remade import compare_remade
+from dsvl_export.audit.reconverted import compare_reconverted
 from dsvl_export.compilers import Compiled
 from dsvl_export.compilers.onnx import writer
 from dsvl_export.compilers.onnx.builder import Graph
@@ -81,7 +81,7 @@ def test_an_export_audits_what_it_has_written(
 
     monkeypatch.setattr(writer, "write_model", write)
     with pytest.raises(
-        UserError, match="is not what the checkpoint makes of it .* run the same command again"
+        UserError, match="differ from the checkpoint .* run the same command again"
     ):
         export("tiny", tmp_path / "bundle")
     assert not (tmp_path / "bundle" / MANIFEST).exists()
@@ -262,7 +262,7 @@ def test_weights_beside_a_graph_are_read_where_they_lie(tmp_path: Path, int8: Bu
     assert [item.name for item in compared().differences] == [tensor.name]
     with data.open("r+b") as handle:
         handle.truncate(offset + 5)
-    assert "lies beyond the end" in compared().differences[0].detail
+    assert "is stored beyond the end" in compared().differences[0].detail
     tensor.external_data[0].value = "../decoder.onnx.data"
     onnx.save(model, str(file))
     assert "which is no file beside" in compared().differences[0].detail
@@ -323,11 +323,11 @@ def test_what_cannot_be_told_is_not_passed(
         return Compiled((folder / "model.bin",), "cpu", "none", {"a": "1"})
 
     part = AuditedPart("a part")
-    compare_remade(compile_into, folder, stage, tools, part, strict)
+    compare_reconverted(compile_into, folder, stage, tools, part, strict)
     assert part.state == state
     (stage / "model.bin").write_bytes(b"abc")
     part = AuditedPart("a part")
-    compare_remade(compile_into, folder, stage, tools, part, strict)
+    compare_reconverted(compile_into, folder, stage, tools, part, strict)
     assert part.state == "passed"
 
 

@@ -132,6 +132,12 @@ def test_tolerances_of_ones_own(tiny_bundle: Bundle, tmp_path: Path) -> None:
         parity(tiny_bundle, precision="fp16", tolerances={"fp32": table["fp32"]})
 
 
+def test_tolerances_with_the_names_of_0_4(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("fp32: {noise: 2, drift_factor: 3, rungs: {adaptor: 4}}\n")
+    row = load_tolerances(tmp_path / "t.yaml")["fp32"]
+    assert (row.quantization_error, row.tap_factor, row.stages) == (2, 3, {"adaptor": 4})
+
+
 def test_one_lost_row_of_a_large_head_is_found() -> None:
     """The whole tensor's error is below the bound of fp16 there, and its cosine 0.999996."""
     random = np.random.default_rng(0)
