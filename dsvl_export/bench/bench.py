@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dsvl_export.targets.machine import describe_machine, package_versions, read_bandwidth, timed
+from dsvl_export.targets.machine import describe_machine, measure_seconds, package_versions, read_bandwidth
 from runtimes.backends.onnxruntime import prefill_file
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
@@ -258,7 +258,7 @@ def _decode(pipeline: Pipeline, context: int, options: BenchOptions) -> list[flo
     found = []
     for _ in range(options.repeats):
         steps = [
-            timed(partial(chain.decode, tokens[None, place : place + 1], cache))
+            measure_seconds(partial(chain.decode, tokens[None, place : place + 1], cache))
             for place in range(context, len(tokens))
         ]
         found.append(statistics.median(steps))
@@ -294,7 +294,7 @@ def _predicted(
     """What ``plan`` says of this machine."""
     try:
         from dsvl_export.planning.plan import Planner, Request
-        from dsvl_export.targets.targets import find_target, measured
+        from dsvl_export.targets.targets import find_target, measure_target
         from reference.model.config import ModelConfig
     except ImportError as error:
         return f"a prediction needs {error.name}; run: {install_command(error.name or 'torch')}"
@@ -302,7 +302,7 @@ def _predicted(
     request = Request(backend, precision, max(context, prompt), 1, tokens)
     try:
         plan = Planner(ModelConfig.from_dict(bundle.manifest.model)).plan(
-            measured(find_target("cpu")), request
+            measure_target(find_target("cpu")), request
         )
     except UserError as error:
         return str(error)

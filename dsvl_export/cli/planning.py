@@ -90,7 +90,7 @@ def plan(
     from dsvl_export.exporter.export import MAX_DEFAULT_CAPACITY
     from dsvl_export.planning.plan import Planner, Request
     from dsvl_export.targets.defects import warnings_for
-    from dsvl_export.targets.targets import find_target, measured
+    from dsvl_export.targets.targets import find_target, measure_target
     from reference.checkpoint.checkpoint import open_checkpoint
 
     device = find_target(target)
@@ -100,7 +100,7 @@ def plan(
     request = Request(backend, precision, context, images, text_tokens)
     with display.progress_bar() as bars:
         bar = bars.add_task("measuring", total=None)
-        device = measured(device)
+        device = measure_target(device)
         planner = Planner(
             source.config,
             source.embedding_bytes(),

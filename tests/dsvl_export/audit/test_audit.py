@@ -80,9 +80,7 @@ def test_an_export_audits_what_it_has_written(
         return written
 
     monkeypatch.setattr(writer, "write_model", write)
-    with pytest.raises(
-        UserError, match="differ from the checkpoint .* run the same command again"
-    ):
+    with pytest.raises(UserError, match="differ from the checkpoint .* run the same command again"):
         export("tiny", tmp_path / "bundle")
     assert not (tmp_path / "bundle" / MANIFEST).exists()
 

@@ -138,7 +138,7 @@ def test_plan_gives_the_bytes_of_the_onnx(jetson: Bundle, precision: str) -> Non
 def test_fp8_on_orin_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"Orin 64 GB cannot run fp8 with tensorrt \(FP8 needs SM 89, this is SM 87\); the nearest is int8",
+        match=r"Orin 64 GB cannot run fp8 with tensorrt \(FP8 needs SM 89, this is SM 87\). The nearest precision is int8",
     ):
         export("tiny", tmp_path / "b", "tensorrt", ["fp8"], target="jetson-orin")
     assert not (tmp_path / "b").exists()
@@ -148,11 +148,11 @@ def test_fp8_on_orin_is_refused_before_any_work(tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         ({"target": "jetson-orinn"}, "There is no target 'jetson-orinn'"),
-        ({"target": "iphone"}, "iPhone 16 Pro .* has no backend 'tensorrt'"),
-        ({"tensorrt": "9.2"}, "TensorRT 9.2 is too old; 10.3"),
+        ({"target": "iphone"}, "iPhone 16 Pro .* does not support the backend 'tensorrt'"),
+        ({"tensorrt": "9.2"}, "TensorRT 9.2 is too old; the oldest supported version is 10.3"),
         (
             {"tensorrt": "10.3", "target": "b200"},
-            "TensorRT 10.3 is too old for NVIDIA B200 .*; 10.8 is the oldest",
+            "TensorRT 10.3 is too old for NVIDIA B200 .*; the oldest supported version is 10.8",
         ),
         ({"tensorrt": "new"}, "'new' is not a version of TensorRT"),
         ({"capacity": 100_000}, "capacity must lie between 1 and the model's"),

@@ -16,7 +16,7 @@ from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
 from dsvl_export.planning.plan import Planner, Request
 from dsvl_export.quantization.calibrate import CalibrationOptions, calibrate
-from dsvl_export.targets.targets import find_target, measured
+from dsvl_export.targets.targets import find_target, measure_target
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from reference.trace import TRACED_COMPONENTS
@@ -79,7 +79,7 @@ def test_bytes(quantized: Bundle) -> None:
     """A quarter and less of fp32, and what plan says."""
     source = open_checkpoint("tiny")
     planner = Planner(source.config, source.embedding_bytes())
-    cpu = measured(find_target("cpu"))
+    cpu = measure_target(find_target("cpu"))
     floats = sum(
         4 * tensor.numel()
         for name in TRACED_COMPONENTS
