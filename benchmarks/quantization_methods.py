@@ -26,7 +26,7 @@ from calibration.precision_plan import LayerPrecision, PrecisionPlan, Rule
 from calibration.quantized_weights import QuantizedWeights
 from calibration.ranges import METHODS
 from calibration.statistics import collect
-from dsvl_export.quantization.calibrate import token_embedding
+from dsvl_export.quantization.calibrate import temporary_token_embedding
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
 from reference.checkpoint.layouts import sources
 from reference.tiny import TINY
@@ -64,7 +64,7 @@ def compare(
     source: Checkpoint, plan: PrecisionPlan, samples: int, rows: list[tuple[str, dict[str, object]]]
 ) -> None:
     data = load_data("bundled", 128).samples
-    with token_embedding(source) as embedding, tempfile.TemporaryDirectory() as folder:
+    with temporary_token_embedding(source) as embedding, tempfile.TemporaryDirectory() as folder:
         statistics = collect(source, embedding, data[::2][:samples], Path(folder))
         evaluation = Evaluation(source, embedding, data[1::2], source.model())
         for name, options in rows:

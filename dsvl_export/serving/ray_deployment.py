@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from dsvl_export.cluster.ray_cluster import connected
+from dsvl_export.cluster.ray_cluster import ray_connection
 from dsvl_export.serving.exchange import AT_ONCE
 from dsvl_export.serving.images import ImageLimits
 from dsvl_export.serving.models import MOST_SLOTS, ModelOptions
@@ -47,7 +47,7 @@ def deployed(
     """
     if address.startswith("ray://"):
         raise UserError(f"serve runs on a machine of the cluster; give auto or HOST:PORT, not {address}.")
-    with connected(address):
+    with ray_connection(address):
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what it warns of is told here
         try:
             try:

@@ -58,7 +58,7 @@ def test_plan_command(run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert refused(run("plan", "/nowhere"), "There is no folder /nowhere")
     assert refused(run("plan", "tiny", "--text-tokens", "1000000"), "the model has only 1024 positions")
     small = replace(measure_target(find_target("cpu")), usable_gb=0.115)
-    monkeypatch.setattr("dsvl_export.targets.targets.measured", lambda target: small)
+    monkeypatch.setattr("dsvl_export.targets.targets.measure_target", lambda target: small)
     tight = run("plan", "tiny", "--precision", "fp32", "--context", "1024")
     assert tight.code == 1
     assert "no: the largest context that fits is" in tight.out
