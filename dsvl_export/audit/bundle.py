@@ -56,8 +56,8 @@ def audit(
     """Compare the files of a bundle with what its checkpoint and precision plans give.
 
     ONNX graphs are lowered again and compared tensor by tensor, as is the token table. Artifacts of
-    other converters are converted again and compared byte for byte, which takes the time and memory of
-    their export.
+    other converters are converted again and compared byte for byte, which takes the time and memory
+    of their export.
 
     Args:
         bundle: the bundle to audit.
@@ -281,8 +281,8 @@ def audit_written(
 ) -> bool:
     """Audit ONNX files that an export has just written; return whether they were audited.
 
-    Other artifacts are not audited here, since they would have to be converted again; engines cannot
-    be audited.
+    Other artifacts are not audited here, since they would have to be converted again; engines
+    cannot be audited.
 
     Raises:
         UserError: the files differ from what the checkpoint and the plan give.

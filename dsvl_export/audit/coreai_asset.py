@@ -1,8 +1,8 @@
 """Differences of two Core AI assets of one component, apart from what differs in every export.
 
-Core AI's converter gives weights and composite operators random names and stores the time. The rest of
-its MLIR bytecode is deterministic: operations, attributes and weights are compared byte for byte.
-Layout: https://mlir.llvm.org/docs/BytecodeFormat/
+Core AI's converter gives weights and composite operators random names and stores the time. The rest
+of its MLIR bytecode is deterministic: operations, attributes and weights are compared byte for
+byte. Layout: https://mlir.llvm.org/docs/BytecodeFormat/
 """
 
 from __future__ import annotations

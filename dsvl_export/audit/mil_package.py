@@ -39,7 +39,7 @@ def package_differences(actual: Path, expected: Path) -> list[Difference]:
 
 
 def _operations(package: Package, function: str) -> dict[str, Any]:
-    """Return the operations of a function by their first output, or by their position without one."""
+    """Return the operations of a function by their first output, or else by position."""
     proto = package.function(function)
     operations = proto.block_specializations[proto.opset].operations
     return {

@@ -28,8 +28,8 @@ def compare_reconverted(
         compile_into: converts the artifact into a folder.
         folder: an empty folder for the new artifact.
         stage: folder of the bundle's artifact.
-        tools: versions of the tools that wrote the bundle's artifact; other versions may write other
-            bytes with the same meaning.
+        tools: versions of the tools that wrote the bundle's artifact; other versions may write
+            other bytes with the same meaning.
         part: the part of the audit that receives the result.
         strict: a difference fails. Without it, a difference leaves the artifact unaudited, for
             converters that may not be deterministic.
@@ -67,7 +67,10 @@ def compare_reconverted(
 def _explain_differences(
     changed: Sequence[Difference], files: Sequence[Path], stage: Path, folder: Path
 ) -> Sequence[Difference]:
-    """Name what differs, for formats that can be read; return nothing if the files mean the same."""
+    """Name what differs, for formats that can be read.
+
+    Return nothing if the files mean the same.
+    """
     if files[0].name == Path(SPECIFICATION).name:
         from dsvl_export.audit.mil_package import package_differences
 

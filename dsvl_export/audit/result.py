@@ -16,8 +16,8 @@ MAX_DIFFERENCES = 20  # kept for a part; further ones are only counted
 class Difference:
     """A tensor, node or setting that differs from what the checkpoint and the plan give.
 
-    ``where`` is the index of the first value that differs, and ``count`` of ``total`` values differ.
-    All three are empty if the difference is not one of values.
+    ``where`` is the index of the first value that differs, and ``count`` of ``total`` values
+    differ. All three are empty if the difference is not one of values.
     """
 
     name: str

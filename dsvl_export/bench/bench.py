@@ -1,9 +1,9 @@
 """The measurement of time to first token and decoding speed, and the memory-bandwidth bound.
 
-A decode step reads all weights of the decoder, and the keys and values of its context, once. The memory
-bandwidth of the machine divided by those bytes is therefore an upper bound of the tokens per second
-(roofline; Williams, Waterman and Patterson, CACM 52(4), 2009). PyTorch is not needed; with it, the
-result has the prediction of ``plan`` too.
+A decode step reads all weights of the decoder, and the keys and values of its context, once. The
+memory bandwidth of the machine divided by those bytes is therefore an upper bound of the tokens per
+second (roofline; Williams, Waterman and Patterson, CACM 52(4), 2009). PyTorch is not needed; with
+it, the result has the prediction of ``plan`` too.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Timing:
 class DecodingSpeed:
     """Decoding speed at one context.
 
-    ``bytes_per_token`` are read by a decode step, and ``bound`` is the memory-bandwidth bound in tokens
-    per second. Both are None if the bytes are unknown.
+    ``bytes_per_token`` are read by a decode step, and ``bound`` is the memory-bandwidth bound in
+    tokens per second. Both are None if the bytes are unknown.
     """
 
     context: int
@@ -84,11 +84,11 @@ class DecodingSpeed:
 class BenchResult:
     """One precision on one machine; times in seconds, sizes in bytes.
 
-    ``stages`` are the stages before the first token, for one image; ``first_token`` is the time from the
-    image to the logits of the first token. ``loaded`` is the memory that opening added to the process,
-    ``peak`` the largest memory of the process. ``bandwidth`` is the memory bandwidth of ``threads``, or
-    of all cores, in bytes per second. ``predicted`` is the prediction of ``plan`` for the largest
-    context, or the reason why there is none.
+    ``stages`` are the stages before the first token, for one image; ``first_token`` is the time
+    from the image to the logits of the first token. ``loaded`` is the memory that opening added to
+    the process, ``peak`` the largest memory of the process. ``bandwidth`` is the memory bandwidth
+    of ``threads``, or of all cores, in bytes per second. ``predicted`` is the prediction of
+    ``plan`` for the largest context, or the reason why there is none.
     """
 
     bundle: str

@@ -1,4 +1,4 @@
-"""The entry point ``dsvl-export``. Each other module of this folder holds a group of its commands."""
+"""The entry point ``dsvl-export``; the other modules of this folder hold its commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that write, run and show bundles: ``export``, ``run``, ``chat``, ``inspect`` and ``demo``."""
+"""The commands ``export``, ``run``, ``chat``, ``inspect`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -160,11 +160,11 @@ def export(
 ) -> None:
     """Export a checkpoint into a bundle.
 
-    The parity check compares the bundle with the PyTorch reference. If the export is interrupted, run the
-    same command again: the export resumes.
+    The parity check compares the bundle with the PyTorch reference. If the export is interrupted,
+    run the same command again: the export resumes.
 
-    Exit code 0: all stages passed; 1: the bundle differs from the reference, or the precision overflows; 3:
-    the parity check could not judge the bundle on this machine.
+    Exit code 0: all stages passed; 1: the bundle differs from the reference, or the precision
+    overflows; 3: the parity check could not judge the bundle on this machine.
 
     Example: dsvl-export export tiny --precision fp16 --output tiny-bundle
     """
@@ -189,7 +189,7 @@ def export(
     plans = [plan_for(compiler, name) for name in names]
     precisions = [plan.name for plan in plans]
     device_name = device.name if device else None
-    defects = {str(row): None for each in precisions for row in warnings_for(backend, each, device_name)}
+    defects = {str(row): None for name in precisions for row in warnings_for(backend, name, device_name)}
     for text in defects:
         display.err.print(f"[yellow]Known defect:[/] {escape(text)}")
     if scales is None and checkpoint != "tiny" and any(plan.quantizes_activations for plan in plans):
@@ -199,16 +199,16 @@ def export(
         )
     with display.progress_bar() as bars:
         tasks: dict[str, TaskID] = {}
-        in_bytes: set[str] = set()
+        with_bytes: set[str] = set()
 
         def report(progress: ExportProgress) -> None:
-            name, counted = progress.stage, progress.in_bytes
+            name, in_bytes = progress.stage, progress.in_bytes
             if name not in tasks:
                 tasks[name] = bars.add_task(display.plain(name), total=None)
-            if counted and name not in in_bytes:  # what was there before does not count as speed
-                in_bytes.add(name)
+            if in_bytes and name not in with_bytes:  # bytes written before do not count as speed
+                with_bytes.add(name)
                 bars.reset(tasks[name], total=progress.total, completed=progress.done, in_bytes=True)
-            bars.update(tasks[name], completed=progress.done, total=progress.total, in_bytes=counted)
+            bars.update(tasks[name], completed=progress.done, total=progress.total, in_bytes=in_bytes)
             if progress.state == "reused":
                 bars.console.print(f"[dim]{escape(progress.stage)}: unchanged, reused[/]")
 
@@ -383,8 +383,8 @@ def chat(
 ) -> None:
     """Chat about images; each turn computes only what is new.
 
-    In the chat, /image FILE adds an image to the next message, /reset starts a new conversation, and /quit
-    (or Ctrl-D) ends the chat.
+    In the chat, /image FILE adds an image to the next message, /reset starts a new conversation,
+    and /quit (or Ctrl-D) ends the chat.
     """
     from dsvl_export.cli.conversation import converse
     from runtimes.generation.sampling import GenerationOptions

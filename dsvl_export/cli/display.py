@@ -48,7 +48,7 @@ err = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 def plain(text: str) -> str:
-    """Escape a text from a file for a progress bar, which does not render through ``SafeConsole``."""
+    """Escape a text from a file for a progress bar, which ``SafeConsole`` does not render."""
     return escape(without_controls(text))
 
 
@@ -98,7 +98,7 @@ COLOURS = {"passed": "green", "failed": "red"}  # all other states are yellow
 
 
 def print_parity(result: ParityResult, console: Console = out) -> None:
-    """Print the table of stages, then the first divergent layer of each component that was localized."""
+    """Print the table of stages, then the first divergent layer of failed components."""
     console.print(parity_table(result))
     for localization in result.localizations:
         if localization.first or result.verdict == "failed":
@@ -136,7 +136,7 @@ def parity_table(result: ParityResult) -> Table:
 
 
 def print_audit(result: Audit, console: Console = out) -> None:
-    """Print a row for each part of the bundle, then the differences and why a part was not audited."""
+    """Print the parts of a bundle, then their differences or why they were not audited."""
     colour = COLOURS.get(result.verdict, "yellow")
     table = Table(title=f"Audit against {escape(result.checkpoint)}: [{colour}]{result.verdict}[/]")
     for heading in ("part", "compared", "verdict"):

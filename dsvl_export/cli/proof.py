@@ -74,11 +74,12 @@ def parity(
 ) -> None:
     """Run the parity check: compare a bundle with recorded outputs of PyTorch, stage by stage.
 
-    All backends and precisions of the bundle are checked unless you name one. A JSON and an HTML report are
-    written to the reports folder of the bundle. If a stage fails, the report names the first layer that
-    differs.
+    All backends and precisions of the bundle are checked unless you name one. A JSON and an HTML
+    report are written to the reports folder of the bundle. If a stage fails, the report names the
+    first layer that differs.
 
-    Exit code 0: all stages passed; 1: a stage failed; 3: a stage could not be judged on this machine.
+    Exit code 0: all stages passed; 1: a stage failed; 3: a stage could not be judged on this
+    machine.
     """
     from dsvl_export.cli import display
     from dsvl_export.cluster.ray_cluster import ray_cluster
@@ -219,10 +220,10 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check the size and SHA-256 of every file of a bundle, and that its engines fit this machine's GPU.
+    """Check the size and SHA-256 of every file of a bundle, and that its engines fit this GPU.
 
-    With --weights, the content is checked too. Exit code 1: a file differs from the checkpoint; 3: a file
-    could not be audited.
+    With --weights, the content is checked too. Exit code 1: a file differs from the checkpoint; 3:
+    a file could not be audited.
 
     Example: dsvl-export verify tiny-bundle --weights tiny
     """
@@ -323,7 +324,7 @@ def leave_with(results: list[ParityResult]) -> None:
 
 
 def _task_items(task: str | None, bundle: Bundle) -> list[TaskItem] | None:
-    """Return the questions that ``--task`` names; by default those of the tiny model, for its bundles."""
+    """Return the questions of ``--task``; the default for bundles of the tiny model is its own."""
     from reference.tiny import HELDOUT, TINY_DIGEST
     from runtimes.goldens.task import load_task
 

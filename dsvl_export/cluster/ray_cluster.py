@@ -13,7 +13,8 @@ from dsvl_export.targets.machine import usable_cores
 from runtimes.errors import UserError, first_line
 from runtimes.installation import install_command
 
-# Calls an importable function with each of the argument tuples; yields (index, result) as they finish.
+# Calls an importable function with each of the argument tuples; yields (index, result) as they
+# finish.
 Spread = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
 RETRIES = 5  # of a call whose worker died
 CONNECT_SECONDS = 10
@@ -23,8 +24,8 @@ CONNECT_SECONDS = 10
 def ray_cluster(address: str | None) -> Iterator[Spread | None]:
     """Yield the function that distributes calls to a cluster; None for the address None.
 
-    A call computes with as many threads as this process, so that all processors of one kind give the
-    same numbers. Checkpoints, bundles and data must have the same paths on all machines.
+    A call computes with as many threads as this process, so that all processors of one kind give
+    the same numbers. Checkpoints, bundles and data must have the same paths on all machines.
 
     Raises:
         UserError: as ``ray_connection``, or a call failed.

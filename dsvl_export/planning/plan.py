@@ -1,8 +1,8 @@
 """The prediction of an export's size, memory, time to first token and tokens per second.
 
-Times are roofline bounds (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009): the larger of
-operations divided by the device's peak, and bytes divided by its bandwidth. A runtime can at best
-reach them.
+Times are roofline bounds (Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009): the
+larger of operations divided by the device's peak, and bytes divided by its bandwidth. A runtime can
+at best reach them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EMBEDDING_ITEM_BYTES = 2  # released checkpoints are stored in half precision
 
 @dataclass(frozen=True)
 class Request:
-    """What will run: ``context`` tokens in the KV cache, ``images`` and ``text_tokens`` in the prompt."""
+    """What will run: the capacity ``context`` of the KV cache in tokens, and the prompt."""
 
     backend: str
     precision: str
@@ -46,8 +46,8 @@ class Plan:
 
     ``artifacts`` are the sizes of the component files: ``exact`` if the compiler is installed, else
     estimates. ``embedding_bytes`` is the token table, which is memory-mapped and not part of
-    ``peak_bytes``. ``largest_context`` is the largest context that fits into the usable memory, or 0 if
-    the prompt does not fit.
+    ``peak_bytes``. ``largest_context`` is the largest context that fits into the usable memory, or
+    0 if the prompt does not fit.
     """
 
     target: Target
@@ -143,7 +143,8 @@ class Planner:
     def check(self, target: Target, request: Request) -> None:
         """Check that ``export`` would accept a request for the target.
 
-        If the compiler of the backend is not installed here, the target's list of precisions decides.
+        If the compiler of the backend is not installed here, the target's list of precisions
+        decides.
 
         Raises:
             UserError: the target or its backend does not support the request, or the precision is
@@ -163,7 +164,7 @@ class Planner:
         check_request(request.backend, compiler, plans, self.config, options)
 
     def _planned_bytes(self, component: str, plan: PrecisionPlan) -> int:
-        """Return the bytes of a component's weights under a plan, as all backends would store them."""
+        """Return the bytes of a component's weights under a precision plan, for any backend."""
         layers = component_layers(self.config, component)
         floats = sum(weight_bytes(layer, FLOAT, plan.base) for layer in layers)
         rest = self.workload(component, plan.base).weight_bytes(plan.base) - floats

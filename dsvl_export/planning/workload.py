@@ -43,7 +43,8 @@ class Workload:
     def weight_bytes(self, precision: str) -> int:
         """Return the bytes of weights and constants in a precision.
 
-        Below 16 bits, this applies to weights of linear layers and convolutions; scales are included.
+        Below 16 bits, this applies to weights of linear layers and convolutions; scales are
+        included.
         """
         quantized = _matrices(self.graph) if WEIGHT_BITS[precision] <= 8 else {}
         return sum(
@@ -55,20 +56,21 @@ class Workload:
         """Return the multiplications and additions of one call.
 
         Args:
-            **sizes: the named dims of the contract: batch, sequence, rows, capacity. Attention reads
-                the whole capacity.
+            **sizes: the named dims of the contract: batch, sequence, rows, capacity. Attention
+                reads the whole capacity.
         """
         return sum(self._node_operations(node, sizes) for node in self._nodes)
 
     def activation_bytes(self, max_scores: int | None = None, **sizes: int) -> int:
         """Return the largest sum of live intermediate tensors of one call, in the program's order.
 
-        Scores and probabilities of attention count as tensors, since ONNX Runtime on a CPU and every
-        runtime without a fused kernel store them. Tensors that depend on weights alone do not count.
+        Scores and probabilities of attention count as tensors, since ONNX Runtime on a CPU and
+        every runtime without a fused kernel store them. Tensors that depend on weights alone do not
+        count.
 
         Args:
-            max_scores: largest number of scores in memory at a time, for runtimes that process queries
-                in blocks; None is all of them.
+            max_scores: largest number of scores in memory at a time, for runtimes that process
+                queries in blocks; None is all of them.
             **sizes: the named dims of the contract.
         """
         last_use: dict[Node, int] = {}
@@ -123,7 +125,10 @@ class Workload:
         )
 
     def _attention(self, node: Node, sizes: dict[str, int]) -> tuple[int, int, int] | None:
-        """Return batch × heads, queries × keys, and head size of an attention node; None for others."""
+        """Return batch × heads, queries × keys, and head size of an attention node.
+
+        None for others.
+        """
         if node.target is aten.scaled_dot_product_attention.default:
             batch, heads, queries, head = self._input(node, 0, sizes)
             return batch * heads, queries * queries, head
@@ -174,7 +179,7 @@ def activation_bytes(workload: Workload, backend: str, prompt: int, capacity: in
 
 
 def activation_growth(workload: Workload, backend: str, longest: int) -> tuple[int, int]:
-    """Return an upper bound of ``activation_bytes``: a constant, and bytes for each token of capacity.
+    """Return an upper bound of ``activation_bytes``: a constant, and bytes per token of capacity.
 
     The sum of live tensors grows at most linearly, so that the line between the smallest and the
     largest capacity lies above it.
@@ -223,7 +228,10 @@ def _matrices(graph: Graph) -> dict[str, int]:
 
 
 def _quantized_bytes(item: Initializer, channels: int, precision: str) -> int:
-    """Return the bytes of weight and scales: int4 in blocks of ``INT4_BLOCK``, else per output channel."""
+    """Return the bytes of a weight and its scales.
+
+    int4 has a scale for each ``INT4_BLOCK`` weights, other precisions one for each output channel.
+    """
     count = prod(item.shape)
     scales = count / INT4_BLOCK if precision == "int4" else channels
     return int(count * WEIGHT_BITS[precision] / 8 + scales * SCALE_BYTES)

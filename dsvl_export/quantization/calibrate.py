@@ -32,8 +32,8 @@ class CalibrationOptions:
     """Options of a calibration.
 
     ``part`` (index from 1, count) uses one part of the samples, to calibrate on several machines.
-    ``tune`` is the precision plan that smoothing and GPTQ optimize for. ``rows`` of activations are kept
-    for each layer.
+    ``tune`` is the precision plan that smoothing and GPTQ optimize for. ``rows`` of activations are
+    kept for each layer.
     """
 
     data: str = "bundled"

@@ -209,7 +209,7 @@ def find_plan(
 def _uniform_plans(
     source: Checkpoint, sensitivities: Sensitivity, measure: Callable[[PrecisionPlan], Cost]
 ) -> list[Point]:
-    """Measure a plan for each precision: all layers have it, or the next larger one they support."""
+    """Measure a plan for each precision, which all layers get, or the next larger one."""
     layers = [layer for name in TRACED_COMPONENTS for layer in component_layers(source.config, name)]
     names = sorted(
         {row.precision for row in sensitivities.rows},

@@ -41,7 +41,10 @@ class Defect:
         return any(affected is False for affected in self._packages(versions))
 
     def _packages(self, versions: Mapping[str, str]) -> Iterator[bool | None]:
-        """Yield for each package whether the installed version is affected; None if not installed."""
+        """Yield for each package whether the installed version is affected.
+
+        None if not installed.
+        """
         for name, wanted in self.packages.items():
             version = versions.get(name) or versions.get(f"{name}-gpu")  # a build of the same release
             yield SpecifierSet(wanted).contains(version, prereleases=True) if version else None

@@ -22,13 +22,14 @@ class CompileOptions:
         target: the device; None is any device.
         capacity: of the KV cache, in tokens, for formats that fix it when compiling.
         tensorrt: version of TensorRT that builds and runs, such as ``10.3``; None is the target's.
-        capabilities: compute capabilities to build engines for, such as 89; empty is the target's, or
-            the compiler's choice.
-        deployment: oldest operating system to support, such as ``iOS18``; None is the oldest that the
-            backend supports.
+        capabilities: compute capabilities to build engines for, such as 89; empty is the target's,
+            or the compiler's choice.
+        deployment: oldest operating system to support, such as ``iOS18``; None is the oldest that
+            the backend supports.
         preprocessing: of the model's images, for programs that take an image itself.
         delegate: ExecuTorch delegate of the encoders; None is the compiler's choice.
-        prefill: add a second graph for prompts to a decoder with 4-bit weights and 8-bit activations.
+        prefill: add a second graph for prompts to a decoder with 4-bit weights and 8-bit
+            activations.
     """
 
     target: Target | None = None

@@ -104,8 +104,8 @@ def find_target(name: str) -> Target:
 def measure_target(target: Target) -> Target:
     """Return the target; for this machine, with its free memory, bandwidth and throughput.
 
-    The measurement reads memory on all cores, and multiplies matrices in fp32 and in 8-bit integers;
-    the fastest of four runs counts.
+    The measurement reads memory on all cores, and multiplies matrices in fp32 and in 8-bit
+    integers; the fastest of four runs counts.
     """
     import torch
 

@@ -53,7 +53,7 @@ def test_plan_command(run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
         run("plan", "tiny", "--target", "jetson-agx-orin", "--precision", "fp8"),
         "cannot run fp8 with tensorrt (FP8 needs SM 89, this is SM 87). The nearest precision is int8",
     )
-    assert refused(run("plan", "tiny", "--context", "9999"), "The model has 1024 positions")
+    assert refused(run("plan", "tiny", "--context", "9999"), "the model has 1024 positions")
     assert refused(run("plan", "tiny", "--target", "toaster"), "There is no target 'toaster'")
     assert refused(run("plan", "/nowhere"), "There is no folder /nowhere")
     assert refused(run("plan", "tiny", "--text-tokens", "1000000"), "the model has only 1024 positions")

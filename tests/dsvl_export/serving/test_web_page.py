@@ -100,7 +100,7 @@ def test_streaming_and_stop(
     visit: Open, served: Served, tiny_bundle: Bundle, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text is there before the answer is complete; stopping frees the slot and keeps what was written."""
-    chain = served.models.open[0].pipeline.chain
+    chain = served.models.open_models[0].pipeline.chain
     plain = chain.decode
     monkeypatch.setattr(chain, "decode", lambda *given: time.sleep(0.25) or plain(*given))
     page = visit()
