@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from dsvl_export.cli.app import command
+from dsvl_export.cli.checks import exit_with_verdict, run_and_record
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets, values
 from dsvl_export.cli.memory import warn_of_memory
 from dsvl_export.cli.options import (
@@ -33,7 +34,6 @@ from dsvl_export.cli.options import (
     TrustEngine,
     Verify,
 )  # fmt: skip
-from dsvl_export.cli.proof import judge, leave_with
 from dsvl_export.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def export(
                 " Apps must pass token ids to the runner instead of text; see docs/executorch.md."
             )
     verdicts = [
-        judge(output, f"{backend} {each}", partial(_run_parity, backend, each))
+        run_and_record(output, f"{backend} {each}", partial(_run_parity, backend, each))
         for each in precisions
         if check and goldens
     ]
@@ -249,7 +249,7 @@ def export(
         if needs := _needs(bundle, backend, precisions):
             say(needs)
         say(f"Next: {_next_step(bundle, backend)}")
-    leave_with(results)
+    exit_with_verdict(results)
 
 
 def _needs(bundle: Bundle, backend: str, precisions: list[str]) -> str:

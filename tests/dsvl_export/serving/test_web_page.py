@@ -66,7 +66,9 @@ def answers(page: Any, count: int) -> list[str]:
 
 @needs_browser
 @pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (390, "dark")])
-def test_a_conversation(visit: Open, tiny_bundle: Bundle, pictures: list[Path], width: int, scheme: str) -> None:
+def test_a_conversation(
+    visit: Open, tiny_bundle: Bundle, pictures: list[Path], width: int, scheme: str
+) -> None:
     """Two turns about one picture, then one about two; figures, sizes and contrast."""
     alone = Pipeline.open(tiny_bundle, "onnxruntime", "fp32", threads=1)
     first = alone.chat(DESCRIBE, [pictures[0]]).text

@@ -113,12 +113,12 @@ def parity(
     with ray_cluster(ray) as spread:
         for pair in pairs:
             warn_of_memory(opened, *pair, device)
-            results.append(judge(bundle, " ".join(pair), run, report))
+            results.append(run_and_record(bundle, " ".join(pair), run, report))
             if not as_json:
                 display.print_parity(results[-1][1])
     if as_json:
         display.print_json([document for document, _ in results])
-    leave_with([result for _, result in results])
+    exit_with_verdict([result for _, result in results])
 
 
 @command("compare")
@@ -190,7 +190,7 @@ def compare(
         display.print_json(make_document(second, result))
     else:
         display.print_parity(result)
-    leave_with([result])
+    exit_with_verdict([result])
 
 
 @command("verify")
@@ -276,7 +276,7 @@ def _audit(bundle: Bundle, checkpoint: str, backend: str | None, precision: str 
         return audit(bundle, source, backend, precision, on_bytes)
 
 
-def judge(
+def run_and_record(
     folder: Path, label: str, run: Callable[[Bundle, OnStep], ParityResult], report: Path | None = None
 ) -> tuple[dict[str, Any], ParityResult]:
     """Run the parity check with a progress bar, and write the verdict to the bundle.
@@ -315,7 +315,7 @@ def _announce(report: Path) -> None:
     say(f"Report: {report}{hint}", stream=sys.stderr)
 
 
-def leave_with(results: list[ParityResult]) -> None:
+def exit_with_verdict(results: list[ParityResult]) -> None:
     """Exit with the code of the worst verdict, unless all passed."""
     codes = {result.exit_code for result in results}
     for code in (1, 3):
