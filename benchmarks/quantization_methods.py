@@ -25,8 +25,8 @@ from calibration.planned_model import planned_model
 from calibration.precision_plan import LayerPrecision, PrecisionPlan, Rule
 from calibration.quantized_weights import QuantizedWeights
 from calibration.ranges import METHODS
-from calibration.statistics import collect_statistics
-from dsvl_export.quantization.calibrate import token_embedding
+from calibration.statistics import collect
+from dsvl_export.quantization.calibrate import temporary_token_embedding
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
 from reference.checkpoint.layouts import parameter_sources
 from reference.tiny import TINY
@@ -64,9 +64,9 @@ def compare(
     source: Checkpoint, plan: PrecisionPlan, samples: int, rows: list[tuple[str, dict[str, object]]]
 ) -> None:
     data = load_data("bundled", 128).samples
-    with token_embedding(source) as embedding, tempfile.TemporaryDirectory() as folder:
-        statistics = collect_statistics(source, embedding, data[::2][:samples], Path(folder))
-        evaluation = Evaluation(source, embedding, data[1::2], source.load_model())
+    with temporary_token_embedding(source) as embedding, tempfile.TemporaryDirectory() as folder:
+        statistics = collect(source, embedding, data[::2][:samples], Path(folder))
+        evaluation = Evaluation(source, embedding, data[1::2], source.model())
         for name, options in rows:
             clip = options.pop("clip", True)
             weight_scales.CLIP_RATIOS = CLIPS if clip else ()

@@ -1,4 +1,4 @@
-"""dsvl-export: DeepSeek-VL to ONNX Runtime, TensorRT, Core ML, Core AI and ExecuTorch, with proof.
+"""dsvl-export: DeepSeek-VL to ONNX Runtime, TensorRT, Core ML, Core AI and ExecuTorch, with a parity check.
 
 ``from dsvl_export import Pipeline, export, parity``; nothing heavy is imported before it is used.
 """

@@ -104,7 +104,7 @@ class Judge:
         try:
             result = parity(Bundle.open(folder), self.backend, self.precision, threads=1)
             row["parity"] = result.verdict
-            row["stages"] = [rung.name for rung in result.rungs if rung.state == "failed"]
+            row["stages"] = [stage.name for stage in result.stages if stage.state == "failed"]
         except UserError as error:
             row["parity"] = f"refused: {error}"
         row["parity_seconds"] = round(time.perf_counter() - started, 2)

@@ -1,4 +1,4 @@
-"""Commands that write, run and show bundles: ``export``, ``run``, ``chat``, ``inspect`` and ``demo``."""
+"""The commands ``export``, ``inspect`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -9,38 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from dsvl_export.cli.app import command
+from dsvl_export.cli.checks import exit_with_verdict, run_and_record
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets, values
 from dsvl_export.cli.memory import warn_of_memory
-from dsvl_export.cli.options import (
-    Backend,
-    BundleFolder,
-    Capacity,
-    Checkpoint,
-    Device,
-    Drafts,
-    Images,
-    Json,
-    JsonLines,
-    MaxNewTokens,
-    Penalty,
-    Precision,
-    Seed,
-    Stop,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-    TrustEngine,
-    Verify,
-)  # fmt: skip
-from dsvl_export.cli.proof import judge, leave_with
+from dsvl_export.cli.options import BundleFolder, Checkpoint, Json
 from dsvl_export.cli.terminal import say
 
 if TYPE_CHECKING:
     from dsvl_export.parity_check import ParityResult
     from dsvl_export.parity_check.against_reference import OnStep
     from runtimes.bundle.bundle import Bundle
-    from runtimes.pipeline import Pipeline
 
 # Panels of the help of ``export``.
 BACKEND_OPTIONS = "Options of one backend"
@@ -160,11 +138,11 @@ def export(
 ) -> None:
     """Export a checkpoint into a bundle.
 
-    The parity check compares the bundle with the PyTorch reference. If the export is interrupted, run the
-    same command again: the export resumes.
+    The parity check compares the bundle with the PyTorch reference. If the export is interrupted,
+    run the same command again: the export resumes.
 
-    Exit code 0: all stages passed; 1: the bundle differs from the reference, or the precision overflows; 3:
-    the parity check could not judge the bundle on this machine.
+    Exit code 0: all stages passed; 1: the bundle differs from the reference, or the precision
+    overflows; 3: the parity check could not judge the bundle on this machine.
 
     Example: dsvl-export export tiny --precision fp16 --output tiny-bundle
     """
@@ -189,7 +167,7 @@ def export(
     plans = [plan_for(compiler, name) for name in names]
     precisions = [plan.name for plan in plans]
     device_name = device.name if device else None
-    defects = {str(row): None for each in precisions for row in warnings_for(backend, each, device_name)}
+    defects = {str(row): None for name in precisions for row in warnings_for(backend, name, device_name)}
     for text in defects:
         display.err.print(f"[yellow]Known defect:[/] {escape(text)}")
     if scales is None and checkpoint != "tiny" and any(plan.quantizes_activations for plan in plans):
@@ -199,16 +177,16 @@ def export(
         )
     with display.progress_bar() as bars:
         tasks: dict[str, TaskID] = {}
-        in_bytes: set[str] = set()
+        with_bytes: set[str] = set()
 
         def report(progress: ExportProgress) -> None:
-            name, counted = progress.stage, progress.in_bytes
+            name, in_bytes = progress.stage, progress.in_bytes
             if name not in tasks:
                 tasks[name] = bars.add_task(display.plain(name), total=None)
-            if counted and name not in in_bytes:  # what was there before does not count as speed
-                in_bytes.add(name)
+            if in_bytes and name not in with_bytes:  # bytes written before do not count as speed
+                with_bytes.add(name)
                 bars.reset(tasks[name], total=progress.total, completed=progress.done, in_bytes=True)
-            bars.update(tasks[name], completed=progress.done, total=progress.total, in_bytes=counted)
+            bars.update(tasks[name], completed=progress.done, total=progress.total, in_bytes=in_bytes)
             if progress.state == "reused":
                 bars.console.print(f"[dim]{escape(progress.stage)}: unchanged, reused[/]")
 
@@ -220,16 +198,16 @@ def export(
         except KeyboardInterrupt:
             display.err.print("Run the same command again: the export resumes.")
             raise
-    for each in precisions:
-        tokenizer = bundle.artifact("decoder", backend, each).tools.get(RUNNER_TOKENIZER, "")
+    for name in precisions:
+        tokenizer = bundle.artifact("decoder", backend, name).tools.get(RUNNER_TOKENIZER, "")
         if tokenizer.startswith("none"):
             display.err.print(
-                f"[yellow]No tokenizer for ExecuTorch's runner ({each}):[/] {escape(tokenizer[6:])}."
+                f"[yellow]No tokenizer for ExecuTorch's runner ({name}):[/] {escape(tokenizer[6:])}."
                 " Apps must pass token ids to the runner instead of text; see docs/executorch.md."
             )
     verdicts = [
-        judge(output, f"{backend} {each}", partial(_run_parity, backend, each))
-        for each in precisions
+        run_and_record(output, f"{backend} {name}", partial(_run_parity, backend, name))
+        for name in precisions
         if check and goldens
     ]
     results = [result for _, result in verdicts]
@@ -249,7 +227,7 @@ def export(
         if needs := _needs(bundle, backend, precisions):
             say(needs)
         say(f"Next: {_next_step(bundle, backend)}")
-    leave_with(results)
+    exit_with_verdict(results)
 
 
 def _needs(bundle: Bundle, backend: str, precisions: list[str]) -> str:
@@ -279,119 +257,6 @@ def _run_parity(backend: str, precision: str, bundle: Bundle, on_step: OnStep) -
 
     warn_of_memory(bundle, backend, precision)
     return parity(bundle, backend, precision, on_step=on_step)
-
-
-def open_pipeline(
-    folder: Path,
-    backend: str | None,
-    precision: str | None,
-    threads: int | None,
-    device: str | None,
-    capacity: int | None,
-    verify: bool,
-    trust_engine: bool,
-) -> Pipeline:
-    """Open a bundle to run it, and warn if the machine has too little free memory."""
-    from runtimes.backends.engines.trust import trust_engines
-    from runtimes.bundle.bundle import Bundle
-    from runtimes.pipeline import Pipeline
-
-    bundle = Bundle.open(folder)
-    if trust_engine:
-        trust_engines(bundle)
-    backend, precision = bundle.select(backend, precision)
-    remedy = "use a smaller precision or --capacity"
-    warn_of_memory(bundle, backend, precision, device, capacity, remedy)
-    return Pipeline.open(
-        bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
-    )
-
-
-@command("run")
-def run(
-    bundle: BundleFolder,
-    prompt: Annotated[
-        str,
-        typer.Option(
-            "--prompt",
-            "-p",
-            help="The question. <image_placeholder> marks the position of an image; without it, images come"
-            " first.",
-        ),
-    ],
-    image: Images = None,
-    backend: Backend = None,
-    precision: Precision = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = 0,
-    stop: Stop = None,
-    drafts: Drafts = True,
-    device: Device = None,
-    threads: Threads = None,
-    capacity: Capacity = None,
-    verify: Verify = True,
-    trust_engine: TrustEngine = False,
-    as_json: Json = False,
-) -> None:
-    """Answer a question about images; the answer streams to stdout.
-
-    Example: dsvl-export run tiny-bundle --image photo.png --prompt "What number is in the picture?"
-    """
-    from dsvl_export.cli import display
-    from dsvl_export.cli.terminal import answer_text
-    from runtimes.generation.decoding import Answer
-    from runtimes.generation.sampling import GenerationOptions
-
-    options = GenerationOptions(
-        max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()), drafts
-    )
-    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify, trust_engine)
-    answer = Answer()
-    for piece, answer in pipeline.stream_chat(prompt, image or [], options):  # noqa: B007
-        if not as_json:
-            print(answer_text(piece), end="", flush=True)
-    if as_json:
-        display.print_json({**vars(answer), "tokens_per_second": answer.tokens_per_second})
-        return
-    print()
-    display.err.print(
-        f"[dim]{len(answer.tokens)} tokens ({answer.finish_reason}), first after"
-        f" {answer.first_token_seconds:.2f} s, then {answer.tokens_per_second:.1f} per second[/]"
-    )
-
-
-@command("chat")
-def chat(
-    bundle: BundleFolder,
-    image: Images = None,
-    backend: Backend = None,
-    precision: Precision = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    drafts: Drafts = True,
-    device: Device = None,
-    threads: Threads = None,
-    capacity: Capacity = None,
-    verify: Verify = True,
-    trust_engine: TrustEngine = False,
-    as_json: JsonLines = False,
-) -> None:
-    """Chat about images; each turn computes only what is new.
-
-    In the chat, /image FILE adds an image to the next message, /reset starts a new conversation, and /quit
-    (or Ctrl-D) ends the chat.
-    """
-    from dsvl_export.cli.conversation import converse
-    from runtimes.generation.sampling import GenerationOptions
-
-    options = GenerationOptions(max_new_tokens, temperature, seed=seed, drafts=drafts)
-    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify, trust_engine)
-    converse(pipeline, image or [], options, as_json)
 
 
 @command("inspect")

@@ -36,7 +36,11 @@ from dsvl_export.exporter.staging import Staging
 from dsvl_export.parity_check.layers import INPUTS as LAYER_INPUTS
 from dsvl_export.parity_check.layers import outputs_file, record_inputs, record_outputs
 from dsvl_export.parity_check.long_context import planned_file
-from dsvl_export.parity_check.quantization_error import measure_long_golden, measure_noise, noise_file
+from dsvl_export.parity_check.quantization_error import (
+    measure_long_golden,
+    measure_quantization_error,
+    quantization_error_file,
+)
 from dsvl_export.parity_check.stages import Goldens
 from dsvl_export.planning.workload import Workload, activation_growth
 from dsvl_export.quantization.calibrate import SAMPLES, CalibrationOptions, calibrate
@@ -424,7 +428,7 @@ class ExportStages:
         table = self.staging.folder / TOKEN_EMBEDDING
 
         def build(folder: Path) -> dict[str, Any]:
-            noise = measure_noise(
+            noise = measure_quantization_error(
                 self.weights(precision),
                 table,
                 Goldens.recorded_into(self.staging.folder / "goldens"),
@@ -440,7 +444,7 @@ class ExportStages:
             measure_long_golden(self.weights(precision), table, exact, remedy).save(folder / LONG_GOLDEN)
             return {}
 
-        name, file = _noise_stage(precision), Path(noise_file(precision)).name
+        name, file = _noise_stage(precision), Path(quantization_error_file(precision)).name
         self._stage(name, build, self._measured_with(name, precision))
         long = _long_stage(precision)
         self._stage(long, build_long, self._measured_with(long, precision))
@@ -514,7 +518,7 @@ class ExportStages:
 
 
 def _noise_stage(precision: str) -> str:
-    return _folder(noise_file(precision))
+    return _folder(quantization_error_file(precision))
 
 
 def _long_stage(precision: str) -> str:

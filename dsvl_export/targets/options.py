@@ -1,4 +1,4 @@
-"""What an export is asked for beyond the precision: a leaf module, which compilers and commands import."""
+"""Options of an export beside the precision; a leaf module, which compilers and commands import."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ OLDEST = Version("10.3")
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What an export is asked for beyond the precision; each compiler takes what concerns it.
+    """Options of an export beside the precision; each compiler uses those that it supports.
 
-    Args:
-        target: the device; None leaves it open.
-        capacity: tokens of the KV cache, where that is fixed when compiling.
-        tensorrt: version of TensorRT that will build or run, as in ``10.3``; None is the target's.
-        capabilities: compute capabilities, as in 89, of engines that are built for several; empty is the
-            target's, or the compiler's choice.
-        deployment: the oldest system to run on, as in ``iOS18``; None is the oldest that the backend has.
+    Attributes:
+        target: the device; None is any device.
+        capacity: of the KV cache, in tokens, for formats that fix it when compiling.
+        tensorrt: version of TensorRT that builds and runs, such as ``10.3``; None is the target's.
+        capabilities: compute capabilities to build engines for, such as 89; empty is the target's,
+            or the compiler's choice.
+        deployment: oldest operating system to support, such as ``iOS18``; None is the oldest that
+            the backend supports.
         preprocessing: of the model's images, for programs that take an image itself.
-        delegate: what ExecuTorch runs the encoders on; None is the compiler's choice.
-        prefill: whether a decoder with 4-bit weights and 8-bit activations gets a second graph for prompts.
+        delegate: ExecuTorch delegate of the encoders; None is the compiler's choice.
+        prefill: add a second graph for prompts to a decoder with 4-bit weights and 8-bit
+            activations.
     """
 
     target: Target | None = None
@@ -40,22 +42,23 @@ class CompileOptions:
     prefill: bool = True
 
     def target_name(self, otherwise: str) -> str:
+        """Return the name of the target, or ``otherwise`` without a target."""
         return self.target.name if self.target else otherwise
 
     def tensorrt_version(self) -> Version:
-        """The version that will build: asked for, the target's, or the latest.
+        """Return the version of TensorRT: the requested one, the target's, or the latest.
 
         Raises:
-            UserError: it is none, or too old.
+            UserError: it is not a version, or is too old.
         """
-        there = self.target.tensorrt if self.target else ()
-        text = self.tensorrt or next(iter(there), LATEST)
+        supported = self.target.tensorrt if self.target else ()
+        text = self.tensorrt or next(iter(supported), LATEST)
         try:
             version = Version(text)
         except InvalidVersion as error:
-            raise UserError(f"{text!r} is not a version of TensorRT; write it as 10.3.") from error
-        oldest = min(map(Version, there), default=OLDEST)
+            raise UserError(f"{text!r} is not a version of TensorRT; use the form 10.3.") from error
+        oldest = min(map(Version, supported), default=OLDEST)
         if version < oldest:
             where = f" for {self.target.device}" if self.target else ""
-            raise UserError(f"TensorRT {text} is too old{where}; {oldest} is the oldest that is supported.")
+            raise UserError(f"TensorRT {text} is too old{where}; the oldest supported version is {oldest}.")
         return version

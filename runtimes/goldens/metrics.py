@@ -1,4 +1,4 @@
-"""Metrics of logits, shared by calibration and the parity check."""
+"""Measures of logits that calibration and the parity check share."""
 
 from __future__ import annotations
 

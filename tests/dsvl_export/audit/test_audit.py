@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from calibration.quantized_program import trace_with_plan
 from dsvl_export.audit import Audit, AuditedPart, audit
 from dsvl_export.audit.onnx_file import compare_onnx
-from dsvl_export.audit.remade import compare_remade
+from dsvl_export.audit.reconverted import compare_reconverted
 from dsvl_export.compilers.onnx import writer
 from dsvl_export.compilers.onnx.builder import Graph
 from dsvl_export.compilers.onnx.dialect_ort import OrtDialect
@@ -80,9 +80,7 @@ def test_an_export_audits_what_it_has_written(
         return written
 
     monkeypatch.setattr(writer, "write_model", write)
-    with pytest.raises(
-        UserError, match="is not what the checkpoint makes of it .* run the same command again"
-    ):
+    with pytest.raises(UserError, match="differ from the checkpoint .* run the same command again"):
         export("tiny", tmp_path / "bundle")
     assert not (tmp_path / "bundle" / MANIFEST).exists()
 
@@ -100,18 +98,20 @@ def test_parity_tells_a_file_that_was_changed_after_its_audit(bundle_copy: Path)
     audited_hashes = [dict(item.audited) for item in bundle.manifest.artifacts]
     rehash(bundle_copy, path)
     result = parity(bundle_copy, precision="fp16")
-    assert (result.verdict, result.rung("audit").state) == ("passed", "not run")
-    assert "see verify --weights" in result.rung("audit").detail
+    assert (result.verdict, result.stage("audit").state) == ("passed", "not run")
+    assert "run verify --weights" in result.stage("audit").detail
     changed = Bundle.open(bundle_copy)
     for item, hashes in zip(changed.manifest.artifacts, audited_hashes, strict=True):
         item.audited.update(hashes)
     result = parity(changed, precision="fp16")
-    assert [rung.name for rung in result.rungs if rung.state == "failed"] == ["audit"]
-    assert path in result.rung("audit").detail
-    assert parity(changed, precision="fp32").rung("audit").state == "passed"
+    assert [stage.name for stage in result.stages if stage.state == "failed"] == ["audit"]
+    assert path in result.stage("audit").detail
+    assert parity(changed, precision="fp32").stage("audit").state == "passed"
     for item in changed.manifest.artifacts:
         item.audited.pop(path, None)
-    assert parity(changed, precision="fp16").rung("audit").state == "not run"  # one of its files is not known
+    assert (
+        parity(changed, precision="fp16").stage("audit").state == "not run"
+    )  # one of its files is not known
 
 
 @pytest.mark.parametrize("precision", ["int8", "8da4w"])
@@ -260,7 +260,7 @@ def test_weights_beside_a_graph_are_read_where_they_lie(tmp_path: Path, int8: Bu
     assert [item.name for item in compared().differences] == [tensor.name]
     with data.open("r+b") as handle:
         handle.truncate(offset + 5)
-    assert "lies beyond the end" in compared().differences[0].detail
+    assert "is stored beyond the end" in compared().differences[0].detail
     tensor.external_data[0].value = "../decoder.onnx.data"
     onnx.save(model, str(file))
     assert "which is no file beside" in compared().differences[0].detail
@@ -321,11 +321,11 @@ def test_what_cannot_be_told_is_not_passed(
         return Compiled((folder / "model.bin",), "cpu", "none", {"a": "1"})
 
     part = AuditedPart("a part")
-    compare_remade(compile_into, folder, stage, tools, part, strict)
+    compare_reconverted(compile_into, folder, stage, tools, part, strict)
     assert part.state == state
     (stage / "model.bin").write_bytes(b"abc")
     part = AuditedPart("a part")
-    compare_remade(compile_into, folder, stage, tools, part, strict)
+    compare_reconverted(compile_into, folder, stage, tools, part, strict)
     assert part.state == "passed"
 
 

@@ -92,7 +92,7 @@ def test_parity_tables_json_and_exit_codes(run, bundle_copy: Path, tmp_path: Pat
     assert result["verdict"] == "passed"
     assert (result["task"]["questions"], result["task"]["right"], result["task"]["baseline"]) == (2, 0, None)
     assert result["task"]["by_kind"] == {"all": 0.0}
-    unjudged = run(*quick, tmp_path / "task.jsonl")  # fp32 answers nothing right, so fp16 has nothing to keep
+    unjudged = run(*quick, tmp_path / "task.jsonl")  # fp32 answers nothing correctly
     assert unjudged.code == 3
     assert [row["verdict"] for row in json.loads(unjudged.out)] == ["passed", "not judged"]
     # Another adaptor's file in its place.
@@ -110,7 +110,7 @@ def test_parity_and_export_exit_with_1_where_something_differs(
     done = run("parity", bundle_copy, "--task", "none")
     assert done.code == 1
     assert "failed" in done.out
-    assert "Drift in the adaptor: layers.1 is the first to leave its band" in done.out
+    assert "Localization in the adaptor: layers.1 is the first tap beyond its bound" in done.out
     assert Bundle.open(bundle_copy).manifest.parity["onnxruntime/fp32"]["verdict"] == "failed"
     strict = {name: replace(row, factor=1e-6) for name, row in load_tolerances().items()}
     monkeypatch.setattr("dsvl_export.parity_check.against_reference.load_tolerances", lambda: strict)
@@ -120,7 +120,7 @@ def test_parity_and_export_exit_with_1_where_something_differs(
 def test_parity_options(run, bundle_copy: Path, tmp_path: Path) -> None:
     """A report elsewhere leaves the bundle as it was; tolerances and taps come from the command line."""
     before = (bundle_copy / MANIFEST).read_text()
-    (tmp_path / "t.yaml").write_text("fp32: {rungs: {vision_encoder: 1.0e-9}}")
+    (tmp_path / "t.yaml").write_text("fp32: {stages: {vision_encoder: 1.0e-9}}")
     ask = (
         "parity",
         bundle_copy,
@@ -135,8 +135,8 @@ def test_parity_options(run, bundle_copy: Path, tmp_path: Path) -> None:
     done = run(*ask, "--tolerances", tmp_path / "t.yaml", "--taps", "--threads", "1")
     assert done.code == 1
     (document,) = json.loads(done.out)
-    assert document["tolerance"]["rungs"] == {"vision_encoder": 1e-9}
-    assert [row["component"] for row in document["drift"]] == ["vision_encoder", "adaptor", "decoder"]
+    assert document["tolerance"]["stages"] == {"vision_encoder": 1e-9}
+    assert [row["component"] for row in document["localizations"]] == ["vision_encoder", "adaptor", "decoder"]
     assert (bundle_copy / MANIFEST).read_text() == before
     assert not (bundle_copy / "reports").exists()
     assert {file.name for file in (tmp_path / "r").iterdir()} == {

@@ -69,7 +69,7 @@ def test_tuning_on_the_command_line(run, tmp_path: Path) -> None:  # type: ignor
     assert found["smoothed"]
     for arguments, sentence in (
         (("--data", tmp_path / "nowhere"), "There is no calibration data"),
-        (("--method", "entropy"), "There is no method 'entropy'; there are minmax, percentile, mse"),
+        (("--method", "entropy"), "There is no method 'entropy'; use one of minmax, percentile, mse"),
         (("--part", "x"), "--part must have the form I/N, for example 1/4, not 'x'"),
         (("--percentile", "0"), "The percentile must lie between 0 and 100, got 0"),
         (("--tune", "int3"), "There is no precision 'int3'"),

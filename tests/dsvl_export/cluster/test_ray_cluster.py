@@ -136,10 +136,10 @@ def test_what_goes_wrong(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert spread
         with pytest.raises(UserError, match=r"Part 7 has no data\."):
             list(spread(failing, [(7,)]))
-        with pytest.raises(UserError, match="A part of the work was lost 2 times on the cluster"):
+        with pytest.raises(UserError, match="A call on the cluster failed 2 times"):
             list(spread(lost, [(1,)]))
 
 
 def test_no_cluster(run, tmp_path: Path) -> None:
     command = ("calibrate", "tiny", "--output", str(tmp_path / "x"), "--ray")
-    assert refused(run(*command, "127.0.0.1:1"), "There is no Ray cluster at '127.0.0.1:1'")
+    assert refused(run(*command, "127.0.0.1:1"), "Cannot connect to a Ray cluster at '127.0.0.1:1'")

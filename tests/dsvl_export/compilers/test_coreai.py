@@ -39,19 +39,19 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_climbs_the_ladder(bundle: Bundle, precision: str) -> None:
+def test_every_precision_passes_parity(bundle: Bundle, precision: str) -> None:
     result = parity(bundle, "coreai", NAMES.get(precision, precision), task=load_task(HELDOUT)[::8])
     assert result.execution.kind == "ran"
     assert "Apple's runtime" in str(result.execution)
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
     if precision == "fp32":
-        assert all(rung.errors.relative_rms < 1e-5 for rung in result.rungs if rung.errors)
+        assert all(stage.errors.relative_rms < 1e-5 for stage in result.stages if stage.errors)
 
 
 def test_random_checkpoints_of_both_variants(pair: OraclePair, tmp_path: Path) -> None:
     made = export(pair.checkpoint.folder, tmp_path / "b", "coreai", ["fp32"], capacity=256)
     result = parity(made)
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
 
 def test_half_precision_converts_and_runs(bundle: Bundle, tmp_path: Path) -> None:
@@ -121,4 +121,6 @@ def test_damaged_assets_are_named(bundle: Bundle, tmp_path: Path) -> None:
 def test_taps_that_cannot_be_had_are_said(bundle: Bundle) -> None:
     result = parity(bundle, "coreai", "fp32", taps=True)
     assert result.passed
-    assert all("Core AI assets cannot have taps" in drift.note for drift in result.drift)
+    assert all(
+        "Core AI's assets cannot be given taps" in localization.note for localization in result.localizations
+    )

@@ -1,4 +1,4 @@
-"""Core ML packages: written, executed from the saved files, proven by the ladder, and refused where they are bad."""
+"""Core ML packages: written, executed from the saved files, checked by parity, and refused where they are bad."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
-from dsvl_export.parity_check.stages import STEPS, Goldens, stages
+from dsvl_export.parity_check.stages import STEPS, Goldens, stage_tensors
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from reference.tiny.pictures import draw_scene
@@ -83,13 +83,13 @@ def package(bundle: Bundle, precision: str, component: str) -> Path:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_climbs_the_ladder(bundle: Bundle, precision: str) -> None:
+def test_every_precision_passes_parity(bundle: Bundle, precision: str) -> None:
     backend, name = bundle.select("coreml", precision)
     questions = load_task(HELDOUT)[::8]
     result = parity(bundle, backend, name, task=questions, taps=True)
     assert str(result.execution) == PROOF or sys.platform == "darwin"
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
-    assert not any(drift.first for drift in result.drift)
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+    assert not any(localization.first for localization in result.localizations)
     assert result.task and result.task.accuracy_ratio and result.task.accuracy_ratio >= 0.99
 
 
@@ -99,18 +99,18 @@ def test_the_logits_of_half_precision(bundle: Bundle) -> None:
     errors: dict[str, list[float]] = {}
     for index in range(len(goldens.files)):
         golden = goldens.load(index, bundle.manifest.checkpoint["sha256"])
-        for stage in stages(chain, golden, steps=STEPS):
-            error = relative_rms(stage.found, stage.expected)
-            errors.setdefault(f"{stage.rung} {stage.tensor}", []).append(error)
+        for tensor in stage_tensors(chain, golden, steps=STEPS):
+            error = relative_rms(tensor.actual, tensor.expected)
+            errors.setdefault(f"{tensor.stage} {tensor.name}", []).append(error)
     errors = {name: found for name, found in errors.items() if "logits" in name}
     assert len(errors) == 3
     for name, found in errors.items():
         assert np.sqrt(np.square(found).mean()) < 1.5e-3, name
 
 
-def test_the_fixed_functions_of_the_neural_engine_climb_too(bundle: Bundle) -> None:
+def test_the_fixed_functions_of_the_neural_engine_pass_parity(bundle: Bundle) -> None:
     result = parity(bundle, "coreml", "fp16", device="ane")
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4", "palette4", "int8"])
@@ -122,7 +122,7 @@ def test_random_checkpoints_of_both_variants(pair: OraclePair, precision: str, t
         precision = str(tmp_path / "four.yaml")
     made = export(pair.checkpoint.folder, tmp_path / "b", "coreml", [precision], capacity=256)
     result = parity(made, taps=True)
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
 
 def test_functions_share_their_weights(bundle: Bundle) -> None:
@@ -241,9 +241,9 @@ def test_planted_faults_are_caught(short: Path, fault: PackageFault) -> None:
 def test_a_fault_is_located_in_its_layer(short: Path) -> None:
     """Two rows of a projection are swapped; each layer is handed what was recorded."""
     spoiled = plant(short, "fp16", "decoder", weight("layers__2__mlp__up_proj__weight", "<f2", swap_rows))
-    rung = parity(spoiled, "coreml", "fp16").rung("layers")
-    assert rung.state == "failed"
-    assert rung.detail.startswith("decoder: layers.2 is wrong on its recorded input")
+    stage = parity(spoiled, "coreml", "fp16").stage("layers")
+    assert stage.state == "failed"
+    assert stage.detail.startswith("decoder: layers.2 is wrong on its recorded input")
 
 
 def swap_rows(values: np.ndarray) -> None:
@@ -256,9 +256,9 @@ def test_faults_of_functions_that_apps_call_are_caught(
 ) -> None:
     """The function that an app on another device calls, or that takes an image itself."""
     result = parity(plant(short, "fp16", component, edit, function), "coreml", "fp16", device=device)
-    failed = {rung.name for rung in result.rungs if rung.state == "failed"}
+    failed = {stage.name for stage in result.stages if stage.state == "failed"}
     assert failed - {"layers"} == {"entry_points"}  # the function extend is judged by its layers as well
-    assert result.rung("entry_points").detail.startswith(f"function {function} of the ")
+    assert result.stage("entry_points").detail.startswith(f"function {function} of the ")
 
 
 def test_a_listing_with_other_token_ids_is_caught(short: Path) -> None:
@@ -268,15 +268,15 @@ def test_a_listing_with_other_token_ids_is_caught(short: Path) -> None:
     assert f"[{spec.eos_id}].contains" in text
     (short / path).write_text(text.replace(f"[{spec.eos_id}].contains", f"[{spec.eos_id + 1}].contains"))
     result = parity(rehash(short, path), "coreml", "fp16")
-    assert [rung.name for rung in result.rungs if rung.state == "failed"] == ["entry_points"]
-    assert "of the listing DeepSeekVL.swift is" in result.rung("entry_points").detail
+    assert [stage.name for stage in result.stages if stage.state == "failed"] == ["entry_points"]
+    assert "of the listing DeepSeekVL.swift is" in result.stage("entry_points").detail
 
 
 def test_the_unspoiled_copy_passes(short: Path) -> None:
     """What the test above rests on; the long golden, which takes the interpreter long, was left out."""
     result = parity(Bundle.open(short), "coreml", "fp16")
     assert result.verdict == "not judged"
-    assert not [rung.name for rung in result.rungs if rung.state == "failed"]
+    assert not [stage.name for stage in result.stages if stage.state == "failed"]
 
 
 def test_goldens_that_do_not_fit_are_left_out(short: Path) -> None:

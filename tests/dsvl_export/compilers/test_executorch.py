@@ -1,4 +1,4 @@
-"""ExecuTorch: one program for all components, judged by the ladder and by the stock runner of the wheel."""
+"""ExecuTorch: one program for all components, judged by the parity check and by the stock runner of the wheel."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def program_of(bundle: Bundle, precision: str) -> Path:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_climbs_the_ladder(bundle: Bundle, precision: str) -> None:
+def test_every_precision_passes_parity(bundle: Bundle, precision: str) -> None:
     result = parity(bundle, "executorch", precision, task=load_task(HELDOUT)[::4])
     assert result.execution.kind == "ran" and "XNNPACK" in str(result.execution)
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
     if precision == "fp32":
-        assert all(rung.errors.relative_rms < 1e-5 for rung in result.rungs if rung.errors)
+        assert all(stage.errors.relative_rms < 1e-5 for stage in result.stages if stage.errors)
 
 
 def test_random_checkpoints_of_both_variants(pair: OraclePair, tmp_path: Path) -> None:
     made = export(pair.checkpoint.folder, tmp_path / "b", "executorch", ["fp16"], capacity=256)
     assert_programs_untouched(made, pair.checkpoint.config)
     result = parity(made)
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
 
 def test_one_program_has_all_components(bundle: Bundle) -> None:

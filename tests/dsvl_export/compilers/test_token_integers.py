@@ -101,7 +101,7 @@ def test_a_prompt_runs_in_its_graph_and_drafts_do_not(bundle: Bundle) -> None:
         assert 0 < error < 0.1  # the same graph on a cache that the other one wrote
 
 
-def test_a_fault_in_the_graph_for_prompts_fails_the_ladder(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_fault_in_the_graph_for_prompts_fails_parity(bundle: Bundle, tmp_path: Path) -> None:
     copy = Bundle.open(copytree(bundle.folder, tmp_path / "bundle"))
     _, prompts = graphs(copy)
     model = onnx.load(str(prompts))
@@ -110,8 +110,10 @@ def test_a_fault_in_the_graph_for_prompts_fails_the_ladder(bundle: Bundle, tmp_p
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 4, scale.name))
     onnx.save(model, str(prompts))
     result = parity(rehash(copy.folder, str(prompts.relative_to(copy.folder))), precision=PRECISION)
-    assert result.rung("prefill_logits").state == "failed"
-    assert [(drift.component, drift.first) for drift in result.drift] == [("decoder", "layers.1")]
+    assert result.stage("prefill_logits").state == "failed"
+    assert [(localization.component, localization.first) for localization in result.localizations] == [
+        ("decoder", "layers.1")
+    ]
 
 
 def test_without_the_second_graph(bundle: Bundle, tmp_path: Path) -> None:

@@ -303,7 +303,7 @@ def test_the_whole_way_on_a_fake_gpu(
     build_engines(folder, EngineSettings(900), "fp16")
     result = parity(folder, "tensorrt", "fp16")
     assert str(result.execution) == "ran on Orin with 16 multiprocessors with tensorrt 10.3.0"
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
     assert "cudaGraphLaunch" in cuda.names()
     picture = next((folder / "goldens/images").iterdir())
     pipeline = Pipeline.open(folder, "tensorrt", "fp16")

@@ -287,16 +287,16 @@ def test_calibration_inside_an_export_goes_on(tmp_path: Path) -> None:
 
 def test_noise_goes_on_at_the_golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
-    plain = noise.vision_stages
+    plain = noise.vision_tensors
 
-    def vision_stages(*arguments: Any) -> Any:
+    def vision_tensors(*arguments: Any) -> Any:
         measured.append(1)
         if len(measured) == 5:
             raise KeyboardInterrupt
         return plain(*arguments)
 
     whole = export("tiny", tmp_path / "whole", precisions=["fp16"])
-    monkeypatch.setattr(noise, "vision_stages", vision_stages)
+    monkeypatch.setattr(noise, "vision_tensors", vision_tensors)
     with pytest.raises(KeyboardInterrupt):
         export("tiny", tmp_path / "b", precisions=["fp16"])
     (journal,) = (tmp_path / "b/.staging").rglob("*.journal")

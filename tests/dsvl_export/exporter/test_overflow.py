@@ -90,11 +90,11 @@ def test_activations_beyond_half_precision(tiny_copy: Path, tmp_path: Path, run)
     assert done.code == 1  # its noise was not measured
     assert "noise/fp16/noise.json" not in Bundle.open(blind.folder).manifest.files
     report = json.loads((blind.folder / "reports/parity-onnxruntime-fp16.json").read_text())
-    (detail,) = [rung["detail"] for rung in report["rungs"] if rung["name"] == "prefill_logits"]
+    (detail,) = [stage["detail"] for stage in report["stages"] if stage["name"] == "prefill_logits"]
     assert detail.startswith(
         "NaN or infinity in logits of golden 0; if it overflows, export with another base"
     )
-    assert [row["first"] for row in report["drift"] if row["component"] == "decoder"] == ["layers.0"]
+    assert [row["first"] for row in report["localizations"] if row["component"] == "decoder"] == ["layers.0"]
 
 
 @pytest.mark.parametrize(

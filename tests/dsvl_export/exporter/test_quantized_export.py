@@ -1,4 +1,4 @@
-"""Quantized bundles: the ladder, the numbers that each precision has to reach, and what is refused."""
+"""Quantized bundles: the parity check, the numbers that each precision has to reach, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
 from dsvl_export.planning.plan import Planner, Request
 from dsvl_export.quantization.calibrate import CalibrationOptions, calibrate
-from dsvl_export.targets.targets import find_target, measured
+from dsvl_export.targets.targets import find_target, measure_target
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from reference.trace import TRACED_COMPONENTS
@@ -45,15 +45,15 @@ def quantized_copy(quantized: Bundle, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("precision", WANTED)
-def test_precisions_climb_the_ladder(quantized: Bundle, precision: str) -> None:
-    """All rungs, all taps in their bands, and the accuracy that is asked of the precision."""
+def test_precisions_pass_parity(quantized: Bundle, precision: str) -> None:
+    """All stages, all taps within their bounds, and the accuracy that is asked of the precision."""
     result = parity(quantized, precision=precision, task=load_task(HELDOUT), taps=True)
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
     assert result.task
     assert result.task.accuracy_ratio
     assert result.task.accuracy_ratio >= WANTED[precision]
-    assert not any(drift.first for drift in result.drift)
-    logits = result.rung("teacher_forced_logits").errors
+    assert not any(localization.first for localization in result.localizations)
+    logits = result.stage("teacher_forced_logits").errors
     assert logits
     assert 1e-4 < logits.relative_rms < 0.5  # it is quantized, and it is no noise
 
@@ -79,7 +79,7 @@ def test_bytes(quantized: Bundle) -> None:
     """A quarter and less of fp32, and what plan says."""
     source = open_checkpoint("tiny")
     planner = Planner(source.config, source.embedding_bytes())
-    cpu = measured(find_target("cpu"))
+    cpu = measure_target(find_target("cpu"))
     floats = sum(
         4 * tensor.numel()
         for name in TRACED_COMPONENTS
@@ -119,7 +119,9 @@ def test_a_fault_in_quantized_weights_is_found_in_its_layer(quantized_copy: Path
         onnx.save(model, str(quantized_copy / path))
         result = parity(rehash(quantized_copy, path), precision=precision)
         assert result.verdict == "failed"
-        assert [(drift.component, drift.first) for drift in result.drift] == [("decoder", tap)]
+        assert [(localization.component, localization.first) for localization in result.localizations] == [
+            ("decoder", tap)
+        ]
 
 
 def test_a_plan_of_ones_own(tmp_path: Path, tiny_bundle: Bundle) -> None:
@@ -211,8 +213,8 @@ def test_requests_that_cannot_be(tmp_path: Path, hybrid_pair: OraclePair) -> Non
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "int8-weights", "kv-int8"])
-def test_random_models_climb_the_ladder(pair: OraclePair, precision: str, tmp_path: Path) -> None:
+def test_random_models_pass_parity(pair: OraclePair, precision: str, tmp_path: Path) -> None:
     bundle = export(pair.checkpoint.folder, tmp_path / "b", precisions=[precision])
     result = parity(bundle, taps=True)
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
-    assert np.isfinite([rung.errors.relative_rms for rung in result.rungs if rung.errors]).all()
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+    assert np.isfinite([stage.errors.relative_rms for stage in result.stages if stage.errors]).all()

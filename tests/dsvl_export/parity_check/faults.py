@@ -27,7 +27,7 @@ class Fault:
 
 
 def plant(folder: Path, precision: str, component: str, edit: Edit) -> Bundle:
-    """Edit an artifact of a bundle and give it its new hash, so that only the ladder can notice."""
+    """Edit an artifact of a bundle and give it its new hash, so that only the parity check can notice."""
     path = f"onnxruntime/{precision}/{component}/{component}.onnx"
     model = onnx.load(str(folder / path))
     edit(model)

@@ -29,19 +29,19 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def first_wrong(result: ParityResult) -> str:
-    rung = result.rung("layers")
-    assert rung.state == "failed"
-    return rung.detail
+    stage = result.stage("layers")
+    assert stage.state == "failed"
+    return stage.detail
 
 
 @pytest.mark.parametrize("precision", ["int8", "8da4w"])
 def test_sound_layers_pass_far_below_the_error_of_the_precision(quantized: Bundle, precision: str) -> None:
     result = parity(quantized, precision=precision)
     assert result.passed
-    errors = result.rung("layers").errors
+    errors = result.stage("layers").errors
     assert errors
-    assert errors.noise is not None
-    assert errors.relative_rms < 0.25 * max(errors.noise, 1e-4)
+    assert errors.quantization_error is not None
+    assert errors.relative_rms < 0.25 * max(errors.quantization_error, 1e-4)
 
 
 def swapped(values: np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_faults_in_quantized_layers_are_located(
 def test_layers_of_random_models_pass(pair: OraclePair, tmp_path: Path) -> None:
     bundle = export(pair.checkpoint.folder, tmp_path / "bundle", precisions=("fp32", "fp16"))
     for precision in ("fp32", "fp16"):
-        assert parity(bundle, precision=precision).rung("layers").state == "passed"
+        assert parity(bundle, precision=precision).stage("layers").state == "passed"
     written = [bundle.path(path).stat().st_size for path in (INPUTS, outputs_file("fp16"))]
     for size, most in zip(written, layer_golden_bytes(pair.checkpoint.config), strict=True):
         assert size < most + 20_000  # the header
@@ -83,7 +83,7 @@ def test_onnx_for_tensorrt_is_judged_in_its_simulator(tmp_path: Path) -> None:
     bundle = export("tiny", tmp_path / "bundle", "tensorrt", ("fp16", "int8"), tensorrt="10.3", capacity=256)
     for precision in ("fp16", "int8-fp16"):
         result = parity(bundle, precision=precision, device="cpu")
-        assert result.rung("layers").state == "passed"
+        assert result.stage("layers").state == "passed"
 
 
 def test_a_layer_computes_on_what_it_is_handed() -> None:
@@ -119,7 +119,7 @@ def test_bundles_without_layer_goldens_are_judged_without(bundle_copy: Path) -> 
         del bundle.manifest.files[path]
     result = parity(bundle, precision="fp16")
     assert result.passed
-    assert (result.rung("layers").state, result.rung("layers").detail) == (
+    assert (result.stage("layers").state, result.stage("layers").detail) == (
         "not run",
         "the bundle has no layer goldens",
     )

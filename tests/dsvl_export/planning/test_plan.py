@@ -14,9 +14,15 @@ from calibration.precision_plan import load_precision
 from calibration.quantized_program import trace_with_plan
 from dsvl_export.exporter.export import export
 from dsvl_export.planning.plan import Planner, Request
-from dsvl_export.planning.workload import Workload, activation_growth, activations
+from dsvl_export.planning.workload import Workload, activation_bytes, activation_growth
 from dsvl_export.targets.defects import load_defects, warnings_for
-from dsvl_export.targets.targets import LISTED_BITS, find_target, load_targets, measured, nearest
+from dsvl_export.targets.targets import (
+    LISTED_BITS,
+    find_target,
+    load_targets,
+    measure_target,
+    nearest_precision,
+)
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.checkpoint.released import released_config
 from reference.tiny import TINY
@@ -34,7 +40,7 @@ def planner() -> Planner:
 
 def assert_exact(planner: Planner, bundle: Bundle) -> None:
     for backend, precision in bundle.choices():
-        plan = planner.plan(measured(find_target("cpu")), Request(backend, precision, 200))
+        plan = planner.plan(measure_target(find_target("cpu")), Request(backend, precision, 200))
         assert plan.exact
         for component in TRACED_COMPONENTS:
             files = bundle.artifact(component, backend, precision).files
@@ -103,8 +109,8 @@ def test_activations_grow_with_what_is_alive(planner: Planner) -> None:
 def test_the_scores_of_sam_are_there_in_blocks() -> None:
     """ONNX Runtime's encoder grows by 0.51 GB while it runs at full size; whole scores and bias are 2.4 GB."""
     sam = Workload(trace_component(released_config("7b"), "vision_encoder", "fp32"))
-    assert activations(sam, "onnxruntime", 640, 2048) / 1e9 == pytest.approx(0.51, rel=0.3)
-    assert activations(sam, "tensorrt", 640, 2048) / 1e9 == pytest.approx(2.5, rel=0.1)
+    assert activation_bytes(sam, "onnxruntime", 640, 2048) / 1e9 == pytest.approx(0.51, rel=0.3)
+    assert activation_bytes(sam, "tensorrt", 640, 2048) / 1e9 == pytest.approx(2.5, rel=0.1)
 
 
 @pytest.mark.parametrize("capacity", [512, 600, 800, 1024])
@@ -112,7 +118,7 @@ def test_activations_grow_along_a_line(planner: Planner, capacity: int) -> None:
     """With the capacity; the line that a bundle keeps lies above, and near."""
     decoder = planner.workload("decoder", "fp32")
     constant, slope = activation_growth(decoder, "onnxruntime", 1024)
-    planned = activations(decoder, "onnxruntime", 512, capacity)
+    planned = activation_bytes(decoder, "onnxruntime", 512, capacity)
     assert planned <= constant + slope * capacity <= 1.02 * planned + 512
 
 
@@ -159,8 +165,8 @@ def test_every_target_is_complete() -> None:
             assert target.sources
             assert 0 < target.usable_gb < target.memory_gb
             assert target.tops["fp32"] <= target.tops["fp16"] <= target.tops["int8"]
-    here = measured(find_target("cpu"))
-    assert measured(find_target("l4")) == find_target("l4")
+    here = measure_target(find_target("cpu"))
+    assert measure_target(find_target("l4")) == find_target("l4")
     assert here.usable_gb > 0.2
     assert here.bandwidth_gbs > 0.5
     assert here.operations("fp16") == here.operations("fp32") > 1e9
@@ -170,13 +176,13 @@ def test_every_target_is_complete() -> None:
 @pytest.mark.parametrize(
     ("target", "backend", "precision", "sentence"),
     [
-        ("jetson-agx-orin", "tensorrt", "fp8", r"cannot run fp8 with tensorrt \(FP8 needs SM 89, this is SM 87\); the nearest is int8"),
-        ("a100", "tensorrt", "fp8", "the nearest is int8"),
-        ("iphone", "coreml", "fp32", "cannot run fp32 with coreml; the nearest is fp16"),
-        ("iphone", "coreml", "bf16", "the nearest is fp16"),
-        ("iphone", "tensorrt", "fp16", "has no backend 'tensorrt'; it has coreml, coreai."),
-        ("l4", "tensorrt", "int3", "no precision 'int3'; there are fp32, fp16"),
-        ("watch", "coreml", "int8", "no target 'watch'; there are jetson-orin-nano"),
+        ("jetson-agx-orin", "tensorrt", "fp8", r"cannot run fp8 with tensorrt \(FP8 needs SM 89, this is SM 87\). The nearest precision is int8"),
+        ("a100", "tensorrt", "fp8", "The nearest precision is int8"),
+        ("iphone", "coreml", "fp32", "cannot run fp32 with coreml. The nearest precision is fp16"),
+        ("iphone", "coreml", "bf16", "The nearest precision is fp16"),
+        ("iphone", "tensorrt", "fp16", "does not support the backend 'tensorrt'; it supports coreml, coreai."),
+        ("l4", "tensorrt", "int3", "no precision 'int3'; use one of fp32, fp16"),
+        ("watch", "coreml", "int8", "no target 'watch'; use one of jetson-orin-nano"),
     ],
 )  # fmt: skip
 def test_impossible_requests_name_the_nearest(
@@ -187,18 +193,19 @@ def test_impossible_requests_name_the_nearest(
 
 
 def test_nearest() -> None:
-    assert nearest("int4", ["fp32", "fp16"]) == "fp16"
-    assert nearest("fp32", ["fp16", "int8"]) == "fp16"
-    assert nearest("fp8", ["fp32", "int8", "int4"]) == "int8"
+    assert nearest_precision("int4", ["fp32", "fp16"]) == "fp16"
+    assert nearest_precision("fp32", ["fp16", "int8"]) == "fp16"
+    assert nearest_precision("fp8", ["fp32", "int8", "int4"]) == "int8"
 
 
 def test_contexts_and_prompts_that_cannot_be(planner: Planner) -> None:
-    cpu = measured(find_target("cpu"))
+    cpu = measure_target(find_target("cpu"))
     with pytest.raises(
-        UserError, match="has 1024 positions, a context of 5000 is not possible; the nearest is 1024"
+        UserError,
+        match="A context of 5000 tokens is too long: the model has 1024 positions. Use a context of at most 1024",
     ):
         planner.plan(cpu, Request("onnxruntime", "fp32", 5000))
-    with pytest.raises(UserError, match="3 images and 100 tokens of text make a prompt of 292 tokens"):
+    with pytest.raises(UserError, match="3 images and 100 text tokens make a prompt of 292 tokens"):
         planner.plan(cpu, Request("onnxruntime", "fp32", 200, images=3))
     with pytest.raises(
         UserError, match="make a prompt of 6500 tokens, but the model has only 1024 positions"
@@ -303,7 +310,7 @@ def test_recipes_and_plans_are_planned(planner: Planner, tmp_path: Path) -> None
     assert predicted.artifacts["decoder"] < four.artifacts["decoder"] < 0.4 * half.artifacts["decoder"]
     with pytest.raises(UserError, match="FP8 needs SM 89"):
         planner.plan(orin, Request("tensorrt", mine, 500))
-    mixed = planner.plan(measured(find_target("cpu")), Request("onnxruntime", "int8-int4", 500))
+    mixed = planner.plan(measure_target(find_target("cpu")), Request("onnxruntime", "int8-int4", 500))
     assert mixed.exact
     assert planner.plan(orin, Request("tensorrt", "int8-int4", 500)).weight_bytes < half.weight_bytes
     with pytest.raises(UserError, match="no precision 'int3'"):

@@ -44,7 +44,9 @@ def service(nodes: Any, tiny_bundle: Bundle) -> Iterator[ClusterService]:
     choice = ModelOptions(threads=1, slots=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deploying, "Replica", SlowReplica)
-        with deploying.deployed(nodes.address, tiny_bundle, choice, ImageLimits(), None, NAME) as found:
+        with deploying.deploy_replicas(
+            nodes.address, tiny_bundle, choice, ImageLimits(), None, NAME
+        ) as found:
             yield found
     replicas(0, NAME)
 
@@ -123,7 +125,7 @@ def test_the_same_face(
 
 
 def test_what_is_refused(url: str, service: ClusterService) -> None:
-    """By the face or by a replica: the same statuses and sentences as on one machine."""
+    """By the front end or by a replica: the same statuses and sentences as on one machine."""
     unknown = post(url, model="onnxruntime/int2", messages=ask("Hello."))
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
     broken = post(url, messages=ask(DESCRIBE, b"no picture"))
@@ -192,7 +194,7 @@ def test_a_replica_killed_under_load(
         if error is None:
             assert text == right
         else:
-            assert error == "The replica that wrote this answer was lost; ask again."
+            assert error == "The replica that generated this answer died; send the request again."
             assert text
             assert right.startswith(text)
             broken += 1
@@ -223,7 +225,10 @@ def test_a_request_that_ends_replicas(
 
     monkeypatch.setattr(service, "answer", Dying())
     refusal = post(url, messages=ask("Hello."))
-    assert (refusal.status_code, sentence(refusal)) == (503, "3 replicas were lost at this request.")
+    assert (refusal.status_code, sentence(refusal)) == (
+        503,
+        "3 replicas died at this request; check the log of the cluster.",
+    )
     assert Dying.calls == 3
     assert not service.running.total()
 

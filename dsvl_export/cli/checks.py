@@ -74,11 +74,12 @@ def parity(
 ) -> None:
     """Run the parity check: compare a bundle with recorded outputs of PyTorch, stage by stage.
 
-    All backends and precisions of the bundle are checked unless you name one. A JSON and an HTML report are
-    written to the reports folder of the bundle. If a stage fails, the report names the first layer that
-    differs.
+    All backends and precisions of the bundle are checked unless you name one. A JSON and an HTML
+    report are written to the reports folder of the bundle. If a stage fails, the report names the
+    first layer that differs.
 
-    Exit code 0: all stages passed; 1: a stage failed; 3: a stage could not be judged on this machine.
+    Exit code 0: all stages passed; 1: a stage failed; 3: a stage could not be judged on this
+    machine.
     """
     from dsvl_export.cli import display
     from dsvl_export.cluster.ray_cluster import ray_cluster
@@ -112,12 +113,12 @@ def parity(
     with ray_cluster(ray) as spread:
         for pair in pairs:
             warn_of_memory(opened, *pair, device)
-            results.append(judge(bundle, " ".join(pair), run, report))
+            results.append(run_and_record(bundle, " ".join(pair), run, report))
             if not as_json:
                 display.print_parity(results[-1][1])
     if as_json:
         display.print_json([document for document, _ in results])
-    leave_with([result for _, result in results])
+    exit_with_verdict([result for _, result in results])
 
 
 @command("compare")
@@ -189,7 +190,7 @@ def compare(
         display.print_json(make_document(second, result))
     else:
         display.print_parity(result)
-    leave_with([result])
+    exit_with_verdict([result])
 
 
 @command("verify")
@@ -219,10 +220,10 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check the size and SHA-256 of every file of a bundle, and that its engines fit this machine's GPU.
+    """Check the size and SHA-256 of every file of a bundle, and that its engines fit this GPU.
 
-    With --weights, the content is checked too. Exit code 1: a file differs from the checkpoint; 3: a file
-    could not be audited.
+    With --weights, the content is checked too. Exit code 1: a file differs from the checkpoint; 3:
+    a file could not be audited.
 
     Example: dsvl-export verify tiny-bundle --weights tiny
     """
@@ -275,7 +276,7 @@ def _audit(bundle: Bundle, checkpoint: str, backend: str | None, precision: str 
         return audit(bundle, source, backend, precision, on_bytes)
 
 
-def judge(
+def run_and_record(
     folder: Path, label: str, run: Callable[[Bundle, OnStep], ParityResult], report: Path | None = None
 ) -> tuple[dict[str, Any], ParityResult]:
     """Run the parity check with a progress bar, and write the verdict to the bundle.
@@ -314,7 +315,7 @@ def _announce(report: Path) -> None:
     say(f"Report: {report}{hint}", stream=sys.stderr)
 
 
-def leave_with(results: list[ParityResult]) -> None:
+def exit_with_verdict(results: list[ParityResult]) -> None:
     """Exit with the code of the worst verdict, unless all passed."""
     codes = {result.exit_code for result in results}
     for code in (1, 3):
@@ -323,7 +324,7 @@ def leave_with(results: list[ParityResult]) -> None:
 
 
 def _task_items(task: str | None, bundle: Bundle) -> list[TaskItem] | None:
-    """Return the questions that ``--task`` names; by default those of the tiny model, for its bundles."""
+    """Return the questions of ``--task``; the default for bundles of the tiny model is its own."""
     from reference.tiny import HELDOUT, TINY_DIGEST
     from runtimes.goldens.task import load_task
 
