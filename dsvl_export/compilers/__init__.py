@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.registry import load_entry
-from runtimes.bundle.bundle import Engine
 from runtimes.bundle.contracts import Contract
+from runtimes.bundle.manifest import Engine
 from runtimes.errors import UserError
 from runtimes.installation import install_command
 from runtimes.preprocess import PreprocessSpec

@@ -46,8 +46,8 @@ from reference.goldens.layers import layer_golden_bytes
 from reference.goldens.record import goldens_bytes, long_golden_bytes, record_long_reference, record_reference
 from reference.session import write_token_embedding
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent
-from runtimes.bundle.bundle import TOKENIZER, Artifact
 from runtimes.bundle.files import JOURNAL, sha256_of_file, write_json, write_text
+from runtimes.bundle.manifest import TOKENIZER, Artifact
 from runtimes.errors import OverflowVerdict, UserError
 from runtimes.goldens.golden import SETTINGS
 from runtimes.goldens.long_context import LONG_GOLDEN, LongGolden

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from runtimes.bundle.bundle import MANIFEST
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 
 STAGING = ".staging"  # the folder of an export that is not finished

@@ -18,7 +18,8 @@ import pytest
 
 from dsvl_export.cli.display import describe_verdict
 from dsvl_export.parity_check.tolerances import load_tolerances
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.memory import available_memory
 from runtimes.pipeline import needed_memory
 from runtimes.units import size

@@ -30,9 +30,10 @@ from runtimes.backends.mil.package import (
 )
 from runtimes.backends.registry import load_backend
 from runtimes.backends.static_shape import DECODE, FixedDecoder, Sizes
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract
 from runtimes.bundle.files import write_json
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 from runtimes.goldens.golden import relative_rms

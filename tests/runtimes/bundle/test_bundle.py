@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from dsvl_export.parity_check import parity
 from dsvl_export.parity_check.stages import Goldens
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.bundle.tensor_files import save_tensors
 from runtimes.errors import UserError
 from runtimes.goldens.golden import load_golden
