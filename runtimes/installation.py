@@ -23,6 +23,7 @@ PACKAGES = {
     "ray": "'dsvl-export[ray]'",
     "tensorrt": "'dsvl-export[tensorrt]'",
     "tensorrt_rtx": "'dsvl-export[tensorrt-rtx]'",
+    "threadpoolctl": "'threadpoolctl>=3.5'",
     "torch": "'dsvl-export[export]'",
     "torchao": "torchao",
     "uvicorn": "'dsvl-export[serve]'",

@@ -82,7 +82,7 @@ def _asset(package: Package, contract: Contract, options: SessionOptions) -> Ass
         return NativeAsset(package, contract, options.device or DEVICES[0])
     from runtimes.backends.mil.interpreter import InterpretedAsset
 
-    return InterpretedAsset(package, contract)
+    return InterpretedAsset(package, contract, options.threads)
 
 
 class CoreMLComponent(FixedComponent):
