@@ -16,12 +16,12 @@ FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
     2: ("memory.max", "memory.current", ("active_file", "inactive_file")),
 }
-# Backends whose CPU kernels compute halves in fp32: ONNX Runtime, also for the ONNX files of engines; MIL.
+# Backends whose CPU kernels compute halves in fp32; tensorrt and tensorrt_rtx by their ONNX files.
 WIDENED = ("coreml", "onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 def available_memory() -> int:
-    """Return the bytes that can be used without swapping, within a container's or service's limits."""
+    """Return the bytes that can be used without swapping, within the limits of a container."""
     return min([int(psutil.virtual_memory().available), *_available_in_groups()])
 
 

@@ -13,20 +13,25 @@ from runtimes.errors import UserError
 class Bundle:
     """A bundle folder, opened for reading.
 
-    Its files may be links that lead outside, as in Hugging Face's cache: what such a link leads to is read
-    only where it has the size and the SHA-256 of the manifest.
+    Its files may be links to files outside the folder, as in Hugging Face's cache. The target of
+    such a link is read only if it has the size and the SHA-256 in the manifest.
+
+    Args:
+        folder: The bundle's folder.
+        manifest: Its manifest.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Store the arguments; ``open`` reads the manifest."""
         self.folder, self.manifest = folder, manifest
-        self._intact: set[str] = set()  # files that were as the manifest says
+        self._intact: set[str] = set()  # files whose size and hash were checked
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
-        """Read the manifest of a bundle.
+        """Open a bundle and read its manifest.
 
         Raises:
-            UserError: there is no bundle, or its manifest is broken.
+            UserError: The folder is not a bundle, or its manifest is malformed.
         """
         folder = Path(folder).expanduser()
         if not folder.is_dir():
@@ -36,18 +41,18 @@ class Bundle:
             hint = (
                 "the export was interrupted; run it again"
                 if (folder / ".staging").exists()
-                else "it is no bundle"
+                else "it is not a bundle"
             )
             raise UserError(f"{folder} has no {MANIFEST}: {hint}.")
         return cls(folder, Manifest.from_dict(read_json(file), str(file)))
 
     def path(self, relative: str) -> Path:
-        """Absolute path of a file or folder of the bundle, for reading.
+        """Return the absolute path of a file or folder of the bundle, for reading.
 
-        A link is not replaced by what it leads to: libraries find a file's companions beside the link.
+        Links are not resolved: libraries look for the other files of an artifact beside the link.
 
         Raises:
-            UserError: it leads outside the bundle, to something else than the manifest's hash proves.
+            UserError: The path leads outside the bundle, to a file without the manifest's hash.
         """
         if not stays_inside(relative):
             raise UserError(f"{relative} leads outside the bundle {self.folder}.")
@@ -61,53 +66,70 @@ class Bundle:
         return path
 
     def problems(self, paths: Iterable[str] | None = None) -> list[str]:
-        """What is wrong with the files (all, or the given): missing, wrong size or wrong hash."""
-        found = []
+        """Return one sentence for each file that is missing or has a wrong size or hash.
+
+        Args:
+            paths: The files to check; None checks all.
+        """
+        problems = []
         for path in sorted(self.manifest.files if paths is None else set(paths)):
             entry, file = self.manifest.files.get(path), self.folder.absolute() / path
             if entry is None:
-                found.append(f"{path} is not in the manifest")
+                problems.append(f"{path} is not in the manifest")
             elif not file.is_file():
-                found.append(f"{path} is missing")
+                problems.append(f"{path} is missing")
             elif file.stat().st_size != entry.bytes:
-                found.append(f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}")
+                problems.append(f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}")
             elif sha256_of_file(file) != entry.sha256:
-                found.append(f"{path} has a wrong SHA-256")
+                problems.append(f"{path} has a wrong SHA-256")
             else:
                 self._intact.add(path)
-        return found
+        return problems
 
     def check(self, paths: Iterable[str]) -> None:
-        """Raise UserError where one of the files is not as the manifest says."""
+        """Check files against the manifest.
+
+        Raises:
+            UserError: A file is missing or has a wrong size or hash.
+        """
         problems = self.problems(paths)
         if problems:
             raise UserError(f"The bundle {self.folder} is damaged: {'; '.join(problems)}; export it again.")
 
     def choices(self) -> list[tuple[str, str]]:
-        """The (backend, precision) pairs that the bundle holds, in order of export."""
+        """Return the (backend, precision) pairs in the bundle, in order of export."""
         return list(dict.fromkeys((item.backend, item.precision) for item in self.manifest.artifacts))
 
     def matching(self, backend: str | None, precision: str | None) -> list[tuple[str, str]]:
-        """The pairs that fit what was asked; where there is no ``int8``, it means ``int8-fp16``."""
+        """Return the pairs that match; None matches any.
+
+        A precision without its base is accepted: ``int8`` matches ``int8-fp16`` if there is no
+        ``int8``.
+        """
         items = [item for item in self.manifest.artifacts if backend in (None, item.backend)]
         exact = [item for item in items if precision in (None, item.precision)]
-        found = exact or [item for item in items if item.precision == f"{precision}-{item.base}"]
-        return list(dict.fromkeys((item.backend, item.precision) for item in found))
+        matches = exact or [item for item in items if item.precision == f"{precision}-{item.base}"]
+        return list(dict.fromkeys((item.backend, item.precision) for item in matches))
 
     def select(self, backend: str | None, precision: str | None) -> tuple[str, str]:
-        """The pair that fits what was asked; the first where several fit.
+        """Return the first pair that matches, as in ``matching``.
 
         Raises:
-            UserError: none fits; the sentence lists what there is.
+            UserError: No pair matches; the message lists the bundle's pairs.
         """
-        found = self.matching(backend, precision)
-        if found:
-            return found[0]
-        there = ", ".join(f"{name} {kind}" for name, kind in self.choices())
+        matches = self.matching(backend, precision)
+        if matches:
+            return matches[0]
+        available = ", ".join(f"{name} {kind}" for name, kind in self.choices())
         wanted = " ".join(part for part in (backend, precision) if part)
-        raise UserError(f"The bundle {self.folder} holds no {wanted}; it has {there or 'no artifacts'}.")
+        raise UserError(f"The bundle {self.folder} holds no {wanted}; it has {available or 'no artifacts'}.")
 
     def artifact(self, component: str, backend: str, precision: str) -> Artifact:
+        """Return the artifact of a component.
+
+        Raises:
+            UserError: The bundle does not have it.
+        """
         for item in self.manifest.artifacts:
             if (item.component, item.backend, item.precision) == (component, backend, precision):
                 return item

@@ -1,4 +1,4 @@
-"""The bundle: a folder with a manifest that names, sizes and hashes every file."""
+"""The manifest of a bundle: its artifacts and contracts, and the size and hash of every file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from runtimes.text.tokenizer import PromptSpec
 SCHEMA_VERSION = 1
 SCHEMA = Path(__file__).parent / "manifest.schema.json"
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer/tokenizer.json"  # the checkpoint's, as it is
-DEBUG_PREFIX = ".debug-"  # of folders for debug builds; they live as long as parity takes the taps
-# What a verdict rests on, besides the artifacts themselves.
+TOKENIZER = "tokenizer/tokenizer.json"  # a copy of the checkpoint's
+DEBUG_PREFIX = ".debug-"  # of folders for debug builds, which parity deletes when it ends
+# Files that a parity verdict depends on, besides the artifacts.
 JUDGED_WITH = ("goldens/", "layers/", "long/", "noise/", "precisions/", "tokenizer/", "token_embedding/")
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and SHA-256 of one file."""
+    """The size in bytes and the SHA-256 of a file."""
 
     bytes: int
     sha256: str
@@ -35,14 +35,18 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Engine:
-    """A TensorRT engine of an artifact: its file, what it was built for, and on what.
+    """A TensorRT engine of an artifact.
 
     Args:
-        sm: compute capabilities that it runs on.
-        gpu, driver, platform: of the machine that built it; empty where no GPU was needed.
-        tensorrt: version of the library that built it.
-        capacity, max_batch: of the KV cache, and rows that decode together.
-        options: names of what else it was built with, as ``version-compatible``.
+        file: Path in the bundle.
+        sm: Compute capabilities that it runs on.
+        gpu: GPU of the machine that built it; empty where the build needed none.
+        driver: Driver of that machine.
+        tensorrt: Version of the library that built it.
+        capacity: Tokens of the KV cache.
+        max_batch: Most rows that decode together.
+        options: Further build options, as ``version-compatible``.
+        platform: Platform of the machine that built it, as ``aarch64``; empty where any will do.
     """
 
     file: str
@@ -58,14 +62,26 @@ class Engine:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One component compiled for one backend: its main file first, data files and engine after.
+    """One component compiled for one backend in one precision.
 
-    ``base`` is what is not quantized computes in. ``capacity`` is that of a decoder whose KV cache was fixed
-    when it was compiled. ``activation_bytes`` is what ``plan`` says of its intermediate tensors, for one
-    image or a chunk of a prompt, and ``activation_bytes_per_token`` how they grow with the capacity of the
-    KV cache; 0 where that is not known. ``quantizes_activations`` includes the KV cache's quantization.
-    ``audited`` has the SHA-256 of each file that export read back and found equal to what the checkpoint and
-    the plan make of it; empty where it did not compare them.
+    Args:
+        component: ``vision_encoder``, ``adaptor`` or ``decoder``.
+        backend: Name of the backend.
+        precision: Name of the precision.
+        target: Name of the target, as in ``targets.yaml``.
+        dialect: Dialect of the operators in its files.
+        files: Paths in the bundle, the main file first.
+        tools: Names and versions of the libraries that made it.
+        engine: Its TensorRT engine, if one was built.
+        base: Precision of the layers that are not quantized.
+        capacity: Tokens of a decoder's KV cache, where compilation fixed them.
+        activation_bytes: Planned size of its intermediate tensors, for one image or a chunk of a
+            prompt; 0 where it is not known.
+        activation_bytes_per_token: Their growth per token of the KV cache's capacity.
+        quantizes_activations: Whether activations or the KV cache are quantized; None in manifests
+            of dsvl-export 0.4.
+        audited: SHA-256 of each file that the export read back and compared with the checkpoint and
+            the precision plan; empty where it did not.
     """
 
     component: str
@@ -85,10 +101,11 @@ class Artifact:
 
     @property
     def exact_rows(self) -> bool:
-        """Whether several tokens in one call give the logits of single calls but for float rounding.
+        """Whether one call with several tokens and single calls differ by float rounding only.
 
-        Quantized activations or KV caches turn a difference in the last bit into one of a whole step now
-        and then. dsvl-export 0.4 did not record them: its quantized precisions count as such.
+        With quantized activations or a quantized KV cache, a difference in the last bit can become
+        one of a whole quantization step. dsvl-export 0.4 did not record whether they are quantized;
+        its quantized precisions count as such.
         """
         return (
             self.precision == self.base
@@ -98,12 +115,12 @@ class Artifact:
 
     @property
     def stage(self) -> str:
-        """Folder of its files in the bundle: ``<backend>/<precision>/<component>``, or what it shares."""
+        """Folder of its files, ``<backend>/<precision>/<component>`` or a shared one."""
         return "/".join(self.files[0].split("/")[:3])
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Artifact:
-        """Of the object in a manifest, which its schema has checked."""
+        """Build an artifact from its JSON object, which the schema has checked."""
         engine = raw.get("engine")
         if engine:
             lists = {key: tuple(engine[key]) for key in ("sm", "options")}
@@ -113,7 +130,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that ``manifest.json`` says; the JSON schema is ``runtimes/manifest.schema.json``."""
+    """The content of ``manifest.json``; the JSON schema is ``manifest.schema.json``."""
 
     model: dict[str, Any]
     checkpoint: dict[str, str]
@@ -128,14 +145,19 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str) -> Manifest:
-        """Inverse of ``to_dict``.
+        """Check a JSON object and build the manifest from it.
+
+        Args:
+            raw: The JSON object.
+            where: Name of its file, for errors.
 
         Raises:
-            UserError: a key is missing or malformed, a path leaves the bundle, or the schema
+            UserError: A key is missing or malformed, a path leads outside the bundle, or the schema
                 version is unknown.
         """
         if raw.get("schema_version") != SCHEMA_VERSION:
@@ -146,7 +168,7 @@ class Manifest:
         try:
             _validator()(raw)
         except fastjsonschema.JsonSchemaValueException as error:
-            raise UserError(f"{where} is no valid manifest: {error.message[:300]}.") from error
+            raise UserError(f"{where} is not a valid manifest: {error.message[:300]}.") from error
         manifest = cls(
             model=raw["model"],
             checkpoint=raw["checkpoint"],
@@ -179,8 +201,8 @@ class Manifest:
             if artifact.precision not in manifest.contracts:
                 raise UserError(f"{where} has {artifact.precision} artifacts but no contracts for them.")
             for name in (artifact.backend, artifact.precision, artifact.component):
-                if "/" in name or not stays_inside(name):  # they become names of folders and reports
-                    raise UserError(f"{where} has the name {name!r}, which cannot be that of a file.")
+                if "/" in name or not stays_inside(name):  # used as names of folders
+                    raise UserError(f"{where} has the name {name!r}, which cannot be the name of a file.")
         for path in manifest.paths():
             if not stays_inside(path):
                 raise UserError(f"{where} names {path!r}, which lies outside the bundle.")
@@ -189,7 +211,7 @@ class Manifest:
         return manifest
 
     def paths(self) -> Iterable[str]:
-        """Every path that the manifest names."""
+        """Yield every path that the manifest names."""
         yield from self.files
         yield self.token_embedding
         for artifact in self.artifacts:
@@ -199,7 +221,7 @@ class Manifest:
 
 
 def stays_inside(path: str) -> bool:
-    """Whether a relative path, as a bundle's files have them, names something below the folder it is of."""
+    """Return whether a path of a manifest leads to something inside the bundle's folder."""
     parts = PurePosixPath(path).parts
     return bool(parts) and path[0] != "/" and ".." not in parts and not set(path) & set("\\:\0")
 
