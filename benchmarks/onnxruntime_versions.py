@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 VERSIONS = ("1.23.2", "1.24.4", "1.26.0", "1.27.0", "1.28.0", "1.29.0", "1.30.0", "1.31.1", "1.32.0")
 LAST_FOR_310 = "1.23.2"
 NEEDED = (
-    "fastjsonschema", "numpy", "packaging", "pillow", "pyyaml", "rich", "safetensors", "tokenizers", "typer",
+    "fastjsonschema", "numpy", "packaging", "pillow", "psutil", "pyyaml", "rich", "safetensors",
+    "tokenizers", "typer",
 )  # fmt: skip
 # Bundle → what `export` is given, and its precisions.
 BUNDLES = {

@@ -10,7 +10,8 @@ from time import perf_counter
 from typing import Any, Union
 
 from runtimes.backends.registry import load_backend
-from runtimes.bundle.bundle import Artifact, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Artifact
 from runtimes.cache import KVCache, cache_bytes
 from runtimes.chain import Chain, Key, Prompt
 from runtimes.embedding import TokenEmbedding

@@ -13,7 +13,7 @@ from runtimes.bundle.contracts import Contract
 from runtimes.cache import KVCache
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
 
 
 @dataclass(frozen=True)

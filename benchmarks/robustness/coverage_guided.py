@@ -29,7 +29,8 @@ with atheris.instrument_imports(include=["runtimes", "PIL"]):
 
     from runtimes.backends.mil.interpreter import Function
     from runtimes.backends.mil.package import SPECIFICATION, WEIGHTS, Package
-    from runtimes.bundle.bundle import MANIFEST, Bundle
+    from runtimes.bundle.bundle import Bundle
+    from runtimes.bundle.manifest import MANIFEST
     from runtimes.errors import UserError
     from runtimes.preprocess import PreprocessSpec, preprocess
 

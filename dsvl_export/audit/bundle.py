@@ -36,7 +36,8 @@ from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from reference.trace import component_contract
 from runtimes.backends.onnxruntime import prefill_file
-from runtimes.bundle.bundle import TOKENIZER, Artifact, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import TOKENIZER, Artifact
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from dsvl_export.targets.targets import Target
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
 
 Complete = Callable[[typer.Context], list[str]]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from dsvl_export.targets.options import CompileOptions
-from runtimes.bundle.bundle import Engine
 from runtimes.bundle.contracts import Contract
+from runtimes.bundle.manifest import Engine
 from runtimes.preprocess import PreprocessSpec
 from runtimes.session import SessionOptions
 from runtimes.text.tokenizer import PromptSpec

@@ -27,7 +27,7 @@ from dsvl_export.lint import Release, refuse
 from dsvl_export.lint.types import SINCE_SM
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.onnxruntime_releases import NEEDED
-from runtimes.bundle.bundle import Engine
+from runtimes.bundle.manifest import Engine
 
 if TYPE_CHECKING:
     from torch import Tensor

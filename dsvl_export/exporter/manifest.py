@@ -8,8 +8,8 @@ from dsvl_export.compilers.precisions import bundled_plan, precision_folder
 from dsvl_export.exporter.staging import Staging
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.trace import TRACED_COMPONENTS, component_contract
-from runtimes.bundle.bundle import JUDGED_WITH, Artifact, Manifest
 from runtimes.bundle.files import sha256_of_file
+from runtimes.bundle.manifest import JUDGED_WITH, Artifact, Manifest
 
 TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
 

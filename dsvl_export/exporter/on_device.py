@@ -14,7 +14,8 @@ from dsvl_export.exporter.staging import Staging
 from dsvl_export.lint import Release, refuse
 from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu, import_cuda
 from runtimes.backends.engines.library import import_library
-from runtimes.bundle.bundle import Artifact, Bundle, Engine, Manifest
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Artifact, Engine, Manifest
 from runtimes.errors import UserError
 from runtimes.goldens.golden import golden_token_count, is_golden
 

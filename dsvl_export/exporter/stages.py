@@ -57,8 +57,8 @@ from reference.goldens.record import (
 )
 from reference.session import write_token_embedding
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent
-from runtimes.bundle.bundle import TOKENIZER, Artifact
 from runtimes.bundle.files import JOURNAL, sha256_of_file, write_json, write_text
+from runtimes.bundle.manifest import TOKENIZER, Artifact
 from runtimes.errors import PrecisionOverflowError, UserError
 from runtimes.goldens.golden import SETTINGS
 from runtimes.goldens.long_context import LONG_GOLDEN, LongGolden

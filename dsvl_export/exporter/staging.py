@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runtimes.bundle.bundle import DEBUG_PREFIX, MANIFEST, Bundle, FileEntry, Manifest, stays_inside
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import (
     JOURNAL,
     read_json,
@@ -19,6 +19,7 @@ from runtimes.bundle.files import (
     write_json,
 )
 from runtimes.bundle.locks import PREVIOUS, STAGING, FileLock, manifest_file, manifest_lock, refuse_link
+from runtimes.bundle.manifest import DEBUG_PREFIX, MANIFEST, FileEntry, Manifest, stays_inside
 from runtimes.errors import UserError
 
 INPUTS = ".inputs"  # of a stage that is being built: what it is made from

@@ -11,7 +11,8 @@ from dsvl_export.lint.view import GraphView
 from dsvl_export.targets.options import CompileOptions
 from dsvl_export.targets.targets import find_target, load_targets
 from runtimes.backends.onnxruntime import ORT
-from runtimes.bundle.bundle import Artifact, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Artifact
 from runtimes.errors import UserError
 
 

@@ -21,7 +21,8 @@ from dsvl_export.parity_check.stages import STEPS, Goldens
 from dsvl_export.version import __version__
 from runtimes.backends.executorch_tokenizer import describe_differences, tokenizer_differences
 from runtimes.backends.registry import load_backend
-from runtimes.bundle.bundle import TOKENIZER, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import TOKENIZER
 from runtimes.chain import Chain
 from runtimes.goldens.golden import Golden
 from runtimes.preprocess import to_pixel_values

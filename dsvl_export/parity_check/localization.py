@@ -15,7 +15,8 @@ from dsvl_export.parity_check.result import Localization, ParityResult, TapError
 from dsvl_export.parity_check.stages import Goldens
 from dsvl_export.parity_check.tolerances import Tolerance
 from runtimes.backends.registry import load_backend
-from runtimes.bundle.bundle import DEBUG_PREFIX, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import DEBUG_PREFIX
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens.golden import Golden, relative_rms

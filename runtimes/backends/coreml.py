@@ -22,7 +22,7 @@ from runtimes.installation import install_command
 from runtimes.session import ComponentSession, DecoderSession, EntryPoints, Execution, SessionOptions
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
     from runtimes.chain import Chain
 
 DEVICES = ("gpu", "ane", "cpu")
@@ -87,7 +87,7 @@ def _asset(package: Package, contract: Contract, options: SessionOptions) -> Ass
         return NativeAsset(package, contract, options.device or DEVICES[0])
     from runtimes.backends.mil.interpreter import InterpretedAsset
 
-    return InterpretedAsset(package, contract)
+    return InterpretedAsset(package, contract, options.threads)
 
 
 class CoreMLComponent(StaticShapeComponent):

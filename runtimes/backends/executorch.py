@@ -26,7 +26,7 @@ from runtimes.installation import install_command
 from runtimes.session import ComponentSession, DecoderSession, EntryPoints, Execution, SessionOptions
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
     from runtimes.chain import Chain
     from runtimes.text.tokenizer import PromptSpec
 

@@ -18,7 +18,7 @@ from runtimes.memory import available_memory, widening
 from runtimes.session import EntryPoints, Execution, SessionOptions
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
     from runtimes.chain import Chain
 
 # Device → execution provider.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
 
 NEEDED = "onnxruntime_needed"  # key of an artifact's tools: the oldest release that runs its files
 OLDEST = "1.23"  # oldest release that this package supports

@@ -10,7 +10,7 @@ from runtimes.bundle.contracts import Contract
 from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
 
 LIBRARY = "tensorrt_rtx"
 

@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from runtimes.bundle.bundle import stays_inside
 from runtimes.bundle.files import parse_json
+from runtimes.bundle.manifest import stays_inside
 from runtimes.bundle.tensor_files import save_tensors
 from runtimes.chain import Chain
 from runtimes.errors import UserError

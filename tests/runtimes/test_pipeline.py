@@ -13,7 +13,8 @@ import pytest
 
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.session import reference_chain
-from runtimes.bundle.bundle import Bundle, Engine
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Engine
 from runtimes.errors import UserError
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import load_image

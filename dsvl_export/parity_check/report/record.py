@@ -7,9 +7,10 @@ from pathlib import Path
 
 from dsvl_export.parity_check.report.document import make_document
 from dsvl_export.parity_check.result import ParityResult
-from runtimes.bundle.bundle import JUDGED_WITH, Bundle, Manifest
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import read_json, write_json, write_text
 from runtimes.bundle.locks import manifest_file, manifest_lock, refuse_link
+from runtimes.bundle.manifest import JUDGED_WITH, Manifest
 from runtimes.errors import UserError
 
 REPORTS = "reports"

@@ -15,7 +15,8 @@ from runtimes.errors import UserError
 from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact, Bundle
+    from runtimes.bundle.bundle import Bundle
+    from runtimes.bundle.manifest import Artifact
 
 # Device files of an NVIDIA driver, on a server and on a Jetson.
 DRIVER_FILES = (Path("/dev/nvidiactl"), Path("/dev/nvhost-gpu"), Path("/dev/nvgpu"))

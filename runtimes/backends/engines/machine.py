@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtimes.backends.engines.cuda import Gpu
-from runtimes.bundle.bundle import Engine
+from runtimes.bundle.manifest import Engine
 
 VERSION_COMPATIBLE, HARDWARE_COMPATIBLE = "version-compatible", "hardware-compatible"
 

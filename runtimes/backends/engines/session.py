@@ -26,8 +26,8 @@ from runtimes.backends.engines.layout import (
 )
 from runtimes.backends.engines.library import get_logger, import_library
 from runtimes.backends.engines.trust import is_trusted
-from runtimes.bundle.bundle import DEBUG_PREFIX
 from runtimes.bundle.contracts import Contract, TensorSpec, appended_state
+from runtimes.bundle.manifest import DEBUG_PREFIX
 from runtimes.cache import CapacityError, KVCache
 from runtimes.decode_call import CallLimits, Piece, split_call, validated_call
 from runtimes.errors import UserError

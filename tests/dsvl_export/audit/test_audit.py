@@ -29,8 +29,9 @@ from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
 from reference.checkpoint.checkpoint import open_checkpoint
 from runtimes.backends.coreai import PROGRAM
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import read_json, write_json
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 from tests.dsvl_export.cli.command_line import refused
 from tests.dsvl_export.compilers.package_faults import FAULTS

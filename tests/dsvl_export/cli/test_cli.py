@@ -18,7 +18,8 @@ import pytest
 
 from dsvl_export.cli.display import describe_verdict
 from dsvl_export.parity_check.tolerances import load_tolerances
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.memory import available_memory
 from runtimes.pipeline import required_memory
 from runtimes.units import size
@@ -234,7 +235,7 @@ def test_demo_ends_with_what_to_try_next(run, tmp_path: Path) -> None:
 def test_bad_bundles(run, bundle_copy: Path, tmp_path: Path) -> None:
     assert refused(run("inspect", tmp_path / "absent"), "There is no bundle folder")
     (tmp_path / "empty").mkdir()
-    assert refused(run("verify", tmp_path / "empty"), "has no manifest.json: it is no bundle")
+    assert refused(run("verify", tmp_path / "empty"), "has no manifest.json: it is not a bundle")
     assert refused(
         run("run", bundle_copy, "--prompt", "x", "--backend", "tpu"), "holds no tpu; it has onnxruntime fp32"
     )
@@ -243,13 +244,16 @@ def test_bad_bundles(run, bundle_copy: Path, tmp_path: Path) -> None:
     for broken, sentence in (
         ("{", "is not valid JSON"),
         (text.replace('"schema_version": 1', '"schema_version": 99'), "schema version 99"),
-        (text.replace('"prompt":', '"prompts":'), "is no valid manifest"),
-        (text.replace('"image_size":', '"image_sizes":'), "is no valid manifest: data.preprocessing"),
-        (text.replace('"meaning":', '"sense":'), "is no valid manifest: data.contracts"),
-        (text.replace("tokenizer/tokenizer.json", "../../etc/passwd"), "is no valid manifest: data.files"),
-        (text.replace("tokenizer/tokenizer.json", "/etc/passwd"), "is no valid manifest: data.files"),
-        (text.replace("onnxruntime/fp32/decoder/decoder.onnx", "../decoder.onnx"), "is no valid manifest"),
-        (text.replace('"default_capacity": ', '"default_capacity": "many", "was": '), "is no valid manifest"),
+        (text.replace('"prompt":', '"prompts":'), "is not a valid manifest"),
+        (text.replace('"image_size":', '"image_sizes":'), "is not a valid manifest: data.preprocessing"),
+        (text.replace('"meaning":', '"sense":'), "is not a valid manifest: data.contracts"),
+        (text.replace("tokenizer/tokenizer.json", "../../etc/passwd"), "is not a valid manifest: data.files"),
+        (text.replace("tokenizer/tokenizer.json", "/etc/passwd"), "is not a valid manifest: data.files"),
+        (text.replace("onnxruntime/fp32/decoder/decoder.onnx", "../decoder.onnx"), "is not a valid manifest"),
+        (
+            text.replace('"default_capacity": ', '"default_capacity": "many", "was": '),
+            "is not a valid manifest",
+        ),
         (text.replace('"fp16": {', '"fp17": {', 1), "has fp16 artifacts but no contracts"),
         (text.replace('"token_embedding": "', '"token_embedding": "un'), "no size and hash"),
     ):

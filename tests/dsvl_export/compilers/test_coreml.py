@@ -30,9 +30,10 @@ from runtimes.backends.mil.package import (
 )
 from runtimes.backends.registry import load_backend
 from runtimes.backends.static_shape import DECODE, DecoderSizes, StaticShapeDecoder
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract
 from runtimes.bundle.files import write_json
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 from runtimes.goldens.golden import relative_rms
@@ -199,7 +200,7 @@ def test_rms_norm_of_large_activations(bundle: Bundle) -> None:
     block.outputs.append(name)
     function = Function(opened.package, DECODE, {})
     width = int(contract.inputs[0].shape[-1])
-    weight = function._read("layers__0__input_layernorm__weight")
+    weight = function._load("layers__0__input_layernorm__weight")
     asset = InterpretedAsset(opened.package, contract)
     for size in (3000.0, 1.0, 1e-3):
         x = (size * np.random.default_rng(0).normal(size=(1, 1, width))).astype(np.float16)
@@ -319,7 +320,7 @@ def test_damaged_packages_are_named(short: Path) -> None:
         "is damaged": (specification[: len(specification) // 2], weights),
         "end at byte": (specification, weights[:-4000]),
         "too short for a weight": (specification, weights[:80]),
-        "is no weight file": (specification, b"nonsense" * 100),
+        "is not a Core ML weight file": (specification, b"nonsense" * 100),
         "has no weight at byte": (specification, weights[:64] + bytes(len(weights) - 64)),
     }
     for message, (first, second) in cases.items():

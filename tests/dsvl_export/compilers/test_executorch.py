@@ -20,7 +20,8 @@ from reference.tiny import HELDOUT
 from runtimes.backends.executorch import MAGIC, METHODS, load_program
 from runtimes.backends.executorch_tokenizer import TEXTS
 from runtimes.backends.registry import load_backend
-from runtimes.bundle.bundle import TOKENIZER, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import TOKENIZER
 from runtimes.errors import UserError
 from runtimes.goldens.golden import relative_rms
 from runtimes.goldens.task import load_task

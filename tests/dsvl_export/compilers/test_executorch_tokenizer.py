@@ -20,7 +20,8 @@ from runtimes.backends.executorch_tokenizer import (
     encode_and_decode,
     tokenizer_differences,
 )
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 from runtimes.text.prompt import EOS, IMAGE_PLACEHOLDER
 

@@ -21,7 +21,8 @@ from dsvl_export.exporter.stages import ExportProgress
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.parity_check.report.record import record_verdict
 from dsvl_export.targets.options import CompileOptions
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 from tests.conftest import OraclePair
 

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from runtimes.bundle.bundle import MANIFEST, Bundle, FileEntry
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import sha256_of_file, write_json
+from runtimes.bundle.manifest import MANIFEST, FileEntry
 
 Edit = Callable[[onnx.ModelProto], None]
 

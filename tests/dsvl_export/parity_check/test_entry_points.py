@@ -22,8 +22,9 @@ from dsvl_export.parity_check.text import bundled_texts
 from dsvl_export.parity_check.tolerances import load_tolerances
 from reference.tiny import HELDOUT
 from runtimes.backends.registry import load_backend
-from runtimes.bundle.bundle import MANIFEST, TOKENIZER, Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import write_json
+from runtimes.bundle.manifest import MANIFEST, TOKENIZER
 from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
 from runtimes.goldens.texts import rerecord_texts, text_differences

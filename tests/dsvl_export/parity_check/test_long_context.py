@@ -14,8 +14,9 @@ from onnx import numpy_helper
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import compare, parity
 from dsvl_export.parity_check.result import ParityResult
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import write_json
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 from runtimes.goldens.long_context import LONG_GOLDEN, LongGolden
 from tests.dsvl_export.parity_check.faults import Edit, attribute, node, plant, rehash

@@ -15,7 +15,8 @@ from runtimes.backends.engines import backend, session
 from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu
 from runtimes.backends.engines.machine import engine_mismatch
 from runtimes.backends.engines.trust import trust_engine
-from runtimes.bundle.bundle import Bundle, Engine
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Engine
 from runtimes.errors import UserError
 from runtimes.session import SessionOptions
 from tests.runtimes.backends.fake_cuda import NO_DRIVER, FakeCuda, FakeTensorRT, fake_plan

@@ -19,8 +19,9 @@ from runtimes.backends.onnxruntime_releases import (
     release_for_precision,
     upgrade_message,
 )
-from runtimes.bundle.bundle import Artifact, Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import write_json
+from runtimes.bundle.manifest import Artifact
 from runtimes.errors import UserError
 from runtimes.pipeline import Pipeline
 

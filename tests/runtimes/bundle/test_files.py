@@ -29,7 +29,7 @@ BAD_JSON = {
     '{"a": 1, "a": 2}': "the key 'a' occurs twice",
     '{"a": "\\ud800"}': "half a surrogate pair",
     '\ufeff{"a": 1}': "begins with a byte order mark",
-    "[1]": "holds a JSON list, expected an object",
+    "[1]": "contains a JSON list, expected an object",
 }
 GOOD_JSON = (
     '{"a": "\\ud83d\\ude00 \\\\ud800", "b": -9223372036854775808, "c": 18446744073709551615, "d": 1e300}'

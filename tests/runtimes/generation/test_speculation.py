@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes.bundle.bundle import Artifact, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Artifact
 from runtimes.cache import KVCache
 from runtimes.generation.decoding import SpeculativeSequence
 from runtimes.generation.sampling import GenerationOptions
