@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -34,13 +35,12 @@ EXTRAS = {
     "tensorrt": "export",
     "tensorrt_rtx": "export,tensorrt-rtx",
 }
-# Options that only some backends have, and how the command line writes them.
+# Options that only some backends have, as paths in CompileOptions, and their flags.
 FLAGS = {
-    "tensorrt": "--tensorrt",
-    "capabilities": "--sm",
-    "deployment": "--deployment-target",
-    "delegate": "--delegate",
-    "prefill": "--no-prefill",
+    "onnxruntime.prefill": "--no-prefill",
+    "tensorrt.version": "--tensorrt",
+    "tensorrt.capabilities": "--sm",
+    "executorch.delegate": "--delegate",
 }
 
 
@@ -200,5 +200,6 @@ def check_options(backend: str, compiler: Compiler, options: CompileOptions) -> 
     """
     usual, taken = CompileOptions(), getattr(compiler, "OPTIONS", FLAGS)
     for name, flag in FLAGS.items():
-        if name not in taken and getattr(options, name) != getattr(usual, name):
+        value_of = attrgetter(name)
+        if name not in taken and value_of(options) != value_of(usual):
             raise UserError(f"{backend} has no {flag}; see 'dsvl-export export --help' for whose it is.")

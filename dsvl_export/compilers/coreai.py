@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsvl_export.compilers import Compiled
-from dsvl_export.compilers.deployment import check_deployment
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.coreai import PROGRAM, open_asset
 from runtimes.errors import UserError
@@ -27,13 +26,12 @@ PRECISIONS = ("fp16", "fp32")
 LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp16"
-OPTIONS = ("deployment",)
-TARGET, SINCE = "apple", {"iOS": 27, "macOS": 27}
+OPTIONS: tuple[str, ...] = ()
+TARGET = "apple"
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    check_deployment(options.deployment, SINCE, "Core AI")
     return {"capacity": options.capacity, "target": options.target_name(TARGET)}
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsvl_export.compilers import App, Compiled
-from dsvl_export.compilers.deployment import check_deployment
 from dsvl_export.compilers.mil.check import check_package
 from dsvl_export.compilers.mil.debug import debug_build
 from dsvl_export.compilers.mil.layers import run_layers
@@ -28,13 +27,12 @@ PRECISIONS = ("fp16",)
 LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # states are half precision
 RECIPE_BASE = "fp16"
-OPTIONS = ("deployment",)
-TARGET, SINCE = "apple", {"iOS": 18, "macOS": 15}
+OPTIONS: tuple[str, ...] = ()
+TARGET = "apple"
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "run_layers", "settings", "write_listing"]
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    check_deployment(options.deployment, SINCE, "the states that hold the KV cache in Core ML")
     return {"capacity": options.capacity, "target": options.target_name(TARGET)}
 
 

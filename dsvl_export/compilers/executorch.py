@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from calibration.precision_plan import component_layers
 from dsvl_export.compilers import App, Compiled, Parts
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import DELEGATES, CompileOptions
 from runtimes.backends.executorch import DIALECT, SUFFIX, load_program
 from runtimes.backends.executorch_tokenizer import FILE as TOKENIZER_FILE
 from runtimes.backends.executorch_tokenizer import RUNNER_TOKENIZER
@@ -29,14 +29,13 @@ PRECISIONS = ("fp32", "fp16")
 LAYER_PRECISIONS = ("8da4w", "8da8w")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp32"
-OPTIONS = ("delegate",)
+OPTIONS = ("executorch.delegate",)
 TARGET = "phone"
-DELEGATES = (DIALECT, "coreml", "vulkan")
 MIN_CAPACITY = 3  # torch.export makes a fixed length of 2 of the range from 1 to 2
 
 
 def delegate_of(options: CompileOptions) -> str:
-    delegate = options.delegate or DIALECT
+    delegate = options.executorch.delegate or DIALECT
     if delegate not in DELEGATES:
         raise UserError(f"ExecuTorch has no delegate {delegate!r} here; it has {', '.join(DELEGATES)}.")
     return delegate

@@ -31,7 +31,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # KVCacheUpdate takes float caches alone
 RECIPE_BASE = "fp16"
-OPTIONS = ("tensorrt",)
+OPTIONS = ("tensorrt.version",)
 TARGET = "cuda"
 __all__ = ["artifact_bytes", "compile_component", "debug_build", "graphs", "run_layers", "settings"]
 

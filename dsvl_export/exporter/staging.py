@@ -21,6 +21,8 @@ from runtimes.bundle.files import (
 from runtimes.bundle.locks import PREVIOUS, STAGING, FileLock, manifest_file, manifest_lock, refuse_link
 from runtimes.errors import UserError
 
+# Folders of plans and scales, which nothing else makes again, and of configs.
+KEPT = ("configs/", "precisions/")
 INPUTS = ".inputs"  # of a stage that is being built: what it is made from
 Build = Callable[[Path], dict[str, Any]]  # builds into a folder, returns what the manifest shall know
 BROKEN = (ValueError, NotImplementedError)  # what was made breaks a rule; another try would end the same way
@@ -95,7 +97,7 @@ class Staging:
                 stage["result"]["artifacts"].append(asdict(artifact))
                 stage["files"] |= {path: files[path] for path in artifact.files}
             for path in files:
-                if path.startswith("precisions/"):  # plans and scales, which nothing else makes again
+                if path.startswith(KEPT):
                     stage = path.rpartition("/")[0]
                     record.setdefault(stage, {"key": "", "result": {}, "files": {}})["files"][path] = files[
                         path

@@ -17,7 +17,7 @@ from calibration.sensitivity import weight_bytes
 from dsvl_export.compilers import load_compiler
 from dsvl_export.compilers.precisions import check_request, kinds_of, plan_for
 from dsvl_export.planning.workload import Workload, activations
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import CompileOptions, OnnxRuntimeOptions
 from dsvl_export.targets.targets import LISTED_BITS, WEIGHT_BITS, Target
 from reference.model.config import ModelConfig
 from reference.trace import TRACED_COMPONENTS
@@ -270,7 +270,12 @@ class Planner:
             return 0
         decoder = self.workload("decoder", plan.base)
         both, one = (
-            self._compiled_bytes(request.backend, plan, decoder, CompileOptions(target, prefill=prefill))
+            self._compiled_bytes(
+                request.backend,
+                plan,
+                decoder,
+                CompileOptions(target, onnxruntime=OnnxRuntimeOptions(prefill)),
+            )
             for prefill in (True, False)
         )
         return both - one
@@ -280,7 +285,7 @@ class Planner:
     ) -> int:
         component = work.traced.contract.component
         target = options.target.name if options.target else None
-        key = (target, backend, plan.name, component, options.prefill)
+        key = (target, backend, plan.name, component, options.onnxruntime.prefill)
         if key not in self._artifacts:
             traced = trace_planned(self.config, component, plan) if plan.quantizes else work.traced
             self._artifacts[key] = load_compiler(backend).artifact_bytes(traced, options)

@@ -20,7 +20,7 @@ from dsvl_export.compilers import check_options
 from dsvl_export.exporter.stages import ExportProgress
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.parity_check.report.record import record_verdict
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import CompileOptions, ExecuTorchOptions
 from runtimes.bundle.bundle import MANIFEST, Bundle
 from runtimes.errors import UserError
 from tests.conftest import OraclePair
@@ -282,7 +282,6 @@ def test_bad_requests_write_nothing(tmp_path: Path) -> None:
     ("onnxruntime", {"delegate": "coreml"}, "--delegate"),
     ("onnxruntime", {"tensorrt": "11.4"}, "--tensorrt"),
     ("coreml", {"prefill": False}, "--no-prefill"),
-    ("executorch", {"deployment": "iOS18"}, "--deployment-target"),
     ("tensorrt_rtx", {"tensorrt": "11.4"}, "--tensorrt"),
     ("tensorrt", {"capabilities": (89,)}, "--sm"),
 ])  # fmt: skip
@@ -303,7 +302,7 @@ def test_a_second_decoder_is_left_out_where_there_is_one(tmp_path: Path) -> None
 
 def test_a_third_partys_compiler_may_know_no_options() -> None:
     unknown: Any = SimpleNamespace()
-    check_options("theirs", unknown, CompileOptions(delegate="coreml"))
+    check_options("theirs", unknown, CompileOptions(executorch=ExecuTorchOptions("coreml")))
 
 
 @pytest.fixture(params=[1, 6])
