@@ -135,7 +135,8 @@ def export(
         typer.Option(
             "--prefill/--no-prefill",
             help="With onnxruntime and 8da4w, add a second decoder with 8-bit weights for prefill: prefill is"
-            " twice as fast, and the decoder takes three times the disk space and memory. Default: --prefill.",
+            " twice as fast, and the decoder takes three times the disk space and memory. Default:"
+            " --prefill.",
             rich_help_panel=BACKEND_OPTIONS,
         ),
     ] = None,
