@@ -34,6 +34,7 @@ class ArtifactStages:
     """Makes the stages of one export that depend on its backend and precisions."""
 
     def __init__(self, job: ExportJob) -> None:
+        """Make stages for a job whose output folder is open."""
         self._job = job
         self._calibrated: ScaleTable | None = None
         self._bytes: dict[tuple[str, str], int] = {}  # of artifacts, by component and precision
@@ -41,7 +42,7 @@ class ArtifactStages:
     # Plans and scales.
 
     def precision(self, plan: PrecisionPlan) -> list[Stage]:
-        """Return the stage that keeps a quantized precision's plan and scales; float ones have none."""
+        """Return the stage of a precision's plan and scales; float precisions have none."""
         if plan.name in PRECISION_DTYPES:
             return []
         name = precision_folder(plan.name)
@@ -71,7 +72,7 @@ class ArtifactStages:
             file = folder / STATISTICS_FILE
             try:
                 Statistics.load(file)
-            except UserError:  # none, or torn ones
+            except UserError:  # missing or incomplete
                 file.unlink(missing_ok=True)
             self._calibrated = calibrate(
                 self._job.source,

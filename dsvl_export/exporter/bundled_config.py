@@ -1,4 +1,4 @@
-"""The configs that a bundle keeps: one for each backend and precision, so that each can be exported again."""
+"""The configs that a bundle keeps: one for each backend and precision, to export it again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ TO_BUNDLE = "../../.."  # from a config's folder
 
 
 def write_configs(job: ExportJob) -> None:
-    """Write ``configs/<backend>/<precision>/export.yaml`` for each precision of an export that is complete.
+    """Write the config of each precision of an export whose artifacts are complete.
 
-    A later export of the same backend and precision replaces it; exports of others leave it alone.
+    The file is ``configs/<backend>/<precision>/export.yaml``. A later export of the same backend
+    and precision replaces it; exports of others leave it alone.
     """
     complete = {(item.backend, item.precision) for item in complete_artifacts(job.staging)}
     for plan, precision in zip(job.plans, job.config.precisions, strict=True):
@@ -34,8 +35,8 @@ def write_configs(job: ExportJob) -> None:
 def bundled_config(job: ExportJob, plan: PrecisionPlan, precision: str) -> ExportConfig:
     """Return the config that makes one precision of a bundle again.
 
-    It names the bundle's copies of a plan and of given scales, and has the capacity that was used. The
-    checkpoint is named as the user did.
+    It names the bundle's copies of a plan and of given scales, and has the capacity that was used.
+    The checkpoint is named as the user did.
 
     Args:
         job: the export.

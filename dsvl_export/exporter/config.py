@@ -34,22 +34,22 @@ Config = TypeVar("Config")
 class ExportConfig:
     """Everything that decides what an export writes.
 
-    In the YAML file, ``onnxruntime``, ``tensorrt`` and ``executorch`` are mappings, and all keys but
-    ``checkpoint`` may be left out. Relative paths are relative to the file's folder.
+    In the YAML file, ``onnxruntime``, ``tensorrt`` and ``executorch`` are mappings, and all keys
+    but ``checkpoint`` may be left out. Relative paths are relative to the file's folder.
 
     Args:
         checkpoint: ``tiny``, a checkpoint folder, or a hub id.
         backend: name of the backend; None selects the target's first, or ``onnxruntime``.
-        precisions: names, recipes, or YAML files of precision plans; each becomes a set of artifacts. Empty
-            selects fp32, or the backend's first if it does not support fp32.
+        precisions: names, recipes, or YAML files of precision plans; each becomes a set of
+            artifacts. Empty selects fp32, or the backend's first if it does not support fp32.
         target: a device of ``targets``; what it cannot run is refused before any work.
-        capacity: tokens of the KV cache; fixed at export in engines and packages, and the bundle's default.
-            None selects that of the bundle that is extended, or 2048, or the model's number of positions
-            if that is smaller.
-        scales: folder of a scale table that ``calibrate`` made; None calibrates on the bundled images if a
-            precision needs scales.
-        goldens: record the reference's outputs, which ``parity`` compares with, and compare the written
-            files with the checkpoint.
+        capacity: tokens of the KV cache; fixed at export in engines and packages, and the bundle's
+            default. None selects that of the bundle that is extended, or 2048, or the model's
+            number of positions if that is smaller.
+        scales: folder of a scale table that ``calibrate`` made; None calibrates on the bundled
+            images if a precision needs scales.
+        goldens: record the reference's outputs, which ``parity`` compares with, and compare the
+            written files with the checkpoint.
         onnxruntime: options of ONNX Runtime.
         tensorrt: options of TensorRT and TensorRT-RTX.
         executorch: options of ExecuTorch.
@@ -75,7 +75,8 @@ class ExportConfig:
             checkpoint: used in place of the file's.
 
         Raises:
-            UserError: the file cannot be read, or a key is missing, unknown, or has a wrong type or value.
+            UserError: the file cannot be read, or a key is missing, unknown, or has a wrong type or
+                value.
         """
         raw = read_yaml(file, "export config")
         if raw is None:
@@ -104,8 +105,8 @@ class ExportConfig:
         """Return the config with values replaced.
 
         Args:
-            values: by key, for example ``capacity`` or ``tensorrt.version``; None and empty ones replace
-                nothing.
+            values: by key, for example ``capacity`` or ``tensorrt.version``; None and empty ones
+                replace nothing.
         """
         config = self
         for key, value in values.items():
@@ -122,7 +123,8 @@ class ExportConfig:
         """Return the config with its backend and precisions filled in.
 
         Raises:
-            UserError: there is no such target or backend, or the backend's libraries are not installed.
+            UserError: there is no such target or backend, or the backend's libraries are not
+                installed.
         """
         device = find_target(self.target) if self.target else None
         backend = self.backend or (next(iter(device.backends)) if device else DEFAULT_BACKEND)

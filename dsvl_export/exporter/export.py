@@ -136,7 +136,7 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
         reason = getattr(error, "strerror", None) or str(error) or "there is no memory left"
         raise UserError(
             f"The export stopped: {reason} ({staging.folder});"
-            " mend that and run it again, it goes on where it stopped."
+            " fix this and run the same command again; the export resumes."
         ) from error
     finally:
         staging.close()

@@ -32,7 +32,8 @@ def build_manifest(
         capacity: tokens of the KV cache.
         preprocessing: of the model's images.
         prompt: the model's prompt format.
-        now: the manifest of the bundle that is extended, with verdicts that ``parity`` recorded meanwhile.
+        now: the manifest of the bundle that is extended, with verdicts that ``parity`` recorded
+            meanwhile.
     """
     artifacts = complete_artifacts(staging)
     others = (artifact for artifact in finished_artifacts(staging) if artifact not in artifacts)
@@ -70,7 +71,7 @@ def build_manifest(
 
 
 def checkpoint_name(source: Checkpoint, staging: Staging) -> str:
-    """Return the name of the checkpoint's folder at the first export of the bundle; listings contain it."""
+    """Return the name of the checkpoint's folder at the bundle's first export, for listings."""
     return staging.previous.checkpoint["name"] if staging.previous else source.folder.name
 
 

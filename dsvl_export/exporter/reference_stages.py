@@ -1,4 +1,4 @@
-"""Stages that the reference computes: tokenizer, token embedding, goldens and quantization errors."""
+"""Stages of the reference: tokenizer, token embedding, goldens, quantization errors."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class ReferenceStages:
     """Makes the stages of one export that need no compiler."""
 
     def __init__(self, job: ExportJob) -> None:
+        """Make stages for a job whose output folder is open."""
         self._job, self._folder = job, job.staging.folder
         self._embedding = self._folder / TOKEN_EMBEDDING
 
@@ -72,7 +73,7 @@ class ReferenceStages:
         return Stage(GOLDENS, self._recording_inputs, self._record_goldens, bytes=self._goldens_bytes)
 
     def long_golden(self) -> Stage:
-        """Return the stage that records the text that fills the KV cache, once for each capacity."""
+        """Return the stage that records a text that fills the KV cache, once per capacity."""
         return Stage("long golden", self._long_golden_inputs, self._record_long_golden, extends=GOLDENS)
 
     def _goldens_bytes(self) -> int:
@@ -109,8 +110,8 @@ class ReferenceStages:
         Args:
             precision: of the bundle.
             remedy: what to export if the precision overflows.
-            optional: the precision is of an earlier export. If it overflows, the bundle has no quantization
-                error of it, and ``parity`` finds the NaN or infinity in its artifacts.
+            optional: the precision is of an earlier export. If it overflows, the bundle has no
+                quantization error of it, and ``parity`` finds the NaN or infinity in its artifacts.
         """
         optional_for = precision if optional else None
         return [
@@ -169,7 +170,7 @@ class ReferenceStages:
     # Goldens of single layers.
 
     def layers(self, precisions: list[str]) -> list[Stage]:
-        """Return the stages that record what each layer of the precisions computes on recorded inputs."""
+        """Return the stages that record inputs of layers, and each precision's outputs."""
         input_bytes, output_bytes = layer_golden_bytes(self._job.source.config)
         inputs = Stage(
             _folder(LAYER_INPUTS),

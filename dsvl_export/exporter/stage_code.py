@@ -1,7 +1,8 @@
 """The code that each kind of stage computes with; a change of it makes the stage's files anew.
 
 Paths are relative to the folder of the packages; a folder stands for everything below it. Commands,
-reports, the server, generation and the pipeline are in no list: what they do changes no file of an export.
+reports, the server, generation and the pipeline are in no list: what they do changes no file of an
+export.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ class StageProgress:
     """
 
     def __init__(self, name: str, report: Report) -> None:
+        """Report to ``report`` under the stage's name."""
         self._name, self._report = name, report
         self._written = 0
 
@@ -66,15 +67,15 @@ class Stage:
 
     Args:
         name: the folder of its files in the bundle; it names the stage in progress reports as well.
-        inputs: returns everything that the files depend on, as JSON values; None if an earlier stage has to
-            run first.
+        inputs: returns everything that the files depend on, as JSON values; None if an earlier
+            stage has to run first.
         build: writes the files into a folder, and returns what the manifest needs to know of them.
-        bytes: returns the size of the files, from shapes alone; None for files of at most some megabytes,
-            which are not planned.
-        extends: name of a finished stage that the one file of this stage is added to; its inputs are kept in
-            that stage's result.
-        optional_for: a precision of an earlier export. If it overflows, the stage and the later stages of
-            the same precision are left out, and the export continues.
+        bytes: returns the size of the files, from shapes alone; None for files of at most some
+            megabytes, which are not planned.
+        extends: name of a finished stage that the one file of this stage is added to; its inputs
+            are kept in that stage's result.
+        optional_for: a precision of an earlier export. If it overflows, the stage and the later
+            stages of the same precision are left out, and the export continues.
     """
 
     name: str
@@ -89,18 +90,19 @@ class StageRunner:
     """Plans, sizes, resumes and runs the stages of one export in their order."""
 
     def __init__(self, staging: Staging, report: Report) -> None:
+        """Run stages in an output folder that is open."""
         self._staging, self._report = staging, report
 
     def is_current(self, stage: Stage) -> bool:
-        """Whether a stage was finished with the inputs that it has now."""
+        """Return whether a stage was finished with its current inputs."""
         inputs = stage.inputs()
         return inputs is not None and self._staging.is_current(stage.name, inputs)
 
     def make_room(self, stages: Sequence[Stage]) -> None:
         """Check that the disk can hold the export, before any work.
 
-        Interrupted work of other stages is deleted first. Files that are finished, or were written before
-        an interruption, are not counted.
+        Interrupted work of other stages is deleted first. Files that are finished, or were written
+        before an interruption, are not counted.
 
         Raises:
             UserError: the disk is too small.
@@ -109,7 +111,7 @@ class StageRunner:
         needed = taken = 0  # old files stay until the new ones are there
         for stage in stages:
             if stage.bytes:
-                new, old = self._staging.left(stage.name, stage.inputs, stage.bytes)
+                new, old = self._staging.remaining_bytes(stage.name, stage.inputs, stage.bytes)
                 needed, taken = max(needed, taken + new), taken + new - old
         free = shutil.disk_usage(self._staging.folder).free
         if needed > free:

@@ -20,8 +20,8 @@ class OnnxRuntimeOptions:
     """Options of the backend ``onnxruntime``.
 
     Args:
-        prefill: add a second decoder graph for prompts, with 8-bit weights, if the decoder has 4-bit weights
-            and quantizes activations per token.
+        prefill: add a second decoder graph for prompts, with 8-bit weights, if the decoder has
+            4-bit weights and quantizes activations per token.
     """
 
     prefill: bool = True
@@ -34,8 +34,8 @@ class TensorRTOptions:
     Args:
         version: version of TensorRT that builds the engines, for example ``10.3``; None selects the
             target's, or the latest.
-        capabilities: compute capabilities, for example 89, that TensorRT-RTX builds engines for; empty
-            selects the target's, or the compiler's default.
+        capabilities: compute capabilities, for example 89, that TensorRT-RTX builds engines for;
+            empty selects the target's, or the compiler's default.
     """
 
     version: str | None = None
@@ -47,7 +47,8 @@ class ExecuTorchOptions:
     """Options of the backend ``executorch``.
 
     Args:
-        delegate: runs the encoders: ``xnnpack``, ``coreml`` or ``vulkan``; None selects ``xnnpack``.
+        delegate: runs the encoders: ``xnnpack``, ``coreml`` or ``vulkan``; None selects
+            ``xnnpack``.
     """
 
     delegate: str | None = None
@@ -78,7 +79,9 @@ class CompileOptions:
         return self.target.name if self.target else default
 
     def tensorrt_version(self) -> Version:
-        """Return the TensorRT version that builds the engines: the option, the target's, or the latest.
+        """Return the TensorRT version that builds the engines.
+
+        It is the option, the target's, or the latest.
 
         Raises:
             UserError: the version is malformed or too old.

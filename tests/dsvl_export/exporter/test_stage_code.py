@@ -26,7 +26,6 @@ CALLS = {
             f"dsvl_export.compilers.{name}"
             for name in ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
         ),
-        "dsvl_export.audit.onnx_file",
         "dsvl_export.planning.workload",
     ),
 }
