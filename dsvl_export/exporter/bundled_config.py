@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,22 +12,25 @@ from calibration.precision_plan import PrecisionPlan
 from dsvl_export.compilers.precisions import precision_folder
 from dsvl_export.exporter.config import ExportConfig, is_plan_file
 from dsvl_export.exporter.job import ExportJob
-from dsvl_export.exporter.manifest import complete_artifacts, config_folder
+from dsvl_export.exporter.manifest import config_folder
 from reference.trace import PRECISION_DTYPES
 
 CONFIG_FILE = "export.yaml"
 TO_BUNDLE = "../../.."  # from a config's folder
 
 
-def write_configs(job: ExportJob) -> None:
-    """Write the config of each precision of an export whose artifacts are complete.
+def write_configs(job: ExportJob, compiled: Sequence[PrecisionPlan]) -> None:
+    """Write the config of each precision of an export.
 
     The file is ``configs/<backend>/<precision>/export.yaml``. A later export of the same backend
     and precision replaces it; exports of others leave it alone.
+
+    Args:
+        job: the export.
+        compiled: its plans whose artifacts are current; the others get no config.
     """
-    complete = {(item.backend, item.precision) for item in complete_artifacts(job.staging)}
     for plan, precision in zip(job.plans, job.config.precisions, strict=True):
-        if (job.backend, plan.name) in complete:
+        if plan in compiled:
             config = bundled_config(job, plan, precision)
             stage = config_folder(job.backend, plan.name)
             job.staging.stage(stage, config.to_dict(), partial(_write_config, config))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from calibration.precision_plan import PrecisionPlan
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
 from dsvl_export.compilers import load_compiler
@@ -153,16 +154,19 @@ def _run(job: ExportJob) -> None:
     try:
         runner.make_room(stages)
         identify(job.source, job.report)
-        to_compile = [
-            plan for plan in job.plans if not all(map(runner.is_current, artifacts.artifacts(plan)))
-        ]
-        check_ranges(job, to_compile)
+        compiled = _compiled_plans(job, runner, artifacts)
+        check_ranges(job, [plan for plan in job.plans if plan not in compiled])
         runner.run(stages)
     except OverflowVerdict:
         if job.staging.previous:
-            _finish(job)
+            _finish(job, _compiled_plans(job, runner, artifacts))
         raise
-    _finish(job)
+    _finish(job, job.plans)
+
+
+def _compiled_plans(job: ExportJob, runner: StageRunner, artifacts: ArtifactStages) -> list[PrecisionPlan]:
+    """Return the plans whose artifacts are current."""
+    return [plan for plan in job.plans if all(map(runner.is_current, artifacts.artifacts(plan)))]
 
 
 def _list_stages(job: ExportJob, artifacts: ArtifactStages) -> list[Stage]:
@@ -189,9 +193,9 @@ def _list_stages(job: ExportJob, artifacts: ArtifactStages) -> list[Stage]:
     return stages
 
 
-def _finish(job: ExportJob) -> None:
-    """Write the manifest, and the config that made each precision of this export."""
-    write_configs(job)
+def _finish(job: ExportJob, compiled: Sequence[PrecisionPlan]) -> None:
+    """Write the manifest, and the configs of the plans whose artifacts are current."""
+    write_configs(job, compiled)
     capacity, preprocessing = job.options.capacity, job.options.preprocessing
     job.staging.finish(
         lambda now: build_manifest(job.source, job.staging, capacity, preprocessing, job.prompt, now)

@@ -14,6 +14,7 @@ from dsvl_export.cli import app
 from dsvl_export.targets.options import ExecuTorchOptions, OnnxRuntimeOptions, TensorRTOptions
 from runtimes.bundle.bundle import MANIFEST, Bundle
 from runtimes.bundle.files import read_json, write_json
+from runtimes.errors import OverflowVerdict
 
 FULL = ExportConfig(
     checkpoint="tiny",
@@ -190,6 +191,21 @@ def test_each_backend_and_precision_keeps_its_config(tmp_path: Path) -> None:
     assert (folder / "configs/onnxruntime/fp32/export.yaml").read_bytes() == before
     (folder / "configs/onnxruntime/fp32/export.yaml").write_text("checkpoint: other\n")
     assert any("configs/onnxruntime/fp32/export.yaml" in problem for problem in bundle.problems())
+
+
+def test_an_export_that_overflows_leaves_the_earlier_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(*arguments: object) -> None:
+        raise OverflowVerdict("too large")
+
+    export("tiny", tmp_path / "b", "coreml", ["fp16"], goldens=False, capacity=64)
+    monkeypatch.setattr("dsvl_export.exporter.export.check_ranges", overflow)
+    with pytest.raises(OverflowVerdict):
+        export("tiny", tmp_path / "b", "coreml", ["fp16"], goldens=False, capacity=128)
+    file = tmp_path / "b/configs/coreml/fp16/export.yaml"
+    assert ExportConfig.read(file).capacity == 64
+    assert Bundle.open(tmp_path / "b").problems() == []
 
 
 def test_bundles_of_0_4_have_no_config_and_can_be_extended(bundle_copy: Path) -> None:
