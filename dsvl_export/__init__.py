@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dsvl_export.version import PACKAGES, __version__
 
 if TYPE_CHECKING:
-    from dsvl_export.exporter.export import export
+    from dsvl_export.exporter.config import ExportConfig
+    from dsvl_export.exporter.export import export, export_bundle
     from dsvl_export.parity_check import parity
     from runtimes.errors import UserError
     from runtimes.generation.sampling import GenerationOptions
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from runtimes.text.prompt import Message
 
 _HOMES = {
+    "ExportConfig": "dsvl_export.exporter.config",
     "export": "dsvl_export.exporter.export",
+    "export_bundle": "dsvl_export.exporter.export",
     "parity": "dsvl_export.parity_check",
     "Pipeline": "runtimes.pipeline",
     "Message": "runtimes.text.prompt",
@@ -29,7 +32,10 @@ _HOMES = {
     "UserError": "runtimes.errors",
 }
 
-__all__ = ["GenerationOptions", "Message", "Pipeline", "UserError", "__version__", "export", "parity"]
+__all__ = [
+    "ExportConfig", "GenerationOptions", "Message", "Pipeline", "UserError", "__version__", "export",
+    "export_bundle", "parity",
+]  # fmt: skip
 
 
 def _check_own_packages() -> None:

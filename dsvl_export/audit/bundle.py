@@ -30,7 +30,7 @@ from dsvl_export.compilers.protocol import (
 )
 from dsvl_export.compilers.registry import BUILT_IN, load_compiler
 from dsvl_export.parity_check.localization import debug_folder
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import CompileOptions, ExecuTorchOptions, OnnxRuntimeOptions, TensorRTOptions
 from dsvl_export.version import __version__
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
@@ -217,10 +217,12 @@ def _options(artifact: Artifact, app: App) -> CompileOptions:
     """Return the options that an artifact was compiled with, as far as they change its content."""
     return CompileOptions(
         capacity=app.capacity,
-        tensorrt=artifact.tools.get("for"),
         preprocessing=app.preprocessing,
-        delegate=artifact.dialect if artifact.backend == "executorch" else None,
-        prefill=any(Path(file).name == prefill_file(Path(artifact.files[0])).name for file in artifact.files),
+        onnxruntime=OnnxRuntimeOptions(
+            prefill_file(Path(artifact.files[0])).name in {Path(file).name for file in artifact.files}
+        ),
+        tensorrt=TensorRTOptions(artifact.tools.get("for")),
+        executorch=ExecuTorchOptions(artifact.dialect if artifact.backend == "executorch" else None),
     )
 
 

@@ -12,7 +12,7 @@ from dsvl_export.cli.app import command
 from dsvl_export.cli.checks import exit_with_verdict, run_and_record
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets, values
 from dsvl_export.cli.memory import warn_of_memory
-from dsvl_export.cli.options import BundleFolder, Checkpoint, Json
+from dsvl_export.cli.options import BundleFolder, Json, OptionalCheckpoint
 from dsvl_export.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -27,13 +27,21 @@ CHECKS = "Checks"
 
 @command("export")
 def export(
-    checkpoint: Checkpoint,
     output: Annotated[
         Path,
         typer.Option(
             "--output", "-o", help="Bundle folder: a new or empty folder, or a bundle to add artifacts to."
         ),
     ],
+    checkpoint: OptionalCheckpoint = None,
+    config: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FILE",
+            help="YAML file of an export config, for example one that a bundle keeps. Arguments and options"
+            " override it.",
+        ),
+    ] = None,
     backend: Annotated[
         Optional[str],
         typer.Option(
@@ -91,17 +99,6 @@ def export(
             " Default: 2048, or the model's number of positions if that is smaller.",
         ),
     ] = None,
-    deployment: Annotated[
-        Optional[str],
-        typer.Option(
-            "--deployment-target",
-            metavar="SYSTEM",
-            help="Oldest operating system to support, for coreml (iOS18, macOS15) and coreai (iOS27,"
-            " macOS27).",
-            rich_help_panel=BACKEND_OPTIONS,
-            autocompletion=values("iOS18", "macOS15", "iOS27", "macOS27"),
-        ),
-    ] = None,
     delegate: Annotated[
         Optional[str],
         typer.Option(
@@ -112,22 +109,24 @@ def export(
         ),
     ] = None,
     prefill: Annotated[
-        bool,
+        Optional[bool],
         typer.Option(
             "--prefill/--no-prefill",
             help="With onnxruntime and 8da4w, add a second decoder with 8-bit weights for prefill: prefill is"
-            " twice as fast, and the decoder takes three times the disk space and memory.",
+            " twice as fast, and the decoder takes three times the disk space and memory. Default:"
+            " --prefill.",
             rich_help_panel=BACKEND_OPTIONS,
         ),
-    ] = True,
+    ] = None,
     goldens: Annotated[
-        bool,
+        Optional[bool],
         typer.Option(
             "--goldens/--no-goldens",
-            help="Record reference outputs for 'parity', and compare the written files with the checkpoint.",
+            help="Record reference outputs for 'parity', and compare the written files with the checkpoint."
+            " Default: --goldens.",
             rich_help_panel=CHECKS,
         ),
-    ] = True,
+    ] = None,
     check: Annotated[
         bool,
         typer.Option(
@@ -145,6 +144,8 @@ def export(
     overflows; 3: the parity check could not judge the bundle on this machine.
 
     Example: dsvl-export export tiny --precision fp16 --output tiny-bundle
+
+    Example: dsvl-export export --config export.yaml --precision int8 --output my-bundle
     """
     from rich.markup import escape
     from rich.progress import TaskID
@@ -152,25 +153,46 @@ def export(
     from dsvl_export.cli import display
     from dsvl_export.compilers.precisions import plan_for
     from dsvl_export.compilers.registry import load_compiler
-    from dsvl_export.exporter.export import export as run_export
+    from dsvl_export.exporter.config import ExportConfig
+    from dsvl_export.exporter.export import export_bundle
     from dsvl_export.exporter.stages import ExportProgress
     from dsvl_export.targets.defects import warnings_for
     from dsvl_export.targets.targets import find_target
     from runtimes.backends.executorch_tokenizer import RUNNER_TOKENIZER
     from runtimes.bundle.bundle import Bundle
+    from runtimes.errors import UserError
     from runtimes.units import size
 
-    device = find_target(target) if target else None
-    backend = backend or (next(iter(device.backends)) if device else "onnxruntime")
+    if config is not None:
+        settings = ExportConfig.read(config, checkpoint)
+    elif checkpoint is not None:
+        settings = ExportConfig(checkpoint)
+    else:
+        raise UserError("There is no checkpoint to export; give CHECKPOINT or --config.")
+    settings = settings.override(
+        {
+            "backend": backend,
+            "precisions": tuple(precision or ()),
+            "target": target,
+            "capacity": capacity,
+            "scales": str(scales) if scales else None,
+            "goldens": goldens,
+            "onnxruntime.prefill": prefill,
+            "tensorrt.version": tensorrt,
+            "tensorrt.capabilities": tuple(sm or ()),
+            "executorch.delegate": delegate,
+        }
+    ).with_defaults()
+    backend = str(settings.backend)
     compiler = load_compiler(backend)
-    names = precision or ["fp32" if "fp32" in compiler.PRECISIONS else compiler.PRECISIONS[0]]
-    plans = [plan_for(compiler, name) for name in names]
+    plans = [plan_for(compiler, name) for name in settings.precisions]
     precisions = [plan.name for plan in plans]
-    device_name = device.name if device else None
+    device_name = find_target(settings.target).name if settings.target else None
     defects = {str(row): None for name in precisions for row in warnings_for(backend, name, device_name)}
     for text in defects:
         display.err.print(f"[yellow]Known defect:[/] {escape(text)}")
-    if scales is None and checkpoint != "tiny" and any(plan.quantizes_activations for plan in plans):
+    uses_bundled_images = settings.scales is None and settings.checkpoint != "tiny"
+    if uses_bundled_images and any(plan.quantizes_activations for plan in plans):
         display.err.print(
             "[yellow]Calibrating on the bundled images.[/] For better scales, run 'dsvl-export calibrate'"
             " on your own images and pass the result as --scales."
@@ -191,10 +213,7 @@ def export(
                 bars.console.print(f"[dim]{escape(progress.stage)}: unchanged, reused[/]")
 
         try:
-            bundle = run_export(
-                checkpoint, output, backend, names, goldens, report, scales, target, tensorrt, capacity,
-                sm or (), deployment, delegate, prefill,
-            )  # fmt: skip
+            bundle = export_bundle(settings, output, report)
         except KeyboardInterrupt:
             display.err.print("Run the same command again: the export resumes.")
             raise
@@ -208,7 +227,7 @@ def export(
     verdicts = [
         run_and_record(output, f"{backend} {name}", partial(_run_parity, backend, name))
         for name in precisions
-        if check and goldens
+        if check and settings.goldens
     ]
     results = [result for _, result in verdicts]
     if as_json:

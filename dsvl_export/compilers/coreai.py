@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dsvl_export.compilers.deployment import check_deployment
 from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.coreai import PROGRAM, open_asset
@@ -27,8 +26,8 @@ PRECISIONS: tuple[str, ...] = ("fp16", "fp32")
 LAYER_PRECISIONS: tuple[str, ...] = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp16"
-OPTIONS: tuple[str, ...] = ("deployment",)
-TARGET, SINCE = "apple", {"iOS": 27, "macOS": 27}
+OPTIONS: tuple[str, ...] = ()
+TARGET = "apple"
 __all__ = [
     "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",
     "artifact_bytes", "compile_component", "debug_build", "settings",
@@ -37,7 +36,6 @@ __all__ = [
 
 def settings(options: CompileOptions) -> dict[str, Any]:
     """See ``Compiler.settings``."""
-    check_deployment(options.deployment, SINCE, "Core AI")
     return {"capacity": options.capacity, "target": options.target_name(TARGET)}
 
 

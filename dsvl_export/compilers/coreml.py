@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsvl_export.compilers.deployment import check_deployment
 from dsvl_export.compilers.mil.check import check_package
 from dsvl_export.compilers.mil.debug import debug_build
 from dsvl_export.compilers.mil.layers import run_layers
@@ -29,8 +28,8 @@ PRECISIONS: tuple[str, ...] = ("fp16",)
 LAYER_PRECISIONS: tuple[str, ...] = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # states are half precision
 RECIPE_BASE = "fp16"
-OPTIONS: tuple[str, ...] = ("deployment",)
-TARGET, SINCE = "apple", {"iOS": 18, "macOS": 15}
+OPTIONS: tuple[str, ...] = ()
+TARGET = "apple"
 __all__ = [
     "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",
     "artifact_bytes", "compile_component", "debug_build", "run_layers", "settings", "write_listing",
@@ -39,7 +38,6 @@ __all__ = [
 
 def settings(options: CompileOptions) -> dict[str, Any]:
     """See ``Compiler.settings``."""
-    check_deployment(options.deployment, SINCE, "the states that hold the KV cache in Core ML")
     return {"capacity": options.capacity, "target": options.target_name(TARGET)}
 
 

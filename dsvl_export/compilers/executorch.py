@@ -12,7 +12,7 @@ from calibration.precision_plan import component_layers
 from dsvl_export.compilers.executorch_program import suppress_warnings
 from dsvl_export.compilers.lowering import parameter_bytes
 from dsvl_export.compilers.protocol import App, Compiled, Parts
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import DELEGATES, CompileOptions
 from runtimes.backends.executorch import DIALECT, SUFFIX, load_program
 from runtimes.backends.executorch_tokenizer import FILE as TOKENIZER_FILE
 from runtimes.backends.executorch_tokenizer import RUNNER_TOKENIZER
@@ -31,9 +31,8 @@ PRECISIONS: tuple[str, ...] = ("fp32", "fp16")
 LAYER_PRECISIONS: tuple[str, ...] = ("8da4w", "8da8w")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp32"
-OPTIONS: tuple[str, ...] = ("delegate",)
+OPTIONS: tuple[str, ...] = ("executorch.delegate",)
 TARGET = "phone"
-DELEGATES = (DIALECT, "coreml", "vulkan")
 MIN_CAPACITY = 3  # torch.export makes a fixed length of 2 of the range from 1 to 2
 
 
@@ -43,7 +42,7 @@ def find_delegate(options: CompileOptions) -> str:
     Raises:
         UserError: there is no such delegate.
     """
-    delegate = options.delegate or DIALECT
+    delegate = options.executorch.delegate or DIALECT
     if delegate not in DELEGATES:
         raise UserError(f"ExecuTorch has no delegate {delegate!r} here; it has {', '.join(DELEGATES)}.")
     return delegate

@@ -32,12 +32,12 @@ PRECISIONS: tuple[str, ...] = ("fp32", "fp16")
 LAYER_PRECISIONS: tuple[str, ...] = ("int8", "fp8", "int8-weights", "int4", "8da4w", "8da8w")
 CACHE_PRECISIONS: tuple[str, ...] = ("int8",)
 RECIPE_BASE = "fp32"
-OPTIONS: tuple[str, ...] = ("prefill",)
+OPTIONS: tuple[str, ...] = ("onnxruntime.prefill",)
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
     """See ``Compiler.settings``."""
-    return {} if options.prefill else {"prefill": False}
+    return {} if options.onnxruntime.prefill else {"prefill": False}
 
 
 def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileOptions) -> None:
@@ -63,7 +63,7 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
             )
         decoder = (plan.precision_of(layer) for layer in component_layers(config, "decoder"))
         two_decoders |= any(layer.dynamic and layer.kind == "int4" for layer in decoder)
-    if not options.prefill and not two_decoders:
+    if not options.onnxruntime.prefill and not two_decoders:
         names = " and ".join(plan.name for plan in plans)
         raise UserError(f"There is no second decoder for prompts in {names}; leave out --no-prefill.")
 
@@ -144,7 +144,7 @@ def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: Comp
     from dsvl_export.compilers.onnx.quantization import FOUR_BIT, TOKENS
 
     dialects = [OrtDialect()]
-    if traced.contract.states and options.prefill and {TOKENS, FOUR_BIT} <= _operators(traced):
+    if traced.contract.states and options.onnxruntime.prefill and {TOKENS, FOUR_BIT} <= _operators(traced):
         dialects.append(OrtPrefillDialect())
     return [lower(traced, load, dialect) for dialect in dialects]
 

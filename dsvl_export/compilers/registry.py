@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import entry_points
+from operator import attrgetter
 from typing import TYPE_CHECKING, cast
 
 from dsvl_export.compilers.protocol import Compiler, DeclaresOptions
@@ -23,13 +24,12 @@ EXTRAS = {
     "tensorrt": "export",
     "tensorrt_rtx": "export,tensorrt-rtx",
 }
-# Options that only some backends have → their names on the command line.
+# Options that only some backends have, as paths in ``CompileOptions`` → their names on the command line.
 FLAGS = {
-    "tensorrt": "--tensorrt",
-    "capabilities": "--sm",
-    "deployment": "--deployment-target",
-    "delegate": "--delegate",
-    "prefill": "--no-prefill",
+    "onnxruntime.prefill": "--no-prefill",
+    "tensorrt.version": "--tensorrt",
+    "tensorrt.capabilities": "--sm",
+    "executorch.delegate": "--delegate",
 }
 
 if TYPE_CHECKING:  # mypy compares the modules with the protocols
@@ -98,7 +98,8 @@ def check_options(backend: str, compiler: Compiler, options: CompileOptions) -> 
         return
     usual = CompileOptions()
     for name, flag in FLAGS.items():
-        if name not in compiler.OPTIONS and getattr(options, name) != getattr(usual, name):
+        value_of = attrgetter(name)
+        if name not in compiler.OPTIONS and value_of(options) != value_of(usual):
             raise UserError(
                 f"{backend} has no {flag}; 'dsvl-export export --help' names the backends that have it."
             )

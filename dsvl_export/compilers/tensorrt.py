@@ -32,7 +32,7 @@ PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 LAYER_PRECISIONS: tuple[str, ...] = ("int8", "fp8", "int8-weights", "int4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # KVCacheUpdate takes float caches alone
 RECIPE_BASE = "fp16"
-OPTIONS: tuple[str, ...] = ("tensorrt",)
+OPTIONS: tuple[str, ...] = ("tensorrt.version",)
 TARGET = "cuda"
 __all__ = [
     "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",

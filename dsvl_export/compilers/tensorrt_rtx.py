@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # GPUs with tensor cores that TensorRT-RTX builds for: Ampere, Ada, Blackwell.
 CAPABILITIES = (86, 89, 120)
-OPTIONS: tuple[str, ...] = ("capabilities",)
+OPTIONS: tuple[str, ...] = ("tensorrt.capabilities",)
 DIALECT = "trt11"
 __all__ = [
     "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",
@@ -49,7 +49,7 @@ def settings(options: CompileOptions) -> dict[str, Any]:
     """See ``Compiler.settings``."""
     sm = options.target.sm if options.target else None
     return {
-        "capabilities": options.capabilities or ((sm,) if sm else CAPABILITIES),
+        "capabilities": options.tensorrt.capabilities or ((sm,) if sm else CAPABILITIES),
         "capacity": options.capacity,
         "library": tensorrt_rtx.__version__,
     }
@@ -82,7 +82,7 @@ def compile_component(
     chosen = settings(options)["capabilities"]
     eight_bit_floats = any("float8" in str(node.target) for node in traced.program.graph.nodes)
     capabilities = tuple(chosen)
-    if eight_bit_floats and not options.capabilities:
+    if eight_bit_floats and not options.tensorrt.capabilities:
         capabilities = tuple(sm for sm in chosen if sm >= SINCE_SM[onnx.TensorProto.FLOAT8E4M3FN])
     refuse(files[0], Release.tensorrt_rtx(min(capabilities)))
     engine = folder / f"{traced.contract.component}.engine"

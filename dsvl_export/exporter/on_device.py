@@ -1,4 +1,4 @@
-"""Engines for the GPU at hand, from the ONNX files that a bundle brings."""
+"""TensorRT engines for this machine's GPU, built from the ONNX files of a bundle."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Device:
-    """What builds: the library, and the GPU that it builds for."""
+    """The TensorRT library that builds engines, and the GPU that it builds them for."""
 
     trt: ModuleType
     gpu: Gpu
 
     @classmethod
     def here(cls) -> Device:
-        """This machine's.
+        """Return this machine's library and GPU.
 
         Raises:
             UserError: TensorRT, cuda-python or a GPU is missing.
@@ -48,6 +48,7 @@ class Device:
 
     @property
     def version(self) -> Version:
+        """Version of the library."""
         return Version(self.trt.__version__)
 
 
@@ -58,20 +59,23 @@ def build_engines(
     device: Device | None = None,
     on_step: OnStep = lambda name, done, total: None,
 ) -> list[Artifact]:
-    """Build the engine of every ``tensorrt`` artifact of a bundle, and put it into the bundle.
+    """Build the engine of every ``tensorrt`` artifact of a bundle, and add it to the bundle.
 
-    Engines that fit this machine and the settings already are kept, so an interrupted build goes on.
+    Engines that fit this machine and the settings are kept, so an interrupted build resumes.
 
     Args:
-        settings: None takes the bundle's capacity.
+        folder: of the bundle.
+        settings: of the engines; None uses the bundle's capacity.
         precision: one of the bundle's; None builds all.
-        device: None is this machine.
+        device: builds the engines; None selects this machine.
+        on_step: is called with the artifact's name, the number of finished artifacts, and of all.
 
     Returns:
         The artifacts with their engines.
 
     Raises:
-        UserError: the bundle has no ONNX for TensorRT or for this version, or TensorRT refuses.
+        UserError: the bundle has no ONNX for TensorRT or for this version, or TensorRT cannot build
+            it.
     """
     device = device or Device.here()
     staging, built = Staging(folder), []
@@ -91,8 +95,8 @@ def build_engines(
         on_step("done", len(artifacts), len(artifacts))
     except OSError as error:
         raise UserError(
-            f"The build stopped: {error.strerror or error} ({folder}); mend that and run it again, it goes on"
-            " where it stopped."
+            f"The build stopped: {error.strerror or error} ({folder}); fix this and run the same command"
+            " again; the build resumes."
         ) from error
     finally:
         staging.close()
@@ -100,7 +104,7 @@ def build_engines(
 
 
 def _artifacts(bundle: Bundle, precision: str | None, version: Version) -> list[Artifact]:
-    """Those to build, checked against their hashes and against the version of TensorRT."""
+    """Return the artifacts to build, after a check of their hashes and of the TensorRT version."""
     pairs = bundle.matching(BACKEND, precision)
     if not pairs:
         asked = f" in {precision}" if precision else ""
@@ -117,7 +121,7 @@ def _artifacts(bundle: Bundle, precision: str | None, version: Version) -> list[
 
 
 def longest_golden(bundle: Bundle) -> int:
-    """Tokens that ``parity`` needs in the KV cache; 0 where the bundle has no goldens."""
+    """Return the tokens that ``parity`` needs in the KV cache; 0 if the bundle has no goldens."""
     files = [path for path in bundle.manifest.files if path.startswith("goldens/") and is_golden(path)]
     return max((golden_token_count(bundle.path(path)) for path in files), default=0)
 
@@ -168,7 +172,7 @@ def _build(
 
 
 def _publish(bundle: Bundle, staging: Staging, old: Artifact, new: Artifact) -> None:
-    """Write the manifest with an artifact replaced; what was said of the old one is no longer known."""
+    """Write the manifest with an artifact replaced, and without the old one's parity verdict."""
     known = (old.component, old.backend, old.precision)
     entry = staging.files()[new.files[-1]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from dsvl_export.lint import Finding, Release, lint
 from dsvl_export.lint.quantization import quantization_findings
 from dsvl_export.lint.view import GraphView
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import CompileOptions, TensorRTOptions
 from dsvl_export.targets.targets import find_target, load_targets
 from runtimes.backends.onnxruntime import ORT
 from runtimes.bundle.bundle import Bundle
@@ -45,9 +45,8 @@ def lint_path(
         raise UserError(
             f"lint checks files for TensorRT, which {device.device} does not have; give one of {fitting}."
         )
-    release = Release(
-        CompileOptions(device, tensorrt=tensorrt).tensorrt_version(), sm or (device.sm if device else None)
-    )
+    options = CompileOptions(device, tensorrt=TensorRTOptions(tensorrt))
+    release = Release(options.tensorrt_version(), sm or (device.sm if device else None))
     if not path.is_dir():
         return {path: lint(path, release)}
     bundle = Bundle.open(path)
@@ -91,7 +90,7 @@ def _of_file(bundle: Bundle, item: Artifact, name: str, release: Release, given:
     return lint(
         file,
         Release(
-            CompileOptions(known, tensorrt=item.tools.get("for")).tensorrt_version(),
+            CompileOptions(known, tensorrt=TensorRTOptions(item.tools.get("for"))).tensorrt_version(),
             known.sm if known else None,
         ),
     )

@@ -18,7 +18,7 @@ from calibration.sensitivity import weight_bytes
 from dsvl_export.compilers.precisions import check_request, plan_for, required_precisions
 from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.planning.workload import Workload, activation_bytes
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import CompileOptions, OnnxRuntimeOptions
 from dsvl_export.targets.targets import LISTED_BITS, WEIGHT_BITS, Target
 from reference.model.config import ModelConfig
 from reference.trace import TRACED_COMPONENTS
@@ -285,7 +285,12 @@ class Planner:
             return 0
         decoder = self.workload("decoder", plan.base)
         with_prefill, without_prefill = (
-            self._compiled_bytes(request.backend, plan, decoder, CompileOptions(target, prefill=prefill))
+            self._compiled_bytes(
+                request.backend,
+                plan,
+                decoder,
+                CompileOptions(target, onnxruntime=OnnxRuntimeOptions(prefill)),
+            )
             for prefill in (True, False)
         )
         return with_prefill - without_prefill
@@ -296,7 +301,7 @@ class Planner:
         """Return the bytes that the compiler would write for a component."""
         component = workload.traced.contract.component
         target = options.target.name if options.target else None
-        key = (target, backend, plan.name, component, options.prefill)
+        key = (target, backend, plan.name, component, options.onnxruntime.prefill)
         if key not in self._artifacts:
             traced = trace_with_plan(self.config, component, plan) if plan.quantizes else workload.traced
             self._artifacts[key] = load_compiler(backend).artifact_bytes(traced, options)

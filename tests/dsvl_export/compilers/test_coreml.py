@@ -428,20 +428,6 @@ def test_the_listing_is_of_this_bundle(bundle: Bundle) -> None:
     assert text.count("{") == text.count("}") and text.count("(") == text.count(")")
 
 
-@pytest.mark.parametrize("backend, asked, sentence", [
-    ("coreml", "iOS17", "iOS 17 lacks the states that hold the KV cache in Core ML; iOS 18 and macOS 15 are the oldest"),
-    ("coreml", "macOS 14.4", "macOS 14 lacks the states"),
-    ("coreml", "watchOS11", "'watchOS11' is no deployment target; write it as iOS18 or macOS15."),
-    ("coreai", "iOS26", "iOS 26 lacks Core AI; iOS 27 and macOS 27 are the oldest"),
-])  # fmt: skip
-def test_systems_that_are_too_old_are_refused(
-    backend: str, asked: str, sentence: str, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=sentence):
-        export("tiny", tmp_path / "b", backend, ["fp16"], deployment=asked)
-    assert not (tmp_path / "b").exists()
-
-
 def test_bundles_keep_the_capacity(bundle: Bundle) -> None:
     assert bundle.artifact("decoder", "coreml", "fp16").capacity == 1024
     assert bundle.artifact("adaptor", "coreml", "fp16").capacity is None

@@ -20,7 +20,7 @@ from dsvl_export.compilers.onnx.token_integers import widen_to_int8
 from dsvl_export.compilers.onnxruntime import artifact_bytes
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import CompileOptions, OnnxRuntimeOptions
 from reference.checkpoint.checkpoint import open_checkpoint
 from runtimes.backends import onnxruntime as backend
 from runtimes.bundle.bundle import Bundle
@@ -123,7 +123,10 @@ def test_without_the_second_graph(bundle: Bundle, tmp_path: Path) -> None:
     assert parity(lean, precision=PRECISION).passed
     config = open_checkpoint("tiny").config
     plan = PrecisionPlan("p", rules=(Rule("*", Precision.parse("8da4w-g128"), "linear"),))
-    for made, options in ((bundle, CompileOptions()), (lean, CompileOptions(prefill=False))):
+    for made, options in (
+        (bundle, CompileOptions()),
+        (lean, CompileOptions(onnxruntime=OnnxRuntimeOptions(prefill=False))),
+    ):
         names = made.artifact("decoder", "onnxruntime", PRECISION).files
         found = sum(made.manifest.files[name].bytes for name in names)
         predicted = artifact_bytes(trace_with_plan(config, "decoder", plan), options)

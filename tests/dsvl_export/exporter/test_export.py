@@ -20,7 +20,7 @@ from dsvl_export.compilers.registry import check_options
 from dsvl_export.exporter.stages import ExportProgress
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.parity_check.report.record import record_verdict
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import CompileOptions, ExecuTorchOptions
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
@@ -283,7 +283,6 @@ def test_bad_requests_write_nothing(tmp_path: Path) -> None:
     ("onnxruntime", {"delegate": "coreml"}, "--delegate"),
     ("onnxruntime", {"tensorrt": "11.4"}, "--tensorrt"),
     ("coreml", {"prefill": False}, "--no-prefill"),
-    ("executorch", {"deployment": "iOS18"}, "--deployment-target"),
     ("tensorrt_rtx", {"tensorrt": "11.4"}, "--tensorrt"),
     ("tensorrt", {"capabilities": (89,)}, "--sm"),
 ])  # fmt: skip
@@ -304,7 +303,7 @@ def test_a_second_decoder_is_left_out_where_there_is_one(tmp_path: Path) -> None
 
 def test_a_third_partys_compiler_may_know_no_options() -> None:
     unknown: Any = SimpleNamespace()
-    check_options("theirs", unknown, CompileOptions(delegate="coreml"))
+    check_options("theirs", unknown, CompileOptions(executorch=ExecuTorchOptions("coreml")))
 
 
 @pytest.fixture(params=[1, 6])
@@ -383,7 +382,7 @@ def test_noise_follows_the_goldens(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert parity(tmp_path / "b", precision="fp16").passed
     requests = goldens.golden_requests
     monkeypatch.setattr("reference.goldens.record.golden_requests", lambda system: requests(system)[::-1])
-    monkeypatch.setattr("dsvl_export.exporter.stages.__version__", "0.0.1")
+    monkeypatch.setattr("dsvl_export.exporter.job.__version__", "0.0.1")
     export("tiny", tmp_path / "b", precisions=["fp32"])
     # The goldens are decoded together, so their order shows in the last bits.
     for found, expected in zip(json.loads(noise.read_text())["goldens"], first["goldens"][::-1], strict=True):

@@ -135,7 +135,9 @@ def test_what_can_be_mended_loses_nothing(
     bundle, names = whole
     computed = Computed(monkeypatch)
     computed.most, computed.error = len(names) - 3, error
-    with pytest.raises(UserError, match=None if error is UserError else "it goes on where it stopped"):
+    with pytest.raises(
+        UserError, match=None if error is UserError else "run the same command again; the export resumes"
+    ):
         computed.export(tmp_path)
     computed.most = None
     assert computed.export(tmp_path).manifest.files == bundle.manifest.files
@@ -193,7 +195,7 @@ def test_what_other_inputs_make_anew_needs_disk(tmp_path: Path, monkeypatch: pyt
     usage = SimpleNamespace(free=0)
     monkeypatch.setattr("dsvl_export.exporter.stages.shutil.disk_usage", lambda folder: usage)
     export("tiny", tmp_path, goldens=False)
-    monkeypatch.setattr("dsvl_export.exporter.stages.__version__", "0.0.1")
+    monkeypatch.setattr("dsvl_export.exporter.job.__version__", "0.0.1")
     with pytest.raises(UserError, match="0 B are free there") as refused:
         export("tiny", tmp_path, goldens=False)
     figure = re.search(r"takes ([\d.]+) MB", str(refused.value))
@@ -210,7 +212,7 @@ def test_halves_of_other_inputs_make_room(tmp_path: Path, monkeypatch: pytest.Mo
     assert list((tmp_path / ".staging").rglob("*.data"))
     usage = SimpleNamespace(free=0)
     monkeypatch.setattr("dsvl_export.exporter.stages.shutil.disk_usage", lambda folder: usage)
-    monkeypatch.setattr("dsvl_export.exporter.stages.__version__", "0.0.1")
+    monkeypatch.setattr("dsvl_export.exporter.job.__version__", "0.0.1")
     with pytest.raises(UserError, match="0 B are free there"):
         computed.export(tmp_path)
     assert not list((tmp_path / ".staging").rglob("*.data"))
