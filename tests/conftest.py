@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from tests.calibration.calibrated import random_calibrated, tiny_calibrated
 from tests.dsvl_export.cli.command_line import optimum
 from tests.fixtures import bundle_copy, pictures, state_folder, tiny_copy
 from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
+from tests.shared import made_once
 
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -32,6 +35,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     gpu, reason = find_gpu() if item.get_closest_marker("gpu") else (None, "")
     if item.get_closest_marker("gpu") and gpu is None:
         pytest.skip(f"it would prove the numbers on a GPU itself, but {reason}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """ONNX Runtime's sessions have one thread where a test gives no number.
+
+    A second one takes three times the CPU time for tiny: it spins while it waits.
+    """
+    import onnxruntime
+
+    class SessionOptions(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", SessionOptions)
+        yield
 
 
 __all__ = [  # fixtures that several packages share
@@ -89,33 +110,71 @@ def assert_programs_untouched(bundle: Bundle, config: ModelConfig) -> None:
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint in fp32 and fp16; tests must not change it."""
-    made = export("tiny", tmp_path_factory.mktemp("tiny") / "bundle", precisions=("fp32", "fp16"))
-    assert_programs_untouched(made, open_checkpoint("tiny").config)
-    return made
+
+    def make(folder: Path) -> None:
+        made = export("tiny", folder, precisions=("fp32", "fp16"))
+        assert_programs_untouched(made, open_checkpoint("tiny").config)
+
+    return Bundle.open(made_once(tmp_path_factory, "tiny", make))
+
+
+@pytest.fixture(scope="session")
+def quantized_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny checkpoint in int8 and in 4-bit weights with 8-bit activations; tests must not change it."""
+    return Bundle.open(
+        made_once(
+            tmp_path_factory,
+            "quantized",
+            lambda folder: export("tiny", folder, precisions=("int8", "8da4w", "8da4w-g128")),
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def random_bundle(pair: OraclePair, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A random checkpoint of either variant in fp32 and fp16; tests must not change it."""
+    checkpoint = pair.checkpoint
+    return Bundle.open(
+        made_once(
+            tmp_path_factory,
+            f"random-{pair.oracle.config.model_type}",
+            lambda folder: export(checkpoint.folder, folder, precisions=("fp32", "fp16")),
+        )
+    )
 
 
 @pytest.fixture(scope="session")
 def trt11_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint's ONNX for TensorRT 11; tests must not change it."""
-    folder = tmp_path_factory.mktemp("trt11") / "bundle"
-    made = export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="11.4", capacity=256)
-    assert_programs_untouched(made, open_checkpoint("tiny").config)
-    return made
+
+    def make(folder: Path) -> None:
+        made = export(
+            "tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="11.4", capacity=256
+        )
+        assert_programs_untouched(made, open_checkpoint("tiny").config)
+
+    return Bundle.open(made_once(tmp_path_factory, "trt11", make))
 
 
 @pytest.fixture(scope="session")
 def trt10_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint's ONNX for the TensorRT 10.3 of JetPack 6; tests must not change it."""
-    folder = tmp_path_factory.mktemp("trt10") / "bundle"
-    return export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="10.3", capacity=256)
+
+    def make(folder: Path) -> None:
+        export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="10.3", capacity=256)
+
+    return Bundle.open(made_once(tmp_path_factory, "trt10", make))
 
 
 @pytest.fixture(scope="session")
 def apple_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Tiny for Core ML and Core AI with a small cache; tests must not change it."""
-    folder = tmp_path_factory.mktemp("apple") / "bundle"
-    export("tiny", folder, "coreml", ["fp16"], goldens=False, capacity=64)
-    return export("tiny", folder, "coreai", ["fp32"], goldens=False, capacity=64)
+
+    def make(folder: Path) -> None:
+        export("tiny", folder, "coreml", ["fp16"], goldens=False, capacity=64)
+        export("tiny", folder, "coreai", ["fp32"], goldens=False, capacity=64)
+
+    return Bundle.open(made_once(tmp_path_factory, "apple", make))
 
 
 @pytest.fixture(scope="session")
@@ -124,21 +183,25 @@ def executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
     Lowering takes a minute, so that ``test_optimum`` shares it. Tests must not change it.
     """
-    folder = tmp_path_factory.mktemp("executorch") / "bundle"
-    done = optimum(
-        "--model", "tiny", "--backend", "executorch", "--precision", "fp32", "--precision", "8da4w",
-        "--no-parity", "--output", str(folder),
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    return Bundle.open(folder)
+
+    def make(folder: Path) -> None:
+        done = optimum(
+            "--model", "tiny", "--backend", "executorch", "--precision", "fp32", "--precision", "8da4w",
+            "--no-parity", "--output", str(folder),
+        )  # fmt: skip
+        assert done.code == 0, done.err
+
+    return Bundle.open(made_once(tmp_path_factory, "executorch", make))
 
 
 @pytest.fixture(scope="session")
 def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Tiny with engines of TensorRT for this machine's GPU, in the dialect of this machine's TensorRT."""
     pytest.importorskip("tensorrt", reason="TensorRT is not installed here")
-    folder = tmp_path_factory.mktemp("engines") / "bundle"
-    version = ".".join(Device.here().trt.__version__.split(".")[:2])
-    bundle = export("tiny", folder, "tensorrt", ["fp16", "int8"], tensorrt=version)
-    build_engines(bundle.folder)
-    return Bundle.open(folder)
+
+    def make(folder: Path) -> None:
+        version = ".".join(Device.here().trt.__version__.split(".")[:2])
+        export("tiny", folder, "tensorrt", ["fp16", "int8"], tensorrt=version)
+        build_engines(folder)
+
+    return Bundle.open(made_once(tmp_path_factory, "engines", make))
