@@ -23,6 +23,7 @@ from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from runtimes.session import SessionOptions
 from tests.conftest import OraclePair, assert_programs_untouched
+from tests.shared import made_once
 
 pytest.importorskip("coreai_torch", reason="coreai-torch is not installed here")
 # In fp32, in which the runtime is fast on a CPU; benchmarks/apple_packages.py does the same in fp16.
@@ -33,9 +34,12 @@ NAMES = {"int4-fp32": "int4"}
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Tiny in several precisions; tests must not change it."""
-    made = export("tiny", tmp_path_factory.mktemp("coreai") / "bundle", "coreai", PRECISIONS, capacity=1024)
-    assert_programs_untouched(made, open_checkpoint("tiny").config)
-    return made
+
+    def make(folder: Path) -> None:
+        made = export("tiny", folder, "coreai", PRECISIONS, capacity=1024)
+        assert_programs_untouched(made, open_checkpoint("tiny").config)
+
+    return Bundle.open(made_once(tmp_path_factory, "coreai", make))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -26,6 +26,7 @@ from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from tests.conftest import OraclePair
+from tests.shared import made_once
 
 # Precision → share of fp32's accuracy that it has to reach on the held-out questions.
 WANTED = {
@@ -35,8 +36,14 @@ WANTED = {
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export("tiny", tmp_path_factory.mktemp("quantized") / "bundle", precisions=tuple(WANTED))
+def quantized(quantized_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Tiny in all these precisions, some of which other files test too; tests must not change it."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(quantized_bundle.folder, folder)
+        export("tiny", folder, precisions=tuple(WANTED))
+
+    return Bundle.open(made_once(tmp_path_factory, "all-quantized", make))
 
 
 @pytest.fixture
