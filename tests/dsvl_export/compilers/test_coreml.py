@@ -51,6 +51,7 @@ from tests.dsvl_export.compilers.package_faults import (
     weight,
 )
 from tests.dsvl_export.parity_check.faults import rehash
+from tests.grids import variants_by_precision
 from tests.shared import made_once
 
 coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed here")
@@ -129,7 +130,7 @@ def test_the_fixed_functions_of_the_neural_engine_climb_too(bundle: Bundle) -> N
     assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int4", "palette4", "int8"])
+@variants_by_precision({"siglip": ("int8", "palette4"), "hybrid": ("fp16", "int4")})
 def test_random_checkpoints_of_both_variants(pair: OraclePair, precision: str, tmp_path: Path) -> None:
     """Grouped queries and both vision towers; groups that divide their small widths."""
     if precision in ("int4", "palette4"):

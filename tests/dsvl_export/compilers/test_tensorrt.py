@@ -27,10 +27,10 @@ from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from tests.conftest import OraclePair
+from tests.grids import variants_by_precision
 
 PRECISIONS = ("fp16", "int8", "fp8", "int4")
 NAMES = {"fp16": "fp16", "int8": "int8-fp16", "fp8": "fp8-fp16", "int4": "int4-fp16"}
-PAIRED = {("siglip", "fp16"), ("siglip", "int4"), ("hybrid", "int8"), ("hybrid", "fp8")}
 PROOF = f"built by TensorRT-RTX on CPU, numerics by ONNX Runtime {version('onnxruntime')} on the same file"
 
 
@@ -61,19 +61,11 @@ def test_the_report_says_how_it_is_known(rtx: Bundle, tmp_path: Path) -> None:
     assert Bundle.open(copy.folder).manifest.parity["tensorrt_rtx/fp16"]["execution"] == PROOF
 
 
-@pytest.mark.parametrize(
-    ("variant", "precision"),
-    [
-        (variant, pytest.param(precision, marks=() if (variant, precision) in PAIRED else pytest.mark.full))
-        for variant in ("siglip", "hybrid")
-        for precision in PRECISIONS
-    ],
-)
+@variants_by_precision({"siglip": ("fp16", "int4"), "hybrid": ("int8", "fp8")})
 def test_random_checkpoints_build_and_climb(
-    trt: ModuleType, request: pytest.FixtureRequest, variant: str, precision: str, tmp_path: Path
+    trt: ModuleType, pair: OraclePair, precision: str, tmp_path: Path
 ) -> None:
     """Both variants, grouped queries among them; 4-bit groups that divide their widths."""
-    pair: OraclePair = request.getfixturevalue(f"{variant}_pair")
     if precision == "int4":
         (tmp_path / "four.yaml").write_text(
             "base: fp16\nrules: [{layers: 'decoder.*', kind: linear, precision: int4-g4}]"

@@ -26,6 +26,7 @@ from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from tests.conftest import OraclePair
+from tests.grids import variants_by_precision
 from tests.shared import made_once
 
 # Precision → share of fp32's accuracy that it has to reach on the held-out questions.
@@ -217,7 +218,7 @@ def test_requests_that_cannot_be(tmp_path: Path, hybrid_pair: OraclePair) -> Non
     assert not (tmp_path / "b2").exists()
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8", "int8-weights", "kv-int8"])
+@variants_by_precision({"siglip": ("int8", "kv-int8"), "hybrid": ("fp8", "int8-weights")})
 def test_random_models_climb_the_ladder(pair: OraclePair, precision: str, tmp_path: Path) -> None:
     bundle = export(pair.checkpoint.folder, tmp_path / "b", precisions=[precision])
     result = parity(bundle, taps=True)
