@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 import transformers
 
+from calibration.precision_plan import PrecisionPlan
 from calibration.quantized_program import trace_planned
-from dsvl_export.compilers.precisions import bundled_plan
+from dsvl_export.compilers import load_compiler
+from dsvl_export.compilers.precisions import plan_for
 from dsvl_export.exporter.export import export
 from dsvl_export.exporter.on_device import Device, build_engines
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -92,19 +95,24 @@ def pair(request: pytest.FixtureRequest) -> OraclePair:
     return request.getfixturevalue(f"{request.param}_pair")
 
 
-def assert_programs_untouched(bundle: Bundle, config: ModelConfig) -> None:
-    """Exports of one process share traced programs: those just lowered into a bundle are as if traced now."""
-    for _, precision in bundle.choices():
-        plan = bundled_plan(bundle.folder, precision)
-        for component in TRACED_COMPONENTS:
-            traced = trace_planned.cache_info().misses
-            kept = trace_planned(config, component, plan).program
-            assert trace_planned.cache_info().misses == traced  # else it would say nothing
-            fresh = trace_planned.__wrapped__(config, component, plan).program
-            for one, other in zip(kept.graph.nodes, fresh.graph.nodes, strict=True):
-                assert one.format_node() == other.format_node()
-                assert str(one.meta.get("val")) == str(other.meta.get("val"))
-            assert kept.graph_signature == fresh.graph_signature
+@contextmanager
+def programs_untouched(config: ModelConfig, backend: str, precisions: Sequence[str]) -> Iterator[None]:
+    """Exports of one process share traced programs: one that is made meanwhile leaves them as they were traced."""
+
+    def lines(plan: PrecisionPlan, component: str) -> list[str]:
+        program = trace_planned(config, component, plan).program
+        nodes = [f"{node.format_node()} {node.meta.get('val')}" for node in program.graph.nodes]
+        return [*nodes, str(program.graph_signature)]
+
+    trace_planned.cache_clear()
+    plans = [plan_for(load_compiler(backend), precision) for precision in precisions]
+    cases = [(plan, component) for plan in plans for component in TRACED_COMPONENTS]
+    before = [lines(*case) for case in cases]
+    traced = trace_planned.cache_info().misses
+    yield
+    after = [lines(*case) for case in cases]
+    assert trace_planned.cache_info().misses == traced  # the export took these; else it would say nothing
+    assert after == before
 
 
 @pytest.fixture(scope="session")
@@ -112,8 +120,9 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint in fp32 and fp16; tests must not change it."""
 
     def make(folder: Path) -> None:
-        made = export("tiny", folder, precisions=("fp32", "fp16"))
-        assert_programs_untouched(made, open_checkpoint("tiny").config)
+        precisions = ("fp32", "fp16")
+        with programs_untouched(open_checkpoint("tiny").config, "onnxruntime", precisions):
+            export("tiny", folder, precisions=precisions)
 
     return Bundle.open(made_once(tmp_path_factory, "tiny", make))
 
@@ -148,10 +157,9 @@ def trt11_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint's ONNX for TensorRT 11; tests must not change it."""
 
     def make(folder: Path) -> None:
-        made = export(
-            "tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="11.4", capacity=256
-        )
-        assert_programs_untouched(made, open_checkpoint("tiny").config)
+        precisions = ("fp32", "fp16")
+        with programs_untouched(open_checkpoint("tiny").config, "tensorrt", precisions):
+            export("tiny", folder, "tensorrt", precisions, goldens=False, tensorrt="11.4", capacity=256)
 
     return Bundle.open(made_once(tmp_path_factory, "trt11", make))
 

@@ -22,7 +22,7 @@ from runtimes.goldens.golden import relative_rms
 from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from runtimes.session import SessionOptions
-from tests.conftest import OraclePair, assert_programs_untouched
+from tests.conftest import OraclePair, programs_untouched
 from tests.shared import made_once
 
 pytest.importorskip("coreai_torch", reason="coreai-torch is not installed here")
@@ -36,8 +36,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Tiny in several precisions; tests must not change it."""
 
     def make(folder: Path) -> None:
-        made = export("tiny", folder, "coreai", PRECISIONS, capacity=1024)
-        assert_programs_untouched(made, open_checkpoint("tiny").config)
+        with programs_untouched(open_checkpoint("tiny").config, "coreai", PRECISIONS):
+            export("tiny", folder, "coreai", PRECISIONS, capacity=1024)
 
     return Bundle.open(made_once(tmp_path_factory, "coreai", make))
 

@@ -40,7 +40,7 @@ from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import PreprocessSpec, preprocess
 from runtimes.session import SessionOptions
-from tests.conftest import OraclePair, assert_programs_untouched
+from tests.conftest import OraclePair, programs_untouched
 from tests.dsvl_export.compilers.package_faults import (
     FAULTS,
     FUNCTION_FAULTS,
@@ -64,8 +64,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Tiny in every precision that Core ML has; tests must not change it."""
 
     def make(folder: Path) -> None:
-        made = export("tiny", folder, "coreml", PRECISIONS, capacity=1024)
-        assert_programs_untouched(made, open_checkpoint("tiny").config)
+        with programs_untouched(open_checkpoint("tiny").config, "coreml", PRECISIONS):
+            export("tiny", folder, "coreml", PRECISIONS, capacity=1024)
 
     return Bundle.open(made_once(tmp_path_factory, "coreml", make))
 
