@@ -166,12 +166,16 @@ def _bytes(opened: Package, offset: int) -> int:
     return int(raw[0])
 
 
-def test_coremltools_reads_the_packages(bundle: Bundle) -> None:
-    """Apple's own reader loads the program, with its types inferred anew, and the metadata say what it is."""
+def test_coremltools_reads_the_packages(bundle: Bundle, tmp_path: Path) -> None:
+    """Apple's own reader loads the program, with its types inferred anew, and the metadata say what it is.
+
+    It writes into packages that it reads, and so gets copies.
+    """
     from coremltools.converters.mil.frontend.milproto import load
 
     for component in ("vision_encoder", "adaptor", "decoder"):
-        folder = package(bundle, "int4-fp16", component)
+        original = package(bundle, "int4-fp16", component)
+        folder = shutil.copytree(original, tmp_path / original.name)
         model = coremltools.models.MLModel(str(folder), skip_model_load=True)
         program = load.load(model.get_spec(), model.get_spec().specificationVersion, model.weights_dir)
         assert set(program.functions) == set(Package(folder).function_names)
@@ -250,7 +254,7 @@ def test_planted_faults_are_caught(shortest: Path, fault: PackageFault) -> None:
     try:
         result = parity(spoiled, "coreml", fault.precision)
     except UserError as error:
-        assert ".mlpackage" in str(error)
+        assert ".mlpackage" in str(error) and "is damaged" not in str(error)
     else:
         assert result.verdict == "failed"
 
