@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dsvl_export.audit import audit
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
 from dsvl_export.parity_check.stages import STEPS, Goldens, stages
@@ -248,7 +249,23 @@ def test_it_answers_on_linux(bundle: Bundle, pictures: list[Path]) -> None:
     assert greedy == fixed.text != ""
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+HIDDEN = [fault for fault in FAULTS if fault.hidden]
+SEEN = [fault for fault in FAULTS if not fault.hidden]
+
+
+@pytest.mark.parametrize("fault", HIDDEN, ids=[fault.name for fault in HIDDEN])
+def test_planted_faults_within_the_error_of_a_precision_are_named_by_the_audit(
+    shortest: Path, fault: PackageFault
+) -> None:
+    spoiled = plant(shortest, fault.precision, fault.component, fault.edit)
+    assert parity(spoiled, "coreml", fault.precision).verdict == "not judged"  # also with all goldens
+    result = audit(spoiled, open_checkpoint("tiny"), "coreml", fault.precision)
+    assert result.verdict == "failed"
+    different = [part.name for part in result.parts if part.differences]
+    assert different == [f"coreml/{fault.precision}/{fault.component}"]
+
+
+@pytest.mark.parametrize("fault", SEEN, ids=[fault.name for fault in SEEN])
 def test_planted_faults_are_caught(shortest: Path, fault: PackageFault) -> None:
     spoiled = plant(shortest, fault.precision, fault.component, fault.edit)
     try:
