@@ -27,7 +27,7 @@ from tests.calibration.calibrated import random_calibrated, tiny_calibrated
 from tests.dsvl_export.cli.command_line import optimum
 from tests.fixtures import bundle_copy, pictures, state_folder, tiny_copy
 from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
-from tests.shared import made_once
+from tests.shared import shared_bundle
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -116,7 +116,7 @@ def programs_untouched(config: ModelConfig, backend: str, precisions: Sequence[s
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """The tiny checkpoint in fp32 and fp16; tests must not change it."""
 
     def make(folder: Path) -> None:
@@ -124,36 +124,32 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         with programs_untouched(open_checkpoint("tiny").config, "onnxruntime", precisions):
             export("tiny", folder, precisions=precisions)
 
-    return Bundle.open(made_once(tmp_path_factory, "tiny", make))
+    yield from shared_bundle(tmp_path_factory, "tiny", make)
 
 
 @pytest.fixture(scope="session")
-def quantized_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def quantized_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """The tiny checkpoint in int8 and in 4-bit weights with 8-bit activations; tests must not change it."""
-    return Bundle.open(
-        made_once(
-            tmp_path_factory,
-            "quantized",
-            lambda folder: export("tiny", folder, precisions=("int8", "8da4w", "8da4w-g128")),
-        )
+    yield from shared_bundle(
+        tmp_path_factory,
+        "quantized",
+        lambda folder: export("tiny", folder, precisions=("int8", "8da4w", "8da4w-g128")),
     )
 
 
 @pytest.fixture(scope="session")
-def random_bundle(pair: OraclePair, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def random_bundle(pair: OraclePair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """A random checkpoint of either variant in fp32 and fp16; tests must not change it."""
     checkpoint = pair.checkpoint
-    return Bundle.open(
-        made_once(
-            tmp_path_factory,
-            f"random-{pair.oracle.config.model_type}",
-            lambda folder: export(checkpoint.folder, folder, precisions=("fp32", "fp16")),
-        )
+    yield from shared_bundle(
+        tmp_path_factory,
+        f"random-{pair.oracle.config.model_type}",
+        lambda folder: export(checkpoint.folder, folder, precisions=("fp32", "fp16")),
     )
 
 
 @pytest.fixture(scope="session")
-def trt11_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def trt11_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """The tiny checkpoint's ONNX for TensorRT 11; tests must not change it."""
 
     def make(folder: Path) -> None:
@@ -161,32 +157,32 @@ def trt11_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         with programs_untouched(open_checkpoint("tiny").config, "tensorrt", precisions):
             export("tiny", folder, "tensorrt", precisions, goldens=False, tensorrt="11.4", capacity=256)
 
-    return Bundle.open(made_once(tmp_path_factory, "trt11", make))
+    yield from shared_bundle(tmp_path_factory, "trt11", make)
 
 
 @pytest.fixture(scope="session")
-def trt10_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def trt10_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """The tiny checkpoint's ONNX for the TensorRT 10.3 of JetPack 6; tests must not change it."""
 
     def make(folder: Path) -> None:
         export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="10.3", capacity=256)
 
-    return Bundle.open(made_once(tmp_path_factory, "trt10", make))
+    yield from shared_bundle(tmp_path_factory, "trt10", make)
 
 
 @pytest.fixture(scope="session")
-def apple_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def apple_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny for Core ML and Core AI with a small cache; tests must not change it."""
 
     def make(folder: Path) -> None:
         export("tiny", folder, "coreml", ["fp16"], goldens=False, capacity=64)
         export("tiny", folder, "coreai", ["fp32"], goldens=False, capacity=64)
 
-    return Bundle.open(made_once(tmp_path_factory, "apple", make))
+    yield from shared_bundle(tmp_path_factory, "apple", make)
 
 
 @pytest.fixture(scope="session")
-def executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny for ExecuTorch in float and in XNNPACK's fast precision, by way of optimum's command line.
 
     Lowering takes a minute, so that ``test_optimum`` shares it. Tests must not change it.
@@ -199,11 +195,11 @@ def executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         )  # fmt: skip
         assert done.code == 0, done.err
 
-    return Bundle.open(made_once(tmp_path_factory, "executorch", make))
+    yield from shared_bundle(tmp_path_factory, "executorch", make)
 
 
 @pytest.fixture(scope="session")
-def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny with engines of TensorRT for this machine's GPU, in the dialect of this machine's TensorRT."""
     pytest.importorskip("tensorrt", reason="TensorRT is not installed here")
 
@@ -212,4 +208,4 @@ def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         export("tiny", folder, "tensorrt", ["fp16", "int8"], tensorrt=version)
         build_engines(folder)
 
-    return Bundle.open(made_once(tmp_path_factory, "engines", make))
+    yield from shared_bundle(tmp_path_factory, "engines", make)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from dsvl_export.version import code_digest
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.locks import locked
 
 
@@ -34,3 +35,12 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
                 make(folder)
                 done.touch()
     return folder
+
+
+def shared_bundle(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]
+) -> Iterator[Bundle]:
+    """For a fixture: a bundle that is made once (see ``made_once``), and which no test has changed at the end."""
+    bundle = Bundle.open(made_once(factory, name, make))
+    yield bundle
+    assert bundle.problems(list(bundle.manifest.files)) == [], f"a test changed the bundle {name}"

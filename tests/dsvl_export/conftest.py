@@ -16,7 +16,7 @@ from tests.dsvl_export.compilers.nodes import ray_nodes
 from tests.dsvl_export.serving.in_browser import BROWSER
 from tests.dsvl_export.serving.server import Served, serving
 from tests.fixtures import run
-from tests.shared import made_once
+from tests.shared import shared_bundle
 
 __all__ = ["run"]  # a fixture
 
@@ -27,7 +27,7 @@ def trt() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def rtx(trt: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def rtx(trt: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny's engines of TensorRT-RTX; tests must not change them.
 
     fp16 is built for all GPU architectures that an export builds for, fp8 for those that have it, the others
@@ -38,17 +38,17 @@ def rtx(trt: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         export("tiny", folder, "tensorrt_rtx", ("fp16", "fp8"))
         export("tiny", folder, "tensorrt_rtx", ("int8", "int4"), capabilities=(89,))
 
-    return Bundle.open(made_once(tmp_path_factory, "rtx", make))
+    yield from shared_bundle(tmp_path_factory, "rtx", make)
 
 
 @pytest.fixture(scope="session")
-def jetson(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def jetson(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny for JetPack 6; tests must not change it."""
 
     def make(folder: Path) -> None:
         export("tiny", folder, "tensorrt", ("fp16", "int8", "int8-int4"), target="jetson-orin")
 
-    return Bundle.open(made_once(tmp_path_factory, "jetson", make))
+    yield from shared_bundle(tmp_path_factory, "jetson", make)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,7 @@ from tests.dsvl_export.compilers.package_faults import (
 )
 from tests.dsvl_export.parity_check.faults import rehash
 from tests.grids import variants_by_precision
-from tests.shared import made_once
+from tests.shared import shared_bundle
 
 coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed here")
 PRECISIONS = ("fp16", "int8", "int8-weights", "int4", "palette4")
@@ -61,14 +62,14 @@ PROOF = "simulated by the MIL interpreter on the saved package"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny in every precision that Core ML has; tests must not change it."""
 
     def make(folder: Path) -> None:
         with programs_untouched(open_checkpoint("tiny").config, "coreml", PRECISIONS):
             export("tiny", folder, "coreml", PRECISIONS, capacity=1024)
 
-    return Bundle.open(made_once(tmp_path_factory, "coreml", make))
+    yield from shared_bundle(tmp_path_factory, "coreml", make)
 
 
 @pytest.fixture

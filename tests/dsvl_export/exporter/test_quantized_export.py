@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from tests.conftest import OraclePair
 from tests.grids import variants_by_precision
-from tests.shared import made_once
+from tests.shared import shared_bundle
 
 # Precision → share of fp32's accuracy that it has to reach on the held-out questions.
 WANTED = {
@@ -37,14 +38,14 @@ WANTED = {
 
 
 @pytest.fixture(scope="module")
-def quantized(quantized_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def quantized(quantized_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny in all these precisions, some of which other files test too; tests must not change it."""
 
     def make(folder: Path) -> None:
         shutil.copytree(quantized_bundle.folder, folder)
         export("tiny", folder, precisions=tuple(WANTED))
 
-    return Bundle.open(made_once(tmp_path_factory, "all-quantized", make))
+    yield from shared_bundle(tmp_path_factory, "all-quantized", make)
 
 
 @pytest.fixture
