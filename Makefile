@@ -7,21 +7,35 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The plug-in for optimum's command line: a distribution of its own, part of the development environment.
 OPTIMUM := ./integrations/optimum
 
-.PHONY: demo test test-oldest test-pythons check coverage clean
+# Processes that run tests; each of them computes with one thread and takes up to 2 GB of memory.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-full test-oldest test-pythons check fast style coverage clean
 
 demo: $(VENV)/cpu.installed
 	$(BIN)/dsvl-export demo --output demo
 
 test: check
 
-# Everything: style, types, layers, tests.
-check: $(VENV)/dev.installed
+# Everything: style, types, layers, and the tests that `pytest` without arguments runs; 12 minutes on 2 cores.
+check: style
+	$(PYTEST) --durations=20
+
+# The same with all cases of the grids (the marker `full`), of which `make test` runs the main ones.
+test-full: style
+	$(PYTEST) -m '' --durations=20
+
+# For every change: style, types, layers, and the tests that export nothing; under 2 minutes.
+fast: style
+	$(PYTEST) $(FAST)
+
+style: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy $(OPTIMUM)/src/optimum/commands/register/dsvl.py
 	$(BIN)/lint-imports
-	$(BIN)/pytest --durations=20
 
 # Every dependency in the lowest version that pyproject declares, without torch where none is needed; slow.
 test-oldest: $(VENV)/dev.installed

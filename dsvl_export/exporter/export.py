@@ -24,6 +24,7 @@ from dsvl_export.exporter.reference_stages import ReferenceStages
 from dsvl_export.exporter.stages import ExportProgress, Report, Stage, StageRunner
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.targets.options import ExecuTorchOptions, OnnxRuntimeOptions, TensorRTOptions
+from reference.checkpoint.chat_template import describe_template_difference
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from runtimes.bundle.bundle import Bundle

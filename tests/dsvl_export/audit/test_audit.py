@@ -49,12 +49,6 @@ def differences(result: Audit) -> dict[str, str]:
     return {part.name: "; ".join(map(str, part.differences)) for part in result.parts if part.differences}
 
 
-@pytest.fixture(scope="module")
-def int8(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("int8") / "bundle"
-    return export("tiny", folder, precisions=("int8", "8da4w"), goldens=False)
-
-
 def test_a_bundle_passes(run, tiny_bundle: Bundle) -> None:
     done = run("verify", tiny_bundle.folder, "--weights", "tiny", "--json")
     report = json.loads(done.out)["audit"]
@@ -116,8 +110,8 @@ def test_parity_tells_a_file_that_was_changed_after_its_audit(bundle_copy: Path)
 
 
 @pytest.mark.parametrize("precision", ["int8", "8da4w"])
-def test_quantized_bundles_pass(int8: Bundle, precision: str) -> None:
-    assert audited(int8, precision=precision).verdict == "passed"
+def test_quantized_bundles_pass(quantized_bundle: Bundle, precision: str) -> None:
+    assert audited(quantized_bundle, precision=precision).verdict == "passed"
 
 
 def swapped_columns(values: np.ndarray) -> np.ndarray:
@@ -183,7 +177,7 @@ def test_hidden_faults_are_named(
     edit: Edit,
     named: str,
 ) -> None:
-    source = request.getfixturevalue("tiny_bundle" if precision in ("fp32", "fp16") else "int8")
+    source = request.getfixturevalue("tiny_bundle" if precision in ("fp32", "fp16") else "quantized_bundle")
     copy = Path(shutil.copytree(source.folder, tmp_path / "bundle"))
     result = audited(plant(copy, precision, component, edit), precision=precision)
     assert result.exit_code == 1
@@ -239,9 +233,9 @@ def test_a_tokenizer_that_decodes_differently_is_named(bundle_copy: Path) -> Non
     assert list(differences(audited(bundle_copy, precision="fp32"))) == ["tokenizer"]
 
 
-def test_weights_beside_a_graph_are_read_where_they_lie(tmp_path: Path, int8: Bundle) -> None:
+def test_weights_beside_a_graph_are_read_where_they_lie(tmp_path: Path, quantized_bundle: Bundle) -> None:
     """Files above 64 MB have them there."""
-    weights = planned_weights(open_checkpoint("tiny"), int8.folder, "8da4w")
+    weights = planned_weights(open_checkpoint("tiny"), quantized_bundle.folder, "8da4w")
     traced = trace_with_plan(weights.source.config, "decoder", weights.plan)
     graph = lower(traced, lambda name: weights.load(f"decoder.{name}"), OrtDialect())
     file, data = write_model(graph, tmp_path / "decoder.onnx", lambda count: None, external_above=0)

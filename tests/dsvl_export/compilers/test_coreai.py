@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from runtimes.goldens.golden import relative_rms
 from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from runtimes.session import SessionOptions
-from tests.conftest import OraclePair, assert_programs_untouched
+from tests.conftest import OraclePair, programs_untouched
+from tests.shared import shared_bundle
 
 pytest.importorskip("coreai_torch", reason="coreai-torch is not installed here")
 # In fp32, in which the runtime is fast on a CPU; benchmarks/apple_packages.py does the same in fp16.
@@ -31,11 +33,14 @@ NAMES = {"int4-fp32": "int4"}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny in several precisions; tests must not change it."""
-    made = export("tiny", tmp_path_factory.mktemp("coreai") / "bundle", "coreai", PRECISIONS, capacity=1024)
-    assert_programs_untouched(made, open_checkpoint("tiny").config)
-    return made
+
+    def make(folder: Path) -> None:
+        with programs_untouched(open_checkpoint("tiny").config, "coreai", PRECISIONS):
+            export("tiny", folder, "coreai", PRECISIONS, capacity=1024)
+
+    yield from shared_bundle(tmp_path_factory, "coreai", make)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

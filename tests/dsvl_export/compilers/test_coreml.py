@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dsvl_export.audit import audit
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
 from dsvl_export.parity_check.stages import STEPS, Goldens, stage_tensors
@@ -41,7 +43,7 @@ from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import PreprocessSpec, preprocess
 from runtimes.session import SessionOptions
-from tests.conftest import OraclePair, assert_programs_untouched
+from tests.conftest import OraclePair, programs_untouched
 from tests.dsvl_export.compilers.package_faults import (
     FAULTS,
     FUNCTION_FAULTS,
@@ -52,6 +54,8 @@ from tests.dsvl_export.compilers.package_faults import (
     weight,
 )
 from tests.dsvl_export.parity_check.faults import rehash
+from tests.grids import variants_by_precision
+from tests.shared import shared_bundle
 
 coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed here")
 PRECISIONS = ("fp16", "int8", "int8-weights", "int4", "palette4")
@@ -59,21 +63,36 @@ PROOF = "simulated by the MIL interpreter on the saved package"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny in every precision that Core ML has; tests must not change it."""
-    made = export("tiny", tmp_path_factory.mktemp("coreml") / "bundle", "coreml", PRECISIONS, capacity=1024)
-    assert_programs_untouched(made, open_checkpoint("tiny").config)
-    return made
+
+    def make(folder: Path) -> None:
+        with programs_untouched(open_checkpoint("tiny").config, "coreml", PRECISIONS):
+            export("tiny", folder, "coreml", PRECISIONS, capacity=1024)
+
+    yield from shared_bundle(tmp_path_factory, "coreml", make)
 
 
 @pytest.fixture
 def short(bundle: Bundle, tmp_path: Path) -> Path:
     """A copy to spoil, with four goldens."""
-    folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
+    return copy_with_goldens(bundle, tmp_path / "bundle", 4)
+
+
+@pytest.fixture
+def shortest(bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy to spoil, with one golden, which shows every fault here."""
+    return copy_with_goldens(bundle, tmp_path / "bundle", 1)
+
+
+def copy_with_goldens(bundle: Bundle, folder: Path, count: int) -> Path:
+    """A copy of a bundle with its first goldens and without the long one, which takes the interpreter long."""
+    shutil.copytree(bundle.folder, folder)
     goldens = [
         path for path in bundle.manifest.files if path.startswith("goldens/") and path.endswith("tensors")
     ]
-    files = {path: entry for path, entry in bundle.manifest.files.items() if path not in sorted(goldens)[4:]}
+    left_out = sorted(goldens)[count:]
+    files = {path: entry for path, entry in bundle.manifest.files.items() if path not in left_out}
     write_json(folder / MANIFEST, replace(bundle.manifest, files=files).to_dict())
     return folder
 
@@ -114,7 +133,7 @@ def test_the_fixed_functions_of_the_neural_engine_pass_parity(bundle: Bundle) ->
     assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int4", "palette4", "int8"])
+@variants_by_precision({"siglip": ("int8", "palette4"), "hybrid": ("fp16", "int4")})
 def test_random_checkpoints_of_both_variants(pair: OraclePair, precision: str, tmp_path: Path) -> None:
     """Grouped queries and both vision towers; groups that divide their small widths."""
     if precision in ("int4", "palette4"):
@@ -150,12 +169,16 @@ def _bytes(opened: Package, offset: int) -> int:
     return int(raw[0])
 
 
-def test_coremltools_reads_the_packages(bundle: Bundle) -> None:
-    """Apple's own reader loads the program, with its types inferred anew, and the metadata say what it is."""
+def test_coremltools_reads_the_packages(bundle: Bundle, tmp_path: Path) -> None:
+    """Apple's own reader loads the program, with its types inferred anew, and the metadata say what it is.
+
+    It writes into packages that it reads, and so gets copies.
+    """
     from coremltools.converters.mil.frontend.milproto import load
 
     for component in ("vision_encoder", "adaptor", "decoder"):
-        folder = package(bundle, "int4-fp16", component)
+        original = package(bundle, "int4-fp16", component)
+        folder = shutil.copytree(original, tmp_path / original.name)
         model = coremltools.models.MLModel(str(folder), skip_model_load=True)
         program = load.load(model.get_spec(), model.get_spec().specificationVersion, model.weights_dir)
         assert set(program.functions) == set(Package(folder).function_names)
@@ -228,20 +251,36 @@ def test_it_answers_on_linux(bundle: Bundle, pictures: list[Path]) -> None:
     assert greedy == fixed.text != ""
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
-def test_planted_faults_are_caught(short: Path, fault: PackageFault) -> None:
-    spoiled = plant(short, fault.precision, fault.component, fault.edit)
+HIDDEN = [fault for fault in FAULTS if fault.hidden]
+SEEN = [fault for fault in FAULTS if not fault.hidden]
+
+
+@pytest.mark.parametrize("fault", HIDDEN, ids=[fault.name for fault in HIDDEN])
+def test_planted_faults_within_the_error_of_a_precision_are_named_by_the_audit(
+    shortest: Path, fault: PackageFault
+) -> None:
+    spoiled = plant(shortest, fault.precision, fault.component, fault.edit)
+    assert parity(spoiled, "coreml", fault.precision).verdict == "not judged"  # also with all goldens
+    result = audit(spoiled, open_checkpoint("tiny"), "coreml", fault.precision)
+    assert result.verdict == "failed"
+    different = [part.name for part in result.parts if part.differences]
+    assert different == [f"coreml/{fault.precision}/{fault.component}"]
+
+
+@pytest.mark.parametrize("fault", SEEN, ids=[fault.name for fault in SEEN])
+def test_planted_faults_are_caught(shortest: Path, fault: PackageFault) -> None:
+    spoiled = plant(shortest, fault.precision, fault.component, fault.edit)
     try:
         result = parity(spoiled, "coreml", fault.precision)
     except UserError as error:
-        assert ".mlpackage" in str(error)
+        assert ".mlpackage" in str(error) and "is damaged" not in str(error)
     else:
-        assert not result.passed
+        assert result.verdict == "failed"
 
 
-def test_a_fault_is_located_in_its_layer(short: Path) -> None:
+def test_a_fault_is_located_in_its_layer(shortest: Path) -> None:
     """Two rows of a projection are swapped; each layer is handed what was recorded."""
-    spoiled = plant(short, "fp16", "decoder", weight("layers__2__mlp__up_proj__weight", "<f2", swap_rows))
+    spoiled = plant(shortest, "fp16", "decoder", weight("layers__2__mlp__up_proj__weight", "<f2", swap_rows))
     stage = parity(spoiled, "coreml", "fp16").stage("layers")
     assert stage.state == "failed"
     assert stage.detail.startswith("decoder: layers.2 is wrong on its recorded input")
@@ -253,29 +292,30 @@ def swap_rows(values: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("function", "component", "edit", "device"), FUNCTION_FAULTS)
 def test_faults_of_functions_that_apps_call_are_caught(
-    short: Path, function: str, component: str, edit: Edit, device: str | None
+    shortest: Path, function: str, component: str, edit: Edit, device: str | None
 ) -> None:
     """The function that an app on another device calls, or that takes an image itself."""
-    result = parity(plant(short, "fp16", component, edit, function), "coreml", "fp16", device=device)
+    result = parity(plant(shortest, "fp16", component, edit, function), "coreml", "fp16", device=device)
     failed = {stage.name for stage in result.stages if stage.state == "failed"}
     assert failed - {"layers"} == {"entry_points"}  # the function extend is judged by its layers as well
     assert result.stage("entry_points").detail.startswith(f"function {function} of the ")
 
 
-def test_a_listing_with_other_token_ids_is_caught(short: Path) -> None:
+def test_a_listing_with_other_token_ids_is_caught(shortest: Path) -> None:
     path = "coreml/fp16/listing/DeepSeekVL.swift"
-    text = (short / path).read_text()
-    spec = Bundle.open(short).manifest.prompt
+    text = (shortest / path).read_text()
+    spec = Bundle.open(shortest).manifest.prompt
     assert f"[{spec.eos_id}].contains" in text
-    (short / path).write_text(text.replace(f"[{spec.eos_id}].contains", f"[{spec.eos_id + 1}].contains"))
-    result = parity(rehash(short, path), "coreml", "fp16")
+    (shortest / path).write_text(text.replace(f"[{spec.eos_id}].contains", f"[{spec.eos_id + 1}].contains"))
+    result = parity(rehash(shortest, path), "coreml", "fp16")
     assert [stage.name for stage in result.stages if stage.state == "failed"] == ["entry_points"]
     assert "of the listing DeepSeekVL.swift is" in result.stage("entry_points").detail
 
 
-def test_the_unspoiled_copy_passes(short: Path) -> None:
-    """What the test above rests on; the long golden, which takes the interpreter long, was left out."""
-    result = parity(Bundle.open(short), "coreml", "fp16")
+@pytest.mark.parametrize("precision", sorted({fault.precision for fault in FAULTS}))
+def test_no_stage_of_the_unspoiled_copy_fails(shortest: Path, precision: str) -> None:
+    """What the tests above rest on; without the long golden there is no verdict."""
+    result = parity(Bundle.open(shortest), "coreml", precision)
     assert result.verdict == "not judged"
     assert not [stage.name for stage in result.stages if stage.state == "failed"]
 

@@ -30,9 +30,10 @@ from runtimes.preprocess import preprocess
 from runtimes.session import SessionOptions
 from runtimes.text.prompt import BOS, EOS, IMAGE_PLACEHOLDER
 from runtimes.text.tokenizer import expand_images
-from tests.conftest import OraclePair, assert_programs_untouched
+from tests.conftest import OraclePair, programs_untouched
 from tests.dsvl_export.compilers.test_executorch_tokenizer import STEPS
 from tests.oracles.models import save_oracle, siglip_oracle
+from tests.shared import made_once
 
 pytest.importorskip("executorch", reason="executorch is not installed here")
 PRECISIONS = ("fp32", "8da4w")  # of the bundle
@@ -41,6 +42,16 @@ PRECISIONS = ("fp32", "8da4w")  # of the bundle
 @pytest.fixture(scope="module")
 def bundle(executorch_bundle: Bundle) -> Bundle:
     return executorch_bundle
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose decoder has one layer and one KV head."""
+    return made_once(
+        tmp_path_factory,
+        "one-layer",
+        lambda folder: save_oracle(siglip_oracle(num_key_value_heads=1, num_hidden_layers=1), folder),
+    )
 
 
 def program_of(bundle: Bundle, precision: str) -> Path:
@@ -56,9 +67,12 @@ def test_every_precision_passes_parity(bundle: Bundle, precision: str) -> None:
         assert all(stage.errors.relative_rms < 1e-5 for stage in result.stages if stage.errors)
 
 
+@pytest.mark.parametrize(
+    "pair", ["siglip", pytest.param("hybrid", marks=pytest.mark.full)], indirect=True
+)  # tiny is a hybrid
 def test_random_checkpoints_of_both_variants(pair: OraclePair, tmp_path: Path) -> None:
-    made = export(pair.checkpoint.folder, tmp_path / "b", "executorch", ["fp16"], capacity=256)
-    assert_programs_untouched(made, pair.checkpoint.config)
+    with programs_untouched(pair.checkpoint.config, "executorch", ["fp16"]):
+        made = export(pair.checkpoint.folder, tmp_path / "b", "executorch", ["fp16"], capacity=256)
     result = parity(made)
     assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
@@ -218,13 +232,10 @@ def test_bad_calls_get_a_sentence(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("delegate", ["coreml", "vulkan"])
-def test_encoders_for_other_delegates_are_built(
-    delegate: str, siglip_pair: OraclePair, tmp_path: Path
-) -> None:
+def test_encoders_for_other_delegates_are_built(delegate: str, one_layer: Path, tmp_path: Path) -> None:
     """On an iPhone or an Android GPU they would run; here the whole encoder is shown to be taken."""
-    folder = siglip_pair.checkpoint.folder
     made = export(
-        folder, tmp_path / "b", "executorch", ["fp16"], goldens=False, capacity=64, delegate=delegate
+        one_layer, tmp_path / "b", "executorch", ["fp16"], goldens=False, capacity=64, delegate=delegate
     )
     encoder = made.artifact("vision_encoder", "executorch", "fp16")
     assert encoder.dialect == delegate
@@ -235,12 +246,11 @@ def test_encoders_for_other_delegates_are_built(
         Pipeline.open(made)
 
 
-def test_one_key_value_head(tmp_path: Path) -> None:
+def test_one_key_value_head(one_layer: Path, tmp_path: Path) -> None:
     """A cache of one head has an order of its axes that the operators refuse unless it is made anew."""
-    save_oracle(siglip_oracle(num_key_value_heads=1, num_hidden_layers=1), tmp_path / "checkpoint")
-    made = export(tmp_path / "checkpoint", tmp_path / "b", "executorch", goldens=False, capacity=24)
+    made = export(one_layer, tmp_path / "b", "executorch", goldens=False, capacity=24)
     table = made.path(made.manifest.token_embedding)
-    reference = reference_chain(open_checkpoint(str(tmp_path / "checkpoint")), table)
+    reference = reference_chain(open_checkpoint(str(one_layer)), table)
     logits = []
     for chain in (Pipeline.open(made).chain, reference):
         embeds, cache = chain.embed_tokens(np.arange(3, 24)), chain.decoder.new_cache(1, 24)

@@ -27,6 +27,7 @@ from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from tests.conftest import OraclePair
+from tests.grids import variants_by_precision
 
 PRECISIONS = ("fp16", "int8", "fp8", "int4")
 NAMES = {"fp16": "fp16", "int8": "int8-fp16", "fp8": "fp8-fp16", "int4": "int4-fp16"}
@@ -46,7 +47,7 @@ def test_engines_and_parity_on_the_same_files(rtx: Bundle, precision: str) -> No
     for component in ("vision_encoder", "adaptor", "decoder"):
         artifact = rtx.artifact(component, backend_name, name)
         assert artifact.engine and artifact.engine.file == artifact.files[-1]
-        assert artifact.engine.sm == ((89, 120) if precision == "fp8" else (86, 89, 120))
+        assert artifact.engine.sm == {"fp16": (86, 89, 120), "fp8": (89, 120)}.get(precision, (89,))
         assert rtx.manifest.files[artifact.engine.file].bytes > 50_000
         if precision in ("int8", "fp8"):
             codes = {node.op_type for node in onnx.load(str(rtx.path(artifact.files[0]))).graph.node}
@@ -60,7 +61,7 @@ def test_the_report_says_how_it_is_known(rtx: Bundle, tmp_path: Path) -> None:
     assert Bundle.open(copy.folder).manifest.parity["tensorrt_rtx/fp16"]["execution"] == PROOF
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@variants_by_precision({"siglip": ("fp16", "int4"), "hybrid": ("int8", "fp8")})
 def test_random_checkpoints_build_and_pass_parity(
     trt: ModuleType, pair: OraclePair, precision: str, tmp_path: Path
 ) -> None:
@@ -70,7 +71,9 @@ def test_random_checkpoints_build_and_pass_parity(
             "base: fp16\nrules: [{layers: 'decoder.*', kind: linear, precision: int4-g4}]"
         )
         precision = str(tmp_path / "four.yaml")
-    bundle = export(pair.checkpoint.folder, tmp_path / "b", "tensorrt_rtx", [precision], capacity=256)
+    bundle = export(
+        pair.checkpoint.folder, tmp_path / "b", "tensorrt_rtx", [precision], capacity=256, capabilities=(89,)
+    )
     result = parity(bundle, taps=True)
     assert str(result.execution) == PROOF
     assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
@@ -82,6 +85,7 @@ def test_jetpack_6_passes_parity(jetson: Bundle, precision: str) -> None:
     result = parity(jetson, *jetson.select("tensorrt", precision), task=load_task(HELDOUT)[::4], taps=True)
     assert result.execution.kind == "simulated"
     assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+    assert result.stage("layers").state == "passed"
     for component in ("vision_encoder", "adaptor", "decoder"):
         artifact = jetson.artifact(component, *jetson.select("tensorrt", precision))
         assert (artifact.target, artifact.dialect, artifact.tools["for"]) == (
@@ -202,7 +206,9 @@ def test_a_newer_dialect_is_named_by_the_linter(rtx: Bundle, run) -> None:
 
 def test_bfloat16_is_built_and_nothing_is_claimed_of_its_numbers(trt: ModuleType, tmp_path: Path) -> None:
     """ONNX Runtime has no kernels for it on a CPU, so parity does not judge."""
-    bundle = export("tiny", tmp_path / "b", "tensorrt_rtx", ["bf16", "int8-bf16"], capacity=256)
+    bundle = export(
+        "tiny", tmp_path / "b", "tensorrt_rtx", ["bf16", "int8-bf16"], capacity=256, capabilities=(89,)
+    )
     for precision in ("bf16", "int8-bf16"):
         result = parity(bundle, "tensorrt_rtx", precision)
         assert (result.verdict, result.execution.kind) == ("not judged", "built only")

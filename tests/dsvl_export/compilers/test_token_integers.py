@@ -31,9 +31,9 @@ from tests.dsvl_export.parity_check.faults import rehash
 PRECISION = "8da4w-g128"
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export("tiny", tmp_path_factory.mktemp("tokens") / "bundle", precisions=(PRECISION,))
+@pytest.fixture
+def bundle(quantized_bundle: Bundle) -> Bundle:
+    return quantized_bundle
 
 
 def graphs(bundle: Bundle) -> tuple[Path, Path]:

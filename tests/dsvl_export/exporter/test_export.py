@@ -47,15 +47,10 @@ class Recorder:
         return Counter(self.states.values())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_random_checkpoints_of_both_variants_pass(pair: OraclePair, tmp_path: Path, precision: str) -> None:
-    bundle = export(pair.checkpoint.folder, tmp_path / "bundle", precisions=[precision])
-    jsonschema.validate(
-        bundle.manifest.to_dict() | json.loads((tmp_path / "bundle" / MANIFEST).read_text()), SCHEMA
-    )
-    result = parity(bundle)
-    assert result.goldens == 10
-    assert result.passed, result
+def test_manifests_of_random_checkpoints_fit_the_schema(random_bundle: Bundle) -> None:
+    """That their artifacts pass is tested in ``test_localization``."""
+    jsonschema.validate(json.loads(json.dumps(random_bundle.manifest.to_dict())), SCHEMA)
+    jsonschema.validate(json.loads((random_bundle.folder / MANIFEST).read_text()), SCHEMA)
 
 
 def test_manifest_round_trips_and_fits_its_schema(tiny_bundle: Bundle) -> None:

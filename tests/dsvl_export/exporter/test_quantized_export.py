@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from tests.conftest import OraclePair
+from tests.grids import variants_by_precision
+from tests.shared import shared_bundle
 
 # Precision → share of fp32's accuracy that it has to reach on the held-out questions.
 WANTED = {
@@ -35,8 +38,14 @@ WANTED = {
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export("tiny", tmp_path_factory.mktemp("quantized") / "bundle", precisions=tuple(WANTED))
+def quantized(quantized_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """Tiny in all these precisions, some of which other files test too; tests must not change it."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(quantized_bundle.folder, folder)
+        export("tiny", folder, precisions=tuple(WANTED))
+
+    yield from shared_bundle(tmp_path_factory, "all-quantized", make)
 
 
 @pytest.fixture
@@ -212,7 +221,7 @@ def test_requests_that_cannot_be(tmp_path: Path, hybrid_pair: OraclePair) -> Non
     assert not (tmp_path / "b2").exists()
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8", "int8-weights", "kv-int8"])
+@variants_by_precision({"siglip": ("int8", "kv-int8"), "hybrid": ("fp8", "int8-weights")})
 def test_random_models_pass_parity(pair: OraclePair, precision: str, tmp_path: Path) -> None:
     bundle = export(pair.checkpoint.folder, tmp_path / "b", precisions=[precision])
     result = parity(bundle, taps=True)

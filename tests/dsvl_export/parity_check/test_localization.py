@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
 from runtimes.bundle.bundle import Bundle
-from tests.conftest import OraclePair
 from tests.dsvl_export.parity_check.faults import (
     TINY_FAULTS,
     Fault,
@@ -37,13 +35,6 @@ def test_every_planted_fault_is_located(bundle_copy: Path, fault: Fault, precisi
     located(plant(bundle_copy, precision, fault.component, fault.edit), precision, fault)
 
 
-@pytest.fixture(scope="session")
-def random_bundle(pair: OraclePair, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A random checkpoint of either variant."""
-    folder = tmp_path_factory.mktemp("random") / "bundle"
-    return export(pair.checkpoint.folder, folder, precisions=("fp32", "fp16"))
-
-
 RANDOM_FAULTS = [
     Fault("zeroed row", "decoder", "layers.1", weight("layers.1.mlp.up_proj.weight_transposed", zeroed(3))),
     Fault("swapped RoPE halves", "decoder", "layers.2",
@@ -55,12 +46,9 @@ RANDOM_FAULTS = [
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_random_checkpoints_pass_with_taps_within_their_bounds(random_bundle: Bundle, precision: str) -> None:
     result = parity(random_bundle, precision=precision, taps=True)
-    assert result.verdict == "passed"
-    assert [localization.component for localization in result.localizations] == [
-        "vision_encoder",
-        "adaptor",
-        "decoder",
-    ]
+    assert (result.verdict, result.goldens) == ("passed", 10)
+    assert result.stage("layers").state == "passed"
+    assert [localization.component for localization in result.localizations] == ["vision_encoder", "adaptor", "decoder"]
     for localization in result.localizations:
         assert localization.first is None
         assert localization.taps

@@ -25,18 +25,12 @@ from dsvl_export.serving.service import ServeOptions
 from runtimes.bundle.bundle import Bundle
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.pipeline import Pipeline
-from tests.dsvl_export.compilers.nodes import ray_nodes, replicas
+from tests.dsvl_export.compilers.nodes import add_node, replicas
 from tests.dsvl_export.serving.replicas import SlowReplica
 from tests.dsvl_export.serving.server import DESCRIBE, MODEL, ask, running, sentence
 
 NAME = "tested"
 LONG = {"ignore_eos": True, "max_tokens": 200}  # a second
-
-
-@pytest.fixture(scope="module", params=[2, 4], ids=["two nodes", "four nodes"])
-def nodes(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with ray_nodes(request.param) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +238,10 @@ def test_a_machine_that_is_lost(
         whole = [pool.submit(post, url, messages=ask(DESCRIBE, picture), **LONG) for picture in pictures * 2]
         time.sleep(0.5)
         nodes.remove_node(nodes.list_all_nodes()[-1], allow_graceful=False)
-        texts = [each.result().json()["choices"][0]["message"]["content"] for each in whole]
-    assert texts == expected * 2
-    replicas(count - 1, NAME)
-    assert httpx.get(f"{url}/healthz").status_code == 200
+        try:
+            texts = [each.result().json()["choices"][0]["message"]["content"] for each in whole]
+            assert texts == expected * 2
+            replicas(count - 1, NAME)
+            assert httpx.get(f"{url}/healthz").status_code == 200
+        finally:
+            add_node(nodes)

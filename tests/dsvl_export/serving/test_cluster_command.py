@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,14 @@ from dsvl_export.serving.replicas import STATUS_SECONDS
 from dsvl_export.serving.service import BundleWatch, ServeOptions
 from runtimes.bundle.bundle import Bundle
 from tests.dsvl_export.cli.command_line import refused
-from tests.dsvl_export.compilers.nodes import ray_nodes, replicas
+from tests.dsvl_export.compilers.nodes import replicas
 from tests.dsvl_export.serving.replicas import OnlyOneReplica
 from tests.dsvl_export.serving.server import LONG, MODEL, ask, running, sentence
 
 
-@pytest.fixture
-def pair_of_nodes() -> Iterator[Any]:
-    with ray_nodes(2) as found:
-        yield found
-
-
-def test_the_command(tiny_bundle: Bundle, pair_of_nodes: Any, run) -> None:
+def test_the_command(tiny_bundle: Bundle, two_nodes: Any, run) -> None:
     """It starts, answers, finishes what runs at SIGTERM, and takes its replicas away."""
-    serve = ("serve", str(tiny_bundle.folder), "--port", "0", "--ray", pair_of_nodes.address)
+    serve = ("serve", str(tiny_bundle.folder), "--port", "0", "--ray", two_nodes.address)
     command = [sys.executable, "-m", "dsvl_export.cli", *serve]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -62,11 +55,11 @@ def test_the_command(tiny_bundle: Bundle, pair_of_nodes: Any, run) -> None:
     replicas(0)
 
 
-def test_a_server_that_was_killed(tiny_bundle: Bundle, pair_of_nodes: Any) -> None:
+def test_a_server_that_was_killed(tiny_bundle: Bundle, two_nodes: Any) -> None:
     """It leaves its replicas; the next one at its address replaces them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    serve = ("serve", str(tiny_bundle.folder), "--port", port, "--ray", pair_of_nodes.address)
+    serve = ("serve", str(tiny_bundle.folder), "--port", port, "--ray", two_nodes.address)
     command, left = [sys.executable, "-m", "dsvl_export.cli", *serve], []
     for kill in (signal.SIGKILL, signal.SIGINT):
         with subprocess.Popen(
@@ -84,10 +77,10 @@ def test_a_server_that_was_killed(tiny_bundle: Bundle, pair_of_nodes: Any) -> No
 
 
 def test_replicas_that_cannot_start(
-    pair_of_nodes: Any, bundle_copy: Path, run, monkeypatch: pytest.MonkeyPatch
+    two_nodes: Any, bundle_copy: Path, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve = ("serve", str(bundle_copy), "--port", "0", "--ray", pair_of_nodes.address)
-    assert refused(run(*serve, "--replicas", "3"), "room for 2 replicas with 1 CPUs, not for 3.")
+    serve = ("serve", str(bundle_copy), "--port", "0", "--ray", two_nodes.address)
+    assert refused(run(*serve, "--replicas", "3"), "room for 2 replicas of 1 CPUs, not for 3.")
     assert refused(
         run(*serve, "--threads", "2"), "A replica needs 2 CPUs, but no machine of the cluster has that."
     )
@@ -107,12 +100,12 @@ def test_replicas_that_cannot_start(
     replicas(0)
 
 
-def test_a_cluster_that_ends(tiny_bundle: Bundle, pair_of_nodes: Any) -> None:
+def test_a_cluster_that_ends(tiny_bundle: Bundle, two_nodes: Any) -> None:
     """While it is served: refused in a sentence, and closed without another word."""
     from ray import serve
 
-    with deploying.deploy_replicas(
-        pair_of_nodes.address, tiny_bundle, ModelOptions(threads=1), ImageLimits(), 1, "ending"
+    with deploying.deployed(
+        two_nodes.address, tiny_bundle, ModelOptions(threads=1), ImageLimits(), 1, "ending"
     ) as service:
         with running(create_app(service, ServeOptions(local=True))) as url:
             body = {"model": MODEL, "messages": ask("Hello.")}
