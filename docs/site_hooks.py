@@ -7,12 +7,13 @@ the code.
 
 from __future__ import annotations
 
+import html
 import json
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import typer
 import yaml
@@ -76,6 +77,25 @@ def _code(values: Iterable[Any]) -> str:
     return ", ".join(f"`{value}`" for value in values)
 
 
+def _escape(text: str) -> str:
+    """Return plain text as Markdown that shows it unchanged, on one line."""
+    return html.escape(" ".join(text.split()), quote=False).replace("*", "\\*")
+
+
+def python_api() -> str:
+    """Return the public names, and the types of what they return, as mkdocstrings directives."""
+    import dsvl_export
+    from dsvl_export import Pipeline, parity
+
+    names = [name for name in dsvl_export.__all__ if not name.startswith("_")]
+    choices = get_args(get_type_hints(Pipeline.open)["bundle"])
+    bundle = next(choice for choice in choices if choice.__module__.startswith("runtimes."))
+    results = (get_type_hints(Pipeline.chat)["return"], get_type_hints(parity)["return"], bundle)
+    parts = [f"::: dsvl_export.{name}" for name in names]
+    parts += [f"::: {result.__module__}.{result.__qualname__}" for result in results]
+    return "\n\n".join(parts)
+
+
 def command_line() -> str:
     """Return the reference of all commands and options, from the typer application."""
     from dsvl_export.cli.app import PANELS, app
@@ -97,13 +117,13 @@ def _command(name: str, command: Any) -> str:
     for paragraph in command.help.split("\n\n"):
         text = " ".join(paragraph.split())
         example = text.removeprefix("Example: ")
-        parts.append(f"Example: `{example}`" if example != text else text)
+        parts.append(f"Example: `{example}`" if example != text else _escape(text))
     options = [item for item in command.params if not getattr(item, "hidden", False)]
     panels: dict[str, list[Any]] = {}
     for item in options:
         panels.setdefault(getattr(item, "rich_help_panel", None) or "", []).append(item)
     for panel, items in panels.items():
-        rows = [(_option(item), " ".join((item.help or "").split()), _default(item)) for item in items]
+        rows = [(_option(item), _escape(item.help or ""), _default(item)) for item in items]
         parts.append((f"**{panel}**\n\n" if panel else "") + _table(("Option", "Meaning", "Default"), rows))
     return "\n\n".join(parts)
 
@@ -145,7 +165,7 @@ def _keys(schema: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, str]]
         key = f"{prefix}{name}"
         optional = "" if name in required or name == "…" else "optional"
         meaning = value.get("description", "")
-        yield f"`{key}`", _type(value), "; ".join(text for text in (optional, meaning) if text)
+        yield f"`{key}`", _type(value), _escape("; ".join(text for text in (optional, meaning) if text))
         yield from _keys(value, f"{key}.")
 
 
@@ -207,7 +227,7 @@ def targets() -> str:
     parts += [_table(("Target", "Backend", "Precisions"), choices), "### Sources of the figures"]
     for name, row in rows.items():
         links = ", ".join(f"<{link}>" for link in row.get("sources", ()))
-        parts.append(f"- `{name}`: {row['notes'].strip()}" + (f" Sources: {links}" if links else ""))
+        parts.append(f"- `{name}`: {_escape(row['notes'])}" + (f" Sources: {links}" if links else ""))
     return "\n\n".join(parts)
 
 
@@ -216,7 +236,7 @@ def defects() -> str:
     rows = yaml.safe_load((ROOT / "dsvl_export/targets/defects.yaml").read_text(encoding="utf-8"))
     cells = [
         (
-            f"`{row['id']}`", row["what"], row.get("handled") or row["do"],
+            f"`{row['id']}`", _escape(row["what"]), _escape(row.get("handled") or row["do"]),
             ", ".join(f"{name} {versions}" for name, versions in row.get("packages", {}).items()),
             f"[report]({row['link']})" if row["link"] else row.get("seen", ""),
         )
@@ -233,6 +253,7 @@ def recipes() -> str:
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
+    "python_api": python_api,
     "command_line": command_line,
     "manifest": manifest,
     "tolerances": tolerances,
