@@ -98,9 +98,8 @@ def python_api() -> str:
 
 def command_line() -> str:
     """Return the reference of all commands and options, from the typer application."""
-    from dsvl_export.cli.app import PANELS, app
-
-    import dsvl_export.cli  # noqa: F401 - registers the commands
+    from dsvl_export.cli import app
+    from dsvl_export.cli.app import PANELS
 
     group: Any = typer.main.get_command(app)
     parts = []

@@ -225,7 +225,7 @@ def export(
         if tokenizer.startswith("none"):
             display.err.print(
                 f"[yellow]No tokenizer for ExecuTorch's runner ({each}):[/] {escape(tokenizer[6:])}."
-                " Apps must pass token ids to the runner instead of text; see docs/executorch.md."
+                " Apps must pass token ids to the runner instead of text; see docs/tutorials/executorch.md."
             )
     verdicts = [
         judge(output, f"{backend} {each}", partial(_run_parity, backend, each))

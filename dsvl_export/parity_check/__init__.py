@@ -1,7 +1,7 @@
 """The ladder of proof: a backend's artifacts against the reference, rung by rung.
 
 preprocess → vision encoder → adaptor → prefill logits → teacher-forced logits → greedy tokens → task
-accuracy; ``docs/adding-a-backend.md`` says what a backend owes it.
+accuracy; ``docs/how-to/add-a-backend.md`` says what a backend owes it.
 """
 
 from dsvl_export.parity_check.against_bundle import compare

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from reference.model.deepseek_vl import DeepSeekVL
 
 RUNG = "layers"
-RunLayers = Callable[..., dict[str, np.ndarray]]  # docs/adding-a-backend.md has its arguments
+RunLayers = Callable[..., dict[str, np.ndarray]]  # docs/how-to/add-a-backend.md has its arguments
 OUTPUTS, COMPONENTS = "outputs", "components"  # tables of the files: of layers, and of whole components
 INPUTS = "layers/inputs/inputs.safetensors"
 ARTIFACTS = (".onnx", Path(SPECIFICATION).name)  # how files that hold a program end
