@@ -46,7 +46,7 @@ $(VENV)/%.installed: pyproject.toml $(OPTIMUM)/pyproject.toml
 
 # The docs site, in site/. It needs no PyTorch. A warning is an error.
 docs: $(VENV)-docs/installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 	@echo 'Open site/index.html.'
 
 $(VENV)-docs/installed: pyproject.toml

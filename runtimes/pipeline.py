@@ -75,18 +75,21 @@ class Pipeline:
         capacity: int | None = None,
         verify: bool = True,
     ) -> Pipeline:
-        """Open a bundle's components.
+        """Open the components of a bundle.
 
         Args:
-            backend, precision: which of the bundle's artifacts; None takes the first.
-            threads: CPU threads; None lets the backend choose.
-            device: as ``devices()`` of the backend lists them; None is the backend's own. ``cpu`` runs the
-                ONNX files that TensorRT engines are built from, in ONNX Runtime.
-            capacity: tokens that the KV cache holds; None takes the bundle's default.
-            verify: check the SHA-256 of what is loaded.
+            bundle: the bundle or its folder.
+            backend: which of the bundle's backends; None selects the first.
+            precision: which of the bundle's precisions; None selects the first.
+            threads: number of CPU threads; None lets the backend choose.
+            device: one of the backend's ``devices()``; None is the backend's default. ``cpu`` runs
+                the ONNX files that TensorRT engines are built from, in ONNX Runtime.
+            capacity: tokens of the KV cache; None is the bundle's default.
+            verify: whether to check the SHA-256 of each file that is loaded.
 
         Raises:
-            UserError: the bundle is damaged or lacks what was asked for, or the backend is not installed.
+            UserError: the bundle is damaged, does not have the requested artifacts, or its backend
+                is not installed.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)

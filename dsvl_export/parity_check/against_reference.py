@@ -62,21 +62,30 @@ def parity(
     on_step: OnStep = silent,
     spread: Spread | None = None,
 ) -> ParityResult:
-    """Compare a bundle's artifacts with the reference. Needs no torch, unless ``live``.
+    """Compare the artifacts of a bundle with the PyTorch reference, in stages.
+
+    PyTorch is needed only for ``live``.
 
     Args:
-        backend, precision: as in ``Pipeline.open``.
-        task: questions whose exact match is held against fp32's; the fp32 answers are those recorded
-            with the questions, the live reference's, or those of the bundle's own fp32 artifacts.
-        taps: locate drift in every component, not only where a rung failed.
-        live: a checkpoint to compute the reference from, with torch, instead of the recorded goldens.
-        tolerances: from ``load_tolerances``; None takes the shipped table.
-        device: what to run on; None is the backend's own, or what can stand for it here.
-        on_step: called with what is being done, how much of it is done, and of how much.
-        spread: asks the task's questions on other machines.
+        bundle: a bundle or its folder.
+        backend: as in ``Pipeline.open``.
+        precision: as in ``Pipeline.open``.
+        task: questions for the stage ``task_accuracy``, which compares the exact match with fp32's.
+            The fp32 answers are those recorded with the questions, those of the live reference, or
+            those of the bundle's own fp32 artifacts.
+        taps: compare layer by layer in every component, not only in those whose stage failed.
+        live: a checkpoint to compute the reference from, instead of the recorded goldens.
+        tolerances: from ``load_tolerances``; None is the shipped table.
+        threads: number of CPU threads; None is the backend's choice.
+        device: device to run on; None is the backend's own, or one that can simulate it here.
+        on_step: called with the name of the step, the parts done and all parts.
+        spread: runs the questions on the machines of a cluster.
+
+    Returns:
+        The stages and the verdict.
 
     Raises:
-        UserError: the bundle has no goldens or cannot be opened, or the checkpoint is another one.
+        UserError: the bundle has no goldens or cannot be opened, or ``live`` is another checkpoint.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     backend, precision = bundle.select(backend, precision)
