@@ -212,21 +212,21 @@ def targets() -> str:
             f"`{name}`", row["device"], row.get("memory_gb", ""), row.get("usable_gb", ""),
             row.get("bandwidth_gbs", ""),
             ", ".join(f"{precision} {value:g}" for precision, value in row.get("tops", {}).items()),
-            row["runtime"],
         )
         for name, row in rows.items()
     ]  # fmt: skip
-    head = ("Target", "Device", "Memory, GB", "Usable, GB", "Bandwidth, GB/s", "Peak TOPS", "Runtime")
+    head = ("Target", "Device", "Memory, GB", "Usable, GB", "Bandwidth, GB/s", "Peak TOPS")
     parts = ["### Devices", _table(head, devices), "### Backends and precisions"]
     choices = [
         (f"`{name}`", f"`{backend}`", _code(precisions))
         for name, row in rows.items()
         for backend, precisions in row["backends"].items()
     ]
-    parts += [_table(("Target", "Backend", "Precisions"), choices), "### Sources of the figures"]
+    parts += [_table(("Target", "Backend", "Precisions"), choices), "### Runtimes, notes and sources"]
     for name, row in rows.items():
         links = ", ".join(f"<{link}>" for link in row.get("sources", ()))
-        parts.append(f"- `{name}`: {_escape(row['notes'])}" + (f" Sources: {links}" if links else ""))
+        text = _escape(f"{row['runtime']}. {row['notes']}")
+        parts.append(f"- `{name}`: {text}" + (f" Sources: {links}" if links else ""))
     return "\n\n".join(parts)
 
 
