@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both set up what they need.
+# The two main commands are `make demo` and `make test`. Each target sets up what it needs.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ OPTIMUM := ./integrations/optimum
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-full test-oldest test-pythons check fast style coverage clean
+.PHONY: demo test test-full test-oldest test-pythons check fast style coverage docs wheel clean clean-docs clean-wheel
 
 demo: $(VENV)/cpu.installed
 	$(BIN)/dsvl-export demo --output demo
@@ -58,5 +58,27 @@ $(VENV)/%.installed: pyproject.toml $(OPTIMUM)/pyproject.toml
 	$(PIP) install --editable '.[$*]' $(if $(filter dev,$*),--editable $(OPTIMUM))
 	touch $@
 
-clean:
+# The docs site, in site/. It needs no PyTorch. A warning is an error.
+docs: $(VENV)-docs/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+	@echo 'Open site/index.html.'
+
+$(VENV)-docs/installed: pyproject.toml
+	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[docs]'
+	touch $@
+
+# The wheel, in dist/. Copy it to a device and install it there.
+wheel:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: clean-docs clean-wheel
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-pythons demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+clean-docs:
+	rm -rf $(VENV)-docs site
+
+clean-wheel:
+	rm -rf dist build

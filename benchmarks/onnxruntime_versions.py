@@ -1,4 +1,4 @@
-"""What every ONNX Runtime makes of every precision: the table of docs/versions.md.
+"""What every ONNX Runtime makes of every precision: the table of docs/how-to/onnxruntime-versions.md.
 
     python benchmarks/onnxruntime_versions.py WORK [--versions 1.23.2 1.32.0] [--ignore-floors]
 

@@ -222,7 +222,7 @@ def export(
         if tokenizer.startswith("none"):
             display.err.print(
                 f"[yellow]No tokenizer for ExecuTorch's runner ({name}):[/] {escape(tokenizer[6:])}."
-                " Apps must pass token ids to the runner instead of text; see docs/executorch.md."
+                " Apps must pass token ids to the runner instead of text; see docs/tutorials/executorch.md."
             )
     verdicts = [
         run_and_record(output, f"{backend} {name}", partial(_run_parity, backend, name))

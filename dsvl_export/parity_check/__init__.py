@@ -1,7 +1,7 @@
 """The parity check: the artifacts of a backend compared with the PyTorch reference in stages.
 
 text → preprocess → vision encoder → adaptor → prefill logits → teacher-forced logits → greedy
-tokens → task accuracy. ``docs/adding-a-backend.md`` says what a backend must provide.
+tokens → task accuracy. ``docs/how-to/add-a-backend.md`` says what a backend must provide.
 """
 
 from dsvl_export.parity_check.against_bundle import compare

@@ -34,7 +34,7 @@ def sources() -> list[Path]:
     folders = ("runtimes", "reference", "calibration", "dsvl_export", "integrations", "benchmarks")
     code = [file for name in folders for file in (ROOT / name).rglob("*.py")]
     data = [file for name in folders for file in (ROOT / name).rglob("*.yaml")]
-    return [*code, *data, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    return [*code, *data, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
 
 
 def test_every_extra_that_is_named_exists() -> None:
