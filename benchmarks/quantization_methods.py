@@ -25,7 +25,7 @@ from calibration.planned_model import planned_model
 from calibration.precision_plan import LayerPrecision, PrecisionPlan, Rule
 from calibration.quantized_weights import QuantizedWeights
 from calibration.ranges import METHODS
-from calibration.statistics import collect
+from calibration.statistics import collect_statistics
 from dsvl_export.quantization.calibrate import temporary_token_embedding
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
 from reference.checkpoint.layouts import parameter_sources
@@ -65,8 +65,8 @@ def compare(
 ) -> None:
     data = load_data("bundled", 128).samples
     with temporary_token_embedding(source) as embedding, tempfile.TemporaryDirectory() as folder:
-        statistics = collect(source, embedding, data[::2][:samples], Path(folder))
-        evaluation = Evaluation(source, embedding, data[1::2], source.model())
+        statistics = collect_statistics(source, embedding, data[::2][:samples], Path(folder))
+        evaluation = Evaluation(source, embedding, data[1::2], source.load_model())
         for name, options in rows:
             clip = options.pop("clip", True)
             weight_scales.CLIP_RATIOS = CLIPS if clip else ()

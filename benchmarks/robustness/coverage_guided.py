@@ -78,7 +78,7 @@ def package_target(work: Path, corpus: Path) -> Callable[[bytes], object]:
         for name in package.function_names:
             package.check_lengths(name, {"low": (1, 36, 64)})
             Function(package, name, {})
-        return package.values(), package.metadata
+        return package.count_weights(), package.metadata
 
     return read
 

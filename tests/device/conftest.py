@@ -61,6 +61,6 @@ def execution_of(bundle: Bundle, pair: Pair) -> Execution:
 def execution(bundle: Bundle, pair: Pair) -> Execution:
     """How this machine runs a pair; the test is skipped, with the reason, where it cannot."""
     found = execution_of(bundle, pair)
-    if not found.judgeable:
+    if not found.runnable:
         pytest.skip(f"{' '.join(pair)}: {found}")
     return found

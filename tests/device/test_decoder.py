@@ -46,6 +46,6 @@ def decoder(bundle: Bundle, pair: Pair, execution: Execution) -> DecoderSession:
     contract = bundle.manifest.contracts[pair[1]]["decoder"]
     options = SessionOptions(device=execution.device)
     session = load_backend(pair[0]).open_decoder(bundle.path(artifact.files[0]), contract, options)
-    if session.most_batch < BATCH:
-        pytest.skip(f"the decoder takes {session.most_batch} rows; build it with --max-batch {BATCH}")
+    if session.max_batch < BATCH:
+        pytest.skip(f"the decoder takes {session.max_batch} rows; build it with --max-batch {BATCH}")
     return session

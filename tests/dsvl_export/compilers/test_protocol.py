@@ -22,7 +22,7 @@ from dsvl_export.compilers.protocol import (
     compile_parts,
 )
 from dsvl_export.compilers.registry import BUILT_IN, check_options, load_compiler
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import CompileOptions, ExecuTorchOptions, TensorRTOptions
 from runtimes.errors import UserError
 
 ONNX = {CompilesComponents, DeclaresOptions, BuildsGraphs, RunsLayers}
@@ -57,11 +57,11 @@ def test_a_member_that_is_none_is_no_capability() -> None:
 
 
 def test_a_compiler_without_options_takes_all_options() -> None:
-    options = CompileOptions(delegate="mine", deployment="iOS18")
+    options = CompileOptions(executorch=ExecuTorchOptions("mine"), tensorrt=TensorRTOptions("10.3"))
     check_options("mine", third_party(), options)
-    check_options("mine", third_party(OPTIONS=("delegate", "deployment")), options)
+    check_options("mine", third_party(OPTIONS=("executorch.delegate", "tensorrt.version")), options)
     with pytest.raises(UserError, match="mine has no --delegate"):
-        check_options("mine", third_party(OPTIONS=("deployment",)), options)
+        check_options("mine", third_party(OPTIONS=("tensorrt.version",)), options)
 
 
 def test_compile_parts_calls_what_the_compiler_has(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from dsvl_export import ExportConfig, UserError, export, export_bundle
 from dsvl_export.cli import app
 from dsvl_export.targets.options import ExecuTorchOptions, OnnxRuntimeOptions, TensorRTOptions
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import read_json, write_json
-from runtimes.errors import OverflowVerdict
+from runtimes.bundle.manifest import MANIFEST
+from runtimes.errors import PrecisionOverflowError
 
 FULL = ExportConfig(
     checkpoint="tiny",
@@ -197,11 +198,11 @@ def test_an_export_that_overflows_leaves_the_earlier_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def overflow(*arguments: object) -> None:
-        raise OverflowVerdict("too large")
+        raise PrecisionOverflowError("too large")
 
     export("tiny", tmp_path / "b", "coreml", ["fp16"], goldens=False, capacity=64)
     monkeypatch.setattr("dsvl_export.exporter.export.check_ranges", overflow)
-    with pytest.raises(OverflowVerdict):
+    with pytest.raises(PrecisionOverflowError):
         export("tiny", tmp_path / "b", "coreml", ["fp16"], goldens=False, capacity=128)
     file = tmp_path / "b/configs/coreml/fp16/export.yaml"
     assert ExportConfig.read(file).capacity == 64

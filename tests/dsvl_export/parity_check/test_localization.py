@@ -48,7 +48,11 @@ def test_random_checkpoints_pass_with_taps_within_their_bounds(random_bundle: Bu
     result = parity(random_bundle, precision=precision, taps=True)
     assert (result.verdict, result.goldens) == ("passed", 10)
     assert result.stage("layers").state == "passed"
-    assert [localization.component for localization in result.localizations] == ["vision_encoder", "adaptor", "decoder"]
+    assert [localization.component for localization in result.localizations] == [
+        "vision_encoder",
+        "adaptor",
+        "decoder",
+    ]
     for localization in result.localizations:
         assert localization.first is None
         assert localization.taps

@@ -104,7 +104,7 @@ def test_a_cluster_that_ends(tiny_bundle: Bundle, two_nodes: Any) -> None:
     """While it is served: refused in a sentence, and closed without another word."""
     from ray import serve
 
-    with deploying.deployed(
+    with deploying.deploy_replicas(
         two_nodes.address, tiny_bundle, ModelOptions(threads=1), ImageLimits(), 1, "ending"
     ) as service:
         with running(create_app(service, ServeOptions(local=True))) as url:
