@@ -1,4 +1,4 @@
-"""dsvl-export: DeepSeek-VL to ONNX Runtime, TensorRT, Core ML, Core AI and ExecuTorch, with a parity check.
+"""Export DeepSeek-VL to ONNX Runtime, TensorRT, Core ML, Core AI and ExecuTorch, and prove parity.
 
 ``from dsvl_export import Pipeline, export, parity``; nothing heavy is imported before it is used.
 """
@@ -42,8 +42,8 @@ def _check_own_packages() -> None:
     """Check that ``runtimes``, ``reference`` and ``calibration`` are the ones beside this package.
 
     Raises:
-        ImportError: another folder or file comes first on ``sys.path``. The command line prints the sentence
-            and exits with code 2 instead.
+        ImportError: another folder or file comes first on ``sys.path``. The command line prints the
+            sentence and exits with code 2 instead.
     """
     for name in PACKAGES:
         own = Path(__file__).parents[1] / name
@@ -66,7 +66,7 @@ def _check_own_packages() -> None:
 
 
 def _runs_as_command() -> bool:
-    """Whether this process is ``dsvl-export`` or ``python -m dsvl_export``, not a program that imports it."""
+    """Return whether this process is ``dsvl-export`` or ``python -m dsvl_export``."""
     program = sys.argv[0] if sys.argv else ""
     # While Python looks for the module of ``-m``, it is the program's name.
     return Path(program).stem == "dsvl-export" or (program == "-m" and "dsvl_export" in sys.orig_argv)

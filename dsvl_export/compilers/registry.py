@@ -24,7 +24,7 @@ EXTRAS = {
     "tensorrt": "export",
     "tensorrt_rtx": "export,tensorrt-rtx",
 }
-# Options that only some backends have, as paths in ``CompileOptions`` → their names on the command line.
+# Options of some backends, as paths in ``CompileOptions`` → their names on the command line.
 FLAGS = {
     "onnxruntime.prefill": "--no-prefill",
     "tensorrt.version": "--tensorrt",

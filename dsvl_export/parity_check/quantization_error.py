@@ -128,8 +128,8 @@ def measure_quantization_error(
         The errors as JSON values, for ``read_quantization_error``.
 
     Raises:
-        PrecisionOverflowError: the plan computes NaN or infinity; the message names the layer and the
-            golden.
+        PrecisionOverflowError: the plan computes NaN or infinity; the message names the layer and
+            the golden.
     """
     from calibration.planned_model import planned_chain  # deferred: imports torch
 

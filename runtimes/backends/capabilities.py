@@ -1,4 +1,4 @@
-"""Optional abilities of a backend's module, each a protocol that callers ask for by ``isinstance``."""
+"""Optional capabilities of a backend's module; callers ask for a protocol with ``isinstance``."""
 
 from __future__ import annotations
 

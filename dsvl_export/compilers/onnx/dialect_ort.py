@@ -197,7 +197,7 @@ class OrtDialect(StandardDialect):
     def _lengths(self, context: Lowering, positions: str) -> tuple[str, str]:
         """Return ``seqlens_k [B]``, the length after the step minus one, and the largest length.
 
-        Both are int32. Positions are consecutive in a row, so its last one is that length minus one.
+        Both are int32. Positions are consecutive in a row; the last is that length minus one.
         """
         graph, known = context.graph, context.scratch
         if "lengths" not in known:
