@@ -1,7 +1,7 @@
 """MkDocs hooks: pages from files outside ``docs/``, and pages generated from code and data.
 
 ``INCLUDED`` files appear on the site as they are. In pages of ``docs/``, a line
-``<!-- generate: NAME -->`` is replaced with the output of the function ``GENERATORS[NAME]``. Nothing
+``<!-- generate: NAME -->`` is replaced with the output of ``GENERATORS[NAME]``. Nothing
 is copied, so the pages follow the code.
 """
 
