@@ -14,10 +14,10 @@ from runtimes.backends.onnxruntime_releases import (
     FEATURES,
     NEEDED,
     OLDEST,
-    numbers,
     release_for_artifact,
     release_for_precision,
     upgrade_message,
+    version_numbers,
 )
 from runtimes.bundle.bundle import Artifact, Bundle
 from runtimes.bundle.files import write_json
@@ -35,7 +35,12 @@ def install(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
 
 
 def test_releases_are_compared_by_number() -> None:
-    assert numbers("1.9.1") < numbers("1.23") == numbers("1.23.2") < numbers("1.24.0.dev20251001")
+    assert (
+        version_numbers("1.9.1")
+        < version_numbers("1.23")
+        == version_numbers("1.23.2")
+        < version_numbers("1.24.0.dev20251001")
+    )
     assert upgrade_message("1.30", "1.30.0") == upgrade_message("1.23", "1.32.0") == ""
 
 
@@ -118,5 +123,5 @@ def test_the_release_of_a_precision_by_name() -> None:
 
 def test_the_table_keeps_to_what_the_package_takes() -> None:
     for feature in FEATURES.values():
-        assert numbers(feature.since) > numbers(OLDEST)
+        assert version_numbers(feature.since) > version_numbers(OLDEST)
         assert feature.link.startswith("https://")
