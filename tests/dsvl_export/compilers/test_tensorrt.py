@@ -201,7 +201,7 @@ def test_a_newer_dialect_is_named_by_the_linter(rtx: Bundle, run) -> None:
 
 
 def test_bfloat16_is_built_and_nothing_is_claimed_of_its_numbers(trt: ModuleType, tmp_path: Path) -> None:
-    """ONNX Runtime has no bfloat16 kernels for it on a CPU, so the ladder does not judge."""
+    """ONNX Runtime has no kernels for it on a CPU, so the ladder does not judge."""
     bundle = export("tiny", tmp_path / "b", "tensorrt_rtx", ["bf16", "int8-bf16"], capacity=256)
     for precision in ("bf16", "int8-bf16"):
         result = parity(bundle, "tensorrt_rtx", precision)
