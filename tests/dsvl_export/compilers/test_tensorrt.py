@@ -213,7 +213,7 @@ def test_bfloat16_is_built_and_nothing_is_claimed_of_its_numbers(trt: ModuleType
         result = parity(bundle, "tensorrt_rtx", precision)
         assert (result.verdict, result.execution.kind) == ("not judged", "built only")
         assert str(result.execution).startswith(
-            "built only: TensorRT-RTX on CPU; ONNX Runtime has no kernels"
+            "built only: TensorRT-RTX on CPU; ONNX Runtime has no bfloat16 kernels"
         )
         contract = bundle.manifest.contracts[precision]["decoder"]
         assert (contract.inputs[0].dtype, contract.states[0].dtype) == ("float32", "float16")
