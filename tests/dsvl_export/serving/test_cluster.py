@@ -134,11 +134,11 @@ def test_what_is_refused(url: str, service: ClusterService) -> None:
     long = post(url, messages=ask("word " * 3000))
     assert long.status_code == 400
     assert "KV cache" in sentence(long)
-    service.most, before = 0, service.most
+    service.max_requests, before = 0, service.max_requests
     try:
         busy = post(url, messages=ask("Hello."))
     finally:
-        service.most = before
+        service.max_requests = before
     assert (busy.status_code, busy.headers["retry-after"]) == (429, "1")
     assert not service.running.total()
 
@@ -152,7 +152,7 @@ def test_clients_that_go_away(url: str, service: ClusterService, handle: Any) ->
         "max_tokens": 900,
         "stream": True,
     }
-    for _ in range(2 * service.most // 3):
+    for _ in range(2 * service.max_requests // 3):
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=endless, timeout=60) as answer:
             next(answer.iter_lines())
     for _ in range(5):
