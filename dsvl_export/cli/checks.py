@@ -304,7 +304,7 @@ def run_and_record(
     else:
         try:
             _announce(record_verdict(opened, result))
-        except (OSError, UserError) as error:  # a read-only bundle, or an export that is changing it
+        except (OSError, UserError) as error:  # read-only, or being exported
             say(f"The verdict was not written to the bundle: {error}", stream=sys.stderr)
     return make_document(opened, result), result
 

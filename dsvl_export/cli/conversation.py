@@ -55,7 +55,7 @@ def converse(pipeline: Pipeline, first_images: list[Path], options: GenerationOp
 
 def _image_file(text: str) -> Path:
     """Return the file that the user typed, quoted or dragged into the terminal; expands ``~``."""
-    file = Path(os.path.expanduser(text.strip()))  # noqa: PTH111 - pathlib's raises for unknown users
+    file = Path(os.path.expanduser(text.strip()))  # noqa: PTH111 - pathlib raises
     if not file.exists():
         try:
             words = shlex.split(text)

@@ -76,7 +76,7 @@ def take_from_debug_build(
 
 
 def debug_folder(bundle: Bundle) -> tempfile.TemporaryDirectory[str]:
-    """Return a temporary folder, in the bundle if it is writable, which saves copies of weights."""
+    """Return a temporary folder; inside a writable bundle, to link weights instead of copying."""
     try:
         return tempfile.TemporaryDirectory(prefix=DEBUG_PREFIX, dir=bundle.folder)
     except OSError:

@@ -81,7 +81,7 @@ class Errors:
         if not self.tensor or _bound_usage(error, bound) > _bound_usage(self.relative_rms, self.bound):
             self.relative_rms, self.bound, self.quantization_error = error, bound, quantization_error
             self.golden, self.tensor = golden, tensor
-            place = np.unravel_index(int(difference.argmax()), difference.shape)  # NaN counts as largest
+            place = np.unravel_index(int(difference.argmax()), difference.shape)  # NaN is largest
             self.index = tuple(int(axis) for axis in place)
         return error <= bound and channel <= (channel_bound or CHANNEL_FACTOR * bound)
 

@@ -191,7 +191,7 @@ class Models:
         options, bundle = self.options, self.bundle
         backend, precision = name.split("/")
         device = execution(bundle, backend, precision, options.device).device
-        reserved = sum(model.cache_bytes for model in self.open_models)  # caches take memory as they fill
+        reserved = sum(model.cache_bytes for model in self.open_models)  # caches fill later
         free = available_memory() - reserved
         needed = required_memory(bundle, backend, precision, options.capacity)
         if device == "cpu" and needed > free:

@@ -46,7 +46,7 @@ class Defect:
         None if not installed.
         """
         for name, wanted in self.packages.items():
-            version = versions.get(name) or versions.get(f"{name}-gpu")  # a build of the same release
+            version = versions.get(name) or versions.get(f"{name}-gpu")  # a build of it
             yield SpecifierSet(wanted).contains(version, prereleases=True) if version else None
 
     def __str__(self) -> str:
