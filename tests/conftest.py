@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,13 +129,14 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
 
 
 @pytest.fixture(scope="session")
-def quantized_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
-    """The tiny checkpoint in int8 and in 4-bit weights with 8-bit activations; tests must not change it."""
-    yield from shared_bundle(
-        tmp_path_factory,
-        "quantized",
-        lambda folder: export("tiny", folder, precisions=("int8", "8da4w", "8da4w-g128")),
-    )
+def quantized_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """Tiny in float, in int8, and in 4-bit weights with 8-bit activations; tests must not change it."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(tiny_bundle.folder, folder)
+        export("tiny", folder, precisions=("int8", "8da4w", "8da4w-g128"))
+
+    yield from shared_bundle(tmp_path_factory, "quantized", make)
 
 
 @pytest.fixture(scope="session")

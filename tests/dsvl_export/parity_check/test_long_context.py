@@ -49,10 +49,10 @@ def windows(size: int, *layers: int) -> Edit:
 
 
 @pytest.fixture(scope="module")
-def few_goldens(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny in three precisions with two of the numbered goldens."""
-    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path_factory.mktemp("few") / "bundle"))
-    bundle = export("tiny", folder, precisions=["int8"])
+def few_goldens(quantized_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny with two of the numbered goldens."""
+    folder = Path(shutil.copytree(quantized_bundle.folder, tmp_path_factory.mktemp("few") / "bundle"))
+    bundle = Bundle.open(folder)
     for number in range(2, 10):
         del bundle.manifest.files[f"goldens/{number:02}.safetensors"]
     write_json(folder / MANIFEST, bundle.manifest.to_dict())
