@@ -201,6 +201,16 @@ def test_options_in_prose_exist(document: Path) -> None:
                 assert word.partition("=")[0] in known, f"`{span}`: there is no option {word}"
 
 
+def test_the_guide_to_backends_names_what_backends_have() -> None:
+    guide = text_of(ROOT / "docs/how-to/add-a-backend.md")
+    names = re.findall(r"^\| `(\w+)", guide, re.MULTILINE)
+    assert {"PRECISIONS", "compile_component", "execution", "open_decoder"} <= set(names)
+    folders = ("dsvl_export/compilers", "runtimes/backends")
+    code = "\n".join(text_of(file) for folder in folders for file in (ROOT / folder).rglob("*.py"))
+    for name in names:
+        assert re.search(rf"^ *(?:def )?{name}\b", code, re.MULTILINE), f"no backend has {name}"
+
+
 def test_the_readme_is_short() -> None:
     assert len(text_of(ROOT / "README.md").splitlines()) < README_LINES
 
