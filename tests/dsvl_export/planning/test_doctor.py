@@ -123,7 +123,7 @@ def test_where_there_is_no_torch() -> None:
     backend = json.loads(done.stdout)["backends"]["onnxruntime"]
     assert backend["run"]["able"]
     assert "pip install 'dsvl-export[export,onnxruntime]'" in backend["compile"]["missing"]
-    assert "All well." in run("doctor").stdout
+    assert "This machine is ready." in run("doctor").stdout
     assert "jetson-orin-nano" in run("targets").stdout
     planned = run("plan", "tiny")
     assert planned.returncode == 2
