@@ -49,7 +49,7 @@ def test_precisions_that_the_installed_release_is_too_old_for(
     assert {"onnxruntime-float16-quantize", "onnxruntime-float8", "onnxruntime-int8-cache"} <= ids
     print_diagnosis(found)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "kv-int8 needs 1.27, fp8 needs 1.32, here is 1.23.2" in shown
+    assert "kv-int8 needs 1.27, fp8 needs 1.32; installed: 1.23.2" in shown
     assert "ONNX Runtime before 1.30 rounds float16 activations toward zero" in shown
 
 
