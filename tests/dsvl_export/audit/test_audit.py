@@ -258,7 +258,7 @@ def test_weights_beside_a_graph_are_read_where_they_lie(tmp_path: Path, quantize
     assert "is stored beyond the end" in compared().differences[0].detail
     tensor.external_data[0].value = "../decoder.onnx.data"
     onnx.save(model, str(file))
-    assert "which is no file beside" in compared().differences[0].detail
+    assert "which is not a file next to" in compared().differences[0].detail
 
 
 def test_another_checkpoint_is_refused(run, pair, tiny_bundle: Bundle) -> None:
