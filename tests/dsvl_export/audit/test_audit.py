@@ -166,7 +166,9 @@ HIDDEN: list[tuple[str, str, str, Edit, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("precision", "component", "what", "edit", "named"), HIDDEN, ids=lambda v: v if isinstance(v, str) else ""
+    ("precision", "component", "what", "edit", "named"),
+    HIDDEN,
+    ids=lambda v: v[:30] if isinstance(v, str) else "edit",
 )
 def test_hidden_faults_are_named(
     request: pytest.FixtureRequest,
