@@ -91,7 +91,7 @@ def test_bin_files_with_code_are_refused(tiny_copy: Path, zipped: bool) -> None:
     torch.save({"x": torch.nn.Linear(2, 2)}, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="it refers to torch.nn.modules.linear.Linear") as caught:
         open_checkpoint(str(tiny_copy))
-    assert len(str(caught.value)) < 300
+    assert len(str(caught.value).replace(str(tiny_copy), "")) < 300
     torch.save([torch.zeros(2)], file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="holds no table of tensors"):
         open_checkpoint(str(tiny_copy))
