@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from reference.checkpoint.adapters import AdapterChoice, Adapters
 from reference.checkpoint.config_file import parse_config
 from reference.checkpoint.file_start import check_start
 from reference.checkpoint.image_processor import read_image_processor
@@ -60,6 +62,7 @@ class Checkpoint:
     folder: Path
     config: ModelConfig
     preprocessor: Settings | None  # of the image processor; None where no file has them
+    choices: tuple[AdapterChoice, ...] = ()  # adapters that are merged into the weights
 
     @cached_property
     def _files(self) -> TensorFiles:
@@ -68,6 +71,15 @@ class Checkpoint:
     @cached_property
     def _shapes(self) -> dict[str, Shape]:
         return parameter_shapes(self.config)
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The adapters that ``load`` merges.
+
+        Raises:
+            UserError: one cannot be read, or does not fit this model.
+        """
+        return Adapters.open(self.choices, self.config, self._shapes)
 
     def check(self) -> None:
         """Every tensor is there, with the right shape and of a floating-point type, and none is unknown.
@@ -138,12 +150,13 @@ class Checkpoint:
     def load(self, parameter: str) -> Tensor:
         """One parameter in the checkpoint's dtype, named as in ``DeepSeekVL.named_parameters()``.
 
-        Double precision becomes single: the reference computes in it, and no runtime reads more.
+        Double precision becomes single: the reference computes in it, and no runtime reads more. What an
+        adapter changes is in fp32.
         """
         parts = [self._files.load(name) for name in self._stored(parameter)]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
-        return tensor.reshape(self._shapes[parameter])
+        return self.adapters.merge(parameter, tensor.reshape(self._shapes[parameter]))
 
     def embedding_bytes(self) -> int | None:
         """Of the token table as ``load`` gives it; None where the weights are not there."""
@@ -151,6 +164,8 @@ class Checkpoint:
             return None
         (name,) = self._stored("token_embedding.weight")
         stored = self._files.stored[name]
+        if "token_embedding.weight" in self.adapters:
+            return 4 * prod(stored.shape)
         return stored.nbytes // 2 if stored.dtype == "float64" else stored.nbytes
 
     def model(
@@ -200,7 +215,8 @@ class Checkpoint:
         )  # fmt: skip
         settings = [self.folder / name for name in names if (self.folder / name).exists()]
         hashes = sha256_of_files([*settings, *self.tokenizer_files, *self._files.files], on_step)
-        kept["digest"] = sha256_of_text("\n".join(f"{file.name} {found}" for file, found in hashes.items()))
+        parts = [f"{file.name} {found}" for file, found in hashes.items()] + self.adapters.identity()
+        kept["digest"] = sha256_of_text("\n".join(parts))
         return str(kept["digest"])
 
     @property
@@ -289,14 +305,17 @@ def resolve(checkpoint: str, weights: bool = True) -> Path:
         ) from error
 
 
-def open_checkpoint(checkpoint: str, weights: bool = True) -> Checkpoint:
+def open_checkpoint(
+    checkpoint: str, weights: bool = True, adapters: Sequence[AdapterChoice] = ()
+) -> Checkpoint:
     """The checkpoint named on the command line, its config read and its tensors checked.
 
     Args:
         weights: False asks for the config alone; there need be no weights then.
+        adapters: LoRA adapters to merge into the weights, in this order.
 
     Raises:
-        UserError: it is missing, incomplete or no DeepSeek-VL.
+        UserError: it is missing, incomplete or no DeepSeek-VL, or an adapter does not fit it.
     """
     folder = resolve(checkpoint, weights)
     file = folder / "config.json"
@@ -312,9 +331,10 @@ def open_checkpoint(checkpoint: str, weights: bool = True) -> Checkpoint:
             check_start(folder / name)
     preprocessor = read_image_processor(folder)
     config = parse_config(read_json(file), str(file), preprocessor)
-    opened = Checkpoint(folder, config, preprocessor)
+    opened = Checkpoint(folder, config, preprocessor, tuple(adapters))
     if weights:
         opened.check()
+    opened.adapters  # noqa: B018 - refused here rather than later
     return opened
 
 

@@ -58,12 +58,15 @@ class _TensorFile(Protocol):
 class TensorFiles:
     """The weights of a checkpoint folder.
 
+    Args:
+        main: the file of all tensors; None finds it, or the index of its shards.
+
     Raises:
         UserError: a file is missing, cut short, or not a file of tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        main = _main_file(folder)
+    def __init__(self, folder: Path, main: Path | None = None) -> None:
+        main = main or _main_file(folder)
         index = _read_index(main) if main.suffix == ".json" else {}
         self.files = list(dict.fromkeys(index.values())) if index else [main]
         self.stored: dict[str, StoredTensor] = {}
