@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from reference.checkpoint.adapters import AdapterChoice, Adapters
 from reference.checkpoint.config_file import parse_config
 from reference.checkpoint.file_start import check_start
 from reference.checkpoint.image_processor import read_image_processor
 from reference.checkpoint.layouts import UNUSED, Shape, Source, canonical_names, sources
+from reference.checkpoint.lora_adapter import AdapterChoice
+from reference.checkpoint.lora_merge import Adapters
 from reference.checkpoint.settings import Settings
 from reference.checkpoint.tensor_files import (
     ADAPTER_CONFIG,

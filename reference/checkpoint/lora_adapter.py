@@ -1,29 +1,27 @@
-"""LoRA adapters in PEFT's layout, merged into a checkpoint's parameters while these are read.
+"""One LoRA adapter in PEFT's layout: its settings, and what each of its tensors changes.
 
-Formulas: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732 (scaling by the root of the rank); DoRA, arXiv
-2402.09353 (a magnitude per output channel). Names and settings are those of PEFT 0.21.
+Names and settings are those of PEFT 0.21. Scaling: alpha / r (LoRA, arXiv 2106.09685), or alpha / sqrt(r)
+(rsLoRA, arXiv 2312.03732).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from reference.checkpoint.layouts import UNUSED, Shape, canonical_names, sources
+from reference.checkpoint.layouts import Shape
+from reference.checkpoint.lora_targets import Slice, Targets
 from reference.checkpoint.settings import Settings
 from reference.checkpoint.tensor_files import ADAPTER_CONFIG, ADAPTER_FILES, TensorFiles, list_names
-from reference.model.config import Layout, ModelConfig
-from runtimes.bundle.files import read_json, sha256_of_file
+from reference.model.config import ModelConfig
+from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
 
-EMBEDDING, HEAD = "token_embedding.weight", "decoder.head.weight"
-LAYOUTS: tuple[Layout, ...] = ("original", "transformers")
 # Ways to start the training that leave the base model as it is; the others move a part of its weights
 # into the adapter.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -71,20 +69,6 @@ class AdapterChoice:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Rows of a parameter that are one tensor of a checkpoint: a third of a joint q, k and v, or all rows."""
-
-    parameter: str
-    index: int
-    count: int
-
-    def rows(self, size: int) -> slice:
-        """Of a parameter with so many rows."""
-        part = size // self.count
-        return slice(self.index * part, (self.index + 1) * part)
-
-
-@dataclass(frozen=True)
 class Change:
     """What one adapter does to one tensor of the checkpoint.
 
@@ -121,7 +105,7 @@ class Adapter:
         self.settings = _read_settings(choice.folder)
         self._files = _tensor_files(choice.folder)
         self._shapes = shapes
-        self.changes = self._find_changes(_Targets(config, shapes))
+        self.changes = self._find_changes(Targets(config, shapes))
         self._check_shapes()
 
     @property
@@ -140,7 +124,7 @@ class Adapter:
             raise UserError(f"The tensor {name} of the adapter {self.folder} holds NaN or infinity.")
         return tensor
 
-    def _find_changes(self, targets: _Targets) -> list[Change]:
+    def _find_changes(self, targets: Targets) -> list[Change]:
         modules: dict[str, dict[str, str]] = {}
         replacements: dict[str, str] = {}
         for name in self._files.stored:
@@ -173,7 +157,7 @@ class Adapter:
             raise UserError(f"The adapter {self.folder} holds no tensors.")
         return changes
 
-    def _lora_changes(self, module: str, parts: Mapping[str, str], targets: _Targets) -> list[Change]:
+    def _lora_changes(self, module: str, parts: Mapping[str, str], targets: Targets) -> list[Change]:
         embedding = "embedding_A" in parts
         down, up = (parts.get("embedding_" * embedding + part) for part in "AB")
         if down is None or up is None:
@@ -254,166 +238,6 @@ class Adapter:
                 channels = self._files.stored[change.magnitude].shape[0]
             expected[change.magnitude] = (channels, *self._files.stored[change.magnitude].shape[1:])
         return expected
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """The adapters that are merged into a checkpoint, in the order in which they were named."""
-
-    adapters: tuple[Adapter, ...]
-    _changes: dict[str, list[tuple[Adapter, Change]]] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        changes: dict[str, list[tuple[Adapter, Change]]] = {}
-        for adapter in self.adapters:
-            for change in adapter.changes:
-                changes.setdefault(change.target.parameter, []).append((adapter, change))
-        object.__setattr__(self, "_changes", changes)
-        self._check_together()
-
-    @classmethod
-    def open(
-        cls, choices: Sequence[AdapterChoice], config: ModelConfig, shapes: Mapping[str, Shape]
-    ) -> Adapters:
-        """Read adapters for a model.
-
-        Raises:
-            UserError: one cannot be read or does not fit, or two cannot be merged together.
-        """
-        return cls(tuple(Adapter(choice, config, shapes) for choice in choices))
-
-    @property
-    def files(self) -> list[Path]:
-        """The files of all of them."""
-        return [file for adapter in self.adapters for file in adapter.files]
-
-    def identity(self) -> list[str]:
-        """What tells these adapters from others: SHA-256 of their files, and their weights."""
-        return [
-            f"{sha256_of_file(file)} {1.0 if adapter.weight is None else adapter.weight}"
-            for adapter in self.adapters
-            for file in adapter.files
-        ]
-
-    def __contains__(self, parameter: str) -> bool:
-        return parameter in self._changes
-
-    def merge(self, parameter: str, tensor: Tensor) -> Tensor:
-        """The parameter with all changes.
-
-        Args:
-            parameter: its name, as in ``DeepSeekVL.named_parameters()``.
-            tensor: its value in the checkpoint, of any floating-point type.
-
-        Returns:
-            fp32 where an adapter changes it: a small change to a large weight is lost in half precision.
-
-        Raises:
-            UserError: an adapter's tensor holds NaN or infinity.
-        """
-        if parameter not in self._changes:
-            return tensor
-        base, merged = (tensor.to(torch.float32, copy=True) for _ in range(2))
-        for adapter, change in self._changes[parameter]:
-            rows = change.target.rows(len(base))
-            if change.replacement:
-                base[rows] = merged[rows] = adapter.load(change.replacement).reshape(base[rows].shape)
-            else:
-                merged[rows] = _apply(adapter, change, base[rows], merged[rows])
-        return merged
-
-    def _check_together(self) -> None:
-        """Refuse what has no defined result.
-
-        Raises:
-            UserError: two adapters replace the same tensor, or scale one layer differently without weights.
-        """
-        for changes in self._changes.values():
-            for position, (first, one) in enumerate(changes):
-                for second, other in changes[position + 1 :]:
-                    if first is second or one.target != other.target:
-                        continue
-                    if one.replacement or other.replacement:
-                        raise UserError(
-                            f"The adapters {first.folder} and {second.folder} both change {one.module}, and"
-                            " one replaces it; merge one adapter at a time."
-                        )
-                    if one.scaling != other.scaling and None in (first.weight, second.weight):
-                        raise UserError(
-                            f"The adapters {first.folder} and {second.folder} scale {one.module} differently"
-                            f" ({one.scaling:g} and {other.scaling:g}); give each a weight, as in"
-                            f" --adapter {first.folder}=1 --adapter {second.folder}=1."
-                        )
-
-
-def _apply(adapter: Adapter, change: Change, base: Tensor, merged: Tensor) -> Tensor:
-    """The rows of one tensor with one change more.
-
-    Args:
-        base: the checkpoint's values, whose norm DoRA takes.
-        merged: the same with the changes so far.
-    """
-    factor = change.scaling * (1.0 if adapter.weight is None else adapter.weight)
-    assert change.up
-    up = adapter.load(change.up)
-    if change.down is None:  # a bias
-        return merged + factor * up
-    delta = up.flatten(1) @ adapter.load(change.down).flatten(1)  # [outputs, inputs]
-    delta = factor * (delta.T if change.embedding else delta).reshape(base.shape)
-    if change.magnitude is None:
-        return merged + delta
-    magnitude = adapter.load(change.magnitude).flatten()
-    if change.embedding:  # one per column of the table
-        return (merged + delta) * (magnitude / (base + delta).norm(dim=0))
-    norm = (base + delta).flatten(1).norm(dim=1)
-    return (merged + delta) * (magnitude / norm).reshape(-1, *[1] * (base.dim() - 1))
-
-
-class _Targets:
-    """Tensor name → the parameters that it is a part of.
-
-    Names are those of either checkpoint layout, whichever the base has: people train on one and deploy the
-    other. Wrapping prefixes are accepted as in checkpoints.
-    """
-
-    def __init__(self, config: ModelConfig, shapes: Mapping[str, Shape]) -> None:
-        self._tied = {EMBEDDING, HEAD} if config.tied_head else set()
-        self._tables: list[tuple[ModelConfig, dict[str, Slice]]] = []
-        for layout in sorted(LAYOUTS, key=lambda layout: layout != config.layout):
-            table: dict[str, Slice] = {}
-            layout_config = replace(config, layout=layout)
-            for parameter, source in sources(layout_config, dict(shapes)).items():
-                for index, name in enumerate(source.names):
-                    table[name] = Slice(parameter, index, len(source.names))
-            self._tables.append((layout_config, table))
-
-    def __contains__(self, name: str) -> bool:
-        return self._find(name) is not None
-
-    def __getitem__(self, name: str) -> Slice:
-        target = self._find(name)
-        if target is None:
-            raise KeyError(name)
-        return target
-
-    def sharing(self, name: str) -> list[Slice]:
-        """The parameters that change when this tensor is changed in place; two where the head is tied."""
-        target = self[name]
-        return (
-            [Slice(each, 0, 1) for each in sorted(self._tied)] if target.parameter in self._tied else [target]
-        )
-
-    def unused(self, name: str) -> bool:
-        """Whether a tensor belongs to what no model here uses, such as SigLIP's pooling head."""
-        names = (canonical_names(config, [name]) for config, _ in self._tables)
-        return any(UNUSED.fullmatch(canonical) for (canonical,) in names)
-
-    def _find(self, name: str) -> Slice | None:
-        for config, table in self._tables:
-            (canonical,) = canonical_names(config, [name])
-            if canonical in table:
-                return table[canonical]
-        return None
 
 
 def _pattern(patterns: Settings, module: str) -> str | None:

@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from reference.checkpoint.adapters import AdapterChoice
 from reference.checkpoint.checkpoint import open_checkpoint
+from reference.checkpoint.lora_adapter import AdapterChoice
 from reference.model.deepseek_vl import DeepSeekVL
 from tests.conftest import OraclePair
 from tests.oracles.models import IMAGE_TOKEN_ID, save_oracle

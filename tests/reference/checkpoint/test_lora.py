@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reference.checkpoint.adapters import AdapterChoice
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from reference.checkpoint.lora_adapter import AdapterChoice
 from runtimes.errors import UserError
 
 LAYER = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
