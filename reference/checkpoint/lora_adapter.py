@@ -204,11 +204,9 @@ class Adapter:
     def _check_shapes(self) -> None:
         problems = []
         for change in self.changes:
-            whole = self._shapes[change.target.parameter]
-            shape = (whole[0] // change.target.count, *whole[1:])
-            for name, expected in self._expected_shapes(change, shape).items():
+            for name, expected in self._expected_shapes(change).items():
                 found = self._files.stored[name].shape
-                if math.prod(found) != math.prod(expected) or found[:1] != expected[:1]:
+                if found != expected:
                     problems.append(f"{name} is {list(found)}, expected {list(expected)}")
         if problems:
             raise UserError(
@@ -216,27 +214,24 @@ class Adapter:
                 f" shapes: {list_names(problems)}."
             )
 
-    def _expected_shapes(self, change: Change, shape: Shape) -> dict[str, Shape]:
+    def _expected_shapes(self, change: Change) -> dict[str, Shape]:
+        """Shapes of the adapter's tensors by their names."""
+        shape = change.target.shape
         if change.replacement:
             return {change.replacement: shape}
         assert change.up
         if change.down is None:
             return {change.up: shape}
         rank = self._scaling(change.module)[0]
-        outputs, inputs = shape[0], shape[1:]
-        if change.embedding:  # its lookup table is [tokens, width]
-            down: Shape = (rank, outputs)
-            up: Shape = (*inputs, rank)
+        outputs, *inputs = shape
+        convolution = len(shape) == 4
+        if change.embedding:  # the table is [tokens, width]
+            expected = {change.down: (rank, outputs), change.up: (*inputs, rank)}
         else:
-            down, up = (rank, *inputs), (outputs, rank)
-        expected = {change.down: down, change.up: up}
+            expected = {change.down: (rank, *inputs), change.up: (outputs, rank, *[1, 1] * convolution)}
         if change.magnitude:
-            size = math.prod(self._files.stored[change.magnitude].shape)
             channels = inputs[0] if change.embedding else outputs
-            # Convolutions keep it as [1, outputs, 1, 1].
-            if size == channels:
-                channels = self._files.stored[change.magnitude].shape[0]
-            expected[change.magnitude] = (channels, *self._files.stored[change.magnitude].shape[1:])
+            expected[change.magnitude] = (1, channels, 1, 1) if convolution else (channels,)
         return expected
 
 

@@ -14,11 +14,15 @@ LAYOUTS: tuple[Layout, ...] = ("original", "transformers")
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows of a parameter that are one tensor of a checkpoint: a third of a joint q, k and v, or all rows."""
+    """Rows of a parameter that are one tensor of a checkpoint: a third of a joint q, k and v, or all rows.
+
+    ``shape`` is that of the tensor.
+    """
 
     parameter: str
     index: int
     count: int
+    shape: Shape
 
     def rows(self, size: int) -> slice:
         """Of a parameter with so many rows."""
@@ -41,7 +45,7 @@ class Targets:
             layout_config = replace(config, layout=layout)
             for parameter, source in sources(layout_config, dict(shapes)).items():
                 for index, name in enumerate(source.names):
-                    table[name] = Slice(parameter, index, len(source.names))
+                    table[name] = Slice(parameter, index, len(source.names), source.shape)
             self._tables.append((layout_config, table))
 
     def __contains__(self, name: str) -> bool:
@@ -56,9 +60,9 @@ class Targets:
     def sharing(self, name: str) -> list[Slice]:
         """The parameters that change when this tensor is changed in place; two where the head is tied."""
         target = self[name]
-        return (
-            [Slice(each, 0, 1) for each in sorted(self._tied)] if target.parameter in self._tied else [target]
-        )
+        if target.parameter not in self._tied:
+            return [target]
+        return [replace(target, parameter=parameter) for parameter in sorted(self._tied)]
 
     def unused(self, name: str) -> bool:
         """Whether a tensor belongs to what no model here uses, such as SigLIP's pooling head."""
