@@ -104,12 +104,11 @@ def _sentence(hub_id: HubId, error: Exception) -> str:
             " the download resumes."
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
+        place = f"{hub_id} is not complete in its cache ({constants.HF_HUB_CACHE})"
         if constants.is_offline_mode():
-            return (
-                f"{hub_id} is not in the hub's cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set."
-            )
+            return f"HF_HUB_OFFLINE is set, so that the hub is not asked, and {place}."
         return (
-            f"The hub ({constants.ENDPOINT}) cannot be reached, and {hub_id} is not complete in its cache"
-            f" ({cache}); check the network and run the same command again."
+            f"The hub ({constants.ENDPOINT}) cannot be reached, and {place}; check the network and run the"
+            " same command again."
         )
     return f"The hub did not give {hub_id}: {first_line(error)}."

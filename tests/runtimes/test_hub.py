@@ -116,7 +116,7 @@ def test_what_is_not_there(hub: Hub, tmp_path: Path) -> None:
 def test_without_a_network(hub: Hub, tmp_path: Path) -> None:
     hub.repositories["org/name"] = repository = Repository()
     commit = repository.commit({"config.json": b"1"})
-    assert "not complete in the hub's cache" in ask(hub, tmp_path, "org/name", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set" in ask(hub, tmp_path, "org/name", HF_HUB_OFFLINE="1")
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     refused = ask(hub, tmp_path, "org/name", **nowhere)
     assert refused.startswith(
