@@ -1,9 +1,9 @@
-"""Apple's packages at the released widths, made and executed on Linux: time, peak memory, bytes, the ladder.
+"""Apple's packages at the released widths, made and executed on Linux: time, peak memory, bytes, parity.
 
-    python benchmarks/apple_packages.py widths WORK    # both variants, reduced depth, with the ladder
+    python benchmarks/apple_packages.py widths WORK    # both variants, reduced depth, with the parity check
     python benchmarks/apple_packages.py full WORK      # the 1.3B's whole shape in Core ML, fp16 and 4 bits
     python benchmarks/apple_packages.py half WORK      # Core AI in fp16: one layer, one picture, a few tokens
-    python benchmarks/apple_packages.py tiny WORK      # Core AI in fp16 and int4: tiny and its ladder
+    python benchmarks/apple_packages.py tiny WORK      # Core AI in fp16 and int4: tiny and its parity check
 
 Checkpoints have random weights (``make_checkpoint.py``). Prints Markdown tables.
 """
@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from make_checkpoint import config_of, write
-from measuring import climb, cost, measured
+from measuring import check_parity, cost, measured
 
 CAPACITY = 1024
 LAYERS, VISION_LAYERS = 1, 2
@@ -54,15 +54,17 @@ def plans(work: Path, texts: dict[str, str]) -> list[str]:
     return [str(work / f"{name}.yaml") for name in texts]
 
 
-def one(work: Path, checkpoint: Path, title: str, backend: str, precision: str, ladder: bool = True) -> None:
+def one(
+    work: Path, checkpoint: Path, title: str, backend: str, precision: str, with_parity: bool = True
+) -> None:
     bundle = work / f"{title}-bundle"
-    found = measured(convert, checkpoint, bundle, backend, precision, ladder)
+    found = measured(convert, checkpoint, bundle, backend, precision, with_parity)
     sizes = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in found["result"].items())
     name = Path(precision).stem if precision.endswith(".yaml") else precision
     print(f"\n{title}, {backend} {name}: {sizes}; exported in {cost(found)}", flush=True)
-    if ladder:
-        proof = measured(climb, bundle, backend, name)
-        print(f"Ladder: {json.dumps(proof['result'])} in {cost(proof)}", flush=True)
+    if with_parity:
+        proof = measured(check_parity, bundle, backend, name)
+        print(f"Parity: {json.dumps(proof['result'])} in {cost(proof)}", flush=True)
 
 
 def widths(work: Path, sizes: list[str]) -> None:
@@ -85,7 +87,7 @@ def full(work: Path, sizes: list[str]) -> None:
         total = write(config_of("1.3b", None, None, None), checkpoint)
         print(f"Checkpoint: {total / 1e9:.2f} GB in {time.perf_counter() - started:.0f} s", flush=True)
     for precision in ("fp16", *plans(work, FOUR_BIT)):
-        one(work, checkpoint, "1.3b", "coreml", precision, ladder=False)
+        one(work, checkpoint, "1.3b", "coreml", precision, with_parity=False)
 
 
 def few(checkpoint: Path, bundle: Path) -> dict[str, float]:

@@ -31,7 +31,7 @@ class Scripted:
 
     def __init__(self, inside: Any, prompt: int, script: list[int]) -> None:
         self._inside, self._prompt, self._script = inside, prompt, script
-        self.contract, self.most_rows, self.tapped = inside.contract, inside.most_rows, {}
+        self.contract, self.max_logit_rows, self.tapped = inside.contract, inside.max_logit_rows, {}
 
     def new_cache(self, batch: int, capacity: int) -> Any:
         return self._inside.new_cache(batch, capacity)
@@ -63,7 +63,7 @@ def scripts(prompt: list[int], fresh: list[int]) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    from runtimes.generation.decoding import Decoding, generate
+    from runtimes.generation.decoding import SpeculativeSequence, generate
     from runtimes.generation.sampling import GenerationOptions
     from runtimes.pipeline import Pipeline
 
@@ -90,10 +90,10 @@ def main() -> None:
                 chain.decoder = Scripted(decoder, PROMPT, script)
                 cache = chain.decoder.new_cache(1, pipeline.capacity)
                 logits = chain.prefill(chain.embed_tokens(prompt), cache)
-                decoding = Decoding(chain, prompt, GenerationOptions(ANSWER, drafts=drafts), 0.0)
-                for _ in generate(chain, [logits], cache, [decoding]):
+                sequence = SpeculativeSequence(chain, prompt, GenerationOptions(ANSWER, drafts=drafts), 0.0)
+                for _ in generate(chain, [logits], cache, [sequence]):
                     pass
-                answer = decoding.writer.answer
+                answer = sequence.answer
                 if answer.tokens != script:
                     raise SystemExit(f"{name}: the answer is not the script")
                 rates[drafts].append(answer.tokens_per_second)

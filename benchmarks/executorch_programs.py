@@ -1,4 +1,4 @@
-"""ExecuTorch's programs at the released widths and reduced depth: bytes, pieces, the ladder.
+"""ExecuTorch's programs at the released widths and reduced depth: bytes, pieces, the parity check.
 
     python benchmarks/executorch_programs.py WORK [PRECISION ...]
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measuring import checkpoint_of, climb, cost, export_to, measured
+from measuring import check_parity, checkpoint_of, cost, export_to, measured
 
 DECODER_LAYERS, VISION_LAYERS, VOCABULARY = 1, 2, 1031
 
@@ -32,8 +32,8 @@ def main() -> None:
             bundle = given.work / f"{size}-widths"
             found = measured(export_to, bundle, checkpoint, "executorch", precision, True)
             print(f"{size} {precision}: {json.dumps(found['result'])}; {cost(found)}", flush=True)
-            proof = measured(climb, bundle, "executorch", precision)
-            print(f"Ladder: {json.dumps(proof['result'])} in {cost(proof)}", flush=True)
+            proof = measured(check_parity, bundle, "executorch", precision)
+            print(f"Parity: {json.dumps(proof['result'])} in {cost(proof)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import numpy as np
 
 from reference.checkpoint.checkpoint import parameter_shapes
 from reference.checkpoint.config_file import parse_config
-from reference.checkpoint.layouts import sources
-from reference.checkpoint.released import RELEASED, released_config
-from reference.model.config import CLIP_MEAN, CLIP_STD, HALF
+from reference.checkpoint.layouts import parameter_sources
+from reference.checkpoint.released import RELEASED_CONFIGS, released_config
+from reference.model.config import CLIP_MEAN, CLIP_STD, HALF_RGB
 from reference.tiny import TINY
 
 SHARD = 2 << 30
@@ -40,7 +40,7 @@ def config_of(
         "tie_word_embeddings": False,
         "text_config": {
             "model_type": "llama",
-            **RELEASED[size]["language_config"],
+            **RELEASED_CONFIGS[size]["language_config"],
             "hidden_size": decoder.width,
             "intermediate_size": decoder.mlp_width,
             "num_attention_heads": decoder.heads,
@@ -68,7 +68,7 @@ def write(raw: dict[str, Any], folder: Path, seed: int = 0) -> int:
     config = parse_config(raw, "config.json")
     tensors = {
         name: source.shape
-        for source in sources(config, parameter_shapes(config)).values()
+        for source in parameter_sources(config, parameter_shapes(config)).values()
         for name in source.names
     }
     shards: list[dict[str, tuple[int, ...]]] = [{}]
@@ -94,7 +94,7 @@ def write(raw: dict[str, Any], folder: Path, seed: int = 0) -> int:
         shutil.copyfile(TINY / file, folder / file)
     side = raw["vision_config"]["image_size"]
     processor: dict[str, Any] = {
-        "image_mean": HALF, "image_std": HALF, "min_size": 14, "rescale_factor": 1 / 255,
+        "image_mean": HALF_RGB, "image_std": HALF_RGB, "min_size": 14, "rescale_factor": 1 / 255,
         "size": {"height": side, "width": side},
     }  # fmt: skip
     if "high_res_vision_config" in raw:
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("size", choices=sorted(RELEASED))
+    parser.add_argument("size", choices=sorted(RELEASED_CONFIGS))
     parser.add_argument("folder", type=Path)
     for name in ("--layers", "--vision-layers", "--vocabulary"):
         parser.add_argument(name, type=int)

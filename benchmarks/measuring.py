@@ -117,13 +117,13 @@ def rates(found: dict[str, Any]) -> tuple[float, float]:
     return PROMPT / found["prefill"], 1 / statistics.median(found["decode"])
 
 
-def climb(bundle: Path, backend: str, precision: str) -> dict[str, Any]:
-    """The ladder."""
+def check_parity(bundle: Path, backend: str, precision: str) -> dict[str, Any]:
+    """The parity check."""
     from dsvl_export.parity_check import parity
 
     result = parity(bundle, backend, precision)
-    errors = {rung.name: rung.errors.relative_rms for rung in result.rungs if rung.errors}
-    failed = [str(rung) for rung in result.rungs if rung.state == "failed"]
+    errors = {stage.name: stage.errors.relative_rms for stage in result.stages if stage.errors}
+    failed = [str(stage) for stage in result.stages if stage.state == "failed"]
     return {"verdict": result.verdict, "by": str(result.execution), "errors": errors, "failed": failed}
 
 

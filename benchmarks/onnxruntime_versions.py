@@ -1,4 +1,4 @@
-"""What every ONNX Runtime makes of every precision: the table of docs/versions.md.
+"""What every ONNX Runtime makes of every precision: the table of docs/how-to/onnxruntime-versions.md.
 
     python benchmarks/onnxruntime_versions.py WORK [--versions 1.23.2 1.32.0] [--ignore-floors]
 
@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 VERSIONS = ("1.23.2", "1.24.4", "1.26.0", "1.27.0", "1.28.0", "1.29.0", "1.30.0", "1.31.1", "1.32.0")
 LAST_FOR_310 = "1.23.2"
 NEEDED = (
-    "fastjsonschema", "numpy", "packaging", "pillow", "pyyaml", "rich", "safetensors", "tokenizers", "typer",
+    "fastjsonschema", "numpy", "packaging", "pillow", "psutil", "pyyaml", "rich", "safetensors",
+    "tokenizers", "typer",
 )  # fmt: skip
 # Bundle → what `export` is given, and its precisions.
 BUNDLES = {
@@ -39,7 +40,7 @@ BUNDLES = {
 WORDS = {0: "passed", 1: "FAILED", 2: "does not load", 3: "refused"}
 # Runs the command line with a table of features that no file has.
 WITHOUT_FLOORS = (
-    "import sys, runtimes.backends.onnxruntime as r; r.too_old = lambda artifact: '';"
+    "import sys, runtimes.backends.onnxruntime as r; r.release_problem = lambda artifact: '';"
     "from dsvl_export.cli import main; main(sys.argv[1:])"
 )
 

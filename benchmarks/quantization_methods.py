@@ -17,18 +17,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration import quantized_weights as weight_scales
-from calibration.choose_scales import make_table
+from calibration.choose_scales import build_scale_table
 from calibration.data import load_data
 from calibration.evaluation import Evaluation
-from calibration.folding import foldings
+from calibration.folding import list_foldings
 from calibration.planned_model import planned_model
 from calibration.precision_plan import LayerPrecision, PrecisionPlan, Rule
 from calibration.quantized_weights import QuantizedWeights
 from calibration.ranges import METHODS
-from calibration.statistics import collect
-from dsvl_export.quantization.calibrate import token_embedding
+from calibration.statistics import collect_statistics
+from dsvl_export.quantization.calibrate import temporary_token_embedding
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
-from reference.checkpoint.layouts import sources
+from reference.checkpoint.layouts import parameter_sources
 from reference.tiny import TINY
 
 CHANNELS, OUTLIER = 16, 30.0
@@ -40,9 +40,9 @@ def with_outliers(folder: Path) -> Checkpoint:
         (folder / file.name).write_bytes(file.read_bytes())
     source = open_checkpoint("tiny")
     tensors = {name: tensor.float() for name, tensor in load_file(TINY / "model.safetensors").items()}
-    names = sources(source.config, parameter_shapes(source.config))
+    names = parameter_sources(source.config, parameter_shapes(source.config))
     generator = torch.Generator().manual_seed(0)
-    for folding in foldings(source.config):
+    for folding in list_foldings(source.config):
         if "norm" not in folding.producer:
             continue
         for kind in ("weight", "bias"):
@@ -64,18 +64,18 @@ def compare(
     source: Checkpoint, plan: PrecisionPlan, samples: int, rows: list[tuple[str, dict[str, object]]]
 ) -> None:
     data = load_data("bundled", 128).samples
-    with token_embedding(source) as embedding, tempfile.TemporaryDirectory() as folder:
-        statistics = collect(source, embedding, data[::2][:samples], Path(folder))
-        evaluation = Evaluation(source, embedding, data[1::2], source.model())
+    with temporary_token_embedding(source) as embedding, tempfile.TemporaryDirectory() as folder:
+        statistics = collect_statistics(source, embedding, data[::2][:samples], Path(folder))
+        evaluation = Evaluation(source, embedding, data[1::2], source.load_model())
         for name, options in rows:
             clip = options.pop("clip", True)
-            weight_scales.CLIPS = CLIPS if clip else ()
-            table = make_table(source, statistics, tune_for=plan, **options)  # type: ignore[arg-type]
-            cost = evaluation.cost(planned_model(QuantizedWeights(source, plan, table)))
+            weight_scales.CLIP_RATIOS = CLIPS if clip else ()
+            table = build_scale_table(source, statistics, tune_for=plan, **options)  # type: ignore[arg-type]
+            cost = evaluation.measure_cost(planned_model(QuantizedWeights(source, plan, table)))
             print(f"| {name} | {cost.kl:.2e} | {cost.kept:.1%} |", flush=True)
 
 
-CLIPS = weight_scales.CLIPS
+CLIPS = weight_scales.CLIP_RATIOS
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Engines at the released widths, built without a GPU: time, peak memory, bytes, and the ladder.
+"""Engines at the released widths, built without a GPU: time, peak memory, bytes, and the parity check.
 
-    python benchmarks/tensorrt_engines.py widths WORK    # both variants, reduced depth, with the ladder
+    python benchmarks/tensorrt_engines.py widths WORK    # both variants, reduced depth, with the parity check
     python benchmarks/tensorrt_engines.py full WORK      # the 1.3B's whole shape, fp16 and int4
 
 Checkpoints have random weights (``make_checkpoint.py``). Every build is a process of its own, so that its
@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from make_checkpoint import config_of, write
-from measuring import climb, cost, measured
+from measuring import check_parity, cost, measured
 
 CAPACITY = 1024
 LAYERS, VISION_LAYERS = 1, 2  # of SAM, one in windows and one global
@@ -49,7 +49,7 @@ def build(bundle: Path, precision: str, component: str, sm: int) -> dict[str, in
     """One engine of TensorRT-RTX."""
     import tensorrt_rtx
 
-    from dsvl_export.compilers.engines.building import EngineSettings, build_engine
+    from dsvl_export.compilers.engines.build import EngineSettings, build_engine
     from runtimes.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle)
@@ -89,7 +89,7 @@ HEAD = (
 
 
 def widths(work: Path, sizes: list[str]) -> None:
-    """Full width, small depth and vocabulary, every precision, with the ladder."""
+    """Full width, small depth and vocabulary, every precision, with the parity check."""
     for size in sizes:
         checkpoint = work / f"{size}-narrow"
         if not checkpoint.exists():
@@ -107,8 +107,8 @@ def widths(work: Path, sizes: list[str]) -> None:
             precision = found["result"]["precision"]
             print(f"\n{size}, {precision}: exported in {cost(found)}\n\n{HEAD}")
             builds(bundle, precision, 89)
-            proof = measured(climb, bundle, "tensorrt", precision)
-            print(f"\nLadder: {json.dumps(proof['result'])} in {cost(proof)}", flush=True)
+            proof = measured(check_parity, bundle, "tensorrt", precision)
+            print(f"\nParity: {json.dumps(proof['result'])} in {cost(proof)}", flush=True)
 
 
 def full(work: Path, sizes: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""Calibration data, observers, the scale table, quantized programs. Empty until quantization lands."""
+"""Calibration and quantization: data, observers, scales, precision plans, quantized programs."""

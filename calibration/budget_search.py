@@ -1,8 +1,8 @@
-"""A precision for every layer that keeps a budget: greedy on measured sensitivity, verified, repaired.
+"""Search for a precision plan that keeps a budget, greedy on measured sensitivities.
 
-From all layers in float, the move that saves most bytes per nat of KL divergence is made first, and so on;
-what is passed on the way is a path of ever smaller plans. A budget picks a place on it by measuring whole
-plans on data that the sensitivities have not seen.
+The search starts with all layers in float. Each step makes the change that saves most bytes per nat
+of KL divergence, which gives a path of smaller and smaller plans. For a budget, complete plans of
+the path are measured on data that the sensitivities were not measured on.
 """
 
 from __future__ import annotations
@@ -12,26 +12,30 @@ from dataclasses import dataclass
 
 from calibration.evaluation import Cost
 from calibration.precision_plan import LayerPrecision, PrecisionPlan, Rule
-from calibration.sensitivity import Row, Sensitivity
+from calibration.sensitivity import Sensitivity, SensitivityRow
 from runtimes.errors import UserError
 
-FRONT = 8  # plans that are measured to draw the front
-LEAST_KL = 1e-12
+FRONT_POINTS = 8  # plans that are measured for the Pareto front
+MIN_KL = 1e-12
 
 
 @dataclass(frozen=True)
 class Budget:
-    """``kl``: nats per token at most; ``accuracy``: share of answers kept at least; ``bytes``: at most."""
+    """A limit on a plan.
+
+    ``kl``: at most that many nats per token. ``accuracy``: at least that share of answers kept.
+    ``bytes``: at most that many bytes of weights.
+    """
 
     kind: str
     value: float
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """From ``kl=0.02``, ``accuracy=0.99`` or ``bytes=900M``.
+        """Parse ``kl=0.02``, ``accuracy=0.99`` or ``bytes=900M``.
 
         Raises:
-            UserError: it is nothing of that kind.
+            UserError: the text has another form, or its value is out of range.
         """
         kind, _, amount = text.partition("=")
         units = {"k": 1e3, "M": 1e6, "G": 1e9}
@@ -46,19 +50,21 @@ class Budget:
             or (kind == "accuracy" and value > 1)
         ):
             raise UserError(
-                f"The budget {text!r} is none of kl=0.02, accuracy=0.99 (at most 1) or bytes=900M."
+                f"The budget {text!r} is not valid; give one like kl=0.02, accuracy=0.99 (at most 1) or"
+                " bytes=900M."
             )
         return cls(kind, value)
 
-    def holds(self, point: Point) -> bool:
+    def is_met(self, measured: MeasuredPlan) -> bool:
+        """Return whether a measured plan keeps the budget."""
         if self.kind == "bytes":
-            return point.bytes <= self.value
-        return point.cost.kl <= self.value if self.kind == "kl" else point.cost.kept >= self.value
+            return measured.bytes <= self.value
+        return measured.cost.kl <= self.value if self.kind == "kl" else measured.cost.kept >= self.value
 
 
 @dataclass(frozen=True)
-class Point:
-    """A plan that was measured: bytes of its layers' weights, its predicted and its true cost."""
+class MeasuredPlan:
+    """A plan with the bytes of its weights, its predicted KL divergence and its measured cost."""
 
     plan: PrecisionPlan
     bytes: int
@@ -66,120 +72,132 @@ class Point:
     cost: Cost
 
 
-Assignment = dict[str, Row]  # layer → what it was given; layers that are not in it stay in float
+Assignment = dict[str, SensitivityRow]  # layer → its precision; other layers stay in float
 
 
 @dataclass(frozen=True)
-class _Move:
+class _Change:
+    """A smaller precision of one layer, the bytes that it saves and the KL that it adds."""
+
     layer: str
-    to: Row
+    to: SensitivityRow
     saved: int
     added_kl: float
 
     @property
     def gain(self) -> float:
-        return self.saved / max(self.added_kl, LEAST_KL)
+        return self.saved / max(self.added_kl, MIN_KL)
 
 
-def path(sensitivity: Sensitivity) -> list[Assignment]:
-    """Assignments from all in float to the smallest there is, each with one move more."""
-    layers: dict[str, list[Row]] = {}
+def greedy_path(sensitivity: Sensitivity) -> list[Assignment]:
+    """Return assignments from all layers in float to the smallest; each has one more change."""
+    layers: dict[str, list[SensitivityRow]] = {}
     for row in sensitivity.rows:
         layers.setdefault(row.layer, []).append(row)
-    moves = [
-        move for layer, rows in layers.items() for move in _moves(layer, rows, sensitivity.floats[layer])
+    changes = [
+        change
+        for layer, rows in layers.items()
+        for change in _hull_changes(layer, rows, sensitivity.floats[layer])
     ]
-    # A layer's own moves have falling gains, so they come in order.
-    moves.sort(key=lambda move: -move.gain)
-    steps: list[Assignment] = [{}]
-    for move in moves:
-        steps.append({**steps[-1], move.layer: move.to})
-    return steps
+    # The gains of a layer's own changes decrease, so sorting keeps their order.
+    changes.sort(key=lambda change: -change.gain)
+    assignments: list[Assignment] = [{}]
+    for change in changes:
+        assignments.append({**assignments[-1], change.layer: change.to})
+    return assignments
 
 
-def _moves(layer: str, rows: list[Row], float_bytes: int) -> Iterator[_Move]:
-    """From float along the lower convex hull of a layer's choices, to its smallest."""
+def _hull_changes(layer: str, rows: list[SensitivityRow], float_bytes: int) -> Iterator[_Change]:
+    """Yield changes from float to the smallest precision along the lower convex hull of a layer."""
     size, kl = float_bytes, 0.0
     while True:
         smaller = [
-            _Move(layer, row, size - row.bytes, max(row.kl - kl, 0.0)) for row in rows if row.bytes < size
+            _Change(layer, row, size - row.bytes, max(row.kl - kl, 0.0)) for row in rows if row.bytes < size
         ]
         if not smaller:
             return
-        best = max(smaller, key=lambda move: (move.gain, move.saved))
+        best = max(smaller, key=lambda change: (change.gain, change.saved))
         yield best
         size, kl = best.to.bytes, max(best.to.kl, kl)
 
 
-def as_plan(sensitivity: Sensitivity, assignment: Assignment, name: str) -> PrecisionPlan:
-    """The plan of an assignment, a rule for each layer."""
+def build_plan(sensitivity: Sensitivity, assignment: Assignment, name: str) -> PrecisionPlan:
+    """Build the plan of an assignment, with one rule per layer."""
     rules = tuple(
         Rule(layer, LayerPrecision.parse(row.precision)) for layer, row in sorted(assignment.items())
     )
     return PrecisionPlan(name, sensitivity.base, rules=rules)
 
 
-class Planner:
-    """Measures plans of a path, each once.
-
-    Args:
-        measure: the true cost of a plan, on held-out data.
-    """
+class BudgetSearch:
+    """Search along the greedy path of a checkpoint's sensitivities; each plan is measured once."""
 
     def __init__(
         self, sensitivity: Sensitivity, measure: Callable[[PrecisionPlan], Cost], name: str = "plan"
     ) -> None:
-        self.sensitivity, self._measure, self._name = sensitivity, measure, name
-        self.path = path(sensitivity)
-        self._points: dict[int, Point] = {}
+        """Compute the path.
+
+        Args:
+            sensitivity: of the checkpoint.
+            measure: measures the cost of a plan on held-out data.
+            name: of the plans.
+        """
+        self.sensitivity, self._measure_cost, self._name = sensitivity, measure, name
+        self.path = greedy_path(sensitivity)
+        self._measured: dict[int, MeasuredPlan] = {}
 
     @property
-    def points(self) -> list[Point]:
-        """All that was measured, the largest first."""
-        return [self._points[index] for index in sorted(self._points)]
+    def measured_plans(self) -> list[MeasuredPlan]:
+        """All measured plans, the largest first."""
+        return [self._measured[index] for index in sorted(self._measured)]
 
-    def point(self, index: int) -> Point:
-        if index not in self._points:
+    def measure(self, index: int) -> MeasuredPlan:
+        """Measure a plan by its index in the path, unless that was done before."""
+        if index not in self._measured:
             assignment = self.path[index]
-            plan = as_plan(self.sensitivity, assignment, self._name)
+            plan = build_plan(self.sensitivity, assignment, self._name)
             predicted = sum(row.kl for row in assignment.values())
-            self._points[index] = Point(plan, self.bytes(assignment), predicted, self._measure(plan))
-        return self._points[index]
+            cost = self._measure_cost(plan)
+            self._measured[index] = MeasuredPlan(plan, self.total_bytes(assignment), predicted, cost)
+        return self._measured[index]
 
-    def bytes(self, assignment: Assignment) -> int:
+    def total_bytes(self, assignment: Assignment) -> int:
+        """Return the bytes of all layers' weights."""
         floats = self.sensitivity.floats
         return sum(assignment[layer].bytes if layer in assignment else size for layer, size in floats.items())
 
-    def best(self, budget: Budget) -> Point:
-        """The smallest plan that keeps a budget of quality, or the best that keeps one of bytes.
+    def find_best(self, budget: Budget) -> MeasuredPlan:
+        """Find the smallest plan for a budget of quality, or the largest for a budget of bytes.
 
         Raises:
-            UserError: no plan keeps it.
+            UserError: no plan of the path keeps the budget.
         """
         if budget.kind == "bytes":
             for index, assignment in enumerate(self.path):
-                if self.bytes(assignment) <= budget.value:
-                    return self.point(index)
-            least = self.bytes(self.path[-1])
+                if self.total_bytes(assignment) <= budget.value:
+                    return self.measure(index)
+            least = self.total_bytes(self.path[-1])
             raise UserError(
-                f"The smallest plan takes {least} bytes of weights, {budget.value:.0f} are not possible."
+                f"The smallest plan takes {least} bytes of weights; give a budget of at least that many,"
+                f" not {budget.value:.0f}."
             )
         low, high = 0, len(self.path) - 1
-        while low < high:  # the cost grows along the path, but for noise
+        while low < high:  # the cost grows along the path, but for measurement noise
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if budget.holds(self.point(middle)) else (low, middle - 1)
-        while low and not budget.holds(self.point(low)):
+            low, high = (middle, high) if budget.is_met(self.measure(middle)) else (low, middle - 1)
+        while low and not budget.is_met(self.measure(low)):
             low -= 1
-        if not budget.holds(self.point(low)):
+        if not budget.is_met(self.measure(low)):
             raise UserError(
-                f"Not even all layers in {self.sensitivity.base} keep the budget {budget.value:g}."
+                f"Not even all layers in {self.sensitivity.base} keep the budget"
+                f" {budget.kind}={budget.value:g}; give a larger one."
             )
-        return self.point(low)
+        return self.measure(low)
 
-    def front(self) -> list[Point]:
-        """Points spread over the bytes of the path, with all that was measured before."""
-        sizes = [self.bytes(assignment) for assignment in self.path]
-        for share in range(FRONT):
-            wanted = sizes[-1] + (sizes[0] - sizes[-1]) * (share / (FRONT - 1)) ** 2
-            self.point(next(index for index, size in enumerate(sizes) if size <= wanted))
-        return self.points
+    def measure_front(self) -> list[MeasuredPlan]:
+        """Measure plans at ``FRONT_POINTS`` sizes along the path; returns all measured plans."""
+        sizes = [self.total_bytes(assignment) for assignment in self.path]
+        for point in range(FRONT_POINTS):
+            limit = sizes[-1] + (sizes[0] - sizes[-1]) * (point / (FRONT_POINTS - 1)) ** 2
+            self.measure(next(index for index, size in enumerate(sizes) if size <= limit))
+        return self.measured_plans

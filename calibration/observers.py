@@ -1,8 +1,8 @@
-"""Observers: what calibration keeps of an activation, in a form that merges exactly.
+"""Observers: statistics of activations, in a form that can be merged exactly.
 
-Counts, extremes and histograms over bins that do not depend on the data add up to the same numbers in any
-order and on any number of machines. Rows are kept for the searches of ``smoothing`` and ``gptq``: those
-with the smallest hashes, so that the sample of a union is the union's sample.
+Counts, extremes and histograms with fixed bins give the same result in any order and on any number
+of machines. Rows of activations are kept for ``smoothing`` and ``gptq``: those with the smallest
+hashes, so that the rows kept of a union are those of the merged parts.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Bins of |x|: 256 to each power of two from 2^-24 to 2^24, which is what the upper bits of a float32 are.
+# Bins of |x|: 256 per power of two from 2^-24 to 2^24, the upper bits of a float32.
 MANTISSA_BITS = 8
-LOWEST, HIGHEST = -24, 24
-BINS = (HIGHEST - LOWEST) << MANTISSA_BITS
+MIN_EXPONENT, MAX_EXPONENT = -24, 24
+BIN_COUNT = (MAX_EXPONENT - MIN_EXPONENT) << MANTISSA_BITS
 _SHIFT = 23 - MANTISSA_BITS
-_OFFSET = (127 + LOWEST) << MANTISSA_BITS
+_OFFSET = (127 + MIN_EXPONENT) << MANTISSA_BITS
 
 Floats = NDArray[np.float32]
 
 
 def bin_edges() -> NDArray[np.float64]:
-    """``[BINS + 1]`` edges of the bins of |x|; the first bin takes all that is smaller as well."""
-    index = np.arange(BINS + 1)
-    powers = 2.0 ** (LOWEST + (index >> MANTISSA_BITS))
+    """Return the edges of the bins of |x|, ``[BIN_COUNT + 1]``; the first bin starts at 0."""
+    index = np.arange(BIN_COUNT + 1)
+    powers = 2.0 ** (MIN_EXPONENT + (index >> MANTISSA_BITS))
     edges = powers * (1 + (index & ((1 << MANTISSA_BITS) - 1)) / (1 << MANTISSA_BITS))
     edges[0] = 0.0
     return edges
 
 
 def histogram(values: np.ndarray) -> NDArray[np.int64]:
-    """``[BINS]`` counts of |values|."""
+    """Count |values| by bin; returns ``[BIN_COUNT]``."""
     bits = np.abs(values, dtype=np.float32).reshape(-1).view(np.int32) >> _SHIFT
-    return np.bincount(np.clip(bits - _OFFSET, 0, BINS - 1), minlength=BINS)
+    return np.bincount(np.clip(bits - _OFFSET, 0, BIN_COUNT - 1), minlength=BIN_COUNT)
 
 
-def row_keys(sample: str, count: int) -> NDArray[np.uint64]:
-    """``[count]`` hashes of a sample's rows (splitmix64, Steele et al. 2014)."""
+def hash_rows(sample: str, count: int) -> NDArray[np.uint64]:
+    """Hash the rows of a sample (splitmix64, Steele et al. 2014); returns ``[count]``."""
     start = np.uint64(int(hashlib.sha256(sample.encode()).hexdigest()[:16], 16))
     with np.errstate(over="ignore"):
         mixed = start + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -53,8 +53,8 @@ def row_keys(sample: str, count: int) -> NDArray[np.uint64]:
 class TensorStatistics:
     """Statistics of one activation over many samples.
 
-    ``channel_max [C]`` is the largest |x| of every channel; ``rows [K, C]`` with their ``keys [K]`` are a
-    sample of its rows, empty where none are wanted.
+    ``channel_max [C]`` is the largest |x| of every channel. ``rows [K, C]`` with their hashes
+    ``keys [K]`` are a subset of its rows; both are empty if no rows are kept.
     """
 
     count: int
@@ -66,9 +66,9 @@ class TensorStatistics:
     rows: Floats
 
     @classmethod
-    def of(cls, values: Floats, sample: str, keep: int) -> TensorStatistics:
-        """Of one sample's activation ``[R, C]``, keeping at most ``keep`` rows."""
-        keys = row_keys(sample, len(values)) if keep else np.empty(0, np.uint64)
+    def from_values(cls, values: Floats, sample: str, keep: int) -> TensorStatistics:
+        """Compute the statistics of one sample's activation ``[R, C]``; keeps ``keep`` rows."""
+        keys = hash_rows(sample, len(values)) if keep else np.empty(0, np.uint64)
         chosen = np.sort(np.argsort(keys, kind="stable")[:keep])
         return cls(
             count=values.size,
@@ -86,7 +86,7 @@ class TensorStatistics:
         return self
 
     def merged(self, other: TensorStatistics, keep: int) -> TensorStatistics:
-        """Of both samples together; commutative and associative, bit for bit."""
+        """Merge with other statistics; commutative and associative, bit for bit."""
         return TensorStatistics(
             self.count + other.count,
             min(self.minimum, other.minimum),
@@ -98,7 +98,10 @@ class TensorStatistics:
         )._sorted(keep)
 
     def divided(self, factors: Floats) -> TensorStatistics:
-        """Of the activation divided by ``factors [C]``: extremes exactly, the histogram from the rows."""
+        """Return the statistics of the activation divided by ``factors [C]``.
+
+        Extremes are exact; the histogram is that of the kept rows.
+        """
         rows, channel_max = self.rows / factors, self.channel_max / factors
         largest = float(channel_max.max())
         return TensorStatistics(
@@ -113,6 +116,7 @@ class TensorStatistics:
 
     @property
     def amax(self) -> float:
+        """The largest |x|."""
         return max(-self.minimum, self.maximum)
 
     @property
@@ -121,12 +125,12 @@ class TensorStatistics:
         return hashlib.sha256(self.counts.astype("<i8").tobytes()).hexdigest()
 
     def to_tensors(self) -> dict[str, np.ndarray]:
-        """For a file; the histogram as its filled bins."""
-        places = np.flatnonzero(self.counts)
+        """Return arrays for a file; of the histogram, the non-empty bins."""
+        filled = np.flatnonzero(self.counts)
         return {
             "summary": np.array([self.count, self.minimum, self.maximum]),
-            "bins": places.astype(np.int32),
-            "counts": self.counts[places],
+            "bins": filled.astype(np.int32),
+            "counts": self.counts[filled],
             "channel_max": self.channel_max,
             "keys": self.keys.view(np.int64),
             "rows": self.rows,
@@ -134,9 +138,15 @@ class TensorStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> TensorStatistics:
-        """Inverse of ``to_tensors``; raises KeyError, ValueError or IndexError on anything else."""
+        """Rebuild statistics from ``to_tensors``'s result.
+
+        Raises:
+            KeyError: an array is missing.
+            ValueError: an array has another size.
+            IndexError: a bin is out of range.
+        """
         count, minimum, maximum = tensors["summary"].tolist()
-        counts = np.zeros(BINS, np.int64)
+        counts = np.zeros(BIN_COUNT, np.int64)
         counts[tensors["bins"]] = tensors["counts"]
         keys = tensors["keys"].view(np.uint64)
         return cls(int(count), minimum, maximum, counts, tensors["channel_max"], keys, tensors["rows"])

@@ -1,4 +1,4 @@
-"""What a precision plan computes, in PyTorch: the reference with the plan's quantization and rounding."""
+"""The reference model with a precision plan's quantization and rounding, in PyTorch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from runtimes.chain import Chain
 
 
 def planned_model(weights: QuantizedWeights) -> DeepSeekVL:
-    """The model that a plan makes of a checkpoint, in fp32 arithmetic.
+    """Build the model of a precision plan, in fp32 arithmetic.
 
-    Every layer computes with what its codes stand for. A base of half precision rounds weights, the inputs
-    of each component and the output of every module.
+    Every layer computes with its dequantized weights. With a base of half precision, weights, the
+    inputs of each component and the output of every module are rounded.
     """
     dtype = PRECISION_DTYPES[weights.plan.base]
-    model = weights.source.model(
+    model = weights.source.load_model(
         load=lambda name: weights.load(name).to(dtype), prepare=partial(quantize_model, plan=weights.plan)
     )
     if dtype != torch.float32:
@@ -32,6 +32,12 @@ def planned_model(weights: QuantizedWeights) -> DeepSeekVL:
 
 
 def planned_chain(weights: QuantizedWeights, embedding_file: Path, tapped: bool = False) -> Chain:
-    """``planned_model`` behind the runtime's chain; ``tapped`` as a debug build, whose sessions give taps."""
+    """Build the runtime's chain on ``planned_model``.
+
+    Args:
+        weights: the checkpoint's weights under the plan.
+        embedding_file: the table that ``write_token_embedding`` wrote.
+        tapped: return taps, as the sessions of a debug build do.
+    """
     model = planned_model(weights)
     return reference_chain(weights.source, embedding_file, model, tapped, weights.plan.kv_cache)

@@ -1,8 +1,9 @@
-"""From the histogram of an activation to the largest magnitude that its scale shall cover.
+"""Ranges of activations: the largest magnitude that a scale covers, found from the histogram.
 
-``minmax``: the largest seen. ``percentile``: what a share of all values stays below. ``mse``: least mean
-squared error. The entropy method (least KL divergence of the quantized histogram; Migacz, GTC 2017) was tried
-and dropped: it lost to all three in ``benchmarks/quantization_methods.py``.
+``minmax`` covers the largest observed magnitude, ``percentile`` a share of all values; ``mse``
+minimizes the mean squared error. The entropy method (smallest KL divergence of the quantized
+histogram; Migacz, GTC 2017) is not offered, because it was worse than all three in
+``benchmarks/quantization_methods.py``.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from calibration.observers import TensorStatistics, bin_edges
 
 METHODS = ("minmax", "percentile", "mse")
 PERCENTILE = 99.99
-LEVELS = 127  # of INT8, on one side
-CANDIDATES = 96  # clipping thresholds that a search tries, down to 1/16 of the largest magnitude
+INT8_LEVELS = 127  # on either side of zero
+MSE_THRESHOLDS = 96  # clipping thresholds that ``mse`` tries, down to 1/16 of the largest magnitude
 Array = NDArray[np.float64]
 
 
 def find_amax(statistics: TensorStatistics, method: str, percentile: float = PERCENTILE) -> float:
-    """The magnitude to cover by INT8's 127 levels; 0 for a tensor that is always zero.
+    """Find the magnitude that INT8's 127 levels cover; 0 for a tensor that is always zero.
 
     Args:
+        statistics: of the activation.
         method: one of ``METHODS``.
-        percentile: share of the values, in percent, for that method.
+        percentile: share of the values in percent, for that method.
     """
     if method == "minmax" or statistics.amax == 0:
         return statistics.amax
@@ -36,12 +38,12 @@ def find_amax(statistics: TensorStatistics, method: str, percentile: float = PER
         reached = np.cumsum(counts) >= percentile / 100 * counts.sum()
         return float(upper[np.argmax(reached)])
     centres = (lower + upper) / 2
-    thresholds = statistics.amax * np.geomspace(1 / 16, 1, CANDIDATES)
+    thresholds = statistics.amax * np.geomspace(1 / 16, 1, MSE_THRESHOLDS)
     errors = [_squared_error(centres, counts, float(threshold)) for threshold in thresholds]
     return float(thresholds[int(np.argmin(errors))])
 
 
 def _squared_error(centres: Array, counts: Array, threshold: float) -> float:
-    scale = threshold / LEVELS
-    rounded = np.minimum(np.round(centres / scale), LEVELS) * scale
+    scale = threshold / INT8_LEVELS
+    rounded = np.minimum(np.round(centres / scale), INT8_LEVELS) * scale
     return float(np.sum(counts * np.square(centres - rounded)))

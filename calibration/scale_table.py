@@ -1,8 +1,8 @@
-"""The scale table: what calibration found, in a form to read, compare and edit by hand.
+"""The scale table: the result of calibration, in a form that can be read and edited by hand.
 
-``scales.json`` has a row per layer whose input was observed; ``scales.safetensors`` has the vectors:
-KV-cache magnitudes per head, smoothing factors, and the codes of tuned weights. Scales of untuned weights
-follow from the weights themselves, see ``calibration.quantized_weights``.
+``scales.json`` has a row per layer whose input was observed. ``scales.safetensors`` has the
+vectors: KV-cache magnitudes per head, smoothing factors, and the codes of tuned weights. Scales of
+other weights are computed from the weights, see ``calibration.quantized_weights``.
 """
 
 from __future__ import annotations
@@ -20,34 +20,38 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as serialize
 
-from calibration.ranges import LEVELS
+from calibration.ranges import INT8_LEVELS
 from reference.model.operators import FLOAT8_MAX
 from runtimes.bundle.files import read_json, sha256_of_file, sha256_of_text, write_json
 from runtimes.errors import UserError
 
 TABLE_FILE, VECTORS_FILE = "scales.json", "scales.safetensors"
-VERSION = 1
-QUANTIZED_MAX = {"int8": float(LEVELS), "fp8": FLOAT8_MAX}
+TABLE_VERSION = 1
+QUANTIZED_MAX = {"int8": float(INT8_LEVELS), "fp8": FLOAT8_MAX}
 
 
 @dataclass(frozen=True)
 class ActivationScale:
-    """Scale of a layer's input: ``int8`` maps ±127 and ``fp8`` ±448 onto the range that ``method`` chose."""
+    """Scales of a layer's input.
+
+    ``int8`` maps ±127 to the range that ``method`` found, ``fp8`` ±448 to the largest magnitude.
+    """
 
     int8: float
     fp8: float
     method: str
-    range: tuple[float, float]  # smallest and largest value seen
+    range: tuple[float, float]  # smallest and largest observed value
     samples: int
     histogram: str  # SHA-256
 
-    def of(self, kind: str) -> float:
+    def scale_for(self, kind: str) -> float:
+        """Return the scale of a precision kind, ``int8`` or ``fp8``."""
         return self.int8 if kind == "int8" else self.fp8
 
 
 @dataclass(frozen=True)
 class TunedWeight:
-    """Codes and scale of a weight that GPTQ rounded for one precision; see ``quantize_weight``."""
+    """Codes (see ``quantize_weight``) and scale of a weight that GPTQ quantized for a precision."""
 
     precision: str
     codes: np.ndarray
@@ -58,9 +62,9 @@ class TunedWeight:
 class ScaleTable:
     """Scales by layer.
 
-    ``caches``: attention → key and value → largest magnitude per head ``[Hkv]``. ``smoothing``: producer
-    (see ``calibration.folding``) → factors ``[C]``. ``tuned``: layer → weight. ``tuned_for`` names the
-    precision plan that the last two were made for.
+    ``caches``: attention → ``key`` and ``value`` → largest magnitude per head ``[Hkv]``.
+    ``smoothing``: producer (see ``calibration.folding``) → factors ``[C]``. ``tuned``: layer →
+    weight. ``tuned_for`` is the precision plan for which the last two were made.
     """
 
     checkpoint: str  # SHA-256
@@ -72,24 +76,24 @@ class ScaleTable:
     tuned: dict[str, TunedWeight] = field(default_factory=dict)
     tuned_for: str | None = None
 
-    def activation(self, layer: str, kind: str) -> float:
-        """Scale of a layer's input.
+    def activation_scale(self, layer: str, kind: str) -> float:
+        """Return the scale of a layer's input for a precision kind, ``int8`` or ``fp8``.
 
         Raises:
-            UserError: the table has none.
+            UserError: the table has no such scale.
         """
         if layer not in self.activations:
             raise UserError(
                 f"The scale table has no scale for the input of {layer}; calibrate again, or keep that layer"
                 " in float."
             )
-        return self.activations[layer].of(kind)
+        return self.activations[layer].scale_for(kind)
 
-    def cache(self, attention: str, state: str, kind: str) -> np.ndarray:
-        """Scales ``[Hkv]`` of ``key`` or ``value``.
+    def cache_scales(self, attention: str, state: str, kind: str) -> np.ndarray:
+        """Return the scales ``[Hkv]`` of a cache; ``state`` is ``key`` or ``value``.
 
         Raises:
-            UserError: the table has none.
+            UserError: the table has no such scales.
         """
         if state not in self.caches.get(attention, {}):
             raise UserError(
@@ -110,7 +114,7 @@ class ScaleTable:
 
     def _document(self, vectors_sha256: str) -> dict[str, Any]:
         return {
-            "version": VERSION,
+            "version": TABLE_VERSION,
             "checkpoint": self.checkpoint,
             "data": self.data,
             "samples": self.samples,
@@ -122,12 +126,12 @@ class ScaleTable:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all that the table says."""
+        """SHA-256 over the content of both files."""
         vectors = hashlib.sha256(serialize(self._vectors())).hexdigest()
         return sha256_of_text(json.dumps(self._document(vectors), sort_keys=True))
 
     def save(self, folder: Path) -> None:
-        """Write both files; the JSON, which makes it a table, last."""
+        """Write both files; the JSON file last, because it marks the table as complete."""
         folder.mkdir(parents=True, exist_ok=True)
         vectors = serialize(self._vectors())
         (folder / VECTORS_FILE).write_bytes(vectors)
@@ -137,27 +141,33 @@ class ScaleTable:
     def load(cls, folder: Path) -> ScaleTable:
         """Read and check a table.
 
+        Args:
+            folder: the folder, or its ``scales.json``.
+
         Raises:
-            UserError: a file is missing or damaged, or a scale is no positive number.
+            UserError: a file is missing or damaged, or a scale is not a positive number.
         """
         file = folder / TABLE_FILE if folder.is_dir() else folder
         if not file.is_file():
             raise UserError(f"There is no scale table {file}; make one with 'dsvl-export calibrate'.")
         raw = read_json(file)
-        if raw.get("version") != VERSION:
-            raise UserError(f"{file} has version {raw.get('version')!r}, this release reads {VERSION}.")
+        if raw.get("version") != TABLE_VERSION:
+            raise UserError(
+                f"{file} has version {raw.get('version')!r}, this release reads {TABLE_VERSION};"
+                " calibrate again."
+            )
         vectors_file = file.parent / VECTORS_FILE
         try:
             if sha256_of_file(vectors_file) != raw["vectors"]["sha256"]:
                 raise UserError(
-                    f"{vectors_file} is not the one that {file} was written with; calibrate again."
+                    f"{vectors_file} is not the file that {file} was written with; calibrate again."
                 )
-            return _parse(raw, load_file(vectors_file))
+            return _parse_table(raw, load_file(vectors_file))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"The scale table {file} cannot be used: {str(error).strip(chr(39))}.") from error
+            raise UserError(f"The scale table {file} is not valid: {str(error).strip(chr(39))}.") from error
 
 
-def _parse(raw: Mapping[str, Any], vectors: Mapping[str, np.ndarray]) -> ScaleTable:
+def _parse_table(raw: Mapping[str, Any], vectors: Mapping[str, np.ndarray]) -> ScaleTable:
     table = ScaleTable(raw["checkpoint"], raw["data"], int(raw["samples"]), tuned_for=raw["tuned_for"])
     for name, row in raw["activations"].items():
         low, high = row["range"]

@@ -1,4 +1,4 @@
-"""Statistics of a whole model: collected sample by sample, saved, resumed and merged."""
+"""Calibration statistics of a model: collected sample by sample, saved, resumed and merged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from calibration.data import Sample
-from calibration.folding import foldings
+from calibration.folding import list_foldings
 from calibration.observers import TensorStatistics
 from calibration.precision_plan import component_layers, layer_kind
 from reference.checkpoint.checkpoint import Checkpoint
@@ -27,39 +27,45 @@ from runtimes.bundle.files import parse_json
 from runtimes.bundle.tensor_files import save_tensors
 from runtimes.chain import Chain
 from runtimes.errors import UserError
-from runtimes.goldens.golden import greedy
+from runtimes.goldens.golden import greedy_decode
 from runtimes.text.prompt import Message, format_chat, place_images
 
-GROUP = 8  # samples whose answers are decoded together
+ANSWER_BATCH = 8  # samples whose answers are decoded in one batch
 ANSWER_TOKENS = 32
-ROWS = 512  # kept of every activation
-SAVE_EVERY = 60.0  # seconds
+KEPT_ROWS = 512  # rows kept of every activation
+SAVE_SECONDS = 60.0  # between two saves
 STATISTICS_FILE = "statistics.safetensors"
 OnStep = Callable[[int, int], None]
 
 
 @dataclass
 class Statistics:
-    """What was seen of each layer's input (``tensors``: layer, or cache, → statistics) in which samples."""
+    """Statistics of the inputs of layers and of caches.
+
+    ``tensors`` maps a layer, or ``{attention}/key`` and ``{attention}/value``, to statistics.
+    """
 
     checkpoint: str  # SHA-256
-    keep: int = ROWS
+    keep: int = KEPT_ROWS
     samples: list[str] = field(default_factory=list)  # digests
     tensors: dict[str, TensorStatistics] = field(default_factory=dict)
 
     @property
     def data_digest(self) -> str:
+        """SHA-256 over the digests of all samples."""
         return hashlib.sha256("\n".join(sorted(self.samples)).encode()).hexdigest()
 
-    def add(self, name: str, seen: TensorStatistics) -> None:
-        known = self.tensors.get(name)
-        self.tensors[name] = known.merged(seen, self.keep) if known else seen
+    def add(self, name: str, observed: TensorStatistics) -> None:
+        """Merge statistics of a layer or cache into those there are."""
+        previous = self.tensors.get(name)
+        self.tensors[name] = previous.merged(observed, self.keep) if previous else observed
 
     def merge(self, other: Statistics) -> None:
-        """Take in what another machine collected of other samples.
+        """Merge statistics of other samples.
 
         Raises:
-            UserError: it is of another checkpoint, keeps another number of rows, or shares samples.
+            UserError: they belong to another checkpoint, keep another number of rows, or share
+                samples.
         """
         if (self.checkpoint, self.keep) != (other.checkpoint, other.keep):
             raise UserError(
@@ -69,15 +75,19 @@ class Statistics:
         if shared:
             raise UserError(f"{len(shared)} samples are in both statistics; merge parts of one data set.")
         self.samples += other.samples
-        for name, seen in other.tensors.items():
-            self.add(name, seen)
+        for name, observed in other.tensors.items():
+            self.add(name, observed)
 
     def save(self, file: Path) -> None:
-        """Write a file, in one step."""
+        """Write a file atomically.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         tensors = {
             f"{name}/{part}": array
-            for name, seen in self.tensors.items()
-            for part, array in seen.to_tensors().items()
+            for name, observed in self.tensors.items()
+            for part, array in observed.to_tensors().items()
         }
         texts = {"checkpoint": self.checkpoint, "keep": str(self.keep), "samples": json.dumps(self.samples)}
         try:
@@ -87,7 +97,11 @@ class Statistics:
 
     @classmethod
     def load(cls, file: Path) -> Statistics:
-        """Raises UserError where the file is missing or damaged."""
+        """Read a file.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
         try:
             with safe_open(file, framework="np") as handle:
                 texts = handle.metadata()
@@ -105,12 +119,12 @@ class Statistics:
         except (
             SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError, UserError,
         ) as error:  # fmt: skip
-            raise UserError(f"{file} holds no calibration statistics that can be read ({error}).") from error
+            raise UserError(f"{file} is not a readable file of calibration statistics ({error}).") from error
 
 
-def observed_as(config: ModelConfig) -> dict[str, str]:
-    """Layer → the layer under whose name its input is observed; layers that share an input share that."""
-    shared = {name: folding.consumers[0] for folding in foldings(config) for name in folding.consumers}
+def observed_layers(config: ModelConfig) -> dict[str, str]:
+    """Map each layer to the layer whose input is observed for it; layers can share an input."""
+    shared = {name: folding.consumers[0] for folding in list_foldings(config) for name in folding.consumers}
     return {
         layer.name: shared.get(layer.name, layer.name)
         for component in TRACED_COMPONENTS
@@ -118,70 +132,83 @@ def observed_as(config: ModelConfig) -> dict[str, str]:
     }
 
 
-def known_statistics(
-    source: Checkpoint, samples: Sequence[Sample], folder: Path, keep: int = ROWS
+def load_or_create_statistics(
+    source: Checkpoint, samples: Sequence[Sample], folder: Path, keep: int = KEPT_ROWS
 ) -> Statistics:
-    """What a folder holds already of these samples; nothing where there is no file.
+    """Load the statistics of a folder; empty statistics if there are none.
+
+    Args:
+        source: the checkpoint.
+        samples: all samples that the statistics may have.
+        folder: may hold ``STATISTICS_FILE``.
+        keep: rows kept of every activation.
 
     Raises:
-        UserError: it is of another checkpoint or of other samples, or keeps another number of rows.
+        UserError: the file belongs to another checkpoint, has other samples, or keeps another
+            number of rows.
     """
     file = folder / STATISTICS_FILE
     statistics = Statistics.load(file) if file.exists() else Statistics(source.digest, keep)
     if (statistics.checkpoint, statistics.keep) != (source.digest, keep):
         raise UserError(
-            f"{file} is of another checkpoint or keeps another number of rows; give another folder."
+            f"{file} belongs to another checkpoint or keeps another number of rows; choose another folder."
         )
     if not set(statistics.samples) <= {sample.digest for sample in samples}:
-        raise UserError(f"{file} holds samples that are not among the data; give another folder.")
+        raise UserError(f"{file} holds samples that are not among the data; choose another folder.")
     return statistics
 
 
-def collect(
+def collect_statistics(
     source: Checkpoint,
     embedding_file: Path,
     samples: Sequence[Sample],
     folder: Path,
-    keep: int = ROWS,
+    keep: int = KEPT_ROWS,
     on_step: OnStep = lambda done, total: None,
 ) -> Statistics:
-    """Run samples through the whole fp32 chain, the model's own answers teacher-forced, and observe.
+    """Run samples through the fp32 chain and collect statistics of all layers.
 
-    Goes on where an earlier call on the same folder stopped. What is observed of a sample does not depend
-    on the others.
+    The model answers each sample; prompt and answer are then run teacher-forced. The same call on
+    the same folder resumes. The statistics of a sample do not depend on other samples.
 
     Args:
-        folder: where the statistics are kept.
+        source: the checkpoint.
+        embedding_file: the table that ``write_token_embedding`` wrote.
+        samples: the requests.
+        folder: where ``STATISTICS_FILE`` is saved; made if it does not exist.
         keep: rows kept of every activation.
+        on_step: called with the number of samples done and in total.
 
     Raises:
-        UserError: an activation is NaN or infinite (the layer is named), or the statistics in the folder
-            are of another checkpoint.
+        UserError: an activation is NaN or infinite (the message names the layer), or the statistics
+            in the folder belong to another checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / STATISTICS_FILE
-    statistics = known_statistics(source, samples, folder, keep)
-    digests, known = [sample.digest for sample in samples], set(statistics.samples)
-    todo = [(s, d) for s, d in dict(zip(samples, digests, strict=True)).items() if d not in known]
+    statistics = load_or_create_statistics(source, samples, folder, keep)
+    digests, collected = [sample.digest for sample in samples], set(statistics.samples)
+    todo = [(s, d) for s, d in dict(zip(samples, digests, strict=True)).items() if d not in collected]
     done = len(samples) - len(todo)
     on_step(done, len(samples))
     if not todo:
         return statistics
-    model = source.model()
+    model = source.load_model()
     observer = _Observer(model, source.config, statistics)
     chain = reference_chain(source, embedding_file, model)
-    chain.kept_images = 0  # an image that two samples show is observed for both
+    chain.max_cached_images = 0  # an image that two samples show is observed for both
     saved = monotonic()
     try:
-        for start in range(0, len(todo), GROUP):
-            group = todo[start : start + GROUP]
-            for (_, digest), (embeds, answer) in zip(group, _answers(chain, observer, group), strict=True):
-                with observer.watching(digest):
-                    _teacher_force(chain, observer, embeds, answer)
+        for start in range(0, len(todo), ANSWER_BATCH):
+            group = todo[start : start + ANSWER_BATCH]
+            for (_, digest), (embeds, answer) in zip(
+                group, _decode_answers(chain, observer, group), strict=True
+            ):
+                with observer.observing(digest):
+                    _observe_answer(chain, observer, embeds, answer)
                 observer.commit(digest)
                 done += 1
                 on_step(done, len(samples))
-            if monotonic() - saved > SAVE_EVERY:
+            if monotonic() - saved > SAVE_SECONDS:
                 statistics.save(file)
                 saved = monotonic()
     finally:
@@ -189,84 +216,91 @@ def collect(
     return statistics
 
 
-def ask(chain: Chain, sample: Sample) -> str:
-    """The whole prompt of a sample; its images come first where the question has no places for them."""
+def format_sample_prompt(chain: Chain, sample: Sample) -> str:
+    """Format the prompt of a sample; images come first if the question has no placeholders."""
     spec = chain.tokenizer.spec
     messages = place_images([Message("user", sample.question)], len(sample.images))
     return format_chat(messages, spec.system_prompt, spec.template)
 
 
-def _answers(
+def _decode_answers(
     chain: Chain, observer: _Observer, group: Sequence[tuple[Sample, str]]
 ) -> list[tuple[np.ndarray, list[int]]]:
-    """Prompts ``[S, D]`` and the model's greedy answers, decoded together; images are observed on the way."""
+    """Decode the greedy answers of a batch of samples; image inputs are observed.
+
+    Returns:
+        Embeddings ``[S, D]`` of the prompt and tokens of the answer, for each sample.
+    """
     prompts = []
     for sample, digest in group:
-        with observer.watching(digest):
-            prompts.append(chain.embed_prompt(ask(chain, sample), sample.images))
-    tokens, _ = greedy(chain, prompts, ANSWER_TOKENS)
+        with observer.observing(digest):
+            prompts.append(chain.embed_prompt(format_sample_prompt(chain, sample), sample.images))
+    tokens, _ = greedy_decode(chain, prompts, ANSWER_TOKENS)
     answers = []
     for row in tokens.tolist():
-        ends = [place for place, token in enumerate(row) if token in chain.tokenizer.spec.eos_ids]
+        ends = [index for index, token in enumerate(row) if token in chain.tokenizer.spec.eos_ids]
         answers.append(row[: ends[0]] if ends else row)
     return list(zip(prompts, answers, strict=True))
 
 
-def _teacher_force(chain: Chain, observer: _Observer, embeds: np.ndarray, answer: list[int]) -> None:
-    """One pass over prompt and answer; the cache it leaves is observed too."""
-    text = chain.embed_tokens(answer)
-    whole = np.concatenate([embeds, text])
-    cache = chain.decoder.new_cache(1, len(whole))
-    for start in range(0, len(whole), chain.prefill_chunk):
-        chunk = whole[None, start : start + chain.prefill_chunk]
-        first = max(len(embeds) - 1 - start, 0)  # of the rows that predict the answer
+def _observe_answer(chain: Chain, observer: _Observer, embeds: np.ndarray, answer: list[int]) -> None:
+    """Run prompt and answer teacher-forced; observes all layers and the final cache."""
+    sequence = np.concatenate([embeds, chain.embed_tokens(answer)])
+    cache = chain.decoder.new_cache(1, len(sequence))
+    for start in range(0, len(sequence), chain.prefill_chunk):
+        chunk = sequence[None, start : start + chain.prefill_chunk]
+        first = max(len(embeds) - 1 - start, 0)  # the first row that predicts the answer
         rows = np.arange(min(first, chunk.shape[1] - 1), chunk.shape[1])
         chain.decoder.decode(chunk, rows, cache)
     for spec, array in zip(cache.specs, cache.arrays, strict=True):
         kind, _, layer = spec.name.partition("_cache_")
-        values = array[0].transpose(1, 0, 2).reshape(len(whole), -1)  # [S, Hkv * Dh]
-        observer.see(f"decoder.layers.{layer}.self_attn/{kind}", values, rows=False)
+        values = array[0].transpose(1, 0, 2).reshape(len(sequence), -1)  # [S, Hkv * Dh]
+        observer.record(f"decoder.layers.{layer}.self_attn/{kind}", values, rows=False)
 
 
 class _Observer:
-    """Hooks on every layer whose input is observed; a sample counts once it is committed."""
+    """Hooks on every observed layer; a sample is added to the statistics when it is committed."""
 
     def __init__(self, model: nn.Module, config: ModelConfig, statistics: Statistics) -> None:
         self._statistics = statistics
         self._sample: str | None = None
-        self._seen: dict[str, list[tuple[str, TensorStatistics]]] = {}
-        wanted = set(observed_as(config).values())
+        self._observed: dict[str, list[tuple[str, TensorStatistics]]] = {}
+        layers = set(observed_layers(config).values())
         for name, module in model.named_modules():
-            if name in wanted:
+            if name in layers:
                 module.register_forward_pre_hook(self._hook(name, layer_kind(module) == "linear"))
 
     def _hook(self, name: str, linear: bool) -> Callable[[nn.Module, Any], None]:
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if self._sample is not None:
                 x = args[0] if linear else args[0].movedim(1, -1)
-                self.see(name, x.reshape(-1, x.shape[-1]).numpy(), rows=linear)
+                self.record(name, x.reshape(-1, x.shape[-1]).numpy(), rows=linear)
 
-        return see
+        return observe
 
     @contextmanager
-    def watching(self, sample: str) -> Iterator[None]:
+    def observing(self, sample: str) -> Iterator[None]:
+        """Record the inputs of layers for a sample inside a ``with`` block."""
         self._sample = sample
         try:
             yield
         finally:
             self._sample = None
 
-    def see(self, name: str, values: np.ndarray, rows: bool) -> None:
-        """Note an activation ``[R, C]`` of the sample that is watched."""
+    def record(self, name: str, values: np.ndarray, rows: bool) -> None:
+        """Record an activation ``[R, C]`` of the current sample."""
         if not np.isfinite(values).all():
-            raise UserError(f"The input of {name} holds NaN or infinity; are the checkpoint's weights sound?")
+            raise UserError(
+                f"The input of {name} holds NaN or infinity; check the weights of the checkpoint."
+            )
         assert self._sample is not None
-        noted = self._seen.setdefault(self._sample, [])
-        part = f"{self._sample} {sum(known == name for known, _ in noted)}"
-        noted.append((name, TensorStatistics.of(values, part, self._statistics.keep if rows else 0)))
+        recorded = self._observed.setdefault(self._sample, [])
+        part = f"{self._sample} {sum(other == name for other, _ in recorded)}"
+        keep = self._statistics.keep if rows else 0
+        recorded.append((name, TensorStatistics.from_values(values, part, keep)))
 
     def commit(self, sample: str) -> None:
-        """Add what was seen of a sample to the statistics."""
-        for name, seen in self._seen.pop(sample):
-            self._statistics.add(name, seen)
+        """Add the recorded activations of a sample to the statistics."""
+        for name, observed in self._observed.pop(sample):
+            self._statistics.add(name, observed)
         self._statistics.samples.append(sample)

@@ -1,4 +1,4 @@
-"""dsvl-export: DeepSeek-VL to ONNX Runtime, TensorRT, Core ML, Core AI and ExecuTorch, with proof.
+"""Export DeepSeek-VL to ONNX Runtime, TensorRT, Core ML, Core AI and ExecuTorch, and prove parity.
 
 ``from dsvl_export import Pipeline, export, parity``; nothing heavy is imported before it is used.
 """
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dsvl_export.version import PACKAGES, __version__
 
 if TYPE_CHECKING:
-    from dsvl_export.exporter.export import export
+    from dsvl_export.exporter.config import ExportConfig
+    from dsvl_export.exporter.export import export, export_bundle
     from dsvl_export.parity_check import parity
     from runtimes.errors import UserError
     from runtimes.generation.sampling import GenerationOptions
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from runtimes.text.prompt import Message
 
 _HOMES = {
+    "ExportConfig": "dsvl_export.exporter.config",
     "export": "dsvl_export.exporter.export",
+    "export_bundle": "dsvl_export.exporter.export",
     "parity": "dsvl_export.parity_check",
     "Pipeline": "runtimes.pipeline",
     "Message": "runtimes.text.prompt",
@@ -29,15 +32,18 @@ _HOMES = {
     "UserError": "runtimes.errors",
 }
 
-__all__ = ["GenerationOptions", "Message", "Pipeline", "UserError", "__version__", "export", "parity"]
+__all__ = [
+    "ExportConfig", "GenerationOptions", "Message", "Pipeline", "UserError", "__version__", "export",
+    "export_bundle", "parity",
+]  # fmt: skip
 
 
 def _check_own_packages() -> None:
     """Check that ``runtimes``, ``reference`` and ``calibration`` are the ones beside this package.
 
     Raises:
-        ImportError: another folder or file comes first on ``sys.path``. The command line prints the sentence
-            and exits with code 2 instead.
+        ImportError: another folder or file comes first on ``sys.path``. The command line prints the
+            sentence and exits with code 2 instead.
     """
     for name in PACKAGES:
         own = Path(__file__).parents[1] / name
@@ -60,7 +66,7 @@ def _check_own_packages() -> None:
 
 
 def _runs_as_command() -> bool:
-    """Whether this process is ``dsvl-export`` or ``python -m dsvl_export``, not a program that imports it."""
+    """Return whether this process is ``dsvl-export`` or ``python -m dsvl_export``."""
     program = sys.argv[0] if sys.argv else ""
     # While Python looks for the module of ``-m``, it is the program's name.
     return Path(program).stem == "dsvl-export" or (program == "-m" and "dsvl_export" in sys.orig_argv)

@@ -1,7 +1,7 @@
-"""Taps: named inner tensors, found alike in the eager model and in the program traced from it.
+"""Taps: named intermediate tensors of the eager model and of the program traced from it.
 
-A tap is what a module gives, or what it reads. Its name is that of the part of the model which
-made it, so that the first tap that is wrong names the part that is wrong.
+A tap is the output or the input of a module. Its name is the part of the model that computes it, so
+that the first wrong tap names the part that is wrong.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from runtimes.bundle.contracts import Dim
 
 @dataclass(frozen=True)
 class Tap:
-    """One tap: where it is (``module``, a path inside the component) and what it looks like."""
+    """An intermediate tensor: its name, its module (a path inside the component) and its shape."""
 
     name: str
     module: str
     shape: tuple[Dim, ...]
-    before: bool = False  # what the module reads, instead of what it gives
+    is_input: bool = False  # the input of the module, not its output
 
 
 def component_taps(config: ModelConfig, component: str) -> tuple[Tap, ...]:
-    """Taps of a component in order of execution: every block or layer, and what lies around them."""
+    """Return the taps of a component in order of execution.
+
+    They cover every block or layer, and the operations before and after them.
+    """
     if component == "vision_encoder":
         return (*_sam_taps(config.vision), *_siglip_taps(config.vision))
     if component == "adaptor":
@@ -47,8 +50,8 @@ def _sam_taps(config: VisionConfig) -> Iterator[Tap]:
     grid, image = sam.grid, ("batch", 3, sam.image_size, sam.image_size)
     tokens, neck = ("batch", grid, grid, sam.width), ("batch", sam.neck_width, grid, grid)
     if config.high_norm:
-        yield Tap("high_norm", "high", image, before=True)
-    yield Tap("high.patch_embed", "high.blocks.0", tokens, before=True)
+        yield Tap("high_norm", "high", image, is_input=True)
+    yield Tap("high.patch_embed", "high.blocks.0", tokens, is_input=True)
     for layer in range(sam.layers):
         yield Tap(f"high.blocks.{layer}", f"high.blocks.{layer}", tokens)
     yield Tap("high.neck", "high.neck", neck)
@@ -60,8 +63,8 @@ def _siglip_taps(config: VisionConfig) -> Iterator[Tap]:
     siglip = config.siglip
     tokens = ("batch", siglip.grid**2, siglip.width)
     if config.low_norm:
-        yield Tap("low_norm", "low", ("batch", 3, siglip.image_size, siglip.image_size), before=True)
-    yield Tap("low.patch_embed", "low.blocks.0", tokens, before=True)
+        yield Tap("low_norm", "low", ("batch", 3, siglip.image_size, siglip.image_size), is_input=True)
+    yield Tap("low.patch_embed", "low.blocks.0", tokens, is_input=True)
     for layer in range(siglip.layers):
         yield Tap(f"low.blocks.{layer}", f"low.blocks.{layer}", tokens)
     yield Tap("low.norm", "low", tokens)
@@ -69,7 +72,7 @@ def _siglip_taps(config: VisionConfig) -> Iterator[Tap]:
 
 def _adaptor_taps(config: AdaptorConfig, tokens: int) -> tuple[Tap, ...]:
     branches = ("high_up_proj", "low_up_proj") if config.high_width is not None else ()
-    layers = 2 * config.depth - (2 if branches else 1)  # linear layers with a GELU between
+    layers = 2 * config.depth - (2 if branches else 1)  # linear layers and the GELUs between them
     return (
         *(Tap(name, name, ("batch", tokens, config.width // 2)) for name in branches),
         *(Tap(f"layers.{index}", f"layers.{index}", ("batch", tokens, config.width))
@@ -87,7 +90,7 @@ def _decoder_taps(config: DecoderConfig) -> tuple[Tap, ...]:
 
 
 def tap_nodes(program: ExportedProgram, taps: Sequence[Tap]) -> dict[str, Node]:
-    """Tap name → the node of a traced component that computes it."""
+    """Find the node of a traced component that computes each tap; returns tap name → node."""
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     scopes: dict[str, list[Node]] = {tap.module: [] for tap in taps}
     for node in calls:
@@ -102,34 +105,36 @@ def tap_nodes(program: ExportedProgram, taps: Sequence[Tap]) -> dict[str, Node]:
             for source in node.all_input_nodes
             if source in computed and source not in scopes[tap.module]
         )
-        if tap.before
+        if tap.is_input
         else scopes[tap.module][-1]
         for tap in taps
     }
 
 
 @contextmanager
-def recorded(
-    module: nn.Module, taps: Sequence[Tap], given: Mapping[str, Tensor] = MappingProxyType({})
+def record_taps(
+    module: nn.Module, taps: Sequence[Tap], replacements: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Iterator[dict[str, Tensor]]:
-    """Fill the yielded table with the taps of each forward pass of an eager component.
+    """Record the taps of each forward pass of an eager component in the yielded table.
 
     Args:
-        given: tensors by tap that whoever reads the tap gets in its place.
+        module: the component.
+        taps: the taps to record.
+        replacements: tap name → tensor that the model uses downstream instead of the tap.
     """
     table: dict[str, Tensor] = {}
 
     def keep_input(name: str, module: nn.Module, args: Any) -> Any:
         table[name] = args[0].clone()
-        return (given[name], *args[1:]) if name in given else None
+        return (replacements[name], *args[1:]) if name in replacements else None
 
     def keep_output(name: str, module: nn.Module, args: Any, output: Any) -> Any:
         table[name] = output.clone()
-        return given.get(name)
+        return replacements.get(name)
 
     handles = [
         module.get_submodule(tap.module).register_forward_pre_hook(partial(keep_input, tap.name))
-        if tap.before
+        if tap.is_input
         else module.get_submodule(tap.module).register_forward_hook(partial(keep_output, tap.name))
         for tap in taps
     ]

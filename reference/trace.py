@@ -1,8 +1,8 @@
-"""One ``torch.export.ExportedProgram`` per component, traced without its weights.
+"""Tracer of each component to a ``torch.export.ExportedProgram``, without its weights.
 
-Components are built with fake parameters (shapes and dtypes, no memory), so tracing the 7B costs
-what tracing ``tiny`` costs; compilers stream the values from the checkpoint later. The programs are
-high-level ATen with ``dsvl::cached_attention`` kept whole.
+Components are built with fake parameters (shapes and dtypes, no memory), so tracing the 7B takes as
+little memory as tracing ``tiny``; compilers read the values from the checkpoint later. The programs
+are high-level ATen; ``dsvl::cached_attention`` is not decomposed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 
 from reference.model.config import ModelConfig
-from reference.model.constants import materialise_constants
+from reference.model.constants import materialize_constants
 from reference.model.decoder import Decoder
 from reference.model.vision import Adaptor, VisionEncoder
 from reference.taps import Tap, component_taps
@@ -25,21 +25,20 @@ from runtimes.bundle.contracts import Contract, TensorSpec
 
 TRACED_COMPONENTS = ("vision_encoder", "adaptor", "decoder")
 PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# numpy has no bfloat16: components that compute in it take and give float32, and keep keys and values in
-# float16, which has more digits and range enough for them.
-BORDER_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "float32"}
+# numpy has no bfloat16: components that compute in it take and return float32, and store keys and
+# values in float16, which has more precision and enough range for them.
+IO_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "float32"}
 FLOAT_CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "float16"}
-CACHE_DTYPES = {"int8": "int8", "fp8": "uint8"}  # numpy has no float8: its bits
+CACHE_DTYPES = {"int8": "int8", "fp8": "uint8"}  # numpy has no float8; uint8 holds its bits
 
 
 @dataclass(frozen=True)
 class TracedComponent:
-    """A component's program and the contract it was traced under.
-
-    In bf16 the program's floats are bfloat16 where the contract says float32; compilers cast at the border.
+    """A component's program, the contract under which it was traced, and its taps.
 
     The program's user inputs are the contract's inputs, then its states, in order;
-    ``reference.taps.tap_nodes`` finds the taps in it.
+    ``reference.taps.tap_nodes`` finds the nodes of the taps. In bf16 the program's floats are
+    bfloat16 where the contract says float32; compilers cast its inputs and outputs.
     """
 
     program: ExportedProgram
@@ -50,12 +49,18 @@ class TracedComponent:
 def component_contract(
     config: ModelConfig, component: str, precision: str, kv_cache: str = "float"
 ) -> Contract:
-    """Contract of a component; its dtypes are those of the tables above, logits float32.
+    """Build the contract of a component.
+
+    Dtypes are those of ``IO_DTYPES``, ``FLOAT_CACHE_DTYPES`` and ``CACHE_DTYPES``; logits are
+    float32.
 
     Args:
+        config: the model's sizes.
+        component: one of ``TRACED_COMPONENTS``.
+        precision: a key of ``PRECISION_DTYPES``.
         kv_cache: ``float``, or the precision of a quantized cache.
     """
-    dtype = BORDER_DTYPES[precision]
+    dtype = IO_DTYPES[precision]
     vision, decoder = config.vision, config.decoder
     side, tokens = vision.image_size, vision.image_tokens
     low = TensorSpec("low_features", dtype, ("batch", tokens, vision.siglip.width), "SigLIP features")
@@ -64,7 +69,7 @@ def component_contract(
         width = vision.sam.downsample_widths[-1]
         features = (TensorSpec("high_features", dtype, ("batch", tokens, width), "SAM features"), low)
     taps = tuple(
-        TensorSpec(tap.name, dtype, tap.shape, f"{'read by' if tap.before else 'output of'} {tap.module}")
+        TensorSpec(tap.name, dtype, tap.shape, f"{'read by' if tap.is_input else 'output of'} {tap.module}")
         for tap in component_taps(config, component)
     )
     if component == "vision_encoder":
@@ -103,7 +108,7 @@ def component_contract(
 
 
 def build_component(config: ModelConfig, component: str) -> nn.Module:
-    """A component with meta parameters and real constants."""
+    """Build a component with meta parameters and real constants."""
     with torch.device("meta"):
         module: nn.Module
         if component == "vision_encoder":
@@ -112,20 +117,21 @@ def build_component(config: ModelConfig, component: str) -> nn.Module:
             module = Adaptor(config.adaptor)
         else:
             module = Decoder(config.decoder)
-    materialise_constants(module)
+    materialize_constants(module)
     return module.eval()
 
 
-def trace(
+def trace_component(
     config: ModelConfig,
     component: str,
     precision: str,
     kv_cache: str = "float",
     prepare: Callable[[nn.Module], None] = lambda module: None,
 ) -> TracedComponent:
-    """Trace a component under its contract, with named dims left symbolic.
+    """Trace a component under its contract; named dims are symbolic.
 
     Args:
+        config: the model's sizes.
         component: one of ``TRACED_COMPONENTS`` (the token embedding is a table, not a program).
         precision: a key of ``PRECISION_DTYPES``.
         kv_cache: as in ``component_contract``.
@@ -136,25 +142,28 @@ def trace(
     prepare(module)
     module = module.to(PRECISION_DTYPES[precision])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    _fake_parameters(module, mode)
-    # Distinct example sizes, so that no two symbolic dims are taken for equal.
+    _replace_parameters_with_fakes(module, mode)
+    # Distinct example sizes, so that the tracer does not assume that two symbolic dims are equal.
     sizes = {"batch": 2, "sequence": 5, "rows": 3, "capacity": 37}
     dims = {name: Dim(name) for name in sizes}
     with mode, torch.no_grad():
-        inputs = [_example(spec, sizes, PRECISION_DTYPES[precision]) for spec in contract.inputs]
-        states = [_example(spec, sizes) for spec in contract.states]
-        shapes: list[Any] = [_dynamic(spec, dims) for spec in contract.inputs]
+        inputs = [_example_tensor(spec, sizes, PRECISION_DTYPES[precision]) for spec in contract.inputs]
+        states = [_example_tensor(spec, sizes) for spec in contract.states]
+        shapes: list[Any] = [_dynamic_shape(spec, dims) for spec in contract.inputs]
         if component == "decoder":
-            args, dynamic = (*inputs, states), (*shapes, [_dynamic(spec, dims) for spec in contract.states])
+            args, dynamic = (
+                (*inputs, states),
+                (*shapes, [_dynamic_shape(spec, dims) for spec in contract.states]),
+            )
         elif component == "adaptor":
-            args, dynamic = tuple(inputs), (tuple(shapes),)  # its features are *args
+            args, dynamic = tuple(inputs), (tuple(shapes),)  # ``forward`` takes *features
         else:
             args, dynamic = tuple(inputs), tuple(shapes)
         program = torch.export.export(module, args, dynamic_shapes=dynamic)
     return TracedComponent(program, contract, component_taps(config, component))
 
 
-def _fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
+def _replace_parameters_with_fakes(module: nn.Module, mode: FakeTensorMode) -> None:
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             with mode:
@@ -162,12 +171,14 @@ def _fake_parameters(module: nn.Module, mode: FakeTensorMode) -> None:
             setattr(owner, name, nn.Parameter(fake, requires_grad=False))
 
 
-def _example(spec: TensorSpec, sizes: dict[str, int], computes_in: torch.dtype | None = None) -> Tensor:
-    """A tensor of a spec; floats in the dtype that the program computes in, where one is given."""
+def _example_tensor(
+    spec: TensorSpec, sizes: dict[str, int], computes_in: torch.dtype | None = None
+) -> Tensor:
+    """Build zeros of a spec; floats have the dtype ``computes_in`` if there is one."""
     shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
     dtype: torch.dtype = getattr(torch, spec.dtype)
     return torch.zeros(shape, dtype=computes_in if computes_in and dtype.is_floating_point else dtype)
 
 
-def _dynamic(spec: TensorSpec, dims: dict[str, Any]) -> dict[int, Any]:
+def _dynamic_shape(spec: TensorSpec, dims: dict[str, Any]) -> dict[int, Any]:
     return {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}

@@ -1,7 +1,7 @@
 """The KV cache: allocated once, written in place by the backend.
 
-``KVCache`` counts the tokens of each row; a subclass says where the states lie. Nothing copies or moves
-them between steps. Rows of a batch may have different lengths.
+``KVCache`` counts the tokens of each row; a subclass defines where the states are stored. No step
+copies or moves them. Rows of a batch may have different lengths.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class CapacityError(UserError):
 
 
 def cache_bytes(specs: tuple[TensorSpec, ...], batch: int, capacity: int) -> int:
-    """Bytes of the states of a cache."""
+    """Return the bytes of the states of a cache."""
     sizes = {"batch": batch, "capacity": capacity}
     total = 0
     for spec in specs:
@@ -31,13 +31,16 @@ def cache_bytes(specs: tuple[TensorSpec, ...], batch: int, capacity: int) -> int
 
 
 class KVCache(ABC):
-    """Keys and values of all layers for ``batch`` sequences of at most ``capacity`` tokens.
-
-    Args:
-        specs: the decoder contract's states; each ``[batch, Hkv, capacity, Dh]``.
-    """
+    """Keys and values of all layers for ``batch`` sequences of at most ``capacity`` tokens."""
 
     def __init__(self, specs: tuple[TensorSpec, ...], batch: int, capacity: int) -> None:
+        """Start with empty rows.
+
+        Args:
+            specs: states of the decoder's contract, each ``[batch, Hkv, capacity, Dh]``.
+            batch: number of rows.
+            capacity: tokens per row.
+        """
         self.specs, self.batch, self.capacity = specs, batch, capacity
         self.lengths = np.zeros(batch, dtype=np.int64)
         self._views: dict[tuple[int, int], KVCache] = {}
@@ -45,33 +48,36 @@ class KVCache(ABC):
     @property
     @abstractmethod
     def arrays(self) -> Sequence[np.ndarray]:
-        """The states ``[batch, Hkv, capacity, Dh]``; copies, where they do not lie on the host."""
+        """The states ``[batch, Hkv, capacity, Dh]``; copies if they are not in host memory."""
 
     @property
     @abstractmethod
     def addresses(self) -> list[int]:
-        """Where the states lie, on the host or the device."""
+        """Address of each state, on the host or the device."""
 
     @abstractmethod
     def _view(self, start: int, stop: int) -> KVCache:
-        """A new cache on the memory of rows ``start`` to ``stop``."""
+        """Return a new cache on the memory of rows ``start`` to ``stop``."""
 
     @abstractmethod
     def _write(self, states: Sequence[np.ndarray]) -> None:
-        """Put ``[batch, Hkv, length, Dh]`` at the beginning of each state."""
+        """Write ``[batch, Hkv, length, Dh]`` to the start of each state."""
 
     @property
     def length(self) -> int:
-        """Tokens in the longest row."""
-        return int(max(self.lengths.tolist()))  # of few numbers; numpy's takes ten times as long
+        """Number of tokens in the longest row."""
+        return int(max(self.lengths.tolist()))  # ten times as fast as numpy's for a few numbers
 
     def append(self, count: int) -> np.ndarray:
-        """Claim the next ``count`` positions of every row: ``[batch, count]`` int64.
+        """Claim the next ``count`` positions of every row.
 
-        Called before the backend runs, so that no backend ever writes past the end.
+        Called before the backend runs, so that no backend writes past the end.
+
+        Returns:
+            positions ``[batch, count]`` int64.
 
         Raises:
-            CapacityError: they do not fit; the cache is as before.
+            CapacityError: they do not fit; the cache is unchanged.
         """
         if self.length + count > self.capacity:
             raise CapacityError(
@@ -83,23 +89,27 @@ class KVCache(ABC):
         return positions
 
     def rewind(self, count: int) -> None:
-        """Forget the last ``count`` tokens of every row; their memory is overwritten later."""
+        """Remove the last ``count`` tokens of every row; their memory is overwritten later.
+
+        Raises:
+            ValueError: a row has fewer tokens.
+        """
         if not 0 <= count <= int(self.lengths.min()):
-            raise ValueError(f"cannot rewind {count} of {self.lengths.tolist()} tokens")
+            raise ValueError(f"cannot rewind {count} tokens, the rows have {self.lengths.tolist()}")
         self.lengths -= count
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens of every row."""
         self.lengths[:] = 0
 
     def row(self, index: int) -> KVCache:
-        """One sequence as a cache of batch 1 that shares this cache's memory and lengths."""
+        """Return one row as a cache of batch 1 that shares this cache's memory and lengths."""
         return self.rows(index, index + 1)
 
     def rows(self, start: int, stop: int) -> KVCache:
-        """Sequences ``start`` to ``stop`` as a cache that shares this cache's memory and lengths.
+        """Return rows ``start`` to ``stop`` as a cache that shares this cache's memory and lengths.
 
-        Made once, as sessions keep what they bind.
+        The same rows give the same object, since sessions keep bindings per cache.
         """
         if (start, stop) == (0, self.batch):
             return self
@@ -109,17 +119,13 @@ class KVCache(ABC):
         return self._views[start, stop]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Make row ``target`` the first ``length`` tokens of row ``source``."""
+        """Set row ``target`` to the first ``length`` tokens of row ``source``."""
         self.row(target)._write([array[:, :, :length] for array in self.row(source).arrays])
         self.lengths[target] = length
 
 
 class HostCache(KVCache):
-    """A cache in numpy arrays.
-
-    Args:
-        arrays: memory to use; None allocates zeros.
-    """
+    """A KV cache in numpy arrays."""
 
     def __init__(
         self,
@@ -128,16 +134,26 @@ class HostCache(KVCache):
         capacity: int,
         arrays: list[np.ndarray] | None = None,
     ) -> None:
+        """Use or allocate the memory.
+
+        Args:
+            specs: states of the decoder's contract.
+            batch: number of rows.
+            capacity: tokens per row.
+            arrays: memory to use; None allocates zeros.
+        """
         super().__init__(specs, batch, capacity)
         sizes = {"batch": batch, "capacity": capacity}
         self._arrays = arrays if arrays is not None else [spec.allocate(sizes) for spec in specs]
 
     @property
     def arrays(self) -> list[np.ndarray]:
+        """The states ``[batch, Hkv, capacity, Dh]`` themselves."""
         return self._arrays
 
     @property
     def addresses(self) -> list[int]:
+        """Host address of each state."""
         return [array.ctypes.data for array in self.arrays]
 
     def _view(self, start: int, stop: int) -> KVCache:

@@ -1,4 +1,4 @@
-"""The components of a bundle chained: text and images → input embeddings → logits."""
+"""The chain of a bundle's components: text and images → input embeddings → logits."""
 
 from __future__ import annotations
 
@@ -23,23 +23,20 @@ Key = tuple[str, int]  # ("", token id) or (image digest, index of the image tok
 
 
 class PromptImage:
-    """An image of a prompt, decoded; images of one ``digest`` are the same.
-
-    Args:
-        pixels: ``[3, N, N]`` float32, preprocessed.
-    """
+    """A decoded image of a prompt; images with the same ``digest`` are the same image."""
 
     def __init__(self, pixels: np.ndarray) -> None:
+        """Keep the preprocessed pixels ``[3, N, N]`` float32."""
         self.digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         self._pixels: np.ndarray | None = pixels
 
     @property
     def decoded(self) -> bool:
-        """Whether ``decode`` has nothing to do."""
+        """Whether the pixels are in memory."""
         return self._pixels is not None
 
     def decode(self) -> np.ndarray:
-        """The pixels ``[3, N, N]`` float32; any thread may call it.
+        """Return the pixels ``[3, N, N]`` float32; any thread may call this.
 
         Raises:
             UserError: an encoded image is damaged.
@@ -48,34 +45,40 @@ class PromptImage:
         return self._pixels
 
     def release(self) -> None:
-        """Forget what ``decode`` can make again."""
+        """Free pixels that ``decode`` can compute again."""
 
 
 class EncodedImage(PromptImage):
-    """An image of a prompt that stays an encoded file until its pixels are needed, and after that.
+    """An image of a prompt that is kept as an encoded file and decoded only while it is used.
 
-    A prompt that waits takes no more memory than its files: pixels are 12 MB for 1024 px, whatever the file.
+    A waiting prompt takes no more memory than its files: pixels of 1024 px take 12 MB, whatever the
+    size of the file.
     """
 
     def __init__(self, file: bytes, spec: PreprocessSpec) -> None:
+        """Keep the content of an image file and how to preprocess it."""
         self.digest = hashlib.sha256(file).hexdigest()
         self._file, self._spec, self._pixels = file, spec, None
 
     def decode(self) -> np.ndarray:
+        """Decode the file if its pixels are not in memory; see ``PromptImage.decode``."""
         if self._pixels is None:
             self._pixels = preprocess(self._file, self._spec)
         return self._pixels
 
     def release(self) -> None:
+        """Free the pixels; the file is kept."""
         self._pixels = None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt before anything is computed.
+    """A tokenized prompt with its images, before any component has run.
 
-    ``keys`` say what each position of ``tokens`` stands for; ``images`` maps digests to images in the order
-    in which they first appear.
+    Args:
+        tokens: token ids ``[S]``, images expanded.
+        keys: content of each position; equal keys have equal embeddings.
+        images: the images by digest, in the order in which they first appear.
     """
 
     tokens: list[int]
@@ -83,17 +86,21 @@ class Prompt:
     images: dict[str, PromptImage]
 
     def check_fits(self, capacity: int) -> None:
-        """Raise UserError where the prompt is longer than a KV cache."""
+        """Check that the prompt fits into a KV cache.
+
+        Raises:
+            UserError: it has more tokens than ``capacity``.
+        """
         if len(self.keys) > capacity:
             raise UserError(
                 f"The prompt has {len(self.keys)} tokens but the KV cache holds {capacity};"
                 " shorten it or open the bundle with a larger capacity."
             )
 
-    def shared_with(self, keys: Sequence[Key]) -> int:
-        """Length of the beginning that a cache with ``keys`` already holds.
+    def shared_prefix_length(self, keys: Sequence[Key]) -> int:
+        """Return the length of the prefix that a cache with ``keys`` already holds.
 
-        At least one token is left to prefill, since its logits are needed.
+        At least one token is left to prefill, because its logits are needed.
         """
         shared, limit = 0, min(len(keys), len(self.keys) - 1)
         while shared < limit and keys[shared] == self.keys[shared]:
@@ -102,14 +109,7 @@ class Prompt:
 
 
 class Chain:
-    """Vision encoder → adaptor → decoder, with the embeddings of recent images kept.
-
-    Args:
-        prefill_chunk: tokens per decoder call while a prompt is read; bounds the memory.
-        kept_images: image embeddings kept, by content.
-        exact_rows: whether the decoder's logits of several tokens in one call are those of single calls but
-            for float rounding; else no drafts are made.
-    """
+    """Vision encoder → adaptor → decoder, with a cache of image embeddings."""
 
     def __init__(
         self,
@@ -120,77 +120,103 @@ class Chain:
         adaptor: ComponentSession,
         decoder: DecoderSession,
         prefill_chunk: int = PREFILL_CHUNK,
-        kept_images: int = 16,
+        max_cached_images: int = 16,
         exact_rows: bool = True,
     ) -> None:
+        """Chain sessions of one bundle.
+
+        Args:
+            tokenizer: the bundle's tokenizer and prompt settings.
+            preprocessing: how images become pixel values.
+            embedding: the table of token embeddings.
+            vision_encoder: session of the vision encoder.
+            adaptor: session of the adaptor.
+            decoder: session of the decoder.
+            prefill_chunk: tokens per decoder call in prefill; bounds the memory.
+            max_cached_images: number of images whose embeddings are kept, by content.
+            exact_rows: whether logits of a multi-token call equal those of single-token calls
+                except for float rounding; otherwise no drafts are made.
+        """
         self.tokenizer, self.preprocessing, self.embedding = tokenizer, preprocessing, embedding
         self.vision_encoder, self.adaptor, self.decoder = vision_encoder, adaptor, decoder
-        self.prefill_chunk, self.kept_images, self.exact_rows = prefill_chunk, kept_images, exact_rows
+        self.prefill_chunk, self.max_cached_images, self.exact_rows = (
+            prefill_chunk,
+            max_cached_images,
+            exact_rows,
+        )
         self.images_encoded = 0
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._lock = Lock()  # an encoder may run beside the decoder
+        self._lock = Lock()  # an encoder may run in parallel with the decoder
         self._embeds_dtype = np.dtype(decoder.contract.inputs[0].dtype)
 
     def encode_pixels(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """``[B, 3, N, N]`` → the vision features by name.
+        """Encode ``pixels [B, 3, N, N]`` to vision features by name.
 
-        One image at a time: the attention of SAM at 1024 px takes gigabytes for each.
+        Images are encoded one at a time: SAM's attention at 1024 px takes gigabytes per image.
         """
         (spec,) = self.vision_encoder.contract.inputs
-        each = [self.vision_encoder.run({spec.name: one[None].astype(spec.dtype)}) for one in pixels]
-        return {name: np.concatenate([features[name] for features in each]) for name in each[0]}
+        outputs = [self.vision_encoder.run({spec.name: image[None].astype(spec.dtype)}) for image in pixels]
+        return {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
 
     def adapt(self, features: dict[str, np.ndarray]) -> np.ndarray:
-        """Vision features → ``[B, T, D]`` image embeddings."""
+        """Compute image embeddings ``[B, T, D]`` from vision features."""
         output, *_ = self.adaptor.contract.outputs
         return self.adaptor.run(features)[output.name]
 
     def encode_image(self, image: PromptImage) -> np.ndarray:
-        """``[T, D]`` embeddings of an image, computed once per content."""
+        """Return the embeddings ``[T, D]`` of an image, computed once per content."""
         with self._lock:
-            known = self._images.get(image.digest)
-            if known is not None:
+            cached = self._images.get(image.digest)
+            if cached is not None:
                 self._images.move_to_end(image.digest)
-                return known
+                return cached
         embeds: np.ndarray = self.adapt(self.encode_pixels(image.decode()[None]))[0]
         image.release()
         with self._lock:
             self.images_encoded += 1
             self._images[image.digest] = embeds
-            if len(self._images) > self.kept_images:
+            if len(self._images) > self.max_cached_images:
                 self._images.popitem(last=False)
         return embeds
 
     def is_encoded(self, image: PromptImage) -> bool:
-        """Whether the embeddings of an image are kept, so that it is not decoded again."""
+        """Whether the embeddings of an image are cached, so that it is not decoded again."""
         return image.digest in self._images
 
-    def placed_images(self, prompt: Prompt, start: int) -> list[PromptImage]:
-        """Images that have a place from ``start`` on, in the order in which ``embed_stepwise`` takes them."""
+    def images_from(self, prompt: Prompt, start: int) -> list[PromptImage]:
+        """Return the images at or after position ``start``, in the order of ``embed_stepwise``."""
         placed = {digest for digest, _ in prompt.keys[start:]}
         return [image for digest, image in prompt.images.items() if digest in placed]
 
     def embed_tokens(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """``[..., D]`` embeddings of text tokens."""
+        """Return the embeddings ``[..., D]`` of text tokens ``[...]``."""
         return self.embedding.lookup(np.asarray(tokens, dtype=np.int64), self._embeds_dtype)
 
     def merge(self, tokens: np.ndarray, image_embeds: np.ndarray) -> np.ndarray:
-        """``[S, D]``: tokens ``[S]`` with the image tokens replaced, in order, by ``[n, T, D]``."""
+        """Embed tokens, with image tokens replaced by image embeddings.
+
+        Args:
+            tokens: ids ``[S]``, images expanded.
+            image_embeds: ``[n, T, D]``, in the order of the images.
+
+        Returns:
+            ``[S, D]``.
+        """
         embeds = self.embed_tokens(tokens)
         places = tokens == self.tokenizer.spec.image_token_id
         embeds[places] = image_embeds.reshape(-1, embeds.shape[1])
         return embeds
 
     def prepare(self, text: str, images: Sequence[ImageSource | PromptImage]) -> Prompt:
-        """Tokenize and preprocess; no session is used, so that any thread may do it.
+        """Tokenize a prompt and preprocess its images; uses no session, so any thread may call it.
 
         Raises:
-            UserError: placeholders and images do not match, or an image cannot be read.
+            UserError: placeholders and images do not match, or an image is not readable.
         """
         return self.prepare_tokens(self.tokenizer.encode(text), images)
 
     def prepare_tokens(self, ids: Sequence[int], images: Sequence[ImageSource | PromptImage]) -> Prompt:
-        """As ``prepare``, of a prompt that is tokenized already."""
+        """Preprocess the images of a prompt that is already tokenized; see ``prepare``."""
         spec = self.tokenizer.spec
         tokens = expand_images(ids, spec, len(images))
         keys: list[Key] = [("", int(token)) for token in tokens]
@@ -207,32 +233,41 @@ class Chain:
         return Prompt(tokens.tolist(), keys, prepared)
 
     def embed(self, prompt: Prompt, start: int = 0) -> np.ndarray:
-        """Embeddings ``[S - start, D]`` of a prompt's positions from ``start`` on."""
+        """Return the embeddings ``[S - start, D]`` of a prompt's positions from ``start`` on."""
         *_, embeds = self.embed_stepwise(prompt, start)
         return embeds
 
     def embed_stepwise(self, prompt: Prompt, start: int) -> Iterator[np.ndarray]:
-        """As ``embed``, stopping after each image; what is yielded last is complete.
+        """Compute ``embed`` image by image; only images at or after ``start`` are encoded.
 
-        Only images that have a place behind ``start`` are encoded.
+        Yields:
+            the embeddings ``[S - start, D]`` so far; the last ones are complete.
         """
         places: dict[str, list[int]] = {}
         for place, (digest, _) in enumerate(prompt.keys[start:]):
             places.setdefault(digest, []).append(place)
         embeds = self.embed_tokens(prompt.tokens[start:])
         yield embeds
-        for image in self.placed_images(prompt, start):
-            here = places[image.digest]
-            indices = [prompt.keys[start + place][1] for place in here]
-            embeds[here] = self.encode_image(image)[indices]
+        for image in self.images_from(prompt, start):
+            image_places = places[image.digest]
+            indices = [prompt.keys[start + place][1] for place in image_places]
+            embeds[image_places] = self.encode_image(image)[indices]
             yield embeds
 
     def embed_prompt(self, text: str, images: Sequence[ImageSource]) -> np.ndarray:
-        """``prepare`` and ``embed``: ``[S, D]``."""
+        """Prepare and embed a prompt: ``[S, D]``."""
         return self.embed(self.prepare(text, images))
 
     def prefill(self, embeds: np.ndarray, cache: KVCache) -> np.ndarray:
-        """Read ``[S, D]`` into a one-row cache, in chunks; logits ``[V]`` after the last token."""
+        """Prefill a one-row cache in chunks.
+
+        Args:
+            embeds: ``[S, D]``, appended to the cache.
+            cache: a cache of one row.
+
+        Returns:
+            logits ``[V]`` of the last token.
+        """
         logits = np.empty(0)
         for start in range(0, len(embeds), self.prefill_chunk):
             chunk = embeds[None, start : start + self.prefill_chunk]
@@ -240,6 +275,6 @@ class Chain:
         return logits
 
     def decode(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
-        """``tokens [B, S]`` behind what the cache holds → the logits after each, ``[B, S, V]``."""
+        """Append ``tokens [B, S]`` to the cache and return their logits ``[B, S, V]``."""
         embeds = self.embed_tokens(tokens)  # [B, S, D]
         return self.decoder.decode(embeds, np.arange(embeds.shape[1]), cache)

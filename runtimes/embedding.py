@@ -1,4 +1,4 @@
-"""The token embeddings: one memory-mapped table for all backends."""
+"""The token embedding: one memory-mapped table for all backends."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ import numpy as np
 from runtimes.bundle.files import parse_json
 from runtimes.errors import UserError
 
-MAX_HEADER = 1 << 20  # bytes; it describes one tensor
+MAX_HEADER = 1 << 20  # bytes; the header describes one tensor
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 class TokenEmbedding:
     """Rows ``[V, D]`` of a safetensors file with the single tensor ``token_embedding``.
 
-    Only rows that are asked for are read; bfloat16 is widened on the way.
+    Only the rows of a lookup are read from the file; bfloat16 is widened to float32.
     """
 
     def __init__(self, file: Path) -> None:
+        """Map the file.
+
+        Raises:
+            UserError: the file is not readable as a token embedding.
+        """
         try:
             with file.open("rb") as handle:
                 header_bytes = int.from_bytes(handle.read(8), "little")
@@ -35,10 +40,12 @@ class TokenEmbedding:
                 raise ValueError(f"it is too short for the shape {shape}")
             self.rows = np.memmap(file, dtype, "r", begin, shape)
         except (OSError, ValueError, KeyError, TypeError, OverflowError, UserError) as error:
-            raise UserError(f"The token embedding {file} cannot be read ({error}).") from error
+            raise UserError(
+                f"The token embedding {file} is not readable ({error}); export the bundle again."
+            ) from error
 
     def lookup(self, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """``[...]`` ids → ``[..., D]``."""
+        """Look up the embeddings ``[..., D]`` of token ids ``[...]``, as ``dtype``."""
         rows = np.asarray(self.rows[ids])
         if self.dtype == "BF16":
             rows = (rows.astype(np.uint32) << 16).view(np.float32)

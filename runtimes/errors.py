@@ -1,10 +1,10 @@
-"""The one error type that reaches a user as a sentence."""
+"""Errors that reach a user as a message without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that says what was wrong and what to do.
+    """An error that the user can fix; its message says what is wrong and what to do.
 
     The command line prints it without a traceback and exits with ``exit_code``.
     """
@@ -12,12 +12,12 @@ class UserError(Exception):
     exit_code = 2
 
 
-class OverflowVerdict(UserError):
-    """A precision cannot hold a checkpoint's numbers: a verdict on it, like a failed parity check."""
+class PrecisionOverflowError(UserError):
+    """A precision cannot represent a checkpoint's numbers; exits with 1, like a failed check."""
 
     exit_code = 1
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says first, to be put into a sentence; its type where it says nothing."""
+    """Return the first line of a library's error for use in a message; its type if it is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,7 +1,8 @@
-"""Repositories of the Hugging Face hub, named ``ORG/NAME`` or ``ORG/NAME@REVISION`` (``huggingface_hub``).
+"""Repositories of the Hugging Face hub, named ``ORG/NAME`` or ``ORG/NAME@REVISION``.
 
-Files are kept in the hub's cache (``HF_HOME``). An interrupted download resumes, ``HF_TOKEN`` opens private
-and gated repositories, and with ``HF_HUB_OFFLINE=1`` only the cache is read.
+``huggingface_hub`` keeps files in its cache (``HF_HOME``). An interrupted download resumes.
+``HF_TOKEN`` gives access to private and gated repositories. With ``HF_HUB_OFFLINE=1`` only the cache
+is read.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class HubId:
         return cls(match["repository"], match["revision"]) if match else None
 
     def __str__(self) -> str:
+        """Return the form that ``parse`` reads."""
         return f"{self.repository}@{self.revision}" if self.revision else self.repository
 
 
@@ -45,14 +47,17 @@ class Snapshot:
 
 
 def download(hub_id: HubId, allow: Sequence[str] = ("*",), ignore: Sequence[str] = ()) -> Snapshot:
-    """Bring the files of a repository into the hub's cache, with progress bars on stderr.
+    """Download the files of a repository into the hub's cache, with progress bars on stderr.
 
     Args:
-        allow, ignore: patterns of file names, as in ``fnmatch``.
+        hub_id: the repository and revision.
+        allow: patterns of the files to download, as in ``fnmatch``.
+        ignore: patterns of files to leave out.
 
     Raises:
-        UserError: ``huggingface_hub`` is not installed, there is no such repository or revision or no access
-            to it, the hub cannot be reached and the files are not in the cache, or the disk is full.
+        UserError: ``huggingface_hub`` is not installed, there is no such repository or revision or
+            no access to it, the hub cannot be reached and the files are not in the cache, or the
+            disk is full.
     """
     with hub_errors(hub_id):
         from huggingface_hub import snapshot_download

@@ -1,4 +1,4 @@
-"""Images from files, requests and other people's programs: which are read, and what is made of them."""
+"""Loading of images: accepted formats, orientation, and conversion to 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from runtimes.errors import UserError, first_line
 
 ImageSource = Union[str, Path, bytes, Image.Image, np.ndarray]
-# Pillow reads others, some of which start programs (EPS runs Ghostscript).
+# Pillow reads more formats, some of which start programs (EPS runs Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-PLUGIN_FORMATS = ("AVIF", "HEIF")  # where Pillow was built with them, or a plug-in is registered
+PLUGIN_FORMATS = ("AVIF", "HEIF")  # if Pillow was built with them, or a plug-in is registered
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-DARK = 15  # of 255: the brightest pixel of 12-bit values in a 16-bit file
-_TURNS: dict[Any, Image.Transpose] = {  # orientation → turn
+MAX_DARK_VALUE = 15  # of 255: the brightest pixel of 12-bit values in a 16-bit file
+_TURNS: dict[Any, Image.Transpose] = {  # EXIF orientation → transposition
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -30,7 +30,7 @@ _TURNS: dict[Any, Image.Transpose] = {  # orientation → turn
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow raises at damaged tags, which then say nothing.
+# Exceptions of Pillow for damaged tags, which are then ignored.
 _BAD_TAGS = (
     OSError,
     SyntaxError,
@@ -44,23 +44,28 @@ _BAD_TAGS = (
 
 
 class ImageWarning(UserWarning):
-    """An image was read, but the model hardly sees what its author meant."""
+    """An image was loaded, but probably does not look as intended to the model."""
 
 
 def load_image(source: ImageSource, on_white: bool = False) -> Image.Image:
-    """An upright 8-bit RGB image from a file, bytes, a Pillow image or an ``[H, W, 3]`` uint8 array.
+    """Load an upright 8-bit RGB image.
 
-    The EXIF orientation is applied, and no other tag is read; 16-bit values are scaled to 8 bits; alpha is
-    dropped, as in the original, or the image is put on white; of several frames, the first is taken.
+    The EXIF orientation is applied, and no other tag is read. 16-bit values are scaled to 8 bits.
+    The alpha channel is dropped, as in the original, or the image is composed on white. Of several
+    frames, the first is used.
+
+    Args:
+        source: a file, its bytes, a Pillow image, or an ``[H, W, 3]`` uint8 array.
+        on_white: whether a transparent image is composed on white.
 
     Warns:
-        ImageWarning: the file has 16 bits per channel but uses less than 12 of them, so it comes out dark.
+        ImageWarning: the file has 16 bits per channel but uses at most 12 of them, so it is dark.
 
     Raises:
-        UserError: it is no image of ``FORMATS``, is damaged, or has more than ``Image.MAX_IMAGE_PIXELS``
-            pixels, which its header says before anything is decoded.
+        UserError: it is not an image in ``FORMATS``, is damaged, or has more than
+            ``Image.MAX_IMAGE_PIXELS`` pixels according to its header.
     """
-    name = str(source) if isinstance(source, (str, Path)) else "the given image"
+    name = str(source) if isinstance(source, (str, Path)) else "the image"
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise UserError(f"An image array must be uint8[H, W, 3], got {source.dtype}{list(source.shape)}.")
@@ -74,15 +79,15 @@ def load_image(source: ImageSource, on_white: bool = False) -> Image.Image:
     except UserError:
         raise
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"There is no image file {name}.") from error
+        raise UserError(f"The image file {name} does not exist.") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise _too_large(name) from error
-    except Exception as error:  # Pillow's decoders and plug-ins raise whatever they meet
+    except Exception as error:  # Pillow's decoders and plug-ins raise exceptions of any type
         raise UserError(f"{name} cannot be decoded: {first_line(error)}.") from error
 
 
 def _open(source: str | Path | bytes, name: str) -> Image.Image:
-    """The image with its header read."""
+    """Open an image and read its header."""
     try:
         return _open_registered(source)
     except UnidentifiedImageError as error:
@@ -101,8 +106,7 @@ def _open(source: str | Path | bytes, name: str) -> Image.Image:
             raise UserError(
                 f"{name} is a HEIC image, which needs pillow-heif; run: pip install pillow-heif."
             ) from error
-        known = ", ".join(FORMATS)
-        raise UserError(f"{name} is not a readable image; it may be {known}, AVIF or HEIC.") from error
+        raise UserError(f"{name} is not a readable image; use {', '.join(FORMATS)}, AVIF or HEIC.") from error
 
 
 def _open_registered(source: str | Path | bytes) -> Image.Image:
@@ -117,7 +121,7 @@ def _head(file: Path) -> bytes:
 
 
 def _check_size(width: int, height: int, name: str) -> None:
-    """Raise UserError where an image has more pixels than Pillow's limit, which may be None."""
+    """Raise UserError if an image has more pixels than Pillow's limit, which may be None."""
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise _too_large(name)
 
@@ -137,10 +141,10 @@ def _upright_rgb(image: Image.Image, name: str, on_white: bool) -> Image.Image:
     if turn is not None:
         image = image.transpose(turn)
     image = _to_rgb(image, on_white)
-    if wide and np.asarray(image).max() <= DARK:
+    if wide and np.asarray(image).max() <= MAX_DARK_VALUE:
         warnings.warn(
-            f"{name} has 16 bits per channel but uses the lowest 12 or fewer, so the model sees a dark"
-            " picture; scale its values to 0 to 65535.",
+            f"{name} has 16 bits per channel but uses only the lowest 12 or fewer, so the model sees a"
+            " dark picture; scale its values to 0 to 65535.",
             ImageWarning,
             stacklevel=3,
         )
@@ -148,7 +152,7 @@ def _upright_rgb(image: Image.Image, name: str, on_white: bool) -> Image.Image:
 
 
 def _stores_sixteen_bits(image: Image.Image) -> bool:
-    """Whether Pillow takes the upper half of 16-bit values; asked before it has loaded the image."""
+    """Whether Pillow keeps the upper byte of 16-bit values; call this before ``image.load``."""
     raw_modes = [
         part
         for tile in getattr(image, "tile", [])
@@ -159,9 +163,9 @@ def _stores_sixteen_bits(image: Image.Image) -> bool:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What the EXIF orientation asks for; nothing where there is none that can be read.
+    """Return the transposition for the EXIF orientation; None if there is no readable orientation.
 
-    Pillow's ``exif_transpose`` writes all other tags again, which fails for many that cameras wrote.
+    Pillow's ``exif_transpose`` rewrites all other tags, which fails for tags of many cameras.
     """
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -174,10 +178,10 @@ def _to_rgb(image: Image.Image, on_white: bool) -> Image.Image:
         values = np.asarray(image).astype(np.uint16)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no defined white; convert it to 8 or 16 bits")
+        raise ValueError("32-bit pixels have no defined white level; convert it to 8 or 16 bits")
     if on_white and image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # Pillow warns of the direct way, which gives the same colours
+        image = image.convert("RGBA")  # same colors; Pillow warns of a direct conversion
     return image.convert("RGB")

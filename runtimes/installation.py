@@ -1,12 +1,12 @@
-"""What to install for a module that is missing: the smallest package that helps, right for the machine."""
+"""The install command for a missing module: the smallest package that has it, for this machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 JETSON = Path("/etc/nv_tegra_release")  # a file of JetPack
-# Top-level module of an extra → arguments of ``pip install``: an extra where its bounds matter or several
-# packages are needed together. A failed import of any other module is a defect of ours.
+# Top-level module of an extra → arguments of ``pip install``: an extra where its bounds matter or
+# several packages are needed together. A failed import of any other module is an internal error.
 PACKAGES = {
     "coreai": "'coreai-core>=1.0.0b3'",
     "coreai_torch": "'dsvl-export[coreai]'",
@@ -23,11 +23,12 @@ PACKAGES = {
     "ray": "'dsvl-export[ray]'",
     "tensorrt": "'dsvl-export[tensorrt]'",
     "tensorrt_rtx": "'dsvl-export[tensorrt-rtx]'",
+    "threadpoolctl": "'threadpoolctl>=3.5'",
     "torch": "'dsvl-export[export]'",
     "torchao": "torchao",
     "uvicorn": "'dsvl-export[serve]'",
 }
-# What JetPack has, or has in one version alone.
+# Modules that JetPack contains, or of which it supports one version.
 ON_JETSON = {
     "cuda": "pip install 'cuda-python==12.6.*' (JetPack 6), or 'cuda-python==13.*' (JetPack 7)",
     "tensorrt": "python3 -m venv --system-site-packages ENVIRONMENT, for JetPack's own",
@@ -40,7 +41,11 @@ def on_jetson() -> bool:
 
 
 def install_command(module: str) -> str:
-    """The command that brings a module, by its dotted name; an unknown one is taken for its own package."""
+    """Return the command that installs a module.
+
+    Args:
+        module: Dotted name; one that is not in ``PACKAGES`` counts as the name of its package.
+    """
     top = module.partition(".")[0]
     if top in ON_JETSON and on_jetson():
         return ON_JETSON[top]

@@ -1,4 +1,4 @@
-"""Image preprocessing, equal to the original's arithmetic (``VLMImageProcessor``), in numpy and Pillow."""
+"""Image preprocessing with the arithmetic of the original ``VLMImageProcessor``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from runtimes.images import ImageSource, load_image
 
-# Pillow's filters by the numbers that ``resample`` has in processors' files.
+# Pillow's filters, indexed by the number of ``resample`` in a processor config.
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
@@ -20,15 +20,17 @@ class PreprocessSpec:
     """Constants of the preprocessing.
 
     Args:
-        image_size: side of the square output, pixels.
-        min_size: lower bound of either side after resizing, pixels.
-        mean, std: per channel, of RGB in [0, 1].
+        image_size: side of the square output, in pixels.
+        min_size: lower bound of either side after resizing, in pixels.
+        mean: mean per RGB channel, of values in [0, 1].
+        std: standard deviation per RGB channel, of values in [0, 1].
         background: RGB of the padding, ``int(mean * 255)`` or 127.
-        rescale_factor: multiplies 0..255 values.
-        do_normalize: whether ``(x - mean) / std`` is part of the preprocessing (it is inside the
-            vision encoder of the hybrid model).
+        rescale_factor: factor of the values 0 to 255.
+        do_normalize: whether ``(x - mean) / std`` is part of the preprocessing (in the hybrid model
+            it is part of the vision encoder).
         resample: Pillow's filter for resizing, one of ``RESAMPLING``.
-        on_white: whether transparent images are put on white; else their alpha channel is dropped.
+        on_white: whether transparent images are composed on white; otherwise their alpha channel
+            is dropped.
     """
 
     image_size: int
@@ -43,13 +45,17 @@ class PreprocessSpec:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> PreprocessSpec:
-        """Of the object in a manifest, which its schema has checked."""
+        """Read the object of a manifest, which its schema has validated."""
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items()}
         return cls(**values)
 
 
 def resize_and_pad(image: Image.Image, spec: PreprocessSpec) -> np.ndarray:
-    """``[N, N, 3]`` uint8: longest side to N by the filter with antialias, centred on the background."""
+    """Resize the longest side to N with antialiasing and center the image on the background.
+
+    Returns:
+        ``[N, N, 3]`` uint8.
+    """
     width, height = image.size
     longest = max(width, height)
     new_height = max(int(height / longest * spec.image_size), spec.min_size)
@@ -64,7 +70,11 @@ def resize_and_pad(image: Image.Image, spec: PreprocessSpec) -> np.ndarray:
 
 
 def to_pixel_values(square: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
-    """``[N, N, 3]`` uint8 → ``[3, N, N]`` float32, rescaled and, where the spec says so, normalised."""
+    """Rescale a square ``[N, N, 3]`` uint8 and, if the spec says so, normalize it.
+
+    Returns:
+        ``[3, N, N]`` float32.
+    """
     pixels = (square.astype(np.float64) * spec.rescale_factor).astype(np.float32)
     if spec.do_normalize:
         mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
@@ -73,5 +83,9 @@ def to_pixel_values(square: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
 
 
 def preprocess(source: ImageSource, spec: PreprocessSpec) -> np.ndarray:
-    """``[3, N, N]`` float32 pixel values of any image; see ``load_image`` for what is accepted."""
+    """Load an image and compute its pixel values ``[3, N, N]`` float32.
+
+    Raises:
+        UserError: the image is not readable; see ``load_image``.
+    """
     return to_pixel_values(resize_and_pad(load_image(source, spec.on_white), spec), spec)

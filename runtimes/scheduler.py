@@ -1,4 +1,4 @@
-"""Several conversations on one model: a fixed pool of KV cache rows, decoded together step by step."""
+"""Continuous batching: conversations share a fixed pool of KV cache rows and decode together."""
 
 from __future__ import annotations
 
@@ -17,32 +17,38 @@ import numpy as np
 
 from runtimes.chain import Chain, Key, Prompt
 from runtimes.errors import UserError
-from runtimes.generation.decoding import Answer, Decoding, decode_step
+from runtimes.generation.decoding import Answer, SpeculativeSequence, decode_step
 from runtimes.generation.sampling import GenerationOptions, TokenLogprobs
 
-CHUNK = 128  # tokens of a prompt that are read between two steps of the others
-SWEEP_SECONDS = 0.2  # between two looks for late requests while nothing else is to be done
-WORTH_COPYING = 64  # tokens; a shorter beginning is computed again
+CHUNK = 128  # tokens of a prompt that are prefilled between two decode steps of the others
+SWEEP_SECONDS = 0.2  # between two checks of deadlines while only images are encoded
+MIN_COPY_TOKENS = 64  # a shorter prefix is computed again instead of copied
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
 class BusyError(UserError):
-    """There is no room for another request now."""
+    """The queue is full; no other request is accepted now."""
 
 
 class ClosedError(UserError):
-    """No more requests are taken."""
+    """The scheduler is closing; no more requests are accepted."""
 
 
-class LateError(UserError):
-    """A request's time was over before its answer was complete."""
+class DeadlineError(UserError):
+    """A request reached its deadline before its answer was complete."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step added to an answer; ``answer`` is there once it is complete."""
+    """One step of an answer.
+
+    Args:
+        text: the new text.
+        logprobs: entries of the new tokens, if requested.
+        answer: the complete answer, in the last step only.
+    """
 
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -53,7 +59,7 @@ Deliver = Callable[[Union[Step, Exception]], None]
 
 
 class Job:
-    """One request. ``cancel`` may be called from any thread; nothing is delivered after it took effect."""
+    """One request, from submission to its last step."""
 
     def __init__(
         self,
@@ -63,42 +69,37 @@ class Job:
         seconds: float | None,
         every_step: bool,
     ) -> None:
+        """Create a job; see ``Scheduler.submit`` for the arguments."""
         self.prompt, self.options, self.deliver, self.every_step = prompt, options, deliver, every_step
         self.started = perf_counter()
         self.deadline = None if seconds is None else self.started + seconds
         self.cancelled = False
         self.row = -1
-        self.reading: Iterator[None] | None = None
-        self.encoding: Future[Any] | None = None  # of an image that the second thread decodes or encodes
-        self.decoding: Decoding | None = None  # once the prompt is read
+        self.prefill: Iterator[None] | None = None
+        self.encoding: Future[Any] | None = None  # an image in the second thread
+        self.sequence: SpeculativeSequence | None = None  # after prefill
 
     @property
-    def encodes(self) -> bool:
+    def is_encoding(self) -> bool:
         """Whether an image is being decoded or encoded in the second thread."""
         return self.encoding is not None and not self.encoding.done()
 
     def cancel(self) -> None:
+        """Cancel the request; any thread may call this.
+
+        Nothing is delivered after the cancellation took effect.
+        """
         self.cancelled = True
 
 
 class Scheduler:
-    """Answers requests in the order in which they come, as many at once as the pool has rows.
+    """Answers requests in the order of their arrival, as many at once as there are rows.
 
-    A thread of its own runs the sessions. In turns it decodes one token of every answer, in one call, and
-    does one piece of reading (an image, or some tokens of a prompt) for one of the prompts that have a row.
-    So a late request does not wait for a long one, and a long prompt does not stop the others. A second
-    thread decodes image files and, if ``concurrent``, encodes the images. A row that is free keeps what it
-    holds: a prompt that begins so reads only the rest, also in another row.
-
-    Args:
-        capacity: tokens of each row.
-        slots: rows, the answers written at once.
-        queue: requests that may wait for a row.
-        chunk: tokens of a prompt that are read between two steps of the others.
-        concurrent: whether the encoder may run beside the decoder, in a second thread.
-
-    Raises:
-        UserError: the decoder takes fewer sequences together than there are slots.
+    A thread runs the sessions. It alternates between one decode step of all answers, in one call,
+    and one piece of prefill (an image, or some tokens of a prompt) of one request. So a new request
+    does not wait for a long answer, and a long prompt does not stop the other answers. A second
+    thread decodes image files and, if ``concurrent``, encodes the images. A free row keeps its
+    content: a prompt with the same prefix prefills only the rest, also in another row.
     """
 
     def __init__(
@@ -110,14 +111,28 @@ class Scheduler:
         chunk: int = CHUNK,
         concurrent: bool = False,
     ) -> None:
+        """Allocate the rows and start the threads.
+
+        Args:
+            chain: the components.
+            capacity: tokens per row.
+            slots: number of rows, which is the number of answers that are decoded together.
+            queue: number of requests that may wait for a row.
+            chunk: tokens of a prompt that are prefilled between two decode steps of the others.
+            concurrent: whether the vision encoder may run in parallel with the decoder, in a
+                second thread.
+
+        Raises:
+            UserError: the decoder supports fewer rows than ``slots``.
+        """
         self.chain, self.capacity, self.slots, self.queue, self.chunk = chain, capacity, slots, queue, chunk
         self._vision, self._concurrent = ThreadPoolExecutor(1, "vision"), concurrent
         self._cache = chain.decoder.new_cache(slots, capacity)
-        self._keys: list[list[Key]] = [[] for _ in range(slots)]  # what each row holds
-        self._used = [0.0] * slots  # when each row was last left
+        self._keys: list[list[Key]] = [[] for _ in range(slots)]  # content of each row, by position
+        self._used = [0.0] * slots  # when each row was last freed
         self._waiting: deque[Job] = deque()
         self._jobs: dict[int, Job] = {}  # by row
-        self._readers: deque[Job] = deque()
+        self._prefilling: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -125,12 +140,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Requests without a row."""
+        """Number of requests that wait for a row."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Requests with a row."""
+        """Number of requests that have a row."""
         return len(self._jobs)
 
     def submit(
@@ -144,10 +159,15 @@ class Scheduler:
         """Queue a request.
 
         Args:
-            deliver: called in the scheduler's thread with each ``Step``, or with the error that ends the
-                request; it must not block.
-            seconds: after which the request is given up, counted from now.
-            every_step: False delivers the last one alone.
+            prompt: the prepared prompt.
+            options: how to generate.
+            deliver: called in the scheduler's thread with each ``Step``, or with the error that
+                ends the request; it must not block.
+            seconds: time until the deadline of the request; None is no deadline.
+            every_step: whether to deliver every step, or only the last one.
+
+        Returns:
+            the job, which can be cancelled.
 
         Raises:
             UserError: the prompt exceeds the capacity.
@@ -158,7 +178,7 @@ class Scheduler:
         job = Job(prompt, options, deliver, seconds, every_step)
         with self._changed:
             if self._closing:
-                raise ClosedError("The server is stopping; it takes no more requests.")
+                raise ClosedError("The server is stopping and accepts no more requests.")
             if len(self._waiting) + len(self._jobs) >= self.slots + self.queue:
                 raise BusyError(
                     f"{self.slots} requests are being answered and {self.queue} are waiting;"
@@ -169,16 +189,19 @@ class Scheduler:
         return job
 
     def stream(self, prompt: Prompt, options: GenerationOptions) -> Iterator[Step]:
-        """A request's steps, as they come; leaving early cancels it.
+        """Submit a request and stream its steps; closing the generator early cancels it.
+
+        Yields:
+            the steps of the answer.
 
         Raises:
-            UserError: as ``submit``, and what ends the request.
+            UserError: see ``submit``; also the error that ends the request.
         """
-        found: SimpleQueue[Step | Exception] = SimpleQueue()
-        job = self.submit(prompt, options, found.put)
+        steps: SimpleQueue[Step | Exception] = SimpleQueue()
+        job = self.submit(prompt, options, steps.put)
         try:
             while True:
-                step = found.get()
+                step = steps.get()
                 if isinstance(step, Exception):
                     raise step
                 yield step
@@ -188,7 +211,7 @@ class Scheduler:
             job.cancel()
 
     def close(self) -> None:
-        """Finish what is running and waiting, and end the thread."""
+        """Finish all running and waiting requests and end the threads."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -207,16 +230,16 @@ class Scheduler:
                 if not (self._waiting or self._jobs):
                     return
             try:
-                self._sweep()
+                self._drop_expired()
                 self._admit()
-                self._read()
-                self._write()
-            except Exception as error:  # a fault of ours must not leave every client waiting
+                self._prefill_one()
+                self._decode_all()
+            except Exception as error:  # a defect here must not leave clients waiting forever
                 log.exception("The scheduler failed")
                 for job in [*self._jobs.values(), *self._take_waiting()]:
                     self._end(job, error)
             with self._changed:
-                if self._jobs and all(job.encodes for job in self._jobs.values()):
+                if self._jobs and all(job.is_encoding for job in self._jobs.values()):
                     self._changed.wait(SWEEP_SECONDS)
 
     def _take_waiting(self) -> list[Job]:
@@ -224,8 +247,8 @@ class Scheduler:
             jobs, self._waiting = list(self._waiting), deque()
         return jobs
 
-    def _sweep(self) -> None:
-        """Drop requests that were given up or are late."""
+    def _drop_expired(self) -> None:
+        """End requests that were cancelled or have reached their deadline."""
         now = perf_counter()
         with self._changed:
             jobs = [*self._jobs.values(), *self._waiting]
@@ -234,42 +257,42 @@ class Scheduler:
                 self._end(job)
             elif job.deadline is not None and now > job.deadline:
                 spent = now - job.started
-                self._end(job, LateError(f"The answer was not complete after {spent:.0f} seconds."))
+                self._end(job, DeadlineError(f"The answer was not complete after {spent:.0f} seconds."))
 
     def _admit(self) -> None:
-        """Give rows to the requests that have waited longest."""
+        """Assign free rows to the requests that have waited longest."""
         while len(self._jobs) < self.slots:
             with self._changed:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
-            job.row = self._place(job.prompt)
+            job.row = self._assign_row(job.prompt)
             self._jobs[job.row] = job
-            job.reading = self._reading(job)
-            self._readers.append(job)
+            job.prefill = self._prefill(job)
+            self._prefilling.append(job)
 
-    def _place(self, prompt: Prompt) -> int:
-        """A free row that holds, or is given, as much of the prompt's beginning as any row does."""
-        shared = [prompt.shared_with(keys) for keys in self._keys]
+    def _assign_row(self, prompt: Prompt) -> int:
+        """Return a free row that holds the longest prefix of the prompt that any row has."""
+        shared = [prompt.shared_prefix_length(keys) for keys in self._keys]
         lost = [len(keys) - count for keys, count in zip(self._keys, shared, strict=True)]
         free = [row for row in range(self.slots) if row not in self._jobs]
         best = max(range(self.slots), key=shared.__getitem__)
         row = min(free, key=self._used.__getitem__)
         if best in free and lost[best] <= lost[row]:
-            row = best  # what another conversation could go on with stays
-        elif shared[best] >= shared[row] + WORTH_COPYING:
+            row = best  # keeps what other conversations could continue
+        elif shared[best] >= shared[row] + MIN_COPY_TOKENS:
             self._cache.copy_prefix(best, row, shared[best])
             shared[row] = shared[best]
         self._keys[row] = prompt.keys[: shared[row]]
         self._cache.lengths[row] = shared[row]
         return row
 
-    def _reading(self, job: Job) -> Iterator[None]:
-        """Read a prompt piece by piece."""
+    def _prefill(self, job: Job) -> Iterator[None]:
+        """Prefill a prompt piece by piece, and sample the first token."""
         row, keys = self._cache.row(job.row), job.prompt.keys
         reused = row.length
-        embeds = yield from self._embedding(job, reused)
-        job.prompt = replace(job.prompt, images={})  # they are not needed any more
+        embeds = yield from self._embed(job, reused)
+        job.prompt = replace(job.prompt, images={})  # frees their memory
         while True:
             start = row.length - reused
             part = embeds[None, start : start + self._chunk()]
@@ -278,91 +301,91 @@ class Scheduler:
             if row.length == len(keys):
                 break
             yield
-        job.decoding = Decoding(self.chain, job.prompt.tokens, job.options, job.started)
-        job.decoding.writer.answer.reused_tokens = reused
-        self._take(job, logits)
+        job.sequence = SpeculativeSequence(self.chain, job.prompt.tokens, job.options, job.started)
+        job.sequence.answer.reused_tokens = reused
+        self._accept_logits(job, logits)
 
-    def _embedding(self, job: Job, start: int) -> Generator[None, None, np.ndarray]:
-        """Decode and encode a prompt's images, one at a time; embeddings from ``start`` on."""
+    def _embed(self, job: Job, start: int) -> Generator[None, None, np.ndarray]:
+        """Encode a prompt's images one at a time; return the embeddings from ``start`` on."""
         steps = self.chain.embed_stepwise(job.prompt, start)
         embeds = next(steps)
-        for image in self.chain.placed_images(job.prompt, start):
+        for image in self.chain.images_from(job.prompt, start):
             if self._concurrent and not self.chain.is_encoded(image):
-                embeds = yield from self._aside(job, partial(next, steps))
+                embeds = yield from self._run_aside(job, partial(next, steps))
             else:
                 if not (image.decoded or self.chain.is_encoded(image)):
-                    yield from self._aside(job, image.decode)
+                    yield from self._run_aside(job, image.decode)
                 embeds = next(steps)
             yield
         return embeds
 
-    def _aside(self, job: Job, work: Callable[[], Result]) -> Generator[None, None, Result]:
-        """Run one piece of reading in the second thread; the others' answers go on."""
-        job.encoding = self._vision.submit(work)
+    def _run_aside(self, job: Job, task: Callable[[], Result]) -> Generator[None, None, Result]:
+        """Run a task of prefill in the second thread while the other answers continue."""
+        job.encoding = self._vision.submit(task)
         job.encoding.add_done_callback(self._wake)
         yield
-        found: Result = job.encoding.result()
-        return found
+        result: Result = job.encoding.result()
+        return result
 
     def _chunk(self) -> int:
-        """Tokens to read at once: fewer while somebody's answer waits for it."""
-        most = self.chain.prefill_chunk
-        return min(self.chunk, most) if any(job.decoding for job in self._jobs.values()) else most
+        """Tokens of one piece of prefill: fewer while other answers wait for it."""
+        chunk = self.chain.prefill_chunk
+        return min(self.chunk, chunk) if any(job.sequence for job in self._jobs.values()) else chunk
 
-    def _read(self) -> None:
-        """One piece of one prompt; prompts take turns, but for those whose image is being encoded."""
-        self._readers = deque(job for job in self._readers if self._jobs.get(job.row) is job)
-        job = next((job for job in self._readers if not job.encodes), None)
+    def _prefill_one(self) -> None:
+        """Run one piece of prefill; prompts take turns unless their image is being encoded."""
+        self._prefilling = deque(job for job in self._prefilling if self._jobs.get(job.row) is job)
+        job = next((job for job in self._prefilling if not job.is_encoding), None)
         if job is None:
             return
-        assert job.reading
-        self._readers.remove(job)
+        assert job.prefill
+        self._prefilling.remove(job)
         try:
-            next(job.reading)
-            self._readers.append(job)
+            next(job.prefill)
+            self._prefilling.append(job)
         except StopIteration:
             pass
-        except Exception as error:  # of a session: this request's alone
+        except Exception as error:  # of a session; it ends only this request
             self._end(job, error)
 
-    def _write(self) -> None:
-        """One step of every answer."""
-        jobs = {row: job for row, job in sorted(self._jobs.items()) if job.decoding}
+    def _decode_all(self) -> None:
+        """Run one decode step of every answer."""
+        jobs = {row: job for row, job in sorted(self._jobs.items()) if job.sequence}
         if not jobs:
             return
-        if len(jobs) > 1:  # full rows that are idle may lose a token
+        if len(jobs) > 1:  # idle rows that are full may lose a token; see decode_step
             for row in set(range(self.slots)) - jobs.keys():
                 self._keys[row] = self._keys[row][: self.capacity - 1]
-        active = {row: job.decoding for row, job in jobs.items() if job.decoding}
+        active = {row: job.sequence for row, job in jobs.items() if job.sequence}
         try:
             logits, seconds = decode_step(self.chain, self._cache, active)
-        except Exception as error:  # of the decoder: nobody's answer can go on
+        except Exception as error:  # of the decoder; no answer can continue
             for job in jobs.values():
                 self._end(job, error)
             return
         for job, rows in zip(jobs.values(), logits, strict=True):
-            self._take(job, rows, seconds)
+            self._accept_logits(job, rows, seconds)
 
-    def _take(self, job: Job, logits: np.ndarray, seconds: float | None = None) -> None:
-        """Deliver what ``logits [K, V]`` add to an answer."""
-        assert job.decoding
-        answer, row = job.decoding.writer.answer, self._cache.row(job.row)
-        before, asked = len(answer.logprobs), job.prompt.keys
+    def _accept_logits(self, job: Job, logits: np.ndarray, seconds: float | None = None) -> None:
+        """Sample from ``logits [K, V]`` and deliver the new text."""
+        assert job.sequence
+        answer, row = job.sequence.answer, self._cache.row(job.row)
+        before, prompt_length = len(answer.logprobs), len(job.prompt.keys)
         try:
-            text = job.decoding.take(logits, row, seconds)
-        except Exception as error:  # of this answer alone: its logits are not finite, say
+            text = job.sequence.accept_logits(logits, row, seconds)
+        except Exception as error:  # of this answer only, such as logits that are not finite
             self._end(job, error)
             return
         keys = self._keys[job.row]
-        written = answer.tokens[len(keys) - len(asked) : row.length - len(asked)]
+        written = answer.tokens[len(keys) - prompt_length : row.length - prompt_length]
         keys.extend(("", token) for token in written)
-        if job.decoding.writer.finished:
+        if job.sequence.finished:
             self._end(job, Step(text, tuple(answer.logprobs[before:]), answer))
         elif job.every_step:
             self._deliver(job, Step(text, tuple(answer.logprobs[before:])))
 
     def _end(self, job: Job, last: Step | Exception | None = None) -> None:
-        """Free a request's place, and deliver what ends it."""
+        """Free the row or queue entry of a request and deliver its last step or error."""
         if job.encoding:
             job.encoding.cancel()
         if self._jobs.get(job.row) is job:
@@ -375,9 +398,9 @@ class Scheduler:
         if last is not None:
             self._deliver(job, last)
 
-    def _deliver(self, job: Job, what: Step | Exception) -> None:
+    def _deliver(self, job: Job, step: Step | Exception) -> None:
         if not job.cancelled:
             try:
-                job.deliver(what)
-            except Exception:  # who waited for it is gone
+                job.deliver(step)
+            except Exception:  # the receiver is gone
                 job.cancel()

@@ -1,4 +1,4 @@
-"""What a backend has to provide to run the components of a bundle."""
+"""Protocols of a backend: sessions that run the components of a bundle."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from runtimes.bundle.contracts import Contract
 from runtimes.cache import KVCache
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
 
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How to run: CPU threads (None lets the backend choose) and the device (None is the backend's own)."""
+    """Options of a session.
+
+    Args:
+        threads: number of CPU threads; None lets the backend choose.
+        device: one of the backend's ``devices()``; None is the backend's default.
+    """
 
     threads: int | None = None
     device: str | None = None
@@ -26,12 +31,15 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class Execution:
-    """Whether an artifact can be run on this machine; different words for different things.
+    """Whether and how an artifact can run on this machine.
 
-    ``ran`` on the target's own runtime; ``simulated`` ``by`` an interpreter or another device's
-    runtime; ``built only``: it compiled but nothing here can execute it; ``not run``, ``by`` saying
-    why. Only the first two can be judged by parity. What was also compiled to the end, though it
-    cannot run here, says ``built_by`` what. ``device`` is what to open a session with.
+    Args:
+        kind: ``ran``: on the target's own runtime. ``simulated``: by an interpreter or the runtime
+            of another device. ``built only``: it was compiled, but nothing here can execute it.
+            ``not run``: it cannot run here. Parity compares only the first two.
+        by: the runtime, or the reason why it does not run.
+        built_by: the compiler that built the artifact completely, although it cannot run here.
+        device: the device to open a session on.
     """
 
     kind: Literal["ran", "simulated", "built only", "not run"]
@@ -40,10 +48,12 @@ class Execution:
     device: str = "cpu"
 
     @property
-    def judgeable(self) -> bool:
+    def runnable(self) -> bool:
+        """Whether the artifact can be executed here."""
         return self.kind in ("ran", "simulated")
 
     def __str__(self) -> str:
+        """Format for reports, such as ``simulated by ONNX Runtime 1.30``."""
         if self.built_by:
             return f"built by {self.built_by}, numerics by {self.by}"
         link = {"simulated": " by ", "ran": " on "}.get(self.kind, ": ")
@@ -51,90 +61,116 @@ class Execution:
 
 
 class ComponentSession(Protocol):
-    """A stateless component: the vision encoder or the adaptor."""
+    """Session of a stateless component: the vision encoder or the adaptor."""
 
     contract: Contract
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name; inputs and outputs are those of the contract (a debug build's, with taps)."""
+        """Compute the contract's outputs by name; a debug build also returns its taps."""
         ...
 
 
 class DecoderSession(Protocol):
-    """The decoder with its cache.
+    """Session of the decoder.
 
-    ``tapped`` are the taps of the last call, where the session was opened on a debug build. ``most_rows``
-    are the logit rows that one run of the backend gives; a call that wants more is cut into several.
-    ``most_batch`` are the sequences that a cache can have.
+    Attributes:
+        contract: the decoder's contract.
+        max_logit_rows: logit rows that one run of the backend returns; a call that requests more
+            is split into several runs.
+        max_batch: largest number of rows of a cache.
+        tapped: taps of the last call, if the session was opened on a debug build.
     """
 
     contract: Contract
-    most_rows: int
-    most_batch: int
+    max_logit_rows: int
+    max_batch: int
     tapped: Mapping[str, np.ndarray]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache that this session can use."""
+        """Create an empty cache for this session."""
         ...
 
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
-        """Append ``inputs_embeds [B, S, D]`` to the cache; ``logits [B, K, V]`` of ``logit_rows [K]``.
+        """Append tokens to the cache and compute logits.
 
-        Several tokens at once (S > 1) are for a cache of one row; a batch prefills row by row
-        (``cache.row``) and then decodes together with S = 1.
+        S > 1 requires a cache of one row: a batch prefills row by row (``cache.row``) and then
+        decodes together with S = 1.
+
+        Args:
+            inputs_embeds: ``[B, S, D]``.
+            logit_rows: rows ``[K]`` of S whose logits are requested.
+            cache: a cache of this session.
+
+        Returns:
+            ``logits [B, K, V]``.
 
         Raises:
-            TypeError, ValueError, CapacityError: as ``runtimes.decode_call.validated_call``, which every
-                session begins with; nothing has run then, and the cache is as before.
+            TypeError: see ``runtimes.decode_call.validated_call``, with which every session begins.
+                If it raises, nothing has run and the cache is unchanged.
+            ValueError: see above.
+            CapacityError: see above.
         """
         ...
 
 
 @dataclass(frozen=True)
 class EntryPoints:
-    """What apps call of a backend's artifacts and the sessions do not; parity judges each by its name.
+    """Functions of artifacts that apps call but sessions do not; parity checks each under its name.
 
     Args:
         images: squares ``uint8 [N, N, 3]`` → vision features by name, batch 1.
         image_embeds: ``pixel_values [1, 3, N, N]`` → ``[1, T, D]``.
-        token_embeddings: ids ``[S]`` int64 → ``[S, D]``; S is at most ``most_tokens``.
+        token_embeddings: ids ``[S]`` int64 → ``[S, D]``; S is at most ``max_tokens``.
+        max_tokens: largest number of tokens of a ``token_embeddings`` call.
         decoders: sessions on the same artifact that call other functions of it.
-        values: what the artifact says, and what it must say: name → (found, expected).
-        tokenizers: files that the runner of an app reads in place of the bundle's tokenizer.
+        values: constants of the artifact: name → (actual, expected).
+        tokenizers: files that an app's runner reads instead of the bundle's tokenizer.
     """
 
     images: Mapping[str, Callable[[np.ndarray], Mapping[str, np.ndarray]]] = field(default_factory=dict)
     image_embeds: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
     token_embeddings: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
-    most_tokens: int = 1
+    max_tokens: int = 1
     decoders: Mapping[str, DecoderSession] = field(default_factory=dict)
     values: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     tokenizers: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Backend(Protocol):
-    """A module ``runtimes/<backend>.py``: how to open the artifacts of a backend.
+    """Module ``runtimes/backends/<backend>.py``, which opens the artifacts of a backend.
 
-    It may also have ``entry_points(chain, capacity)``, which gives the ``EntryPoints`` of the artifacts that
-    a chain has open: what apps call of them beside what the sessions do.
+    What only some backends can do is in ``runtimes.backends.capabilities``.
     """
 
     def devices(self) -> list[str]:
-        """What ``SessionOptions.device`` can be here.
+        """List the values of ``SessionOptions.device`` that this machine supports.
 
         Raises:
-            UserError: the backend's library is not installed; the sentence names the extra.
+            UserError: the backend's library is not installed; the message names the extra.
         """
         ...
 
     def execution(self, artifact: Artifact, device: str | None = None) -> Execution:
-        """What can be done here with an artifact on a device, judged by what the manifest says of it.
+        """Determine from the manifest whether an artifact can run here.
 
         Args:
-            device: one of ``devices()``; None is the backend's own.
+            artifact: the manifest's entry.
+            device: one of ``devices()``; None is the backend's default.
         """
         ...
 
-    def open_component(self, file: Path, contract: Contract, options: SessionOptions) -> ComponentSession: ...
+    def open_component(self, file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
+        """Open the vision encoder or the adaptor from its main file.
 
-    def open_decoder(self, file: Path, contract: Contract, options: SessionOptions) -> DecoderSession: ...
+        Raises:
+            UserError: the file cannot be loaded.
+        """
+        ...
+
+    def open_decoder(self, file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
+        """Open the decoder from its main file.
+
+        Raises:
+            UserError: the file cannot be loaded.
+        """
+        ...

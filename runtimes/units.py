@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Formatting of quantities for people."""
 
 from __future__ import annotations
 
 
 def size(count: int) -> str:
-    """Bytes for people, in units of 1000."""
+    """Format a number of bytes in units of 1000, such as ``1.2 GB``."""
     value, units = float(count), iter(("B", "kB", "MB", "GB"))
     unit = next(units)
     while value >= 1000 and unit != "GB":

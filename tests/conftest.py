@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +12,10 @@ import pytest
 import torch
 import transformers
 
-from calibration.quantized_program import trace_planned
-from dsvl_export.compilers.precisions import bundled_plan
+from calibration.precision_plan import PrecisionPlan
+from calibration.quantized_program import trace_with_plan
+from dsvl_export.compilers.precisions import plan_for
+from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.exporter.export import export
 from dsvl_export.exporter.on_device import Device, build_engines
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -23,8 +28,10 @@ from tests.calibration.calibrated import random_calibrated, tiny_calibrated
 from tests.dsvl_export.cli.command_line import optimum
 from tests.fixtures import bundle_copy, pictures, state_folder, tiny_copy
 from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
+from tests.shared import shared_bundle
 
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -32,6 +39,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     gpu, reason = find_gpu() if item.get_closest_marker("gpu") else (None, "")
     if item.get_closest_marker("gpu") and gpu is None:
         pytest.skip(f"it would prove the numbers on a GPU itself, but {reason}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """ONNX Runtime's sessions have one thread where a test gives no number.
+
+    A second one takes three times the CPU time for tiny: it spins while it waits.
+    """
+    import onnxruntime
+
+    class SessionOptions(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", SessionOptions)
+        yield
 
 
 __all__ = [  # fixtures that several packages share
@@ -51,7 +76,7 @@ class OraclePair:
 def _pair(oracle: transformers.PreTrainedModel, folder: Path) -> OraclePair:
     save_oracle(oracle, folder)
     checkpoint = open_checkpoint(str(folder))
-    return OraclePair(oracle, checkpoint.model(), checkpoint)
+    return OraclePair(oracle, checkpoint.load_model(), checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -71,74 +96,118 @@ def pair(request: pytest.FixtureRequest) -> OraclePair:
     return request.getfixturevalue(f"{request.param}_pair")
 
 
-def assert_programs_untouched(bundle: Bundle, config: ModelConfig) -> None:
-    """Exports of one process share traced programs: those just lowered into a bundle are as if traced now."""
-    for _, precision in bundle.choices():
-        plan = bundled_plan(bundle.folder, precision)
-        for component in TRACED_COMPONENTS:
-            traced = trace_planned.cache_info().misses
-            kept = trace_planned(config, component, plan).program
-            assert trace_planned.cache_info().misses == traced  # else it would say nothing
-            fresh = trace_planned.__wrapped__(config, component, plan).program
-            for one, other in zip(kept.graph.nodes, fresh.graph.nodes, strict=True):
-                assert one.format_node() == other.format_node()
-                assert str(one.meta.get("val")) == str(other.meta.get("val"))
-            assert kept.graph_signature == fresh.graph_signature
+@contextmanager
+def programs_untouched(config: ModelConfig, backend: str, precisions: Sequence[str]) -> Iterator[None]:
+    """Exports of one process share traced programs: one that is made meanwhile leaves them as they were traced."""
+
+    def lines(plan: PrecisionPlan, component: str) -> list[str]:
+        program = trace_with_plan(config, component, plan).program
+        nodes = [f"{node.format_node()} {node.meta.get('val')}" for node in program.graph.nodes]
+        return [*nodes, str(program.graph_signature)]
+
+    trace_with_plan.cache_clear()
+    plans = [plan_for(load_compiler(backend), precision) for precision in precisions]
+    cases = [(plan, component) for plan in plans for component in TRACED_COMPONENTS]
+    before = [lines(*case) for case in cases]
+    traced = trace_with_plan.cache_info().misses
+    yield
+    after = [lines(*case) for case in cases]
+    assert trace_with_plan.cache_info().misses == traced  # the export took these; else it would say nothing
+    assert after == before
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """The tiny checkpoint in fp32 and fp16; tests must not change it."""
-    made = export("tiny", tmp_path_factory.mktemp("tiny") / "bundle", precisions=("fp32", "fp16"))
-    assert_programs_untouched(made, open_checkpoint("tiny").config)
-    return made
+
+    def make(folder: Path) -> None:
+        precisions = ("fp32", "fp16")
+        with programs_untouched(open_checkpoint("tiny").config, "onnxruntime", precisions):
+            export("tiny", folder, precisions=precisions)
+
+    yield from shared_bundle(tmp_path_factory, "tiny", make)
 
 
 @pytest.fixture(scope="session")
-def trt11_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def quantized_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """Tiny in float, in int8, and in 4-bit weights with 8-bit activations; tests must not change it."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(tiny_bundle.folder, folder)
+        export("tiny", folder, precisions=("int8", "8da4w", "8da4w-g128"))
+
+    yield from shared_bundle(tmp_path_factory, "quantized", make)
+
+
+@pytest.fixture(scope="session")
+def random_bundle(pair: OraclePair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """A random checkpoint of either variant in fp32 and fp16; tests must not change it."""
+    checkpoint = pair.checkpoint
+    yield from shared_bundle(
+        tmp_path_factory,
+        f"random-{pair.oracle.config.model_type}",
+        lambda folder: export(checkpoint.folder, folder, precisions=("fp32", "fp16")),
+    )
+
+
+@pytest.fixture(scope="session")
+def trt11_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """The tiny checkpoint's ONNX for TensorRT 11; tests must not change it."""
-    folder = tmp_path_factory.mktemp("trt11") / "bundle"
-    made = export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="11.4", capacity=256)
-    assert_programs_untouched(made, open_checkpoint("tiny").config)
-    return made
+
+    def make(folder: Path) -> None:
+        precisions = ("fp32", "fp16")
+        with programs_untouched(open_checkpoint("tiny").config, "tensorrt", precisions):
+            export("tiny", folder, "tensorrt", precisions, goldens=False, tensorrt="11.4", capacity=256)
+
+    yield from shared_bundle(tmp_path_factory, "trt11", make)
 
 
 @pytest.fixture(scope="session")
-def trt10_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def trt10_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """The tiny checkpoint's ONNX for the TensorRT 10.3 of JetPack 6; tests must not change it."""
-    folder = tmp_path_factory.mktemp("trt10") / "bundle"
-    return export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="10.3", capacity=256)
+
+    def make(folder: Path) -> None:
+        export("tiny", folder, "tensorrt", ("fp32", "fp16"), goldens=False, tensorrt="10.3", capacity=256)
+
+    yield from shared_bundle(tmp_path_factory, "trt10", make)
 
 
 @pytest.fixture(scope="session")
-def apple_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def apple_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny for Core ML and Core AI with a small cache; tests must not change it."""
-    folder = tmp_path_factory.mktemp("apple") / "bundle"
-    export("tiny", folder, "coreml", ["fp16"], goldens=False, capacity=64)
-    return export("tiny", folder, "coreai", ["fp32"], goldens=False, capacity=64)
+
+    def make(folder: Path) -> None:
+        export("tiny", folder, "coreml", ["fp16"], goldens=False, capacity=64)
+        export("tiny", folder, "coreai", ["fp32"], goldens=False, capacity=64)
+
+    yield from shared_bundle(tmp_path_factory, "apple", make)
 
 
 @pytest.fixture(scope="session")
-def executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny for ExecuTorch in float and in XNNPACK's fast precision, by way of optimum's command line.
 
     Lowering takes a minute, so that ``test_optimum`` shares it. Tests must not change it.
     """
-    folder = tmp_path_factory.mktemp("executorch") / "bundle"
-    done = optimum(
-        "--model", "tiny", "--backend", "executorch", "--precision", "fp32", "--precision", "8da4w",
-        "--no-parity", "--output", str(folder),
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    return Bundle.open(folder)
+
+    def make(folder: Path) -> None:
+        done = optimum(
+            "--model", "tiny", "--backend", "executorch", "--precision", "fp32", "--precision", "8da4w",
+            "--no-parity", "--output", str(folder),
+        )  # fmt: skip
+        assert done.code == 0, done.err
+
+    yield from shared_bundle(tmp_path_factory, "executorch", make)
 
 
 @pytest.fixture(scope="session")
-def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny with engines of TensorRT for this machine's GPU, in the dialect of this machine's TensorRT."""
     pytest.importorskip("tensorrt", reason="TensorRT is not installed here")
-    folder = tmp_path_factory.mktemp("engines") / "bundle"
-    version = ".".join(Device.here().trt.__version__.split(".")[:2])
-    bundle = export("tiny", folder, "tensorrt", ["fp16", "int8"], tensorrt=version)
-    build_engines(bundle.folder)
-    return Bundle.open(folder)
+
+    def make(folder: Path) -> None:
+        version = ".".join(Device.here().trt.__version__.split(".")[:2])
+        export("tiny", folder, "tensorrt", ["fp16", "int8"], tensorrt=version)
+        build_engines(folder)
+
+    yield from shared_bundle(tmp_path_factory, "engines", make)

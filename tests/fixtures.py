@@ -12,7 +12,7 @@ import pytest
 
 from dsvl_export import cli
 from reference.tiny import TINY
-from reference.tiny.pictures import draw
+from reference.tiny.pictures import draw_scene
 from runtimes.bundle.bundle import Bundle
 from tests.dsvl_export.cli.command_line import Done
 
@@ -45,7 +45,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("pictures")
     files = [folder / f"{seed}.png" for seed in range(4)]
     for seed, file in enumerate(files):
-        draw((seed, 1234))[0].save(file)
+        draw_scene((seed, 1234))[0].save(file)
     return files
 
 

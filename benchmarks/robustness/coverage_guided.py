@@ -29,7 +29,8 @@ with atheris.instrument_imports(include=["runtimes", "PIL"]):
 
     from runtimes.backends.mil.interpreter import Function
     from runtimes.backends.mil.package import SPECIFICATION, WEIGHTS, Package
-    from runtimes.bundle.bundle import MANIFEST, Bundle
+    from runtimes.bundle.bundle import Bundle
+    from runtimes.bundle.manifest import MANIFEST
     from runtimes.errors import UserError
     from runtimes.preprocess import PreprocessSpec, preprocess
 
@@ -77,7 +78,7 @@ def package_target(work: Path, corpus: Path) -> Callable[[bytes], object]:
         for name in package.function_names:
             package.check_lengths(name, {"low": (1, 36, 64)})
             Function(package, name, {})
-        return package.values(), package.metadata
+        return package.count_weights(), package.metadata
 
     return read
 

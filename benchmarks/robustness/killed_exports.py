@@ -19,8 +19,8 @@ import traceback
 from pathlib import Path
 
 from dsvl_export.exporter.export import export
-from dsvl_export.exporter.staging import STAGING
 from runtimes.bundle.files import sha256_of_file
+from runtimes.bundle.locks import STAGING
 
 # Backend → what is exported. Core AI's own writer makes other bytes each time.
 PRECISIONS = {

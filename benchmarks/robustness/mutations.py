@@ -32,7 +32,8 @@ from reference.checkpoint.checkpoint import open_checkpoint
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from reference.checkpoint.tensor_files import TensorFiles
 from reference.tiny import TINY
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.bundle.tensor_files import save_tensors
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError

@@ -35,7 +35,8 @@ from dsvl_export.parity_check import parity
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.session import reference_chain
 from reference.tiny import HELDOUT
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 from runtimes.goldens.metrics import kl_divergence
 from runtimes.goldens.task import TaskItem, load_task, run_task
@@ -104,7 +105,7 @@ class Judge:
         try:
             result = parity(Bundle.open(folder), self.backend, self.precision, threads=1)
             row["parity"] = result.verdict
-            row["stages"] = [rung.name for rung in result.rungs if rung.state == "failed"]
+            row["stages"] = [stage.name for stage in result.stages if stage.state == "failed"]
         except UserError as error:
             row["parity"] = f"refused: {error}"
         row["parity_seconds"] = round(time.perf_counter() - started, 2)

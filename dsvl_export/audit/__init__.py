@@ -1,4 +1,4 @@
-"""The structural audit: each file of a bundle against what the checkpoint and the plan make of it."""
+"""The audit: each file of a bundle, compared with what the checkpoint and its plan give."""
 
 from dsvl_export.audit.bundle import audit, audit_written
 from dsvl_export.audit.result import Audit, AuditedPart, Difference

@@ -1,4 +1,4 @@
-"""The audit of a bundle: artifacts, token table, tokenizer and manifest against a checkpoint."""
+"""The audit of a bundle: artifacts, token table, tokenizer and manifest, against a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,39 +11,42 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibration.quantized_program import trace_planned
+from calibration.quantized_program import trace_with_plan
 from dsvl_export.audit.onnx_file import compare_onnx
-from dsvl_export.audit.remade import compare_remade
+from dsvl_export.audit.reconverted import compare_reconverted
 from dsvl_export.audit.result import Audit, AuditedPart, Difference
 from dsvl_export.audit.values import compare_files, compare_values
-from dsvl_export.compilers import (
-    BUILT_IN,
+from dsvl_export.compilers.onnx.builder import Graph
+from dsvl_export.compilers.precisions import bundled_plan, planned_weights
+from dsvl_export.compilers.protocol import (
     App,
+    BuildsGraphs,
     Compiled,
     Compiler,
     Parts,
+    WritesListing,
+    compile_parts,
     describe_app,
-    load_compiler,
 )
-from dsvl_export.compilers.onnx.builder import Graph
-from dsvl_export.compilers.precisions import bundled_plan, planned_weights
+from dsvl_export.compilers.registry import BUILT_IN, load_compiler
 from dsvl_export.parity_check.localization import debug_folder
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import CompileOptions, ExecuTorchOptions, OnnxRuntimeOptions, TensorRTOptions
 from dsvl_export.version import __version__
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from reference.trace import component_contract
 from runtimes.backends.onnxruntime import prefill_file
-from runtimes.bundle.bundle import TOKENIZER, Artifact, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import TOKENIZER, Artifact
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 
-OnBytes = Callable[[str, int], None]  # of which part, and how many were compared
-ROWS = 1 << 12  # of the token table that are compared at a time
+OnBytes = Callable[[str, int], None]  # name of a part, and how many bytes of it were compared
+ROWS = 1 << 12  # rows of the token table that are compared at a time
 
 
 def silent(part: str, count: int) -> None:
-    """The ``on_bytes`` that reports nothing."""
+    """Report nothing; the default ``on_bytes``."""
 
 
 def audit(
@@ -53,13 +56,21 @@ def audit(
     precision: str | None = None,
     on_bytes: OnBytes = silent,
 ) -> Audit:
-    """Compare what a bundle holds with what its checkpoint and its plans make of it.
+    """Compare the files of a bundle with what its checkpoint and precision plans give.
 
-    ONNX files are lowered anew and compared tensor by tensor, as is the token table; artifacts of other
-    converters are made again and compared byte for byte, which takes the time and memory of their export.
+    ONNX graphs are lowered again and compared tensor by tensor, as is the token table. Artifacts of
+    other converters are converted again and compared byte for byte, which takes the time and memory
+    of their export.
 
     Args:
-        backend, precision: audit these artifacts alone; the shared files are always audited.
+        bundle: the bundle to audit.
+        source: the checkpoint that it was exported from.
+        backend: audit the artifacts of this backend only. The shared files are always audited.
+        precision: audit the artifacts of this precision only.
+        on_bytes: called with the name of a part and how many bytes of it were compared.
+
+    Returns:
+        A verdict for each part.
 
     Raises:
         UserError: the checkpoint is another one, or a plan or its scales are damaged.
@@ -72,18 +83,16 @@ def audit(
         _audit_tokenizer(bundle, source),
         _audit_token_embedding(bundle, source, partial(on_bytes, "token_embedding")),
     ]
-    chosen = (
-        bundle.choices() if backend is None and precision is None else bundle.matching(backend, precision)
-    )
-    if not chosen:
-        bundle.select(backend, precision)  # says what there is
-    for pair in chosen:
+    pairs = bundle.choices() if backend is None and precision is None else bundle.matching(backend, precision)
+    if not pairs:
+        bundle.select(backend, precision)  # raises an error that lists what the bundle has
+    for pair in pairs:
         result.parts += _audit_pair(bundle, source, *pair, on_bytes)
     return result
 
 
 def _audit_manifest(bundle: Bundle, source: Checkpoint) -> AuditedPart:
-    """What the manifest says of the model: config, preprocessing, prompt format and contracts."""
+    """Audit the manifest: model config, preprocessing, prompt format and contracts."""
     part = AuditedPart("manifest", (), "compared with the checkpoint's config")
     manifest = bundle.manifest
     pairs: list[tuple[str, Any, Any]] = [
@@ -96,29 +105,29 @@ def _audit_manifest(bundle: Bundle, source: Checkpoint) -> AuditedPart:
         for component, contract in contracts.items():
             expected = component_contract(source.config, component, plan.base, plan.kv_cache)
             pairs.append((f"contracts.{precision}.{component}", asdict(contract), asdict(expected)))
-    for name, found, wanted in pairs:
-        _compare_settings(name, found, wanted, part)
+    for name, actual, wanted in pairs:
+        _compare_settings(name, actual, wanted, part)
     return part
 
 
-def _compare_settings(name: str, found: Any, expected: Any, part: AuditedPart) -> None:
-    """Values of nested settings, each by its path; lists and tuples are the same."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in [*expected, *(key for key in found if key not in expected)]:
-            _compare_settings(f"{name}.{key}", found.get(key), expected.get(key), part)
+def _compare_settings(name: str, actual: Any, expected: Any, part: AuditedPart) -> None:
+    """Compare nested settings, each named by its path; lists and tuples are equal."""
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        for key in [*expected, *(key for key in actual if key not in expected)]:
+            _compare_settings(f"{name}.{key}", actual.get(key), expected.get(key), part)
         return
-    one, other = (list(v) if isinstance(v, tuple) else v for v in (found, expected))
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for index, pair in enumerate(zip(one, other, strict=True)):
+    actual, expected = (list(v) if isinstance(v, tuple) else v for v in (actual, expected))
+    if isinstance(actual, list) and isinstance(expected, list) and len(actual) == len(expected):
+        for index, pair in enumerate(zip(actual, expected, strict=True)):
             _compare_settings(f"{name}.{index}", *pair, part)
         return
     part.values += 1
-    if one != other:
-        part.add(Difference(name, f"is {one!r}, expected {other!r}"))
+    if actual != expected:
+        part.add(Difference(name, f"is {actual!r}, expected {expected!r}"))
 
 
 def _audit_tokenizer(bundle: Bundle, source: Checkpoint) -> AuditedPart:
-    """The checkpoint's tokenizer files; what else lies beside them is named."""
+    """Audit the tokenizer files; files that the checkpoint does not have are named."""
     paths = [path for path in bundle.manifest.files if path.startswith("tokenizer/")]
     part = AuditedPart("tokenizer", tuple(paths), "compared byte for byte with the checkpoint's files")
     files = {f"tokenizer/{file.name}": file for file in source.tokenizer_files}
@@ -136,7 +145,7 @@ def _audit_tokenizer(bundle: Bundle, source: Checkpoint) -> AuditedPart:
 def _audit_token_embedding(
     bundle: Bundle, source: Checkpoint, on_bytes: Callable[[int], None]
 ) -> AuditedPart:
-    """Every row of the token table, those of unused tokens too."""
+    """Audit every row of the token table, those of unused tokens included."""
     path = bundle.manifest.token_embedding
     part = AuditedPart("token_embedding", (path,), "compared with the checkpoint, bit for bit")
     table, expected = TokenEmbedding(bundle.path(path)), source.load("token_embedding.weight")
@@ -144,16 +153,16 @@ def _audit_token_embedding(
     part.tensors, part.values = 1, expected.numel()
     shape = tuple(expected.shape)
     if (table.dtype, table.rows.shape) != (dtype, shape):
-        what = f"is {table.dtype}{list(table.rows.shape)}, expected {dtype}{list(shape)}"
-        part.add(Difference("token_embedding", what))
+        detail = f"is {table.dtype}{list(table.rows.shape)}, expected {dtype}{list(shape)}"
+        part.add(Difference("token_embedding", detail))
         return part
     kind = np.dtype("bfloat16" if dtype == "BF16" else table.rows.dtype)
     for start in range(0, shape[0], ROWS):
         rows = expected[start : start + ROWS].contiguous()
-        found = np.ascontiguousarray(table.rows[start : start + ROWS]).view(np.uint8).reshape(-1)
+        actual = np.ascontiguousarray(table.rows[start : start + ROWS]).view(np.uint8).reshape(-1)
         wanted = rows.view(torch.uint8).numpy().reshape(-1)
         name = f"token_embedding, rows {start} to {start + len(rows) - 1}"
-        difference = compare_values(name, found, wanted, kind, tuple(rows.shape))
+        difference = compare_values(name, actual, wanted, kind, tuple(rows.shape))
         if difference:
             part.add(difference)
         on_bytes(len(wanted))
@@ -163,7 +172,7 @@ def _audit_token_embedding(
 def _audit_pair(
     bundle: Bundle, source: Checkpoint, backend: str, precision: str, on_bytes: OnBytes
 ) -> list[AuditedPart]:
-    """The artifacts of a backend and precision, and the listing for apps where there is one."""
+    """Audit the artifacts of a backend and precision, and the Swift listing if there is one."""
     artifacts = [
         item for item in bundle.manifest.artifacts if (item.backend, item.precision) == (backend, precision)
     ]
@@ -190,7 +199,7 @@ def _audit_pair(
             return lambda parameter: weights.load(f"{component}.{parameter}")
 
         names = [item.component for item in items]
-        return {name: (trace_planned(source.config, name, plan), loading(name)) for name in names}
+        return {name: (trace_with_plan(source.config, name, plan), loading(name)) for name in names}
 
     for part, items in zip(parts, stages.values(), strict=True):
         options, on_part = _options(items[0], app), partial(on_bytes, part.name)
@@ -198,19 +207,22 @@ def _audit_pair(
             audit_artifacts(compiler, bundle, items, traced_parts(items), app, options, part, on_part)
         except UserError as error:
             part.add(Difference(part.name, f"cannot be compared: {error}"))
-    if write := getattr(compiler, "write_listing", None):
-        parts.append(_audit_listing(bundle, f"{backend}/{precision}/listing", partial(write, app=app)))
+    if isinstance(compiler, WritesListing):
+        write = partial(compiler.write_listing, app=app)
+        parts.append(_audit_listing(bundle, f"{backend}/{precision}/listing", write))
     return parts
 
 
 def _options(artifact: Artifact, app: App) -> CompileOptions:
-    """The options that an artifact was compiled with, as far as they change what is in it."""
+    """Return the options that an artifact was compiled with, as far as they change its content."""
     return CompileOptions(
         capacity=app.capacity,
-        tensorrt=artifact.tools.get("for"),
         preprocessing=app.preprocessing,
-        delegate=artifact.dialect if artifact.backend == "executorch" else None,
-        prefill=any(Path(file).name == prefill_file(Path(artifact.files[0])).name for file in artifact.files),
+        onnxruntime=OnnxRuntimeOptions(
+            prefill_file(Path(artifact.files[0])).name in {Path(file).name for file in artifact.files}
+        ),
+        tensorrt=TensorRTOptions(artifact.tools.get("for")),
+        executorch=ExecuTorchOptions(artifact.dialect if artifact.backend == "executorch" else None),
     )
 
 
@@ -224,34 +236,43 @@ def audit_artifacts(
     part: AuditedPart,
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Compare what lies in one stage of a bundle; what is found is noted in ``part``."""
+    """Compare the artifacts in one folder of a bundle; the result is recorded in ``part``.
+
+    Args:
+        compiler: of the backend.
+        bundle: the bundle with the artifacts.
+        artifacts: the artifacts in the folder.
+        traced: traced programs and parameters of the components.
+        app: settings that artifacts for apps contain.
+        options: what the artifacts were compiled with.
+        part: the part of the audit that receives the result.
+        on_bytes: called with the number of bytes that were compared.
+    """
     first = artifacts[0]
-    if graphs := getattr(compiler, "graphs", None):
+    if isinstance(compiler, BuildsGraphs):
         files = [bundle.path(path) for path in first.files]
-        audit_onnx(graphs(*traced[first.component], options), files, part, on_bytes)
+        audit_onnx(compiler.graphs(*traced[first.component], options), files, part, on_bytes)
         writer = first.tools.get("dsvl-export", __version__)
         if part.differences and writer != __version__:
             part.differences.clear()
             part.reason = f"it was written by dsvl-export {writer}, this is {__version__}; export it again"
         if first.engine:
-            part.reason = f"engines cannot be read, so {first.engine.file} was not audited"
+            part.reason = f"engines cannot be audited, so {first.engine.file} was not compared"
         return
 
     def compile_into(folder: Path) -> Compiled:
-        if whole := getattr(compiler, "compile_program", None):
-            return whole(app, traced, folder, on_bytes, options)
-        return compiler.compile_component(*traced[first.component], folder, on_bytes, options)
+        return compile_parts(compiler, app, traced, folder, on_bytes, options)
 
     with debug_folder(bundle) as temporary:
         stage = bundle.path(first.stage)
         strict = first.backend in BUILT_IN
-        compare_remade(compile_into, Path(temporary), stage, first.tools, part, strict)
+        compare_reconverted(compile_into, Path(temporary), stage, first.tools, part, strict)
 
 
 def audit_onnx(
     expected: Sequence[Graph], files: Sequence[Path], part: AuditedPart, on_bytes: Callable[[int], None]
 ) -> None:
-    """Compare the ONNX files among these with the graphs that they hold, in order."""
+    """Compare the ONNX files among ``files``, in order, with the graphs that they must contain."""
     files = [file for file in files if file.suffix == ".onnx"]
     if len(files) != len(expected):
         part.add(Difference(part.name, f"has {len(files)} ONNX files, expected {len(expected)}"))
@@ -262,30 +283,31 @@ def audit_onnx(
 def audit_written(
     compiler: Compiler, name: str, compiled: Compiled, parts: Parts, options: CompileOptions
 ) -> bool:
-    """Whether a stage that an export has just written was read back and compared: what has to be made again
-    takes the time of the export, and engines cannot be read.
+    """Audit ONNX files that an export has just written; return whether they were audited.
+
+    Other artifacts are not audited here, since they would have to be converted again; engines
+    cannot be audited.
 
     Raises:
-        UserError: it is not what the checkpoint and the plan make of it.
+        UserError: the files differ from what the checkpoint and the plan give.
     """
-    graphs = getattr(compiler, "graphs", None)
-    if graphs is None or compiled.engine:
+    if not isinstance(compiler, BuildsGraphs) or compiled.engine:
         return False
     (traced,) = parts.values()
     part = AuditedPart(name)
-    audit_onnx(graphs(*traced, options), compiled.files, part, lambda count: None)
+    audit_onnx(compiler.graphs(*traced, options), compiled.files, part, lambda count: None)
     if part.differences:
         raise UserError(
-            f"What was written into {name} is not what the checkpoint makes of it"
-            f" ({part.differences[0]}); check the disk and the memory and run the same command again."
+            f"The files written into {name} differ from the checkpoint ({part.differences[0]}). Check the"
+            " disk and the memory, and run the same command again."
         )
     return part.state == "passed"
 
 
 def _audit_listing(bundle: Bundle, stage: str, write: Callable[[Path], None]) -> AuditedPart:
-    """The source code for apps."""
+    """Audit the Swift listing for apps."""
     paths = tuple(path for path in bundle.manifest.files if path.startswith(f"{stage}/"))
-    part = AuditedPart(stage, paths, "compared with the listing written anew")
+    part = AuditedPart(stage, paths, "written again and compared byte for byte")
     with debug_folder(bundle) as temporary:
         write(Path(temporary))
         for file in sorted(Path(temporary).iterdir()):

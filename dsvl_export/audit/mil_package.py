@@ -1,4 +1,4 @@
-"""Where two Core ML packages of one component differ: functions, operations and weights, by name."""
+"""Differences of two Core ML packages of one component: functions, operations and weights."""
 
 from __future__ import annotations
 
@@ -11,37 +11,35 @@ from dsvl_export.audit.result import Difference
 from runtimes.backends.mil.package import Package
 
 
-def package_differences(found: Path, expected: Path) -> list[Difference]:
-    """What of a package is not as in the other; values of weights are compared one at a time.
+def package_differences(actual: Path, expected: Path) -> list[Difference]:
+    """Return the differences of a package; one weight at a time is in memory.
 
     Raises:
-        UserError: the first one cannot be read.
+        UserError: the first package cannot be read.
     """
-    one, other = Package(found), Package(expected)
-    if one.function_names != other.function_names:
-        there = ", ".join(one.function_names)
-        return [
-            Difference(found.name, f"has the functions {there}; expected {', '.join(other.function_names)}")
-        ]
+    stored, wanted = Package(actual), Package(expected)
+    if stored.function_names != wanted.function_names:
+        names, expected_names = (", ".join(package.function_names) for package in (stored, wanted))
+        return [Difference(actual.name, f"has the functions {names}; expected {expected_names}")]
     differences: dict[str, Difference] = {}
-    for name in other.function_names:
-        mine, wanted = (_operations(package, name) for package in (one, other))
-        for output in mine.keys() - wanted.keys():
+    for name in wanted.function_names:
+        operations, wanted_operations = (_operations(package, name) for package in (stored, wanted))
+        for output in operations.keys() - wanted_operations.keys():
             differences[output] = Difference(output, f"is an operation that {name} does not have")
-        for output, operation in wanted.items():
-            if output not in mine:
+        for output, operation in wanted_operations.items():
+            if output not in operations:
                 differences[output] = Difference(output, f"is missing in {name}")
-            elif detail := _difference(output, mine[output], operation, one, other):
+            elif detail := _operation_difference(output, operations[output], operation, stored, wanted):
                 differences.setdefault(output, detail)
-        if list(mine) != list(wanted) and not differences:
+        if list(operations) != list(wanted_operations) and not differences:
             differences[name] = Difference(name, "has its operations in another order")
-    if not differences and one.model.description != other.model.description:
-        return [Difference(found.name, "describes other inputs, outputs or metadata")]
+    if not differences and stored.model.description != wanted.model.description:
+        return [Difference(actual.name, "describes other inputs, outputs or metadata")]
     return list(differences.values())
 
 
 def _operations(package: Package, function: str) -> dict[str, Any]:
-    """Operations of a function by the first value that each gives; those that give none by their place."""
+    """Return the operations of a function by their first output, or else by position."""
     proto = package.function(function)
     operations = proto.block_specializations[proto.opset].operations
     return {
@@ -50,60 +48,77 @@ def _operations(package: Package, function: str) -> dict[str, Any]:
     }
 
 
-def _difference(output: str, mine: Any, wanted: Any, one: Package, other: Package) -> Difference | None:
-    if mine.type != wanted.type:
-        return Difference(output, f"is {mine.type}, expected {wanted.type}")
+def _operation_difference(
+    output: str, actual: Any, expected: Any, stored: Package, wanted: Package
+) -> Difference | None:
+    """Compare an operation of the package ``stored`` with that of ``wanted``."""
+    if actual.type != expected.type:
+        return Difference(output, f"is {actual.type}, expected {expected.type}")
     for field in ("inputs", "attributes"):
-        found, expected = (dict(getattr(operation, field)) for operation in (mine, wanted))
-        for key in sorted(found.keys() | expected.keys()):
-            if key not in found or key not in expected:
-                return Difference(output, f"{'lacks' if key in expected else 'has'} {key}")
-            if difference := _argument(f"{output}.{key}", found[key], expected[key], one, other):
+        arguments, expected_arguments = (dict(getattr(operation, field)) for operation in (actual, expected))
+        for key in sorted(arguments.keys() | expected_arguments.keys()):
+            if key not in arguments or key not in expected_arguments:
+                return Difference(output, f"{'lacks' if key in expected_arguments else 'has'} {key}")
+            pair = (arguments[key], expected_arguments[key])
+            if difference := _argument_difference(f"{output}.{key}", *pair, stored, wanted):
                 return difference
-    outputs = [[item.SerializeToString(deterministic=True) for item in op.outputs] for op in (mine, wanted)]
+    outputs = [
+        [item.SerializeToString(deterministic=True) for item in operation.outputs]
+        for operation in (actual, expected)
+    ]
     return Difference(output, "has another type") if outputs[0] != outputs[1] else None
 
 
-def _argument(name: str, mine: Any, wanted: Any, one: Package, other: Package) -> Difference | None:
+def _argument_difference(
+    name: str, actual: Any, expected: Any, stored: Package, wanted: Package
+) -> Difference | None:
+    """Compare an input, which is a list of arguments, or an attribute, which is a value."""
     values = [
-        [item.value for item in given.arguments] if hasattr(given, "arguments") else [given]
-        for given in (mine, wanted)
+        [item.value for item in argument.arguments] if hasattr(argument, "arguments") else [argument]
+        for argument in (actual, expected)
     ]
     names = [
-        [item.name for item in given.arguments] if hasattr(given, "arguments") else []
-        for given in (mine, wanted)
+        [item.name for item in argument.arguments] if hasattr(argument, "arguments") else []
+        for argument in (actual, expected)
     ]
     if names[0] != names[1] or len(values[0]) != len(values[1]):
         return Difference(name, f"reads {', '.join(names[0])}; expected {', '.join(names[1])}")
-    for found, expected in zip(*values, strict=True):
-        if expected.WhichOneof("value") == "blobFileValue" == found.WhichOneof("value"):
-            difference = _weight(name, found, expected, one, other)
+    for value, wanted_value in zip(*values, strict=True):
+        if wanted_value.WhichOneof("value") == "blobFileValue" == value.WhichOneof("value"):
+            difference = _weight_difference(name, value, wanted_value, stored, wanted)
             if difference:
                 return difference
-        elif found.SerializeToString(deterministic=True) != expected.SerializeToString(deterministic=True):
-            return Difference(name, f"is {_short(found)}, expected {_short(expected)}")
+        elif value.SerializeToString(deterministic=True) != wanted_value.SerializeToString(
+            deterministic=True
+        ):
+            return Difference(
+                name, f"is {_format_constant(value)}, expected {_format_constant(wanted_value)}"
+            )
     return None
 
 
-def _weight(name: str, found: Any, expected: Any, one: Package, other: Package) -> Difference | None:
+def _weight_difference(
+    name: str, actual: Any, expected: Any, stored: Package, wanted: Package
+) -> Difference | None:
+    """Compare two weights in the packages' weight files."""
     shapes = [
         tuple(int(dim.constant.size) for dim in value.type.tensorType.dimensions)
-        for value in (found, expected)
+        for value in (actual, expected)
     ]
     if shapes[0] != shapes[1]:
         return Difference(name, f"is {list(shapes[0])}, expected {list(shapes[1])}")
-    mine = one.weights.read(int(found.blobFileValue.offset), shapes[0])
-    wanted = other.weights.read(int(expected.blobFileValue.offset), shapes[1])
-    changed = np.not_equal(mine, wanted)
-    if mine.dtype == wanted.dtype and not changed.any():
+    values = stored.weights.read(int(actual.blobFileValue.offset), shapes[0])
+    wanted_values = wanted.weights.read(int(expected.blobFileValue.offset), shapes[1])
+    changed = np.not_equal(values, wanted_values)
+    if values.dtype == wanted_values.dtype and not changed.any():
         return None
     where = tuple(int(axis) for axis in np.unravel_index(int(changed.argmax()), shapes[0]))
-    detail = f"{float(mine[where]):.6g} at {list(where)}, expected {float(wanted[where]):.6g}"
+    detail = f"{float(values[where]):.6g} at {list(where)}, expected {float(wanted_values[where]):.6g}"
     return Difference(name, detail, where, int(changed.sum()), int(changed.size))
 
 
-def _short(value: Any) -> str:
-    """A constant that stands in the specification itself."""
+def _format_constant(value: Any) -> str:
+    """Return the first values of a constant that the specification itself stores."""
     tensor = value.immediateValue.tensor
     kind = tensor.WhichOneof("value")
     if kind == "bytes":

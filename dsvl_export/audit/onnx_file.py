@@ -1,4 +1,4 @@
-"""An ONNX file against the graph that was lowered anew: nodes, attributes, and each tensor in turn."""
+"""The comparison of an ONNX file with the graph that is lowered again: nodes and tensors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dsvl_export.audit.values import compare_values
 from dsvl_export.compilers.onnx.builder import Graph, element_type
 from dsvl_export.compilers.onnx.writer import stored_bytes
 
-METHOD = "compared with the graph lowered anew, bit for bit"
+METHOD = "compared bit for bit with the graph lowered again"
 
 
 def compare_onnx(graph: Graph, file: Path, part: AuditedPart, on_bytes: Callable[[int], None]) -> None:
-    """Note in ``part`` where a file is not the graph that was lowered; one tensor is in memory at a time."""
+    """Record in ``part`` where a file differs from a graph; one tensor at a time is in memory."""
     part.method = METHOD
     try:
         model = onnx.load(str(file), load_external_data=False)
@@ -43,12 +43,12 @@ def compare_onnx(graph: Graph, file: Path, part: AuditedPart, on_bytes: Callable
                 Difference(name, f"is {kind}{list(tensor.dims)}, expected {item.dtype}{list(item.shape)}")
             )
         else:
-            found = _stored(tensor, file)
-            if isinstance(found, str):
-                part.add(Difference(name, found))
+            actual = _read_bytes(tensor, file)
+            if isinstance(actual, str):
+                part.add(Difference(name, actual))
             else:
                 expected = np.frombuffer(stored_bytes(item), np.uint8)
-                difference = compare_values(name, found, expected, item.dtype, item.shape)
+                difference = compare_values(name, actual, expected, item.dtype, item.shape)
                 if difference:
                     part.add(difference)
         part.tensors += 1
@@ -58,8 +58,8 @@ def compare_onnx(graph: Graph, file: Path, part: AuditedPart, on_bytes: Callable
     _compare_graphs(graph.model(), model, file.name, part)
 
 
-def _stored(tensor: TensorProto, file: Path) -> np.ndarray | str:
-    """The bytes of a tensor, flat, or what is wrong with where they lie."""
+def _read_bytes(tensor: TensorProto, file: Path) -> np.ndarray | str:
+    """Return the flat bytes of a tensor, or what is wrong with their location."""
     if tensor.data_location != TensorProto.EXTERNAL:
         raw = tensor.raw_data if tensor.HasField("raw_data") else None
         content = numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data if raw is None else raw
@@ -68,19 +68,19 @@ def _stored(tensor: TensorProto, file: Path) -> np.ndarray | str:
     try:
         location, offset, length = place["location"], int(place["offset"]), int(place["length"])
     except (KeyError, ValueError):
-        return "does not say where its values lie"
+        return "has no location of its external data"
     data = file.parent / location
     if Path(location).name != location or not data.is_file():
-        return f"lies in {location!r}, which is no file beside {file.name}"
+        return f"is stored in {location!r}, which is not a file next to {file.name}"
     if offset < 0 or length < 0 or offset + length > data.stat().st_size:
-        return f"lies beyond the end of {location}"
+        return f"is stored beyond the end of {location}"
     return np.memmap(data, np.uint8, "r", offset, (length,)) if length else np.empty(0, np.uint8)
 
 
-def _compare_graphs(expected: onnx.ModelProto, found: onnx.ModelProto, file: str, part: AuditedPart) -> None:
-    """Everything of a model but its tensors."""
+def _compare_graphs(expected: onnx.ModelProto, actual: onnx.ModelProto, file: str, part: AuditedPart) -> None:
+    """Compare everything of a model except its tensors."""
     bare = onnx.ModelProto()
-    bare.CopyFrom(found)
+    bare.CopyFrom(actual)
     del bare.graph.initializer[:]
     if bare.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True):
         return
@@ -89,44 +89,44 @@ def _compare_graphs(expected: onnx.ModelProto, found: onnx.ModelProto, file: str
     names = Counter(node.name for node in bare.graph.node)
     for name in names.keys() - wanted.keys():
         part.add(Difference(name, "is a node that the graph does not have"))
-    there = {node.name: node for node in bare.graph.node}
+    nodes = {node.name: node for node in bare.graph.node}
     for name, node in wanted.items():
-        if name not in there:
+        if name not in nodes:
             part.add(Difference(name, f"the node {node.op_type} is missing"))
         elif names[name] > 1:
             part.add(Difference(name, "is the name of two nodes"))
-        elif detail := _node_difference(there[name], node):
+        elif detail := _node_difference(nodes[name], node):
             part.add(Difference(name, detail))
     order = [node.name for node in bare.graph.node] == [node.name for node in expected.graph.node]
     if len(part.differences) + part.more == before:
-        what = "the order of its nodes" if not order else _fields(bare, expected)
-        part.add(Difference(file, f"differs in {what}"))
+        field = "the order of its nodes" if not order else _changed_fields(bare, expected)
+        part.add(Difference(file, f"differs in {field}"))
 
 
-def _node_difference(found: onnx.NodeProto, expected: onnx.NodeProto) -> str:
-    if (found.domain, found.op_type) != (expected.domain, expected.op_type):
-        return f"is {found.op_type}, expected {expected.op_type}"
-    if list(found.input) != list(expected.input):
-        return f"reads {', '.join(found.input)}; expected {', '.join(expected.input)}"
-    if list(found.output) != list(expected.output):
-        return f"gives {', '.join(found.output)}; expected {', '.join(expected.output)}"
-    one, other = _attributes(found), _attributes(expected)
-    for name in sorted(one.keys() | other.keys()):
-        if one.get(name) != other.get(name):
-            return f"has {name} {one.get(name, 'missing')}, expected {other.get(name, 'none')}"
-    return "" if found == expected else "differs in a field that changes no value"
+def _node_difference(actual: onnx.NodeProto, expected: onnx.NodeProto) -> str:
+    if (actual.domain, actual.op_type) != (expected.domain, expected.op_type):
+        return f"is {actual.op_type}, expected {expected.op_type}"
+    if list(actual.input) != list(expected.input):
+        return f"reads {', '.join(actual.input)}; expected {', '.join(expected.input)}"
+    if list(actual.output) != list(expected.output):
+        return f"gives {', '.join(actual.output)}; expected {', '.join(expected.output)}"
+    attributes, wanted = _attributes(actual), _attributes(expected)
+    for name in sorted(attributes.keys() | wanted.keys()):
+        if attributes.get(name) != wanted.get(name):
+            return f"has {name} {attributes.get(name, 'missing')}, expected {wanted.get(name, 'none')}"
+    return "" if actual == expected else "differs in a field that changes no value"
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {item.name: helper.get_attribute_value(item) for item in node.attribute}
 
 
-def _fields(found: onnx.ModelProto, expected: onnx.ModelProto) -> str:
-    """The fields of a model, and of its graph, that differ."""
+def _changed_fields(actual: onnx.ModelProto, expected: onnx.ModelProto) -> str:
+    """Return the names of the fields of a model, and of its graph, that differ."""
     names = [
         field.name
-        for one, other in ((found, expected), (found.graph, expected.graph))
-        for field in one.DESCRIPTOR.fields
-        if field.name != "graph" and getattr(one, field.name) != getattr(other, field.name)
+        for message, wanted in ((actual, expected), (actual.graph, expected.graph))
+        for field in message.DESCRIPTOR.fields
+        if field.name != "graph" and getattr(message, field.name) != getattr(wanted, field.name)
     ]
-    return ", ".join(names) or "fields that this release does not know"
+    return ", ".join(names) or "fields that are unknown to this release"

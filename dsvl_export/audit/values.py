@@ -1,4 +1,4 @@
-"""Comparing stored values with those that they must have, bit for bit."""
+"""Bitwise comparison of stored values with the expected ones."""
 
 from __future__ import annotations
 
@@ -9,70 +9,74 @@ import numpy as np
 
 from dsvl_export.audit.result import Difference
 
-AT_ONCE = 1 << 24  # bytes that are compared at a time
+CHUNK = 1 << 24  # bytes that are compared at a time
 
 
-def equal_bytes(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether two flat arrays of bytes hold the same; in parts, so that little memory is taken."""
-    return len(found) == len(expected) and all(
-        np.array_equal(found[start : start + AT_ONCE], expected[start : start + AT_ONCE])
-        for start in range(0, len(expected), AT_ONCE)
+def equal_bytes(actual: np.ndarray, expected: np.ndarray) -> bool:
+    """Return whether two flat arrays of bytes are equal; compares in chunks, to save memory."""
+    return len(actual) == len(expected) and all(
+        np.array_equal(actual[start : start + CHUNK], expected[start : start + CHUNK])
+        for start in range(0, len(expected), CHUNK)
     )
 
 
-def first_byte(name: str, found: np.ndarray, expected: np.ndarray) -> Difference:
-    """Where two arrays of bytes that are not equal differ."""
-    if len(found) != len(expected):
-        return Difference(name, f"has {len(found)} bytes, expected {len(expected)}")
+def byte_difference(name: str, actual: np.ndarray, expected: np.ndarray) -> Difference:
+    """Return where two arrays of bytes that are not equal differ."""
+    if len(actual) != len(expected):
+        return Difference(name, f"has {len(actual)} bytes, expected {len(expected)}")
     first, count = None, 0
-    for start in range(0, len(expected), AT_ONCE):
-        changed = found[start : start + AT_ONCE] != expected[start : start + AT_ONCE]
+    for start in range(0, len(expected), CHUNK):
+        changed = actual[start : start + CHUNK] != expected[start : start + CHUNK]
         if first is None and changed.any():
             first = start + int(changed.argmax())
         count += int(changed.sum())
     return Difference(name, f"differs from byte {first} on", (first or 0,), count, len(expected))
 
 
-def compare_files(name: str, found: Path, expected: Path) -> Difference | None:
-    """Where two files differ; None where they are equal."""
-    one, other = (
+def compare_files(name: str, actual: Path, expected: Path) -> Difference | None:
+    """Return where two files differ, or None if they are equal."""
+    contents = [
         np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
-        for file in (found, expected)
-    )
-    return None if equal_bytes(one, other) else first_byte(name, one, other)
+        for file in (actual, expected)
+    ]
+    return None if equal_bytes(*contents) else byte_difference(name, *contents)
 
 
 def compare_values(
-    name: str, found: np.ndarray, expected: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
+    name: str, actual: np.ndarray, expected: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
 ) -> Difference | None:
-    """Where the values of a tensor differ; None where they are equal bit for bit.
+    """Return where the values of a tensor differ, or None if they are equal bit for bit.
 
     Args:
-        found, expected: bytes, flat; 4-bit integers are packed, the first in the lower half.
+        name: of the tensor.
+        actual: the stored bytes, flat; 4-bit integers are packed, the first in the lower half.
+        expected: the expected bytes, in the same form.
+        dtype: of the values.
+        shape: of the tensor.
     """
-    if equal_bytes(found, expected):
+    if equal_bytes(actual, expected):
         return None
-    if len(found) != len(expected):
-        return Difference(name, f"holds {len(found)} bytes, expected {len(expected)}")
+    if len(actual) != len(expected):
+        return Difference(name, f"holds {len(actual)} bytes, expected {len(expected)}")
     if dtype.name in ("int4", "uint4"):
-        one, other = (_unpacked(values, dtype.name) for values in (found, expected))
+        unpacked = [_unpack(values, dtype.name) for values in (actual, expected)]
         total = int(np.prod(shape, dtype=np.int64))
-        one, other = one[:total], other[:total]
-        if np.array_equal(one, other):
+        stored, wanted = (values[:total] for values in unpacked)
+        if np.array_equal(stored, wanted):
             return Difference(name, "has a padding that is not zero")
-        changed = one != other
+        changed = stored != wanted
     else:
-        one, other = found.view(dtype), expected.view(dtype)
+        stored, wanted = actual.view(dtype), expected.view(dtype)
         bits = np.dtype(f"u{dtype.itemsize}")
-        changed = found.view(bits) != expected.view(bits)
+        changed = actual.view(bits) != expected.view(bits)
     first = int(changed.argmax())
     where = tuple(int(axis) for axis in np.unravel_index(first, shape)) if shape else ()
-    detail = f"{_text(one[first])} at {list(where)}, expected {_text(other[first])}"
+    detail = f"{_text(stored[first])} at {list(where)}, expected {_text(wanted[first])}"
     return Difference(name, detail, where, int(changed.sum()), int(changed.size))
 
 
-def _unpacked(values: np.ndarray, kind: str) -> np.ndarray:
-    """Two numbers of each byte, as int8."""
+def _unpack(values: np.ndarray, kind: str) -> np.ndarray:
+    """Return the two 4-bit integers of each byte as int8."""
     halves = np.stack([values & 15, values >> 4], axis=1).reshape(-1)
     return ((halves ^ 8).astype(np.int8) - 8).astype(np.int8) if kind == "int4" else halves.astype(np.int8)
 

@@ -1,1 +1,1 @@
-"""How fast a bundle answers on this machine."""
+"""The measurement of a bundle's speed on this machine."""

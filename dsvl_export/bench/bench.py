@@ -1,8 +1,9 @@
-"""``bench``: how fast a bundle answers on this machine, stage by stage, and how near that is to its roof.
+"""The measurement of time to first token and decoding speed, and the memory-bandwidth bound.
 
-The roof of decoding is what reading costs: each token reads all weights of the decoder and the keys and
-values of its context once, so that the machine's memory bandwidth over those bytes is the most tokens per
-second (Williams et al. 2009). Needs no PyTorch; with it, what ``plan`` predicts stands beside the figures.
+A decode step reads all weights of the decoder, and the keys and values of its context, once. The
+memory bandwidth of the machine divided by those bytes is therefore an upper bound of the tokens per
+second (roofline; Williams, Waterman and Patterson, CACM 52(4), 2009). PyTorch is not needed; with
+it, the result has the prediction of ``plan`` too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dsvl_export.targets.machine import describe_machine, package_versions, read_bandwidth, timed
+from dsvl_export.targets.machine import describe_machine, measure_seconds, package_versions, read_bandwidth
 from runtimes.backends.onnxruntime import prefill_file
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
@@ -36,13 +37,13 @@ from runtimes.session import Execution
 CONTEXTS = (128, 512, 1024, 2048)
 STAGES = ("preprocess", "vision_encoder", "adaptor", "prefill")
 QUESTION = "Describe the picture."
-PICTURE = (480, 640, 3)  # a photograph of noise, where none is given
+IMAGE_SHAPE = (480, 640, 3)  # of random pixels, if no image is passed
 OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of repeats."""
+    """Median, lowest and highest seconds of repeated measurements."""
 
     median: float
     low: float
@@ -51,37 +52,43 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
+        """Summarize measurements."""
         return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """Decoding from one context on; bytes are what a token reads, None where the file does not tell."""
+class DecodingSpeed:
+    """Decoding speed at one context.
+
+    ``bytes_per_token`` are read by a decode step, and ``bound`` is the memory-bandwidth bound in
+    tokens per second. Both are None if the bytes are unknown.
+    """
 
     context: int
     step: Timing
     bytes_per_token: int | None
-    roof: float | None  # tokens per second
+    bound: float | None
 
     @property
-    def rate(self) -> float:
+    def tokens_per_second(self) -> float:
         """Tokens per second."""
         return 1 / self.step.median
 
     @property
-    def share(self) -> float | None:
-        """Of the roof."""
-        return self.rate / self.roof if self.roof else None
+    def share_of_bound(self) -> float | None:
+        """Tokens per second relative to the memory-bandwidth bound; None if that is unknown."""
+        return self.tokens_per_second / self.bound if self.bound else None
 
 
 @dataclass(frozen=True)
 class BenchResult:
     """One precision on one machine; times in seconds, sizes in bytes.
 
-    ``stages`` are those before the first token, for one image, and ``first_token`` the time from the picture
-    to its logits. ``loaded`` is what opening added to the process, ``peak`` the most that the process had.
-    ``bandwidth`` is what the asked threads, or all cores, read from memory in bytes per second. ``predicted``
-    is what ``plan`` says of the largest context, or why it says nothing.
+    ``stages`` are the stages before the first token, for one image; ``first_token`` is the time
+    from the image to the logits of the first token. ``loaded`` is the memory that opening added to
+    the process, ``peak`` the largest memory of the process. ``bandwidth`` is the memory bandwidth
+    of ``threads``, or of all cores, in bytes per second. ``predicted`` is the prediction of
+    ``plan`` for the largest context, or the reason why there is none.
     """
 
     bundle: str
@@ -96,20 +103,21 @@ class BenchResult:
     bandwidth: float | None
     stages: dict[str, Timing]
     first_token: Timing
-    decoding: list[Decoding]
+    decoding: list[DecodingSpeed]
     predicted: dict[str, Any] | str
     machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
         raw = asdict(self)
         for row, item in zip(raw["decoding"], self.decoding, strict=True):
-            row |= {"tokens_per_second": item.rate, "share_of_roof": item.share}
+            row |= {"tokens_per_second": item.tokens_per_second, "share_of_bound": item.share_of_bound}
         return raw
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to run: tokens are those decoded at each context, once for every repeat."""
+    """What to measure; ``tokens`` are decoded at each context in every repeat."""
 
     threads: int | None = None
     device: str | None = None
@@ -126,10 +134,10 @@ def bench(
     options: BenchOptions,
     on_step: OnStep = lambda name, done, total: None,
 ) -> BenchResult:
-    """Measure a bundle; everything runs once before it is timed.
+    """Measure a bundle; everything runs once before it is measured.
 
     Raises:
-        UserError: it cannot run here, or a context does not fit the model.
+        UserError: the bundle cannot run here, or a context does not fit into the KV cache.
     """
     bundle = Bundle.open(folder)
     backend, precision = bundle.select(backend, precision)
@@ -145,7 +153,7 @@ def bench(
         threads=options.threads,
         device=options.device,
         capacity=room,
-        verify=False,  # it was, off the clock
+        verify=False,  # the files were verified above, outside the measured time
     )
     opened = perf_counter() - started
     loaded = max(_resident() - before, 0)
@@ -159,18 +167,18 @@ def bench(
         on_step(f"context {context}", options.repeats + 1 + index, steps)
         steps_of[context] = _decode(pipeline, context, options)
     peak = _peak()
-    on_step("the machine's roof", steps - 1, steps)
+    on_step("memory bandwidth", steps - 1, steps)
     artifact = bundle.artifact("decoder", backend, precision)
     execution = load_backend(backend).execution(artifact, options.device)
-    here = execution.device == "cpu" and execution.kind == "ran"
-    bandwidth = read_bandwidth(options.threads) if here else None
+    on_cpu = execution.device == "cpu" and execution.kind == "ran"
+    bandwidth = read_bandwidth(options.threads) if on_cpu else None
     weights = _decode_weights(bundle, backend, precision, execution)
     states = pipeline.chain.decoder.contract.states
     decoding = []
     for context, seconds in steps_of.items():
         read = weights + cache_bytes(states, 1, context) if weights else None
-        roof = bandwidth / read if bandwidth and read else None
-        decoding.append(Decoding(context, Timing.of(seconds), read, roof))
+        bound = bandwidth / read if bandwidth and read else None
+        decoding.append(DecodingSpeed(context, Timing.of(seconds), read, bound))
     return BenchResult(
         bundle=str(folder),
         backend=backend,
@@ -182,54 +190,58 @@ def bench(
         loaded=loaded,
         peak=peak,
         bandwidth=bandwidth,
-        stages={name: Timing.of(each) for name, each in zip(STAGES, zip(*repeats, strict=True), strict=True)},
+        stages={
+            name: Timing.of(seconds) for name, seconds in zip(STAGES, zip(*repeats, strict=True), strict=True)
+        },
         first_token=Timing.of([sum(repeat) for repeat in repeats]),
         decoding=decoding,
         predicted=_predicted(bundle, backend, precision, contexts[-1], prompt)
-        if here
-        else f"'plan' knows this machine's CPU, and here it {execution}",
+        if on_cpu
+        else f"'plan' predicts for the CPU of this machine, but the bundle {execution}",
         machine={**describe_machine(), "packages": package_versions()},
     )
 
 
 def _longest(bundle: Bundle, backend: str, precision: str, device: str | None) -> int:
-    """Tokens that the decoder can hold."""
+    """Return the number of tokens that the KV cache can hold."""
     built = compiled_capacity(bundle.artifact("decoder", backend, precision), device)
     positions = int(bundle.manifest.model["decoder"]["max_positions"])
     return min(positions, built or positions)
 
 
 def _contexts(longest: int, options: BenchOptions) -> tuple[int, ...]:
-    """Those asked for, or the usual ones that the decoder holds."""
+    """Return the requested contexts, or those of ``CONTEXTS`` that the KV cache can hold."""
     most = longest - options.tokens
     if options.contexts:
-        given = tuple(sorted(set(options.contexts)))
-        if not 1 <= given[0] <= given[-1] <= most:
+        contexts = tuple(sorted(set(options.contexts)))
+        if not 1 <= contexts[0] <= contexts[-1] <= most:
             raise UserError(
-                f"A context must lie between 1 and {most}, which is what this decoder holds besides the"
-                f" {options.tokens} tokens to decode; got {', '.join(map(str, given))}."
+                f"A context must lie between 1 and {most}, since the KV cache also holds the"
+                f" {options.tokens} tokens to decode; got {', '.join(map(str, contexts))}."
             )
-        return given
+        return contexts
     if most < 1:
-        raise UserError(f"This decoder holds {longest} tokens; {options.tokens} to decode are too many.")
+        raise UserError(
+            f"The KV cache holds {longest} tokens, too few to decode {options.tokens}; use fewer --tokens."
+        )
     return tuple(context for context in CONTEXTS if context <= most) or (most,)
 
 
 def _first_token(
     pipeline: Pipeline, options: BenchOptions, on_repeat: Callable[[int], None]
 ) -> tuple[list[list[float]], int]:
-    """Seconds of the stages in every repeat, and tokens of the prompt."""
+    """Return the seconds of the stages in every repeat, and the number of prompt tokens."""
     chain = pipeline.chain
     image = options.image
     if image is None:
-        image = np.random.default_rng(0).integers(0, 256, PICTURE, np.uint8)
+        image = np.random.default_rng(0).integers(0, 256, IMAGE_SHAPE, np.uint8)
     prompt = chain.embed_prompt(pipeline.format(QUESTION, 1), [image])
     if len(prompt) > pipeline.capacity:
         raise UserError(
-            f"A question with a picture has {len(prompt)} tokens, the decoder holds {pipeline.capacity}."
+            f"A question with an image has {len(prompt)} tokens, but the KV cache holds {pipeline.capacity}."
         )
     cache = chain.decoder.new_cache(1, pipeline.capacity)
-    found: list[list[float]] = []
+    repeats: list[list[float]] = []
     for repeat in range(options.repeats + 1):
         marks = [perf_counter()]
         pixels = preprocess(image, chain.preprocessing)
@@ -242,34 +254,34 @@ def _first_token(
         chain.prefill(prompt, cache)
         marks.append(perf_counter())
         if repeat:  # the first is the warm-up
-            found.append([end - start for start, end in pairwise(marks)])
+            repeats.append([end - start for start, end in pairwise(marks)])
         on_repeat(repeat + 1)
-    return found, len(prompt)
+    return repeats, len(prompt)
 
 
 def _decode(pipeline: Pipeline, context: int, options: BenchOptions) -> list[float]:
-    """Seconds of a step from a context on, the median of each repeat."""
+    """Return the seconds of a decode step after a context: the median of each repeat."""
     chain, cache = pipeline.chain, pipeline.chain.decoder.new_cache(1, pipeline.capacity)
-    words = int(pipeline.chain.decoder.contract.outputs[0].shape[2])
-    tokens = np.random.default_rng(0).integers(0, words, context + options.tokens)
+    vocabulary = int(pipeline.chain.decoder.contract.outputs[0].shape[2])
+    tokens = np.random.default_rng(0).integers(0, vocabulary, context + options.tokens)
     chain.prefill(chain.embed_tokens(tokens[:context]), cache)
     chain.decode(tokens[None, context : context + 1], cache)
     cache.rewind(1)
-    found = []
+    medians = []
     for _ in range(options.repeats):
         steps = [
-            timed(partial(chain.decode, tokens[None, place : place + 1], cache))
+            measure_seconds(partial(chain.decode, tokens[None, place : place + 1], cache))
             for place in range(context, len(tokens))
         ]
-        found.append(statistics.median(steps))
+        medians.append(statistics.median(steps))
         cache.rewind(options.tokens)
-    return found
+    return medians
 
 
 def _decode_weights(bundle: Bundle, backend: str, precision: str, execution: Execution) -> int | None:
-    """Bytes of the decoder that a token reads, widened ones as they lie in memory.
+    """Return the bytes of the decoder's weights that a decode step reads, as they are in memory.
 
-    None where its file holds other components too.
+    None if the file of the decoder contains other components too.
     """
     artifact = bundle.artifact("decoder", backend, precision)
     engine = artifact.engine.file if artifact.engine else None
@@ -291,10 +303,10 @@ def _decode_weights(bundle: Bundle, backend: str, precision: str, execution: Exe
 def _predicted(
     bundle: Bundle, backend: str, precision: str, context: int, prompt: int
 ) -> dict[str, Any] | str:
-    """What ``plan`` says of this machine."""
+    """Return the prediction of ``plan`` for this machine, or why there is none."""
     try:
         from dsvl_export.planning.plan import Planner, Request
-        from dsvl_export.targets.targets import find_target, measured
+        from dsvl_export.targets.targets import find_target, measure_target
         from reference.model.config import ModelConfig
     except ImportError as error:
         return f"a prediction needs {error.name}; run: {install_command(error.name or 'torch')}"
@@ -302,7 +314,7 @@ def _predicted(
     request = Request(backend, precision, max(context, prompt), 1, tokens)
     try:
         plan = Planner(ModelConfig.from_dict(bundle.manifest.model)).plan(
-            measured(find_target("cpu")), request
+            measure_target(find_target("cpu")), request
         )
     except UserError as error:
         return str(error)
@@ -310,12 +322,12 @@ def _predicted(
 
 
 def _resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
+    """Return the resident bytes of this process; 0 if the system does not report them."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
 def _peak() -> int:
-    """The most bytes that this process had in memory."""
+    """Return the largest resident bytes of this process."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

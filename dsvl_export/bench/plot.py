@@ -1,4 +1,4 @@
-"""The plot of ``bench``: where the time to the first token goes, and decoding beside its roof."""
+"""The plot of ``bench``: time to first token by stage, and decoding speed with its bound."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 
 from dsvl_export.bench.bench import BenchResult
 
-COLOURS = ("#9aa5b1", "#2f6f9f", "#6fb1a0", "#d98c3f")  # of the stages, in their order
+COLOURS = ("#9aa5b1", "#2f6f9f", "#6fb1a0", "#d98c3f")  # of the stages, in order
 
 
 def bench_plot(result: BenchResult) -> str:
-    """An SVG document."""
+    """Return the plot as an SVG document."""
     style = {"svg.hashsalt": "bench", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(8.4, 5.4), layout="constrained")
@@ -27,19 +27,23 @@ def bench_plot(result: BenchResult) -> str:
         stages.set_xlabel("seconds to the first token")
         stages.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=9, frameon=False)
         contexts = [row.context for row in result.decoding]
-        rates = [row.rate for row in result.decoding]
+        rates = [row.tokens_per_second for row in result.decoding]
         spread = [
-            [row.rate - 1 / row.step.high for row in result.decoding],
-            [1 / row.step.low - row.rate for row in result.decoding],
+            [row.tokens_per_second - 1 / row.step.high for row in result.decoding],
+            [1 / row.step.low - row.tokens_per_second for row in result.decoding],
         ]
         decoding.errorbar(contexts, rates, spread, fmt="-o", capsize=4, color=COLOURS[1], label="measured")
-        if all(row.roof for row in result.decoding):
-            roofs = [row.roof for row in result.decoding]
-            decoding.plot(contexts, roofs, "--", color="#555555", label="roof: bandwidth over those bytes")
+        if all(row.bound for row in result.decoding):
+            bounds = [row.bound for row in result.decoding]
+            decoding.plot(contexts, bounds, "--", color="#555555", label="memory-bandwidth bound")
         if isinstance(result.predicted, dict):
             predicted = result.predicted["tokens_per_second"]
             decoding.plot(
-                result.predicted["context"], predicted, "D", color=COLOURS[3], label="plan, at most"
+                result.predicted["context"],
+                predicted,
+                "D",
+                color=COLOURS[3],
+                label="prediction of plan, at most",
             )
         decoding.set_ylim(bottom=0)
         decoding.set_xlabel("tokens of context")

@@ -1,4 +1,4 @@
-"""The entry point ``dsvl-export``. Each other module of this folder holds a group of its commands."""
+"""The entry point ``dsvl-export``; the other modules of this folder hold its commands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import cleandoc
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -39,9 +40,18 @@ PANELS = {
 
 
 def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a command in its panel of the help."""
+    """Register a command in its panel of the help, with its docstring as the help.
+
+    typer keeps the line breaks of a docstring; here the terminal's width decides where lines end.
+    """
     panel = next(panel for panel, names in PANELS.items() if name in names)
-    return app.command(name, rich_help_panel=panel)
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
+        text = "\n\n".join(" ".join(paragraph.splitlines()) for paragraph in paragraphs)
+        return app.command(name, help=text, rich_help_panel=panel)(function)
+
+    return register
 
 
 def sort_commands() -> None:
@@ -146,7 +156,7 @@ def _quiet_pipes() -> Iterator[None]:
             if sys.stdout:  # None where the shell closed it
                 sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the very end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the final flush
         sys.exit(READER_GONE)
     except OSError as error:  # a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Commands that write, run and show bundles: ``export``, ``run``, ``chat``, ``inspect`` and ``demo``."""
+"""The commands ``export``, ``inspect`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -9,38 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from dsvl_export.cli.app import command
+from dsvl_export.cli.checks import exit_with_verdict, run_and_record
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets, values
 from dsvl_export.cli.memory import warn_of_memory
-from dsvl_export.cli.options import (
-    Backend,
-    BundleFolder,
-    Capacity,
-    Checkpoint,
-    Device,
-    Drafts,
-    Images,
-    Json,
-    JsonLines,
-    MaxNewTokens,
-    Penalty,
-    Precision,
-    Seed,
-    Stop,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-    TrustEngine,
-    Verify,
-)  # fmt: skip
-from dsvl_export.cli.proof import judge, leave_with
+from dsvl_export.cli.options import BundleFolder, Json, OptionalCheckpoint
 from dsvl_export.cli.terminal import say
 
 if TYPE_CHECKING:
     from dsvl_export.parity_check import ParityResult
     from dsvl_export.parity_check.against_reference import OnStep
     from runtimes.bundle.bundle import Bundle
-    from runtimes.pipeline import Pipeline
 
 # Panels of the help of ``export``.
 BACKEND_OPTIONS = "Options of one backend"
@@ -49,13 +27,21 @@ CHECKS = "Checks"
 
 @command("export")
 def export(
-    checkpoint: Checkpoint,
     output: Annotated[
         Path,
         typer.Option(
             "--output", "-o", help="Bundle folder: a new or empty folder, or a bundle to add artifacts to."
         ),
     ],
+    checkpoint: OptionalCheckpoint = None,
+    config: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FILE",
+            help="YAML file of an export config, for example one that a bundle keeps. Arguments and options"
+            " override it.",
+        ),
+    ] = None,
     backend: Annotated[
         Optional[str],
         typer.Option(
@@ -113,17 +99,6 @@ def export(
             " Default: 2048, or the model's number of positions if that is smaller.",
         ),
     ] = None,
-    deployment: Annotated[
-        Optional[str],
-        typer.Option(
-            "--deployment-target",
-            metavar="SYSTEM",
-            help="Oldest operating system to support, for coreml (iOS18, macOS15) and coreai (iOS27,"
-            " macOS27).",
-            rich_help_panel=BACKEND_OPTIONS,
-            autocompletion=values("iOS18", "macOS15", "iOS27", "macOS27"),
-        ),
-    ] = None,
     delegate: Annotated[
         Optional[str],
         typer.Option(
@@ -134,22 +109,24 @@ def export(
         ),
     ] = None,
     prefill: Annotated[
-        bool,
+        Optional[bool],
         typer.Option(
             "--prefill/--no-prefill",
             help="With onnxruntime and 8da4w, add a second decoder with 8-bit weights for prefill: prefill is"
-            " twice as fast, and the decoder takes three times the disk space and memory.",
+            " twice as fast, and the decoder takes three times the disk space and memory. Default:"
+            " --prefill.",
             rich_help_panel=BACKEND_OPTIONS,
         ),
-    ] = True,
+    ] = None,
     goldens: Annotated[
-        bool,
+        Optional[bool],
         typer.Option(
             "--goldens/--no-goldens",
-            help="Record reference outputs for 'parity', and compare the written files with the checkpoint.",
+            help="Record reference outputs for 'parity', and compare the written files with the checkpoint."
+            " Default: --goldens.",
             rich_help_panel=CHECKS,
         ),
-    ] = True,
+    ] = None,
     check: Annotated[
         bool,
         typer.Option(
@@ -160,77 +137,97 @@ def export(
 ) -> None:
     """Export a checkpoint into a bundle.
 
-    The parity check compares the bundle with the PyTorch reference. If the export is interrupted, run the
-    same command again: the export resumes.
+    The parity check compares the bundle with the PyTorch reference. If the export is interrupted,
+    run the same command again: the export resumes.
 
-    Exit code 0: all stages passed; 1: the bundle differs from the reference, or the precision overflows; 3:
-    the parity check could not judge the bundle on this machine.
+    Exit code 0: all stages passed; 1: the bundle differs from the reference, or the precision
+    overflows; 3: the parity check could not judge the bundle on this machine.
 
     Example: dsvl-export export tiny --precision fp16 --output tiny-bundle
+
+    Example: dsvl-export export --config export.yaml --precision int8 --output my-bundle
     """
     from rich.markup import escape
     from rich.progress import TaskID
 
     from dsvl_export.cli import display
-    from dsvl_export.compilers import load_compiler
     from dsvl_export.compilers.precisions import plan_for
-    from dsvl_export.exporter.export import export as run_export
+    from dsvl_export.compilers.registry import load_compiler
+    from dsvl_export.exporter.config import ExportConfig
+    from dsvl_export.exporter.export import export_bundle
     from dsvl_export.exporter.stages import ExportProgress
     from dsvl_export.targets.defects import warnings_for
     from dsvl_export.targets.targets import find_target
     from runtimes.backends.executorch_tokenizer import RUNNER_TOKENIZER
     from runtimes.bundle.bundle import Bundle
+    from runtimes.errors import UserError
     from runtimes.units import size
 
-    device = find_target(target) if target else None
-    backend = backend or (next(iter(device.backends)) if device else "onnxruntime")
+    if config is not None:
+        settings = ExportConfig.read(config, checkpoint)
+    elif checkpoint is not None:
+        settings = ExportConfig(checkpoint)
+    else:
+        raise UserError("There is no checkpoint to export; give CHECKPOINT or --config.")
+    settings = settings.override(
+        {
+            "backend": backend,
+            "precisions": tuple(precision or ()),
+            "target": target,
+            "capacity": capacity,
+            "scales": str(scales) if scales else None,
+            "goldens": goldens,
+            "onnxruntime.prefill": prefill,
+            "tensorrt.version": tensorrt,
+            "tensorrt.capabilities": tuple(sm or ()),
+            "executorch.delegate": delegate,
+        }
+    ).with_defaults()
+    backend = str(settings.backend)
     compiler = load_compiler(backend)
-    names = precision or ["fp32" if "fp32" in compiler.PRECISIONS else compiler.PRECISIONS[0]]
-    plans = [plan_for(compiler, name) for name in names]
+    plans = [plan_for(compiler, name) for name in settings.precisions]
     precisions = [plan.name for plan in plans]
-    device_name = device.name if device else None
-    defects = {str(row): None for each in precisions for row in warnings_for(backend, each, device_name)}
+    device_name = find_target(settings.target).name if settings.target else None
+    defects = {str(row): None for name in precisions for row in warnings_for(backend, name, device_name)}
     for text in defects:
         display.err.print(f"[yellow]Known defect:[/] {escape(text)}")
-    if scales is None and checkpoint != "tiny" and any(plan.quantizes_activations for plan in plans):
+    uses_bundled_images = settings.scales is None and settings.checkpoint != "tiny"
+    if uses_bundled_images and any(plan.quantizes_activations for plan in plans):
         display.err.print(
             "[yellow]Calibrating on the bundled images.[/] For better scales, run 'dsvl-export calibrate'"
             " on your own images and pass the result as --scales."
         )
     with display.progress_bar() as bars:
         tasks: dict[str, TaskID] = {}
-        in_bytes: set[str] = set()
+        with_bytes: set[str] = set()
 
         def report(progress: ExportProgress) -> None:
-            name, counted = progress.stage, progress.in_bytes
+            name, in_bytes = progress.stage, progress.in_bytes
             if name not in tasks:
                 tasks[name] = bars.add_task(display.plain(name), total=None)
-            if counted and name not in in_bytes:  # what was there before does not count as speed
-                in_bytes.add(name)
+            if in_bytes and name not in with_bytes:  # bytes written before do not count as speed
+                with_bytes.add(name)
                 bars.reset(tasks[name], total=progress.total, completed=progress.done, in_bytes=True)
-            bars.update(tasks[name], completed=progress.done, total=progress.total, in_bytes=counted)
+            bars.update(tasks[name], completed=progress.done, total=progress.total, in_bytes=in_bytes)
             if progress.state == "reused":
                 bars.console.print(f"[dim]{escape(progress.stage)}: unchanged, reused[/]")
 
         try:
-            bundle = run_export(
-                checkpoint, output, backend, names, goldens, report, scales, target, tensorrt, capacity,
-                sm or (), deployment, delegate, prefill,
-            )  # fmt: skip
+            bundle = export_bundle(settings, output, report)
         except KeyboardInterrupt:
             display.err.print("Run the same command again: the export resumes.")
             raise
-    for each in precisions:
-        tokenizer = bundle.artifact("decoder", backend, each).tools.get(RUNNER_TOKENIZER, "")
+    for name in precisions:
+        tokenizer = bundle.artifact("decoder", backend, name).tools.get(RUNNER_TOKENIZER, "")
         if tokenizer.startswith("none"):
             display.err.print(
-                f"[yellow]No tokenizer for ExecuTorch's runner ({each}):[/] {escape(tokenizer[6:])}."
-                " Apps must pass token ids to the runner instead of text; see docs/executorch.md."
+                f"[yellow]No tokenizer for ExecuTorch's runner ({name}):[/] {escape(tokenizer[6:])}."
+                " Apps must pass token ids to the runner instead of text; see docs/tutorials/executorch.md."
             )
     verdicts = [
-        judge(output, f"{backend} {each}", partial(_run_parity, backend, each))
-        for each in precisions
-        if check and goldens
+        run_and_record(output, f"{backend} {name}", partial(_run_parity, backend, name))
+        for name in precisions
+        if check and settings.goldens
     ]
     results = [result for _, result in verdicts]
     if as_json:
@@ -249,12 +246,12 @@ def export(
         if needs := _needs(bundle, backend, precisions):
             say(needs)
         say(f"Next: {_next_step(bundle, backend)}")
-    leave_with(results)
+    exit_with_verdict(results)
 
 
 def _needs(bundle: Bundle, backend: str, precisions: list[str]) -> str:
     """Return the oldest ONNX Runtime for the artifacts as a sentence; empty if none runs them."""
-    from runtimes.backends.onnxruntime_releases import NEEDED, newest
+    from runtimes.backends.onnxruntime_releases import NEEDED, newest_release
 
     releases = [
         item.tools[NEEDED]
@@ -262,7 +259,7 @@ def _needs(bundle: Bundle, backend: str, precisions: list[str]) -> str:
         if item.backend == backend and item.precision in precisions and NEEDED in item.tools
     ]
     where = "" if backend == "onnxruntime" else " to run without a GPU"
-    return f"Needs ONNX Runtime {newest(releases)} or later{where}." if releases else ""
+    return f"Needs ONNX Runtime {newest_release(releases)} or later{where}." if releases else ""
 
 
 def _next_step(bundle: Bundle, backend: str) -> str:
@@ -279,119 +276,6 @@ def _run_parity(backend: str, precision: str, bundle: Bundle, on_step: OnStep) -
 
     warn_of_memory(bundle, backend, precision)
     return parity(bundle, backend, precision, on_step=on_step)
-
-
-def open_pipeline(
-    folder: Path,
-    backend: str | None,
-    precision: str | None,
-    threads: int | None,
-    device: str | None,
-    capacity: int | None,
-    verify: bool,
-    trust_engine: bool,
-) -> Pipeline:
-    """Open a bundle to run it, and warn if the machine has too little free memory."""
-    from runtimes.backends.engines.trust import trust_engines
-    from runtimes.bundle.bundle import Bundle
-    from runtimes.pipeline import Pipeline
-
-    bundle = Bundle.open(folder)
-    if trust_engine:
-        trust_engines(bundle)
-    backend, precision = bundle.select(backend, precision)
-    remedy = "use a smaller precision or --capacity"
-    warn_of_memory(bundle, backend, precision, device, capacity, remedy)
-    return Pipeline.open(
-        bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
-    )
-
-
-@command("run")
-def run(
-    bundle: BundleFolder,
-    prompt: Annotated[
-        str,
-        typer.Option(
-            "--prompt",
-            "-p",
-            help="The question. <image_placeholder> marks the position of an image; without it, images come"
-            " first.",
-        ),
-    ],
-    image: Images = None,
-    backend: Backend = None,
-    precision: Precision = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = 0,
-    stop: Stop = None,
-    drafts: Drafts = True,
-    device: Device = None,
-    threads: Threads = None,
-    capacity: Capacity = None,
-    verify: Verify = True,
-    trust_engine: TrustEngine = False,
-    as_json: Json = False,
-) -> None:
-    """Answer a question about images; the answer streams to stdout.
-
-    Example: dsvl-export run tiny-bundle --image photo.png --prompt "What number is in the picture?"
-    """
-    from dsvl_export.cli import display
-    from dsvl_export.cli.terminal import answer_text
-    from runtimes.generation.decoding import Answer
-    from runtimes.generation.sampling import GenerationOptions
-
-    options = GenerationOptions(
-        max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()), drafts
-    )
-    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify, trust_engine)
-    answer = Answer()
-    for piece, answer in pipeline.stream_chat(prompt, image or [], options):  # noqa: B007
-        if not as_json:
-            print(answer_text(piece), end="", flush=True)
-    if as_json:
-        display.print_json({**vars(answer), "tokens_per_second": answer.tokens_per_second})
-        return
-    print()
-    display.err.print(
-        f"[dim]{len(answer.tokens)} tokens ({answer.finish_reason}), first after"
-        f" {answer.first_token_seconds:.2f} s, then {answer.tokens_per_second:.1f} per second[/]"
-    )
-
-
-@command("chat")
-def chat(
-    bundle: BundleFolder,
-    image: Images = None,
-    backend: Backend = None,
-    precision: Precision = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    drafts: Drafts = True,
-    device: Device = None,
-    threads: Threads = None,
-    capacity: Capacity = None,
-    verify: Verify = True,
-    trust_engine: TrustEngine = False,
-    as_json: JsonLines = False,
-) -> None:
-    """Chat about images; each turn computes only what is new.
-
-    In the chat, /image FILE adds an image to the next message, /reset starts a new conversation, and /quit
-    (or Ctrl-D) ends the chat.
-    """
-    from dsvl_export.cli.conversation import converse
-    from runtimes.generation.sampling import GenerationOptions
-
-    options = GenerationOptions(max_new_tokens, temperature, seed=seed, drafts=drafts)
-    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify, trust_engine)
-    converse(pipeline, image or [], options, as_json)
 
 
 @command("inspect")

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from dsvl_export.targets.targets import Target
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
 
 Complete = Callable[[typer.Context], list[str]]
 
@@ -60,13 +60,13 @@ def bundle_backends(bundle: str = "bundle") -> Complete:
 
 
 def bundle_precisions(bundle: str = "bundle", option: str = "backend") -> Complete:
-    """Complete a precision of the bundle that an argument names; ``option`` is that of its backend."""
+    """Complete a precision of the bundle that an argument names, for the backend in ``option``."""
 
     def complete(context: typer.Context) -> list[str]:
         backend = context.params.get(option)
         artifacts = _artifacts(context, bundle)
-        found = (item.precision for item in artifacts if backend in (None, item.backend))
-        return list(dict.fromkeys(found))
+        precisions = (item.precision for item in artifacts if backend in (None, item.backend))
+        return list(dict.fromkeys(precisions))
 
     return complete
 
@@ -88,7 +88,7 @@ def _artifacts(context: typer.Context, bundle: str) -> list[Artifact]:
     from runtimes.errors import UserError
 
     # While the value of the last option is missing, the parser leaves all arguments in ``args``.
-    names = [each.name for each in context.command.params if each.param_type_name == "argument"]
+    names = [param.name for param in context.command.params if param.param_type_name == "argument"]
     folder = context.params.get(bundle) or dict(zip(names, context.args, strict=False)).get(bundle)
     try:
         return list(Bundle.open(Path(folder)).manifest.artifacts) if folder else []

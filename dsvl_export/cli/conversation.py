@@ -15,14 +15,14 @@ from runtimes.images import load_image
 from runtimes.pipeline import Pipeline
 from runtimes.text.prompt import Message, place_images
 
-HELP = "/image FILE adds an image, /reset starts over, /quit ends."
+HELP = "/image FILE adds an image, /reset starts a new conversation, /quit ends the chat."
 
 
 def converse(pipeline: Pipeline, first_images: list[Path], options: GenerationOptions, as_json: bool) -> None:
-    """Read messages from stdin until it ends; print answers as they come, or as a JSON line each."""
+    """Read messages from stdin until it ends; print the answers as streams or as JSON lines."""
     messages: list[Message] = []
     images: list[Path] = []  # of the messages so far
-    waiting = [_checked(image) for image in first_images]  # for the next message
+    waiting = [_check_image(image) for image in first_images]  # for the next message
     err.print(f"[dim]{HELP}[/]")
     while True:
         try:
@@ -37,25 +37,25 @@ def converse(pipeline: Pipeline, first_images: list[Path], options: GenerationOp
             messages, images, waiting = [], [], []
         elif line.startswith("/image "):
             try:
-                waiting.append(_checked(_image_file(line.removeprefix("/image "))))
+                waiting.append(_check_image(_image_file(line.removeprefix("/image "))))
             except UserError as error:
                 say_error(str(error))
         elif line.startswith("/"):
             err.print(HELP)
         elif line:
             try:
-                (asked,) = place_images([Message("user", line)], len(waiting))
-                answer = _answer(pipeline, [*messages, asked], [*images, *waiting], options, as_json)
+                (question,) = place_images([Message("user", line)], len(waiting))
+                answer = _answer(pipeline, [*messages, question], [*images, *waiting], options, as_json)
             except UserError as error:
                 say_error(str(error))
                 continue
-            messages += [asked, Message("assistant", answer.text)]
+            messages += [question, Message("assistant", answer.text)]
             images, waiting = [*images, *waiting], []
 
 
 def _image_file(text: str) -> Path:
-    """The file that a user typed, dragged into the terminal or quoted, with ``~`` for the home folder."""
-    file = Path(os.path.expanduser(text.strip()))  # noqa: PTH111 - pathlib's raises for unknown users
+    """Return the file that the user typed, quoted or dragged into the terminal; expands ``~``."""
+    file = Path(os.path.expanduser(text.strip()))  # noqa: PTH111 - pathlib raises
     if not file.exists():
         try:
             words = shlex.split(text)
@@ -66,7 +66,8 @@ def _image_file(text: str) -> Path:
     return file
 
 
-def _checked(image: Path) -> Path:
+def _check_image(image: Path) -> Path:
+    """Return an image file after checking that it can be read."""
     load_image(image)
     return image
 
@@ -78,6 +79,7 @@ def _answer(
     options: GenerationOptions,
     as_json: bool,
 ) -> Answer:
+    """Answer a message and print the answer."""
     if as_json:
         answer = pipeline.chat(messages, images, options)
         print(json_text(vars(answer)), flush=True)

@@ -19,7 +19,7 @@ from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from runtimes.text.prompt import Message
 
-PICTURES = 3
+IMAGES = 3
 QUESTIONS = (
     "What number is in the picture?",
     "What colour is the number in the picture?",
@@ -50,27 +50,27 @@ def run_demo(output: Path, as_json: bool) -> bool:
             say(f"   {progress.stage}{' (unchanged, reused)' if progress.state == 'reused' else ''}")
 
     bundle = export("tiny", folder, "onnxruntime", ("fp32", "fp16"), report=report)
-    say("\n2. Ask about pictures that it has never seen, without PyTorch")
+    say("\n2. Ask about held-out images, without PyTorch")
     pipeline = Pipeline.open(bundle, precision="fp32")
     answers: list[dict[str, Any]] = []
-    for picture in _write_pictures(output / "pictures"):
-        say(f"   {picture}")
+    for image in _write_images(output / "pictures"):
+        say(f"   {image}")
         messages: list[Message] = []
         for question in QUESTIONS:
             messages.append(Message("user", question))
             say(f"   You:   {question}\n   Model: ", end="")
             text = ""
-            for piece, _ in pipeline.stream_chat(messages, [picture]):
+            for piece, _ in pipeline.stream_chat(messages, [image]):
                 text += piece
                 say(piece, end="")
             say("")
             messages.append(Message("assistant", text))
-            answers.append({"picture": str(picture), "question": question, "answer": text})
-    say("\n3. Prove that every stage computes what the PyTorch reference computes")
+            answers.append({"picture": str(image), "question": question, "answer": text})
+    say("\n3. Run the parity check: compare every stage with the PyTorch reference")
     questions = load_task(HELDOUT)
     results: list[ParityResult] = []
 
-    def prove(backend: str, precision: str) -> None:
+    def check(backend: str, precision: str) -> None:
         result = parity(bundle, backend, precision, task=questions, taps=True)
         results.append(result)
         page = record_verdict(bundle, result)
@@ -78,11 +78,11 @@ def run_demo(output: Path, as_json: bool) -> bool:
         say(f"   Report: {page}")
 
     for precision in ("fp32", "fp16"):
-        prove("onnxruntime", precision)
+        check("onnxruntime", precision)
     if find_spec("tensorrt_rtx"):
-        say("\n4. Build INT8 engines for NVIDIA GPUs from the same programs, without a GPU, and prove them")
+        say("\n4. Build INT8 engines for NVIDIA GPUs from the same programs, without a GPU, and check them")
         bundle = export("tiny", folder, "tensorrt_rtx", ("int8",), report=report)
-        prove(*bundle.select("tensorrt_rtx", "int8"))
+        check(*bundle.select("tensorrt_rtx", "int8"))
     say("\nNext")
     say(f'   dsvl-export run {folder} --image {output}/pictures/0.png --prompt "Describe the picture."')
     say(f"   dsvl-export chat {folder} --image {output}/pictures/0.png")
@@ -94,13 +94,13 @@ def run_demo(output: Path, as_json: bool) -> bool:
     return all(result.passed for result in results)
 
 
-def _write_pictures(folder: Path) -> list[Path]:
-    """Copies of held-out pictures with three-digit numbers."""
+def _write_images(folder: Path) -> list[Path]:
+    """Copy held-out images with three-digit numbers into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     items = load_task(HELDOUT)
     sources = [item.images[0] for item in items if item.kind == "number_3" and len(item.images) == 1]
     written = []
-    for index, source in enumerate(sources[:PICTURES]):
+    for index, source in enumerate(sources[:IMAGES]):
         written.append(folder / f"{index}.png")
         shutil.copyfile(source, written[-1])
     return written

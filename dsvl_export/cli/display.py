@@ -1,4 +1,4 @@
-"""What the commands show: progress bars, tables, sentences. All of it goes to stderr but results."""
+"""Progress bars, tables and messages of the commands; results go to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsvl_export.cli.terminal import json_text, without_controls
-from dsvl_export.parity_check import ParityResult, Rung
+from dsvl_export.parity_check import ParityResult, StageResult
 from runtimes.bundle.bundle import Bundle
 from runtimes.units import size
 
@@ -32,41 +32,43 @@ if TYPE_CHECKING:
 
 
 class SafeConsole(Console):
-    """A console that prints no control characters but its own: all texts and cells come through here.
+    """A console that escapes control characters in all texts and cells.
 
-    Markup is the caller's; texts of files that are put into it are escaped with ``escape``.
+    Texts that come from files must be escaped with ``escape`` before they are put into markup.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
+        """Render a text without control characters."""
         return super().render_str(without_controls(text), **options)
 
 
-# Where the output is no terminal, tables get room enough not to be cut.
+# Without a terminal, tables are wide enough not to be cut.
 out = SafeConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = SafeConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 def plain(text: str) -> str:
-    """Markup that shows a text of a stranger as it is; for progress bars, which render for themselves."""
+    """Escape a text from a file for a progress bar, which ``SafeConsole`` does not render."""
     return escape(without_controls(text))
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, for machines."""
+    """Print one JSON document on stdout."""
     print(json_text(value, indent=2))
 
 
 class AmountColumn(ProgressColumn):
-    """How much of how much, for tasks whose field ``in_bytes`` is set."""
+    """A column with the bytes done and all bytes, for tasks whose field ``in_bytes`` is set."""
 
     def render(self, task: Task) -> Text:
-        known = task.fields.get("in_bytes") and task.total
-        return Text(f"{size(int(task.completed))} of {size(int(task.total or 0))}" if known else "")
+        """Render the bytes of a task."""
+        in_bytes = task.fields.get("in_bytes") and task.total
+        return Text(f"{size(int(task.completed))} of {size(int(task.total or 0))}" if in_bytes else "")
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Bars on stderr that vanish when they are done."""
+    """Show progress bars on stderr that disappear when they are done."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -82,7 +84,7 @@ def progress_bar() -> Iterator[Progress]:
 
 @contextmanager
 def step_bar(label: str) -> Iterator[Callable[[str, int, int], None]]:
-    """One bar for the steps of the ladder: yields its ``on_step``."""
+    """Show one progress bar for the steps of a command; yields its ``on_step``."""
     with progress_bar() as bars:
         bar = bars.add_task(plain(label))
 
@@ -92,19 +94,19 @@ def step_bar(label: str) -> Iterator[Callable[[str, int, int], None]]:
         yield on_step
 
 
-COLOURS = {"passed": "green", "failed": "red"}  # all other states are yellow: nothing was proven
+COLOURS = {"passed": "green", "failed": "red"}  # all other states are yellow
 
 
 def print_parity(result: ParityResult, console: Console = out) -> None:
-    """The table of rungs, then what needs a sentence: drift, and why nothing was judged."""
+    """Print the table of stages, then the first divergent layer of failed components."""
     console.print(parity_table(result))
-    for drift in result.drift:
-        if drift.first or result.verdict == "failed":
-            console.print(f"Drift in the {escape(str(drift))}")
+    for localization in result.localizations:
+        if localization.first or result.verdict == "failed":
+            console.print(f"Localization in the {escape(str(localization))}")
 
 
 def parity_table(result: ParityResult) -> Table:
-    """Rungs with their errors and bounds."""
+    """Return the table of stages with their errors and bounds."""
     colour = COLOURS.get(result.verdict, "yellow")
     pair = escape(f"{result.backend} {result.precision}")
     title = f"{pair} on {result.goldens} goldens: [{colour}]{result.verdict}[/]"
@@ -116,25 +118,25 @@ def parity_table(result: ParityResult) -> Table:
         table.caption += f"; {result.left_out} more do not fit into the decoder's KV cache"
     for heading in ("stage", "relative RMS", "bound", "SNR", "max abs", "verdict"):
         table.add_column(heading, justify="left" if heading in ("stage", "verdict") else "right")
-    for rung in result.rungs:
-        if rung.errors:
-            errors = rung.errors
+    for stage in result.stages:
+        if stage.errors:
+            errors = stage.errors
             signal = "∞" if errors.relative_rms == 0 else f"{errors.snr_db:.0f} dB"
             numbers = [f"{errors.relative_rms:.1e}", f"{errors.bound:.0e}", signal, f"{errors.max_abs:.1e}"]
-        elif rung.name == "task_accuracy" and result.task:
+        elif stage.name == "task_accuracy" and result.task:
             numbers = [f"{result.task.exact_match:.1%} exact", "", "", ""]
         else:
-            numbers = ["", "equal" if rung.name in ("text", "greedy_tokens") else "", "", ""]
-        state = f"[{COLOURS.get(rung.state, 'yellow')}]{rung.state}[/]"
-        remarks = [remark for remark in (rung.detail, _widened(rung, result)) if remark]
+            numbers = ["", "equal" if stage.name in ("text", "greedy_tokens") else "", "", ""]
+        state = f"[{COLOURS.get(stage.state, 'yellow')}]{stage.state}[/]"
+        remarks = [remark for remark in (stage.detail, _widened(stage, result)) if remark]
         table.add_row(
-            rung.name, *numbers, ": ".join([state, *([escape("; ".join(remarks))] if remarks else [])])
+            stage.name, *numbers, ": ".join([state, *([escape("; ".join(remarks))] if remarks else [])])
         )
     return table
 
 
 def print_audit(result: Audit, console: Console = out) -> None:
-    """A row for each part of the bundle; what differs, or why it was not audited, is said below."""
+    """Print the parts of a bundle, then their differences or why they were not audited."""
     colour = COLOURS.get(result.verdict, "yellow")
     table = Table(title=f"Audit against {escape(result.checkpoint)}: [{colour}]{result.verdict}[/]")
     for heading in ("part", "compared", "verdict"):
@@ -152,36 +154,36 @@ def print_audit(result: Audit, console: Console = out) -> None:
             console.print(f"{escape(part.name)}: not audited: {escape(part.reason)}")
 
 
-def _widened(rung: Rung, result: ParityResult) -> str:
-    """Why a bound is wider than the precision's usual one."""
-    errors = rung.errors
+def _widened(stage: StageResult, result: ParityResult) -> str:
+    """Say why a bound is wider than the usual one of the precision."""
+    errors = stage.errors
     if (
         errors is None
-        or errors.noise is None
+        or errors.quantization_error is None
         or errors.golden < 0
-        or errors.bound <= result.bound(rung.name, None)
+        or errors.bound <= result.bound(stage.name, None)
     ):
         return ""
-    return f"the precision itself costs the reference {errors.noise:.1e} on {errors.where}"
+    return f"the reference's quantization error is {errors.quantization_error:.1e} on {errors.where}"
 
 
 def describe_verdict(kept: Mapping[str, Any]) -> str:
-    """A verdict of a manifest with what restricts it: ``passed (simulated by ...)``.
+    """Return a verdict of a manifest with its restrictions, such as ``passed (simulated by ...)``.
 
-    A bare ``passed`` is for what ran on the target's own runtime within the shipped tolerances.
+    ``passed`` alone means that it ran on the target's own runtime within the shipped tolerances.
     """
     verdict = str(kept.get("verdict", "not run"))
     if verdict not in ("passed", "failed"):
         return verdict
-    execution = str(kept.get("execution", "on what is not recorded"))
+    execution = str(kept.get("execution", "execution not recorded"))
     remarks = [] if execution.startswith("ran on ") else [execution]
     if kept.get("tolerances", "shipped") != "shipped":
-        remarks.append("with other tolerances than the shipped ones")
+        remarks.append("with overridden tolerances")
     return f"{verdict} ({', '.join(remarks)})" if remarks else verdict
 
 
 def bundle_tables(bundle: Bundle) -> list[Table]:
-    """What a bundle holds."""
+    """Return tables of the model, the artifacts and the contracts of a bundle."""
     manifest = bundle.manifest
     model = Table(title=escape(str(bundle.folder)), show_header=False)
     checkpoint, decoder = manifest.checkpoint, manifest.model["decoder"]

@@ -1,4 +1,4 @@
-"""What ``bench`` shows: two tables, a JSON document and a plot."""
+"""The output of ``bench``: two tables, a JSON document and a plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtimes.units import size
 
 
 def print_bench(result: BenchResult) -> None:
-    """Stages and contexts, and what the numbers rest on."""
+    """Print the time to first token by stage, the decoding speed by context, and the prediction."""
     what = f"{result.backend} {result.precision} ({result.execution})"
     stages = Table(title=f"Time to first token of {escape(what)}")
     for heading in ("stage", "median", "lowest", "highest"):
@@ -23,38 +23,40 @@ def print_bench(result: BenchResult) -> None:
     for name, timing in result.stages.items():
         stages.add_row(escape(name), *_times(timing))
     stages.add_section()
-    stages.add_row("[bold]first token[/]", *(f"[bold]{each}[/]" for each in _times(result.first_token)))
-    stages.caption = f"one picture, {result.prompt_tokens} tokens of prompt"
+    stages.add_row("[bold]first token[/]", *(f"[bold]{text}[/]" for text in _times(result.first_token)))
+    stages.caption = f"one image, prompt of {result.prompt_tokens} tokens"
     out.print(stages)
     decoding = Table(title="Decoding")
-    for heading in ("context", "tokens/s", "lowest", "highest", "bytes per token", "roof", "of the roof"):
+    for heading in ("context", "tokens/s", "lowest", "highest", "bytes per token", "bound", "of the bound"):
         decoding.add_column(heading, justify="right")
     for row in result.decoding:
         read = size(row.bytes_per_token) if row.bytes_per_token else "unknown"
-        roof = f"{row.roof:,.1f}" if row.roof else "unknown"
-        share = f"{row.share:.0%}" if row.share else ""
+        bound = f"{row.bound:,.1f}" if row.bound else "unknown"
+        share = f"{row.share_of_bound:.0%}" if row.share_of_bound else ""
         slow, fast = (f"{1 / seconds:,.1f}" for seconds in (row.step.high, row.step.low))
-        decoding.add_row(str(row.context), f"{row.rate:,.1f}", slow, fast, read, roof, share)
+        decoding.add_row(str(row.context), f"{row.tokens_per_second:,.1f}", slow, fast, read, bound, share)
     if result.bandwidth:
-        decoding.caption = f"roof: {size(round(result.bandwidth))}/s from memory, over those bytes"
+        decoding.caption = (
+            f"bound: memory bandwidth ({size(round(result.bandwidth))}/s) divided by bytes per token"
+        )
     out.print(decoding)
     out.print(
-        f"Opened in {_time(result.opened)}, {size(result.loaded)} in memory then;"
-        f" at most {size(result.peak)} in the whole process."
+        f"Opened in {_time(result.opened)}, which took {size(result.loaded)} of memory;"
+        f" peak memory of the process: {size(result.peak)}."
     )
     if isinstance(result.predicted, str):
         out.print(f"No prediction: {escape(result.predicted)}")
         return
     plan = result.predicted
     out.print(
-        f"Plan, for a context of {plan['context']}: first token after at least"
+        f"Prediction of 'plan' for a context of {plan['context']}: first token after at least"
         f" {_time(plan['first_token_seconds'])}, at most {plan['tokens_per_second']:,.1f} tokens/s,"
-        f" {size(plan['peak_bytes'])} in memory beside the token table."
+        f" {size(plan['peak_bytes'])} of memory without the token table."
     )
 
 
 def write_bench(result: BenchResult, folder: Path) -> list[Path]:
-    """``bench.json``, and ``bench.svg`` where matplotlib is installed.
+    """Write ``bench.json`` and, if matplotlib is installed, ``bench.svg``; return the files.
 
     Raises:
         UserError: the folder cannot be written.

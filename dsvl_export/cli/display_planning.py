@@ -1,4 +1,4 @@
-"""What ``doctor``, ``targets`` and ``plan`` show."""
+"""The output of ``doctor``, ``targets`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from dsvl_export.planning.plan import Plan
 
 
-def print_diagnosis(found: dict[str, Any]) -> None:
-    """Backends, then what is broken, then the known defects of what is installed."""
-    machine = found["machine"]
+def print_diagnosis(diagnosis: dict[str, Any]) -> None:
+    """Print the backends, then incompatible versions, then known defects."""
+    machine = diagnosis["machine"]
     out.print(
         escape(
             f"{machine['processor']}, {machine['cores']} cores, {size(machine['memory_bytes'])} of memory"
             f" ({size(machine['available_bytes'])} free), {machine['system']}, Python {machine['python']}"
         )
     )
-    out.print(escape(", ".join(f"{name} {version}" for name, version in found["packages"].items())))
+    out.print(escape(", ".join(f"{name} {version}" for name, version in diagnosis["packages"].items())))
     table = Table(title="Backends here")
     for heading in ("backend", "compile", "run"):
         table.add_column(heading)
-    for name, backend in found["backends"].items():
+    for name, backend in diagnosis["backends"].items():
         compiles, runs = backend["compile"], backend["run"]
         table.add_row(
             name,
@@ -39,32 +39,38 @@ def print_diagnosis(found: dict[str, Any]) -> None:
             f"[green]yes[/]: {', '.join(runs['devices'])}{_too_old(runs)}" if runs["able"] else _no(runs),
         )
     out.print(table)
-    for row in found["broken_pairs"]:
+    for row in diagnosis["broken_pairs"]:
         out.print(f"[red]Broken:[/] {escape(row['what'])} {escape(row['do'])} {escape(row['link'] or '')}")
-    for row in found["defects"]:
+    for row in diagnosis["defects"]:
         if not row["handled"]:
             remedy = f"{row['what']} {row['do']} {row['link'] or ''}"
             out.print(f"[yellow]Known defect:[/] {escape(remedy)}")
-    out.print("[green]All well.[/]" if found["healthy"] else "[red]Not fit for work; see above.[/]")
-    for row in found["defects"]:
+    out.print(
+        "[green]This machine is ready.[/]"
+        if diagnosis["healthy"]
+        else "[red]This machine is not ready; see above.[/]"
+    )
+    for row in diagnosis["defects"]:
         if row["handled"]:
             remedy = f"{row['what']} {row['handled']} {row['link'] or ''}"
-            out.print(f"[dim]Known and handled: {escape(remedy)}[/]")
+            out.print(f"[dim]Handled defect: {escape(remedy)}[/]")
 
 
-def _too_old(found: dict[str, Any]) -> str:
-    """Precisions that the installed release cannot run."""
-    if not found.get("too_old_for"):
+def _too_old(runs: dict[str, Any]) -> str:
+    """Return the precisions that the installed release cannot run."""
+    if not runs.get("too_old_for"):
         return ""
-    needs = ", ".join(f"{name} needs {found['needs'][name]}" for name in found["too_old_for"])
-    return f"; [yellow]{needs}, here is {escape(found['release'])}[/]"
+    needs = ", ".join(f"{name} needs {runs['needs'][name]}" for name in runs["too_old_for"])
+    return f"; [yellow]{needs}; installed: {escape(runs['release'])}[/]"
 
 
-def _no(found: dict[str, Any]) -> str:
-    return f"[red]no[/]: {escape(found['missing'])}"
+def _no(row: dict[str, Any]) -> str:
+    """Return what is missing."""
+    return f"[red]no[/]: {escape(row['missing'])}"
 
 
 def target_table(targets: dict[str, Target]) -> Table:
+    """Return the table of target devices."""
     table = Table(title="Targets")
     table.add_column("target", no_wrap=True)
     for heading in ("device", "memory", "bandwidth", "peak", "backends and precisions"):
@@ -85,7 +91,7 @@ def target_table(targets: dict[str, Target]) -> Table:
 
 
 def print_plan(plan: Plan, nearest: str | None, defects: Sequence[Defect]) -> None:
-    """The prediction, whether it fits, and what to know about it."""
+    """Print the prediction, whether it fits, and the known defects."""
     request, target = plan.request, plan.target
     what = f"{request.precision} with {request.backend} on {target.device}, context {request.context}"
     table = Table(title=escape(what), show_header=False)
@@ -106,7 +112,7 @@ def print_plan(plan: Plan, nearest: str | None, defects: Sequence[Defect]) -> No
         table.add_row(name, value)
     out.print(table)
     if not plan.exact:
-        out.print(f"The size is an estimate: what exports to {request.backend} is not installed here.")
+        out.print(f"The size is an estimate: the packages to export to {request.backend} are not installed.")
     if request.backend == "onnxruntime" and not request.precision.endswith((".yaml", ".yml")):
         out.print(f"Needs ONNX Runtime {release_for_precision(request.precision)} or later.")
     for defect in defects:
@@ -114,6 +120,7 @@ def print_plan(plan: Plan, nearest: str | None, defects: Sequence[Defect]) -> No
 
 
 def _time(seconds: float) -> str:
+    """Format seconds."""
     return (
         f"{seconds:.1f} s"
         if seconds >= 10
@@ -124,17 +131,19 @@ def _time(seconds: float) -> str:
 
 
 def _rate(per_second: float) -> str:
+    """Format a rate."""
     return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.1f}"
 
 
 def _fit(plan: Plan, nearest: str | None) -> str:
+    """Say whether the plan fits, or what would."""
     if plan.fits:
         return f"[green]yes[/], up to a context of {plan.largest_context}"
     if plan.weight_bytes + plan.runtime_bytes > plan.usable_bytes:
-        why = "not even the weights do"
+        why = "the weights alone do not fit"
     elif plan.largest_context:
         why = f"the largest context that fits is {plan.largest_context}"
     else:
-        why = f"not even with a context for its prompt of {plan.prompt_tokens} tokens"
-    smaller = f"{nearest} fits" if nearest else "no smaller precision fits either"
+        why = f"even a context for the prompt of {plan.prompt_tokens} tokens does not fit"
+    smaller = f"{nearest} fits" if nearest else "no smaller precision fits"
     return f"[red]no[/]: {why}; {smaller}"

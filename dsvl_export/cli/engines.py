@@ -37,28 +37,28 @@ def lint(
 ) -> None:
     """Find what TensorRT refuses in ONNX files before a build: node, rule and fix.
 
-    Files of a bundle that are for other runtimes are listed as not checked. Without --target, --tensorrt and
-    --sm, files for ONNX Runtime are checked with the quantization rules.
+    Files of a bundle that are for other runtimes are listed as not checked. Without --target,
+    --tensorrt and --sm, files for ONNX Runtime are checked with the quantization rules.
 
     Exit code 1: TensorRT would refuse or misinterpret a node; 3: no file could be checked.
 
     Example: dsvl-export lint model.onnx --target jetson-orin
     """
     from dsvl_export.cli import display
-    from dsvl_export.lint.bundles import lint_path, summary
+    from dsvl_export.lint.bundles import lint_path, summarize_findings
 
-    found = lint_path(path, tensorrt, target, sm)
+    results = lint_path(path, tensorrt, target, sm)
     if as_json:
         display.print_json(
-            {str(file): [vars(finding) for finding in findings] for file, findings in found.items()}
+            {str(file): [vars(finding) for finding in findings] for file, findings in results.items()}
         )
     else:
-        for file, findings in found.items():
+        for file, findings in results.items():
             for finding in findings:
                 word = "" if finding.harmful else f"{finding.effect}: "
                 say(f"{file}: {word}{finding}")
-        print(summary(found))
-    checked = [findings for findings in found.values() if all(finding.checked for finding in findings)]
+        print(summarize_findings(results))
+    checked = [findings for findings in results.values() if all(finding.checked for finding in findings)]
     if any(finding.harmful for findings in checked for finding in findings):
         raise typer.Exit(1)
     if not checked:
@@ -107,15 +107,16 @@ def build_engine(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build TensorRT engines for this machine's GPU from a bundle, without PyTorch or the checkpoint.
+    """Build TensorRT engines for the GPU of this machine from a bundle.
 
-    The engines are added to the bundle, which records their GPU and TensorRT version. Engines that exist are
-    kept. If the build is interrupted, run the same command again: it resumes.
+    PyTorch and the checkpoint are not needed. The engines are added to the bundle, which records
+    their GPU and TensorRT version. Engines that exist are kept. If the build is interrupted, run
+    the same command again: it resumes.
 
     Example: dsvl-export build-engine tiny-bundle --timing-cache jetson.timing
     """
     from dsvl_export.cli import display
-    from dsvl_export.compilers.engines.building import EngineSettings
+    from dsvl_export.compilers.engines.build import EngineSettings
     from dsvl_export.exporter.on_device import build_engines, longest_golden
     from dsvl_export.exporter.staging import Staging
     from runtimes.bundle.bundle import Bundle

@@ -31,14 +31,14 @@ def warn_of_memory(
     from dsvl_export.cli import display
     from runtimes.backends.registry import load_backend
     from runtimes.memory import available_memory
-    from runtimes.pipeline import needed_memory
+    from runtimes.pipeline import required_memory
     from runtimes.units import size
 
     decoder = bundle.artifact("decoder", backend, precision)
     execution = load_backend(backend).execution(decoder, device)
-    if not execution.judgeable or execution.device != "cpu":
+    if not execution.runnable or execution.device != "cpu":
         return
-    needed, free = needed_memory(bundle, backend, precision, capacity), available_memory()
+    needed, free = required_memory(bundle, backend, precision, capacity), available_memory()
     if needed > free:
         display.err.print(
             f"[yellow]Low memory:[/] {escape(f'{backend} {precision}')} needs {size(needed)} with KV cache"

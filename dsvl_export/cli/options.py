@@ -22,6 +22,14 @@ Checkpoint = Annotated[
         autocompletion=values("tiny"),
     ),
 ]
+OptionalCheckpoint = Annotated[
+    Optional[str],
+    typer.Argument(
+        help="'tiny' (bundled), a checkpoint folder, or a Hugging Face hub id. Default: that of --config.",
+        metavar="CHECKPOINT",
+        autocompletion=values("tiny"),
+    ),
+]
 BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, made by 'export'.", metavar="BUNDLE")]
 Backend = Annotated[
     Optional[str],

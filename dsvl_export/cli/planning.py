@@ -21,12 +21,12 @@ def doctor(as_json: Json = False) -> None:
     from dsvl_export.cli.display_planning import print_diagnosis
     from dsvl_export.planning.doctor import diagnose
 
-    found = diagnose()
+    diagnosis = diagnose()
     if as_json:
-        print_json(found)
+        print_json(diagnosis)
     else:
-        print_diagnosis(found)
-    if not found["healthy"]:
+        print_diagnosis(diagnosis)
+    if not diagnosis["healthy"]:
         raise typer.Exit(1)
 
 
@@ -77,11 +77,11 @@ def plan(
 ) -> None:
     """Predict size, memory, time to first token and tokens per second of an export.
 
-    Only the config of the checkpoint is needed. Sizes are computed from the traced program. Times are
-    roofline bounds, so the device can at best reach them.
+    Only the config of the checkpoint is needed. Sizes are computed from the traced program. Times
+    are roofline bounds, so the device can at best reach them.
 
-    Exit code 1: the model does not fit into the memory of the target; 2: the target cannot run the model in
-    this precision. Both name the nearest alternative.
+    Exit code 1: the model does not fit into the memory of the target; 2: the target cannot run the
+    model in this precision. Both name the nearest alternative.
 
     Example: dsvl-export plan my-checkpoint --target jetson-agx-orin --precision int4 --context 4096
     """
@@ -90,7 +90,7 @@ def plan(
     from dsvl_export.exporter.export import MAX_DEFAULT_CAPACITY
     from dsvl_export.planning.plan import Planner, Request
     from dsvl_export.targets.defects import warnings_for
-    from dsvl_export.targets.targets import find_target, measured
+    from dsvl_export.targets.targets import find_target, measure_target
     from reference.checkpoint.checkpoint import open_checkpoint
 
     device = find_target(target)
@@ -100,7 +100,7 @@ def plan(
     request = Request(backend, precision, context, images, text_tokens)
     with display.progress_bar() as bars:
         bar = bars.add_task("measuring", total=None)
-        device = measured(device)
+        device = measure_target(device)
         planner = Planner(
             source.config,
             source.embedding_bytes(),

@@ -80,11 +80,11 @@ def calibrate(
 ) -> None:
     """Find the scales of all activations and of the KV cache, once for all backends.
 
-    Images and prompts run through the whole fp32 model on the CPU, followed by the model's own answers. If
-    the run is interrupted, run the same command again: it resumes.
+    Images and prompts run through the whole fp32 model on the CPU, followed by the model's own
+    answers. If the run is interrupted, run the same command again: it resumes.
 
-    Example: dsvl-export calibrate tiny --data my-images --output scales, then dsvl-export export tiny
-    --precision int8 --scales scales --output bundle
+    Example: dsvl-export calibrate tiny --data my-images --output scales, then dsvl-export export
+    tiny --precision int8 --scales scales --output bundle
     """
     from rich.markup import escape
 
@@ -163,16 +163,16 @@ def sensitivity(
 
     source = open_checkpoint(checkpoint)
     with ray_cluster(ray) as spread, display.step_bar("sensitivity") as on_step:
-        found, picture = run_sensitivity(
+        result, plot_file = run_sensitivity(
             source, output.expanduser(), data, samples, seed, candidate, scales, on_step, spread
         )
     if as_json:
         display.print_json(
-            {"rows": [vars(row) for row in found.rows], "plot": str(picture) if picture else None}
+            {"rows": [vars(row) for row in result.rows], "plot": str(plot_file) if plot_file else None}
         )
         return
-    display.out.print(sensitivity_table(found))
-    plot = "" if picture else f"; for a plot: {install_command('matplotlib')}"
+    display.out.print(sensitivity_table(result))
+    plot = "" if plot_file else f"; for a plot: {install_command('matplotlib')}"
     say(f"Wrote {output}{plot}.")
     say(f"Next: dsvl-export plan-precision {checkpoint} {output} --budget kl=0.02 --output plan.yaml")
 
@@ -197,9 +197,10 @@ def plan_precision(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Find a precision for every layer within a budget, checked on data that 'sensitivity' did not use.
+    """Find a precision for every layer within a budget, measured on held-out data.
 
-    All commands accept the plan as --precision. A plot of the Pareto front is written next to the plan.
+    All commands accept the plan as --precision. A plot of the Pareto front is written next to the
+    plan.
 
     Example: dsvl-export plan-precision tiny measured --budget accuracy=0.99 --output plan.yaml
     """
@@ -210,7 +211,7 @@ def plan_precision(
 
     source = open_checkpoint(checkpoint)
     with display.step_bar("plan-precision") as on_step:
-        found = find_plan(
+        result = find_plan(
             source,
             measured.expanduser(),
             budget,
@@ -223,7 +224,7 @@ def plan_precision(
             on_step,
         )
     if as_json:
-        display.print_json(found.to_dict())
+        display.print_json(result.to_dict())
         return
-    display.out.print(front_table(found))
+    display.out.print(front_table(result))
     say(f"Wrote {output}. Next: dsvl-export export {checkpoint} --precision {output} --output BUNDLE")

@@ -150,8 +150,9 @@ def serve(
 ) -> None:
     """Serve a bundle over HTTP: the OpenAI chat API at /v1, a web page at /, metrics at /metrics.
 
-    Ctrl-C (or SIGTERM) stops the server after it has finished the running requests. With --ray, replicas on a
-    Ray cluster answer; if a replica fails before it starts an answer, another one takes the request.
+    Ctrl-C (or SIGTERM) stops the server after it has finished the running requests. With --ray,
+    replicas on a Ray cluster answer; if a replica fails before it starts an answer, another one
+    takes the request.
 
     Example: dsvl-export serve tiny-bundle
     """
@@ -162,15 +163,15 @@ def serve(
 
         from dsvl_export.serving.app import create_app
         from dsvl_export.serving.connection import BoundedProtocol
-        from dsvl_export.serving.exchange import LocalService
         from dsvl_export.serving.images import ImageLimits
+        from dsvl_export.serving.local_service import LocalService
         from dsvl_export.serving.models import ModelOptions
         from dsvl_export.serving.service import ServeOptions, Service
 
         if ray:
-            from dsvl_export.serving.ray_deployment import deployed
+            from dsvl_export.serving.ray_deployment import deploy_replicas
     except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:  # a defect of ours
+        if error.name not in PACKAGES:  # a defect of dsvl-export
             raise
         extras = "serve,ray" if ray else "serve"
         raise UserError(f"serve needs {error.name}; run: pip install 'dsvl-export[{extras}]'.") from error
@@ -187,7 +188,7 @@ def serve(
         trust_engines(Bundle.open(bundle))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     choice = ModelOptions(backend, precision, device, threads, capacity, slots, queue, models, verify)
-    hosts = frozenset(each.lower() for each in image_host or ())
+    hosts = frozenset(name.lower() for name in image_host or ())
     limits = ImageLimits(max_pixels * 1_000_000, max_images, max_body * 1_000_000, hosts)
     options = ServeOptions(
         api_key or None, host in LOOPBACK and not api_key, max_new_tokens, drafts, timeout,
@@ -200,7 +201,7 @@ def serve(
         service: Service
         if ray:
             name = f"dsvl-export-{socket.gethostname()}-{place}"  # one server at a time has it
-            replicated = deployed(ray, Bundle.open(bundle), choice, limits, replicas, name)
+            replicated = deploy_replicas(ray, Bundle.open(bundle), choice, limits, replicas, name)
             service = stack.enter_context(replicated)
         else:
             service = LocalService(Bundle.open(bundle), choice, limits)
@@ -243,7 +244,7 @@ def _origin(text: str) -> str:
 def _listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens at an address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off where TCP is named alone; with it a response takes 40 ms more.
+    # Naming TCP makes asyncio disable Nagle's algorithm, which delays a response by 40 ms.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -43,8 +43,8 @@ def bench(
 ) -> None:
     """Measure the time to first token and the decoding speed, with the memory-bandwidth bound.
 
-    The bound is the measured memory bandwidth divided by the bytes that a token reads. If PyTorch is
-    installed, the prediction of 'plan' is shown too.
+    The bound is the measured memory bandwidth divided by the bytes that a token reads. If PyTorch
+    is installed, the prediction of 'plan' is shown too.
 
     Example: dsvl-export bench tiny-bundle --precision fp32 --report bench
     """

@@ -1,4 +1,4 @@
-"""What is printed where texts of strangers are part of it: file names, manifests, tokenizers, answers."""
+"""Safe output of texts from outside: file names, manifests, tokenizers and answers."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ import re
 import sys
 from typing import Any, TextIO
 
-# Control characters, which terminals obey, and those that change the direction of a line; not the tab and
-# the line feed.
+# Control characters, and those that change the writing direction; not the tab and the line feed.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def without_controls(text: str) -> str:
-    r"""The text with what a terminal would obey written out, as ``\x1b`` for an escape."""
+    r"""Return the text with control characters escaped, such as ``\x1b``."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def say(text: str, end: str = "\n", stream: TextIO | None = None) -> None:
-    """Print a sentence without control characters.
+    """Print a message without control characters.
 
     Args:
+        text: the message.
+        end: printed after it.
         stream: None is stdout.
     """
     print(without_controls(text), end=end, file=stream or sys.stdout, flush=True)
 
 
 def say_error(text: str) -> None:
-    """``Error: …`` on stderr, in one line."""
+    """Print ``Error: …`` on stderr, in one line."""
     say(f"Error: {' '.join(text.splitlines())}", stream=sys.stderr)
 
 
 def answer_text(piece: str) -> str:
-    """A piece of a model's answer for stdout: as it is for files and programs, harmless for a terminal."""
+    """Return a piece of an answer for stdout: without control characters on a terminal."""
     return without_controls(piece) if sys.stdout.isatty() else piece
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """A JSON document that stdout's encoding can write and a terminal does not obey."""
+    """Return a JSON document in stdout's encoding, with control characters escaped."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     text = _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     try:

@@ -1,1 +1,1 @@
-"""Work on the machines of a Ray cluster."""
+"""Function calls on the machines of a Ray cluster."""

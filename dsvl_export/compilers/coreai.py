@@ -8,8 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dsvl_export.compilers import Compiled
-from dsvl_export.compilers.deployment import check_deployment
+from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.coreai import PROGRAM, open_asset
 from runtimes.errors import UserError
@@ -23,17 +22,20 @@ if TYPE_CHECKING:
 if find_spec("coreai_torch") is None:
     raise ModuleNotFoundError("there is no coreai_torch", name="coreai_torch")
 
-PRECISIONS = ("fp16", "fp32")
-LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
+PRECISIONS: tuple[str, ...] = ("fp16", "fp32")
+LAYER_PRECISIONS: tuple[str, ...] = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp16"
-OPTIONS = ("deployment",)
-TARGET, SINCE = "apple", {"iOS": 27, "macOS": 27}
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "settings"]
+OPTIONS: tuple[str, ...] = ()
+TARGET = "apple"
+__all__ = [
+    "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",
+    "artifact_bytes", "compile_component", "debug_build", "settings",
+]  # fmt: skip
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    check_deployment(options.deployment, SINCE, "Core AI")
+    """See ``Compiler.settings``."""
     return {"capacity": options.capacity, "target": options.target_name(TARGET)}
 
 
@@ -49,7 +51,7 @@ def compile_component(
     Raises:
         UserError: Core AI refuses the program.
     """
-    # Here, so that its absence is named when a compiler is asked for, and its weight is not felt before.
+    # Deferred: imports coreai_torch.
     from dsvl_export.compilers.coreai_asset.asset import write_asset
 
     asset = write_asset(folder, traced, load, options.capacity)
@@ -63,10 +65,16 @@ def compile_component(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    from dsvl_export.compilers.lowering import parameter_bytes
+    """See ``Compiler.artifact_bytes``."""
+    from dsvl_export.compilers.lowering import parameter_bytes  # deferred: imports torch
 
     return parameter_bytes(traced)
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> NoReturn:
-    raise UserError("Core AI's assets cannot be given taps, so the layer that drifts first cannot be named.")
+    """Refuse: Core AI assets cannot have taps.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError("Core AI assets cannot have taps, so the first layer that differs cannot be located.")

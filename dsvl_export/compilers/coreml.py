@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsvl_export.compilers import App, Compiled
-from dsvl_export.compilers.deployment import check_deployment
 from dsvl_export.compilers.mil.check import check_package
 from dsvl_export.compilers.mil.debug import debug_build
 from dsvl_export.compilers.mil.layers import run_layers
+from dsvl_export.compilers.mil.listing import FILE, render_listing
+from dsvl_export.compilers.protocol import App, Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.mil.package import package_files
 
@@ -24,17 +24,20 @@ if TYPE_CHECKING:
 if find_spec("coremltools") is None:
     raise ModuleNotFoundError("there is no coremltools", name="coremltools")
 
-PRECISIONS = ("fp16",)
-LAYER_PRECISIONS = ("int8", "int8-weights", "int4", "palette4")
+PRECISIONS: tuple[str, ...] = ("fp16",)
+LAYER_PRECISIONS: tuple[str, ...] = ("int8", "int8-weights", "int4", "palette4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # states are half precision
 RECIPE_BASE = "fp16"
-OPTIONS = ("deployment",)
-TARGET, SINCE = "apple", {"iOS": 18, "macOS": 15}
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "run_layers", "settings", "write_listing"]
+OPTIONS: tuple[str, ...] = ()
+TARGET = "apple"
+__all__ = [
+    "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",
+    "artifact_bytes", "compile_component", "debug_build", "run_layers", "settings", "write_listing",
+]  # fmt: skip
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    check_deployment(options.deployment, SINCE, "the states that hold the KV cache in Core ML")
+    """See ``Compiler.settings``."""
     return {"capacity": options.capacity, "target": options.target_name(TARGET)}
 
 
@@ -45,12 +48,12 @@ def compile_component(
     on_bytes: Callable[[int], None],
     options: CompileOptions,
 ) -> Compiled:
-    """Write ``<component>.mlpackage``, whose specification is the main file.
+    """Write ``<component>.mlpackage``; its specification is the main file.
 
     Raises:
         ValueError: the written package breaks the contract.
     """
-    # Here, so that a debug build needs no torch.
+    # Deferred: imports torch, which a debug build does without, and coremltools.
     from dsvl_export.compilers.mil.context import Weights
     from dsvl_export.compilers.mil.functions import build_functions
     from dsvl_export.compilers.mil.package import write_package
@@ -66,13 +69,12 @@ def compile_component(
 
 
 def write_listing(folder: Path, app: App) -> None:
-    """The decode loop in Swift."""
-    from dsvl_export.compilers.mil.listing import FILE, listing
-
-    (folder / FILE).write_text(listing(app), encoding="utf-8")
+    """Write the decode loop in Swift."""
+    (folder / FILE).write_text(render_listing(app), encoding="utf-8")
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    from dsvl_export.compilers.lowering import parameter_bytes
+    """See ``Compiler.artifact_bytes``."""
+    from dsvl_export.compilers.lowering import parameter_bytes  # deferred: imports torch
 
     return parameter_bytes(traced)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from calibration.precision_plan import component_layers
-from dsvl_export.compilers import App, Compiled, Parts
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.compilers.executorch_program import suppress_warnings
+from dsvl_export.compilers.lowering import parameter_bytes
+from dsvl_export.compilers.protocol import App, Compiled, Parts
+from dsvl_export.targets.options import DELEGATES, CompileOptions
 from runtimes.backends.executorch import DIALECT, SUFFIX, load_program
 from runtimes.backends.executorch_tokenizer import FILE as TOKENIZER_FILE
 from runtimes.backends.executorch_tokenizer import RUNNER_TOKENIZER
@@ -25,30 +27,34 @@ if TYPE_CHECKING:
 if find_spec("executorch") is None:
     raise ModuleNotFoundError("there is no executorch", name="executorch")
 
-PRECISIONS = ("fp32", "fp16")
-LAYER_PRECISIONS = ("8da4w", "8da8w")
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16")
+LAYER_PRECISIONS: tuple[str, ...] = ("8da4w", "8da8w")
 CACHE_PRECISIONS: tuple[str, ...] = ()
 RECIPE_BASE = "fp32"
-OPTIONS = ("delegate",)
+OPTIONS: tuple[str, ...] = ("executorch.delegate",)
 TARGET = "phone"
-DELEGATES = (DIALECT, "coreml", "vulkan")
 MIN_CAPACITY = 3  # torch.export makes a fixed length of 2 of the range from 1 to 2
 
 
-def delegate_of(options: CompileOptions) -> str:
-    delegate = options.delegate or DIALECT
+def find_delegate(options: CompileOptions) -> str:
+    """Return the delegate that runs the encoders.
+
+    Raises:
+        UserError: there is no such delegate.
+    """
+    delegate = options.executorch.delegate or DIALECT
     if delegate not in DELEGATES:
         raise UserError(f"ExecuTorch has no delegate {delegate!r} here; it has {', '.join(DELEGATES)}.")
     return delegate
 
 
 def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileOptions) -> None:
-    """Core ML's and Vulkan's delegates take encoders in float alone, and a program a range of lengths.
+    """Refuse a small capacity, and quantized encoders for Core ML's and Vulkan's delegates.
 
     Raises:
-        UserError: names the first layer that a plan quantizes, or the smallest capacity.
+        UserError: names the smallest capacity, or the first layer that a plan quantizes.
     """
-    delegate = delegate_of(options)
+    delegate = find_delegate(options)
     if options.capacity < MIN_CAPACITY:
         raise UserError(
             f"ExecuTorch's programs need a --capacity of at least {MIN_CAPACITY} tokens, got"
@@ -56,16 +62,18 @@ def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileO
         )
     layers = [layer for name in ("vision_encoder", "adaptor") for layer in component_layers(config, name)]
     for plan in plans:
-        quantized = [layer.name for layer in layers if plan.of(layer).family != "float"]
+        quantized = [layer.name for layer in layers if plan.precision_of(layer).family != "float"]
         if quantized and delegate != DIALECT:
             raise UserError(
-                f"ExecuTorch's delegate {delegate} takes encoders in float alone, {plan.name} quantizes"
-                f" {quantized[0]}; use fp16, a plan for the decoder alone, or the delegate {DIALECT}."
+                f"ExecuTorch's delegate {delegate} supports only float encoders, {plan.name}"
+                f" quantizes {quantized[0]}; use fp16, a plan that quantizes only the decoder, or"
+                f" the delegate {DIALECT}."
             )
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    target, delegate = options.target_name(TARGET), delegate_of(options)
+    """See ``Compiler.settings``."""
+    target, delegate = options.target_name(TARGET), find_delegate(options)
     return {"capacity": options.capacity, "target": target, "delegate": delegate}
 
 
@@ -76,19 +84,17 @@ def compile_program(
     on_bytes: Callable[[int], None],
     options: CompileOptions,
 ) -> Compiled:
-    """Write ``model.pte`` and load it once; beside it the tokenizer for the stock runner.
+    """Write ``model.pte`` and load it once; write the stock runner's tokenizer beside it.
 
     Raises:
         UserError: ExecuTorch refuses a program.
     """
-    from dsvl_export.compilers.executorch_program import quiet
-
-    with quiet():  # imported here, so that its weight is not felt before
+    with suppress_warnings():  # deferred: imports executorch and torchao
         from dsvl_export.compilers.executorch_program.program import write_program
         from dsvl_export.compilers.executorch_program.tokenizer import write_runner_tokenizer
 
     file = folder / f"model{SUFFIX}"
-    delegate = delegate_of(options)
+    delegate = find_delegate(options)
     pieces = write_program(file, parts, app, delegate)
     on_bytes(file.stat().st_size)
     load_program(file)
@@ -102,12 +108,16 @@ def compile_program(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    from dsvl_export.compilers.lowering import parameter_bytes
-
+    """See ``Compiler.artifact_bytes``."""
     return parameter_bytes(traced)
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> NoReturn:
+    """Refuse: ExecuTorch programs cannot have taps.
+
+    Raises:
+        UserError: always.
+    """
     raise UserError(
-        "ExecuTorch's programs cannot be given taps, so the layer that drifts first cannot be named."
+        "ExecuTorch programs cannot have taps, so the first layer that differs cannot be located."
     )

@@ -1,7 +1,7 @@
-"""What every lowering of an ExportedProgram shares: its values, and what needs no graph to be known.
+"""The base of every lowering of an ExportedProgram: values of nodes, and evaluation of constants.
 
-What depends only on weights and constants is not lowered but evaluated when the artifact is written, so
-that weights stream from the checkpoint one at a time.
+A value that depends only on weights and constants is not lowered. It is evaluated when the artifact
+is written, so that weights stream from the checkpoint one at a time.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from calibration.quantized_program import by_rows  # with it, the operators are registered
+from calibration.quantized_program import map_row_chunks  # with it, the operators are registered
 from reference.trace import TracedComponent
 from runtimes.bundle.contracts import TensorSpec
 
 LoadParameter = Callable[[str], Tensor]
 aten, qd = torch.ops.aten, torch.ops.quantized_decomposed
-# Operators on a weight, its scales and zero points, each ``[out, ...]``, that are computed in parts.
+# Operators on a weight, its scales and zero points ``[out, ...]`` that are computed in parts.
 BY_ROWS = {qd.quantize_per_channel.default, qd.quantize_per_channel_group.default}
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A value known without running the graph."""
+    """A value that is computed when it is loaded, without running the graph."""
 
     name: str
     load: Callable[[], Tensor]
@@ -40,9 +40,15 @@ class Constant:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight as codes ``[out, in, ...]`` and scales: ``[out]``, or ``[out, in / group]``.
+    """A weight as codes ``[out, in, ...]`` and scales ``[out]`` or ``[out, in / group]``.
 
-    ``bits`` is 4 or 8, ``dtype`` numpy's (or ml_dtypes') of the codes, ``shape`` the weight's.
+    Args:
+        codes: the codes.
+        scale: the scales.
+        shape: shape of the weight.
+        bits: 4 or 8.
+        dtype: dtype of the codes, numpy's or ml_dtypes'.
+        group: inputs that share a scale; None has one scale per output channel.
     """
 
     codes: Constant
@@ -55,7 +61,14 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class PaletteWeight:
-    """A weight as indices ``[out, in]`` into palettes ``[out / group, entries]``."""
+    """A weight as indices ``[out, in]`` into palettes ``[out / group, entries]``.
+
+    Args:
+        codes: the indices.
+        palettes: the palettes.
+        shape: shape of the weight.
+        entries: number of palettes, and numbers in each.
+    """
 
     codes: Constant
     palettes: Constant
@@ -64,17 +77,20 @@ class PaletteWeight:
 
 
 class ProgramLowering(ABC):
-    """One lowering: what each node of the program became.
+    """Lower a program node by node and keep the value of each node.
 
-    Values are whatever the subclass makes of them, lists of those, ``Constant`` or ``QuantizedWeight``.
+    A value is a ``Constant``, a ``QuantizedWeight``, a ``PaletteWeight``, or whatever the subclass
+    makes of a node: one value or a list.
 
     Args:
-        load: gives a parameter of the component by its name, in any float dtype.
+        traced: the component.
+        load: loads a parameter of the component by name, in any float dtype.
         table: operator → its lowering.
-        boundaries: operators that are never evaluated, though all they read is known.
+        boundaries: operators that are never evaluated ahead of time, even if all their inputs are
+            constant.
     """
 
-    form: str  # what programs are lowered to, for messages
+    target_format: str  # what programs are lowered to, for messages
 
     def __init__(
         self,
@@ -83,6 +99,7 @@ class ProgramLowering(ABC):
         table: Mapping[Any, Callable[[Any, Node], Any]],
         boundaries: frozenset[Any] = frozenset(),
     ) -> None:
+        """Create a lowering with no values; see the class for the arguments."""
         self.traced, self._table, self._boundaries = traced, table, boundaries
         self.scope = ""  # name of the node that is being lowered
         self.scratch: dict[str, Any] = {}  # values that are computed once for all layers
@@ -92,19 +109,19 @@ class ProgramLowering(ABC):
 
     @abstractmethod
     def bind_input(self, spec: TensorSpec, node: Node) -> Any:
-        """The value of an input or a state."""
+        """Create the value of an input or a state."""
 
     @abstractmethod
     def bind_outputs(self, sources: list[Node]) -> None:
-        """Give the values of these nodes, one for each output of the contract, to the outside."""
+        """Make the values of these nodes the outputs of the contract, in order."""
 
-    def spelled(self, name: str) -> str:
-        """A name in the letters that the target allows."""
+    def sanitize_name(self, name: str) -> str:
+        """Replace the characters that the target format does not allow."""
         return name
 
-    def unique(self, name: str) -> str:
-        """A name that nothing else has: ``name``, or ``name_2`` and so on where it is taken."""
-        name = candidate = self.spelled(name)
+    def unique_name(self, name: str) -> str:
+        """Reserve a name: ``name``, or ``name_2`` and so on if it is taken."""
+        name = candidate = self.sanitize_name(name)
         count = 1
         while candidate in self._names:
             count += 1
@@ -116,7 +133,7 @@ class ProgramLowering(ABC):
         """Lower every node.
 
         Raises:
-            NotImplementedError: the program holds an operator that the table lacks.
+            NotImplementedError: the table has no lowering for an operator.
         """
         self._bind_inputs()
         for node in self.traced.program.graph.nodes:
@@ -135,7 +152,7 @@ class ProgramLowering(ABC):
             if spec.kind == InputKind.USER_INPUT:
                 self._values[node] = self.bind_input(next(user_specs), node)
             elif spec.kind == InputKind.PARAMETER:
-                dtype = fake(node).dtype
+                dtype = fake_tensor(node).dtype
                 self._values[node] = Constant(spec.target, _load_as(self._load, spec.target, dtype))
             else:
                 value = program.constants[spec.target]
@@ -150,60 +167,71 @@ class ProgramLowering(ABC):
         elif node.target not in self._boundaries and all(
             isinstance(self._values[source], Constant) for source in node.all_input_nodes
         ):
-            name = self.unique(f"{self.name(node)}_folded")
+            name = self.unique_name(f"{self.name(node)}_folded")
             self._values[node] = Constant(name, lambda: self._evaluate(node))
         elif node.target in self._table:
             self._values[node] = self._table[node.target](self, node)
         else:
-            self._values[node] = self.other(node)
+            self._values[node] = self.lower_unlisted(node)
 
-    def other(self, node: Node) -> Any:
-        """What the table lacks."""
-        raise NotImplementedError(f"no {self.form} lowering for {node.target} ({self.name(node)})")
+    def lower_unlisted(self, node: Node) -> Any:
+        """Lower a node whose operator is not in the table.
+
+        Raises:
+            NotImplementedError: the format has no lowering for the operator.
+        """
+        raise NotImplementedError(f"no {self.target_format} lowering for {node.target} ({self.name(node)})")
 
     def _evaluate(self, node: Node) -> Tensor:
         args: Any = torch.fx.map_arg(node.args, lambda source: self._values[source].load())
         target: Any = node.target
         if target not in BY_ROWS:
             return target(*args, **node.kwargs)
-        return by_rows(lambda *parts: target(*parts, *args[3:], **node.kwargs), *args[:3])
+        return map_row_chunks(lambda *parts: target(*parts, *args[3:], **node.kwargs), *args[:3])
 
     def is_constant(self, source: Node) -> bool:
+        """Return whether the value of a node is a ``Constant``."""
         return isinstance(self._values[source], Constant)
 
     def constant(self, source: Node) -> Constant:
+        """Return the ``Constant`` of a node.
+
+        Raises:
+            NotImplementedError: the value depends on an input.
+        """
         value = self._values[source]
         if not isinstance(value, Constant):
             raise NotImplementedError(f"{source.name} must be a weight or a constant")
         return value
 
     def weight(self, source: Node) -> Any:
-        """A ``Constant``, a ``QuantizedWeight`` or, of a program that has some, a ``PaletteWeight``."""
+        """Return the ``Constant``, ``QuantizedWeight`` or ``PaletteWeight`` of a node."""
         value = self._values[source]
         return value if isinstance(value, (QuantizedWeight, PaletteWeight)) else self.constant(source)
 
     def channel_weight(self, node: Node, codes: np.dtype[Any]) -> QuantizedWeight:
-        """The weight of a dequantize operator with a scale per output channel."""
+        """Read the weight of a dequantize operator with one scale per output channel."""
         source, scale = arguments(node)[:2]
-        shape = tuple(static(fake(source).shape))
+        shape = tuple(static_shape(fake_tensor(source).shape))
         return QuantizedWeight(self.constant(source), self.constant(scale), shape, 8, codes)
 
     def group_weight(self, node: Node) -> QuantizedWeight:
-        """The weight of a dequantize operator with a scale for each group of inputs, in 4 bits."""
+        """Read the 4-bit weight of a dequantize operator with one scale per group of inputs."""
         source, scale = arguments(node)[:2]
-        shape = tuple(static(fake(source).shape))
-        group = shape[1] // int(fake(scale).shape[1])
+        shape = tuple(static_shape(fake_tensor(source).shape))
+        group = shape[1] // int(fake_tensor(scale).shape[1])
         codes = np.dtype("int4")
         return QuantizedWeight(self.constant(source), self.constant(scale), shape, 4, codes, group)
 
     def palette_weight(self, node: Node) -> PaletteWeight:
-        """The weight of a dequantize operator with palettes."""
+        """Read the weight of a dequantize operator with palettes."""
         codes, palettes = arguments(node)[:2]
-        shape, (groups, entries) = tuple(static(fake(codes).shape)), static(fake(palettes).shape)
+        shape = tuple(static_shape(fake_tensor(codes).shape))
+        groups, entries = static_shape(fake_tensor(palettes).shape)
         return PaletteWeight(self.constant(codes), self.constant(palettes), shape, (groups, entries))
 
     def name(self, node: Node) -> str:
-        """Module path and operator, as in ``layers.0.mlp.down_proj/linear``."""
+        """Name a node by module path and operator, as in ``layers.0.mlp.down_proj/linear``."""
         stack = node.meta.get("nn_module_stack") or {"": ("", "")}
         path = list(stack.values())[-1][0]
         kind = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
@@ -211,38 +239,41 @@ class ProgramLowering(ABC):
 
 
 def arguments(node: Node, *defaults: Any) -> list[Any]:
-    """Positional arguments of a node, missing ones filled from the end of ``defaults``' full list.
+    """Return the positional arguments of a node, with defaults for those that it lacks.
 
     Args:
-        defaults: the operator's arguments after the first; only those that the node lacks are used.
+        node: a node of the program.
+        defaults: defaults of the operator's arguments after the first.
     """
     return [*node.args, *defaults[max(len(node.args) - 1, 0) :]]
 
 
 def swapped_axes(node: Node) -> list[int]:
-    """The permutation that a transpose of two axes is."""
-    order = list(range(fake(node).dim()))
+    """Return the permutation that a transpose of two axes is."""
+    order = list(range(fake_tensor(node).dim()))
     _, first, second = arguments(node)
     order[first], order[second] = order[second], order[first]
     return order
 
 
 def permuted_axes(node: Node) -> list[int]:
-    """The permutation of a permute, counted from the front."""
+    """Return the permutation of a permute, with axes counted from the front."""
     _, order = arguments(node)
     return [axis % len(order) for axis in order]
 
 
-def fake(source: Any) -> Any:
-    """The fake tensor of a node: its shape and dtype."""
+def fake_tensor(source: Any) -> Any:
+    """Return the fake tensor of a node, which has its shape and dtype."""
     return source.meta["val"]
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """Return the numpy or ml_dtypes dtype of a torch dtype."""
     return np.dtype(str(dtype).removeprefix("torch."))
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Convert a tensor to numpy, float8 and bfloat16 included."""
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.float8_e4m3fn:  # PyTorch's conversion knows no float8
         return np.asarray(tensor.view(torch.uint8).numpy()).view(numpy_dtype(tensor.dtype))
@@ -252,14 +283,20 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def without_weights(name: str) -> Tensor:
-    """A ``load`` for those who only want sizes; scales of activations decide which nodes are shared."""
+    """Serve as ``load`` where only sizes are needed.
+
+    Scales of activations are 1, because equal scales decide which nodes are shared.
+
+    Raises:
+        AssertionError: a weight is loaded.
+    """
     if name.endswith("input_scale"):
         return torch.tensor(1.0)
     raise AssertionError(f"only sizes are wanted, but the weight {name} was asked for")
 
 
 def parameter_bytes(traced: TracedComponent) -> int:
-    """Bytes of a component's parameters as its program keeps them, codes for quantized ones."""
+    """Compute the bytes of a component's parameters as stored: codes where quantized."""
     dsvl = torch.ops.dsvl
     bits = {
         qd.quantize_per_channel.default: 8,
@@ -273,7 +310,8 @@ def parameter_bytes(traced: TracedComponent) -> int:
     for node in traced.program.graph.nodes:
         if node.name in names:
             codes = [bits[user.target] for user in node.users if user.target in bits and user.args[0] is node]
-            total += fake(node).numel() * (codes[0] if codes else fake(node).dtype.itemsize * 8) // 8
+            tensor = fake_tensor(node)
+            total += tensor.numel() * (codes[0] if codes else tensor.dtype.itemsize * 8) // 8
     return total
 
 
@@ -285,5 +323,6 @@ def _load_as(load: LoadParameter, name: str, dtype: torch.dtype) -> Callable[[],
     return lambda: load(name).to(dtype)
 
 
-def static(shape: torch.Size) -> list[int]:
+def static_shape(shape: torch.Size) -> list[int]:
+    """Convert a shape without open dims to integers."""
     return [int(size) for size in shape]

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnxruntime
 
-from dsvl_export.compilers import Compiled
 from dsvl_export.compilers.onnx import debug, layers
 from dsvl_export.compilers.onnx.check import check_file
 from dsvl_export.compilers.onnx.release import needed_release
+from dsvl_export.compilers.onnx.writer import Places, weight_bytes, write_model
+from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.onnxruntime import ORT, ORT_TOKENS, prefill_file
-from runtimes.backends.onnxruntime_releases import FEATURES, NEEDED, OLDEST, newest, refusal
+from runtimes.backends.onnxruntime_releases import FEATURES, NEEDED, OLDEST, newest_release, upgrade_message
 from runtimes.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -27,45 +28,51 @@ if TYPE_CHECKING:
     from reference.trace import TracedComponent
     from runtimes.bundle.contracts import Contract
 
-PRECISIONS = ("fp32", "fp16")
-LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4", "8da4w", "8da8w")
-CACHE_PRECISIONS = ("int8",)
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16")
+LAYER_PRECISIONS: tuple[str, ...] = ("int8", "fp8", "int8-weights", "int4", "8da4w", "8da8w")
+CACHE_PRECISIONS: tuple[str, ...] = ("int8",)
 RECIPE_BASE = "fp32"
-OPTIONS = ("prefill",)
+OPTIONS: tuple[str, ...] = ("onnxruntime.prefill",)
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    return {} if options.prefill else {"prefill": False}
+    """See ``Compiler.settings``."""
+    return {} if options.onnxruntime.prefill else {"prefill": False}
 
 
 def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileOptions) -> None:
-    """Activations that are rounded token by token want a base of fp32; few plans have two decoders.
+    """Refuse unsupported plans, and ``--no-prefill`` if there is no prefill decoder.
+
+    Activations that are quantized per token need a base of fp32.
 
     Raises:
-        UserError: the base is another, there is no second decoder to leave out, or the installed ONNX Runtime
-            is too old to load what would be written.
+        UserError: the base is not fp32, there is no prefill decoder to leave out, or the installed
+            ONNX Runtime is too old to load the artifacts.
     """
-    from calibration.precision_plan import component_layers  # here, as a debug build needs no torch
+    from calibration.precision_plan import component_layers  # deferred: imports torch
 
     two_decoders = False
     for plan in plans:
-        too_old = refusal(newest(_releases(plan)), onnxruntime.__version__)
+        too_old = upgrade_message(newest_release(_releases(plan)), onnxruntime.__version__)
         if too_old:
             raise UserError(f"{plan.name} cannot be exported here: {too_old}.")
         dynamic = [str(rule.precision) for rule in plan.rules if rule.precision.dynamic]
         if dynamic and plan.base != "fp32":
             raise UserError(
-                f"ONNX Runtime computes {dynamic[0]} on a base of fp32 alone, {plan.name} has {plan.base}."
+                f"ONNX Runtime computes {dynamic[0]} only on a base of fp32, {plan.name} has {plan.base}."
             )
-        decoder = (plan.of(layer) for layer in component_layers(config, "decoder"))
+        decoder = (plan.precision_of(layer) for layer in component_layers(config, "decoder"))
         two_decoders |= any(layer.dynamic and layer.kind == "int4" for layer in decoder)
-    if not options.prefill and not two_decoders:
+    if not options.onnxruntime.prefill and not two_decoders:
         names = " and ".join(plan.name for plan in plans)
         raise UserError(f"There is no second decoder for prompts in {names}; leave out --no-prefill.")
 
 
 def _releases(plan: PrecisionPlan) -> Iterator[str]:
-    """Releases of ONNX Runtime since which the parts of a plan load; ``release.features`` reads files."""
+    """List the ONNX Runtime releases that introduced what a plan uses.
+
+    ``release.features`` reads the same from a written file.
+    """
     yield OLDEST
     if plan.kv_cache != "float":
         yield FEATURES["int8-cache"].since
@@ -83,18 +90,16 @@ def compile_component(
     on_bytes: Callable[[int], None],
     options: CompileOptions,
 ) -> Compiled:
-    """Write ``<component>.onnx`` (with ``.data`` beside it above 64 MB of weights).
+    """Write ``<component>.onnx``, with ``.data`` beside it above 64 MB of weights.
 
-    A decoder whose activations are rounded token by token gets a second graph for prompts, which has the
-    4-bit weights in 8 bits and all others from the first one's file.
+    A decoder with per-token activations gets a second graph for prefill. It has the 4-bit weights
+    in 8 bits and reads all other weights from the first graph's file.
 
     Raises:
         ValueError: the written file breaks the contract or a rule of quantization.
         UserError: ONNX Runtime has no kernel for the decoder's head size.
     """
-    # Here, so that a debug build needs no torch.
-    from dsvl_export.compilers.onnx.quantization import TOKENS
-    from dsvl_export.compilers.onnx.writer import Places, write_model
+    from dsvl_export.compilers.onnx.quantization import TOKENS  # deferred: imports torch
 
     written: list[Path] = []
     places: Places = {}
@@ -113,16 +118,15 @@ def compile_component(
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
-    """Weights and graphs; alignment and protobuf's own bytes per weight are left out."""
-    from dsvl_export.compilers.lowering import without_weights
-    from dsvl_export.compilers.onnx.writer import weight_bytes
+    """Compute the bytes of weights and graphs, without alignment and protobuf's overhead."""
+    from dsvl_export.compilers.lowering import without_weights  # deferred: imports torch
 
     made = graphs(traced, without_weights, options)
     return weight_bytes(made) + sum(graph.model().ByteSize() for graph in made)
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
-    """See ``onnx_graph.debug``; a graph for prompts is built as well."""
+    """Write debug builds of a graph and its prefill graph, if any; see ``onnx.debug``."""
     prefill = prefill_file(artifact)
     if prefill.exists():
         debug.debug_build(prefill, contract, folder)
@@ -133,13 +137,14 @@ run_layers = layers.run_layers
 
 
 def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
-    """The component's graph, and that for prompts where there is one."""
+    """Build the component's graph, and its prefill graph if it has one."""
+    # Deferred: imports torch, which a debug build does without.
     from dsvl_export.compilers.onnx.dialect_ort import OrtDialect, OrtPrefillDialect
     from dsvl_export.compilers.onnx.lower import lower
     from dsvl_export.compilers.onnx.quantization import FOUR_BIT, TOKENS
 
     dialects = [OrtDialect()]
-    if traced.contract.states and options.prefill and {TOKENS, FOUR_BIT} <= _operators(traced):
+    if traced.contract.states and options.onnxruntime.prefill and {TOKENS, FOUR_BIT} <= _operators(traced):
         dialects.append(OrtPrefillDialect())
     return [lower(traced, load, dialect) for dialect in dialects]
 
@@ -149,7 +154,10 @@ def _operators(traced: TracedComponent) -> set[Any]:
 
 
 def _load_once(file: Path) -> None:
-    """Every kernel is there. Unoptimised, so that half precision is not widened to check a big file."""
+    """Load a file, to check that every kernel exists.
+
+    Optimizations are off, so that half precision is not widened to check a large file.
+    """
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings.add_session_config_entry("session.disable_prepacking", "1")

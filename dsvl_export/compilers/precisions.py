@@ -1,4 +1,4 @@
-"""Precisions of bundles: what a backend can compile, and which plan and scales a bundle keeps of each."""
+"""Which precisions a backend compiles, and which plan and scales a bundle keeps for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from calibration.precision_plan import (
 )
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import TABLE_FILE, ScaleTable
-from dsvl_export.compilers import Compiler, check_options
+from dsvl_export.compilers.protocol import ChecksPlans, Compiler
+from dsvl_export.compilers.registry import check_options
 from dsvl_export.targets.options import CompileOptions
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.model.config import ModelConfig
@@ -23,16 +24,16 @@ from runtimes.errors import UserError
 
 
 def plan_for(compiler: Compiler, precision: str) -> PrecisionPlan:
-    """The plan that a ``--precision`` names; what a recipe leaves alone is in the compiler's base."""
+    """Load the plan that a ``--precision`` names; a recipe is applied to the compiler's base."""
     plan = load_precision(precision)
-    return plan.on(compiler.RECIPE_BASE) if precision in recipe_names() else plan
+    return plan.with_base(compiler.RECIPE_BASE) if precision in recipe_names() else plan
 
 
 def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: ModelConfig) -> None:
-    """Refuse a plan that the model or the backend cannot have, before any work.
+    """Refuse a plan that the model or the backend does not support.
 
     Raises:
-        UserError: names the layer, or the precision, and what there is instead.
+        UserError: names the layer or the precision, and what the backend supports instead.
     """
     plan.check(config)
     if plan.base not in compiler.PRECISIONS:
@@ -41,7 +42,7 @@ def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: Mo
         )
     layers = {layer.name: layer for name in TRACED_COMPONENTS for layer in component_layers(config, name)}
     for name, layer in layers.items():
-        family = plan.of(layer).family
+        family = plan.precision_of(layer).family
         if family not in ("float", *compiler.LAYER_PRECISIONS):
             raise UserError(
                 f"The backend {backend} cannot compute {name} in {family}; it has"
@@ -54,8 +55,8 @@ def check_plan(backend: str, compiler: Compiler, plan: PrecisionPlan, config: Mo
         )
 
 
-def shipped_precisions(compiler: Compiler) -> list[str]:
-    """What ``--precision`` takes by name for a backend, whatever the target."""
+def supported_precisions(compiler: Compiler) -> list[str]:
+    """List the names that ``--precision`` accepts for a backend, for any target."""
     names = []
     for name in (*PRECISION_DTYPES, *recipe_names()):
         plan = plan_for(compiler, name)
@@ -69,10 +70,10 @@ def shipped_precisions(compiler: Compiler) -> list[str]:
     return names
 
 
-def kinds_of(plan: PrecisionPlan, config: ModelConfig) -> list[str]:
-    """The precisions that a target must support for a plan, in the words of ``targets.yaml``."""
+def required_precisions(plan: PrecisionPlan, config: ModelConfig) -> list[str]:
+    """List the precisions that a target must support for a plan, as ``targets.yaml`` names them."""
     layers = (layer for name in TRACED_COMPONENTS for layer in component_layers(config, name))
-    families = dict.fromkeys(plan.of(layer).family for layer in layers)
+    families = dict.fromkeys(plan.precision_of(layer).family for layer in layers)
     cache = [f"kv-{plan.kv_cache}"] if plan.kv_cache != "float" else []
     return list(dict.fromkeys([plan.base, *(family for family in families if family != "float"), *cache]))
 
@@ -84,38 +85,38 @@ def check_request(
     config: ModelConfig,
     options: CompileOptions,
 ) -> None:
-    """Refuse what a backend or its target cannot do; the one check of ``plan`` and ``export``.
+    """Refuse what the backend or its target does not support, for ``plan`` and ``export``.
 
     Raises:
-        UserError: names what comes nearest.
+        UserError: names the closest alternative.
     """
     for plan in plans:
         check_plan(backend, compiler, plan, config)
         if options.target:
-            for kind in kinds_of(plan, config):
+            for kind in required_precisions(plan, config):
                 options.target.check(backend, kind)
     check_options(backend, compiler, options)
     compiler.settings(options)
-    if check := getattr(compiler, "check", None):
-        check(plans, config, options)
+    if isinstance(compiler, ChecksPlans):
+        compiler.check(plans, config, options)
 
 
 def precision_folder(precision: str) -> str:
-    """Where a bundle keeps the plan and the scales of a quantized precision."""
+    """Return the bundle's folder for the plan and the scales of a quantized precision."""
     return f"precisions/{precision}"
 
 
 def bundled_plan(folder: Path, precision: str) -> PrecisionPlan:
-    """The plan that a precision of a bundle was exported with."""
+    """Load the plan that a precision of a bundle was exported with."""
     file = folder / precision_folder(precision) / f"{precision}.yaml"
     return read_plan(file) if file.exists() else load_precision(precision)
 
 
 def planned_weights(source: Checkpoint, folder: Path, precision: str) -> QuantizedWeights:
-    """Parameters of a checkpoint in a precision of a bundle, with the scales that the bundle keeps.
+    """Open a checkpoint's parameters in a precision of a bundle, with the bundle's scales.
 
     Raises:
-        UserError: the scales are damaged, or of another checkpoint.
+        UserError: the scales are damaged, or belong to another checkpoint.
     """
     scales = folder / precision_folder(precision)
     table = ScaleTable.load(scales) if (scales / TABLE_FILE).exists() else None

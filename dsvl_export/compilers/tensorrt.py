@@ -1,6 +1,6 @@
-"""Compiler ``tensorrt``: ONNX in the dialect of a TensorRT version; the engine is built where its GPU is.
+"""Compiler ``tensorrt``: ONNX files in the dialect of a TensorRT version.
 
-``dsvl-export build-engine`` builds it there, from the bundle alone.
+``dsvl-export build-engine`` builds the engine on the device, from the bundle alone.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from dsvl_export.compilers import Compiled
 from dsvl_export.compilers.onnx.check import check_file
 from dsvl_export.compilers.onnx.debug import debug_build
 from dsvl_export.compilers.onnx.layers import run_layers
 from dsvl_export.compilers.onnx.release import needed_release
+from dsvl_export.compilers.onnx.writer import write_model
+from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.lint import Release, refuse
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.onnxruntime_releases import NEEDED
@@ -27,20 +28,26 @@ if TYPE_CHECKING:
     from dsvl_export.compilers.onnx.context import Dialect
     from reference.trace import TracedComponent
 
-PRECISIONS = ("fp32", "fp16", "bf16")
-LAYER_PRECISIONS = ("int8", "fp8", "int8-weights", "int4")
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
+LAYER_PRECISIONS: tuple[str, ...] = ("int8", "fp8", "int8-weights", "int4")
 CACHE_PRECISIONS: tuple[str, ...] = ()  # KVCacheUpdate takes float caches alone
 RECIPE_BASE = "fp16"
-OPTIONS = ("tensorrt",)
+OPTIONS: tuple[str, ...] = ("tensorrt.version",)
 TARGET = "cuda"
-__all__ = ["artifact_bytes", "compile_component", "debug_build", "graphs", "run_layers", "settings"]
+__all__ = [
+    "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",
+    "artifact_bytes", "compile_component", "debug_build", "graphs", "run_layers", "settings",
+]  # fmt: skip
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
+    """See ``Compiler.settings``."""
     return {"target": options.target_name(TARGET), "tensorrt": str(options.tensorrt_version())}
 
 
 def make_dialect(name: str, traced: TracedComponent) -> Dialect:
+    """Create the dialect of this name for a component."""
+    # Deferred: imports torch, which a debug build does without.
     from dsvl_export.compilers.onnx.dialect_trt10 import Trt10Dialect
     from dsvl_export.compilers.onnx.dialect_trt11 import Trt11Dialect
 
@@ -54,11 +61,11 @@ def compile_component(
     on_bytes: Callable[[int], None],
     options: CompileOptions,
 ) -> Compiled:
-    """Write ``<component>.onnx`` and check it by the rules of the TensorRT that will build its engine.
+    """Write ``<component>.onnx`` and check it against the rules of the target's TensorRT version.
 
     Raises:
         ValueError: the written file breaks the contract.
-        UserError: that TensorRT, or the target's GPU, cannot take it.
+        UserError: this TensorRT version, or the target's GPU, does not support the file.
     """
     release = Release(options.tensorrt_version(), options.target.sm if options.target else None)
     files = write_onnx(traced, load, folder, on_bytes, release.dialect)
@@ -74,10 +81,7 @@ def write_onnx(
     on_bytes: Callable[[int], None],
     dialect: str,
 ) -> list[Path]:
-    """Lower, write and check a component's ONNX file."""
-    # Here, so that a debug build needs no torch.
-    from dsvl_export.compilers.onnx.writer import write_model
-
+    """Lower a component, write its ONNX file and check it against the contract."""
     file = folder / f"{traced.contract.component}.onnx"
     files = write_model(lower_for(dialect, traced, load), file, on_bytes)
     check_file(file, traced.contract, make_dialect(dialect, traced).state_output)
@@ -85,24 +89,25 @@ def write_onnx(
 
 
 def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
-    """The graph of the component's ONNX file."""
+    """See ``BuildsGraphs.graphs``."""
     return [lower_for(Release(options.tensorrt_version()).dialect, traced, load)]
 
 
 def lower_for(dialect: str, traced: TracedComponent, load: Callable[[str], Tensor]) -> Graph:
-    """The component's graph in a dialect."""
-    from dsvl_export.compilers.onnx.lower import lower
+    """Lower a component to a graph in a dialect."""
+    from dsvl_export.compilers.onnx.lower import lower  # deferred: imports torch
 
     return lower(traced, load, make_dialect(dialect, traced))
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
+    """See ``Compiler.artifact_bytes``."""
     return onnx_bytes(traced, Release(options.tensorrt_version()).dialect)
 
 
 def onnx_bytes(traced: TracedComponent, dialect: str) -> int:
-    """Weights and graph of the ONNX file; an engine is about as large once more."""
-    from dsvl_export.compilers.lowering import without_weights
+    """Compute the bytes of an ONNX file's weights and graph; an engine takes about as much."""
+    from dsvl_export.compilers.lowering import without_weights  # deferred: imports torch
 
     graph = lower_for(dialect, traced, without_weights)
     return sum(item.nbytes for item in graph.initializers.values()) + graph.model().ByteSize()

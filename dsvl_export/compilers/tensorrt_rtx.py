@@ -1,4 +1,4 @@
-"""Compiler ``tensorrt_rtx``: ONNX in the dialect trt11, and engines built from it without a GPU."""
+"""Compiler ``tensorrt_rtx``: ONNX in the dialect trt11, and engines built without a GPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import tensorrt_rtx
 
-from dsvl_export.compilers import Compiled
-from dsvl_export.compilers.engines.building import EngineSettings, build_engine
+from dsvl_export.compilers.engines.build import EngineSettings, build_engine
 from dsvl_export.compilers.onnx.debug import debug_build
 from dsvl_export.compilers.onnx.layers import run_layers
 from dsvl_export.compilers.onnx.release import needed_release
+from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.compilers.tensorrt import (
     CACHE_PRECISIONS,
     LAYER_PRECISIONS,
@@ -27,7 +27,7 @@ from dsvl_export.lint import Release, refuse
 from dsvl_export.lint.types import SINCE_SM
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.onnxruntime_releases import NEEDED
-from runtimes.bundle.bundle import Engine
+from runtimes.bundle.manifest import Engine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,29 +37,31 @@ if TYPE_CHECKING:
 
 # GPUs with tensor cores that TensorRT-RTX builds for: Ampere, Ada, Blackwell.
 CAPABILITIES = (86, 89, 120)
-OPTIONS = ("capabilities",)
+OPTIONS: tuple[str, ...] = ("tensorrt.capabilities",)
 DIALECT = "trt11"
 __all__ = [
-    "CACHE_PRECISIONS", "LAYER_PRECISIONS", "PRECISIONS", "RECIPE_BASE",
+    "CACHE_PRECISIONS", "LAYER_PRECISIONS", "OPTIONS", "PRECISIONS", "RECIPE_BASE",
     "artifact_bytes", "compile_component", "debug_build", "graphs", "run_layers", "settings",
 ]  # fmt: skip
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
+    """See ``Compiler.settings``."""
     sm = options.target.sm if options.target else None
     return {
-        "capabilities": options.capabilities or ((sm,) if sm else CAPABILITIES),
+        "capabilities": options.tensorrt.capabilities or ((sm,) if sm else CAPABILITIES),
         "capacity": options.capacity,
         "library": tensorrt_rtx.__version__,
     }
 
 
 def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
-    """The graph of the component's ONNX file."""
+    """See ``BuildsGraphs.graphs``."""
     return [lower_for(DIALECT, traced, load)]
 
 
 def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
+    """See ``Compiler.artifact_bytes``."""
     return onnx_bytes(traced, DIALECT)
 
 
@@ -80,7 +82,7 @@ def compile_component(
     chosen = settings(options)["capabilities"]
     eight_bit_floats = any("float8" in str(node.target) for node in traced.program.graph.nodes)
     capabilities = tuple(chosen)
-    if eight_bit_floats and not options.capabilities:
+    if eight_bit_floats and not options.tensorrt.capabilities:
         capabilities = tuple(sm for sm in chosen if sm >= SINCE_SM[onnx.TensorProto.FLOAT8E4M3FN])
     refuse(files[0], Release.tensorrt_rtx(min(capabilities)))
     engine = folder / f"{traced.contract.component}.engine"

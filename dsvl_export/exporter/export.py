@@ -9,21 +9,26 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from calibration.precision_plan import PrecisionPlan
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
-from dsvl_export.compilers import load_compiler
 from dsvl_export.compilers.precisions import check_request, plan_for
-from dsvl_export.exporter.manifest import manifest_of
-from dsvl_export.exporter.stages import ExportProgress, ExportStages, Report, identify
+from dsvl_export.compilers.registry import load_compiler
+from dsvl_export.exporter.artifact_stages import ArtifactStages
+from dsvl_export.exporter.bundled_config import write_configs
+from dsvl_export.exporter.config import ExportConfig
+from dsvl_export.exporter.job import ExportJob, identify
+from dsvl_export.exporter.manifest import build_manifest
+from dsvl_export.exporter.overflow import check_ranges, overflow_remedy
+from dsvl_export.exporter.reference_stages import ReferenceStages
+from dsvl_export.exporter.stages import ExportProgress, Report, Stage, StageRunner
 from dsvl_export.exporter.staging import Staging
-from dsvl_export.targets.options import CompileOptions
-from dsvl_export.targets.targets import find_target
-from reference.checkpoint.chat_template import template_difference
+from dsvl_export.targets.options import ExecuTorchOptions, OnnxRuntimeOptions, TensorRTOptions
+from reference.checkpoint.chat_template import describe_template_difference
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
-from reference.trace import PRECISION_DTYPES
 from runtimes.bundle.bundle import Bundle
-from runtimes.errors import OverflowVerdict, UserError
+from runtimes.errors import PrecisionOverflowError, UserError
 
 MAX_DEFAULT_CAPACITY = 2048
 
@@ -44,107 +49,169 @@ def export(
     tensorrt: str | None = None,
     capacity: int | None = None,
     capabilities: Sequence[int] = (),
-    deployment: str | None = None,
     delegate: str | None = None,
     prefill: bool = True,
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
 
-    An interrupted export goes on where it stopped; a stage is redone only when its inputs changed.
+    This is ``export_bundle`` with the config's values as arguments.
 
     Args:
-        checkpoint: ``tiny``, a folder or a hub id.
+        checkpoint: ``tiny``, a checkpoint folder, or a hub id.
         output: the bundle's folder: new, empty, an unfinished export, or a bundle to extend.
-        precisions: names, recipes, or YAML files of precision plans; each becomes a set of artifacts.
-        goldens: record the reference's outputs, which ``parity`` compares with, and audit what is written.
-        scales: a scale table made by ``calibrate``; without one, precisions that need scales are calibrated
-            on the bundled pictures.
-        target: a device of ``targets``: what it cannot run is refused before any work.
-        tensorrt: version of TensorRT that will build; None takes the target's.
-        capacity: tokens of the KV cache that an engine is built for, and the bundle's default.
-        capabilities: compute capabilities, as in 89, that TensorRT-RTX builds for.
-        deployment: the oldest Apple system to run on, as in ``iOS18``.
-        delegate: what ExecuTorch runs the encoders on: ``xnnpack``, ``coreml`` or ``vulkan``.
-        prefill: whether ONNX Runtime gets a second decoder for prompts, with weights of 8 bits, where the
-            first has 4 bits and rounds activations token by token.
+        backend: see ``ExportConfig``, as all that follow.
+        precisions: names, recipes, or YAML files of precision plans.
+        goldens: record the reference's outputs, and compare the written files with the checkpoint.
+        report: is called with progress.
+        scales: folder of a scale table.
+        target: a device of ``targets``.
+        tensorrt: version of TensorRT that builds the engines.
+        capacity: tokens of the KV cache.
+        capabilities: compute capabilities that TensorRT-RTX builds engines for.
+        delegate: what ExecuTorch runs the encoders on.
+        prefill: add ONNX Runtime's second decoder for prompts.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
-        OverflowVerdict: weights or activations exceed the range of a precision's base.
+        PrecisionOverflowError: weights or activations exceed the range of a precision's base.
     """
+    config = ExportConfig(
+        checkpoint=str(checkpoint),
+        backend=backend,
+        precisions=tuple(precisions),
+        target=target,
+        capacity=capacity,
+        scales=str(scales) if scales else None,
+        goldens=goldens,
+        onnxruntime=OnnxRuntimeOptions(prefill),
+        tensorrt=TensorRTOptions(tensorrt, tuple(capabilities)),
+        executorch=ExecuTorchOptions(delegate),
+    )
+    return export_bundle(config, output, report)
+
+
+def export_bundle(config: ExportConfig, output: str | Path, report: Report = _silent) -> Bundle:
+    """Export what a config describes into a bundle, or add it to a bundle of the same checkpoint.
+
+    An interrupted export resumes where it stopped; a stage runs again only if its inputs changed.
+
+    Args:
+        config: what to export.
+        output: the bundle's folder: new, empty, an unfinished export, or a bundle to extend.
+        report: is called with progress.
+
+    Raises:
+        UserError: bad checkpoint, backend, precision or output folder, or a full disk.
+        PrecisionOverflowError: weights or activations exceed the range of a precision's base.
+    """
+    config = config.with_defaults()
+    backend = str(config.backend)
     compiler = load_compiler(backend)
-    plans = [plan_for(compiler, precision) for precision in precisions]
+    plans = tuple(plan_for(compiler, precision) for precision in config.precisions)
     for one, other in combinations(plans, 2):
         if one.name == other.name and one != other:
             raise UserError(f"Two precision plans are called {one.name!r}; rename one of the files.")
-    source = open_checkpoint(str(checkpoint))
+    source = open_checkpoint(config.checkpoint)
     longest = source.config.decoder.max_positions
-    if capacity is not None and not 1 <= capacity <= longest:
-        raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {capacity}.")
-    usual = min(longest, MAX_DEFAULT_CAPACITY)
-    device = find_target(target) if target else None
-    options = CompileOptions(
-        device,
-        capacity or usual,
-        tensorrt,
-        tuple(capabilities),
-        deployment,
-        delegate=delegate,
-        prefill=prefill,
-    )
+    if config.capacity is not None and not 1 <= config.capacity <= longest:
+        raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {config.capacity}.")
+    options = config.compile_options(capacity=min(longest, MAX_DEFAULT_CAPACITY))
     check_request(backend, compiler, plans, source.config, options)
-    table = ScaleTable.load(Path(scales).expanduser()) if scales else None
-    if table:
+    scales = ScaleTable.load(Path(config.scales).expanduser()) if config.scales else None
+    if scales:
         identify(source, report)
         for plan in plans:
-            QuantizedWeights(source, plan, table).check()
+            QuantizedWeights(source, plan, scales).check()
     prompt = prompt_spec(source)
-    prompt = replace(prompt, template_difference=template_difference(source, prompt))
-    specs = (preprocess_spec(source), prompt)
+    prompt = replace(prompt, template_difference=describe_template_difference(source, prompt))
+    options = replace(options, preprocessing=preprocess_spec(source))
     staging = Staging(Path(output).expanduser())
     try:
         staging.open()
         _check_same_checkpoint(staging, source, report)
-        options = replace(options, preprocessing=specs[0])
-        if capacity is None and staging.previous:  # of the bundle that is extended
+        if config.capacity is None and staging.previous:
             options = replace(options, capacity=staging.previous.default_capacity)
-        run = ExportStages(source, staging, report, backend, compiler, options, table, audits=goldens)
-        run.make_room(plans, goldens)
-        identify(source, report)
-        run.check_weights(plans)
-        run.tokenizer()
-        run.token_embedding()
-        if goldens:
-            run.goldens()
-        run.long_golden()
-        for plan in plans:
-            if plan.name not in PRECISION_DTYPES:
-                run.precision(plan)
-            run.noise(plan)
-            run.program(plan, specs[1])
-        run.noise_of_others(plans)
-        run.layers()
-        staging.finish(lambda now: manifest_of(source, staging, options.capacity, *specs, now))
-    except OverflowVerdict:
-        if staging.previous:  # the bundle stays usable without the precision
-            staging.finish(lambda now: manifest_of(source, staging, options.capacity, *specs, now))
-        raise
+        job = ExportJob(config, source, compiler, options, plans, scales, prompt, staging, report)
+        _run(job)
     except (OSError, SafetensorError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "there is no memory left"
         raise UserError(
             f"The export stopped: {reason} ({staging.folder});"
-            " mend that and run it again, it goes on where it stopped."
+            " fix this and run the same command again; the export resumes."
         ) from error
     finally:
         staging.close()
     return Bundle.open(staging.folder)
 
 
+def _run(job: ExportJob) -> None:
+    """Run the stages and write the manifest.
+
+    If a precision overflows, an extended bundle stays usable without it.
+    """
+    runner, artifacts = StageRunner(job.staging, job.report), ArtifactStages(job)
+    stages = _list_stages(job, artifacts)
+    try:
+        runner.make_room(stages)
+        identify(job.source, job.report)
+        compiled = _compiled_plans(job, runner, artifacts)
+        check_ranges(job, [plan for plan in job.plans if plan not in compiled])
+        runner.run(stages)
+    except PrecisionOverflowError:
+        if job.staging.previous:
+            _finish(job, _compiled_plans(job, runner, artifacts))
+        raise
+    _finish(job, job.plans)
+
+
+def _compiled_plans(job: ExportJob, runner: StageRunner, artifacts: ArtifactStages) -> list[PrecisionPlan]:
+    """Return the plans whose artifacts are current."""
+    return [plan for plan in job.plans if all(map(runner.is_current, artifacts.artifacts(plan)))]
+
+
+def _list_stages(job: ExportJob, artifacts: ArtifactStages) -> list[Stage]:
+    """Return all stages of an export in their order."""
+    reference = ReferenceStages(job)
+    stages = [reference.tokenizer(), reference.token_embedding()]
+    if job.config.goldens:
+        stages.append(reference.goldens())
+    if job.has_goldens:
+        stages.append(reference.long_golden())
+    for plan in job.plans:
+        stages += artifacts.precision(plan)
+        if job.has_goldens and plan.name != "fp32":
+            remedy = overflow_remedy(job.backend, job.compiler, plan)
+            stages += reference.quantization_errors(plan.name, remedy)
+        stages += artifacts.artifacts(plan)
+        stages += artifacts.listing(plan)
+    if job.has_goldens:
+        exported = {plan.name for plan in job.plans}
+        for precision in job.precisions():
+            if precision not in {"fp32", *exported}:
+                stages += reference.quantization_errors(precision, remedy="", optional=True)
+        stages += reference.layers(job.precisions())
+    return stages
+
+
+def _finish(job: ExportJob, compiled: Sequence[PrecisionPlan]) -> None:
+    """Write the manifest, and the configs of the plans whose artifacts are current."""
+    write_configs(job, compiled)
+    capacity, preprocessing = job.options.capacity, job.options.preprocessing
+    job.staging.finish(
+        lambda now: build_manifest(job.source, job.staging, capacity, preprocessing, job.prompt, now)
+    )
+
+
 def _check_same_checkpoint(staging: Staging, source: Checkpoint, report: Report) -> None:
-    known = [result["checkpoint"] for result in staging.results() if "checkpoint" in result]
+    """Check that a bundle to extend is of the checkpoint.
+
+    Raises:
+        UserError: it is of another one.
+    """
+    digests = [result["checkpoint"] for result in staging.results() if "checkpoint" in result]
     if staging.previous:
-        known.append(staging.previous.checkpoint["sha256"])
-    if known and set(known) != {identify(source, report)}:
+        digests.append(staging.previous.checkpoint["sha256"])
+    if digests and set(digests) != {identify(source, report)}:
         raise UserError(
             f"{staging.folder} holds a bundle of another checkpoint (dsvl-export 0.4 did not count"
             " generation_config.json); give another folder."

@@ -1,20 +1,22 @@
-"""What the finished stages of an export amount to: the bundle's manifest."""
+"""The manifest of a bundle, built from the finished stages of its exports."""
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
 from dsvl_export.compilers.precisions import bundled_plan, precision_folder
 from dsvl_export.exporter.staging import Staging
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.trace import TRACED_COMPONENTS, component_contract
-from runtimes.bundle.bundle import JUDGED_WITH, Artifact, Manifest
 from runtimes.bundle.files import sha256_of_file
+from runtimes.bundle.manifest import JUDGED_WITH, Artifact, Manifest
 
 TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
+CONFIGS = "configs"  # folder of the configs that a bundle keeps
 
 
-def manifest_of(
+def build_manifest(
     source: Checkpoint,
     staging: Staging,
     capacity: int,
@@ -22,14 +24,26 @@ def manifest_of(
     prompt: Any,
     now: Manifest | None,
 ) -> Manifest:
-    """The manifest of all that is finished.
+    """Build the manifest of everything that is finished.
 
     Args:
-        now: that of the bundle that is extended, with what parity recorded meanwhile.
+        source: the checkpoint.
+        staging: the output folder.
+        capacity: tokens of the KV cache.
+        preprocessing: of the model's images.
+        prompt: the model's prompt format.
+        now: the manifest of the bundle that is extended, with verdicts that ``parity`` recorded
+            meanwhile.
     """
-    artifacts = _complete(staging)
+    artifacts = complete_artifacts(staging)
     others = (artifact for artifact in finished_artifacts(staging) if artifact not in artifacts)
     unfinished = {path for artifact in others for path in artifact.files}
+    folders = {config_folder(artifact.backend, artifact.precision) for artifact in artifacts}
+    unfinished |= {
+        path
+        for path in staging.files()
+        if path.startswith(f"{CONFIGS}/") and str(PurePosixPath(path).parent) not in folders
+    }
     precisions = dict.fromkeys(artifact.precision for artifact in artifacts)
     plans = {name: bundled_plan(staging.folder, name) for name in precisions}
     return Manifest(
@@ -57,18 +71,23 @@ def manifest_of(
 
 
 def checkpoint_name(source: Checkpoint, staging: Staging) -> str:
-    """The name of the checkpoint's folder, as it was when the bundle was first exported: listings have it."""
+    """Return the name of the checkpoint's folder at the bundle's first export, for listings."""
     return staging.previous.checkpoint["name"] if staging.previous else source.folder.name
 
 
+def config_folder(backend: str, precision: str) -> str:
+    """Return the folder of the config that a bundle keeps for a backend and precision."""
+    return f"{CONFIGS}/{backend}/{precision}"
+
+
 def plan_hashes(staging: Staging, precision: str) -> dict[str, str]:
-    """Hashes of a precision's plan and scales, which its artifacts rest on."""
+    """Return the SHA-256 of a precision's plan and scales, which its artifacts depend on."""
     folder = staging.folder / precision_folder(precision)
     return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*"))}
 
 
 def finished_artifacts(staging: Staging) -> tuple[Artifact, ...]:
-    """Finished artifacts; those of a plan or scales that were replaced since do not count."""
+    """Return the finished artifacts whose plan and scales are still the bundle's."""
     files, rows = staging.files(), []
     for result in staging.results():
         for row in result.get("artifacts", [result["artifact"]] if "artifact" in result else []):  # until 0.4
@@ -80,8 +99,8 @@ def finished_artifacts(staging: Staging) -> tuple[Artifact, ...]:
     return tuple(map(Artifact.from_dict, rows))
 
 
-def _complete(staging: Staging) -> tuple[Artifact, ...]:
-    """Artifacts of backends and precisions that have every component; an interrupted one has not."""
+def complete_artifacts(staging: Staging) -> tuple[Artifact, ...]:
+    """Return the artifacts of the backends and precisions that have all components."""
     artifacts = finished_artifacts(staging)
     there = {(item.backend, item.precision, item.component) for item in artifacts}
     return tuple(
@@ -92,7 +111,7 @@ def _complete(staging: Staging) -> tuple[Artifact, ...]:
 
 
 def _kept_verdicts(staging: Staging, old: Manifest | None) -> dict[str, Any]:
-    """Verdicts of the bundle that is extended, where nothing that they rest on has changed."""
+    """Return the parity verdicts of the bundle that is extended whose files have not changed."""
     files = staging.files()
     if old is None:
         return {}

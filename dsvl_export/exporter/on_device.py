@@ -1,4 +1,4 @@
-"""Engines for the GPU at hand, from the ONNX files that a bundle brings."""
+"""TensorRT engines for this machine's GPU, built from the ONNX files of a bundle."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from types import ModuleType
 
 from packaging.version import Version
 
-from dsvl_export.compilers.engines.building import EngineSettings, build_engine
+from dsvl_export.compilers.engines.build import EngineSettings, build_engine
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.lint import Release, refuse
 from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu, import_cuda
 from runtimes.backends.engines.library import import_library
-from runtimes.bundle.bundle import Artifact, Bundle, Engine, Manifest
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Artifact, Engine, Manifest
 from runtimes.errors import UserError
-from runtimes.goldens.golden import is_golden, tokens_of_golden
+from runtimes.goldens.golden import golden_token_count, is_golden
 
 BACKEND = "tensorrt"
 OnStep = Callable[[str, int, int], None]
@@ -24,14 +25,14 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Device:
-    """What builds: the library, and the GPU that it builds for."""
+    """The TensorRT library that builds engines, and the GPU that it builds them for."""
 
     trt: ModuleType
     gpu: Gpu
 
     @classmethod
     def here(cls) -> Device:
-        """This machine's.
+        """Return this machine's library and GPU.
 
         Raises:
             UserError: TensorRT, cuda-python or a GPU is missing.
@@ -47,6 +48,7 @@ class Device:
 
     @property
     def version(self) -> Version:
+        """Version of the library."""
         return Version(self.trt.__version__)
 
 
@@ -57,20 +59,23 @@ def build_engines(
     device: Device | None = None,
     on_step: OnStep = lambda name, done, total: None,
 ) -> list[Artifact]:
-    """Build the engine of every ``tensorrt`` artifact of a bundle, and put it into the bundle.
+    """Build the engine of every ``tensorrt`` artifact of a bundle, and add it to the bundle.
 
-    Engines that fit this machine and the settings already are kept, so an interrupted build goes on.
+    Engines that fit this machine and the settings are kept, so an interrupted build resumes.
 
     Args:
-        settings: None takes the bundle's capacity.
+        folder: of the bundle.
+        settings: of the engines; None uses the bundle's capacity.
         precision: one of the bundle's; None builds all.
-        device: None is this machine.
+        device: builds the engines; None selects this machine.
+        on_step: is called with the artifact's name, the number of finished artifacts, and of all.
 
     Returns:
         The artifacts with their engines.
 
     Raises:
-        UserError: the bundle has no ONNX for TensorRT or for this version, or TensorRT refuses.
+        UserError: the bundle has no ONNX for TensorRT or for this version, or TensorRT cannot build
+            it.
     """
     device = device or Device.here()
     staging, built = Staging(folder), []
@@ -90,8 +95,8 @@ def build_engines(
         on_step("done", len(artifacts), len(artifacts))
     except OSError as error:
         raise UserError(
-            f"The build stopped: {error.strerror or error} ({folder}); mend that and run it again, it goes on"
-            " where it stopped."
+            f"The build stopped: {error.strerror or error} ({folder}); fix this and run the same command"
+            " again; the build resumes."
         ) from error
     finally:
         staging.close()
@@ -99,7 +104,7 @@ def build_engines(
 
 
 def _artifacts(bundle: Bundle, precision: str | None, version: Version) -> list[Artifact]:
-    """Those to build, checked against their hashes and against the version of TensorRT."""
+    """Return the artifacts to build, after a check of their hashes and of the TensorRT version."""
     pairs = bundle.matching(BACKEND, precision)
     if not pairs:
         asked = f" in {precision}" if precision else ""
@@ -116,9 +121,9 @@ def _artifacts(bundle: Bundle, precision: str | None, version: Version) -> list[
 
 
 def longest_golden(bundle: Bundle) -> int:
-    """Tokens that ``parity`` needs in the KV cache; 0 where the bundle has no goldens."""
+    """Return the tokens that ``parity`` needs in the KV cache; 0 if the bundle has no goldens."""
     files = [path for path in bundle.manifest.files if path.startswith("goldens/") and is_golden(path)]
-    return max((tokens_of_golden(bundle.path(path)) for path in files), default=0)
+    return max((golden_token_count(bundle.path(path)) for path in files), default=0)
 
 
 def _check_version(item: Artifact, version: Version) -> None:
@@ -167,7 +172,7 @@ def _build(
 
 
 def _publish(bundle: Bundle, staging: Staging, old: Artifact, new: Artifact) -> None:
-    """Write the manifest with an artifact replaced; what was said of the old one is no longer known."""
+    """Write the manifest with an artifact replaced, and without the old one's parity verdict."""
     known = (old.component, old.backend, old.precision)
     entry = staging.files()[new.files[-1]]
 

@@ -1,21 +1,25 @@
-"""Numbers that a precision cannot hold: weights are checked before an export, activations on its goldens."""
+"""Overflow of a precision: weights are checked before an export, activations on its goldens."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from calibration.precision_plan import PrecisionPlan
 from calibration.quantized_weights import QuantizedWeights
-from dsvl_export.compilers import Compiler
+from dsvl_export.compilers.protocol import Compiler
+from dsvl_export.exporter.job import ExportJob
+from dsvl_export.exporter.stages import ExportProgress
 from reference.checkpoint.checkpoint import parameter_shapes
 from reference.trace import PRECISION_DTYPES
-from runtimes.errors import OverflowVerdict, UserError
+from runtimes.errors import PrecisionOverflowError, UserError
 
-WIDER = {"fp16": ("bf16", "fp32")}  # by base: what holds larger numbers, the smallest first
+WIDER = {"fp16": ("bf16", "fp32")}  # by base: those with a larger range, the smallest first
 
 
 def overflow_remedy(backend: str, compiler: Compiler, plan: PrecisionPlan) -> str:
-    """What to export where a plan's base cannot hold a checkpoint's numbers."""
+    """Return what to export if a plan's base cannot hold a checkpoint's numbers."""
     bases = [base for base in WIDER.get(plan.base, ()) if base in compiler.PRECISIONS]
     if not bases:
         return f"{backend} has no wider base than {plan.base}: export for onnxruntime in fp32"
@@ -26,11 +30,29 @@ def overflow_remedy(backend: str, compiler: Compiler, plan: PrecisionPlan) -> st
     return f"export with --precision {' or '.join(names)}"
 
 
+def check_ranges(job: ExportJob, plans: Sequence[PrecisionPlan]) -> None:
+    """Check that the base of each plan can hold the checkpoint's weights.
+
+    Raises:
+        PrecisionOverflowError: names the tensor.
+        UserError: the checkpoint holds NaN or infinity.
+    """
+    bases: dict[str, PrecisionPlan] = {}  # plans of one base round the same numbers
+    for plan in plans:
+        bases.setdefault(plan.base, plan)
+    for base, plan in bases.items():
+        name = f"range of {base}"
+        job.report(ExportProgress(name))
+        weights = QuantizedWeights(job.source, PrecisionPlan(plan.name, base))
+        check_weights(weights, overflow_remedy(job.backend, job.compiler, plan))
+        job.report(ExportProgress(name, 1, 1, "finished"))
+
+
 def check_weights(weights: QuantizedWeights, remedy: str) -> None:
     """Read every parameter of a precision and compare it with the range of the plan's base.
 
     Raises:
-        OverflowVerdict: the base cannot hold one; it is named.
+        PrecisionOverflowError: the base cannot hold one; it is named.
         UserError: the checkpoint itself holds NaN or infinity.
     """
     plan, source = weights.plan, weights.source
@@ -44,7 +66,7 @@ def check_weights(weights: QuantizedWeights, remedy: str) -> None:
                 " sound?"
             )
         if not torch.isfinite(torch.tensor(largest).to(dtype)):
-            raise OverflowVerdict(
+            raise PrecisionOverflowError(
                 f"{plan.name} cannot hold the tensor {name} of {source.folder}: its largest magnitude is"
                 f" {largest:.4g}, and {plan.base} ends at {torch.finfo(dtype).max:.5g}; {remedy}."
             )

@@ -1,4 +1,4 @@
-"""Stages of an export: each is built aside, renamed into place, and skipped when it is still valid."""
+"""The output folder of an export, where stages are built, renamed and reused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runtimes.bundle.bundle import DEBUG_PREFIX, MANIFEST, Bundle, FileEntry, Manifest, stays_inside
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import (
     JOURNAL,
     read_json,
@@ -19,22 +19,26 @@ from runtimes.bundle.files import (
     write_json,
 )
 from runtimes.bundle.locks import PREVIOUS, STAGING, FileLock, manifest_file, manifest_lock, refuse_link
+from runtimes.bundle.manifest import DEBUG_PREFIX, MANIFEST, FileEntry, Manifest, stays_inside
 from runtimes.errors import UserError
 
-INPUTS = ".inputs"  # of a stage that is being built: what it is made from
-Build = Callable[[Path], dict[str, Any]]  # builds into a folder, returns what the manifest shall know
-BROKEN = (ValueError, NotImplementedError)  # what was made breaks a rule; another try would end the same way
-Hashed = Callable[[int, int], None]  # bytes that are hashed, and all
+# A bundle that lost its record keeps these: nothing else writes plans, scales and configs again.
+KEPT_FOLDERS = ("configs/", "precisions/")
+INPUTS = ".inputs"  # file with the key of the inputs, in the staging folder of a stage
+Build = Callable[[Path], dict[str, Any]]  # writes into a folder, returns what the manifest needs to know
+INVALID = (ValueError, NotImplementedError)  # the result breaks a rule: a second attempt would fail too
+OnHashed = Callable[[int, int], None]  # gets the number of hashed bytes, and of all bytes
 
 
 class Staging:
-    """The output folder of an export while it is being written, by one process at a time.
+    """The output folder of an export while one process writes it.
 
-    ``.staging/stages.json`` remembers finished stages by the hash of their inputs. The manifest,
-    which makes the folder a bundle, is written last, and taken away before anything it names changes.
+    ``.staging/stages.json`` records finished stages by the hash of their inputs. The manifest makes
+    the folder a bundle: it is written last, and moved away before a file that it names changes.
     """
 
     def __init__(self, folder: Path) -> None:
+        """Nothing is created or read before ``open``."""
         self.folder = folder
         self.previous: Manifest | None = None  # of the bundle that is extended
         self._work = folder / STAGING
@@ -42,13 +46,14 @@ class Staging:
         self._previous_file = self._work / PREVIOUS
         self._stages: dict[str, Any] = {}
         self._lock = FileLock(self._work / "lock")
-        self._made: list[Path] = []  # folders that were not there before
+        self._made: list[Path] = []  # folders that ``open`` created
 
     def open(self) -> None:
-        """Create or reopen the folder.
+        """Create or reopen the folder, and lock it.
 
         Raises:
-            UserError: it holds something that is no (unfinished) export, or another export runs there.
+            UserError: the folder holds other files than a bundle or an unfinished export, or
+                another export writes to it.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file; give a folder for the bundle.")
@@ -74,10 +79,10 @@ class Staging:
             write_json(self._record_file, self._stages)
 
     def bundle(self) -> Bundle:
-        """The bundle in the folder, also where its manifest is away since what changed it was cut off.
+        """Return the bundle in the folder, also if an interruption has moved its manifest away.
 
         Raises:
-            UserError: there is none.
+            UserError: there is no bundle.
         """
         file = manifest_file(self.folder)
         if file.name == MANIFEST:
@@ -85,17 +90,17 @@ class Staging:
         return Bundle(self.folder, Manifest.from_dict(read_json(file), str(file)))
 
     def _recorded(self) -> dict[str, Any]:
-        """Finished stages whose files are still there; those of a bundle that lost its record as well."""
+        """Return the finished stages whose files exist, also of a bundle that lost its record."""
         record: dict[str, Any] = {}
         if self.previous:
             files = self.previous.to_dict()["files"]
             for artifact in self.previous.artifacts:
-                unknown = {"key": "", "result": {"artifacts": []}, "files": {}}  # redone when it is asked for
+                unknown = {"key": "", "result": {"artifacts": []}, "files": {}}  # runs again if needed
                 stage = record.setdefault(artifact.stage, unknown)
                 stage["result"]["artifacts"].append(asdict(artifact))
                 stage["files"] |= {path: files[path] for path in artifact.files}
             for path in files:
-                if path.startswith("precisions/"):  # plans and scales, which nothing else makes again
+                if path.startswith(KEPT_FOLDERS):
                     stage = path.rpartition("/")[0]
                     record.setdefault(stage, {"key": "", "result": {}, "files": {}})["files"][path] = files[
                         path
@@ -111,16 +116,16 @@ class Staging:
             raise UserError(f"{self._record_file} is damaged; delete it and run again.") from error
 
     def stage(
-        self, name: str, inputs: Any, build: Build, on_hashed: Hashed = lambda done, total: None
+        self, name: str, inputs: Any, build: Build, on_hashed: OnHashed = lambda done, total: None
     ) -> bool:
-        """Run a stage, or reuse its result where its inputs and files are as before.
+        """Run a stage, or reuse its result if its inputs and files are unchanged.
 
         Args:
             name: the stage's folder in the bundle.
-            inputs: JSON-able; whatever the result depends on.
-            build: called with a folder to fill, empty but for what an interrupted call with the same inputs
-                left with a journal; its result is kept for ``results``.
-            on_hashed: called with the bytes that are hashed of the result, or of the earlier one, and all.
+            inputs: everything that the result depends on, as JSON values.
+            build: gets the folder to write to. The folder has only files with a journal, from an
+                interrupted call with the same inputs. What it returns is kept for ``results``.
+            on_hashed: is called as the new or reused files are hashed.
 
         Returns:
             Whether an earlier result was reused.
@@ -137,7 +142,7 @@ class Staging:
                 file.unlink()
             self._replace(temporary, self.folder / name)
         except BaseException as error:
-            if isinstance(error, BROKEN) or not _journals(temporary):
+            if isinstance(error, INVALID) or not _journals(temporary):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._stages[name] = {"key": key, "result": result, "files": files}
@@ -145,20 +150,25 @@ class Staging:
         return False
 
     def is_current(self, name: str, inputs: Any) -> bool:
-        """Whether a stage was finished with these inputs."""
+        """Return whether a stage was finished with these inputs."""
         return name in self._stages and self._stages[name]["key"] == _key(inputs)
 
-    def left(self, name: str, inputs: Callable[[], Any] | None, size: Callable[[], int]) -> tuple[int, int]:
-        """Bytes that a stage has still to write, and those that then go, of what it made with other inputs.
+    def remaining_bytes(
+        self, name: str, inputs: Callable[[], Any], size: Callable[[], int]
+    ) -> tuple[int, int]:
+        """Return the bytes that a stage still has to write, and the bytes that it replaces.
 
-        What an interruption left of other inputs goes at once.
+        Interrupted work with other inputs is deleted at once.
 
         Args:
-            inputs: those it would be run with; asked for where something of it is there. None are new ones.
-            size: of all that it writes, in bytes; asked for where not all of it is there.
+            name: of the stage.
+            inputs: returns the inputs of the stage, or None if they are not known yet and differ
+                from earlier ones; called only if the stage was run before.
+            size: returns the bytes of all files of the stage; called only if some are missing.
         """
         known, temporary = self._stages.get(name), self._folder_of(name)
-        key = _key(inputs()) if inputs and (known or temporary.is_dir()) else ""
+        current = inputs() if known or temporary.is_dir() else None
+        key = _key(current) if current is not None else ""
         if known and known["key"] == key:
             return 0, 0
         if not _is_of(temporary, key):
@@ -168,14 +178,14 @@ class Staging:
         return max(size() - written, 0), old
 
     def forget_all_but(self, names: Iterable[str]) -> None:
-        """Take away what was interrupted of other stages."""
+        """Delete the interrupted work of other stages."""
         kept = {self._folder_of(name) for name in names}
         for leftover in self._work.iterdir():
             if leftover.is_dir() and leftover not in kept:
                 shutil.rmtree(leftover)
 
     def scratch(self, name: str, inputs: Any) -> Path:
-        """A folder for work with these inputs, kept until the bundle is finished."""
+        """Return a folder for intermediate results, kept until the bundle is finished."""
         folder, key = self._folder_of(name), _key(inputs)
         if not _is_of(folder, key):
             shutil.rmtree(folder, ignore_errors=True)
@@ -185,14 +195,16 @@ class Staging:
         return folder
 
     def _folder_of(self, name: str) -> Path:
-        """Where a stage is made."""
+        """Return the folder in which a stage is built."""
         return self._work / name.replace("/", "_")
 
     def attach(self, name: str, file: Path, result: Any) -> None:
-        """Add a file to a finished stage, or replace it there, and the stage's result.
+        """Add a file to a finished stage, or replace it there.
 
         Args:
+            name: of the stage.
             file: is moved into the stage's folder.
+            result: replaces the stage's result.
         """
         refuse_link(self.folder, name)
         target = self.folder / name / file.name
@@ -208,7 +220,7 @@ class Staging:
         write_json(self._record_file, self._stages)
 
     def forget(self, name: str) -> None:
-        """Drop a finished stage and its files."""
+        """Delete a finished stage and its files."""
         if name in self._stages:
             self._withdraw()
             del self._stages[name]
@@ -217,34 +229,34 @@ class Staging:
 
     @property
     def work(self) -> Path:
-        """A folder of the bundle's file system for files that are being made."""
+        """The folder for unfinished files, on the bundle's file system."""
         return self._work
 
     def files(self) -> dict[str, FileEntry]:
-        """Entries of all files of all finished stages."""
+        """Return the entries of all files of all finished stages."""
         found: dict[str, FileEntry] = {}
         for stage in self._stages.values():
             found |= {path: FileEntry(**entry) for path, entry in stage["files"].items()}
         return dict(sorted(found.items()))
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """What a finished stage returned; None where it is not finished."""
+        """Return the result of a finished stage; None if it is not finished."""
         stage = self._stages.get(name)
         return dict(stage["result"]) if stage else None
 
     def results(self) -> list[dict[str, Any]]:
-        """What every finished stage returned."""
+        """Return the results of all finished stages."""
         return [stage["result"] for stage in self._stages.values()]
 
     def finish(self, make: Callable[[Manifest | None], Manifest]) -> None:
-        """Write the manifest: from now on the folder is a bundle, and what was interrupted before is gone.
+        """Write the manifest, which makes the folder a bundle, and delete all interrupted work.
 
         Args:
-            make: gets the manifest as it is now, with what ``parity`` recorded meanwhile; None for a new
-                bundle.
+            make: builds the manifest from the current one, which has verdicts that ``parity``
+                recorded meanwhile; gets None for a new bundle.
 
         Raises:
-            UserError: the manifest that was made could not be read again; the folder is as before.
+            UserError: the new manifest is invalid; the folder is unchanged.
         """
         with manifest_lock(self.folder):
             file = manifest_file(self.folder)
@@ -258,7 +270,7 @@ class Staging:
                 shutil.rmtree(leftover)
 
     def close(self) -> None:
-        """Let other exports in; folders that this one made and finished nothing in are taken away."""
+        """Unlock the folder; folders that this export created without a result are deleted."""
         if not self._lock.held:
             return
         if self._work in self._made and not self._stages and not _journals(self._work):
@@ -271,14 +283,14 @@ class Staging:
         paths = {path: self.folder / path for path in files}
         return all(f.is_file() and f.stat().st_size == files[p]["bytes"] for p, f in paths.items())
 
-    def _intact(self, files: dict[str, dict[str, Any]], on_hashed: Hashed) -> bool:
+    def _intact(self, files: dict[str, dict[str, Any]], on_hashed: OnHashed) -> bool:
         if not self._present(files):
             return False
         paths = {path: self.folder / path for path in files}
         hashes = sha256_of_files(paths.values(), on_hashed)
         return all(hashes[paths[path]] == entry["sha256"] for path, entry in files.items())
 
-    def _entries(self, built: Path, stage: str, on_hashed: Hashed) -> dict[str, dict[str, Any]]:
+    def _entries(self, built: Path, stage: str, on_hashed: OnHashed) -> dict[str, dict[str, Any]]:
         files = [
             file
             for file in sorted(built.rglob("*"))
@@ -300,7 +312,7 @@ class Staging:
         source.rename(target)
 
     def _withdraw(self) -> None:
-        """Take the manifest away: what it names is about to change."""
+        """Move the manifest away, because files that it names are about to change."""
         with manifest_lock(self.folder):
             if (self.folder / MANIFEST).exists():
                 (self.folder / MANIFEST).replace(self._previous_file)
@@ -315,18 +327,18 @@ def _journals(folder: Path) -> list[Path]:
 
 
 def _kept(folder: Path) -> set[Path]:
-    """Files that have a journal."""
+    """Return the files that have a journal."""
     return {file.with_name(file.name.removesuffix(JOURNAL)) for file in _journals(folder)}
 
 
 def _is_of(folder: Path, key: str) -> bool:
-    """Whether what a folder holds was made from these inputs."""
+    """Return whether the content of a folder was made from these inputs."""
     inputs = folder / INPUTS
     return inputs.exists() and inputs.read_text() == key
 
 
 def _prepare(folder: Path, key: str) -> None:
-    """A folder for what has these inputs; of what is there already, files with journals are kept."""
+    """Create the folder of a stage; files with journals from the same inputs stay."""
     if not _is_of(folder, key):
         shutil.rmtree(folder, ignore_errors=True)
     kept = {*_journals(folder), *_kept(folder)}

@@ -1,4 +1,4 @@
-"""What TensorRT will say of an ONNX file, before any build: node, rule and remedy."""
+"""Check ONNX files against TensorRT's rules; a finding has node, rule and remedy."""
 
 from dsvl_export.lint.finding import Finding
 from dsvl_export.lint.lint import Release, lint, refuse

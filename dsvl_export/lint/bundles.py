@@ -1,4 +1,4 @@
-"""Linting of bundles and files: which rules hold for which file."""
+"""Lint ONNX files and bundles, and choose the rules for each file."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ from pathlib import Path
 from dsvl_export.lint import Finding, Release, lint
 from dsvl_export.lint.quantization import quantization_findings
 from dsvl_export.lint.view import GraphView
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import CompileOptions, TensorRTOptions
 from dsvl_export.targets.targets import find_target, load_targets
 from runtimes.backends.onnxruntime import ORT
-from runtimes.bundle.bundle import Artifact, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Artifact
 from runtimes.errors import UserError
 
 
 def lint_path(
     path: Path, tensorrt: str | None = None, target: str | None = None, sm: int | None = None
 ) -> dict[Path, list[Finding]]:
-    """Findings of an ONNX file, or of every ONNX file of a bundle.
+    """Lint an ONNX file, or every ONNX file of a bundle.
+
+    A bundle's file that is not for TensorRT has the single finding ``not checked``; without a
+    version, target or GPU, the rules of quantization are checked on ONNX files for ONNX Runtime.
 
     Args:
-        tensorrt, target, sm: as ``lint`` of the command line takes them; of a bundle's own files they are
-            known, and given ones go before.
+        path: an ONNX file or a bundle.
+        tensorrt: version of TensorRT; None is the target's, or the one that the bundle's file is
+            for.
+        target: name of the target device; None leaves it open.
+        sm: compute capability, as in 87; None is the target's, or the one that the bundle's file is
+            for.
 
-    A bundle's file that is not for TensorRT has the one finding ``not checked``; without a version, target or
-    GPU, the rules of quantization are tried on ONNX files for ONNX Runtime.
+    Returns:
+        Findings for each file.
 
     Raises:
-        UserError: there is nothing to check, no such version or target, or the target has no TensorRT.
+        UserError: there is nothing to check, the version or target does not exist, or the target
+            has no TensorRT.
     """
     device = find_target(target) if target else None
     if device and not device.tensorrt:
@@ -36,9 +45,8 @@ def lint_path(
         raise UserError(
             f"lint checks files for TensorRT, which {device.device} does not have; give one of {fitting}."
         )
-    release = Release(
-        CompileOptions(device, tensorrt=tensorrt).tensorrt_version(), sm or (device.sm if device else None)
-    )
+    options = CompileOptions(device, tensorrt=TensorRTOptions(tensorrt))
+    release = Release(options.tensorrt_version(), sm or (device.sm if device else None))
     if not path.is_dir():
         return {path: lint(path, release)}
     bundle = Bundle.open(path)
@@ -54,8 +62,8 @@ def lint_path(
     return found
 
 
-def summary(found: Mapping[Path, Sequence[Finding]]) -> str:
-    """One sentence about all files; what was not checked is not counted as good."""
+def summarize_findings(found: Mapping[Path, Sequence[Finding]]) -> str:
+    """Summarize the findings of all files in one sentence; unchecked files do not count as good."""
     checked = [findings for findings in found.values() if all(finding.checked for finding in findings)]
     broken = sum(any(finding.harmful for finding in findings) for findings in checked)
     missing = len(found) - len(checked)
@@ -82,7 +90,7 @@ def _of_file(bundle: Bundle, item: Artifact, name: str, release: Release, given:
     return lint(
         file,
         Release(
-            CompileOptions(known, tensorrt=item.tools.get("for")).tensorrt_version(),
+            CompileOptions(known, tensorrt=TensorRTOptions(item.tools.get("for"))).tensorrt_version(),
             known.sm if known else None,
         ),
     )

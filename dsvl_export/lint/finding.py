@@ -1,4 +1,4 @@
-"""What a rule found."""
+"""A finding of the linter."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """A node that breaks a rule, or a file that no rule was tried on.
+    """A node that breaks a rule, or a file that was not checked.
 
     Args:
-        node: its name, or that of an input, output or initializer.
-        rule: the rule's short name.
-        effect: TensorRT has it ``refused``; or it takes it and ``changed`` is what it computes, without an
-            error; or it is ``unusual``: against the documentation, though the parser takes it;
-            ``not checked``: the file is for another runtime, and nothing is said of it.
-        problem: what is wrong, as a sentence without its end.
-        remedy: what to do instead, likewise.
+        node: name of the node, input, output or initializer.
+        rule: short name of the rule.
+        effect: ``refused``: TensorRT refuses the file. ``changed``: TensorRT computes something
+            else, without an error. ``unusual``: against the documentation, but the parser accepts
+            it. ``not checked``: the file is for another runtime.
+        problem: what is wrong, as a sentence without its period.
+        remedy: what to do, likewise.
     """
 
     node: str
@@ -28,11 +28,14 @@ class Finding:
 
     @property
     def harmful(self) -> bool:
+        """Whether TensorRT refuses the file or changes what it computes."""
         return self.effect in ("refused", "changed")
 
     @property
     def checked(self) -> bool:
+        """Whether a rule was checked."""
         return self.effect != "not checked"
 
     def __str__(self) -> str:
+        """Name the node, the problem and the remedy in one sentence."""
         return f"{self.node}: {self.problem}; {self.remedy}."

@@ -1,4 +1,4 @@
-"""The linter: every rule on every node, for one release of TensorRT and, if known, one GPU."""
+"""The linter: all rules on all nodes, for one TensorRT release and optionally one GPU."""
 
 from __future__ import annotations
 
@@ -15,39 +15,44 @@ from dsvl_export.lint.types import type_findings
 from dsvl_export.lint.view import GraphView
 from runtimes.errors import UserError
 
-TRT11_SINCE = Version("10.15")  # RotaryEmbedding, RMSNormalization and TensorScatter import since then
+TRT11_SINCE = Version("10.15")  # imports RotaryEmbedding, RMSNormalization and TensorScatter
 TENSORRT_RTX_AS = Version("11.0")  # its parser and operators are those of TensorRT 11
 
 
 @dataclass(frozen=True)
 class Release:
-    """A version of TensorRT, and the compute capability (as in 87) that its engine is for."""
+    """A version of TensorRT, and the compute capability (as in 87) of the engine's GPU."""
 
     version: Version
     sm: int | None = None
 
     @property
     def dialect(self) -> str:
-        """Of the ONNX that it takes."""
+        """The dialect of ONNX files for this version."""
         return "trt11" if self.version >= TRT11_SINCE else "trt10"
 
     @classmethod
     def tensorrt_rtx(cls, sm: int | None = None) -> Release:
+        """Return the release whose rules hold for TensorRT-RTX."""
         return cls(TENSORRT_RTX_AS, sm)
 
 
 def lint(file: Path, release: Release) -> list[Finding]:
-    """All that TensorRT would not take, or would not take as it is meant; harmful findings first.
+    """List the findings of a file, harmful ones first.
 
     Raises:
-        UserError: it is no ONNX file.
+        UserError: the file is not a readable ONNX file.
     """
     found = list(_findings(GraphView(file), release))
     return sorted(found, key=lambda one: not one.harmful)
 
 
 def refuse(file: Path, release: Release) -> None:
-    """Raise UserError where TensorRT would refuse a file or change its meaning; the first reason is named."""
+    """Refuse a file that TensorRT would refuse or change; the error gives the first reason.
+
+    Raises:
+        UserError: there is a harmful finding.
+    """
     harmful = [finding for finding in lint(file, release) if finding.harmful]
     if harmful:
         gpu = f" on SM {release.sm}" if release.sm else ""

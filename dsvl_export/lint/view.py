@@ -1,4 +1,4 @@
-"""An ONNX file as rules look at it: types and shapes of all values, constants, readers."""
+"""A view of an ONNX file for rules: types and shapes of all values, constants, readers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ Shape = tuple[int | str | None, ...]
 
 
 class GraphView:
-    """The graph of a file; weights stay on disk unless a rule asks for them.
+    """The graph of a file; weights stay on disk unless a rule reads them.
+
+    Args:
+        file: the ONNX file.
 
     Raises:
-        UserError: it is no ONNX file.
+        UserError: the file is not a readable ONNX file.
     """
 
     def __init__(self, file: Path) -> None:
+        """Load the graph; see the class."""
         try:
             model = onnx.load(str(file), load_external_data=False)
         except (OSError, DecodeError) as error:
-            raise UserError(f"{file} is no ONNX file that can be read ({error}).") from error
+            raise UserError(f"{file} is not a readable ONNX file ({error}).") from error
         self.file, self.model = file, model
         # Dims that this package's compilers make static when they build.
         self.set_when_built = {"capacity"} if model.producer_name == PRODUCER else set()
@@ -43,11 +47,12 @@ class GraphView:
 
     @property
     def opset(self) -> int:
+        """The opset of the ONNX standard's operators; 0 if the file has none."""
         return next((item.version for item in self.model.opset_import if item.domain in ("", "ai.onnx")), 0)
 
     @cached_property
     def _values(self) -> dict[str, onnx.TypeProto.Tensor]:
-        """What is known of every value; inference that fails leaves what is declared."""
+        """Types of all values; if shape inference fails, only the declared ones."""
         try:
             model = onnx.shape_inference.infer_shapes(self.model)
         except onnx.shape_inference.InferenceError:
@@ -58,14 +63,14 @@ class GraphView:
         }
 
     def dtype(self, name: str) -> int | None:
-        """ONNX's number of a value's dtype, if it is known."""
+        """Return ONNX's number of a value's dtype, or None if it is unknown."""
         if name in self.constants:
             return int(self.constants[name].data_type)
         found = self._values.get(name)
         return int(found.elem_type) if found is not None and found.elem_type else None
 
     def shape(self, name: str) -> Shape | None:
-        """Sizes, names or None for each dim, if the rank is known."""
+        """Return sizes, names or None for each dim, or None if the rank is unknown."""
         if name in self.constants:
             return tuple(self.constants[name].dims)
         found = self._values.get(name)
@@ -76,18 +81,20 @@ class GraphView:
         )
 
     def array(self, name: str) -> np.ndarray:
-        """Values of a constant."""
+        """Load the values of a constant."""
         return np.asarray(numpy_helper.to_array(self.constants[name], base_dir=str(self.file.parent)))
 
 
-def attributes_of(node: NodeProto) -> dict[str, Any]:
+def node_attributes(node: NodeProto) -> dict[str, Any]:
+    """Return the attributes of a node by name."""
     return {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
 
 
 def dtype_name(dtype: int) -> str:
+    """Return the name of a dtype, in lower case."""
     return TensorProto.DataType.Name(dtype).lower()
 
 
-def input_of(node: NodeProto, place: int) -> str:
-    """The name of an input, empty where it is left out."""
+def input_name(node: NodeProto, place: int) -> str:
+    """Return the name of an input, or an empty string if it is left out."""
     return node.input[place] if place < len(node.input) else ""

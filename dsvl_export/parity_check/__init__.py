@@ -1,11 +1,11 @@
-"""The ladder of proof: a backend's artifacts against the reference, rung by rung.
+"""The parity check: the artifacts of a backend compared with the PyTorch reference in stages.
 
-preprocess → vision encoder → adaptor → prefill logits → teacher-forced logits → greedy tokens → task
-accuracy; ``docs/adding-a-backend.md`` says what a backend owes it.
+text → preprocess → vision encoder → adaptor → prefill logits → teacher-forced logits → greedy
+tokens → task accuracy. ``docs/how-to/add-a-backend.md`` says what a backend must provide.
 """
 
 from dsvl_export.parity_check.against_bundle import compare
 from dsvl_export.parity_check.against_reference import parity
-from dsvl_export.parity_check.result import EXIT_CODES, ParityResult, Rung
+from dsvl_export.parity_check.result import EXIT_CODES, ParityResult, StageResult
 
-__all__ = ["EXIT_CODES", "ParityResult", "Rung", "compare", "parity"]
+__all__ = ["EXIT_CODES", "ParityResult", "StageResult", "compare", "parity"]

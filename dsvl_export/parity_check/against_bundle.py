@@ -1,4 +1,4 @@
-"""Compare two bundles: the first takes the reference's place on the same ladder."""
+"""The comparison of two bundles: a parity check with the first bundle as the reference."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from dsvl_export.parity_check.against_reference import OnStep, execution, silent, weakest
-from dsvl_export.parity_check.localization import locate, suspects, take_from_debug_build
+from dsvl_export.parity_check.localization import (
+    components_to_localize,
+    localize,
+    take_from_debug_build,
+)
 from dsvl_export.parity_check.long_context import LongGoldens, bundled_long_goldens, judge_long_context
-from dsvl_export.parity_check.quantization_error import read_noise
-from dsvl_export.parity_check.result import Drift, ParityResult
-from dsvl_export.parity_check.run_stages import climb
+from dsvl_export.parity_check.quantization_error import read_quantization_error
+from dsvl_export.parity_check.result import Localization, ParityResult
+from dsvl_export.parity_check.run_stages import run_stages
 from dsvl_export.parity_check.stages import Goldens
-from dsvl_export.parity_check.task import counted, judge_task
+from dsvl_export.parity_check.task import judge_task, score_with_progress
 from dsvl_export.parity_check.text import bundled_texts, judge_text
 from dsvl_export.parity_check.tolerances import Tolerance, load_tolerances, tolerance_for, tolerance_of_base
 from runtimes.bundle.bundle import Bundle
@@ -28,7 +32,7 @@ from runtimes.goldens.long_context import record_long_golden
 from runtimes.goldens.recording import GoldenRequest, record_goldens
 from runtimes.goldens.taps import TAPPED_COMPONENTS
 from runtimes.goldens.task import TaskItem
-from runtimes.goldens.texts import record_again
+from runtimes.goldens.texts import rerecord_texts
 from runtimes.pipeline import Pipeline
 from runtimes.session import SessionOptions
 
@@ -47,21 +51,32 @@ def compare(
     threads: int | None = None,
     on_step: OnStep = silent,
 ) -> ParityResult:
-    """How far the second bundle lies from the first, on the first one's golden requests.
+    """Compare the second bundle with the first, on the golden requests of the first.
 
-    The bounds are the sum of both precisions': each may be off by its own.
+    The bounds are the sum of the bounds of both precisions.
 
     Args:
-        first_pair, second_pair: backend and precision of either; they may be of one bundle.
-        task, taps, tolerances, threads, on_step: as in ``parity``; the first answers for fp32.
+        first: the bundle that takes the place of the reference.
+        second: the bundle that is judged; it may be the first one, with another pair.
+        first_pair: backend and precision of the first bundle.
+        second_pair: backend and precision of the second bundle.
+        task: as in ``parity``; the first bundle takes the place of fp32.
+        taps: as in ``parity``.
+        tolerances: as in ``parity``.
+        threads: as in ``parity``.
+        on_step: as in ``parity``.
+
+    Returns:
+        The stages and the verdict.
 
     Raises:
-        UserError: one cannot be opened, the first has no goldens, or they are of different models.
+        UserError: a bundle cannot be opened, the first has no goldens, or the models differ.
     """
     _check_comparable(first, second)
     if first.folder.resolve() == second.folder.resolve() and first_pair == second_pair:
         raise UserError(
-            f"{first.folder} {' '.join(first_pair)} would be compared with itself; name another one."
+            f"{first.folder} {' '.join(first_pair)} would be compared with itself; pass another"
+            " backend or precision."
         )
     name = f"{first.folder} {' '.join(first_pair)}"
     runs = [execution(first, *first_pair), execution(second, *second_pair)]
@@ -71,44 +86,53 @@ def compare(
     pairs = ((first, first_pair[1]), (second, second_pair[1]))
     bounds = [tolerance_for(tolerances or shipped, *pair) for pair in pairs]
     if bounds[0] is None or bounds[1] is None:
-        raise UserError(f"There is no tolerance for {first_pair[1]} or {second_pair[1]}; give --tolerances.")
+        raise UserError(
+            f"There is no tolerance for {first_pair[1]} or {second_pair[1]}; pass a file"
+            " with one as --tolerances."
+        )
     result.tolerance = bounds[0].plus(bounds[1])
     result.overridden = bounds != [tolerance_for(shipped, *pair) for pair in pairs]
-    if not run.judgeable:
+    if not run.runnable:
         return result
-    one = Pipeline.open(first, *first_pair, threads=threads, device=runs[0].device)
+    first_pipeline = Pipeline.open(first, *first_pair, threads=threads, device=runs[0].device)
     checkpoint = first.manifest.checkpoint["sha256"]
-    other = Pipeline.open(second, *second_pair, threads=threads, device=runs[1].device)
-    whole = Goldens.of_bundle(first)
-    recorded = whole.within(one.longest).within(other.longest)
-    result.left_out = len(whole.files) - len(recorded.files)
+    second_pipeline = Pipeline.open(second, *second_pair, threads=threads, device=runs[1].device)
+    bundled = Goldens.of_bundle(first)
+    recorded = bundled.within(first_pipeline.max_capacity).within(second_pipeline.max_capacity)
+    result.left_out = len(bundled.files) - len(recorded.files)
     loaded = [recorded.load(index, checkpoint) for index in range(len(recorded.files))]
     with tempfile.TemporaryDirectory() as temporary:
         requests = [GoldenRequest(golden.prompt, tuple(recorded.images(golden))) for golden in loaded]
         positions = int(first.manifest.model["decoder"]["max_positions"])
         folder = Path(temporary) / "goldens"
-        record_goldens(
-            one.chain, requests, folder, checkpoint, positions, partial(on_step, f"goldens of {name}")
-        )
+        on_golden = partial(on_step, f"goldens of {name}")
+        record_goldens(first_pipeline.chain, requests, folder, checkpoint, positions, on_golden)
         goldens = replace(Goldens.recorded_into(folder), numbers=recorded.numbers)
-        baseline = (name, counted(one, task, f"task by {name}", on_step)) if task else None
-        noise = read_noise(first, first_pair[1]).plus(read_noise(second, second_pair[1]))
-        texts = bundled_texts(first)
-        texts = record_again(texts, one.chain.tokenizer) if texts else None
-        judge_text(other.chain.tokenizer, texts, result)
-        climb(other.chain, goldens, checkpoint, result, noise, on_step)
-        _compare_long_context(pairs, (one, other), checkpoint, tolerances or shipped, result)
+        baseline = None
         if task:
-            judge_task(counted(other, task, "task", on_step), result, baseline)
-        options = [SessionOptions(threads, each.device) for each in runs]
-        for component in TAPPED_COMPONENTS if taps else suspects(result):
+            score = score_with_progress(first_pipeline, task, f"task by {name}", on_step)
+            baseline = (name, score)
+        errors = [read_quantization_error(bundle, precision) for bundle, precision in pairs]
+        quantization_error = errors[0].plus(errors[1])
+        texts = bundled_texts(first)
+        texts = rerecord_texts(texts, first_pipeline.chain.tokenizer) if texts else None
+        judge_text(second_pipeline.chain.tokenizer, texts, result)
+        run_stages(second_pipeline.chain, goldens, checkpoint, result, quantization_error, on_step)
+        pipelines = (first_pipeline, second_pipeline)
+        _compare_long_context(pairs, pipelines, checkpoint, tolerances or shipped, result)
+        if task:
+            judge_task(score_with_progress(second_pipeline, task, "task", on_step), result, baseline)
+        options = [SessionOptions(threads, run.device) for run in runs]
+        for component in TAPPED_COMPONENTS if taps else components_to_localize(result):
             on_step(f"taps of the {component}", 0, 1)
-            note = _tap_first(first, one.chain, goldens, component, first_pair, options[0])
-            result.drift.append(
-                Drift(component, (), None, note)
-                if note
-                else locate(second, other.chain, goldens, checkpoint, component, result, noise, options[1])
-            )
+            note = _tap_first(first, first_pipeline.chain, goldens, component, first_pair, options[0])
+            localization = Localization(component, (), None, note)
+            if not note:
+                localization = localize(
+                    second, second_pipeline.chain, goldens, checkpoint, component, result,
+                    quantization_error, options[1],
+                )  # fmt: skip
+            result.localizations.append(localization)
     return result
 
 
@@ -119,31 +143,33 @@ def _compare_long_context(
     table: Mapping[str, Tolerance],
     result: ParityResult,
 ) -> None:
-    """What the first one computes for its long golden takes the reference's place."""
+    """Judge the stage ``long_context``, with what the first bundle computes as the reference."""
     recorded = [bundled_long_goldens(bundle, precision) for bundle, precision in pairs]
     if recorded[0] is None:
         judge_long_context(pipelines[1].chain, None, None, 0, lambda error: 0.0, result)
         return
-    lengths = [pipeline.longest for pipeline in pipelines if pipeline.longest]
-    golden = recorded[0].exact.until(min(lengths, default=None))
+    lengths = [pipeline.max_capacity for pipeline in pipelines if pipeline.max_capacity]
+    golden = recorded[0].exact.truncate(min(lengths, default=None))
     bounds = []
     for (bundle, precision), long in zip(pairs, recorded, strict=True):
         own = tolerance_for(table, bundle, precision)
         assert own
-        base, known = tolerance_of_base(table, bundle, precision, own), long or recorded[0]
-        error = float(np.max(known.errors()))
+        base = tolerance_of_base(table, bundle, precision, own)
+        error = float(np.max((long or recorded[0]).errors()))
         bounds.append(own.long_bound(base, error) + error)
-    chain, capacity = pipelines[0].chain, golden.capacity
-    first = record_long_golden(chain, golden.tokens, checkpoint, capacity)
-    judge_long_context(
-        pipelines[1].chain, LongGoldens(first, first), None, capacity, lambda error: sum(bounds), result
-    )
+    capacity = golden.capacity
+    first = record_long_golden(pipelines[0].chain, golden.tokens, checkpoint, capacity)
+    goldens = LongGoldens(first, first)
+    judge_long_context(pipelines[1].chain, goldens, None, capacity, lambda error: sum(bounds), result)
 
 
 def _tap_first(
     first: Bundle, chain: Chain, goldens: Goldens, component: str, pair: Pair, options: SessionOptions
 ) -> str:
-    """Put the first bundle's taps of a component into its first golden; says why where that cannot be."""
+    """Add the first bundle's taps of a component to its first golden.
+
+    Return why if that is impossible.
+    """
     file = goldens.files[0]
     golden = load_golden(file)
     try:
@@ -155,11 +181,13 @@ def _tap_first(
 
 
 def _check_comparable(first: Bundle, second: Bundle) -> None:
+    """Raise UserError if the bundles are of different models."""
     a, b = first.manifest, second.manifest
-    for what, one, other in (
-        ("model", {**a.model, "layout": ""}, {**b.model, "layout": ""}),
-        ("preprocessing", a.preprocessing, b.preprocessing),
-        ("prompt format", a.prompt, b.prompt),
-    ):
-        if one != other:
-            raise UserError(f"{first.folder} and {second.folder} cannot be compared: their {what} differs.")
+    differs = {
+        "model": {**a.model, "layout": ""} != {**b.model, "layout": ""},
+        "preprocessing": a.preprocessing != b.preprocessing,
+        "prompt format": a.prompt != b.prompt,
+    }
+    for name, different in differs.items():
+        if different:
+            raise UserError(f"{first.folder} and {second.folder} cannot be compared: their {name} differs.")

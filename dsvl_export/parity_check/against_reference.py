@@ -1,4 +1,4 @@
-"""Parity: one backend and precision of a bundle against the reference."""
+"""The parity check of one backend and precision of a bundle against the PyTorch reference."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from dsvl_export.cluster.ray_cluster import Spread
 from dsvl_export.parity_check.audit import judge_audit
 from dsvl_export.parity_check.entry_points import judge_entry_points
 from dsvl_export.parity_check.layers import judge_layers
-from dsvl_export.parity_check.localization import locate, suspects
+from dsvl_export.parity_check.localization import components_to_localize, localize
 from dsvl_export.parity_check.long_context import LongGoldens, bundled_long_goldens, judge_long_context
-from dsvl_export.parity_check.quantization_error import Noise, measure_long_golden, measure_noise, read_noise
+from dsvl_export.parity_check.quantization_error import (
+    QuantizationError,
+    measure_long_golden,
+    measure_quantization_error,
+    read_quantization_error,
+)
 from dsvl_export.parity_check.result import ParityResult
-from dsvl_export.parity_check.run_stages import climb
+from dsvl_export.parity_check.run_stages import run_stages
 from dsvl_export.parity_check.stages import Goldens
-from dsvl_export.parity_check.task import counted, counted_spread, judge_task
+from dsvl_export.parity_check.task import judge_task, score_on_cluster, score_with_progress
 from dsvl_export.parity_check.text import bundled_texts, judge_text
 from dsvl_export.parity_check.tolerances import Tolerance, load_tolerances, tolerance_for, tolerance_of_base
 from runtimes.backends.registry import load_backend
@@ -36,16 +41,16 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the reference computed; None is what an earlier release did not record."""
+    """Outputs of the reference; None stands for what an earlier release did not record."""
 
     goldens: Goldens
-    noise: Noise
+    quantization_error: QuantizationError
     texts: TextGoldens | None
     long: LongGoldens | None
 
 
 def silent(name: str, done: int, total: int) -> None:
-    """The ``on_step`` that reports nothing."""
+    """Report nothing; the default ``on_step``."""
 
 
 def parity(
@@ -62,32 +67,43 @@ def parity(
     on_step: OnStep = silent,
     spread: Spread | None = None,
 ) -> ParityResult:
-    """Compare a bundle's artifacts with the reference. Needs no torch, unless ``live``.
+    """Compare the artifacts of a bundle with the PyTorch reference, in stages.
+
+    PyTorch is needed only for ``live``.
 
     Args:
-        backend, precision: as in ``Pipeline.open``.
-        task: questions whose exact match is held against fp32's; the fp32 answers are those recorded
-            with the questions, the live reference's, or those of the bundle's own fp32 artifacts.
-        taps: locate drift in every component, not only where a rung failed.
-        live: a checkpoint to compute the reference from, with torch, instead of the recorded goldens.
-        tolerances: from ``load_tolerances``; None takes the shipped table.
-        device: what to run on; None is the backend's own, or what can stand for it here.
-        on_step: called with what is being done, how much of it is done, and of how much.
-        spread: asks the task's questions on other machines.
+        bundle: a bundle or its folder.
+        backend: as in ``Pipeline.open``.
+        precision: as in ``Pipeline.open``.
+        task: questions for the stage ``task_accuracy``, which compares the exact match with fp32's.
+            The fp32 answers are those recorded with the questions, those of the live reference, or
+            those of the bundle's own fp32 artifacts.
+        taps: compare layer by layer in every component, not only in those whose stage failed.
+        live: a checkpoint to compute the reference from, instead of the recorded goldens.
+        tolerances: from ``load_tolerances``; None is the shipped table.
+        threads: number of CPU threads; None is the backend's choice.
+        device: device to run on; None is the backend's own, or one that can simulate it here.
+        on_step: called with the name of the step, the parts done and all parts.
+        spread: runs the questions on the machines of a cluster.
+
+    Returns:
+        The stages and the verdict.
 
     Raises:
-        UserError: the bundle has no goldens or cannot be opened, or the checkpoint is another one.
+        UserError: the bundle has no goldens or cannot be opened, or ``live`` is another checkpoint.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     backend, precision = bundle.select(backend, precision)
     shipped = load_tolerances()
     tolerance = tolerance_for(tolerances or shipped, bundle, precision)
     if tolerance is None:
-        raise UserError(f"There is no tolerance for the precision {precision!r}; give one by --tolerances.")
+        raise UserError(
+            f"There is no tolerance for the precision {precision!r}; pass a file with one as --tolerances."
+        )
     reference = f"torch fp32, live from {live}" if live else "torch fp32, recorded in the bundle"
     result = ParityResult(backend, precision, execution(bundle, backend, precision, device), reference)
     result.tolerance, result.overridden = tolerance, tolerance != tolerance_for(shipped, bundle, precision)
-    if not result.execution.judgeable:
+    if not result.execution.runnable:
         return result
     device = result.execution.device
     pipeline = Pipeline.open(bundle, backend, precision, threads=threads, device=device)
@@ -101,61 +117,69 @@ def parity(
         else:
             recorded = Recorded(
                 Goldens.of_bundle(bundle),
-                read_noise(bundle, precision),
+                read_quantization_error(bundle, precision),
                 bundled_texts(bundle),
                 bundled_long_goldens(bundle, precision),
             )
-        goldens, noise = recorded.goldens, recorded.noise
+        goldens, quantization_error = recorded.goldens, recorded.quantization_error
         judge_audit(bundle, result)
         judge_text(pipeline.chain.tokenizer, recorded.texts, result)
         fitting = goldens.within(pipeline.capacity)
         result.left_out, goldens = len(goldens.files) - len(fitting.files), fitting
-        climb(pipeline.chain, goldens, checkpoint, result, noise, on_step)
+        run_stages(pipeline.chain, goldens, checkpoint, result, quantization_error, on_step)
         on_step("long context", 0, 1)
         bound = partial(tolerance.long_bound, base)
         capacity = bundle.manifest.default_capacity
-        judge_long_context(pipeline.chain, recorded.long, pipeline.longest, capacity, bound, result)
+        judge_long_context(pipeline.chain, recorded.long, pipeline.max_capacity, capacity, bound, result)
         on_step("entry points", 0, 1)
-        judge_entry_points(bundle, pipeline.chain, goldens, checkpoint, result, noise, live)
+        judge_entry_points(bundle, pipeline.chain, goldens, checkpoint, result, quantization_error, live)
         if base is not table["fp32"]:
             result.advise_on_overflow()
         if task:
             baseline = _baseline(bundle, task, live, result, threads, on_step)
             if spread:
-                where = (str(bundle.folder), backend, precision, threads, device)
-                score = counted_spread(where, task, "task", on_step, spread)
+                model = (str(bundle.folder), backend, precision, threads, device)
+                score = score_on_cluster(model, task, "task", on_step, spread)
             else:
-                score = counted(pipeline, task, "task", on_step)
+                score = score_with_progress(pipeline, task, "task", on_step)
             judge_task(score, result, baseline)
         row = table.get(bundle.artifact("decoder", backend, precision).base, tolerance)
         judge_layers(bundle, pipeline.chain, row, result, SessionOptions(threads, device), on_step)
-        for component in TAPPED_COMPONENTS if taps else suspects(result):
+        for component in TAPPED_COMPONENTS if taps else components_to_localize(result):
             on_step(f"taps of the {component}", 0, 1)
             options = SessionOptions(threads, device)
-            result.drift.append(
-                locate(bundle, pipeline.chain, goldens, checkpoint, component, result, noise, options)
+            localization = localize(
+                bundle, pipeline.chain, goldens, checkpoint, component, result, quantization_error, options
             )
+            result.localizations.append(localization)
     return result
 
 
 def execution(bundle: Bundle, backend: str, precision: str, device: str | None = None) -> Execution:
-    """What can be done here with a backend's artifacts: the least that holds for all components."""
+    """Return how this machine can execute the artifacts of a backend.
+
+    It is the weakest kind of execution of all components.
+    """
     module = load_backend(backend)
     artifacts = [a for a in bundle.manifest.artifacts if (a.backend, a.precision) == (backend, precision)]
     return weakest(module.execution(artifact, device) for artifact in artifacts)
 
 
 def weakest(executions: Iterable[Execution]) -> Execution:
-    """The one that claims least."""
+    """Return the execution that proves least."""
     order = ("not run", "built only", "simulated", "ran")
-    return min(executions, key=lambda one: order.index(one.kind))
+    return min(executions, key=lambda execution: order.index(execution.kind))
 
 
 def _record_live(bundle: Bundle, live: str, precision: str, folder: Path, on_step: OnStep) -> Recorded:
-    """Goldens and noise computed now from the checkpoint, its token embeddings included."""
+    """Compute goldens, token embeddings and quantization errors from the checkpoint."""
     from dsvl_export.compilers.precisions import planned_weights
     from reference.checkpoint.checkpoint import open_checkpoint
-    from reference.goldens.record import record_long_reference, record_reference, reference_texts
+    from reference.goldens.record import (
+        record_reference_goldens,
+        record_reference_long_golden,
+        record_reference_texts,
+    )
     from reference.session import write_token_embedding
 
     source = open_checkpoint(live)
@@ -163,15 +187,16 @@ def _record_live(bundle: Bundle, live: str, precision: str, folder: Path, on_ste
         raise UserError(f"{live} is not the checkpoint that {bundle.folder} was exported from.")
     table = folder / "token_embedding.safetensors"
     write_token_embedding(source, table)
-    record_reference(source, table, folder / "goldens", partial(on_step, "reference"))
-    goldens, texts = Goldens.recorded_into(folder / "goldens"), reference_texts(source)
-    long = record_long_reference(source, table, bundle.manifest.default_capacity)
+    record_reference_goldens(source, table, folder / "goldens", partial(on_step, "reference"))
+    goldens, texts = Goldens.recorded_into(folder / "goldens"), record_reference_texts(source)
+    long = record_reference_long_golden(source, table, bundle.manifest.default_capacity)
     if precision == "fp32":
-        return Recorded(goldens, Noise(), texts, LongGoldens(long, long))
+        return Recorded(goldens, QuantizationError(), texts, LongGoldens(long, long))
     weights = planned_weights(source, bundle.folder, precision)
-    measured = measure_noise(weights, table, goldens, partial(on_step, "noise"))
-    noise = Noise(tuple(measured["goldens"]), measured["taps"])
-    return Recorded(goldens, noise, texts, LongGoldens(long, measure_long_golden(weights, table, long)))
+    on_measured = partial(on_step, "quantization error")
+    measured = measure_quantization_error(weights, table, goldens, on_measured)
+    errors = QuantizationError(tuple(measured["goldens"]), measured["taps"])
+    return Recorded(goldens, errors, texts, LongGoldens(long, measure_long_golden(weights, table, long)))
 
 
 def _baseline(
@@ -182,15 +207,16 @@ def _baseline(
     threads: int | None,
     on_step: OnStep,
 ) -> tuple[str, TaskScore] | None:
-    """Whose fp32 answers the task is held against, and their score."""
+    """Return what gives the fp32 answers that the task is compared with, and their score."""
     if live:
+        # Deferred: imports torch.
         from reference.checkpoint.checkpoint import open_checkpoint
         from reference.session import reference_chain
 
         chain = reference_chain(open_checkpoint(live), bundle.path(bundle.manifest.token_embedding))
         manifest = bundle.manifest
         pipeline = Pipeline(chain, manifest.prompt.system_prompt, manifest.default_capacity)
-        return "the torch reference", counted(pipeline, task, "task by the reference", on_step)
+        return "the torch reference", score_with_progress(pipeline, task, "task by the reference", on_step)
     recorded = recorded_score(task)
     if recorded:
         return "the recorded reference", recorded
@@ -199,8 +225,8 @@ def _baseline(
     for backend, precision in bundle.choices():
         failed = bundle.manifest.parity.get(f"{backend}/fp32", {}).get("verdict") == "failed"
         run = execution(bundle, backend, precision)
-        if precision == "fp32" and not failed and run.judgeable:
+        if precision == "fp32" and not failed and run.runnable:
             name = f"{backend} fp32"
             pipeline = Pipeline.open(bundle, backend, "fp32", threads=threads, device=run.device)
-            return name, counted(pipeline, task, f"task by {name}", on_step)
+            return name, score_with_progress(pipeline, task, f"task by {name}", on_step)
     return None

@@ -1,30 +1,30 @@
-"""Whether a bundle's artifacts are the files that export compared with the checkpoint."""
+"""The stage ``audit``: the artifacts are the files that ``export`` compared with the checkpoint."""
 
 from __future__ import annotations
 
 from dsvl_export.parity_check.result import ParityResult
 from runtimes.bundle.bundle import Bundle
 
-RUNG = "audit"
+STAGE = "audit"
 
 
 def judge_audit(bundle: Bundle, result: ParityResult) -> None:
-    """Fill the result's stage ``audit``: every file of the artifacts must be one that export compared.
+    """Fill in the stage ``audit``: ``export`` must have audited every file of the artifacts.
 
-    Requests cannot tell a small fault from rounding; export compares every weight. A file that export did not
-    compare, as an engine, leaves the stage at ``not run``.
+    Requests cannot tell a small fault from rounding; the audit compares every weight. A file that
+    ``export`` cannot audit, such as an engine, leaves the stage at ``not run``.
     """
-    stage, manifest = result.rung(RUNG), bundle.manifest
-    pair, unknown = (result.backend, result.precision), []
+    stage, manifest = result.stage(STAGE), bundle.manifest
+    not_audited = []
     for artifact in manifest.artifacts:
-        if (artifact.backend, artifact.precision) != pair:
+        if (artifact.backend, artifact.precision) != (result.backend, result.precision):
             continue
         for path in artifact.files:
             if path not in artifact.audited:
-                unknown.append(path)
+                not_audited.append(path)
             elif manifest.files[path].sha256 != artifact.audited[path]:
-                stage.fail(f"{path} is not what export compared with the checkpoint; export it again")
-    if not unknown:
+                stage.fail(f"{path} is not the file that the export audited; export the bundle again")
+    if not not_audited:
         stage.passed()
     elif stage.state != "failed":
-        stage.detail = f"export did not compare {unknown[0]} with the checkpoint; see verify --weights"
+        stage.detail = f"the export did not audit {not_audited[0]}; run verify --weights CHECKPOINT"

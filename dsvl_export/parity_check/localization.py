@@ -1,4 +1,4 @@
-"""Drift: which layer of a component is the first to leave the reference."""
+"""Localization: which layer of a component is the first to diverge from the reference."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from pathlib import Path
 
 import numpy as np
 
-from dsvl_export.compilers import load_compiler
-from dsvl_export.parity_check.quantization_error import Noise
-from dsvl_export.parity_check.result import Drift, ParityResult, TapError
+from dsvl_export.compilers.registry import load_compiler
+from dsvl_export.parity_check.quantization_error import QuantizationError
+from dsvl_export.parity_check.result import Localization, ParityResult, TapError
 from dsvl_export.parity_check.stages import Goldens
 from dsvl_export.parity_check.tolerances import Tolerance
 from runtimes.backends.registry import load_backend
-from runtimes.bundle.bundle import DEBUG_PREFIX, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import DEBUG_PREFIX
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens.golden import Golden, relative_rms
-from runtimes.goldens.taps import TAPPED_COMPONENTS, Taps, take_taps
+from runtimes.goldens.taps import TAPPED_COMPONENTS, Taps, record_taps
 from runtimes.session import SessionOptions
 
-RUNG_OF = {
+STAGES_OF = {
     "vision_encoder": ("vision_encoder",),
     "adaptor": ("adaptor",),
     "decoder": ("prefill_logits", "teacher_forced_logits"),
 }
 
 
-def suspects(result: ParityResult) -> list[str]:
-    """Components whose own rung failed; the decoder where tokens alone differ."""
+def components_to_localize(result: ParityResult) -> list[str]:
+    """Return the components whose own stage failed, or the decoder if only the tokens differ."""
     failed = [
         component
         for component in TAPPED_COMPONENTS
-        if any(result.rung(name).state == "failed" for name in RUNG_OF[component])
+        if any(result.stage(name).state == "failed" for name in STAGES_OF[component])
     ]
-    return failed or (["decoder"] if result.rung("greedy_tokens").state == "failed" else [])
+    return failed or (["decoder"] if result.stage("greedy_tokens").state == "failed" else [])
 
 
 def take_from_debug_build(
@@ -47,9 +48,20 @@ def take_from_debug_build(
     pair: tuple[str, str],
     options: SessionOptions,
 ) -> Taps:
-    """Taps of one component of a bundle's backend and precision, from a debug build of its artifact.
+    """Take the taps of one component from a debug build of its artifact.
 
-    The chain gives up its own session of the component first: two at once need not fit into memory.
+    The chain closes its own session of the component first, since two may not fit into memory.
+
+    Args:
+        bundle: the bundle with the artifact.
+        chain: runs the other components.
+        golden: the inputs.
+        component: the component whose taps are taken.
+        pair: backend and precision of the artifact.
+        options: device and threads of the session.
+
+    Raises:
+        UserError: the debug build cannot be made or run here.
     """
     backend, precision = pair
     setattr(chain, component, None)
@@ -60,68 +72,69 @@ def take_from_debug_build(
         file = load_compiler(backend, debug_build=True).debug_build(artifact, contract, Path(folder))
         start = module.open_decoder if component == "decoder" else module.open_component
         setattr(debug, component, start(file, contract.with_taps(), options))
-        return take_taps(debug, golden, component)
+        return record_taps(debug, golden, component)
 
 
 def debug_folder(bundle: Bundle) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder, inside the bundle where that can be written: weights are linked, not copied."""
+    """Return a temporary folder; inside a writable bundle, to link weights instead of copying."""
     try:
         return tempfile.TemporaryDirectory(prefix=DEBUG_PREFIX, dir=bundle.folder)
     except OSError:
         return tempfile.TemporaryDirectory()
 
 
-def locate(
+def localize(
     bundle: Bundle,
     chain: Chain,
     goldens: Goldens,
     checkpoint: str,
     component: str,
     result: ParityResult,
-    noise: Noise,
+    quantization_error: QuantizationError,
     options: SessionOptions,
-) -> Drift:
-    """Take the taps of one component from a debug build and compare them with the first golden's.
+) -> Localization:
+    """Compare the taps of one component, from a debug build, with those of the first golden.
 
-    What cannot be located is said in the drift's note: a bundle without taps, a debug build that
-    cannot be made here, or an error that shows in no tap. The chain loses the component.
+    The note of the result says why no layer can be named: a bundle without taps, a debug build that
+    cannot be made here, or an error that shows in no tap. The chain closes its session of the
+    component.
     """
     assert result.tolerance
     try:
         golden = goldens.load(0, checkpoint)
         expected = golden.taps.get(component, {})
         if not expected:
-            return Drift(component, (), None, "the goldens have no taps; export the bundle again")
+            return Localization(component, (), None, "the goldens have no taps; export the bundle again")
         pair = (result.backend, result.precision)
-        found = take_from_debug_build(bundle, chain, golden, component, pair, options)
+        actual = take_from_debug_build(bundle, chain, golden, component, pair, options)
     except (UserError, OSError) as error:
-        return Drift(component, (), None, f"no debug build: {str(error).rstrip('.')}")
-    if found.keys() != expected.keys():
-        return Drift(component, (), None, "the goldens have other taps; export the bundle again")
-    measured = noise.taps.get(component, {})
+        return Localization(component, (), None, f"no debug build: {str(error).rstrip('.')}")
+    if actual.keys() != expected.keys():
+        return Localization(component, (), None, "the goldens have other taps; export the bundle again")
+    measured = quantization_error.taps.get(component, {})
     taps = tuple(
         _tap_error(name, array, expected[name], measured.get(name), result.tolerance)
-        for name, array in found.items()
+        for name, array in actual.items()
     )
-    first = next((tap.name for tap in taps if not tap.relative_rms <= tap.band), None)
-    return Drift(component, taps, first, "" if first else _note(component, result))
+    first = next((tap.name for tap in taps if not tap.relative_rms <= tap.bound), None)
+    return Localization(component, taps, first, "" if first else _note(component, result))
 
 
 def _note(component: str, result: ParityResult) -> str:
-    """What it means that no tap left its band."""
+    """Say what it means that no tap lies beyond its bound."""
     beyond = sorted(
-        {rung.errors.golden for name in RUNG_OF[component]
-         if (rung := result.rung(name)).state == "failed" and rung.errors}
+        {stage.errors.golden for name in STAGES_OF[component]
+         if (stage := result.stage(name)).state == "failed" and stage.errors}
     )  # fmt: skip
-    inside = "all taps of golden 0 lie in their bands"
+    within = "all taps of golden 0 lie within their bounds"
     if not beyond or 0 in beyond:
-        return inside
-    return f"{inside}; the error shows in golden {', '.join(map(str, beyond))}, which has no taps"
+        return within
+    return f"{within}; the error shows in golden {', '.join(map(str, beyond))}, which has no taps"
 
 
 def _tap_error(
-    name: str, found: np.ndarray, expected: np.ndarray, noise: float | None, tolerance: Tolerance
+    name: str, actual: np.ndarray, expected: np.ndarray, measured: float | None, tolerance: Tolerance
 ) -> TapError:
     with np.errstate(invalid="ignore", over="ignore"):
-        error = relative_rms(found, expected) if found.shape == expected.shape else math.inf
-    return TapError(name, error, tolerance.band(noise), noise)
+        error = relative_rms(actual, expected) if actual.shape == expected.shape else math.inf
+    return TapError(name, error, tolerance.tap_bound(measured), measured)

@@ -1,4 +1,4 @@
-"""The stage ``long_context``: a text that fills the KV cache, every position of it."""
+"""The stage ``long_context``: a text that fills the KV cache, judged at every position."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dsvl_export.parity_check.metrics import CHANNEL_FACTOR, channel_error, channel_errors
-from dsvl_export.parity_check.result import ParityResult, Rung
+from dsvl_export.parity_check.result import ParityResult, StageResult
 from runtimes.bundle.bundle import Bundle
 from runtimes.chain import Chain
 from runtimes.errors import UserError
@@ -17,48 +17,48 @@ from runtimes.goldens.golden import relative_rms
 from runtimes.goldens.long_context import (
     LONG_GOLDEN,
     LongGolden,
+    decode_rows_again,
     normalize_keys,
+    prefill_text,
     project_keys,
-    read_steps,
-    read_text,
 )
 
 STAGE = "long_context"
-LONG = -1  # as the number of a golden: the long one has none
-MISSING = "the bundle is of an earlier release and has no long golden; export it again"
+LONG = -1  # the number of the long golden in results
+MISSING = "the bundle was written by an earlier release and has no long golden; export it again"
 
 
 @dataclass(frozen=True)
 class LongGoldens:
-    """What is expected of an artifact, ``planned``, and what fp32 computes, ``exact``.
+    """The long golden of the precision plan, which an artifact must match, and that of fp32.
 
-    They are the same where nothing else was recorded for the precision.
+    Both are the same if nothing was recorded for the precision.
     """
 
     exact: LongGolden
     planned: LongGolden
 
-    def until(self, length: int | None) -> LongGoldens:
-        """The beginning of both that a KV cache of ``length`` tokens holds; None is no limit."""
-        return LongGoldens(self.exact.until(length), self.planned.until(length))
+    def truncate(self, length: int | None) -> LongGoldens:
+        """Return the start of both that a KV cache of ``length`` tokens holds; None is no limit."""
+        return LongGoldens(self.exact.truncate(length), self.planned.truncate(length))
 
     def errors(self) -> list[float]:
-        """Relative RMS errors of the plan from fp32: of the logits, and of each layer's keys."""
-        keys = (normalize_keys(each.keys) for each in (self.planned, self.exact))
+        """Return the plan's relative RMS errors from fp32: logits first, then each layer's keys."""
+        keys = (normalize_keys(golden.keys) for golden in (self.planned, self.exact))
         layers = map(relative_rms, *keys)
         return [relative_rms(self.planned.logits, self.exact.logits), *layers]
 
 
 def planned_file(precision: str) -> str:
-    """Where a bundle keeps what a precision plan computes for the long golden."""
+    """Return the path in a bundle of what a precision plan computes for the long golden."""
     return f"long/{precision}/{LONG_GOLDEN}"
 
 
 def bundled_long_goldens(bundle: Bundle, precision: str) -> LongGoldens | None:
-    """The recorded ones, checked against their hashes; None where the bundle has none.
+    """Load the long goldens of a bundle and check their hashes; return None if it has none.
 
     Raises:
-        UserError: they are damaged, or of another checkpoint.
+        UserError: they are damaged, or were recorded from another checkpoint.
     """
     exact, planned = f"goldens/{LONG_GOLDEN}", planned_file(precision)
     if exact not in bundle.manifest.files:
@@ -70,7 +70,11 @@ def bundled_long_goldens(bundle: Bundle, precision: str) -> LongGoldens | None:
 
 
 def load_long_goldens(exact: Path, planned: Path, checkpoint: str) -> LongGoldens:
-    """Two long goldens of one text; raises UserError where they do not belong together."""
+    """Load two long goldens of one text.
+
+    Raises:
+        UserError: they are of other texts, or were recorded from another checkpoint.
+    """
     goldens = LongGoldens(LongGolden.load(exact), LongGolden.load(planned))
     for file, golden in ((exact, goldens.exact), (planned, goldens.planned)):
         if golden.checkpoint != checkpoint:
@@ -91,39 +95,46 @@ def judge_long_context(
     bound: Callable[[float], float],
     result: ParityResult,
 ) -> None:
-    """Fill the result's stage ``long_context``.
+    """Fill in the stage ``long_context``.
 
     Args:
-        longest: tokens that the decoder's KV cache can hold; None is any number.
-        capacity: the default capacity that the manifest states.
-        bound: largest relative RMS error, given the error of the precision plan itself.
+        chain: the components to judge.
+        goldens: the long goldens; None if the bundle has none.
+        longest: largest number of tokens that the decoder's KV cache can hold; None is no limit.
+        capacity: the default capacity in the manifest.
+        bound: returns the largest relative RMS error, given the error of the precision plan from
+            fp32.
+        result: the result to fill in.
+
+    Raises:
+        UserError: the long golden does not fit the contracts of the decoder.
     """
-    rung = result.rung(STAGE)
+    stage = result.stage(STAGE)
     if goldens is None:
-        rung.detail = MISSING
+        stage.detail = MISSING
         return
     recorded = goldens.exact.capacity
-    goldens = goldens.until(longest)
+    goldens = goldens.truncate(longest)
     exact, planned = goldens.exact, goldens.planned
     if not len(planned.rows):
-        rung.detail = f"a KV cache of {longest} tokens ends before the first logits that were recorded"
+        stage.detail = f"a KV cache of {longest} tokens is too short for the first recorded logits"
         return
     _check_fits(planned, chain)
     if capacity != recorded:
-        rung.fail(f"the manifest's default_capacity is {capacity}, the goldens were recorded for {recorded}")
-    logits, cache = read_text(chain, planned.tokens, planned.rows)
-    steps = read_steps(chain, planned.tokens, planned.rows, cache)
+        stage.fail(f"the manifest's default_capacity is {capacity}, the goldens were recorded for {recorded}")
+    logits, cache = prefill_text(chain, planned.tokens, planned.rows)
+    steps = decode_rows_again(chain, planned.tokens, planned.rows, cache)
     keys = [
-        normalize_keys(each) for each in (project_keys(cache, len(planned.tokens)), planned.keys, exact.keys)
+        normalize_keys(array)
+        for array in (project_keys(cache, len(planned.tokens)), planned.keys, exact.keys)
     ]
-    for layer, (found, wanted, fp32) in enumerate(zip(*keys, strict=True)):
-        _compare(
-            rung, f"keys of decoder layer {layer}", found, wanted, fp32, np.arange(len(planned.tokens)), bound
-        )
-    for tensor, found in (("logits", logits), ("step_logits", steps)):
-        _compare(rung, tensor, found.T, planned.logits.T, exact.logits.T, planned.rows, bound)
-    if rung.state == "passed" and len(planned.tokens) < recorded:
-        rung.detail = f"judged up to position {len(planned.tokens)} of {recorded}"
+    positions = np.arange(len(planned.tokens))
+    for layer, (actual, wanted, fp32) in enumerate(zip(*keys, strict=True)):
+        _compare(stage, f"keys of decoder layer {layer}", actual, wanted, fp32, positions, bound)
+    for tensor, actual in (("logits", logits), ("step_logits", steps)):
+        _compare(stage, tensor, actual.T, planned.logits.T, exact.logits.T, planned.rows, bound)
+    if stage.state == "passed" and len(planned.tokens) < recorded:
+        stage.detail = f"judged up to position {len(planned.tokens)} of {recorded}"
 
 
 def _check_fits(golden: LongGolden, chain: Chain) -> None:
@@ -140,30 +151,32 @@ def _check_fits(golden: LongGolden, chain: Chain) -> None:
 
 
 def _compare(
-    rung: Rung,
+    stage: StageResult,
     tensor: str,
-    found: np.ndarray,
+    actual: np.ndarray,
     planned: np.ndarray,
     exact: np.ndarray,
     positions: np.ndarray,
     bound: Callable[[float], float],
 ) -> None:
-    """Judge ``[N, K]`` values of ``positions [K]``: all of them, and each position by itself."""
-    if found.shape != planned.shape or exact.shape != planned.shape:
-        rung.fail(f"{tensor} of the long golden: {list(found.shape)}, expected {list(planned.shape)}")
+    """Judge values ``[N, K]`` at ``positions [K]``: all of them, and each position by itself."""
+    if actual.shape != planned.shape or exact.shape != planned.shape:
+        stage.fail(f"{tensor} of the long golden is {list(actual.shape)}, expected {list(planned.shape)}")
         return
     error, worst = relative_rms(planned, exact), channel_error(planned, exact)
-    whole, single = bound(error), CHANNEL_FACTOR * bound(0) + bound(worst) - bound(0)
-    passing = rung.state != "failed"
-    rung.compare(LONG, tensor, found, planned, whole, error, single)
-    if passing and rung.state == "failed":
+    total_bound = bound(error)
+    position_bound = CHANNEL_FACTOR * bound(0) + bound(worst) - bound(0)
+    passing = stage.state != "failed"
+    stage.compare(LONG, tensor, actual, planned, total_bound, error, position_bound)
+    if passing and stage.state == "failed":
         with np.errstate(invalid="ignore", over="ignore"):
-            errors, error = channel_errors(found, planned), relative_rms(found, planned)
+            errors, error = channel_errors(actual, planned), relative_rms(actual, planned)
         place = int(np.argmax(errors))  # NaN counts as largest
-        if not np.isfinite(found).all():
-            what = f"NaN or infinity at position {positions[place]}"
-        elif errors[place] > single:
-            what = f"off by {errors[place]:.2g} at position {positions[place]} ({single:.2g} is allowed)"
+        position = positions[place]
+        if not np.isfinite(actual).all():
+            fault = f"NaN or infinity at position {position}"
+        elif errors[place] > position_bound:
+            fault = f"error {errors[place]:.2g} at position {position}, bound {position_bound:.2g}"
         else:
-            what = f"off by {error:.2g} ({whole:.2g} is allowed), most at position {positions[place]}"
-        rung.detail = f"{tensor}: {what}"
+            fault = f"error {error:.2g}, bound {total_bound:.2g}; largest at position {position}"
+        stage.detail = f"{tensor}: {fault}"

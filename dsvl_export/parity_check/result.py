@@ -1,4 +1,4 @@
-"""What the ladder found: rungs, tokens, drift, and the verdict that follows from them."""
+"""The result of a parity check: stages, tokens, localization, and the verdict that follows."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from dsvl_export.parity_check.metrics import Errors, LogitAgreement
 from dsvl_export.parity_check.tolerances import Tolerance
 from runtimes.session import Execution
 
-RUNGS = (
+STAGES = (
     "text", "preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits",
     "long_context", "greedy_tokens", "entry_points", "task_accuracy", "layers", "audit",
 )  # fmt: skip
-# Not every model has questions, nor every format entry points of its own, layers that run alone, or files
-# that export can compare with the checkpoint.
+# Stages that need what not every bundle has: questions, entry points of the format, layers that run
+# one by one, or files that ``export`` can audit.
 OPTIONAL = ("entry_points", "task_accuracy", "layers", "audit")
 EXIT_CODES = {"passed": 0, "failed": 1, "not judged": 3}
-# ``measured``: it ran, and there is nothing to hold it against.
+# ``measured``: the stage ran, and there is nothing to compare it with.
 State = Literal["passed", "failed", "measured", "not judged", "not run"]
 
 
 @dataclass
-class Rung:
-    """One stage over all goldens."""
+class StageResult:
+    """The result of one stage over all goldens."""
 
     name: str
     state: State = "not run"
@@ -38,39 +38,51 @@ class Rung:
         self,
         golden: int,
         tensor: str,
-        found: np.ndarray,
+        actual: np.ndarray,
         expected: np.ndarray,
         bound: float,
-        noise: float | None = None,
+        quantization_error: float | None = None,
         channel_bound: float | None = None,
     ) -> None:
-        """Judge the relative RMS error of one tensor; a wrong shape, NaN or infinity fails."""
-        if found.shape != expected.shape:
-            self.fail(f"{tensor} is {list(found.shape)}, expected {list(expected.shape)}")
+        """Judge the relative RMS error of one tensor; a wrong shape, NaN or infinity fails.
+
+        Args:
+            golden: number of the golden.
+            tensor: name of the tensor.
+            actual: what the artifact computes.
+            expected: what the reference computes, of the same shape.
+            bound: largest relative RMS error of the tensor.
+            quantization_error: relative RMS error of the reference at this precision, for the
+                report.
+            channel_bound: largest error of a channel; None is ``CHANNEL_FACTOR`` times ``bound``.
+        """
+        if actual.shape != expected.shape:
+            self.fail(f"{tensor} is {list(actual.shape)}, expected {list(expected.shape)}")
             return
         self.errors = self.errors or Errors()
-        within = self.errors.add(golden, tensor, found, expected, bound, noise, channel_bound)
-        if not np.isfinite(found).all():
+        within = self.errors.add(golden, tensor, actual, expected, bound, quantization_error, channel_bound)
+        if not np.isfinite(actual).all():
             self.fail(f"NaN or infinity in {tensor} of golden {golden}")
         elif not within:
-            alone = self.errors.relative_rms <= self.errors.bound
-            self.fail(f"a single channel of {tensor} is wrong in golden {golden}" if alone else "")
+            single = self.errors.relative_rms <= self.errors.bound
+            self.fail(f"a single channel of {tensor} is wrong in golden {golden}" if single else "")
         else:
             self.passed()
 
-    def compare_choices(self, golden: int, found: np.ndarray, expected: np.ndarray, noise: float) -> None:
-        """Judge the first choices of ``[K, V]`` logits: they must agree but for ties within the noise."""
-        if found.shape != expected.shape:
+    def compare_top1(self, golden: int, actual: np.ndarray, expected: np.ndarray, tie_error: float) -> None:
+        """Judge the top-1 tokens of ``[K, V]`` logits: they must agree except for near ties."""
+        if actual.shape != expected.shape:
             return
         self.logits = self.logits or LogitAgreement()
-        if self.logits.add(found, expected, noise):
-            self.fail(f"golden {golden} has another first choice, and it is no near tie")
+        if self.logits.add(actual, expected, tie_error):
+            self.fail(f"golden {golden} has another most probable token, and it is not a near tie")
 
     def passed(self) -> None:
+        """Set the state to ``passed``, unless the stage failed before."""
         self.state = "failed" if self.state == "failed" else "passed"
 
     def fail(self, detail: str) -> None:
-        """The first failure's detail stays; it takes the place of a mere remark."""
+        """Set the state to ``failed``; the detail of the first failure is kept."""
         if self.state != "failed" or not self.detail:
             self.detail = detail
         self.state = "failed"
@@ -78,19 +90,19 @@ class Rung:
 
 @dataclass(frozen=True)
 class TokenComparison:
-    """Greedy tokens of one golden through the whole chain, from the image file on.
+    """Greedy tokens of one golden through all components, from the image file on.
 
-    ``diverges_at`` is the first differing step, ``margin`` the reference's own margin there between
-    its choice and the backend's.
+    ``diverges_at`` is the first step that differs. ``margin`` is the difference there between the
+    reference's logits of its own token and of the backend's.
     """
 
     golden: int
     images: tuple[str, ...]
     prompt: str
     expected: list[int]
-    found: list[int]
+    actual: list[int]
     expected_pieces: list[str]
-    found_pieces: list[str]
+    actual_pieces: list[str]
     diverges_at: int | None = None
     near_tie: bool = False
     margin: float = 0.0
@@ -98,20 +110,20 @@ class TokenComparison:
 
 @dataclass(frozen=True)
 class TapError:
-    """Error of one tap, and the band that it should lie in."""
+    """Relative RMS error of one tap, its bound, and the reference's error at this precision."""
 
     name: str
     relative_rms: float
-    band: float
-    noise: float | None
+    bound: float
+    quantization_error: float | None
 
 
 @dataclass(frozen=True)
-class Drift:
-    """Where a component leaves the reference: errors of its taps in order of execution.
+class Localization:
+    """Where a component diverges from the reference: errors of its taps in order of execution.
 
-    ``first`` is the first tap outside its band, None where all lie inside; ``note`` says why there are
-    no taps, or what it means that none left its band.
+    ``first`` is the first tap beyond its bound, None if all lie within. ``note`` says why there are
+    no taps, or what it means that none lies beyond its bound.
     """
 
     component: str
@@ -120,20 +132,21 @@ class Drift:
     note: str = ""
 
     def __str__(self) -> str:
+        """Return one line: the component, the first divergent tap and its error, or the note."""
         if self.first is None:
             return f"{self.component}: {self.note}"
         index = [tap.name for tap in self.taps].index(self.first)
-        tap, before = self.taps[index], self.taps[max(index - 1, 0)]
-        text = f"{self.component}: {tap.name} is the first to leave its band ({tap.relative_rms:.1e}"
-        return f"{text}, band {tap.band:.1e}{f', {before.relative_rms:.1e} before it' if index else ''})"
+        tap, previous = self.taps[index], self.taps[max(index - 1, 0)]
+        text = f"{self.component}: {tap.name} is the first tap beyond its bound ({tap.relative_rms:.1e}"
+        before = f", {previous.relative_rms:.1e} in the tap before" if index else ""
+        return f"{text}, bound {tap.bound:.1e}{before})"
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Exact match on questions, held against fp32's by MLPerf's rule.
+    """Exact match on questions, compared with fp32 by MLPerf's rule.
 
-    ``baseline`` names whose accuracy and length the others are compared with, None without any.
-    ``accuracy_ratio`` is 1 where as many are right; ``length_ratio`` compares mean tokens per answer.
+    ``baseline`` names what gave the fp32 answers, None if there are none.
     """
 
     questions: int
@@ -147,77 +160,89 @@ class TaskResult:
 
     @property
     def exact_match(self) -> float:
+        """Share of the questions that are answered correctly."""
         return self.right / self.questions
 
     @property
     def accuracy_ratio(self) -> float | None:
+        """Correct answers relative to fp32's; 1 if there are as many. None without fp32 answers."""
         return self.right / self.baseline_right if self.baseline_right else None
 
     @property
     def length_ratio(self) -> float | None:
+        """Mean tokens per answer relative to fp32's; None without fp32 answers."""
         return self.mean_tokens / self.baseline_mean_tokens if self.baseline_mean_tokens else None
 
 
 @dataclass
 class ParityResult:
-    """The verdict on one backend and precision, and all that it rests on."""
+    """The verdict on one backend and precision, with everything that it depends on.
+
+    ``reference`` names what the artifacts were compared with. ``left_out`` counts the goldens that
+    the decoder's KV cache is too short for. ``overridden`` says that the tolerance is not the
+    shipped one.
+    """
 
     backend: str
     precision: str
     execution: Execution
-    reference: str  # what it was compared with
+    reference: str
     goldens: int = 0
-    left_out: int = 0  # goldens that the decoder's KV cache is too short for
+    left_out: int = 0
     tolerance: Tolerance | None = None
-    overridden: bool = False  # the tolerance is not the shipped one
-    rungs: list[Rung] = field(default_factory=lambda: [Rung(name) for name in RUNGS])
+    overridden: bool = False
+    stages: list[StageResult] = field(default_factory=lambda: [StageResult(name) for name in STAGES])
     tokens: list[TokenComparison] = field(default_factory=list)
-    drift: list[Drift] = field(default_factory=list)
+    localizations: list[Localization] = field(default_factory=list)
     task: TaskResult | None = None
 
-    def rung(self, name: str) -> Rung:
-        return self.rungs[RUNGS.index(name)]
+    def stage(self, name: str) -> StageResult:
+        """Return the result of a stage."""
+        return self.stages[STAGES.index(name)]
 
-    def bound(self, rung: str, measured_noise: float | None) -> float:
+    def bound(self, stage: str, measured: float | None) -> float:
+        """Return the largest relative RMS error of a stage; see ``Tolerance.bound``."""
         assert self.tolerance
-        return self.tolerance.bound(rung, measured_noise)
+        return self.tolerance.bound(stage, measured)
 
-    def tie_noise(self, measured_noise: float) -> float:
-        """The noise below which a changed first choice is a tie."""
+    def tie_error(self, measured: float) -> float:
+        """Return the relative error of logits up to which a changed top-1 token is a near tie."""
         assert self.tolerance
-        return self.tolerance.tie_factor * max(self.tolerance.noise, measured_noise)
+        return self.tolerance.tie_factor * max(self.tolerance.quantization_error, measured)
 
     def advise_on_overflow(self) -> None:
-        """Say what to do where half precision gives NaN or infinity."""
-        for rung in self.rungs:
-            if "NaN or infinity" in rung.detail:
-                rung.detail += "; if it overflows, export with another base precision, bf16 or fp32"
+        """Add what to do to each stage in which half precision gives NaN or infinity."""
+        for stage in self.stages:
+            if "NaN or infinity" in stage.detail:
+                stage.detail += "; if it overflows, export with another base precision, bf16 or fp32"
 
     @property
     def verdict(self) -> str:
-        """``passed``, ``failed`` or ``not judged``; nothing passes that has not been executed."""
-        states = {rung.state for rung in self.rungs}
+        """``passed``, ``failed`` or ``not judged``; nothing passes that was not executed."""
+        states = {stage.state for stage in self.stages}
         if "failed" in states:
             return "failed"
-        unjudged = any(rung.state == "not run" for rung in self.rungs if rung.name not in OPTIONAL)
-        if not self.execution.judgeable or unjudged or "not judged" in states:
+        unjudged = any(stage.state == "not run" for stage in self.stages if stage.name not in OPTIONAL)
+        if not self.execution.runnable or unjudged or "not judged" in states:
             return "not judged"
         return "passed"
 
     @property
     def passed(self) -> bool:
+        """Whether the verdict is ``passed``."""
         return self.verdict == "passed"
 
     @property
     def exit_code(self) -> int:
+        """Exit code of the command line for the verdict."""
         return EXIT_CODES[self.verdict]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has neither NaN nor infinity: both become null."""
+        """Return the result for JSON; NaN and infinity, which JSON does not have, become null."""
         raw = asdict(self)
-        for rung, row in zip(self.rungs, raw["rungs"], strict=True):
-            if rung.errors:
-                row["errors"]["snr_db"] = rung.errors.snr_db
+        for stage, row in zip(self.stages, raw["stages"], strict=True):
+            if stage.errors:
+                row["errors"]["snr_db"] = stage.errors.snr_db
         if self.task:
             for name in ("exact_match", "accuracy_ratio", "length_ratio"):
                 raw["task"][name] = getattr(self.task, name)
@@ -225,6 +250,7 @@ class ParityResult:
 
 
 def _finite(value: Any) -> Any:
+    """Replace NaN and infinity by None, in nested lists and dicts."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

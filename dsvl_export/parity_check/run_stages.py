@@ -1,4 +1,4 @@
-"""Climbing: every rung for every golden."""
+"""Running the stages of the parity check, from preprocessing to greedy tokens, on every golden."""
 
 from __future__ import annotations
 
@@ -9,24 +9,36 @@ import numpy as np
 from PIL.Image import Image
 
 from dsvl_export.parity_check.metrics import tie_margin
-from dsvl_export.parity_check.quantization_error import CHAIN, Noise
+from dsvl_export.parity_check.quantization_error import CHAIN, QuantizationError
 from dsvl_export.parity_check.result import ParityResult, TokenComparison
-from dsvl_export.parity_check.stages import STEPS, Goldens, stages
+from dsvl_export.parity_check.stages import STEPS, Goldens, stage_tensors
 from runtimes.chain import Chain
-from runtimes.goldens.golden import Golden, greedy
+from runtimes.goldens.golden import Golden, greedy_decode
 from runtimes.images import load_image
 from runtimes.preprocess import resize_and_pad
 
 
-def climb(
+def run_stages(
     chain: Chain,
     goldens: Goldens,
     checkpoint: str,
     result: ParityResult,
-    noise: Noise,
+    quantization_error: QuantizationError,
     on_step: Callable[[str, int, int], None],
 ) -> None:
-    """Fill the result's rungs (all but the task) and tokens."""
+    """Fill in the stages ``preprocess`` to ``greedy_tokens`` of a result, and its tokens.
+
+    Args:
+        chain: the components to judge.
+        goldens: recorded outputs of the reference.
+        checkpoint: SHA-256 of the checkpoint that the goldens were recorded from.
+        result: the result to fill in.
+        quantization_error: error of the reference itself at this precision.
+        on_step: called with the name of the step, the goldens done and all goldens.
+
+    Raises:
+        UserError: a golden does not fit the contracts of the components.
+    """
     result.goldens = len(goldens.files)
     for position, index in enumerate(goldens.numbers):
         on_step("goldens", position, result.goldens)
@@ -35,52 +47,56 @@ def climb(
         images = [load_image(image) for image in goldens.images(golden)]
         squares = np.stack([resize_and_pad(image, chain.preprocessing) for image in images])
         exact = result.bound("preprocess", None)
-        result.rung("preprocess").compare(index, "squares", squares, golden.squares, exact)
-        for stage in stages(chain, golden, steps=STEPS):
-            measured = noise.of(index, stage.rung)
-            bound = result.bound(stage.rung, measured)
-            rung = result.rung(stage.rung)
-            rung.compare(index, stage.tensor, stage.found, stage.expected, bound, measured)
-            if stage.rung.endswith("logits"):
-                rung.compare_choices(
-                    index, stage.found, stage.expected, result.tie_noise(noise.ties(index, stage.rung))
-                )
-        tie_noise = result.tie_noise(noise.ties(index, CHAIN))
-        _compare_tokens(chain, golden, images, index, result, tie_noise)
+        result.stage("preprocess").compare(index, "squares", squares, golden.squares, exact)
+        for tensor in stage_tensors(chain, golden, steps=STEPS):
+            measured = quantization_error.at(index, tensor.stage)
+            bound = result.bound(tensor.stage, measured)
+            stage = result.stage(tensor.stage)
+            stage.compare(index, tensor.name, tensor.actual, tensor.expected, bound, measured)
+            if tensor.stage.endswith("logits"):
+                tie_error = result.tie_error(quantization_error.tie_error(index, tensor.stage))
+                stage.compare_top1(index, tensor.actual, tensor.expected, tie_error)
+        tie_error = result.tie_error(quantization_error.tie_error(index, CHAIN))
+        _compare_tokens(chain, golden, images, index, result, tie_error)
     on_step("goldens", result.goldens, result.goldens)
 
 
 def _compare_tokens(
-    chain: Chain, golden: Golden, images: list[Image], index: int, result: ParityResult, noise: float
+    chain: Chain,
+    golden: Golden,
+    images: list[Image],
+    index: int,
+    result: ParityResult,
+    tie_error: float,
 ) -> None:
-    """Greedy tokens from the image on, through the whole chain.
+    """Compare the greedy tokens of all components together, from the image file on.
 
     A first difference that is a near tie for the reference is reported, and does not fail.
     """
-    rung = result.rung("greedy_tokens")
-    own = chain.prepare(golden.prompt, images)
-    if own.tokens != golden.prompt_tokens.tolist():
-        rung.fail(f"the tokenizer reads the prompt of golden {index} differently")
+    stage = result.stage("greedy_tokens")
+    prompt = chain.prepare(golden.prompt, images)
+    if prompt.tokens != golden.prompt_tokens.tolist():
+        stage.fail(f"the tokenizer reads the prompt of golden {index} differently")
         return
-    (tokens,), (logits,) = greedy(chain, [chain.embed(own)], len(golden.greedy_tokens))
+    (tokens,), (logits,) = greedy_decode(chain, [chain.embed(prompt)], len(golden.greedy_tokens))
     if not np.isfinite(logits).all():
-        rung.fail(f"NaN or infinity in the logits of golden {index}")
+        stage.fail(f"NaN or infinity in the logits of golden {index}")
         return
-    expected, found = golden.greedy_tokens.tolist(), tokens.tolist()
-    pieces = (chain.tokenizer.pieces(expected), chain.tokenizer.pieces(found))
-    comparison = TokenComparison(index, golden.images, golden.prompt, expected, found, *pieces)
-    rung.passed()
-    if found != expected:
-        step = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
+    expected, actual = golden.greedy_tokens.tolist(), tokens.tolist()
+    pieces = (chain.tokenizer.pieces(expected), chain.tokenizer.pieces(actual))
+    comparison = TokenComparison(index, golden.images, golden.prompt, expected, actual, *pieces)
+    stage.passed()
+    if actual != expected:
+        step = next(i for i, pair in enumerate(zip(actual, expected, strict=True)) if pair[0] != pair[1])
         row = golden.logits[step].astype(np.float64)
-        margin = float(row[expected[step]] - row[found[step]])
-        tie = margin <= tie_margin(row, noise)
+        margin = float(row[expected[step]] - row[actual[step]])
+        tie = margin <= tie_margin(row, tie_error)
         comparison = replace(comparison, diverges_at=step, near_tie=tie, margin=margin)
-        what = (
+        difference = (
             f"golden {index} {'has a near tie' if tie else 'differs'} at token {step} (margin {margin:.2g})"
         )
         if tie:
-            rung.detail = rung.detail or what
+            stage.detail = stage.detail or difference
         else:
-            rung.fail(what)
+            stage.fail(difference)
     result.tokens.append(comparison)

@@ -1,4 +1,4 @@
-"""What the manifest says beside its files, compared with what the reference had and the artifacts are."""
+"""The settings in the manifest, compared with the reference's."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from runtimes.goldens.golden import SETTINGS
 
 
 def settings_faults(bundle: Bundle, live: str | None) -> Iterator[str]:
-    """Values of the manifest's model, preprocessing and token table that are not the reference's.
+    """Describe each setting in the manifest that differs from the reference's.
 
-    The stage ``text`` has the prompt.
+    The stage ``text`` covers the prompt format.
 
     Args:
-        live: the checkpoint to take them from; None reads those that were recorded with the goldens, which
-            bundles of dsvl-export 0.4 do not have.
+        bundle: the bundle whose manifest is judged.
+        live: the checkpoint to read the settings from; None reads the settings that were recorded
+            with the goldens, which bundles of dsvl-export 0.4 do not have.
+
+    Yields:
+        A sentence for each setting that differs.
     """
     path = f"goldens/{SETTINGS}"
     if live:
+        # Deferred: imports torch.
         from reference.checkpoint.checkpoint import open_checkpoint
         from reference.checkpoint.specs import reference_settings
 
@@ -36,9 +41,13 @@ def settings_faults(bundle: Bundle, live: str | None) -> Iterator[str]:
         yield from _differences(name, manifest.get(name), value)
 
 
-def _differences(name: str, found: Any, expected: Any) -> Iterator[str]:
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key, value in expected.items():  # a later release may write more keys into the manifest
-            yield from _differences(f"{name}.{key}", found.get(key), value)
-    elif found != expected or type(found) is not type(expected):
-        yield f"the manifest has {name} {found!r}, the reference had {expected!r}"
+def _differences(name: str, actual: Any, expected: Any) -> Iterator[str]:
+    """Compare nested settings.
+
+    Keys that only the manifest has, written by a later release, are ignored.
+    """
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        for key, value in expected.items():
+            yield from _differences(f"{name}.{key}", actual.get(key), value)
+    elif actual != expected or type(actual) is not type(expected):
+        yield f"the manifest has {name} {actual!r}, the reference had {expected!r}"

@@ -1,4 +1,7 @@
-"""The stages of a chain on a golden, each fed with the reference's own input, so errors do not add up."""
+"""Goldens, and the tensors of the stages that are compared with them.
+
+Each stage is given the reference's own input, so that errors of the stages do not add up.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from runtimes.errors import UserError
 from runtimes.goldens.golden import (
     GREEDY_TOKENS,
     Golden,
+    golden_token_count,
     is_golden,
     load_golden,
-    teacher_forced,
-    tokens_of_golden,
+    teacher_forced_logits,
 )
 from runtimes.preprocess import to_pixel_values
 
@@ -27,19 +30,22 @@ STEPS = 8  # single decode steps per golden whose logits are judged
 
 @dataclass(frozen=True)
 class Goldens:
-    """A folder of goldens, their files in order, and the number that each goes by."""
+    """A folder of goldens: their files in order, and the number of each.
+
+    ``listed`` are the names of the images in the manifest; None allows every image.
+    """
 
     folder: Path
     files: tuple[Path, ...]
     numbers: tuple[int, ...]
-    listed: frozenset[str] | None = None  # names of the images that the manifest has; None allows all
+    listed: frozenset[str] | None = None
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Goldens:
-        """The recorded ones, checked against their hashes.
+        """Return the goldens of a bundle, after checking their hashes.
 
         Raises:
-            UserError: there are none, or they are damaged.
+            UserError: the bundle has no goldens, or they are damaged.
         """
         paths = [path for path in sorted(bundle.manifest.files) if path.startswith("goldens/")]
         names = [path for path in paths if is_golden(path)]
@@ -52,33 +58,36 @@ class Goldens:
 
     @classmethod
     def recorded_into(cls, folder: Path) -> Goldens:
+        """Return the goldens that were just recorded into a folder."""
         files = tuple(sorted(file for file in folder.glob("*.safetensors") if is_golden(file.name)))
         return cls(folder, files, tuple(range(len(files))))
 
     def within(self, longest: int | None) -> Goldens:
-        """Those that fit into a KV cache of ``longest`` tokens; None is no limit.
+        """Return the goldens that fit into a KV cache of ``longest`` tokens; None is no limit.
 
         Raises:
-            UserError: none does.
+            UserError: no golden fits.
         """
-        sizes = [tokens_of_golden(file) for file in self.files]
+        sizes = [golden_token_count(file) for file in self.files]
         kept = [index for index, size in enumerate(sizes) if longest is None or size <= longest]
         if not kept:
             raise UserError(
                 f"No golden fits into the decoder's KV cache of {longest} tokens; the shortest needs"
-                f" {min(sizes)}, export again with at least that --capacity."
+                f" {min(sizes)}. Export again with at least that --capacity."
             )
         numbers = tuple(self.numbers[index] for index in kept)
         return replace(self, files=tuple(self.files[index] for index in kept), numbers=numbers)
 
     def images(self, golden: Golden) -> list[Path]:
+        """Return the image files of a golden."""
         return [self.folder / "images" / name for name in golden.images]
 
     def load(self, index: int, checkpoint: str) -> Golden:
-        """One golden.
+        """Load one golden.
 
         Raises:
-            UserError: it cannot be read, holds NaN, or is of another checkpoint than the given SHA-256.
+            UserError: the file cannot be read, holds NaN, or was recorded from another checkpoint
+                than the one with the SHA-256 ``checkpoint``.
         """
         golden = load_golden(self.files[index])
         if golden.checkpoint != checkpoint:
@@ -91,7 +100,11 @@ class Goldens:
         return golden
 
     def check_fits(self, index: int, golden: Golden, chain: Chain) -> None:
-        """Raise UserError where a golden has not the shapes that the chain's contracts ask for."""
+        """Check that a golden has the shapes of the contracts.
+
+        Raises:
+            UserError: it has other shapes.
+        """
         images, tokens = len(golden.images), len(golden.prompt_tokens)
         side = chain.preprocessing.image_size
         outputs = {spec.name: spec for spec in chain.vision_encoder.contract.outputs}
@@ -124,41 +137,45 @@ class Goldens:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One tensor of one rung, as the chain computes it and as the reference did."""
+class StageTensor:
+    """One tensor of one stage, as the artifact and as the reference compute it."""
 
-    rung: str
-    tensor: str
-    found: np.ndarray
+    stage: str
+    name: str
+    actual: np.ndarray
     expected: np.ndarray
 
 
-def stages(chain: Chain, golden: Golden, steps: int = 0) -> Iterator[Stage]:
-    """Vision encoder, adaptor, prefill and teacher-forced logits of one golden.
+def stage_tensors(chain: Chain, golden: Golden, steps: int = 0) -> Iterator[StageTensor]:
+    """Yield the tensors of all stages of one golden, from vision encoder to teacher-forced logits.
 
     Args:
-        steps: decode so many tokens one by one as well; a step may be another kernel, program or
-            profile than a prefill.
+        chain: the components to run.
+        golden: inputs, and outputs of the reference.
+        steps: number of tokens that are also decoded one by one; a decode step may use another
+            kernel, program or profile than a prefill.
     """
-    yield from vision_stages(chain, golden)
+    yield from vision_tensors(chain, golden)
     embeds = chain.merge(golden.prompt_tokens, golden.image_embeds)
     cache = chain.decoder.new_cache(1, len(embeds) + steps)
     logits = chain.prefill(embeds, cache)[None]
-    yield Stage("prefill_logits", "logits", logits, golden.logits[:1])
+    yield StageTensor("prefill_logits", "logits", logits, golden.logits[:1])
     if steps:
         rows = [chain.decode(np.array([[token]]), cache)[0, 0] for token in golden.greedy_tokens[:steps]]
-        yield Stage("teacher_forced_logits", "step_logits", np.stack(rows), golden.logits[1 : steps + 1])
-    logits = teacher_forced(chain, embeds, golden.greedy_tokens.tolist())
-    yield Stage("teacher_forced_logits", "logits", logits, golden.logits)
+        yield StageTensor(
+            "teacher_forced_logits", "step_logits", np.stack(rows), golden.logits[1 : steps + 1]
+        )
+    logits = teacher_forced_logits(chain, embeds, golden.greedy_tokens.tolist())
+    yield StageTensor("teacher_forced_logits", "logits", logits, golden.logits)
 
 
-def vision_stages(chain: Chain, golden: Golden) -> Iterator[Stage]:
-    """Vision features and image embeddings of one golden."""
+def vision_tensors(chain: Chain, golden: Golden) -> Iterator[StageTensor]:
+    """Yield the vision features and the image embeddings of one golden."""
     pixels = np.stack([to_pixel_values(square, chain.preprocessing) for square in golden.squares])
     features = chain.encode_pixels(pixels)
     for name, expected in golden.features.items():
-        yield Stage("vision_encoder", name, features[name], expected)
-    given = {
+        yield StageTensor("vision_encoder", name, features[name], expected)
+    inputs = {
         item.name: golden.features[item.name].astype(item.dtype) for item in chain.adaptor.contract.inputs
     }
-    yield Stage("adaptor", "image_embeds", chain.adapt(given), golden.image_embeds)
+    yield StageTensor("adaptor", "image_embeds", chain.adapt(inputs), golden.image_embeds)

@@ -1,7 +1,8 @@
-"""The last rung: task accuracy against fp32's, by MLPerf's rule.
+"""The stage ``task_accuracy``: exact match on questions, compared with fp32 by MLPerf's rule.
 
-MLPerf Inference asks of a quantized model at least 99 % (or 99.9 %) of the fp32 model's accuracy and,
-for language models, answers of the same length within 10 % (mlcommons/inference_policies).
+MLPerf Inference requires at least 99 % (or 99.9 %) of the fp32 model's accuracy from a quantized
+model and, from language models, answers of the same length within 10 %
+(https://github.com/mlcommons/inference_policies).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dsvl_export.parity_check.result import ParityResult, TaskResult
 from runtimes.goldens.task import TaskItem, TaskScore, run_task
 from runtimes.pipeline import Pipeline
 
-KEPT_WRONG = 20
-PART = 25  # questions that a machine is given at a time
+MAX_WRONG_ANSWERS = 20  # in the report
+PART = 25  # questions in one task of the cluster
+OnStep = Callable[[str, int, int], None]
 
 
 def judge_task(
@@ -23,51 +25,51 @@ def judge_task(
     result: ParityResult,
     baseline: tuple[str, TaskScore] | None,
 ) -> None:
-    """Fill the result's task rung.
+    """Fill in the stage ``task_accuracy``.
 
     Args:
         score: of the answers to judge.
-        baseline: who gave the fp32 answers, and their score; without it only fp32 itself is measured,
-            another precision cannot be judged.
+        result: the result to fill in.
+        baseline: name of what gave the fp32 answers, and their score. Without it, fp32 itself is
+            ``measured``, and any other precision is ``not judged``.
     """
     assert result.tolerance
     name, reference = baseline or (None, None)
     result.task = task = TaskResult(
-        questions=score.asked.total(),
-        right=score.right.total(),
+        questions=score.questions.total(),
+        right=score.correct.total(),
         by_kind=score.by_kind(),
         mean_tokens=score.mean_tokens,
         baseline=name,
-        baseline_right=reference.right.total() if reference else None,
+        baseline_right=reference.correct.total() if reference else None,
         baseline_mean_tokens=reference.mean_tokens if reference else None,
         wrong=[
             {"images": [str(path) for path in item.images], "question": item.messages[-1].content,
              "expected": item.expected, "answer": answer}
-            for item, answer in score.wrong[:KEPT_WRONG]
+            for item, answer in score.incorrect[:MAX_WRONG_ANSWERS]
         ],
     )  # fmt: skip
-    rung = result.rung("task_accuracy")
+    stage = result.stage("task_accuracy")
     if task.accuracy_ratio is not None and task.length_ratio is not None:
-        right = task.accuracy_ratio >= result.tolerance.task_accuracy
-        long = abs(task.length_ratio - 1) <= result.tolerance.generated_length + 1e-9
-        rung.state = "passed" if right and long else "failed"
-        rung.detail = (
+        accurate = task.accuracy_ratio >= result.tolerance.task_accuracy
+        same_length = abs(task.length_ratio - 1) <= result.tolerance.generated_length + 1e-9
+        stage.state = "passed" if accurate and same_length else "failed"
+        stage.detail = (
             f"{task.accuracy_ratio:.1%} of the accuracy and {task.length_ratio:.1%} of the answer length of"
             f" {task.baseline}; MLPerf's 99.9 % {'is met' if task.accuracy_ratio >= 0.999 else 'is not met'}"
         )
     elif reference:
-        rung.state, rung.detail = "not judged", f"{name} answers nothing right, so there is nothing to keep"
+        stage.state = "not judged"
+        stage.detail = f"{name} answers no question correctly, so there is no accuracy to compare with"
     elif result.precision == "fp32":
-        rung.state, rung.detail = "measured", "fp32 is the baseline of the others"
+        stage.state, stage.detail = "measured", "fp32 is the baseline of the other precisions"
     else:
-        rung.state = "not judged"
-        rung.detail = "no fp32 answers to compare with: export fp32 as well, or give --live CHECKPOINT"
+        stage.state = "not judged"
+        stage.detail = "no fp32 answers to compare with: export fp32 as well, or pass --live CHECKPOINT"
 
 
-def counted(
-    pipeline: Pipeline, items: list[TaskItem], name: str, on_step: Callable[[str, int, int], None]
-) -> TaskScore:
-    """``run_task`` with its progress reported under a name."""
+def score_with_progress(pipeline: Pipeline, items: list[TaskItem], name: str, on_step: OnStep) -> TaskScore:
+    """Answer questions and report the progress to ``on_step`` under ``name``."""
     done = 0
 
     def on_item() -> None:
@@ -78,38 +80,42 @@ def counted(
     return run_task(pipeline, items, on_item)
 
 
-def counted_spread(
-    where: tuple[str, str, str, int | None, str | None],
+def score_on_cluster(
+    model: tuple[str, str, str, int | None, str | None],
     items: list[TaskItem],
     name: str,
-    on_step: Callable[[str, int, int], None],
+    on_step: OnStep,
     spread: Spread,
 ) -> TaskScore:
-    """``counted`` with parts of the questions asked on other machines.
+    """Answer questions on the machines of a cluster; otherwise as ``score_with_progress``.
 
     Args:
-        where: the bundle's folder, backend, precision, threads and device.
+        model: folder of the bundle, backend, precision, threads and device.
+        items: the questions.
+        name: name of the step for ``on_step``.
+        on_step: called with the name, the questions done and all questions.
+        spread: runs the parts on the cluster.
     """
     parts = [items[start : start + PART] for start in range(0, len(items), PART)]
     scores: dict[int, TaskScore] = {}
-    for index, score in spread(score_of, [(*where, part) for part in parts]):
+    for index, score in spread(score_questions, [(*model, part) for part in parts]):
         scores[index] = score
-        on_step(name, sum(len(each.tokens) for each in scores.values()), len(items))
-    whole = TaskScore()
+        on_step(name, sum(len(part.tokens) for part in scores.values()), len(items))
+    total = TaskScore()
     for index in sorted(scores):
-        whole.merge(scores[index])
-    return whole
+        total.merge(scores[index])
+    return total
 
 
-def score_of(
+def score_questions(
     folder: str, backend: str, precision: str, threads: int | None, device: str | None, items: list[TaskItem]
 ) -> TaskScore:
-    """The answers to some questions, on the machine that this runs on."""
-    return run_task(_pipeline_here(folder, backend, precision, threads, device), items, lambda: None)
+    """Answer questions in this process, with a pipeline that it keeps open."""
+    return run_task(_open_pipeline(folder, backend, precision, threads, device), items, lambda: None)
 
 
 @cache
-def _pipeline_here(
+def _open_pipeline(
     folder: str, backend: str, precision: str, threads: int | None, device: str | None
 ) -> Pipeline:
     return Pipeline.open(folder, backend, precision, threads=threads, device=device)

@@ -1,4 +1,4 @@
-"""The stage ``text``: what lies between text and tokens, as the checkpoint's own files say."""
+"""The stage ``text``: prompt format and tokenizer, compared with the checkpoint's files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from itertools import islice
 from dsvl_export.parity_check.result import ParityResult
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
-from runtimes.goldens.texts import TEXT_GOLDENS, TextGoldens, record_again, text_differences
+from runtimes.goldens.texts import TEXT_GOLDENS, TextGoldens, rerecord_texts, text_differences
 from runtimes.text.tokenizer import Tokenizer
 
 STAGE = "text"
-MISSING = "the bundle is of an earlier release and has no text goldens; export it again"
-SHOWN = 3  # differences in the detail
+MISSING = "the bundle was written by an earlier release and has no text goldens; export it again"
+MAX_DIFFERENCES = 3  # in the detail
 
 
 def bundled_texts(bundle: Bundle) -> TextGoldens | None:
-    """The recorded text goldens, checked against their hash; None where the bundle has none."""
+    """Load the recorded text goldens and check their hash; return None if the bundle has none."""
     path = f"goldens/{TEXT_GOLDENS}"
     if path not in bundle.manifest.files:
         return None
@@ -25,19 +25,20 @@ def bundled_texts(bundle: Bundle) -> TextGoldens | None:
 
 
 def judge_text(tokenizer: Tokenizer, goldens: TextGoldens | None, result: ParityResult) -> None:
-    """Fill the result's stage ``text``: all must be equal."""
-    rung = result.rung(STAGE)
+    """Fill in the stage ``text``: everything must be equal to the goldens."""
+    stage = result.stage(STAGE)
     if goldens is None:
-        rung.detail = MISSING
+        stage.detail = MISSING
         return
     try:
-        found = record_again(goldens, tokenizer)
+        actual = rerecord_texts(goldens, tokenizer)
     except UserError as error:
-        rung.fail(str(error).rstrip("."))
+        stage.fail(str(error).rstrip("."))
         return
-    differences = list(text_differences(found, goldens))
+    differences = list(text_differences(actual, goldens))
     if not differences:
-        rung.passed()
+        stage.passed()
         return
-    more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-    rung.fail("; ".join(islice(differences, SHOWN)) + more)
+    hidden = len(differences) - MAX_DIFFERENCES
+    more = f"; and {hidden} more" if hidden > 0 else ""
+    stage.fail("; ".join(islice(differences, MAX_DIFFERENCES)) + more)

@@ -1,4 +1,4 @@
-"""The tolerances of each precision: one table, ``tolerances.yaml``, that users may override."""
+"""The tolerances of each precision: ``tolerances.yaml``, which a file of the user can override."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from runtimes.bundle.yaml_files import read_yaml
 from runtimes.errors import UserError
 
 TABLE = Path(__file__).parent / "tolerances.yaml"
-BOUNDED_RUNGS = (
+BOUNDED_STAGES = (
     "preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits",
     "long_context",
 )  # fmt: skip
 FLOATS = ("fp32", "fp16", "bf16")
-LONG_RUNG = BOUNDED_RUNGS[-1]
-PLAN_ROOM = 3  # above a float precision's usual bound: other inputs, more roundings
+LONG_STAGE = BOUNDED_STAGES[-1]
+PLAN_MARGIN = 3  # factor on the usual bound of a float precision: other inputs, more roundings
+# Keys of 0.4 in files of users, and their names now.
+RENAMED = {"noise": "quantization_error", "drift_factor": "tap_factor", "rungs": "stages"}
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Bounds of one precision; ``tolerances.yaml`` says what each means and where it comes from."""
+    """Bounds of one precision; ``tolerances.yaml`` defines each and says where it comes from."""
 
-    noise: float
+    quantization_error: float
     factor: float
     ceiling: float
     floor: float
-    drift_factor: float
+    tap_factor: float
     tie_factor: float
     task_accuracy: float
     generated_length: float
@@ -38,61 +40,70 @@ class Tolerance:
     layer_floor: float = 0.0
     layer_share: float = 0.0
     layer_row_share: float = 0.0
-    rungs: Mapping[str, float] = field(default_factory=dict)
+    stages: Mapping[str, float] = field(default_factory=dict)
 
-    def bound(self, rung: str, measured_noise: float | None = None) -> float:
-        """Largest relative RMS error of a rung; the preprocessing must be equal bit for bit.
+    def bound(self, stage: str, measured: float | None = None) -> float:
+        """Return the largest relative RMS error of a stage.
+
+        Preprocessing must be equal bit for bit.
 
         Args:
-            measured_noise: of the precision at this rung, for the golden at hand, if known.
+            stage: name of the stage.
+            measured: quantization error of the reference at this stage for one golden, if it was
+                measured.
         """
-        if rung in self.rungs or rung == "preprocess":
-            return self.rungs.get(rung, 0.0)
-        usual = self.noise * self.factor
-        return max(usual, min((measured_noise or 0.0) * self.factor, self.ceiling))
+        if stage in self.stages or stage == "preprocess":
+            return self.stages.get(stage, 0.0)
+        usual = self.quantization_error * self.factor
+        return max(usual, min((measured or 0.0) * self.factor, self.ceiling))
 
     def plan_bound(self, base: Tolerance, error: float) -> float:
-        """Largest relative RMS error from what the precision plan itself computes.
+        """Return the largest relative RMS error from what the precision plan computes in PyTorch.
 
         Args:
-            base: of the float precision that the plan is based on, which may be this one.
-            error: of the plan from fp32.
+            base: tolerance of the float precision that the plan is based on; it may be this one.
+            error: relative RMS error of the plan from fp32.
         """
         share = self.plan_share + (base.plan_share if base is not self else 0)
-        return PLAN_ROOM * base.noise * base.factor + share * error
+        return PLAN_MARGIN * base.quantization_error * base.factor + share * error
 
     def long_bound(self, base: Tolerance, error: float) -> float:
-        """As ``plan_bound``, on the long golden."""
-        return self.rungs[LONG_RUNG] if LONG_RUNG in self.rungs else self.plan_bound(base, error)
+        """Return the bound of the long golden: ``plan_bound``, unless its stage has one."""
+        return self.stages[LONG_STAGE] if LONG_STAGE in self.stages else self.plan_bound(base, error)
 
-    def band(self, measured_noise: float | None) -> float:
-        """Largest relative RMS error of a tap, given the noise of the precision there, if known."""
-        return self.drift_factor * max(measured_noise or 0.0, self.floor)
+    def tap_bound(self, measured: float | None) -> float:
+        """Return the largest relative RMS error of a tap, given its measured quantization error."""
+        return self.tap_factor * max(measured or 0.0, self.floor)
 
-    def layer_bounds(self, noise: float) -> tuple[float, float]:
-        """Largest relative RMS errors of a layer on its recorded input, as a whole and of its median row.
+    def layer_bounds(self, error: float) -> tuple[float, float]:
+        """Return the largest relative RMS errors of a layer on its recorded input.
 
-        The tolerance is that of the base of the precision.
+        The first is that of all rows, the second that of the median row.
+
+        Call it on the tolerance of the base of the precision.
 
         Args:
-            noise: what the precision costs that layer alone.
+            error: quantization error of that layer alone, relative RMS.
         """
-        return self.layer_floor + self.layer_share * noise, self.layer_floor + self.layer_row_share * noise
+        return self.layer_floor + self.layer_share * error, self.layer_floor + self.layer_row_share * error
 
     def plus(self, other: Tolerance) -> Tolerance:
-        """For two artifacts compared with each other: each may be off by its own bound."""
-        coarser = max(self, other, key=lambda one: one.noise * one.factor)
+        """Return the tolerance for comparing two artifacts: the sum of the bounds of both."""
+        coarser = max(self, other, key=lambda tolerance: tolerance.quantization_error * tolerance.factor)
         return replace(
             coarser,
-            noise=(self.noise * self.factor + other.noise * other.factor) / max(coarser.factor, 1e-30),
+            quantization_error=(
+                self.quantization_error * self.factor + other.quantization_error * other.factor
+            )
+            / max(coarser.factor, 1e-30),
             ceiling=self.ceiling + other.ceiling,
             floor=self.floor + other.floor,
-            rungs={rung: self.bound(rung) + other.bound(rung) for rung in {*self.rungs, *other.rungs}},
+            stages={stage: self.bound(stage) + other.bound(stage) for stage in {*self.stages, *other.stages}},
         )
 
 
 def tolerance_for(table: Mapping[str, Tolerance], bundle: Bundle, precision: str) -> Tolerance | None:
-    """A precision's own row of the table, or that of all quantized precisions."""
+    """Return the row of a precision, or of all quantized precisions; None if it has neither."""
     plan = f"precisions/{precision}/{precision}.yaml"
     return table.get(precision) or (table.get("quantized") if plan in bundle.manifest.files else None)
 
@@ -100,33 +111,33 @@ def tolerance_for(table: Mapping[str, Tolerance], bundle: Bundle, precision: str
 def tolerance_of_base(
     table: Mapping[str, Tolerance], bundle: Bundle, precision: str, own: Tolerance
 ) -> Tolerance:
-    """The row of the float precision that a precision is based on: its own, where it is one itself."""
+    """Return the row of the float precision that a precision is based on, or is itself."""
     dtype = bundle.manifest.contracts[precision]["decoder"].inputs[0].dtype
     base = {"float16": "fp16", "bfloat16": "bf16"}.get(dtype, "fp32")
     return own if precision in (base, *FLOATS) else table.get(base, own)
 
 
 def load_tolerances(override: Path | None = None) -> dict[str, Tolerance]:
-    """Tolerances by precision: the shipped table, changed by a YAML file of the same form.
+    """Load the shipped tolerances by precision, changed by a YAML file of the same form.
 
     Raises:
-        UserError: the file is missing, no YAML, or has unknown keys or impossible values.
+        UserError: the file is missing, is not valid YAML, or has unknown keys or invalid values.
     """
     table = {name: Tolerance(**row) for name, row in _read(TABLE).items()}
     for name, row in (_read(override) if override else {}).items():
-        known = {item.name for item in fields(Tolerance)}
-        if not isinstance(row, dict) or set(row) - known:
-            unknown = ", ".join(sorted(map(str, set(row) - known))) if isinstance(row, dict) else str(row)
+        keys = {item.name for item in fields(Tolerance)}
+        if isinstance(row, dict):
+            row = {RENAMED.get(key, key): value for key, value in row.items()}
+        if not isinstance(row, dict) or set(row) - keys:
+            unknown = ", ".join(sorted(map(str, set(row) - keys))) if isinstance(row, dict) else str(row)
             raise UserError(
-                f"{override} has unknown keys for {name}: {unknown}; known are {', '.join(sorted(known))}."
+                f"{override} has unknown keys for {name}: {unknown}. Valid keys: {', '.join(sorted(keys))}."
             )
         values = _checked(row, f"{override}: {name}")
         try:
             table[name] = replace(table[name], **values) if name in table else Tolerance(**values)
         except TypeError as error:
-            raise UserError(
-                f"{override} must give all keys for the new precision {name}: {error}."
-            ) from error
+            raise UserError(f"{override} must set all keys of the new precision {name}: {error}.") from error
     return table
 
 
@@ -138,12 +149,18 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _checked(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The row with its numbers as floats; YAML 1.1 reads ``1e-3``, without a point, as text."""
-    rungs = row.get("rungs", {})
-    if not isinstance(rungs, dict) or set(rungs) - set(BOUNDED_RUNGS):
-        raise UserError(f"{where}.rungs has unknown rungs; known are {', '.join(BOUNDED_RUNGS)}.")
-    numbers = {key: _number(value, f"{where}.{key}") for key, value in row.items() if key != "rungs"}
-    return {**numbers, "rungs": {key: _number(value, f"{where}.rungs.{key}") for key, value in rungs.items()}}
+    """Return the row with its numbers as floats.
+
+    YAML 1.1 reads ``1e-3``, without a point, as text.
+    """
+    stages = row.get("stages", {})
+    if not isinstance(stages, dict) or set(stages) - set(BOUNDED_STAGES):
+        raise UserError(f"{where}.stages has unknown stages. Valid stages: {', '.join(BOUNDED_STAGES)}.")
+    numbers = {key: _number(value, f"{where}.{key}") for key, value in row.items() if key != "stages"}
+    return {
+        **numbers,
+        "stages": {key: _number(value, f"{where}.stages.{key}") for key, value in stages.items()},
+    }
 
 
 def _number(value: Any, where: str) -> float:

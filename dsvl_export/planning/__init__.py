@@ -1,1 +1,1 @@
-"""What an export will need, and what this machine can do."""
+"""Predictions for an export, and the diagnosis of this machine."""

@@ -1,4 +1,4 @@
-"""What a component stores and computes, read off its traced program; no weights are loaded."""
+"""Bytes and operations of a component, from its traced program; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from dsvl_export.compilers.lowering import arguments, without_weights
 from dsvl_export.compilers.onnx.builder import Graph, Initializer
-from dsvl_export.compilers.onnx.dialect_ort import MOST_SCORES, OrtDialect, sum_of_positions
+from dsvl_export.compilers.onnx.dialect_ort import MAX_BLOCK_SCORES, OrtDialect, sum_of_positions
 from dsvl_export.compilers.onnx.dialect_standard import attention_inputs
 from dsvl_export.compilers.onnx.lower import lower
 from dsvl_export.targets.targets import WEIGHT_BITS
@@ -20,27 +20,32 @@ from reference.trace import TracedComponent
 from runtimes.chain import PREFILL_CHUNK
 
 aten = torch.ops.aten
-# Operators whose result shares its input's memory in every runtime.
+# Operators whose output shares the memory of their input in every runtime.
 VIEWS = {aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default, operator.getitem}
 SCALE_BYTES = 2
 INT4_BLOCK = 128
 
 
 class Workload:
-    """One traced component; precisions and sizes are asked for afterwards."""
+    """A traced component; its methods take the precision and the sizes of the call."""
 
     def __init__(self, traced: TracedComponent) -> None:
+        """Prepare a traced component, on fake or real tensors."""
         self.traced = traced
         self._symbols = _symbols(traced)
         self._nodes = [node for node in traced.program.graph.nodes if node.op == "call_function"]
 
     @cached_property
     def graph(self) -> Graph:
-        """The ONNX graph without values; its constants are what every backend stores."""
+        """The ONNX graph without values; every backend stores its constants."""
         return lower(self.traced, without_weights, OrtDialect())
 
     def weight_bytes(self, precision: str) -> int:
-        """Weights and constants; below 16 bits those of linear layers and convolutions, with scales."""
+        """Return the bytes of weights and constants in a precision.
+
+        Below 16 bits, this applies to weights of linear layers and convolutions; scales are
+        included.
+        """
         quantized = _matrices(self.graph) if WEIGHT_BITS[precision] <= 8 else {}
         return sum(
             _quantized_bytes(item, quantized[name], precision) if name in quantized else item.nbytes
@@ -48,21 +53,25 @@ class Workload:
         )
 
     def operations(self, **sizes: int) -> int:
-        """Multiplications and additions of one call, for named dims of the contract.
+        """Return the multiplications and additions of one call.
 
         Args:
-            sizes: batch, sequence, rows, capacity; attention counts the whole capacity.
+            **sizes: the named dims of the contract: batch, sequence, rows, capacity. Attention
+                reads the whole capacity.
         """
         return sum(self._node_operations(node, sizes) for node in self._nodes)
 
-    def activation_bytes(self, most_scores: int | None = None, **sizes: int) -> int:
-        """Largest sum of live intermediate tensors of one call, run in the program's order.
+    def activation_bytes(self, max_scores: int | None = None, **sizes: int) -> int:
+        """Return the largest sum of live intermediate tensors of one call, in the program's order.
 
-        Scores and probabilities of attention are counted as tensors, as ONNX Runtime on a CPU and
-        every runtime without a fused kernel keep them. What follows from weights alone is not counted.
+        Scores and probabilities of attention count as tensors, since ONNX Runtime on a CPU and
+        every runtime without a fused kernel store them. Tensors that depend on weights alone do not
+        count.
 
         Args:
-            most_scores: the most that are there at once, for runtimes that go block by block of queries.
+            max_scores: largest number of scores in memory at a time, for runtimes that process
+                queries in blocks; None is all of them.
+            **sizes: the named dims of the contract.
         """
         last_use: dict[Node, int] = {}
         for place, node in enumerate(self._nodes):
@@ -74,12 +83,12 @@ class Workload:
         live, peak = 0, 0
         expiring: dict[int, int] = {}
         for place, node in enumerate(self._nodes):
-            counted = node in self._varying and node.target not in VIEWS
-            own = self._bytes(node, sizes) if counted else 0
-            if most_scores and node in self._positions:
-                own = min(own, most_scores * node.meta["val"].element_size())
+            allocates = node in self._varying and node.target not in VIEWS
+            own = self._bytes(node, sizes) if allocates else 0
+            if max_scores and node in self._positions:
+                own = min(own, max_scores * node.meta["val"].element_size())
             live += own
-            peak = max(peak, live + self._attention_bytes(node, most_scores, sizes))
+            peak = max(peak, live + self._attention_bytes(node, max_scores, sizes))
             if own:
                 end = last_use.get(node, place)
                 expiring[end] = expiring.get(end, 0) + own
@@ -88,25 +97,25 @@ class Workload:
 
     @cached_property
     def _varying(self) -> set[Node]:
-        """Nodes that rest on an input or a state, not on weights alone."""
+        """Nodes that depend on an input or a state, not on weights alone."""
         inputs = set(map(str, self.traced.program.graph_signature.user_inputs))
-        found: set[Node] = set()
+        varying: set[Node] = set()
         for node in self.traced.program.graph.nodes:
-            if node.name in inputs or found.intersection(node.all_input_nodes):
-                found.add(node)
-        return found
+            if node.name in inputs or varying.intersection(node.all_input_nodes):
+                varying.add(node)
+        return varying
 
     @cached_property
     def _positions(self) -> set[Node]:
         """Sums of relative positions of rows and columns, which are as large as the scores."""
         attentions = (n for n in self._nodes if n.target is aten.scaled_dot_product_attention.default)
         biases = (bias for node in attentions for bias in attention_inputs(node)[1])
-        return {found for bias in biases if (found := sum_of_positions(bias))}
+        return {node for bias in biases if (node := sum_of_positions(bias))}
 
     def _shape(self, value: Any, sizes: dict[str, int]) -> list[int]:
-        """Sizes of a fake tensor with its symbols filled in."""
-        known = {symbol: sizes[name] for symbol, name in self._symbols.items()}
-        return [dim if isinstance(dim, int) else int(dim.node.expr.subs(known)) for dim in value.shape]
+        """Return the shape of a fake tensor with its symbols replaced by sizes."""
+        values = {symbol: sizes[name] for symbol, name in self._symbols.items()}
+        return [dim if isinstance(dim, int) else int(dim.node.expr.subs(values)) for dim in value.shape]
 
     def _bytes(self, node: Node, sizes: dict[str, int]) -> int:
         values = node.meta["val"]
@@ -116,7 +125,10 @@ class Workload:
         )
 
     def _attention(self, node: Node, sizes: dict[str, int]) -> tuple[int, int, int] | None:
-        """Batch × heads, queries × keys, and head size of an attention node."""
+        """Return batch × heads, queries × keys, and head size of an attention node.
+
+        None for others.
+        """
         if node.target is aten.scaled_dot_product_attention.default:
             batch, heads, queries, head = self._input(node, 0, sizes)
             return batch * heads, queries * queries, head
@@ -126,12 +138,13 @@ class Workload:
             return batch * (width // head), queries * capacity, head
         return None
 
-    def _attention_bytes(self, node: Node, most: int | None, sizes: dict[str, int]) -> int:
-        found = self._attention(node, sizes)
-        if found is None:
+    def _attention_bytes(self, node: Node, max_scores: int | None, sizes: dict[str, int]) -> int:
+        """Return the bytes of scores and probabilities of an attention node; 0 for others."""
+        attention = self._attention(node, sizes)
+        if attention is None:
             return 0
-        rows, scores, _ = found
-        return int(2 * min(rows * scores, most or rows * scores) * node.meta["val"].element_size())
+        rows, scores, _ = attention
+        return int(2 * min(rows * scores, max_scores or rows * scores) * node.meta["val"].element_size())
 
     def _node_operations(self, node: Node, sizes: dict[str, int]) -> int:
         attention = self._attention(node, sizes)
@@ -149,34 +162,41 @@ class Workload:
         return self._shape(arguments(node)[position].meta["val"], sizes)
 
 
-def activations(work: Workload, backend: str, prompt: int, capacity: int) -> int:
-    """Bytes of intermediate tensors at most, while a component runs for one image or one sequence.
+def activation_bytes(workload: Workload, backend: str, prompt: int, capacity: int) -> int:
+    """Return the largest bytes of intermediate tensors for one image or one sequence.
 
     Args:
-        prompt: tokens that are read at once, up to a chunk.
+        workload: the component.
+        backend: decides whether attention runs in blocks.
+        prompt: number of prompt tokens; a decode call reads at most a chunk of them.
+        capacity: of the KV cache, in tokens.
     """
-    blocks = MOST_SCORES if backend == "onnxruntime" else None
-    if not work.traced.contract.states:
-        return work.activation_bytes(blocks, batch=1)
+    max_scores = MAX_BLOCK_SCORES if backend == "onnxruntime" else None
+    if not workload.traced.contract.states:
+        return workload.activation_bytes(max_scores, batch=1)
     chunk = min(PREFILL_CHUNK, prompt, capacity)
-    return work.activation_bytes(None, batch=1, sequence=chunk, rows=1, capacity=capacity)
+    return workload.activation_bytes(None, batch=1, sequence=chunk, rows=1, capacity=capacity)
 
 
-def activation_growth(work: Workload, backend: str, longest: int) -> tuple[int, int]:
-    """``activations`` as a constant and bytes for each token of the cache's capacity, the most of both.
+def activation_growth(workload: Workload, backend: str, longest: int) -> tuple[int, int]:
+    """Return an upper bound of ``activation_bytes``: a constant, and bytes per token of capacity.
+
+    The sum of live tensors grows at most linearly, so that the line between the smallest and the
+    largest capacity lies above it.
 
     Args:
-        longest: the largest capacity. Sums of what is alive grow linearly at most, so that the line between
-            the ends lies above.
+        workload: the component.
+        backend: decides whether attention runs in blocks.
+        longest: the largest capacity, in tokens.
     """
     least = min(PREFILL_CHUNK, longest)
-    low, high = (activations(work, backend, least, capacity) for capacity in (least, longest))
+    low, high = (activation_bytes(workload, backend, least, capacity) for capacity in (least, longest))
     slope = ceil((high - low) / max(longest - least, 1))
     return max(low - slope * least, 0), slope
 
 
 def _symbols(traced: TracedComponent) -> dict[Any, str]:
-    """The program's symbols by the contract's names for them."""
+    """Return the symbols of the program and their names in the contract."""
     specs = traced.contract.inputs + traced.contract.states
     names = traced.program.graph_signature.user_inputs
     values = {node.name: node.meta["val"] for node in traced.program.graph.nodes if node.op == "placeholder"}
@@ -189,14 +209,14 @@ def _symbols(traced: TracedComponent) -> dict[Any, str]:
 
 
 def _owner(node: Node) -> Node:
-    """The node whose memory a view shows."""
+    """Return the node whose memory a view shares."""
     while node.target in VIEWS:
         node = node.all_input_nodes[0]
     return node
 
 
 def _matrices(graph: Graph) -> dict[str, int]:
-    """Weights that quantization applies to, and their numbers of output channels."""
+    """Return the weights that quantization applies to, and their numbers of output channels."""
     channels = {"MatMul": -1, "Conv": 0}  # the axis; weights of linear layers are stored transposed
     return {
         name: graph.initializers[name].shape[channels[node.op_type]]
@@ -208,7 +228,10 @@ def _matrices(graph: Graph) -> dict[str, int]:
 
 
 def _quantized_bytes(item: Initializer, channels: int, precision: str) -> int:
-    """Weights and scales: int4 in blocks of ``INT4_BLOCK``, eight bits per output channel."""
+    """Return the bytes of a weight and its scales.
+
+    int4 has a scale for each ``INT4_BLOCK`` weights, other precisions one for each output channel.
+    """
     count = prod(item.shape)
     scales = count / INT4_BLOCK if precision == "int4" else channels
     return int(count * WEIGHT_BITS[precision] / 8 + scales * SCALE_BYTES)

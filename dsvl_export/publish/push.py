@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsvl_export.publish.model_card import CARD, CardOptions, model_card
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 from runtimes.hub import HubId, hub_errors
 
@@ -20,8 +21,8 @@ def push(
 ) -> str:
     """Check a bundle's files against their hashes and upload them with a model card.
 
-    The files that the manifest names, the manifest and the parity reports are uploaded in one commit, so
-    that the hub never shows half a bundle. The card replaces the repository's README.md.
+    The files that the manifest names, the manifest and the parity reports are uploaded in one
+    commit, so that the hub never shows half a bundle. The card replaces the repository's README.md.
 
     Args:
         bundle: the bundle.

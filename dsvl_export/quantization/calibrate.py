@@ -1,4 +1,4 @@
-"""Calibrate a checkpoint: data through the whole chain, statistics, the scale table."""
+"""Calibration of a checkpoint: runs data through all components and writes the scale table."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from calibration.choose_scales import make_table
+from calibration.choose_scales import build_scale_table
 from calibration.data import Sample, load_data
 from calibration.precision_plan import PrecisionPlan, load_precision
 from calibration.ranges import METHODS, PERCENTILE
 from calibration.scale_table import ScaleTable
-from calibration.statistics import GROUP, ROWS, STATISTICS_FILE, Statistics, collect, known_statistics
+from calibration.statistics import (
+    ANSWER_BATCH,
+    KEPT_ROWS,
+    STATISTICS_FILE,
+    Statistics,
+    collect_statistics,
+    load_or_create_statistics,
+)
 from dsvl_export.cluster.ray_cluster import Spread
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.session import write_token_embedding
 from runtimes.bundle.locks import locked
 from runtimes.errors import UserError
 
-SAMPLES = 64  # of an export that is given no scales
+SAMPLES = 64  # for an export without a scale table
 METHOD = "mse"
 LOCK = ".lock"
 OnStep = Callable[[str, int, int], None]
@@ -29,10 +36,11 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What ``calibrate`` does.
+    """Options of a calibration.
 
-    ``part`` (index from 1, count) takes every sample of one part of the data, for several machines;
-    ``tune`` is the precision plan that smoothing and GPTQ shall serve.
+    ``part`` (index from 1, count) uses one part of the samples, to calibrate on several machines.
+    ``tune`` is the precision plan that smoothing and GPTQ optimize for. ``rows`` of activations are
+    kept for each layer.
     """
 
     data: str = "bundled"
@@ -41,27 +49,31 @@ class CalibrationOptions:
     part: tuple[int, int] = (1, 1)
     method: str = METHOD
     percentile: float = PERCENTILE
-    rows: int = ROWS
+    rows: int = KEPT_ROWS
     tune: str | None = None
     smooth: bool = True
     gptq: bool = True
 
     def check(self) -> None:
-        """Raise UserError where a value makes no sense."""
+        """Check the values.
+
+        Raises:
+            UserError: a value is invalid.
+        """
         index, count = self.part
         if self.method not in METHODS:
-            raise UserError(f"There is no method {self.method!r}; there are {', '.join(METHODS)}.")
+            raise UserError(f"There is no method {self.method!r}; use one of {', '.join(METHODS)}.")
         if not 1 <= index <= count:
             raise UserError(f"There is no part {index} of {count}.")
         if self.tune and not self.rows and (self.smooth or self.gptq):
-            raise UserError("Tuning needs rows of the activations; give --rows above 0.")
+            raise UserError("Tuning needs rows of the activations; pass --rows above 0.")
         if not 0 < self.percentile <= 100:
             raise UserError(f"The percentile must lie between 0 and 100, got {self.percentile:g}.")
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """A scale table that was written, and the images that were left out."""
+class CalibrationResult:
+    """The scale table, and the images that could not be read."""
 
     table: ScaleTable
     skipped: tuple[str, ...] = ()
@@ -74,17 +86,21 @@ def calibrate(
     merge: Sequence[Path] = (),
     on_step: OnStep = lambda name, done, total: None,
     spread: Spread | None = None,
-) -> Calibrated:
-    """Write ``scales.json`` and ``scales.safetensors`` into ``output``, beside the statistics they rest on.
+) -> CalibrationResult:
+    """Calibrate a checkpoint; write ``scales.json``, ``scales.safetensors`` and statistics.
 
-    An interrupted call goes on where it stopped when it is made again.
+    If a call is interrupted, the same call resumes.
 
     Args:
-        merge: folders of statistics that make up the whole; the data is not run then.
-        spread: runs parts of the data on other machines; the result is the same.
+        source: the checkpoint.
+        output: folder for the scale table and the statistics.
+        options: data, samples and methods.
+        merge: folders with statistics of all parts, which are merged instead of running data.
+        on_step: called with the name of the step, the samples done and all samples.
+        spread: runs parts of the data on a cluster; the result is the same.
 
     Raises:
-        UserError: bad data or options, or statistics of another checkpoint.
+        UserError: the data or the options are invalid, or statistics are of another checkpoint.
     """
     options.check()
     plan = load_precision(options.tune) if options.tune else None
@@ -103,12 +119,12 @@ def _calibrate(
     on_step: OnStep,
     spread: Spread | None,
     plan: PrecisionPlan | None,
-) -> Calibrated:
-    """Do it, while nobody else writes into ``output``."""
+) -> CalibrationResult:
+    """Calibrate; the caller holds the lock of ``output``."""
     skipped: tuple[str, ...] = ()
     if merge:
         if output.resolve() in [folder.resolve() for folder in merge]:
-            raise UserError(f"{output} is one of the parts; give another folder for the whole.")
+            raise UserError(f"{output} is one of the parts to merge; pass another folder as --output.")
         statistics = Statistics.load(_statistics_file(merge[0]))
         for folder in merge[1:]:
             statistics.merge(Statistics.load(_statistics_file(folder)))
@@ -118,18 +134,18 @@ def _calibrate(
         index, count = options.part
         samples, skipped = data.samples[index - 1 :: count], data.skipped
         if not samples:
-            raise UserError(f"Part {index} of {count} has no samples; give more samples or fewer parts.")
+            raise UserError(f"Part {index} of {count} has no samples; use more samples or fewer parts.")
         on_sample = partial(on_step, "calibrating")
         if spread:
             statistics = _collect_spread(source, samples, output, options.rows, on_sample, spread)
         else:
-            with token_embedding(source) as embedding:
-                statistics = collect(source, embedding, samples, output, options.rows, on_sample)
-    table = make_table(
+            with temporary_token_embedding(source) as embedding:
+                statistics = collect_statistics(source, embedding, samples, output, options.rows, on_sample)
+    table = build_scale_table(
         source, statistics, options.method, options.percentile, plan, options.smooth, options.gptq, on_step
     )
     table.save(output)
-    return Calibrated(table, skipped)
+    return CalibrationResult(table, skipped)
 
 
 def _collect_spread(
@@ -140,15 +156,15 @@ def _collect_spread(
     on_sample: Callable[[int, int], None],
     spread: Spread,
 ) -> Statistics:
-    """``collect`` with groups of samples on other machines, merged as they come."""
-    statistics = known_statistics(source, samples, folder, keep)
-    by_digest, known = {sample.digest: sample for sample in samples}, set(statistics.samples)
-    missing = [sample for digest, sample in by_digest.items() if digest not in known]
-    groups = [missing[start : start + GROUP] for start in range(0, len(missing), GROUP)]
+    """Collect statistics of groups of samples on a cluster, and merge them as they finish."""
+    statistics = load_or_create_statistics(source, samples, folder, keep)
+    by_digest, done = {sample.digest: sample for sample in samples}, set(statistics.samples)
+    missing = [sample for digest, sample in by_digest.items() if digest not in done]
+    groups = [missing[start : start + ANSWER_BATCH] for start in range(0, len(missing), ANSWER_BATCH)]
     on_sample(len(statistics.samples), len(samples))
     parts = [(str(source.folder), source.digest, group, keep) for group in groups]
-    for _, found in spread(collect_part, parts):
-        statistics.merge(found)
+    for _, part in spread(collect_part, parts):
+        statistics.merge(part)
         statistics.save(folder / STATISTICS_FILE)
         on_sample(len(statistics.samples), len(samples))
     statistics.samples = list(by_digest)
@@ -157,35 +173,35 @@ def _collect_spread(
 
 
 def collect_part(folder: str, digest: str, samples: Sequence[Sample], keep: int) -> Statistics:
-    """Statistics of some samples, on the machine that this runs on."""
-    source, embedding = checkpoint_here(folder, digest)
+    """Collect statistics of some samples, in a worker of the cluster."""
+    source, embedding = open_checkpoint_on_worker(folder, digest)
     with tempfile.TemporaryDirectory() as scratch:
-        return collect(source, embedding, samples, Path(scratch), keep)
+        return collect_statistics(source, embedding, samples, Path(scratch), keep)
 
 
 @cache
-def checkpoint_here(folder: str, digest: str) -> tuple[Checkpoint, Path]:
-    """A checkpoint and its token table on this machine, kept for the parts that follow.
+def open_checkpoint_on_worker(folder: str, digest: str) -> tuple[Checkpoint, Path]:
+    """Open a checkpoint and write its token table; both are kept for later calls in the worker.
 
     Raises:
-        UserError: it is missing here, or another one.
+        UserError: the checkpoint is missing on this machine, or is another one.
     """
     source = open_checkpoint(folder)
     if source.digest != digest:
-        raise UserError(f"{folder} on one of the machines is another checkpoint than here.")
-    return source, _KEPT.enter_context(token_embedding(source))
+        raise UserError(f"{folder} is another checkpoint on one of the machines; copy the same one to all.")
+    return source, _WORKER_FILES.enter_context(temporary_token_embedding(source))
 
 
 @contextmanager
-def token_embedding(source: Checkpoint) -> Iterator[Path]:
-    """The checkpoint's token table as a file, for as long as it is needed."""
+def temporary_token_embedding(source: Checkpoint) -> Iterator[Path]:
+    """Write the checkpoint's token table to a temporary file, and yield the file."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "token_embedding.safetensors"
         write_token_embedding(source, file)
         yield file
 
 
-_KEPT = ExitStack()  # token tables, for as long as the process lives
+_WORKER_FILES = ExitStack()  # token tables, until the worker ends
 
 
 def _statistics_file(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Pictures that stand by themselves: sensitivity by layer, and the Pareto front of precision plans."""
+"""Plots of the sensitivity by layer, and of the Pareto front of precision plans."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import matplotlib
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from calibration.budget_search import Point
+    from calibration.budget_search import MeasuredPlan
     from calibration.sensitivity import Sensitivity
 
 STYLE = {"svg.hashsalt": "dsvl-export", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
 COLOURS = ("#2f5fd0", "#b4541f", "#1d7a4b", "#7a3ea8", "#555555")
-LEAST_KL = 1e-9  # what is drawn for no divergence on a logarithmic axis
+LEAST_KL = 1e-9  # drawn for a divergence of zero on a logarithmic axis
 
 
-def draw_sensitivity(found: Sensitivity, file: Path) -> None:
-    """KL divergence of every layer quantized alone, a line for each precision, as SVG."""
-    layers = list(found.floats)
+def draw_sensitivity(sensitivity: Sensitivity, file: Path) -> None:
+    """Plot the KL divergence of quantizing one layer, a line for each precision, as SVG."""
+    layers = list(sensitivity.floats)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(8.0, 0.13 * len(layers)), 4.6), layout="constrained")
         axes = figure.subplots()
-        for colour, precision in zip(COLOURS, sorted({row.precision for row in found.rows}), strict=False):
-            rows = {row.layer: max(row.kl, LEAST_KL) for row in found.rows if row.precision == precision}
+        for colour, precision in zip(
+            COLOURS, sorted({row.precision for row in sensitivity.rows}), strict=False
+        ):
+            rows = {
+                row.layer: max(row.kl, LEAST_KL) for row in sensitivity.rows if row.precision == precision
+            }
             places = [place for place, layer in enumerate(layers) if layer in rows]
             values = [rows[layers[place]] for place in places]
             axes.plot(places, values, "-o", color=colour, markersize=3.5, linewidth=1, label=precision)
@@ -32,13 +36,15 @@ def draw_sensitivity(found: Sensitivity, file: Path) -> None:
         axes.set_ylabel("KL divergence, nats per token")
         step = max(1, len(layers) // 80)
         axes.set_xticks(range(0, len(layers), step), layers[::step], rotation=90, fontsize=6)
-        axes.set_title("Cost of quantizing one layer alone", loc="left")
+        axes.set_title("KL divergence when one layer is quantized", loc="left")
         axes.legend(frameon=False, ncols=3)
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def draw_front(chosen: Point, front: list[Point], uniform: list[Point], budget: str, file: Path) -> None:
-    """KL divergence against bytes of weights: measured plans, the chosen one, uniform ones; as SVG."""
+def draw_front(
+    chosen: MeasuredPlan, front: list[MeasuredPlan], uniform: list[MeasuredPlan], budget: str, file: Path
+) -> None:
+    """Plot KL divergence against bytes of weights of the measured and uniform plans, as SVG."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 4.6), layout="constrained")
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""The HTTP face of a bundle: the OpenAI chat protocol, health, metrics and a web page."""
+"""The HTTP front end of a bundle: OpenAI chat completions, health, metrics and a web page."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from dsvl_export.serving.errors import RequestError, quoted, request_error
 from dsvl_export.serving.limits import RequestLimits
 from dsvl_export.serving.metrics import CountRequests, Metrics
 from dsvl_export.serving.openapi import openapi_document
-from dsvl_export.serving.protocol import Conversation, conversation, read_request
-from dsvl_export.serving.service import Exchange, ServeOptions, Service, Work
+from dsvl_export.serving.protocol import Conversation, parse_conversation, read_request
+from dsvl_export.serving.service import AnswerStream, ModelRequest, ServeOptions, Service
 from dsvl_export.version import __version__
 from runtimes.errors import UserError
 from runtimes.scheduler import Step
 
 CHAT, GUARDED = "/v1/chat/completions", ("/v1/", "/metrics")
 BODY_SECONDS = 30
-# The page is one file: nothing is loaded from elsewhere, and nothing may frame it.
+# The page is one file: it loads nothing else, and no other page can embed it.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:;"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-CLIENT_GONE = 499  # a status for the metrics alone, as nginx has it
+CLIENT_CLOSED_REQUEST = 499  # for the metrics only; nginx uses this status too
 log = logging.getLogger(__name__)
 
 
 def create_app(service: Service, options: ServeOptions) -> FastAPI:
-    """The application; closing it finishes the requests that were taken."""
+    """Create the application; when it closes, it finishes the accepted requests."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -54,20 +54,20 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
     )  # fmt: skip
     metrics, page = Metrics(service), files("dsvl_export.serving").joinpath("page.html").read_text("utf-8")
 
-    @app.exception_handler(Exception)  # which the server logs
+    @app.exception_handler(Exception)  # the server logs it
     @app.exception_handler(UserError)
     async def refused(request: Request, error: Exception) -> Response:
-        known = request_error(error)
-        return JSONResponse(known.document(), known.status, known.headers)
+        answer = request_error(error)
+        return JSONResponse(answer.document(), answer.status, answer.headers)
 
     @app.exception_handler(HTTPException)
     async def not_routed(request: Request, error: HTTPException) -> Response:
-        sentence = {
-            404: f"There is no {request.url.path[:200]} here.",
-            405: f"{request.url.path} does not take {request.method[:20]}.",
+        message = {
+            404: f"There is no path {request.url.path[:200]}; see /openapi.json.",
+            405: f"{request.url.path} does not support the method {request.method[:20]}.",
         }.get(error.status_code, str(error.detail))
         return JSONResponse(
-            RequestError(error.status_code, sentence).document(), error.status_code, error.headers
+            RequestError(error.status_code, message).document(), error.status_code, error.headers
         )
 
     @app.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse)
@@ -77,63 +77,68 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
 
     @app.api_route("/healthz", methods=["GET", "HEAD"])
     async def health() -> Response:
-        if (reason := await run_in_threadpool(service.ailing)) is not None:
+        if (reason := await run_in_threadpool(service.health_problem)) is not None:
             return JSONResponse({"status": "unavailable", "detail": reason}, 503)
-        return JSONResponse({"status": "ok", "models": service.open})
+        return JSONResponse({"status": "ok", "models": service.open_models})
 
     document = openapi_document(service.names, options.token is not None)
 
     @app.get("/openapi.json")
-    async def described() -> dict[str, Any]:
+    async def openapi() -> dict[str, Any]:
         return document
 
     @app.get("/metrics")
-    async def figures() -> Response:
+    async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
-    async def listed() -> dict[str, Any]:
-        return {"object": "list", "data": [describe(service, name) for name in service.names]}
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [describe_model(service, name) for name in service.names]}
 
     @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
+    async def get_model(name: str) -> dict[str, Any]:
         if name not in service.names:
-            raise RequestError(404, f"There is no model {quoted(name)} here.", code="model_not_found")
-        return describe(service, name)
+            raise RequestError(
+                404,
+                f"There is no model {quoted(name)}; GET /v1/models lists the models.",
+                code="model_not_found",
+            )
+        return describe_model(service, name)
 
     @app.post(CHAT)
     async def chat(request: Request) -> Response:
         _check_media_type(request)
-        # Not request.body(), which keeps it: what is read of it may be as large.
+        # request.body() would keep the body in memory beside the parsed request, which may be as
+        # large.
         body = b"".join([part async for part in request.stream()])
-        asked = await run_in_threadpool(read_request, body)
+        chat_request = await run_in_threadpool(read_request, body)
         del body
-        work = Work(
-            asked.model,
-            conversation(asked.messages, options.images.images),
-            asked.options(options.longest, options.drafts),
-            bool(asked.stream),
+        model_request = ModelRequest(
+            chat_request.model,
+            parse_conversation(chat_request.messages, options.images.images),
+            chat_request.options(options.max_new_tokens, options.drafts),
+            bool(chat_request.stream),
             options.seconds,
         )
-        wants_usage = asked.wants_usage
-        del asked  # its images are in the work
-        exchange = service.exchange(work)
-        work = replace(work, talk=Conversation())
-        found = await _unless_gone(request, exchange.first())
-        if found is None:
-            exchange.close()  # it may have begun at that moment
-            return Response(status_code=CLIENT_GONE)
-        completion = Completion(exchange.model, service.tokenizer)
-        if work.stream:
-            events = _events(wants_usage, completion, found, exchange, metrics)
-            return EventStream(events, exchange)
-        assert found.answer
-        metrics.answered(exchange.model, found.answer)
-        return JSONResponse(completion.whole(found.answer))
+        wants_usage = chat_request.wants_usage
+        del chat_request  # frees its copy of the images
+        steps = service.submit(model_request)
+        model_request = replace(model_request, conversation=Conversation())
+        step = await _until_disconnected(request, steps.first())
+        if step is None:
+            steps.close()  # the first step may have been made at that moment
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        completion = Completion(steps.model, service.tokenizer)
+        if model_request.stream:
+            events = _events(wants_usage, completion, step, steps, metrics)
+            return EventStreamResponse(events, steps)
+        assert step.answer
+        metrics.count_answer(steps.model, step.answer)
+        return JSONResponse(completion.completion(step.answer))
 
     app.add_middleware(
         RequestLimits, paths=(CHAT,), token=options.token, guarded=GUARDED, local=options.local,
-        body=options.body, seconds=BODY_SECONDS,
+        max_bytes=options.max_body_bytes, seconds=BODY_SECONDS,
     )  # fmt: skip
     if options.origins:
         app.add_middleware(
@@ -144,32 +149,39 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
     return app
 
 
-class EventStream(StreamingResponse):
-    """A stream that gives back what its exchange holds however it ends, also before it began."""
+class EventStreamResponse(StreamingResponse):
+    """A response with server-sent events; it closes the answer stream, even if it never starts."""
 
-    def __init__(self, events: AsyncIterator[str], exchange: Exchange) -> None:
+    def __init__(self, events: AsyncIterator[str], steps: AnswerStream) -> None:
+        """Prepare a response.
+
+        Args:
+            events: server-sent events.
+            steps: the answer that the events are made from.
+        """
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._exchange = exchange
+        self._steps = steps
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._exchange.close()
+            self._steps.close()
 
 
-def describe(service: Service, name: str) -> dict[str, Any]:
-    """A model as the protocol lists it."""
+def describe_model(service: Service, name: str) -> dict[str, Any]:
+    """Return a model as OpenAI's list of models has it, with backend and precision."""
     backend, precision = name.split("/")
     return {
         "id": name, "object": "model", "created": 0, "owned_by": "dsvl-export", "backend": backend,
         "precision": precision, "default": name == service.default,
-        "open": name in service.open,
+        "open": name in service.open_models,
     }  # fmt: skip
 
 
 def _check_media_type(request: Request) -> None:
-    """Refuse what a web page elsewhere may send without being asked first, and compressed bodies."""
+    """Refuse compressed bodies, and media types that need no CORS preflight."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise RequestError(415, "The body must be application/json; set the Content-Type header.")
@@ -177,28 +189,29 @@ def _check_media_type(request: Request) -> None:
         raise RequestError(415, "The body must not be compressed; send it without Content-Encoding.")
 
 
-async def _unless_gone(request: Request, work: Awaitable[Step]) -> Step | None:
-    """What the work gives; it is cancelled, and gives nothing, where the client goes away before."""
-    task = asyncio.ensure_future(work)
+async def _until_disconnected(request: Request, step: Awaitable[Step]) -> Step | None:
+    """Await a step; if the client disconnects before, cancel it and return None."""
+    task = asyncio.ensure_future(step)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
-        for each in (task, gone):
-            each.cancel()
+        for future in (task, gone):
+            future.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:
+    """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _events(
-    usage: bool, completion: Completion, first: Step, exchange: Exchange, metrics: Metrics
+    usage: bool, completion: Completion, first: Step, steps: AnswerStream, metrics: Metrics
 ) -> AsyncIterator[str]:
-    """Server-sent events of a stream; an error on the way is the last of them."""
+    """Yield the server-sent events of an answer; an error is the last event."""
     step = first
     try:
         yield _event(completion.chunk(first=True, usage=usage))
@@ -207,14 +220,14 @@ async def _events(
                 yield _event(completion.chunk(step.text, step.logprobs, usage=usage))
             if step.answer:
                 break
-            step = await exchange.next()
+            step = await steps.next()
     except Exception as error:
-        if not isinstance(error, UserError):  # those of the model are logged already
+        if not isinstance(error, UserError):  # errors of the model are logged already
             log.error("a stream failed", exc_info=error)
-        metrics.failed(exchange.model)
+        metrics.count_failed_stream(steps.model)
         yield _event(request_error(error).document())
         return
-    metrics.answered(exchange.model, step.answer)
+    metrics.count_answer(steps.model, step.answer)
     yield _event(completion.chunk(reason=step.answer.finish_reason, usage=usage))
     if usage:
         yield _event(completion.usage_chunk(step.answer))
@@ -222,4 +235,5 @@ async def _events(
 
 
 def _event(document: dict[str, Any]) -> str:
+    """Return a document as a server-sent event."""
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"

@@ -1,4 +1,4 @@
-"""The OpenAI chat-completions protocol: answers written."""
+"""The OpenAI chat-completions protocol: answers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", "capacity":
 
 
 class Completion:
-    """Writes one answer, whole or in chunks."""
+    """Formats one answer, as one document or in chunks."""
 
     def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        """Start an answer of a model, with a new id."""
         self.model, self.created = model, int(time.time())
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._tokenizer = tokenizer
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
+    def completion(self, answer: Answer) -> dict[str, Any]:
+        """Return the answer as a ``chat.completion``."""
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": answer.text, "refusal": None},
@@ -40,12 +42,14 @@ class Completion:
         first: bool = False,
         usage: bool = False,
     ) -> dict[str, Any]:
-        """What a step added.
+        """Return a step of the answer as a ``chat.completion.chunk``.
 
         Args:
+            text: text that the step adds.
+            logprobs: log probabilities of the tokens that the step adds.
             reason: why the answer ended, in the last chunk.
-            first: the chunk that opens the message.
-            usage: whether another chunk will tell the usage.
+            first: whether the chunk opens the message.
+            usage: whether a later chunk will contain the usage.
         """
         delta: dict[str, Any] = {"role": "assistant"} if first else {}
         if text or first:
@@ -60,13 +64,14 @@ class Completion:
         return {**self._head("chat.completion.chunk"), "choices": [choice], **later}
 
     def usage_chunk(self, answer: Answer) -> dict[str, Any]:
+        """Return the chunk with the token counts."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(answer)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Of all tokens that are text, which the end of the answer is not."""
+        """Return the log probabilities of all tokens except the end-of-sentence token."""
         ends = self._tokenizer.spec.eos_ids
         content = [
             {
@@ -80,13 +85,13 @@ class Completion:
 
     def _logprob(self, token: int, value: float) -> dict[str, Any]:
         (piece,) = self._tokenizer.pieces([token])
-        # JSON has no infinity; this is what the protocol says for very unlikely tokens.
+        # JSON has no infinity; the protocol uses this value for very improbable tokens.
         value = value if math.isfinite(value) else -9999.0
         return {"token": piece, "logprob": value, "bytes": list(self._tokenizer.token_bytes(token))}
 
 
 def usage(answer: Answer) -> dict[str, Any]:
-    """Token counts; of the prompt's, ``cached_tokens`` were there already."""
+    """Return the token counts; ``cached_tokens`` of the prompt were in the KV cache already."""
     return {
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": len(answer.tokens),

@@ -1,4 +1,4 @@
-"""Errors of a request, in the form of the OpenAI protocol."""
+"""Errors of a request, in the form of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -7,75 +7,78 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtimes.errors import UserError
-from runtimes.scheduler import BusyError, ClosedError, LateError
+from runtimes.scheduler import BusyError, ClosedError, DeadlineError
 
-INTERNAL = "The server failed at this request; its log says why."
+INTERNAL = "The server failed at this request; its log has the reason."
 
 
-def quoted(text: str, most: int = 80) -> str:
-    """A value of the client's as an error quotes it: on one line, cut where it is long."""
-    return repr(text if len(text) <= most else f"{text[:most]}…")
+def quoted(text: str, max_length: int = 80) -> str:
+    """Quote a value of the client for an error: on one line, and cut if it is long."""
+    return repr(text if len(text) <= max_length else f"{text[:max_length]}…")
 
 
 class RequestError(UserError):
-    """A request that is answered with a status and one sentence.
-
-    Args:
-        status: of HTTP.
-        kind, code: ``type`` and ``code`` of the protocol's error object.
-        param: the field of the request that is at fault.
-        headers: of the response.
-    """
+    """An error that is answered with an HTTP status and a message."""
 
     def __init__(
         self,
         status: int,
-        sentence: str,
+        message: str,
         kind: str = "invalid_request_error",
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(sentence)
+        """Create an error.
+
+        Args:
+            status: HTTP status.
+            message: one sentence that says what is wrong.
+            kind: ``type`` of the API's error object.
+            code: ``code`` of the API's error object.
+            param: the field of the request that is wrong.
+            headers: headers of the response.
+        """
+        super().__init__(message)
         self.status, self.kind, self.code, self.param = status, kind, code, param
         self.headers = dict(headers or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As it comes from another process."""
+        """Support pickling, for errors of replicas."""
         return RequestError, (self.status, str(self), self.kind, self.code, self.param, self.headers)
 
     def document(self) -> dict[str, Any]:
-        """The body of the response."""
+        """Return the body of the response."""
         return {
             "error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code},
         }
 
     def encoded(self) -> tuple[list[tuple[bytes, bytes]], bytes]:
-        """Headers and body of a response after which the connection is closed."""
+        """Return headers and body of a response after which the connection is closed."""
         body = json.dumps(self.document()).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),  # what the client still sends is not read
+            (b"connection", b"close"),  # the rest of the request is not read
             *((name.lower().encode(), value.encode()) for name, value in self.headers.items()),
         ]
         return headers, body
 
 
-def unavailable(sentence: str) -> RequestError:
-    """The request is well, and may be answered later."""
-    return RequestError(503, sentence, "server_error", headers={"Retry-After": "5"})
+def unavailable(message: str) -> RequestError:
+    """Return the error for a valid request that the server cannot answer now."""
+    return RequestError(503, message, "server_error", headers={"Retry-After": "5"})
 
 
 def request_error(error: Exception) -> RequestError:
-    """What any error of a request is told as."""
+    """Return the error that the client gets for any exception."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, ClosedError):
         return unavailable(str(error))
     if isinstance(error, BusyError):
         return RequestError(429, str(error), "rate_limit_error", "busy", headers={"Retry-After": "1"})
-    if isinstance(error, LateError):
+    if isinstance(error, DeadlineError):
         return RequestError(504, str(error), "timeout_error", "late")
     if isinstance(error, UserError):
         return RequestError(400, str(error))

@@ -1,4 +1,4 @@
-"""Images of requests: data URLs, and remote ones of hosts that were allowed."""
+"""Images of requests: data URLs, and URLs of allowed hosts."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from runtimes.errors import UserError, first_line
 from runtimes.images import load_image
 
 FETCH_SECONDS = 10
-PIECE = 1 << 16  # bytes that are fetched at a time
-URL_SCHEME = 64  # characters in which the scheme of a URL is looked for
-URL_SPACE = "".join(map(chr, range(33)))  # around a URL: C0 controls and space
+CHUNK = 1 << 16  # bytes that are read from another host at a time
+MAX_SCHEME = 64  # characters of a URL that are searched for its scheme
+URL_SPACE = "".join(map(chr, range(33)))  # removed around a URL: C0 controls and space
 ASCII_SPACE = "\t\n\f\r "
-NEWLINES = dict.fromkeys(map(ord, "\t\n\r"))  # are left out of URLs
+NEWLINES = dict.fromkeys(map(ord, "\t\n\r"))  # removed from URLs
 BASE64_SPACE = dict.fromkeys(map(ord, ASCII_SPACE))
 HEX_VALUES = np.full(256, -1, np.int16)
 for _value, _digit in enumerate("0123456789abcdef"):
     HEX_VALUES[[ord(_digit), ord(_digit.upper())]] = _value
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow knows others, some of which start programs
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow starts programs for some other formats
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may be.
+    """Limits of the images of a request.
 
-    Args:
-        pixels: the most of one image, checked before it is decoded.
-        images: the most of one request.
-        bytes: the most that is fetched of a remote one.
-        hosts: whose http and https URLs are fetched; redirects are not followed.
+    Attributes:
+        pixels: maximum of one image, checked before it is decoded.
+        images: maximum number in one request.
+        bytes: maximum size of a downloaded image, and of all images of a request.
+        hosts: hosts whose http and https URLs are downloaded; redirects are not followed.
     """
 
     pixels: int = 40_000_000
@@ -50,11 +50,12 @@ class ImageLimits:
 
 
 def image_file(url: str, limits: ImageLimits, where: str) -> bytes:
-    """The file that a URL stands for; may wait for another host.
+    """Return the content of a URL; may wait for another host.
 
     Args:
         url: a ``data:`` URL, an ``http(s):`` URL of an allowed host, or base64 without a scheme.
-        where: the place in the request, for the sentence.
+        limits: maximum size, and allowed hosts.
+        where: name of the image in the request, for errors.
 
     Raises:
         RequestError: the URL is not valid, or its file cannot be fetched.
@@ -64,23 +65,24 @@ def image_file(url: str, limits: ImageLimits, where: str) -> bytes:
         try:
             return decode_base64(url, where)
         except RequestError as error:
-            sentence = f"{where} is neither a URL nor base64; give a URL as data:image/png;base64,…."
-            raise RequestError(400, sentence, param=where) from error
-    return read_data_url(url, where) if scheme == "data" else _fetched(url, limits, where)
+            message = f"{where} is neither a URL nor base64; pass a URL such as data:image/png;base64,…."
+            raise RequestError(400, message, param=where) from error
+    return read_data_url(url, where) if scheme == "data" else _download(url, limits, where)
 
 
 def is_remote(url: str) -> bool:
-    """Whether the file of a URL comes from another host."""
+    """Return whether the file of a URL is on another host."""
     return _scheme(url) not in (None, "data")
 
 
 def _scheme(url: str) -> str | None:
-    scheme, colon, _ = url.lstrip(URL_SPACE)[:URL_SCHEME].partition(":")
+    """Return the scheme of a URL in lower case; None without a colon."""
+    scheme, colon, _ = url.lstrip(URL_SPACE)[:MAX_SCHEME].partition(":")
     return scheme.lower() if colon else None
 
 
 def check_image(data: bytes, limits: ImageLimits, where: str) -> None:
-    """Check that a file is an image of a size that may be decoded, and that it can be.
+    """Check that a file is an image within the limits that can be decoded.
 
     Raises:
         RequestError: it is not.
@@ -90,14 +92,12 @@ def check_image(data: bytes, limits: ImageLimits, where: str) -> None:
             width, height = image.size
     except Image.DecompressionBombError as error:
         raise RequestError(400, f"{where} has too many pixels to decode safely.", param=where) from error
-    except Exception as error:  # Pillow's decoders raise whatever they meet
+    except Exception as error:  # Pillow's decoders raise many types
         kinds = ", ".join(FORMATS)
-        raise RequestError(
-            400, f"{where} is not a readable image; it may be {kinds}.", param=where
-        ) from error
+        raise RequestError(400, f"{where} is not a readable image; use {kinds}.", param=where) from error
     if width * height > limits.pixels:
         raise RequestError(
-            400, f"{where} has {width} × {height} pixels, this server takes {limits.pixels}.", param=where
+            400, f"{where} has {width} × {height} pixels; the limit is {limits.pixels} pixels.", param=where
         )
     try:
         load_image(data)
@@ -106,9 +106,9 @@ def check_image(data: bytes, limits: ImageLimits, where: str) -> None:
 
 
 def read_data_url(url: str, where: str) -> bytes:
-    """The content of a ``data:`` URL, by the Fetch standard's "data: URL processor".
+    """Return the content of a ``data:`` URL, by the Fetch standard's "data: URL processor".
 
-    The media type is not looked at: what the content is, its first bytes say.
+    The media type is ignored; the first bytes of the content decide.
 
     Raises:
         RequestError: it has no comma, or its base64 is not valid.
@@ -116,7 +116,7 @@ def read_data_url(url: str, where: str) -> bytes:
     url = url.translate(NEWLINES).partition("#")[0]  # as URLs are parsed
     head, comma, content = url.partition(",")
     if not comma:
-        raise RequestError(400, f"{where}: a data URL reads data:image/png;base64,….", param=where)
+        raise RequestError(400, f"{where}: a data URL has the form data:image/png;base64,….", param=where)
     data = _percent_decoded(content.encode())
     _, semicolon, last = head.strip(ASCII_SPACE).rpartition(";")
     if semicolon and last.lstrip(" ").lower() == "base64":
@@ -125,20 +125,22 @@ def read_data_url(url: str, where: str) -> bytes:
 
 
 def _percent_decoded(text: bytes) -> bytes:
-    """``%41`` becomes ``A``; urllib takes 10 seconds for 30 MB of them."""
+    """Decode ``%41`` to ``A``; urllib takes 10 seconds for 30 MB of them."""
     if b"%" not in text:
         return text
     codes = np.frombuffer(text + b"\0\0", np.uint8)
-    at = np.flatnonzero(codes == ord("%"))
-    high, low = HEX_VALUES[codes[at + 1]], HEX_VALUES[codes[at + 2]]
+    places = np.flatnonzero(codes == ord("%"))
+    high, low = HEX_VALUES[codes[places + 1]], HEX_VALUES[codes[places + 2]]
     valid = (high >= 0) & (low >= 0)
-    at, decoded = at[valid], codes[:-2].copy()
-    decoded[at] = high[valid] * 16 + low[valid]
-    return np.delete(decoded, np.concatenate([at + 1, at + 2])).tobytes()
+    places, decoded = places[valid], codes[:-2].copy()
+    decoded[places] = high[valid] * 16 + low[valid]
+    return np.delete(decoded, np.concatenate([places + 1, places + 2])).tobytes()
 
 
 def decode_base64(text: str, where: str) -> bytes:
-    """Bytes of base64 by the standard's "forgiving-base64 decode": white space and padding do not matter.
+    """Decode base64 by the Infra standard's "forgiving-base64 decode".
+
+    White space and padding are ignored.
 
     Raises:
         RequestError: it is not valid.
@@ -148,11 +150,11 @@ def decode_base64(text: str, where: str) -> bytes:
         text = text.removesuffix("=").removesuffix("=")
     try:
         if "=" in text:
-            raise ValueError("padding is at the end, or nowhere")
+            raise ValueError("padding is only allowed at the end")
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except ValueError as error:  # also binascii's
+    except ValueError as error:  # binascii.Error is one
         url_safe = "-" in text or "_" in text
-        hint = " Replace - by + and _ by / (it is the URL-safe alphabet)." if url_safe else ""
+        hint = " It uses the URL-safe alphabet; replace - by + and _ by /." if url_safe else ""
         raise RequestError(400, f"{where}: the data URL is not valid base64.{hint}", param=where) from error
 
 
@@ -161,26 +163,29 @@ class _NoRedirects(HTTPRedirectHandler):
         return None
 
 
-def _fetched(url: str, limits: ImageLimits, where: str) -> bytes:
+def _download(url: str, limits: ImageLimits, where: str) -> bytes:
+    """Return the content of an ``http(s):`` URL of an allowed host."""
     try:
         address = urlsplit(url)
         host = (address.hostname or "").lower()
     except ValueError:
         address, host = urlsplit(""), ""
     if address.scheme not in ("http", "https") or host not in limits.hosts:
-        taken = f" or URLs of {', '.join(sorted(limits.hosts))}" if limits.hosts else ""
-        raise RequestError(400, f"{where}: this server takes data URLs{taken} only.", param=where)
+        hosts = f" and URLs of {', '.join(sorted(limits.hosts))}" if limits.hosts else ""
+        raise RequestError(400, f"{where}: this server accepts only data URLs{hosts}.", param=where)
     try:
         response: addinfourl
         with build_opener(_NoRedirects).open(Request(url), timeout=FETCH_SECONDS) as response:
             data, until = b"", monotonic() + FETCH_SECONDS
-            while (piece := response.read(PIECE)) and len(data) <= limits.bytes:
-                data += piece
+            while (chunk := response.read(CHUNK)) and len(data) <= limits.bytes:
+                data += chunk
                 if monotonic() > until:
                     raise TimeoutError(f"it took more than {FETCH_SECONDS} seconds")
     except (URLError, OSError, ValueError, HTTPException) as error:
         reason = first_line(error)
-        raise RequestError(400, f"{where}: {host} did not give the image ({reason}).", param=where) from error
+        raise RequestError(
+            400, f"{where}: cannot download the image from {host} ({reason}).", param=where
+        ) from error
     if len(data) > limits.bytes:
         raise RequestError(400, f"{where} has more than {limits.bytes} bytes.", param=where)
     return data

@@ -1,4 +1,4 @@
-"""The open models of a bundle that is served: one per backend and precision, opened when asked for."""
+"""The open models of a served bundle: one for each backend and precision, opened on demand."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ from runtimes.bundle.bundle import Bundle
 from runtimes.cache import cache_bytes
 from runtimes.errors import UserError
 from runtimes.memory import available_memory
-from runtimes.pipeline import Pipeline, check_files, needed_memory
+from runtimes.pipeline import Pipeline, check_files, required_memory
 from runtimes.scheduler import Scheduler
 from runtimes.units import size
 
-MOST_SLOTS = 8
-CACHE_SHARE = 2  # one part in so many of the free memory is for KV caches, where slots are not given
+MAX_SLOTS = 8
+CACHE_FRACTION = 2  # without --slots, KV caches can take the free memory divided by this
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How models are opened.
+    """Options for opening models.
 
-    Args:
-        backend, precision: of the one that is opened first; None takes the bundle's first.
-        slots: requests answered at once; None takes up to 8, as many as the memory holds caches for.
-        queue: requests that may wait.
-        keep: models open at a time; the one that was not used for longest goes.
+    Attributes:
+        backend: of the model that is opened first; None is the bundle's first.
+        precision: of the model that is opened first; None is the bundle's first.
+        device: device to run on; None is the backend's default.
+        threads: number of CPU threads; None is the backend's choice.
+        capacity: of the KV cache, in tokens; None is the bundle's.
+        slots: number of requests answered at a time; None is up to ``MAX_SLOTS``, if memory allows.
+        queue: number of requests that can wait.
+        keep: number of models open at a time; the least recently used model is closed.
+        verify: check the SHA-256 of the files before they are loaded.
     """
 
     backend: str | None = None
@@ -47,45 +52,54 @@ class ModelOptions:
 
 
 class Model:
-    """An open model with its scheduler.
-
-    ``leases`` are the requests that use it, and ``cache_bytes`` what its KV caches may come to take.
-    """
+    """An open model with its scheduler; ``leases`` counts the requests that use it."""
 
     def __init__(self, name: str, pipeline: Pipeline, scheduler: Scheduler, cache_bytes: int) -> None:
+        """Keep an open pipeline.
+
+        Args:
+            name: ``<backend>/<precision>``.
+            pipeline: the open pipeline.
+            scheduler: runs the requests of the pipeline.
+            cache_bytes: largest size of the KV caches of all slots.
+        """
         self.name, self.pipeline, self.scheduler = name, pipeline, scheduler
         self.cache_bytes = cache_bytes
         self.leases, self.used = 0, monotonic()
 
 
-def askable(bundle: Bundle, device: str | None) -> list[str]:
-    """Names of the models of a bundle that can answer here."""
-    return ["/".join(choice) for choice in bundle.choices() if execution(bundle, *choice, device).judgeable]
+def runnable_models(bundle: Bundle, device: str | None) -> list[str]:
+    """Return the names of the models of a bundle that this machine can run."""
+    return ["/".join(choice) for choice in bundle.choices() if execution(bundle, *choice, device).runnable]
 
 
 class Models:
-    """The open models of one bundle.
-
-    Raises:
-        UserError: the bundle cannot be opened, or its first model cannot run here.
-    """
+    """The open models of one bundle."""
 
     def __init__(self, bundle: Bundle, options: ModelOptions) -> None:
+        """Open the first model.
+
+        Raises:
+            UserError: the bundle or the model cannot be opened here.
+        """
         self.bundle, self.options = bundle, options
         self._open: dict[str, Model] = {}
-        self._checked: dict[str, str | None] = {}  # what is wrong with the files of a model
-        self._lock = threading.Lock()  # of what is open and its leases
-        self._opening = threading.Lock()  # held for as long as opening takes
+        self._checked: dict[str, str | None] = {}  # model → what is wrong with its files
+        self._lock = threading.Lock()  # guards the open models and their leases
+        self._opening = threading.Lock()  # held while a model is opened
         first = "/".join(bundle.select(options.backend, options.precision))
         self._add(first, options.verify)
 
     @property
-    def open(self) -> list[Model]:
-        """Those that are open now."""
+    def open_models(self) -> list[Model]:
+        """The models that are open now."""
         return list(self._open.values())
 
     def lease(self, name: str) -> Model | None:
-        """An open model, to be given back by ``release``; None where it is to be opened first."""
+        """Return an open model, to be returned with ``release``.
+
+        None if it must be opened first.
+        """
         with self._lock:
             model = self._open.get(name)
             if model:
@@ -93,16 +107,16 @@ class Models:
             return model
 
     def ensure(self, name: str) -> None:
-        """Open a model that is not open; takes long, and others wait for it.
+        """Open a model if it is not open; slow, and one model at a time.
 
-        Its files are checked before another model is closed for it. If it fails to open all the same, the
-        models that were closed are opened again.
+        The files are checked before another model is closed. If the model cannot be opened then,
+        the closed models are opened again.
 
         Raises:
-            RequestError: it cannot be opened, or not now.
+            RequestError: the model cannot be opened, or not now.
         """
         with self._opening:
-            if name in self._open:  # another request has opened it meanwhile
+            if name in self._open:  # another request has opened it
                 return
             closed: list[str] = []
             try:
@@ -110,7 +124,7 @@ class Models:
                     self._check_files(name)
                 self._make_room(closed)
                 self._add(name, verify=False)
-            except RequestError:  # there is no room for it now
+            except RequestError:  # all other models are in use
                 raise
             except UserError as error:
                 log.exception("%s cannot be opened", name)
@@ -120,7 +134,7 @@ class Models:
                     self._reopen(closed)
 
     def _check_files(self, name: str) -> None:
-        """Check the files of a model, once: as long as the bundle is served, they are what they were."""
+        """Check the files of a model once; ``BundleWatch`` notices later changes."""
         if name not in self._checked:
             try:
                 check_files(self.bundle, *name.split("/"))
@@ -128,72 +142,77 @@ class Models:
                 self._checked[name] = str(error)
                 raise
             self._checked[name] = None
-        if (damage := self._checked[name]) is not None:
-            raise UserError(damage)
+        if (message := self._checked[name]) is not None:
+            raise UserError(message)
 
     def _reopen(self, names: list[str]) -> None:
+        """Open models again after another one failed to open."""
         for name in names:
             try:
                 self._add(name, verify=False)
-            except Exception:  # a request for it tries again
+            except Exception:  # the next request for it tries again
                 log.exception("%s cannot be opened again", name)
 
     def _add(self, name: str, verify: bool) -> None:
-        model = self._opened(name, verify)
+        """Open a model and add it to the open ones."""
+        model = self._open_model(name, verify)
         with self._lock:
             self._open[name] = model
 
     def release(self, model: Model) -> None:
+        """Return a model that was leased."""
         with self._lock:
             model.leases -= 1
             model.used = monotonic()
 
     def close(self) -> None:
         """Finish all requests."""
-        for model in self.open:
+        for model in self.open_models:
             model.scheduler.close()
 
     def _make_room(self, closed: list[str]) -> None:
-        """Close the models that were not used for longest; adds their names to ``closed``."""
+        """Close the least recently used models, and add their names to ``closed``."""
         while True:
             with self._lock:
                 if len(self._open) < self.options.keep:
                     return
-                resting = [model for model in self._open.values() if not model.leases]
-                if not resting:
-                    sentence = (
-                        f"{len(self._open)} models are answering; another one is opened when one rests."
+                idle = [model for model in self._open.values() if not model.leases]
+                if not idle:
+                    raise unavailable(
+                        f"{len(self._open)} models are answering; try again when one of them is idle."
                     )
-                    raise unavailable(sentence)
-                oldest = min(resting, key=lambda model: model.used)
+                oldest = min(idle, key=lambda model: model.used)
                 del self._open[oldest.name]
                 closed.append(oldest.name)
             oldest.scheduler.close()
 
-    def _opened(self, name: str, verify: bool) -> Model:
+    def _open_model(self, name: str, verify: bool) -> Model:
+        """Open a model, if there is memory for it."""
         options, bundle = self.options, self.bundle
         backend, precision = name.split("/")
         device = execution(bundle, backend, precision, options.device).device
-        promised = sum(model.cache_bytes for model in self.open)  # caches take memory as they are filled
-        free = available_memory() - promised
-        needed = needed_memory(bundle, backend, precision, options.capacity)
+        reserved = sum(model.cache_bytes for model in self.open_models)  # caches fill later
+        free = available_memory() - reserved
+        needed = required_memory(bundle, backend, precision, options.capacity)
         if device == "cpu" and needed > free:
-            sentence = f"{name} takes {size(needed)} of memory, {size(free)} are free."
+            message = f"{name} needs {size(needed)} of memory, but only {size(free)} are free."
             if self._open:
-                raise UserError(sentence)
-            log.warning("short of memory: %s", sentence)
+                raise UserError(message)
+            log.warning("low memory: %s", message)
         pipeline = Pipeline.open(
             bundle, backend, precision, threads=options.threads, device=device,
             capacity=options.capacity, verify=verify,
         )  # fmt: skip
         states = bundle.manifest.contracts[precision]["decoder"].states
-        row = cache_bytes(states, 1, pipeline.capacity)
-        fitting = (available_memory() - promised) // CACHE_SHARE // row
-        most = pipeline.chain.decoder.most_batch
-        slots = options.slots or max(min(MOST_SLOTS, fitting, most), 1)
-        if slots > most:
-            raise UserError(f"The decoder answers at most {most} requests at once; give --slots {most}.")
+        slot_bytes = cache_bytes(states, 1, pipeline.capacity)
+        fitting = (available_memory() - reserved) // CACHE_FRACTION // slot_bytes
+        max_batch = pipeline.chain.decoder.max_batch
+        slots = options.slots or max(min(MAX_SLOTS, fitting, max_batch), 1)
+        if slots > max_batch:
+            raise UserError(
+                f"The decoder answers at most {max_batch} requests at a time; pass --slots {max_batch}."
+            )
         concurrent = getattr(load_backend(backend), "CONCURRENT", False)
         scheduler = Scheduler(pipeline.chain, pipeline.capacity, slots, options.queue, concurrent=concurrent)
         log.info("opened %s with %d slots of %d tokens", name, slots, pipeline.capacity)
-        return Model(name, pipeline, scheduler, slots * row)
+        return Model(name, pipeline, scheduler, slots * slot_bytes)

@@ -16,11 +16,11 @@ COUNT: Schema = {"type": "integer", "minimum": 0}
 
 
 def openapi_document(names: Sequence[str], token: bool) -> Schema:
-    """Describe the routes, what they take, and what they answer.
+    """Return the OpenAPI document of all routes.
 
     Args:
-        names: of the models.
-        token: whether the guarded routes need a bearer token.
+        names: names of the models.
+        token: whether the guarded routes require a bearer token.
     """
     security: list[Schema] = [{"bearer": []}] if token else []
     schemes = {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}} if token else {}
@@ -31,12 +31,12 @@ def openapi_document(names: Sequence[str], token: bool) -> Schema:
             "/": {"get": _operation("The web page", "text/html", STRING)},
             "/healthz": {
                 "get": _operation(
-                    "Health: 503 where nothing can be answered", "application/json", _ref("Health"),
-                    {"503": _response("Nothing can be answered now", "application/json", _ref("Ailing"))},
+                    "Health: 503 if the server cannot answer requests", "application/json", _ref("Health"),
+                    {"503": _response("Not able to answer", "application/json", _ref("Unavailable"))},
                 )
             },
             "/metrics": {
-                "get": {**_operation("Figures for Prometheus", "text/plain", STRING), "security": security}
+                "get": {**_operation("Metrics for Prometheus", "text/plain", STRING), "security": security}
             },
             "/v1/models": {
                 "get": {**_operation("Models", "application/json", _ref("Models")), "security": security}
@@ -57,6 +57,7 @@ def openapi_document(names: Sequence[str], token: bool) -> Schema:
 
 
 def _chat() -> Schema:
+    """Return the operation of chat completions."""
     operation = _operation("Answer a conversation", "application/json", _ref("Completion"))
     operation["responses"]["200"]["content"]["text/event-stream"] = {
         "schema": {
@@ -83,15 +84,17 @@ def _ref(name: str) -> Schema:
 
 
 def _request_schemas() -> Schema:
-    """Of the request's models, with the parameters that are ignored or have one value at most."""
+    """Return the schemas of requests, with the ignored parameters and those of one value."""
     schema = ChatRequest.model_json_schema(ref_template=REF)
     schemas: Schema = schema.pop("$defs")
     ignored: Schema = {name: {"description": "Ignored."} for name in sorted(IGNORED)}
     fixed = {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}
     schema["properties"] = {**schema["properties"], **ignored, **fixed}
     schema["additionalProperties"] = False
-    schema["description"] = "The last message is the user's; images are data URLs, or of allowed hosts."
-    # Only an earlier answer may have no content: it was broken off.
+    schema["description"] = (
+        "The last message must be the user's; images are data URLs, or URLs of allowed hosts."
+    )
+    # Only an earlier answer can have no content, if it was interrupted.
     answer = {"properties": {"role": {"const": "assistant"}}}
     content = {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}}
     schemas["ChatMessage"] |= {"if": answer, "else": content}
@@ -111,6 +114,7 @@ def _or_null(schema: Schema) -> Schema:
 
 
 def _answer_schemas() -> Schema:
+    """Return the schemas of responses."""
     entry = {"token": STRING, "logprob": {"type": "number"}, "bytes": _or_null(_array(COUNT))}
     logprobs = _object(
         content=_array(_object(**entry, top_logprobs=_array(_object(**entry)))), refusal=_or_null(STRING)
@@ -131,7 +135,7 @@ def _answer_schemas() -> Schema:
     return {
         "Error": _object(error=error),
         "Health": _object(status={"const": "ok"}, models=_array(STRING)),
-        "Ailing": _object(status={"const": "unavailable"}, detail=STRING),
+        "Unavailable": _object(status={"const": "unavailable"}, detail=STRING),
         "Model": model,
         "Models": _object(object={"const": "list"}, data=_array(_ref("Model"))),
         "Completion": _object(

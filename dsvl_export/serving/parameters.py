@@ -1,9 +1,9 @@
-"""Parameters of a request that this server does not implement: which are ignored, and which are refused.
+"""Parameters of a request that this server does not implement: ignored or refused.
 
-The names are those of the OpenAI protocol and of what its clients and other servers (vLLM, llama.cpp, LM
-Studio, Ollama, text-generation-webui) add to it. A parameter that cannot change the answer is ignored. One
-that would change it is refused, unless its value asks for what happens anyway. So is a name in neither
-table, since nobody can say what it would do: often it is a misspelled one.
+The names are those of the OpenAI API and of its extensions in clients and other servers (vLLM,
+llama.cpp, LM Studio, Ollama, text-generation-webui). A parameter that cannot change the answer is
+ignored. A parameter that changes it is refused, unless it has its neutral value. Unknown names are
+refused too, since many are misspelled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IGNORED = {
     "request_id", "priority", "cache_salt", "cache_prompt", "id_slot", "timings_per_token",
     "return_progress", "ttl", "draft_model", "keep_alive", "usage", "session_id", "chat_id",
 }  # fmt: skip
-# Values that ask for what happens anyway.
+# Values that do not change the answer.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "tools": ([],),
@@ -92,11 +92,11 @@ def check_unsupported(extra: Mapping[str, Any], supported: Iterable[str]) -> Non
     """Check the parameters of a request that are not implemented.
 
     Args:
-        extra: their names and values.
-        supported: names of those that are implemented, for a suggestion.
+        extra: names and values of the parameters.
+        supported: names of the implemented parameters, for a suggestion.
 
     Raises:
-        RequestError: one of them may change the answer.
+        RequestError: a parameter could change the answer.
     """
     for name, value in extra.items():
         if name in IGNORED or (name in NEUTRAL and value is None):
@@ -108,11 +108,11 @@ def check_unsupported(extra: Mapping[str, Any], supported: Iterable[str]) -> Non
         close = get_close_matches(name[:60], list(supported), 1, 0.75)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise RequestError(
-            400, f"The parameter {quoted(name)} is not known to this server{hint}; leave it out.",
+            400, f"The parameter {quoted(name)} is unknown{hint}; leave it out.",
             param=name[:80],
         )  # fmt: skip
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equality of JSON values, where ``true`` is not 1."""
+    """Return whether two JSON values are equal; ``true`` is not 1."""
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)

@@ -1,4 +1,4 @@
-"""Replicas of a bundle on a Ray cluster (extra ``ray``), which the HTTP face of this process asks."""
+"""The service that answers with replicas of a bundle on a Ray cluster (extra ``ray``)."""
 
 from __future__ import annotations
 
@@ -17,178 +17,214 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from dsvl_export.serving.errors import RequestError, request_error, unavailable
-from dsvl_export.serving.exchange import LocalService
 from dsvl_export.serving.images import ImageLimits
+from dsvl_export.serving.local_service import LocalService
 from dsvl_export.serving.models import ModelOptions
-from dsvl_export.serving.service import TOKENIZER, BundleWatch, Exchange, Figures, Service, Work
+from dsvl_export.serving.service import (
+    TOKENIZER,
+    AnswerStream,
+    BundleWatch,
+    ModelRequest,
+    ModelStatus,
+    Service,
+)
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError, first_line
-from runtimes.scheduler import BusyError, LateError, Step
+from runtimes.scheduler import BusyError, DeadlineError, Step
 from runtimes.text.tokenizer import Tokenizer
 
 DEPLOYMENT = "replica"
-TRIES = 3  # of a request whose replica was lost; it may be the request that ends them
-FRESH_SECONDS = 2.0  # for which a look at the replicas' state holds
-LOST = (RayError, RayServeException)
+MAX_TRIES = 3  # of a request whose replica died; the request itself may be the cause
+STATUS_SECONDS = 2.0  # for which the state of the replicas is cached
+REPLICA_ERRORS = (RayError, RayServeException)
 
 log = logging.getLogger(__name__)
 
 
 class Replica:
-    """A process of the cluster that answers requests.
+    """Answers requests in a process of the cluster."""
 
-    Raises:
-        UserError: the bundle there is not the one of that ``fingerprint``, or cannot be opened.
-    """
+    def __init__(self, folder: str, fingerprint: str, options: ModelOptions, images: ImageLimits) -> None:
+        """Open the bundle of this machine.
 
-    def __init__(self, folder: str, fingerprint: str, choice: ModelOptions, images: ImageLimits) -> None:
+        Args:
+            folder: folder of the bundle.
+            fingerprint: of the bundle that is served; see ``BundleWatch``.
+            options: how models are opened.
+            images: limits of the images of a request.
+
+        Raises:
+            UserError: the bundle has another fingerprint, or cannot be opened.
+        """
         bundle = Bundle.open(folder)
         if BundleWatch(bundle).fingerprint != fingerprint:
             node = ray.util.get_node_ip_address()
-            raise UserError(f"{folder} on {node} is another bundle than the one that is served.")
-        self.service = LocalService(bundle, choice, images)
+            raise UserError(
+                f"{folder} on {node} is another bundle than the served one; copy the served one to {node}."
+            )
+        self.service = LocalService(bundle, options, images)
 
-    async def described(self) -> tuple[list[str], str, int]:
-        """Names of the models, of the default one, and the slots that it has."""
-        (model,) = self.service.models.open
+    async def describe_models(self) -> tuple[list[str], str, int]:
+        """Return the names of the models, the default model, and the number of its slots."""
+        (model,) = self.service.models.open_models
         return self.service.names, self.service.default, model.scheduler.slots
 
-    async def answer(self, work: Work) -> AsyncIterator[Step | RequestError]:
-        """A request's steps; an error is the last of them."""
-        exchange: Exchange | None = None
+    async def answer(self, request: ModelRequest) -> AsyncIterator[Step | RequestError]:
+        """Yield the steps of an answer; an error is the last item."""
+        steps: AnswerStream | None = None
         try:
-            exchange = self.service.exchange(work)
-            step = await exchange.first()
+            steps = self.service.submit(request)
+            step = await steps.first()
             while not step.answer:
                 yield step
-                step = await exchange.next()
+                step = await steps.next()
             yield step
         except Exception as error:
             if not isinstance(error, UserError):
                 log.exception("a request failed")
             yield request_error(error)
         finally:
-            if exchange:
-                exchange.close()
+            if steps:
+                steps.close()
 
 
 class ClusterService(Service):
-    """Replicas as one service.
-
-    Args:
-        watch: of the bundle, from before the replicas opened it.
-        handle: of the deployment.
-        application: its name in Ray Serve.
-        replicas: of which each has slots.
-        queue: requests that may wait for all of them.
-    """
+    """Answers with the replicas of a deployment."""
 
     def __init__(
         self, bundle: Bundle, watch: BundleWatch, handle: Any, application: str, replicas: int, queue: int
     ) -> None:
-        names, default, slots = handle.described.remote().result()
+        """Connect to the replicas.
+
+        Args:
+            bundle: the bundle that is served.
+            watch: of the bundle, made before the replicas opened it.
+            handle: of the deployment.
+            application: name of the application in Ray Serve.
+            replicas: number of replicas.
+            queue: number of requests that can wait for a replica.
+        """
+        names, default, slots = handle.describe_models.remote().result()
         tokenizer = Tokenizer(bundle.path(TOKENIZER), bundle.manifest.prompt)
         super().__init__(bundle, watch, tokenizer, names, default)
         self.answer = handle.options(stream=True).answer
-        self.most = replicas * slots + queue
+        self.max_requests = replicas * slots + queue
         self.running: Counter[str] = Counter()
         self.opened = {default}
         self._application = application
-        self._looked: tuple[float, str | None] = -FRESH_SECONDS, None
+        self._cached_state: tuple[float, str | None] = -STATUS_SECONDS, None
 
     @property
-    def open(self) -> list[str]:
-        """Those that have answered."""
+    def open_models(self) -> list[str]:
+        """Names of the models that have answered."""
         return sorted(self.opened)
 
-    def exchange(self, work: Work) -> ClusterExchange:
-        return ClusterExchange(self, work)
+    def submit(self, request: ModelRequest) -> ClusterAnswerStream:
+        """Return the answer to a request; see ``Service.submit``."""
+        return ClusterAnswerStream(self, request)
 
-    def figures(self) -> Iterable[Figures]:
-        return [Figures(model, running) for model, running in self.running.items()]
+    def model_status(self) -> Iterable[ModelStatus]:
+        """Return the running requests of each model."""
+        return [ModelStatus(model, running) for model, running in self.running.items()]
 
-    def ailing(self) -> str | None:
-        if monotonic() - self._looked[0] >= FRESH_SECONDS:
-            self._looked = monotonic(), self._state()
-        return self.watch.changed() or self._looked[1]
+    def health_problem(self) -> str | None:
+        """Return why no request can be answered: a changed bundle, or no running replica."""
+        if monotonic() - self._cached_state[0] >= STATUS_SECONDS:
+            self._cached_state = monotonic(), self._state()
+        return self.watch.changed() or self._cached_state[1]
 
     def _state(self) -> str | None:
+        """Return a message if no replica is running."""
         try:
             application = serve.status().applications.get(self._application)
-        except LOST as error:
+        except REPLICA_ERRORS as error:
             return f"Ray Serve does not answer ({first_line(error)})."
         states = application.deployments[DEPLOYMENT].replica_states if application else {}
         return None if "RUNNING" in states else "No replica is running now."
 
     def close(self) -> None:
-        """The replicas go with their deployment, once the server has stopped."""
+        """Do nothing: ``deploy_replicas`` removes the replicas."""
 
 
-class ClusterExchange(Exchange):
-    """A request to a replica; until it begins to answer, another one takes its place if it is lost."""
+class ClusterAnswerStream(AnswerStream):
+    """The answer of a replica; if it dies before it answers, another replica takes the request."""
 
-    def __init__(self, service: ClusterService, work: Work) -> None:
-        self.model = service.named(work.model)
-        self._service, self._work = service, work
-        self._until = perf_counter() + work.seconds
-        self._steps: Any = None  # of the replica, while there are more
+    def __init__(self, service: ClusterService, request: ModelRequest) -> None:
+        """Prepare an answer.
+
+        Raises:
+            RequestError: as ``Service.submit``.
+        """
+        self.model = service.resolve_model(request.model)
+        self._service, self._request = service, request
+        self._deadline = perf_counter() + request.seconds
+        self._steps: Any = None  # of the replica, until the last one
         self._counted = False
 
     async def _begin(self) -> Step:
         running = self._service.running
-        if running.total() >= self._service.most:
-            raise BusyError(f"{self._service.most} requests are being answered; try again in a moment.")
+        if running.total() >= self._service.max_requests:
+            raise BusyError(
+                f"{self._service.max_requests} requests are being answered; try again in a moment."
+            )
         running[self.model] += 1
         self._counted = True
-        for attempt in range(1, TRIES + 1):
-            work = replace(self._work, model=self.model, seconds=max(self._left(), 0))
+        for attempt in range(1, MAX_TRIES + 1):
+            request = replace(self._request, model=self.model, seconds=max(self._remaining(), 0))
             try:
-                self._steps = self._service.answer.remote(work)
+                self._steps = self._service.answer.remote(request)
                 step = await self._step()
-            except LOST as error:
+            except REPLICA_ERRORS as error:
                 log.warning(
-                    "a replica was lost at a request (%d of %d): %s", attempt, TRIES, first_line(error)
+                    "a replica died at a request (%d of %d): %s", attempt, MAX_TRIES, first_line(error)
                 )
-                self._leave()
+                self._cancel()
             else:
                 self._service.opened.add(self.model)
                 return step
-        raise unavailable(f"{TRIES} replicas were lost at this request.")
+        raise unavailable(f"{MAX_TRIES} replicas died at this request; check the log of the cluster.")
 
     async def next(self) -> Step:
+        """Return the next step; see ``AnswerStream.next``."""
         try:
             return await self._step()
-        except LOST as error:
-            log.error("a replica was lost while it answered: %s", first_line(error))
-            raise unavailable("The replica that wrote this answer was lost; ask again.") from error
+        except REPLICA_ERRORS as error:
+            log.error("a replica died while it answered: %s", first_line(error))
+            raise unavailable(
+                "The replica that generated this answer died; send the request again."
+            ) from error
 
     async def _step(self) -> Step:
+        """Wait for the next step of the replica, until the time of the request is over."""
         try:
-            found: Step | RequestError = await asyncio.wait_for(anext(self._steps), self._left())
+            step: Step | RequestError = await asyncio.wait_for(anext(self._steps), self._remaining())
         except asyncio.TimeoutError as error:
-            raise LateError(f"The answer was not complete after {self._work.seconds:.0f} seconds.") from error
-        except RayTaskError as error:  # nothing of the replica's loss
+            raise DeadlineError(
+                f"The answer was not complete after {self._request.seconds:.0f} seconds."
+            ) from error
+        except RayTaskError as error:  # the replica itself is alive
             self._steps = None
             raise RuntimeError("a replica failed") from error
-        if isinstance(found, RequestError):
+        if isinstance(step, RequestError):
             self._steps = None
-            raise found
-        if found.answer:
+            raise step
+        if step.answer:
             self._steps = None
-        return found
+        return step
 
-    def _left(self) -> float:
-        return self._until - perf_counter()
+    def _remaining(self) -> float:
+        return self._deadline - perf_counter()
 
     def close(self) -> None:
+        """Cancel the request, if the replica is alive."""
         if self._counted:
             self._service.running[self.model] -= 1
             self._counted = False
-        self._leave()
+        self._cancel()
 
-    def _leave(self) -> None:
-        """Have the replica stop, if it is still there."""
+    def _cancel(self) -> None:
+        """Cancel the answer of the replica, if it is alive."""
         steps, self._steps = self._steps, None
         if steps is not None:
-            with suppress(*LOST):
+            with suppress(*REPLICA_ERRORS):
                 steps.cancel()

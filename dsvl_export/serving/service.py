@@ -1,4 +1,4 @@
-"""What the HTTP face asks of those who answer, in this process or elsewhere."""
+"""The interface between the HTTP front end and the services that answer requests."""
 
 from __future__ import annotations
 
@@ -20,46 +20,48 @@ TOKENIZER = "tokenizer/tokenizer.json"
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What the server takes.
+    """Options of the HTTP front end.
 
-    Args:
-        token: the bearer token that requests must have; None asks for none.
+    Attributes:
+        token: the bearer token that requests must have; None requires none.
         local: whether requests must name this machine as their host.
-        longest: tokens of an answer where the request does not say.
-        drafts: whether an answer that is written alone may guess what repeats.
-        seconds: after which a request is given up.
-        body: bytes of a request.
-        images: of a request.
-        origins: of web pages elsewhere that may ask, as ``https://host:port``; ``*`` is every one.
+        max_new_tokens: maximum length of an answer, if the request does not set one.
+        drafts: use speculative decoding for an answer that is generated alone.
+        seconds: time after which a request is cancelled.
+        max_body_bytes: maximum size of a request.
+        images: limits of the images of a request.
+        origins: origins of other web pages that can send requests, such as ``https://host:port``;
+            ``*`` allows all.
     """
 
     token: str | None = None
     local: bool = False
-    longest: int = 512
+    max_new_tokens: int = 512
     drafts: bool = True
     seconds: float = 300.0
-    body: int = 32_000_000
+    max_body_bytes: int = 32_000_000
     images: ImageLimits = field(default_factory=ImageLimits)
     origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a request asks for.
+class ModelRequest:
+    """A request to a model.
 
-    ``stream`` wants every step, else the last one alone; after ``seconds`` it is given up.
+    ``stream`` asks for every step of the answer, otherwise only the last one is sent. The request
+    is cancelled after ``seconds``.
     """
 
     model: str
-    talk: Conversation
+    conversation: Conversation
     generation: GenerationOptions
     stream: bool
     seconds: float
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a model is doing at this moment; None is not known here."""
+class ModelStatus:
+    """The current state of a model; None stands for a number that is not known in this process."""
 
     model: str
     running: int
@@ -68,17 +70,19 @@ class Figures:
     images_encoded: int | None = None
 
 
-class Exchange(ABC):
-    """A request and its answer; ``model`` is the name of the one that answers."""
+class AnswerStream(ABC):
+    """The answer to one request, step by step; ``model`` is the name of the model that answers."""
 
     model: str
 
     async def first(self) -> Step:
-        """The first step, or the last where no others are wanted; whatever fails gives back what is held.
+        """Return the first step, or the last one if the request does not stream.
+
+        If it fails, the stream is closed.
 
         Raises:
             RequestError: the request cannot be answered.
-            UserError: its prompt is bad, or it is late.
+            UserError: the prompt is invalid, or the time is over.
         """
         try:
             step = await self._begin()
@@ -94,17 +98,23 @@ class Exchange(ABC):
 
     @abstractmethod
     async def next(self) -> Step:
-        """Raises RequestError where the model fails, LateError where the time is over."""
+        """Return the next step.
+
+        Raises:
+            RequestError: the model failed.
+            DeadlineError: the time of the request is over.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what is held, whatever came of the request; may be called again."""
+        """Release all resources of the request, in any state; can be called again."""
 
 
 class BundleWatch:
-    """What a bundle is when the watch is made, which is before any of it is read."""
+    """Notices changes of the files of a bundle; created before any of them is read."""
 
     def __init__(self, bundle: Bundle) -> None:
+        """Record the current state of the files."""
         self._bundle, manifest = bundle, bundle.manifest
         self._files = sorted(
             {
@@ -117,71 +127,84 @@ class BundleWatch:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same files, wherever they lie."""
+        """A hash that is the same for the same files in any folder."""
         lines = [f"{path} {self._bundle.manifest.files[path].sha256}\n" for path in self._files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def changed(self) -> str | None:
-        """A sentence that names a file which is not what it was."""
+        """Return a message that names a changed file, or None."""
         stamps = self._stamp()
         file = next((file for file in self._files if stamps[file] != self._stamps[file]), None)
         return file and f"{file} of the bundle changed while it was served; start the server again."
 
     def _stamp(self) -> dict[str, tuple[int, int, int] | None]:
-        """Place, size and time of each file that is read while it is served; None where it is gone."""
-        found: dict[str, tuple[int, int, int] | None] = {}
+        """Return inode, size and time of each file; None for a missing one."""
+        stamps: dict[str, tuple[int, int, int] | None] = {}
         for file in self._files:
             try:
                 status = (self._bundle.folder / file).stat()
             except OSError:
-                found[file] = None
+                stamps[file] = None
             else:
-                found[file] = (status.st_ino, status.st_size, status.st_mtime_ns)
-        return found
+                stamps[file] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        return stamps
 
 
 class Service(ABC):
-    """A bundle that answers.
-
-    Args:
-        names: of the models that can be asked, ``<backend>/<precision>``.
-        default: the one that the bundle's own name stands for.
-    """
+    """Answers requests to the models of a bundle."""
 
     def __init__(
         self, bundle: Bundle, watch: BundleWatch, tokenizer: Tokenizer, names: Sequence[str], default: str
     ) -> None:
+        """Keep what all services have.
+
+        Args:
+            bundle: the bundle that is served.
+            watch: notices changes of its files.
+            tokenizer: of the bundle.
+            names: names of the models, ``<backend>/<precision>``.
+            default: the model that the name of the bundle's folder stands for.
+        """
         self.bundle, self.watch, self.tokenizer = bundle, watch, tokenizer
         self.names, self.default = list(names), default
 
     @property
     @abstractmethod
-    def open(self) -> list[str]:
-        """Models that answer at once; others are opened first."""
+    def open_models(self) -> list[str]:
+        """Names of the models that are open; others must be opened first."""
 
     @abstractmethod
-    def exchange(self, work: Work) -> Exchange:
-        """Raises RequestError: there is no such model, or the bundle has changed."""
+    def submit(self, request: ModelRequest) -> AnswerStream:
+        """Return the answer to a request.
+
+        Raises:
+            RequestError: there is no such model, or the bundle has changed.
+        """
 
     @abstractmethod
-    def figures(self) -> Iterable[Figures]: ...
+    def model_status(self) -> Iterable[ModelStatus]:
+        """Return the state of the open models."""
 
     @abstractmethod
     def close(self) -> None:
         """Finish all requests; blocks."""
 
-    def ailing(self) -> str | None:
-        """Why nothing can be answered now, in a sentence; may block."""
+    def health_problem(self) -> str | None:
+        """Return a message that says why no request can be answered, or None; may block."""
         return self.watch.changed()
 
-    def named(self, name: str) -> str:
-        """The model of a name; raises RequestError where it cannot be asked."""
+    def resolve_model(self, name: str) -> str:
+        """Return the name of the model that a request names.
+
+        Raises:
+            RequestError: there is no such model, or the bundle has changed.
+        """
         if (reason := self.watch.changed()) is not None:
             raise unavailable(reason)
         name = self.default if name == self.bundle.folder.name else name
         if name not in self.names and name != self.default:
             raise RequestError(
-                404, f"There is no model {quoted(name)} here, only {', '.join(self.names)}.",
+                404, f"There is no model {quoted(name)}; use one of {', '.join(self.names)}.",
                 code="model_not_found", param="model",
             )  # fmt: skip
         return name

@@ -1,1 +1,1 @@
-"""Devices, this machine, and the known defects of their runtimes."""
+"""Target devices, this machine, options of an export, and known defects of the runtimes."""

@@ -1,4 +1,4 @@
-"""Known defects of the targets' runtimes, as data: ``defects.yaml``."""
+"""Known defects of the runtimes and libraries of the targets, from ``defects.yaml``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TABLE = Path(__file__).parent / "defects.yaml"
 
 @dataclass(frozen=True)
 class Defect:
-    """One defect; ``defects.yaml`` says what the fields mean."""
+    """One defect; ``defects.yaml`` defines the fields."""
 
     id: str
     what: str
@@ -33,37 +33,44 @@ class Defect:
     seen: str = ""
 
     def installed(self, versions: Mapping[str, str]) -> bool:
-        """Whether the packages it needs are there in the versions that have it."""
-        return all(has is True for has in self._packages(versions))
+        """Return whether all its packages are installed in versions that have the defect."""
+        return all(affected is True for affected in self._packages(versions))
 
     def avoided(self, versions: Mapping[str, str]) -> bool:
-        """Whether one of its packages is there in a version that does not have it."""
-        return any(has is False for has in self._packages(versions))
+        """Return whether one of its packages is installed in a version without the defect."""
+        return any(affected is False for affected in self._packages(versions))
 
     def _packages(self, versions: Mapping[str, str]) -> Iterator[bool | None]:
-        """For each package whether the installed version has the defect; None where it is not installed."""
+        """Yield for each package whether the installed version is affected.
+
+        None if not installed.
+        """
         for name, wanted in self.packages.items():
-            version = versions.get(name) or versions.get(f"{name}-gpu")  # a build of the same release
+            version = versions.get(name) or versions.get(f"{name}-gpu")  # a build of it
             yield SpecifierSet(wanted).contains(version, prereleases=True) if version else None
 
     def __str__(self) -> str:
+        """Return the defect, what to do, the targets and the link, in one line."""
         where = f" [{', '.join(self.targets)}]" if self.targets else ""
         return f"{self.what} {self.do}{where}{f' ({self.link})' if self.link else ''}"
 
 
 @cache
 def load_defects() -> tuple[Defect, ...]:
+    """Load all known defects."""
     return tuple(Defect(**row) for row in read_yaml(TABLE, "table of defects"))
 
 
 def warnings_for(
     backend: str, precision: str, target: str | None = None, context: int | None = None
 ) -> list[Defect]:
-    """Defects that a request would meet and that are not handled.
+    """Return the defects that affect a request and that dsvl-export does not handle.
 
     Args:
-        target: None where it is not decided yet; defects of any target count then.
-        context: tokens in the KV cache; None where it is not decided yet.
+        backend: of the request.
+        precision: of the request.
+        target: name of the target; None includes the defects of all targets.
+        context: tokens in the KV cache; None includes the defects of any context.
     """
     versions = package_versions()
     return [

@@ -1,4 +1,4 @@
-"""What this machine is, and which versions of what matters are installed on it."""
+"""This machine: system, processor, memory, bandwidth, and versions of the installed packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from dsvl_export.version import __version__
 from runtimes.memory import available_memory
 
-# Distributions whose versions decide what works here.
+# Distributions whose versions decide what works on a machine.
 PACKAGES = (
     "torch", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx",
     "cuda-python", "cuda-bindings",
@@ -24,11 +24,11 @@ PACKAGES = (
     "numpy", "pillow", "tokenizers", "safetensors",
 )  # fmt: skip
 CPUINFO = Path("/proc/cpuinfo")
-READ_AT_MOST = 512 << 20  # bytes that the bandwidth is measured on: more than a processor's caches hold
+MAX_BYTES_READ = 512 << 20  # to measure the bandwidth: more than the caches of a processor
 
 
 def describe_machine() -> dict[str, Any]:
-    """System, processor, cores, memory in bytes (all and free) and Python."""
+    """Return system, processor, cores, memory in bytes (total and available) and Python version."""
     return {
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
@@ -49,39 +49,39 @@ def _processor() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of ``PACKAGES``; what is not installed is left out."""
-    found = {"dsvl-export": __version__}
+    """Return the installed versions of ``PACKAGES``, without those that are not installed."""
+    versions = {"dsvl-export": __version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def read_bandwidth(threads: int | None = None) -> float:
-    """Bytes per second that so many threads together read from memory; None takes all cores."""
+    """Measure the bytes per second that threads read from memory; None uses all cores."""
     threads = threads or usable_cores()
-    part = min(READ_AT_MOST, available_memory() // 4) // threads
+    part = min(MAX_BYTES_READ, available_memory() // 4) // threads
     parts = [np.ones(max(part // 4, 1), np.float32) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
-        return sum(part.nbytes for part in parts) / best_of(lambda: list(pool.map(_square, parts)))
+        return sum(part.nbytes for part in parts) / shortest_seconds(lambda: list(pool.map(_square, parts)))
 
 
 def usable_cores() -> int:
-    """Those that this process may run on."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def best_of(work: Callable[[], object], repeats: int = 4) -> float:
-    """The fewest seconds that some work took."""
-    return min(timed(work) for _ in range(repeats))
+def shortest_seconds(call: Callable[[], object], repeats: int = 4) -> float:
+    """Call a function several times; return the seconds of the fastest call."""
+    return min(measure_seconds(call) for _ in range(repeats))
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that some work took."""
+def measure_seconds(call: Callable[[], object]) -> float:
+    """Call a function; return the seconds that it took."""
     started = perf_counter()
-    work()
+    call()
     return perf_counter() - started
 
 

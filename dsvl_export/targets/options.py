@@ -1,4 +1,4 @@
-"""What an export is asked for beyond the precision: a leaf module, which compilers and commands import."""
+"""Options of compilers: a leaf module, which compilers and commands import."""
 
 from __future__ import annotations
 
@@ -12,50 +12,88 @@ from runtimes.preprocess import PreprocessSpec
 
 LATEST = "11.4"
 OLDEST = Version("10.3")
+DELEGATES = ("xnnpack", "coreml", "vulkan")  # of ExecuTorch
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeOptions:
+    """Options of the backend ``onnxruntime``.
+
+    Args:
+        prefill: add a second decoder graph for prompts, with 8-bit weights, if the decoder has
+            4-bit weights and quantizes activations per token.
+    """
+
+    prefill: bool = True
+
+
+@dataclass(frozen=True)
+class TensorRTOptions:
+    """Options of the backends ``tensorrt`` and ``tensorrt_rtx``.
+
+    Args:
+        version: version of TensorRT that builds the engines, for example ``10.3``; None selects the
+            target's, or the latest.
+        capabilities: compute capabilities, for example 89, that TensorRT-RTX builds engines for;
+            empty selects the target's, or the compiler's default.
+    """
+
+    version: str | None = None
+    capabilities: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExecuTorchOptions:
+    """Options of the backend ``executorch``.
+
+    Args:
+        delegate: runs the encoders: ``xnnpack``, ``coreml`` or ``vulkan``; None selects
+            ``xnnpack``.
+    """
+
+    delegate: str | None = None
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What an export is asked for beyond the precision; each compiler takes what concerns it.
+    """Everything a compiler is told beside the program; each compiler reads what it needs.
 
     Args:
         target: the device; None leaves it open.
-        capacity: tokens of the KV cache, where that is fixed when compiling.
-        tensorrt: version of TensorRT that will build or run, as in ``10.3``; None is the target's.
-        capabilities: compute capabilities, as in 89, of engines that are built for several; empty is the
-            target's, or the compiler's choice.
-        deployment: the oldest system to run on, as in ``iOS18``; None is the oldest that the backend has.
-        preprocessing: of the model's images, for programs that take an image itself.
-        delegate: what ExecuTorch runs the encoders on; None is the compiler's choice.
-        prefill: whether a decoder with 4-bit weights and 8-bit activations gets a second graph for prompts.
+        capacity: tokens of the KV cache, for backends that fix it at compile time.
+        preprocessing: of the model's images, for programs that take an image as input.
+        onnxruntime: options of ONNX Runtime.
+        tensorrt: options of TensorRT and TensorRT-RTX.
+        executorch: options of ExecuTorch.
     """
 
     target: Target | None = None
     capacity: int = 2048
-    tensorrt: str | None = None
-    capabilities: tuple[int, ...] = ()
-    deployment: str | None = None
     preprocessing: PreprocessSpec | None = None
-    delegate: str | None = None
-    prefill: bool = True
+    onnxruntime: OnnxRuntimeOptions = OnnxRuntimeOptions()
+    tensorrt: TensorRTOptions = TensorRTOptions()
+    executorch: ExecuTorchOptions = ExecuTorchOptions()
 
-    def target_name(self, otherwise: str) -> str:
-        return self.target.name if self.target else otherwise
+    def target_name(self, default: str) -> str:
+        """Return the target's name, or ``default`` if no target is set."""
+        return self.target.name if self.target else default
 
     def tensorrt_version(self) -> Version:
-        """The version that will build: asked for, the target's, or the latest.
+        """Return the TensorRT version that builds the engines.
+
+        It is the option, the target's, or the latest.
 
         Raises:
-            UserError: it is none, or too old.
+            UserError: the version is malformed or too old.
         """
-        there = self.target.tensorrt if self.target else ()
-        text = self.tensorrt or next(iter(there), LATEST)
+        supported = self.target.tensorrt if self.target else ()
+        text = self.tensorrt.version or next(iter(supported), LATEST)
         try:
             version = Version(text)
         except InvalidVersion as error:
             raise UserError(f"{text!r} is not a version of TensorRT; write it as 10.3.") from error
-        oldest = min(map(Version, there), default=OLDEST)
+        oldest = min(map(Version, supported), default=OLDEST)
         if version < oldest:
             where = f" for {self.target.device}" if self.target else ""
-            raise UserError(f"TensorRT {text} is too old{where}; {oldest} is the oldest that is supported.")
+            raise UserError(f"TensorRT {text} is too old{where}; the oldest supported version is {oldest}.")
         return version

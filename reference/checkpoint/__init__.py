@@ -1,1 +1,1 @@
-"""Reading checkpoints: configs, tensors, tokenizers and processors in both layouts."""
+"""Checkpoint readers: configs, tensors, tokenizers and image processors in both layouts."""

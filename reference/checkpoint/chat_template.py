@@ -1,8 +1,8 @@
-"""A checkpoint's own chat template, compared with the built-in prompt format.
+"""Comparison of a checkpoint's own chat template with the built-in prompt format.
 
-The prompt format is built in; a checkpoint's ``chat_template`` (Jinja, as transformers renders it) is only
-compared with it. The template is rendered in jinja2's sandbox, in a process of its own that is ended after
-``SECONDS``, since a checkpoint is untrusted input.
+The runtime always uses the built-in format; a checkpoint's ``chat_template`` (Jinja, rendered as
+transformers does) is only compared with it. A checkpoint is untrusted input, so the template is
+rendered in jinja2's sandbox, in a separate process that ends after ``RENDER_TIMEOUT_SECONDS``.
 """
 
 from __future__ import annotations
@@ -21,26 +21,38 @@ from runtimes.errors import UserError
 from runtimes.text.prompt import EOS, Message, format_chat
 from runtimes.text.tokenizer import PromptSpec, Tokenizer
 
-SECONDS = 20.0
-CONTEXT = 24  # characters that are quoted around the first difference
-# Conversations as transformers' templates take them.
-TEXT: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
-IMAGE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "One."}, {"type": "text", "text": "Two?"}]}]
-TURNS: list[dict[str, Any]] = [
-    *IMAGE,
+RENDER_TIMEOUT_SECONDS = 20.0
+QUOTED_CHARACTERS = 24  # before and after the start of the first difference
+# Conversations in the form that transformers' multimodal templates take.
+TEXT_MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+IMAGE_MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+MULTIPART_MESSAGES = [
+    {"role": "user", "content": [{"type": "text", "text": "One."}, {"type": "text", "text": "Two?"}]}
+]
+MULTITURN_MESSAGES: list[dict[str, Any]] = [
+    *IMAGE_MESSAGES,
     {"role": "assistant", "content": [{"type": "text", "text": "A circle."}]},
     {"role": "user", "content": [{"type": "text", "text": "Which colour?"}]},
 ]
-LATER_SYSTEM = [*TURNS[:2], {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, TURNS[2]]
-CONVERSATIONS: list[list[dict[str, Any]]] = [TEXT, IMAGE, TURNS, PARTS, LATER_SYSTEM]
-# As the templates of text models take them: one text a message.
-SIMPLE: list[list[dict[str, Any]]] = [
+LATE_SYSTEM_MESSAGES = [
+    *MULTITURN_MESSAGES[:2],
+    {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+    MULTITURN_MESSAGES[2],
+]
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    TEXT_MESSAGES,
+    IMAGE_MESSAGES,
+    MULTITURN_MESSAGES,
+    MULTIPART_MESSAGES,
+    LATE_SYSTEM_MESSAGES,
+]
+# In the form that templates of text models take: the content of a message is one string.
+PLAIN_TEXT_CONVERSATIONS: list[list[dict[str, Any]]] = [
     [{**message, "content": message["content"][0]["text"]} for message in messages]
-    for messages in (TEXT, [*TEXT, *TURNS[1:]])
+    for messages in (TEXT_MESSAGES, [*TEXT_MESSAGES, *MULTITURN_MESSAGES[1:]])
 ]
 
-RENDER = """
+RENDER_SCRIPT = """
 import json, sys
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -48,13 +60,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 def raise_exception(message):
     raise ValueError(message)
 
-given = json.load(sys.stdin)
+request = json.load(sys.stdin)
 environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
 environment.globals["raise_exception"] = raise_exception
 try:
-    template = environment.from_string(given["template"])
-    texts = [template.render(messages=messages, add_generation_prompt=True, **given["values"])[:20000]
-             for messages in given["conversations"]]
+    template = environment.from_string(request["template"])
+    texts = [template.render(messages=messages, add_generation_prompt=True, **request["values"])[:20000]
+             for messages in request["conversations"]]
 except Exception as error:
     print(json.dumps({"error": f"{type(error).__name__}: {error}"[:300]}))
 else:
@@ -62,15 +74,20 @@ else:
 """
 
 
-def template_difference(checkpoint: Checkpoint, spec: PromptSpec) -> str:
-    """How the checkpoint's chat template differs from the built-in prompt, in one sentence.
+def describe_template_difference(checkpoint: Checkpoint, spec: PromptSpec) -> str:
+    """Describe in one sentence how a checkpoint's chat template differs from the built-in prompt.
 
-    Empty where it does not, or where the checkpoint has none.
+    Args:
+        checkpoint: its folder may hold a chat template.
+        spec: the built-in prompt format with the checkpoint's special tokens.
+
+    Returns:
+        The sentence; empty if there is no difference, or no chat template.
     """
-    found = _find(checkpoint.folder)
-    if found is None:
+    named_template = _find_template(checkpoint.folder)
+    if named_template is None:
         return ""
-    name, template = found
+    name, template = named_template
     if importlib.util.find_spec("jinja2") is None:
         return f"The chat template in {name} was not compared with the built-in prompt: pip install jinja2."
     tokenizer = Tokenizer(checkpoint.tokenizer_files[0], spec)
@@ -78,22 +95,25 @@ def template_difference(checkpoint: Checkpoint, spec: PromptSpec) -> str:
     values = {"bos_token": bos, "eos_token": eos}
     differences: list[str] = []
     errors: list[str] = []
-    for conversations in (CONVERSATIONS, SIMPLE):
-        rendered = _render(template, conversations, values)
+    for conversations in (CONVERSATIONS, PLAIN_TEXT_CONVERSATIONS):
+        rendered = _render_conversations(template, conversations, values)
         if isinstance(rendered, str):
             errors.append(f"it cannot be evaluated ({rendered})")
             continue
         texts = [text.removeprefix(bos).replace(eos, EOS).strip() for text in rendered]
-        here = [_difference(*pair, spec) for pair in zip(texts, conversations, strict=True)]
-        if not any(here):
+        described = [
+            _describe_first_difference(text, conversation, spec)
+            for text, conversation in zip(texts, conversations, strict=True)
+        ]
+        if not any(described):
             return ""
-        differences += filter(None, here)
+        differences += filter(None, described)
     reason = [*differences, *errors][0]
     return f"The chat template in {name} differs from the built-in prompt, which is used: {reason}."
 
 
-def _find(folder: Path) -> tuple[str, str] | None:
-    """The name of a template's file, and the template; in transformers' order."""
+def _find_template(folder: Path) -> tuple[str, str] | None:
+    """Find the template as transformers does; returns the file name and the template."""
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
@@ -103,37 +123,41 @@ def _find(folder: Path) -> tuple[str, str] | None:
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         file = folder / name
         template = read_json(file, huge_integers=True).get("chat_template") if file.exists() else None
-        if isinstance(template, list):  # named ones
-            named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-            template = named.get("default")
+        if isinstance(template, list):  # several named templates
+            by_name = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+            template = by_name.get("default")
         if isinstance(template, str):
             return name, template
     return None
 
 
-def _render(template: str, conversations: list[Any], values: dict[str, str]) -> list[str] | str:
-    """The texts, or why there are none."""
-    given = json.dumps({"template": template, "conversations": conversations, "values": values})
+def _render_conversations(template: str, conversations: list[Any], values: dict[str, str]) -> list[str] | str:
+    """Render all conversations; returns their texts, or the reason why that failed."""
+    request = json.dumps({"template": template, "conversations": conversations, "values": values})
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", RENDER], input=given, capture_output=True, text=True, timeout=SECONDS
+        process = subprocess.run(
+            [sys.executable, "-I", "-c", RENDER_SCRIPT],
+            input=request,
+            capture_output=True,
+            text=True,
+            timeout=RENDER_TIMEOUT_SECONDS,
         )
-        answer = json.loads(done.stdout)
+        answer = json.loads(process.stdout)
     except subprocess.TimeoutExpired:
-        return f"it takes more than {SECONDS:g} seconds"
+        return f"it takes more than {RENDER_TIMEOUT_SECONDS:g} seconds"
     except ValueError:
-        return f"the process ended with {done.returncode}"
+        return f"the process ended with exit code {process.returncode}"
     texts: list[str] | str = answer.get("texts") or str(answer.get("error"))
     return texts
 
 
-def _difference(text: str, conversation: list[dict[str, Any]], spec: PromptSpec) -> str:
-    """The first difference of a rendered conversation, as a clause; empty where there is none."""
+def _describe_first_difference(text: str, conversation: list[dict[str, Any]], spec: PromptSpec) -> str:
+    """Describe in a clause where a rendered conversation first differs; empty if it does not."""
     messages = [Message.from_dict(message) for message in conversation]
-    ours = str(format_chat(messages, spec.system_prompt, spec.template))
-    if text == ours:
+    built_in = str(format_chat(messages, spec.system_prompt, spec.template))
+    if text == built_in:
         return ""
-    pairs = enumerate(zip_longest(text, ours))
-    start = max(next(place for place, (theirs, own) in pairs if theirs != own) - CONTEXT, 0)
-    stop = start + 2 * CONTEXT
-    return f"it writes {text[start:stop]!r} where the built-in prompt has {ours[start:stop]!r}"
+    pairs = enumerate(zip_longest(text, built_in))
+    start = max(next(index for index, (theirs, ours) in pairs if theirs != ours) - QUOTED_CHARACTERS, 0)
+    stop = start + 2 * QUOTED_CHARACTERS
+    return f"it renders {text[start:stop]!r} where the built-in prompt has {built_in[start:stop]!r}"

@@ -1,4 +1,4 @@
-"""A checkpoint folder: its config, its settings and its tensors, loaded one by one."""
+"""A checkpoint folder: its config, its settings and its tensors, loaded one at a time."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from reference.checkpoint.config_file import parse_config
-from reference.checkpoint.file_start import check_start
+from reference.checkpoint.file_signature import check_file_signature
 from reference.checkpoint.image_processor import read_image_processor
-from reference.checkpoint.layouts import UNUSED, Shape, Source, canonical_names, sources
-from reference.checkpoint.lora_adapter import AdapterChoice
+from reference.checkpoint.layouts import (
+    UNUSED_TENSORS,
+    ParameterSource,
+    Shape,
+    canonical_names,
+    parameter_sources,
+)
+from reference.checkpoint.lora_adapter import AdapterChoice, base_model
 from reference.checkpoint.lora_merge import Adapters
 from reference.checkpoint.settings import Settings
 from reference.checkpoint.tensor_files import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
-    MERGE_FIRST,
+    MERGE_ADAPTER_HINT,
     WEIGHT_FILES,
     TensorFiles,
-    list_names,
+    join_names,
 )
 from reference.model.config import ModelConfig
-from reference.model.constants import materialise_constants
+from reference.model.constants import materialize_constants
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.tiny import TINY
 from runtimes.bundle.files import read_json, sha256_of_files, sha256_of_text, write_json
@@ -39,8 +45,8 @@ from runtimes.errors import UserError, first_line
 from runtimes.installation import install_command
 from runtimes.text.prompt import BOS, EOS, PAD
 
-STREAM_ABOVE = 2 << 30  # bytes of fp32 weights
-FLOATS = ("float32", "float16", "bfloat16", "float64")
+STREAMING_THRESHOLD = 2 << 30  # bytes of fp32 weights
+FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 SETTINGS_FILES = (
     "config.json",
     "generation_config.json",
@@ -58,12 +64,16 @@ _QUANTIZED_NAMES = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A DeepSeek-VL checkpoint folder: its config, its files and its tensors, loaded on demand."""
+    """A DeepSeek-VL checkpoint folder: its config, its files and its tensors, loaded on demand.
+
+    ``preprocessor`` has the image processor's settings; None if no file has them. ``choices`` are
+    the LoRA adapters that are merged into the weights, in this order.
+    """
 
     folder: Path
     config: ModelConfig
-    preprocessor: Settings | None  # of the image processor; None where no file has them
-    choices: tuple[AdapterChoice, ...] = ()  # adapters that are merged into the weights
+    preprocessor: Settings | None
+    choices: tuple[AdapterChoice, ...] = ()
 
     @cached_property
     def _files(self) -> TensorFiles:
@@ -75,7 +85,7 @@ class Checkpoint:
 
     @cached_property
     def adapters(self) -> Adapters:
-        """The adapters that ``load`` merges.
+        """Adapters that ``load`` merges.
 
         Raises:
             UserError: one cannot be read, or does not fit this model.
@@ -83,46 +93,52 @@ class Checkpoint:
         return Adapters.open(self.choices, self.config, self._shapes)
 
     def check(self) -> None:
-        """Every tensor is there, with the right shape and of a floating-point type, and none is unknown.
+        """Check that the files hold exactly the config's tensors, as floats of the right shapes.
 
         Raises:
-            UserError: names the missing, unexpected and wrongly shaped tensors, ten of each.
+            UserError: a tensor is missing, unexpected, wrongly shaped, stored twice, or not a
+                float; the message names up to ten of each kind.
         """
-        self._refuse_other_states()
+        self._refuse_adapted_or_quantized()
         stored = {name: self._files.stored[names[0]] for name, names in self._stored_names.items()}
-        wanted = {tensor: source.shape for source in self._sources.values() for tensor in source.names}
-        known = wanted.keys() | ({_head_name(self.config)} if self.config.tied_head else set())
-        twice = [names for name, names in self._stored_names.items() if name in known and len(names) > 1]
+        expected = {tensor: source.shape for source in self._sources.values() for tensor in source.names}
+        allowed = expected.keys() | ({_head_name(self.config)} if self.config.tied_head else set())
+        duplicates = [
+            names for name, names in self._stored_names.items() if name in allowed and len(names) > 1
+        ]
         problems = {
-            "missing": sorted(wanted.keys() - stored.keys()),
+            "missing": sorted(expected.keys() - stored.keys()),
             "unexpected": sorted(
-                self._stored_names[name][0] for name in stored.keys() - known if not UNUSED.fullmatch(name)
+                self._stored_names[name][0]
+                for name in stored.keys() - allowed
+                if not UNUSED_TENSORS.fullmatch(name)
             ),
             "wrongly shaped": [
                 f"{self._stored_names[name][0]} is {list(stored[name].shape)}, expected {list(shape)}"
-                for name, shape in sorted(wanted.items())
+                for name, shape in sorted(expected.items())
                 if name in stored and stored[name].shape != shape
             ],
-            "under two names": [" and ".join(names) for names in twice],
+            "under two names": [" and ".join(names) for names in duplicates],
         }
-        parts = [f"{len(rows)} {label}: {list_names(rows)}" for label, rows in problems.items() if rows]
+        parts = [f"{len(rows)} {label}: {join_names(rows)}" for label, rows in problems.items() if rows]
         if parts:
-            raise UserError(f"The weights in {self.folder} do not fit its config: {'; '.join(parts)}.")
-        odd = [name for name in sorted(wanted) if stored[name].dtype not in FLOATS]
-        if odd:
+            raise UserError(f"The weights in {self.folder} do not match its config: {'; '.join(parts)}.")
+        not_float = [name for name in sorted(expected) if stored[name].dtype not in FLOAT_DTYPES]
+        if not_float:
             raise UserError(
-                f"{len(odd)} tensors in {self.folder} are stored as {stored[odd[0]].dtype}"
-                f" (such as {odd[0]}), expected {', '.join(FLOATS)}; export the unquantized checkpoint."
+                f"{len(not_float)} tensors in {self.folder} are stored as {stored[not_float[0]].dtype}"
+                f" (such as {not_float[0]}), expected {', '.join(FLOAT_DTYPES)};"
+                " export the unquantized checkpoint."
             )
 
-    def _refuse_other_states(self) -> None:
-        """Weights that belong to an adapter or come from a quantizer, which the names tell."""
+    def _refuse_adapted_or_quantized(self) -> None:
+        """Raise UserError if tensor names show a LoRA adapter or a quantizer."""
         names = sorted(self._files.stored)
         adapter = [name for name in names if _ADAPTER_NAMES.search(name)]
         if adapter:
             raise UserError(
                 f"{len(adapter)} tensors in {self.folder} belong to a LoRA adapter (such as {adapter[0]});"
-                f" {MERGE_FIRST}."
+                f" {MERGE_ADAPTER_HINT}."
             )
         quantized = [name for name in names if _QUANTIZED_NAMES.search(name)]
         if quantized:
@@ -133,26 +149,29 @@ class Checkpoint:
 
     @cached_property
     def _stored_names(self) -> dict[str, list[str]]:
-        """Names as in ``sources`` → those in the files."""
+        """Tensor name as in ``parameter_sources`` → its names in the files."""
         return canonical_names(self.config, self._files.stored)
 
     @cached_property
-    def _sources(self) -> dict[str, Source]:
-        """Sources, with the head read from the embedding where it is tied and not stored."""
-        table = sources(self.config, self._shapes)
+    def _sources(self) -> dict[str, ParameterSource]:
+        """Sources by parameter; a tied head that is not stored is read from the embedding."""
+        table = parameter_sources(self.config, self._shapes)
         if self.config.tied_head and table["decoder.head.weight"].names[0] not in self._stored_names:
             table["decoder.head.weight"] = table["token_embedding.weight"]
         return table
 
     def _stored(self, parameter: str) -> list[str]:
-        """Names in the files of the tensors that make up one parameter."""
+        """Return the names in the files of the tensors that make up one parameter."""
         return [self._stored_names[name][0] for name in self._sources[parameter].names]
 
     def load(self, parameter: str) -> Tensor:
-        """One parameter in the checkpoint's dtype, named as in ``DeepSeekVL.named_parameters()``.
+        """Load one parameter in the checkpoint's dtype, but float64 as float32.
 
-        Double precision becomes single: the reference computes in it, and no runtime reads more. What an
-        adapter changes is in fp32.
+        The reference computes in float32, and no runtime reads float64. A parameter that an adapter
+        changes is float32 as well.
+
+        Args:
+            parameter: a name of ``DeepSeekVL.named_parameters()``.
         """
         parts = [self._files.load(name) for name in self._stored(parameter)]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -160,7 +179,7 @@ class Checkpoint:
         return self.adapters.merge(parameter, tensor.reshape(self._shapes[parameter]))
 
     def embedding_bytes(self) -> int | None:
-        """Of the token table as ``load`` gives it; None where the weights are not there."""
+        """Return the bytes of the token embedding as ``load`` returns it; None without weights."""
         if not any((self.folder / name).exists() for name in WEIGHT_FILES):
             return None
         (name,) = self._stored("token_embedding.weight")
@@ -169,18 +188,19 @@ class Checkpoint:
             return 4 * prod(stored.shape)
         return stored.nbytes // 2 if stored.dtype == "float64" else stored.nbytes
 
-    def model(
+    def load_model(
         self,
         streamed: bool | None = None,
         load: Callable[[str], Tensor] | None = None,
         prepare: Callable[[DeepSeekVL], None] = lambda model: None,
     ) -> DeepSeekVL:
-        """The reference model in fp32 with these weights, for computing.
+        """Load the reference model in fp32, ready to run.
 
         Args:
-            streamed: keep the weights in the files and load each module's only while it runs, so that
-                memory does not grow with the model; None does so above ``STREAM_ABOVE`` bytes.
-            load: gives a parameter in the place of ``Checkpoint.load``.
+            streamed: keep the weights in the files and load those of a module only while it runs,
+                so that memory does not grow with the model. None streams models of more than
+                ``STREAMING_THRESHOLD`` bytes.
+            load: returns a parameter by its name, instead of ``Checkpoint.load``.
             prepare: changes the model, still on the meta device, before it gets its weights.
         """
         load = load or self.load
@@ -188,77 +208,83 @@ class Checkpoint:
             model = DeepSeekVL(self.config)
         prepare(model)
         total = sum(4 * parameter.numel() for parameter in model.parameters())
-        if total > STREAM_ABOVE if streamed is None else streamed:
-            _stream_into(model, load)
+        if total > STREAMING_THRESHOLD if streamed is None else streamed:
+            _stream_weights(model, load)
         else:
             model = model.to_empty(device="cpu")
             for name, parameter in model.named_parameters():
                 parameter.data.copy_(load(name))
-        materialise_constants(model)
+        materialize_constants(model)
         return model.eval().requires_grad_(False)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over config, tokenizer, preprocessing and weights: the checkpoint's identity."""
-        return self.identify(lambda done, total: None)
+        """SHA-256 over config, tokenizer, preprocessing and weights; identifies the checkpoint."""
+        return self.compute_digest(lambda done, total: None)
 
-    def identify(self, on_step: Callable[[int, int], None]) -> str:
-        """``digest``; where it is not known yet, all weights are read.
+    def compute_digest(self, on_step: Callable[[int, int], None]) -> str:
+        """Compute ``digest`` with progress; the first call reads all weights.
 
         Args:
-            on_step: called with the bytes that are read, and all.
+            on_step: called with the number of bytes read so far and in total.
         """
-        kept = vars(self)  # where the property keeps it
-        if "digest" in kept:
-            return str(kept["digest"])
+        cached = vars(self)  # where ``cached_property`` stores its value
+        if "digest" in cached:
+            return str(cached["digest"])
         names = (
             "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
         )  # fmt: skip
         settings = [self.folder / name for name in names if (self.folder / name).exists()]
         hashes = sha256_of_files([*settings, *self.tokenizer_files, *self._files.files], on_step)
-        parts = [f"{file.name} {found}" for file, found in hashes.items()] + self.adapters.identity()
-        kept["digest"] = sha256_of_text("\n".join(parts))
-        return str(kept["digest"])
+        lines = [f"{file.name} {hash_}" for file, hash_ in hashes.items()]
+        cached["digest"] = sha256_of_text("\n".join([*lines, *self.adapters.identity()]))
+        return str(cached["digest"])
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        """Tokenizer files to carry into a bundle; ``tokenizer.json`` is the one that is needed."""
+        """Tokenizer files that a bundle copies, ``tokenizer.json`` first.
+
+        Raises:
+            UserError: there is no ``tokenizer.json``.
+        """
         if not (self.folder / "tokenizer.json").exists():
-            raise UserError(f"{self.folder} has no tokenizer.json, which the runtime needs.")
+            raise UserError(f"{self.folder} has no tokenizer.json, which the runtime needs; download it too.")
         names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
         return [self.folder / name for name in names if (self.folder / name).exists()]
 
 
-def _stream_into(model: DeepSeekVL, load: Callable[[str], Tensor]) -> None:
-    """Hooks that give a module its own parameters before it runs and take them away after.
+def _stream_weights(model: DeepSeekVL, load: Callable[[str], Tensor]) -> None:
+    """Add hooks that load a module's own parameters before it runs and free them afterwards.
 
-    Their memory serves the next module of the same shapes: fresh memory takes longer than the weights.
+    Buffers are reused by the next module with the same shapes: allocating memory takes longer than
+    reading the weights.
     """
-    spare: dict[Shape, list[Tensor]] = {}
+    free_buffers: dict[Shape, list[Tensor]] = {}
 
-    def attach(module: nn.Module, prefix: str) -> None:
-        empty = dict(module.named_parameters(recurse=False))
+    def add_hooks(module: nn.Module, prefix: str) -> None:
+        meta_parameters = dict(module.named_parameters(recurse=False))
 
-        def fill(module: nn.Module, args: Any) -> None:
-            for name, parameter in empty.items():
-                free = spare.get(tuple(parameter.shape))
-                with torch.inference_mode(False):  # else they could serve in that mode alone
-                    value = free.pop() if free else torch.empty_like(parameter, device="cpu")
-                setattr(module, name, nn.Parameter(value.copy_(load(f"{prefix}{name}")), requires_grad=False))
+        def load_parameters(module: nn.Module, args: Any) -> None:
+            for name, parameter in meta_parameters.items():
+                buffers = free_buffers.get(tuple(parameter.shape))
+                with torch.inference_mode(False):  # an inference tensor is unusable in other modes
+                    buffer = buffers.pop() if buffers else torch.empty_like(parameter, device="cpu")
+                value = buffer.copy_(load(f"{prefix}{name}"))
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
 
-        def drop(module: nn.Module, args: Any, output: Any) -> None:
-            for name, parameter in empty.items():
-                filled = getattr(module, name)
-                if filled is not parameter:  # as it is where loading failed
-                    spare.setdefault(tuple(parameter.shape), []).append(filled.data)
+        def free_parameters(module: nn.Module, args: Any, output: Any) -> None:
+            for name, parameter in meta_parameters.items():
+                loaded = getattr(module, name)
+                if loaded is not parameter:  # it still is the meta parameter if loading failed
+                    free_buffers.setdefault(tuple(parameter.shape), []).append(loaded.data)
                     setattr(module, name, parameter)
 
-        if empty:
-            module.register_forward_pre_hook(fill)
-            module.register_forward_hook(drop, always_call=True)
+        if meta_parameters:
+            module.register_forward_pre_hook(load_parameters)
+            module.register_forward_hook(free_parameters, always_call=True)
 
     for path, module in model.named_modules():
-        attach(module, f"{path}." if path else "")
+        add_hooks(module, f"{path}." if path else "")
 
 
 def _head_name(config: ModelConfig) -> str:
@@ -266,20 +292,21 @@ def _head_name(config: ModelConfig) -> str:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Shapes of all parameters, from a model on the meta device (no memory)."""
+    """Return the shape of every parameter; a model on the meta device takes no memory."""
     with torch.device("meta"):
         model = DeepSeekVL(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def resolve(checkpoint: str, weights: bool = True) -> Path:
-    """Folder of ``tiny``, a local folder, or a hub id (downloaded through ``huggingface_hub``).
+def resolve_checkpoint(checkpoint: str, weights: bool = True) -> Path:
+    """Return the folder of a checkpoint; a Hugging Face Hub id is downloaded first.
 
     Args:
-        weights: whether a download needs more than the settings.
+        checkpoint: ``tiny``, a local folder, or a hub id.
+        weights: whether to download the weights too, not the settings alone.
 
     Raises:
-        UserError: there is no such folder and no way to fetch it.
+        UserError: there is no such folder, and it cannot be downloaded.
     """
     if checkpoint == "tiny":
         return TINY
@@ -289,47 +316,53 @@ def resolve(checkpoint: str, weights: bool = True) -> Path:
     if folder.exists():
         raise UserError(f"{checkpoint} is a file; give the folder that holds config.json.")
     if checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
-        raise UserError(f"There is no folder {checkpoint}.")
+        raise UserError(f"The folder {checkpoint} does not exist.")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UserError(
-            f"There is no folder {checkpoint}; to download it as a hub id,"
+            f"The folder {checkpoint} does not exist; to download it as a hub id,"
             f" run: {install_command('huggingface_hub')}."
         ) from error
     try:
         patterns = ["*.json", "*.safetensors", "*.bin"] if weights else ["*.json"]
         return Path(snapshot_download(checkpoint, allow_patterns=patterns))
-    except Exception as error:  # network, authorisation and hub errors share no base class
+    except Exception as error:  # network, authorization and hub errors share no base class
         raise UserError(
-            f"There is no folder {checkpoint}, and the hub did not give it: {first_line(error)}."
+            f"The folder {checkpoint} does not exist, and its download from the hub failed:"
+            f" {first_line(error)}."
         ) from error
 
 
 def open_checkpoint(
     checkpoint: str, weights: bool = True, adapters: Sequence[AdapterChoice] = ()
 ) -> Checkpoint:
-    """The checkpoint named on the command line, its config read and its tensors checked.
+    """Open a checkpoint: read its config and check its tensors.
 
     Args:
-        weights: False asks for the config alone; there need be no weights then.
+        checkpoint: as in ``resolve_checkpoint``.
+        weights: False reads the config alone; then the folder needs no weights.
         adapters: LoRA adapters to merge into the weights, in this order.
 
     Raises:
-        UserError: it is missing, incomplete or no DeepSeek-VL, or an adapter does not fit it.
+        UserError: the checkpoint is missing, incomplete, or not a DeepSeek-VL model, or an adapter
+            does not fit it.
     """
-    folder = resolve(checkpoint, weights)
+    folder = resolve_checkpoint(checkpoint, weights)
     file = folder / "config.json"
     adapter = next((name for name in ADAPTER_FILES if (folder / name).exists()), None)
     if not file.exists() and (folder / ADAPTER_CONFIG).exists():
         adapter = ADAPTER_CONFIG
-    if adapter:
-        raise UserError(f"{folder} holds a LoRA adapter ({adapter}); {MERGE_FIRST}.")
+    if adapter and not adapters:
+        raise UserError(
+            f"{folder} holds a LoRA adapter ({adapter}); run: dsvl-export export"
+            f" {base_model(folder)} --adapter {folder}."
+        )
     if not file.exists():
-        raise UserError(f"{folder} has no config.json, so it is no checkpoint folder.")
+        raise UserError(f"{folder} has no config.json, so it is not a checkpoint folder.")
     for name in SETTINGS_FILES:
         if (folder / name).exists():
-            check_start(folder / name)
+            check_file_signature(folder / name)
     preprocessor = read_image_processor(folder)
     config = parse_config(read_json(file), str(file), preprocessor)
     opened = Checkpoint(folder, config, preprocessor, tuple(adapters))
@@ -339,18 +372,25 @@ def open_checkpoint(
     return opened
 
 
-def write_original(
+def write_original_checkpoint(
     model: DeepSeekVL, raw_config: Mapping[str, Any], tokenizer: Tokenizer, folder: Path
 ) -> None:
-    """Write a model in the original layout, float16, with its tokenizer and preprocessing."""
+    """Write a checkpoint in the original layout, with float16 weights.
+
+    Args:
+        model: the weights.
+        raw_config: content of ``config.json``.
+        tokenizer: becomes ``tokenizer.json``.
+        folder: made if it does not exist.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    table = sources(model.config, parameter_shapes(model.config))
+    table = parameter_sources(model.config, parameter_shapes(model.config))
     state = {
         table[name].names[0]: parameter.detach().to(torch.float16).contiguous()
         for name, parameter in model.named_parameters()
     }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner only
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "config.json", raw_config)
     write_json(

@@ -1,7 +1,7 @@
-"""Where each parameter of the reference model lies in the two checkpoint layouts.
+"""Names of the reference model's parameters in the two checkpoint layouts.
 
-A ``Source`` names the checkpoint tensors that make up one parameter: usually one, three where
-transformers keeps q, k and v apart (they are concatenated along axis 0).
+A ``ParameterSource`` lists the checkpoint tensors that make up one parameter: usually one, but
+three where transformers stores q, k and v separately (they are concatenated along axis 0).
 """
 
 from __future__ import annotations
@@ -16,45 +16,46 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Source:
-    """Checkpoint tensors of one parameter and the shape each must have."""
+class ParameterSource:
+    """The checkpoint tensors of one parameter; ``shape`` is that of each tensor."""
 
     names: tuple[str, ...]
-    shape: Shape  # of each named tensor
+    shape: Shape
 
 
-# Present in real checkpoints and used by nothing: pooling heads and norms of other tower modes,
-# tables that every loader computes itself.
-UNUSED = re.compile(
+# Tensors in published checkpoints that no computation uses: pooling heads and norms of other tower
+# modes, and tables that every loader computes itself.
+UNUSED_TENSORS = re.compile(
     r"(.*\.attn_pool\..*|vision_model\.(high|low)_layer_norm\.(weight|bias)"
     r"|model\.vision_model\.(vision_model\.)?head\..*|.*\.rotary_emb\.inv_freq|.*\.position_ids)"
 )
 
 
-def sources(config: ModelConfig, shapes: dict[str, Shape]) -> dict[str, Source]:
-    """Sources of every parameter.
+def parameter_sources(config: ModelConfig, shapes: dict[str, Shape]) -> dict[str, ParameterSource]:
+    """Return the source of every parameter.
 
     Args:
-        config: its ``layout`` decides the names.
+        config: its ``layout`` determines the names.
         shapes: parameter name → shape, as in ``DeepSeekVL.named_parameters()``.
     """
-    rename = _original if config.layout == "original" else _transformers
+    rename = _original_source if config.layout == "original" else _transformers_source
     return {name: rename(config, name, shape) for name, shape in shapes.items()}
 
 
-# Modules that wrap others and put their own name before or between the names of a state dict:
-# torch.compile, FSDP, activation checkpointing, DistributedDataParallel and Lightning.
+# Prefixes that wrapper modules add to the names of a state dict: torch.compile, FSDP, activation
+# checkpointing, DistributedDataParallel and Lightning.
 _WRAPPERS = re.compile(
     r"^(?:module\.|_forward_module\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 
 
 def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, list[str]]:
-    """Names as in ``sources`` → the names under which a checkpoint stores the same tensor.
+    """Map names as in ``parameter_sources`` to the names under which a checkpoint stores them.
 
-    What transformers 5.23 accepts (``conversion_mapping.py`` and ``rename_source_key`` in
-    ``core_model_loading.py``), and a little more: ``model.`` before a name or not; SigLIP nested as in all
-    files of transformers before 5.6; the language model nested or not; the head at any level.
+    Accepts all that transformers 5.23 accepts (``conversion_mapping.py`` and ``rename_source_key``
+    in ``core_model_loading.py``) and a little more: names with or without ``model.``; SigLIP nested
+    as in all files of transformers before 5.6; the language model nested or not; the head at any
+    level.
     """
     table: dict[str, list[str]] = {}
     for name in stored:
@@ -71,7 +72,7 @@ def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, lis
     return table
 
 
-def _original(config: ModelConfig, name: str, shape: Shape) -> Source:
+def _original_source(config: ModelConfig, name: str, shape: Shape) -> ParameterSource:
     hybrid = config.vision.hybrid
     tower = "vision_model.vision_tower"
     rules = [
@@ -84,17 +85,17 @@ def _original(config: ModelConfig, name: str, shape: Shape) -> Source:
         (r"decoder\.head\.", "language_model.lm_head."),
         (r"decoder\.", "language_model.model."),
     ]
-    return Source((_first_rule(rules, name),), shape)
+    return ParameterSource((_apply_first_rule(rules, name),), shape)
 
 
-def _transformers(config: ModelConfig, name: str, shape: Shape) -> Source:
+def _transformers_source(config: ModelConfig, name: str, shape: Shape) -> ParameterSource:
     low, high = "model.vision_model", "model.high_res_vision_model.vision_encoder"
     if re.fullmatch(r"vision_encoder\.low\.blocks\.\d+\.attn\.qkv\.(weight|bias)", name):
-        base = _first_rule([(r"vision_encoder\.low\.blocks\.", f"{low}.encoder.layers.")], name)
+        base = _apply_first_rule([(r"vision_encoder\.low\.blocks\.", f"{low}.encoder.layers.")], name)
         names = tuple(base.replace("attn.qkv", f"self_attn.{part}_proj") for part in "qkv")
-        return Source(names, (shape[0] // 3, *shape[1:]))
+        return ParameterSource(names, (shape[0] // 3, *shape[1:]))
     if name == "vision_encoder.low.pos_embed":
-        return Source((f"{low}.embeddings.position_embedding.weight",), shape[1:])
+        return ParameterSource((f"{low}.embeddings.position_embedding.weight",), shape[1:])
     rules = [
         (r"vision_encoder\.low\.patch_embed\.proj\.", f"{low}.embeddings.patch_embedding."),
         (r"vision_encoder\.low\.norm\.", f"{low}.post_layernorm."),
@@ -116,22 +117,22 @@ def _transformers(config: ModelConfig, name: str, shape: Shape) -> Source:
         (r"vision_encoder\.high\.hd_alpha$", "model.high_res_vision_alpha"),
         (r"adaptor\.high_up_proj\.", "model.aligner.high_res_vision_proj."),
         (r"adaptor\.low_up_proj\.", "model.aligner.vision_proj."),
-        (r"adaptor\.layers\.1\.", "model.aligner.proj."),  # the split form starts with its GELU
+        (r"adaptor\.layers\.1\.", "model.aligner.proj."),  # the hybrid adaptor starts with its GELU
         (r"adaptor\.layers\.0\.", "model.aligner.linear1."),
         (r"adaptor\.layers\.2\.", "model.aligner.linear2."),
         (r"token_embedding\.", "model.language_model.embed_tokens."),
         (r"decoder\.head\.", "lm_head."),
         (r"decoder\.", "model.language_model."),
     ]
-    return Source((_first_rule(rules, name),), shape)
+    return ParameterSource((_apply_first_rule(rules, name),), shape)
 
 
-def _neck_rules(ours: str, theirs: str) -> list[tuple[str, str]]:
+def _neck_rules(pattern: str, replacement: str) -> list[tuple[str, str]]:
     parts = ("conv1", "layer_norm1", "conv2", "layer_norm2")
-    return [(rf"{ours}{index}\.", f"{theirs}{part}.") for index, part in enumerate(parts)]
+    return [(rf"{pattern}{index}\.", f"{replacement}{part}.") for index, part in enumerate(parts)]
 
 
-def _first_rule(rules: Iterable[tuple[str, str]], name: str) -> str:
+def _apply_first_rule(rules: Iterable[tuple[str, str]], name: str) -> str:
     for pattern, replacement in rules:
         renamed, count = re.subn("^" + pattern, replacement, name)
         if count:

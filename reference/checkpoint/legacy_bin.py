@@ -1,7 +1,8 @@
-"""Torch's file format from before version 1.6: pickles followed by raw storages, read from a memory map.
+"""PyTorch's file format before version 1.6, pickles followed by raw storages, as a memory map.
 
-``torch.load`` reads such a file whole. Here only the pickles are read, with an allow-list of names, and
-each tensor is a view of the mapped file. The format is that of ``torch.serialization._legacy_save``.
+``torch.load`` reads such a file into memory. This reader loads only the pickles, with an allow-list
+of names; each tensor is a view of the mapped file. The format is that of
+``torch.serialization._legacy_save``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ STORAGE_DTYPES = {
 
 @dataclass(frozen=True)
 class _Storage:
-    """A storage by its key, before its place in the file is known."""
+    """A storage by its key, before its position in the file is known."""
 
     key: str
     dtype: torch.dtype
@@ -45,7 +46,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class LegacyTensor:
-    """A tensor whose numbers are still in the file."""
+    """A tensor whose values are still in the file."""
 
     storage: _Storage
     offset: int  # elements
@@ -54,25 +55,28 @@ class LegacyTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its numbers."""
+        """The dtype of the values."""
         return self.storage.dtype
 
 
 class LegacyFile:
-    """A ``.bin`` file in the old format, its pickles read and its storages found.
-
-    Args:
-        file: read through a private memory map.
-
-    Raises:
-        pickle.UnpicklingError, ValueError, EOFError and others that a damaged pickle raises.
-    """
+    """A ``.bin`` file in the legacy format; ``content`` has a ``LegacyTensor`` for each tensor."""
 
     def __init__(self, file: Path) -> None:
+        """Read the pickles and locate the storages.
+
+        Args:
+            file: read through a private memory map.
+
+        Raises:
+            ValueError: the file has another format or is cut short.
+            pickle.UnpicklingError: a pickle names what plain weights do not need.
+            Exception: any other type that unpickling a damaged file raises.
+        """
         with file.open("rb") as handle:
             if _Unpickler(handle).load() != MAGIC_NUMBER or _Unpickler(handle).load() != PROTOCOL_VERSION:
-                raise ValueError("it does not start as a file of torch does")
-            _Unpickler(handle).load()  # sizes and byte order of the system that wrote it
+                raise ValueError("it does not start with PyTorch's magic number")
+            _Unpickler(handle).load()  # integer sizes and byte order of the system that wrote it
             self.content: Any = _Unpickler(handle).load()
             keys = _Unpickler(handle).load()
             start = handle.tell()
@@ -80,7 +84,7 @@ class LegacyFile:
         self._starts = self._locate(keys, start)
 
     def _locate(self, keys: Sequence[str], start: int) -> dict[str, int]:
-        """Byte at which each storage's numbers begin: an int64 count stands before them."""
+        """Return the byte offset of each storage's values, which follow an int64 count."""
         sizes = {tensor.storage.key: tensor.storage.dtype.itemsize for tensor in _tensors(self.content)}
         starts: dict[str, int] = {}
         for key in keys:
@@ -92,7 +96,7 @@ class LegacyFile:
         return starts
 
     def load(self, tensor: LegacyTensor) -> Tensor:
-        """A view of the mapped file."""
+        """Return a tensor as a view of the mapped file."""
         storage = tensor.storage
         last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
         if 0 in tensor.shape:
@@ -103,7 +107,7 @@ class LegacyFile:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads plain tables of tensors; any other name in the pickle is an error."""
+    """Unpickler of plain tables of tensors; any other name in the pickle is an error."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         super().__init__(handle, encoding="utf-8")
@@ -117,7 +121,7 @@ class _Unpickler(pickle.Unpickler):
             return _rebuild_parameter
         if module == "torch" and name in STORAGE_DTYPES:
             return _StorageType(STORAGE_DTYPES[name])
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of plain weights")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not part of plain weights")
 
     def persistent_load(self, saved: Any) -> _Storage:
         kind, storage_type, key, _, _, view = saved
@@ -145,7 +149,7 @@ def _rebuild_parameter(tensor: LegacyTensor, *rest: Any) -> LegacyTensor:
 
 
 def _tensors(content: Any) -> list[LegacyTensor]:
-    """All tensors of nested tables."""
+    """Return all tensors of nested tables."""
     if isinstance(content, LegacyTensor):
         return [content]
     if isinstance(content, dict):

@@ -1,7 +1,7 @@
 """One LoRA adapter in PEFT's layout: its settings, and what each of its tensors changes.
 
-Names and settings are those of PEFT 0.21. Scaling: alpha / r (LoRA, arXiv 2106.09685), or alpha / sqrt(r)
-(rsLoRA, arXiv 2312.03732).
+Names and settings are those of PEFT 0.21. Scaling: alpha / r (LoRA, arXiv 2106.09685), or
+alpha / sqrt(r) (rsLoRA, arXiv 2312.03732).
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch import Tensor
 from reference.checkpoint.layouts import Shape
 from reference.checkpoint.lora_targets import Slice, Targets
 from reference.checkpoint.settings import Settings
-from reference.checkpoint.tensor_files import ADAPTER_CONFIG, ADAPTER_FILES, TensorFiles, list_names
+from reference.checkpoint.tensor_files import ADAPTER_CONFIG, ADAPTER_FILES, TensorFiles, join_names
 from reference.model.config import ModelConfig
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
 
-# Ways to start the training that leave the base model as it is; the others move a part of its weights
-# into the adapter.
+# Initializations that leave the base model unchanged; others move a part of its weights into the
+# adapter.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-# Settings under which an adapter is more than a change to weights, or another change than LoRA's and DoRA's.
+# Settings of adapters that do not only change weights, or change them in another way than LoRA and
+# DoRA.
 _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config",
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
@@ -72,9 +73,15 @@ class AdapterChoice:
 class Change:
     """What one adapter does to one tensor of the checkpoint.
 
-    ``replacement`` takes the tensor's place. Otherwise ``down`` [r, inputs] and ``up`` [outputs, r] are
-    multiplied and scaled (of convolutions, the inputs of all taps); ``magnitude`` [outputs] is DoRA's.
-    Names are those of the adapter's tensors.
+    Attributes:
+        target: the tensor, as rows of a parameter.
+        module: name of the module in the adapter.
+        scaling: factor of the product of the two matrices.
+        down: name of the adapter's tensor ``[r, inputs]``; None if the change is a bias.
+        up: name of the adapter's tensor ``[outputs, r]``, or of the change of a bias.
+        magnitude: name of DoRA's tensor ``[outputs]``.
+        replacement: name of the adapter's tensor that replaces the target; the others are None.
+        embedding: the target is a lookup table, whose matrices are transposed.
     """
 
     target: Slice
@@ -100,6 +107,7 @@ class Adapter:
     """
 
     def __init__(self, choice: AdapterChoice, config: ModelConfig, shapes: Mapping[str, Shape]) -> None:
+        """Read the settings and the names and shapes of the tensors."""
         self.folder = choice.folder
         self.weight = choice.weight
         self.settings = _read_settings(choice.folder)
@@ -146,7 +154,7 @@ class Adapter:
             part = "none" if len(unknown) == len(self._files.stored) else "only a part"
             raise UserError(
                 f"The adapter {self.folder} does not fit this model: {part} of its tensors belong to it;"
-                f" {len(unknown)} do not: {list_names(sorted(unknown))}."
+                f" {len(unknown)} do not: {join_names(sorted(unknown))}."
             )
         changes = [  # first, since an embedding may come whole and with LoRA's matrices
             Change(targets[tensor], tensor, replacement=name) for tensor, name in sorted(replacements.items())
@@ -211,7 +219,7 @@ class Adapter:
         if problems:
             raise UserError(
                 f"The adapter {self.folder} was made for another model: {len(problems)} tensors have other"
-                f" shapes: {list_names(problems)}."
+                f" shapes: {join_names(problems)}."
             )
 
     def _expected_shapes(self, change: Change) -> dict[str, Shape]:
@@ -235,8 +243,17 @@ class Adapter:
         return expected
 
 
+def base_model(folder: Path) -> str:
+    """Return the base model that an adapter's settings name, or ``CHECKPOINT``."""
+    try:
+        name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    except UserError:
+        name = None
+    return name if isinstance(name, str) and name.isprintable() and name else "CHECKPOINT"
+
+
 def _pattern(patterns: Settings, module: str) -> str | None:
-    """The first key that matches the end of a module's name, as PEFT's ``get_pattern_key`` finds it."""
+    """Return the first key that matches the end of a module's name, as PEFT's ``get_pattern_key``."""
     for key in patterns.values:
         try:
             if re.match(rf"(.*\.)?({key})$", module):

@@ -27,6 +27,7 @@ class Adapters:
     _changes: dict[str, list[tuple[Adapter, Change]]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        """Group the changes by parameter."""
         changes: dict[str, list[tuple[Adapter, Change]]] = {}
         for adapter in self.adapters:
             for change in adapter.changes:
@@ -59,6 +60,7 @@ class Adapters:
         ]
 
     def __contains__(self, parameter: str) -> bool:
+        """Return whether an adapter changes a parameter."""
         return parameter in self._changes
 
     def merge(self, parameter: str, tensor: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class Adapters:
             tensor: its value in the checkpoint, of any floating-point type.
 
         Returns:
-            fp32 where an adapter changes it: a small change to a large weight is lost in half precision.
+            float32 if an adapter changes it: half precision would lose small changes.
 
         Raises:
             UserError: an adapter's tensor holds NaN or infinity.
@@ -89,7 +91,8 @@ class Adapters:
         """Refuse what has no defined result.
 
         Raises:
-            UserError: two adapters replace the same tensor, or scale one layer differently without weights.
+            UserError: two adapters change a tensor that one replaces, or scale one layer
+                differently without weights.
         """
         for changes in self._changes.values():
             for position, (first, one) in enumerate(changes):
@@ -110,9 +113,11 @@ class Adapters:
 
 
 def _apply(adapter: Adapter, change: Change, base: Tensor, merged: Tensor) -> Tensor:
-    """The rows of one tensor with one change more.
+    """Return the rows of one tensor after one more change.
 
     Args:
+        adapter: the adapter.
+        change: its change.
         base: the checkpoint's values, whose norm DoRA takes.
         merged: the same with the changes so far.
     """

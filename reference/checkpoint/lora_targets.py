@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from reference.checkpoint.layouts import UNUSED, Shape, canonical_names, sources
+from reference.checkpoint.layouts import UNUSED_TENSORS, Shape, canonical_names, parameter_sources
 from reference.model.config import Layout, ModelConfig
 
 EMBEDDING, HEAD = "token_embedding.weight", "decoder.head.weight"
@@ -14,9 +14,13 @@ LAYOUTS: tuple[Layout, ...] = ("original", "transformers")
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows of a parameter that are one tensor of a checkpoint: a third of a joint q, k and v, or all rows.
+    """Rows of a parameter that are one tensor of a checkpoint.
 
-    ``shape`` is that of the tensor.
+    Attributes:
+        parameter: name of the parameter.
+        index: which of the equal parts, as of a joint q, k and v.
+        count: the number of parts; 1 if the tensor is the whole parameter.
+        shape: of the tensor.
     """
 
     parameter: str
@@ -31,34 +35,37 @@ class Slice:
 
 
 class Targets:
-    """Tensor name → the parameters that it is a part of.
+    """Parameters by the tensor names of both checkpoint layouts.
 
-    Names are those of either checkpoint layout, whichever the base has: people train on one and deploy the
-    other. Wrapping prefixes are accepted as in checkpoints.
+    An adapter can be trained on one layout and used with a checkpoint in the other. Prefixes of
+    wrapping modules are accepted as in checkpoints.
     """
 
     def __init__(self, config: ModelConfig, shapes: Mapping[str, Shape]) -> None:
+        """List the tensors of a model whose parameters have these shapes."""
         self._tied = {EMBEDDING, HEAD} if config.tied_head else set()
         self._tables: list[tuple[ModelConfig, dict[str, Slice]]] = []
         for layout in sorted(LAYOUTS, key=lambda layout: layout != config.layout):
             table: dict[str, Slice] = {}
             layout_config = replace(config, layout=layout)
-            for parameter, source in sources(layout_config, dict(shapes)).items():
+            for parameter, source in parameter_sources(layout_config, dict(shapes)).items():
                 for index, name in enumerate(source.names):
                     table[name] = Slice(parameter, index, len(source.names), source.shape)
             self._tables.append((layout_config, table))
 
     def __contains__(self, name: str) -> bool:
+        """Return whether a model in one of the layouts has the tensor."""
         return self._find(name) is not None
 
     def __getitem__(self, name: str) -> Slice:
+        """Return the parameter of a tensor."""
         target = self._find(name)
         if target is None:
             raise KeyError(name)
         return target
 
     def sharing(self, name: str) -> list[Slice]:
-        """The parameters that change when this tensor is changed in place; two where the head is tied."""
+        """Return the parameters that share the tensor's memory: two if the head is tied."""
         target = self[name]
         if target.parameter not in self._tied:
             return [target]
@@ -67,7 +74,7 @@ class Targets:
     def unused(self, name: str) -> bool:
         """Whether a tensor belongs to what no model here uses, such as SigLIP's pooling head."""
         names = (canonical_names(config, [name]) for config, _ in self._tables)
-        return any(UNUSED.fullmatch(canonical) for (canonical,) in names)
+        return any(UNUSED_TENSORS.fullmatch(canonical) for (canonical,) in names)
 
     def _find(self, name: str) -> Slice | None:
         for config, table in self._tables:

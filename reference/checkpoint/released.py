@@ -1,15 +1,18 @@
-"""The released sizes: ``config.json`` of the 1.3B and the 7B in the original layout, unused keys left out."""
+"""Configs of the released models: ``config.json`` of the 1.3B and the 7B in the original layout.
+
+Keys that the reference does not read are left out.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from reference.checkpoint.config_file import parse_config
-from reference.model.config import CLIP_MEAN, CLIP_STD, HALF, ModelConfig
+from reference.model.config import CLIP_MEAN, CLIP_STD, HALF_RGB, ModelConfig
 
 _SIGLIP = {"model_name": "siglip_large_patch16_384", "image_size": 384, "select_layer": -1}
 
-RELEASED: dict[str, dict[str, Any]] = {
+RELEASED_CONFIGS: dict[str, dict[str, Any]] = {
     "1.3b": {
         "model_type": "multi_modality",
         "vision_config": {"cls": "CLIPVisionTower", "params": _SIGLIP},
@@ -34,7 +37,7 @@ RELEASED: dict[str, dict[str, Any]] = {
                     "pixel_mean": CLIP_MEAN,
                     "pixel_std": CLIP_STD,
                 },
-                "low_res_cfg": {**_SIGLIP, "pixel_mean": HALF, "pixel_std": HALF},
+                "low_res_cfg": {**_SIGLIP, "pixel_mean": HALF_RGB, "pixel_std": HALF_RGB},
             },
         },
         "aligner_config": {
@@ -51,5 +54,5 @@ RELEASED: dict[str, dict[str, Any]] = {
 
 
 def released_config(size: str) -> ModelConfig:
-    """Config of ``1.3b`` or ``7b``."""
-    return parse_config(RELEASED[size], f"the released {size} config")
+    """Return the config of a released size, ``1.3b`` or ``7b``."""
+    return parse_config(RELEASED_CONFIGS[size], f"the released {size} config")

@@ -1,4 +1,4 @@
-"""Typed reading of a settings file: each value is checked, and one sentence says what is wrong with it."""
+"""Typed access to a settings file; an error message names the file, the key and the value."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from typing import Any
 
 from runtimes.errors import UserError
 
-LARGEST_INTEGER = 1 << 18
-LARGEST_NUMBER = 1e15
+MAX_INTEGER = 1 << 18
+MAX_NUMBER = 1e15
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One JSON object of a settings file.
+    """One JSON object of a settings file; an absent key has its default.
 
-    A key that is absent has its default.
-
-    Args:
+    Attributes:
         values: the object.
-        file: for messages.
-        path: where in the file the object stands, as in ``vision_config.params.``; empty at the top.
+        file: its file, for error messages.
+        path: prefix of its keys within the file, such as ``vision_config.params.``; empty at the
+            top level.
     """
 
     values: Mapping[str, Any]
@@ -31,74 +30,79 @@ class Settings:
     path: str = ""
 
     @classmethod
-    def of(cls, value: Any, file: str, path: str = "") -> Settings:
-        """Raises UserError where ``value`` is not an object."""
+    def from_json(cls, value: Any, file: str, path: str = "") -> Settings:
+        """Wrap a parsed JSON value.
+
+        Raises:
+            UserError: the value is not an object.
+        """
         if not isinstance(value, Mapping):
-            raise UserError(f"{file}: {path.rstrip('.')} is {shorten(value)}, expected an object.")
+            raise UserError(f"{file}: {path.rstrip('.')} is {format_value(value)}, expected an object.")
         return cls(value, file, path)
 
     def __contains__(self, key: str) -> bool:
+        """Return whether the object has a key."""
         return key in self.values
 
     def error(self, key: str, problem: str) -> UserError:
-        """Of one value: ``problem`` follows the value, as in ``expected an integer``."""
-        return UserError(f"{self.file}: {self.path}{key} is {shorten(self.values.get(key))}, {problem}.")
+        """Build the error for a key's value; ``problem`` follows the value in the message."""
+        return UserError(f"{self.file}: {self.path}{key} is {format_value(self.values.get(key))}, {problem}.")
 
     def section(self, key: str, *, optional: bool = False) -> Settings:
-        """The object under a key; where it is optional, absent and null give an empty one."""
+        """Return the object under a key; an optional one that is absent or null is empty."""
         if optional and self.values.get(key) is None:
             return Settings({}, self.file, f"{self.path}{key}.")
-        return Settings.of(self._required(key), self.file, f"{self.path}{key}.")
+        return Settings.from_json(self._required(key), self.file, f"{self.path}{key}.")
 
-    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = LARGEST_INTEGER) -> int:
-        """An integer from ``low`` to ``high``; without a default the key must be there."""
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = MAX_INTEGER) -> int:
+        """Return an integer from ``low`` to ``high``; without a default the key is required."""
         value = self._required(key) if default is None else self.values.get(key, default)
         if not _is_integer(value) or not low <= value <= high:
             raise self.error(key, f"expected an integer from {low} to {high}")
         return int(value)
 
-    def optional_integer(self, key: str, default: int, low: int = 1, high: int = LARGEST_INTEGER) -> int:
-        """As ``integer``; null counts as absent."""
+    def optional_integer(self, key: str, default: int, low: int = 1, high: int = MAX_INTEGER) -> int:
+        """Return an integer as ``integer`` does; null counts as absent."""
         return default if self.values.get(key) is None else self.integer(key, low=low, high=high)
 
     def number(
-        self, key: str, default: float | None = None, above: float = 0.0, high: float = LARGEST_NUMBER
+        self, key: str, default: float | None = None, above: float = 0.0, high: float = MAX_NUMBER
     ) -> float:
-        """A finite number greater than ``above``, at most ``high``."""
+        """Return a finite number greater than ``above`` and at most ``high``."""
         value = self._required(key) if default is None else self.values.get(key, default)
         if not _is_number(value) or not above < value <= high:
             raise self.error(key, f"expected a number greater than {above:g}, at most {high:g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Return a boolean."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise self.error(key, "expected true or false")
         return value
 
-    def switch(self, key: str, default: bool) -> bool:
-        """As ``flag``; null counts as false, as in transformers' image processors."""
+    def nullable_flag(self, key: str, default: bool) -> bool:
+        """Return a boolean; null counts as false, as in transformers' image processors."""
         return False if self.values.get(key, default) is None else self.flag(key, default)
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A string."""
+        """Return a string."""
         value = self._required(key) if default is None else self.values.get(key, default)
         if not isinstance(value, str):
             raise self.error(key, "expected a string")
         return value
 
     def choice(self, key: str, choices: Sequence[str], default: str | None = None) -> str:
-        """One of ``choices``; anything else is not supported."""
+        """Return one of ``choices``; any other value is not supported."""
         value = self._required(key) if default is None else self.values.get(key, default)
         if value not in choices:
             raise self.error(key, f"which is not supported; expected {' or '.join(map(repr, choices))}")
         return str(value)
 
     def integers(
-        self, key: str, default: Sequence[int], low: int = 1, high: int = LARGEST_INTEGER
+        self, key: str, default: Sequence[int], low: int = 1, high: int = MAX_INTEGER
     ) -> tuple[int, ...]:
-        """A list of integers, each from ``low`` to ``high``."""
+        """Return a list of integers, each from ``low`` to ``high``."""
         values = self.values.get(key, default)
         if not isinstance(values, (list, tuple)) or not all(
             _is_integer(value) and low <= value <= high for value in values
@@ -109,7 +113,7 @@ class Settings:
     def triple(
         self, key: str, default: Sequence[float] | None = None, low: float = 0.0, high: float = 1.0
     ) -> tuple[float, float, float]:
-        """Three numbers from ``low`` to ``high``, one per channel."""
+        """Return three numbers from ``low`` to ``high``, one per channel."""
         values = self._required(key) if default is None else self.values.get(key, default)
         if (
             not isinstance(values, (list, tuple))
@@ -120,22 +124,25 @@ class Settings:
         red, green, blue = (float(value) for value in values)
         return red, green, blue
 
-    def refuse(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raise UserError for keys that change what is computed in a way that is not supported.
+    def refuse_unsupported(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Refuse keys that change the computation in a way that is not supported.
 
         Args:
-            neutral: key → values that change nothing; null never does.
+            neutral: key → values that do not change the computation; null never does.
+
+        Raises:
+            UserError: a key has another value.
         """
-        for key, values in neutral.items():
+        for key, allowed in neutral.items():
             value = self.values.get(key)
-            if value is not None and not any(type(value) is type(same) and value == same for same in values):
-                expected = f"expected {' or '.join(map(shorten, values))}" if values else "remove it"
+            if value is not None and not any(type(value) is type(same) and value == same for same in allowed):
+                expected = f"expected {' or '.join(map(format_value, allowed))}" if allowed else "remove it"
                 raise self.error(key, f"which is not supported; {expected}")
 
     def _required(self, key: str) -> Any:
         if key not in self.values:
             within = f" in {self.path.rstrip('.')}" if self.path else ""
-            raise UserError(f"{self.file} lacks the key {key!r}{within}.")
+            raise UserError(f"{self.file} is missing the key {key!r}{within}.")
         return self.values[key]
 
 
@@ -144,12 +151,12 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """NaN and infinity are not: no comparison with a bound would find NaN wrong."""
+    """Return whether a value is a finite number; comparisons with bounds would not reject NaN."""
     return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def shorten(value: Any, length: int = 60) -> str:
-    """A value for a message: at most ``length`` characters."""
+def format_value(value: Any, length: int = 60) -> str:
+    """Format a value for an error message, in about ``length`` characters at most."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, int) and value.bit_length() > 128:
@@ -159,7 +166,7 @@ def shorten(value: Any, length: int = 60) -> str:
     if isinstance(value, (list, tuple)):
         if len(value) > 8 or any(isinstance(part, (list, tuple)) for part in value):
             return f"a list of {len(value)}"
-        text = f"[{', '.join(shorten(part, length) for part in value)}]"
+        text = f"[{', '.join(format_value(part, length) for part in value)}]"
     else:
         text = repr(value)
     return text if len(text) <= length else f"{text[: length - 1]}…"

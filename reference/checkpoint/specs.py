@@ -1,4 +1,4 @@
-"""What the runtime must know about a checkpoint besides its weights: preprocessing and prompt."""
+"""Preprocessing and prompt of a checkpoint, in the form that the runtime reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from reference.checkpoint.checkpoint import Checkpoint
-from reference.checkpoint.image_processor import preprocessing
+from reference.checkpoint.image_processor import parse_preprocessing
 from reference.checkpoint.settings import Settings
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
@@ -19,19 +19,19 @@ TEXT_CONFIGS = ("text_config", "language_config")  # keys of config.json in the 
 
 
 def preprocess_spec(checkpoint: Checkpoint) -> PreprocessSpec:
-    """Preprocessing of one image, from the image processor's settings and the model's config.
+    """Build the preprocessing of one image from the image processor's settings and the config.
 
     Raises:
-        UserError: a setting is not supported, or does not fit the model.
+        UserError: a setting is not supported, or does not match the model.
     """
     settings = checkpoint.preprocessor or Settings({}, str(checkpoint.folder))
-    return preprocessing(settings, checkpoint.config)
+    return parse_preprocessing(settings, checkpoint.config)
 
 
 def reference_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Model and preprocessing as the reference has them, in the form of a manifest.
+    """Return model sizes and preprocessing of the reference, in the form of a manifest.
 
-    The text goldens have the prompt.
+    The prompt is part of the text goldens.
     """
     return {
         "model": checkpoint.config.to_dict(),
@@ -40,10 +40,10 @@ def reference_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
-    """Special tokens by their names in the checkpoint's own tokenizer.
+    """Build the prompt format from the special tokens of the checkpoint's tokenizer.
 
     Raises:
-        UserError: the tokenizer lacks one of them, or the end tokens are not token ids.
+        UserError: the tokenizer has no such token, or ``eos_token_id`` is not a list of token ids.
     """
     file = checkpoint.tokenizer_files[0]
     tokenizer = read_tokenizer(file)
@@ -60,18 +60,19 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
 
     return PromptSpec(
         system_prompt=SYSTEM_PROMPT,
-        bos_id=token_id(_token(settings.get("bos_token"), BOS)),
-        eos_ids=_eos_ids(checkpoint, token_id(_token(settings.get("eos_token"), EOS))),
+        bos_id=token_id(_token_text(settings.get("bos_token"), BOS)),
+        eos_ids=_eos_ids(checkpoint, token_id(_token_text(settings.get("eos_token"), EOS))),
         image_token_id=token_id(IMAGE_PLACEHOLDER),
         image_tokens=checkpoint.config.vision.image_tokens,
     )
 
 
 def _eos_ids(checkpoint: Checkpoint, tokenizer_eos: int) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's own, and those with which transformers generates.
+    """Return the tokens that end an answer: the tokenizer's own and those of ``eos_token_id``.
 
-    These are ``eos_token_id`` of ``generation_config.json``; without that file, of ``config.json``, at the
-    top or else of the text model (transformers' ``GenerationConfig.from_model_config``).
+    transformers reads ``eos_token_id`` from ``generation_config.json``; without that file, from
+    ``config.json``: at the top level, or else of the text model
+    (``GenerationConfig.from_model_config``).
     """
     file = checkpoint.folder / "generation_config.json"
     if file.exists():
@@ -86,13 +87,13 @@ def _eos_ids(checkpoint: Checkpoint, tokenizer_eos: int) -> tuple[int, ...]:
         raise UserError(
             f"{file} has the eos_token_id {setting!r}, which is neither a token id nor a list of them."
         )
-    # The model cannot produce a token outside its vocabulary; -1 is a common way to write "none".
-    produced = [number for number in ids if 0 <= number < checkpoint.config.decoder.vocab_size]
-    return tuple(dict.fromkeys([tokenizer_eos, *produced]))
+    # The model cannot produce a token outside its vocabulary; -1 often means "none".
+    in_vocabulary = [number for number in ids if 0 <= number < checkpoint.config.decoder.vocab_size]
+    return tuple(dict.fromkeys([tokenizer_eos, *in_vocabulary]))
 
 
-def _token(setting: Any, default: str) -> str:
-    """A token of tokenizer_config.json, which is a string or an AddedToken object."""
+def _token_text(setting: Any, default: str) -> str:
+    """Return a token of tokenizer_config.json, which is a string or an AddedToken object."""
     if isinstance(setting, dict):
         setting = setting.get("content")
     return str(setting or default)

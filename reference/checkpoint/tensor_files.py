@@ -1,4 +1,4 @@
-"""Named tensors in safetensors or torch files, one file or shards, read one tensor at a time."""
+"""Weight files: safetensors or torch files, single or sharded, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from reference.checkpoint.file_start import check_start
+from reference.checkpoint.file_signature import check_file_signature
 from reference.checkpoint.layouts import Shape
 from reference.checkpoint.legacy_bin import LegacyFile, LegacyTensor
-from reference.checkpoint.settings import shorten
+from reference.checkpoint.settings import format_value
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError, first_line
 
@@ -28,19 +28,21 @@ WEIGHT_FILES = (
 )
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-MERGE_FIRST = "merge the adapter into its base model first (in PEFT: merge_and_unload) and save the result"
+MERGE_ADAPTER_HINT = (
+    "merge the adapter into its base model first (in PEFT: merge_and_unload) and save the result"
+)
 
-# Types by their codes in safetensors, named as in torch; other codes are shown as they are.
+# safetensors' dtype codes by PyTorch's names; other codes are shown unchanged.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
            "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
            "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
-# Under which training frameworks keep the table of tensors inside a .bin file.
+# Keys under which training frameworks store the table of tensors inside a .bin file.
 _TABLE_KEYS = ("state_dict", "model_state_dict", "model", "module")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Type and shape of a tensor in a file; ``nbytes`` is its size there."""
+    """Dtype and shape of a tensor in a file; ``nbytes`` is its size in the file."""
 
     dtype: str
     shape: Shape
@@ -48,7 +50,7 @@ class StoredTensor:
 
 
 class _TensorFile(Protocol):
-    """One file of tensors."""
+    """A file of named tensors."""
 
     def table(self) -> dict[str, StoredTensor]: ...
 
@@ -56,17 +58,19 @@ class _TensorFile(Protocol):
 
 
 class TensorFiles:
-    """The weights of a checkpoint folder.
-
-    Args:
-        main: the file of all tensors; None finds it, or the index of its shards.
-
-    Raises:
-        UserError: a file is missing, cut short, or not a file of tensors.
-    """
+    """The weight files of a checkpoint folder; ``stored`` has dtype and shape of each tensor."""
 
     def __init__(self, folder: Path, main: Path | None = None) -> None:
-        main = main or _main_file(folder)
+        """Find and open the files.
+
+        Args:
+            folder: the folder with the weights.
+            main: the file of all tensors; None finds it, or the index of the shards.
+
+        Raises:
+            UserError: a file is missing, cut short, or not a file of tensors.
+        """
+        main = main or _find_weight_file(folder)
         index = _read_index(main) if main.suffix == ".json" else {}
         self.files = list(dict.fromkeys(index.values())) if index else [main]
         self.stored: dict[str, StoredTensor] = {}
@@ -74,31 +78,31 @@ class TensorFiles:
         for file in self.files:
             if not file.exists():
                 raise UserError(f"The weight shard {file} is missing; download it again.")
-            opened = _open(file)
+            opened = _open_tensor_file(file)
             table = opened.table()
             self.stored |= table
             self._file_of |= dict.fromkeys(table, opened)
-        lost = sorted(index.keys() - self.stored.keys())
-        if lost:
+        absent = sorted(index.keys() - self.stored.keys())
+        if absent:
             raise UserError(
-                f"{main} lists {list_names(lost)}, which {index[lost[0]].name} does not contain;"
+                f"{main} lists {join_names(absent)}, which {index[absent[0]].name} does not contain;"
                 " download the shards and the index again."
             )
 
     def load(self, name: str) -> Tensor:
-        """A tensor as it is stored."""
+        """Load a tensor in its stored dtype."""
         return self._file_of[name].load(name)
 
 
-def list_names(names: Iterable[str], most: int = 10) -> str:
-    """The first names, and how many there are besides; without control characters."""
+def join_names(names: Iterable[str], limit: int = 10) -> str:
+    """Join the first names with commas and count the rest; control characters are escaped."""
     names = [name if name.isprintable() else repr(name) for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"
 
 
-def _main_file(folder: Path) -> Path:
-    """The file of weights, or the index of its shards."""
+def _find_weight_file(folder: Path) -> Path:
+    """Find the weight file, or the index of the shards."""
     for name in WEIGHT_FILES:
         if (folder / name).exists():
             return folder / name
@@ -110,19 +114,19 @@ def _main_file(folder: Path) -> Path:
     if shard:
         stem, suffix = re.sub(r"-\d+-of-\d+\.", ".", shard).rsplit(".", 1)
         raise UserError(
-            f"{folder} holds no weights that can be found: the index {stem}.{suffix}.index.json of its"
-            " shards is missing; download it again."
+            f"{folder} holds weight shards, but the index {stem}.{suffix}.index.json of its shards is"
+            " missing; download it again."
         )
-    there = f"; it has {list_names(others, 5)}, which are not read" if others else ""
-    raise UserError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}{there}.")
+    unsupported = f"; it has {join_names(others, 5)}, which are not supported" if others else ""
+    raise UserError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}{unsupported}.")
 
 
 def _read_index(file: Path) -> dict[str, Path]:
-    """Tensor name → shard."""
-    check_start(file)
+    """Read the index of the shards; returns tensor name → shard."""
+    check_file_signature(file)
     table = read_json(file).get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise UserError(f"{file} has no weight_map, so its shards cannot be found.")
+        raise UserError(f"{file} has no weight_map, so its shards cannot be found; download it again.")
     for shard in table.values():
         if (
             not isinstance(shard, str)
@@ -130,32 +134,33 @@ def _read_index(file: Path) -> dict[str, Path]:
             or not shard.endswith((".safetensors", ".bin"))
         ):
             raise UserError(
-                f"{file} lists the shard {shorten(shard)}, expected the name of a file in the same folder."
+                f"{file} lists the shard {format_value(shard)},"
+                " expected the name of a file in the same folder."
             )
     return {name: file.parent / shard for name, shard in table.items()}
 
 
-def _open(file: Path) -> _TensorFile:
-    check_start(file)
+def _open_tensor_file(file: Path) -> _TensorFile:
+    check_file_signature(file)
     return _TorchFile(file) if file.suffix == ".bin" else _SafetensorsFile(file)
 
 
 class _SafetensorsFile:
-    """A ``.safetensors`` file; it is opened for each tensor, so that its pages can leave memory."""
+    """A ``.safetensors`` file, opened for each tensor so that the system can free its pages."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
 
     def table(self) -> dict[str, StoredTensor]:
-        found = {}
+        stored = {}
         with self._open() as handle:
             for name in handle.keys():
                 part = handle.get_slice(name)
                 code, shape = part.get_dtype(), tuple(part.get_shape())
                 dtype = _DTYPES.get(code, code)
                 size = getattr(torch, dtype).itemsize if hasattr(torch, dtype) else 1
-                found[name] = StoredTensor(dtype, shape, size * prod(shape))
-        return found
+                stored[name] = StoredTensor(dtype, shape, size * prod(shape))
+        return stored
 
     def load(self, name: str) -> Tensor:
         with self._open() as handle:
@@ -172,7 +177,7 @@ class _SafetensorsFile:
 
 
 class _TorchFile:
-    """A ``.bin`` file of either format of torch, memory-mapped; pickles with code are refused."""
+    """A ``.bin`` file of either PyTorch format, memory-mapped; pickles with code are refused."""
 
     def __init__(self, file: Path) -> None:
         self._legacy: LegacyFile | None = None
@@ -184,23 +189,27 @@ class _TorchFile:
             else:
                 self._legacy = LegacyFile(file)
                 content = self._legacy.content
-        except Exception as error:  # torch and pickle raise a dozen types on bad files
-            named = re.search(r"GLOBAL (\S+)", str(error))  # torch goes on to advise how to run it
-            reason = f"it names {named[1]}" if named else first_line(error).split(". ")[0]
+        except Exception as error:  # torch and pickle raise many types for damaged files
+            # The rest of torch's message explains how to run the code, so it is left out.
+            code = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it refers to {code[1]}" if code else first_line(error).split(". ")[0]
             raise UserError(
                 f"{file} cannot be read as plain weights (it is damaged or holds code): {reason}."
+                " Download it again, or save the weights as safetensors."
             ) from error
-        table = next(filter(_is_table, (content, *_inner_tables(content))), None)
+        table = next(filter(_is_table, (content, *_nested_tables(content))), None)
         if table is None:
-            raise UserError(f"{file} holds no table of tensors, so it is no pytorch_model.bin.")
+            raise UserError(f"{file} holds no table of tensors, so it is not a weight file.")
         self._content: dict[str, Tensor | LegacyTensor] = table
 
     def table(self) -> dict[str, StoredTensor]:
-        found = {}
+        stored = {}
         for name, tensor in self._content.items():
             dtype, shape = tensor.dtype, tuple(tensor.shape)
-            found[name] = StoredTensor(str(dtype).removeprefix("torch."), shape, dtype.itemsize * prod(shape))
-        return found
+            stored[name] = StoredTensor(
+                str(dtype).removeprefix("torch."), shape, dtype.itemsize * prod(shape)
+            )
+        return stored
 
     def load(self, name: str) -> Tensor:
         tensor = self._content[name]
@@ -210,7 +219,7 @@ class _TorchFile:
         return self._legacy.load(tensor)
 
 
-def _inner_tables(content: Any) -> list[Any]:
+def _nested_tables(content: Any) -> list[Any]:
     return [content[key] for key in _TABLE_KEYS if key in content] if isinstance(content, dict) else []
 
 

@@ -1,1 +1,1 @@
-"""Recording goldens with the reference model."""
+"""Recorders of goldens, the reference model's outputs that parity compares with."""

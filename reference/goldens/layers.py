@@ -1,4 +1,4 @@
-"""Recording layer goldens with PyTorch; see ``runtimes.goldens.layers``."""
+"""Recorder of layer goldens with PyTorch; see ``runtimes.goldens.layers``."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from torch import Tensor
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.model.config import ModelConfig
 from reference.model.deepseek_vl import DeepSeekVL
-from reference.taps import component_taps, recorded
+from reference.taps import component_taps, record_taps
 from reference.trace import component_contract
 from runtimes.bundle.contracts import Contract
 from runtimes.chain import Chain
 from runtimes.goldens.golden import Golden
-from runtimes.goldens.layers import LEAST_ROWS, STATELESS, TOKENS, LayerInputs, Table, sample_rows
+from runtimes.goldens.layers import MIN_ROWS, STATELESS, TOKENS, LayerInputs, Table, sample_rows
 from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS
 from runtimes.preprocess import to_pixel_values
 
 
 def component_inputs(chain: Chain, golden: Golden) -> Table:
-    """What the components of a golden are given, float16; of the decoder's tokens the first and the last."""
+    """Return the float16 inputs of each component for a golden's prompt.
+
+    The decoder gets at most ``TOKENS`` tokens: the first and the last of the prompt.
+    """
     pixels = to_pixel_values(golden.squares[0], chain.preprocessing)[None]
     embeds = chain.merge(golden.prompt_tokens, golden.image_embeds)
     if len(embeds) > TOKENS:
@@ -36,51 +39,64 @@ def component_inputs(chain: Chain, golden: Golden) -> Table:
         "decoder": {"inputs_embeds": embeds[None]},
     }
     return {
-        component: {name: _halves(array) for name, array in table.items()}
+        component: {name: _to_float16(array) for name, array in table.items()}
         for component, table in inputs.items()
     }
 
 
 def record_layer_inputs(source: Checkpoint, model: DeepSeekVL, chain: Chain, golden: Golden) -> LayerInputs:
-    """The inputs of a golden and the taps of the fp32 reference on them."""
+    """Record the inputs of each component for a golden, and the fp32 reference's taps on them."""
     inputs = component_inputs(chain, golden)
-    bare = LayerInputs(source.digest, inputs, {component: {} for component in TAPPED_COMPONENTS})
-    taps = layer_taps(model, source.config, bare, torch.float32)
-    halves = {
-        component: {name: _halves(tensor.numpy()) for name, tensor in table.items()}
+    without_taps = LayerInputs(source.digest, inputs, {component: {} for component in TAPPED_COMPONENTS})
+    taps = layer_taps(model, source.config, without_taps, torch.float32)
+    float16_taps = {
+        component: {name: _to_float16(tensor.numpy()) for name, tensor in table.items()}
         for component, table in taps.items()
     }
-    return LayerInputs(source.digest, inputs, halves)
+    return LayerInputs(source.digest, inputs, float16_taps)
 
 
-def component_outputs(model: DeepSeekVL, config: ModelConfig, given: LayerInputs, base: torch.dtype) -> Table:
-    """What the components without states make of their inputs; rows of each output, see ``sample_rows``.
+def component_outputs(
+    model: DeepSeekVL, config: ModelConfig, layer_inputs: LayerInputs, base: torch.dtype
+) -> Table:
+    """Run the components without states; returns rows of each output, see ``sample_rows``.
 
     Args:
-        base: as in ``layer_outputs``.
+        model: the reference model, possibly rounded or quantized.
+        config: its config.
+        layer_inputs: inputs of each component.
+        base: dtype to which the inputs are rounded, the base precision of the model.
     """
-    found: Table = {}
+    sampled: Table = {}
     for component in STATELESS:
         contract = component_contract(config, component, "fp32")
         with torch.inference_mode():
-            outputs = getattr(model, component)(*_arguments(contract, given.inputs[component], base))
+            outputs = getattr(model, component)(*_arguments(contract, layer_inputs.inputs[component], base))
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-        found[component] = {
+        sampled[component] = {
             spec.name: sample_rows(tensor.float().numpy())
             for spec, tensor in zip(contract.outputs, tensors, strict=True)
         }
-    return found
+    return sampled
 
 
 def layer_outputs(
-    model: DeepSeekVL, config: ModelConfig, given: LayerInputs, base: torch.dtype, kv_cache: str = "float"
+    model: DeepSeekVL,
+    config: ModelConfig,
+    layer_inputs: LayerInputs,
+    base: torch.dtype,
+    kv_cache: str = "float",
 ) -> Table:
-    """What each layer of a model gives when it is handed the given taps; rows of it, see ``sample_rows``.
+    """Run each layer on the recorded input; returns rows of each output, see ``sample_rows``.
 
     Args:
-        base: what the model's weights and activations are rounded to.
+        model: the reference model, possibly rounded or quantized.
+        config: its config.
+        layer_inputs: inputs of each component, and the taps that replace the inputs of each layer.
+        base: dtype to which inputs and taps are rounded, the base precision of the model.
+        kv_cache: precision of the cache.
     """
-    taps = layer_taps(model, config, given, base, kv_cache)
+    taps = layer_taps(model, config, layer_inputs, base, kv_cache)
     return {
         component: {name: sample_rows(tensor.numpy()) for name, tensor in table.items()}
         for component, table in taps.items()
@@ -90,38 +106,40 @@ def layer_outputs(
 def layer_taps(
     model: DeepSeekVL,
     config: ModelConfig,
-    given: LayerInputs,
+    layer_inputs: LayerInputs,
     base: torch.dtype,
     kv_cache: str = "float",
     components: Sequence[str] = TAPPED_COMPONENTS,
 ) -> dict[str, dict[str, Tensor]]:
-    """As ``layer_outputs``, whole tensors ``[...]`` float32."""
-    found = {}
+    """Run each layer as ``layer_outputs`` does; returns complete taps, float32, by component."""
+    outputs = {}
     for component in components:
         contract = component_contract(config, component, "fp32", kv_cache)
-        handed = {name: _rounded(array, base) for name, array in given.taps[component].items()}
-        arguments = _arguments(contract, given.inputs[component], base)
+        replacements = {name: _round_to(array, base) for name, array in layer_inputs.taps[component].items()}
+        arguments = _arguments(contract, layer_inputs.inputs[component], base)
         taps = component_taps(config, component)
-        with torch.inference_mode(), recorded(getattr(model, component), taps, handed) as table:
+        with torch.inference_mode(), record_taps(getattr(model, component), taps, replacements) as table:
             getattr(model, component)(*arguments)
-        found[component] = {name: tensor.float() for name, tensor in table.items()}
-    return found
+        outputs[component] = {name: tensor.float() for name, tensor in table.items()}
+    return outputs
 
 
-def _halves(array: np.ndarray) -> np.ndarray:
-    """As float16; what is larger than that holds becomes its largest number."""
-    most = np.finfo(np.float16).max
-    return array.clip(-most, most).astype(np.float16)
+def _to_float16(array: np.ndarray) -> np.ndarray:
+    """Convert to float16, saturated at its largest number."""
+    limit = np.finfo(np.float16).max
+    return array.clip(-limit, limit).astype(np.float16)
 
 
-def _rounded(array: np.ndarray, base: torch.dtype) -> Tensor:
+def _round_to(array: np.ndarray, base: torch.dtype) -> Tensor:
+    """Round to a dtype, as float32."""
     return torch.from_numpy(array.astype(np.float32)).to(base).float()
 
 
 def _arguments(contract: Contract, inputs: Mapping[str, np.ndarray], base: torch.dtype) -> list[Any]:
+    """Build the arguments of a component's ``forward`` from its float inputs."""
     if not contract.states:
-        return [_rounded(inputs[spec.name], base) for spec in contract.inputs]
-    embeds = _rounded(inputs["inputs_embeds"], base)
+        return [_round_to(inputs[spec.name], base) for spec in contract.inputs]
+    embeds = _round_to(inputs["inputs_embeds"], base)
     count = embeds.shape[1]
     rows = torch.arange(count)
     sizes = {"batch": 1, "capacity": count}
@@ -130,7 +148,11 @@ def _arguments(contract: Contract, inputs: Mapping[str, np.ndarray], base: torch
 
 
 def layer_golden_bytes(config: ModelConfig) -> tuple[int, int]:
-    """The most bytes of the inputs with the reference's outputs, and of the outputs of one precision."""
+    """Estimate the largest files of the layer goldens, headers left out.
+
+    Returns:
+        Bytes of the inputs and the reference's outputs, and of the outputs of one precision.
+    """
     sizes = {"batch": 1, "sequence": TOKENS, "rows": TOKENS}
     contracts = [component_contract(config, component, "fp32") for component in TAPPED_COMPONENTS]
     shapes = [
@@ -138,8 +160,8 @@ def layer_golden_bytes(config: ModelConfig) -> tuple[int, int]:
         for contract in contracts
         for spec in contract.taps
     ]
-    handed = 2 * sum(map(math.prod, shapes))
-    given = 2 * sum(
+    tap_bytes = 2 * sum(map(math.prod, shapes))
+    input_bytes = 2 * sum(
         math.prod(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)
         for contract in contracts
         for spec in contract.inputs
@@ -150,5 +172,5 @@ def layer_golden_bytes(config: ModelConfig) -> tuple[int, int]:
         if contract.component in STATELESS
         for spec in contract.outputs
     ]
-    outputs = 4 * sum(max(SAMPLES, LEAST_ROWS * shape[-1]) for shape in shapes)
-    return handed + given + outputs, outputs
+    output_bytes = 4 * sum(max(SAMPLES, MIN_ROWS * shape[-1]) for shape in shapes)
+    return tap_bytes + input_bytes + output_bytes, output_bytes

@@ -1,4 +1,4 @@
-"""The texts of the text goldens: what users write, in many scripts, and what would break a tokenizer."""
+"""Texts of the text goldens: user prompts in many scripts, and edge cases of tokenizers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from runtimes.goldens.texts import Conversation
 from runtimes.text.prompt import BOS, EOS, IMAGE_PLACEHOLDER, PAD
 
-TEXTS = (
+GOLDEN_TEXTS = (
     "What number is in the picture?",
     "Caf\u00e9, na\u00efve, \u00c5ngstr\u00f6m",  # composed
     "Cafe\u0301, nai\u0308ve, A\u030angstro\u0308m",  # decomposed: other code points, the same letters
@@ -28,35 +28,47 @@ TEXTS = (
 
 
 def golden_conversations() -> list[Conversation]:
-    """Each text as a question, conversations of several messages, images, and other system prompts."""
+    """Return conversations: each text as a question, several turns, images, system prompts."""
 
-    def of(*messages: tuple[str, Any], images: int = 0) -> Conversation:
+    def conversation(*messages: tuple[str, Any], images: int = 0) -> Conversation:
         rows = [{"role": role, "content": content} for role, content in messages]
         return Conversation.from_dict({"messages": rows, "images": images})
 
     image, words = {"type": "image"}, {"type": "text", "text": " and "}
     return [
-        *(of(("user", text)) for text in TEXTS),
-        *(of(("user", "Repeat it."), ("assistant", text), ("user", " \nAgain. ")) for text in TEXTS[::3]),
-        of(
+        *(conversation(("user", text)) for text in GOLDEN_TEXTS),
+        *(
+            conversation(("user", "Repeat it."), ("assistant", text), ("user", " \nAgain. "))
+            for text in GOLDEN_TEXTS[::3]
+        ),
+        conversation(
             ("user", "What is it?"), ("assistant", ""), ("user", "Well?"), ("assistant", "A 7."), ("user", "")
         ),
-        of(("user", "Describe the picture."), images=1),
-        of(("user", "Compare them."), images=3),
-        of(("user", f"{IMAGE_PLACEHOLDER} is A.\n{IMAGE_PLACEHOLDER} is B.\nWhich?"), images=2),
-        of(("user", [image, words, image, {"type": "text", "text": TEXTS[11]}]), images=2),
-        of(("user", [image]), ("assistant", "A dog."), ("user", [words, image]), images=2),
-        of(("system", "Answer in one word."), ("user", "Yes or no?")),
-        of(("user", "Hello."), ("system", "Be brief."), ("user", "Why?")),
+        conversation(("user", "Describe the picture."), images=1),
+        conversation(("user", "Compare them."), images=3),
+        conversation(("user", f"{IMAGE_PLACEHOLDER} is A.\n{IMAGE_PLACEHOLDER} is B.\nWhich?"), images=2),
+        conversation(("user", [image, words, image, {"type": "text", "text": GOLDEN_TEXTS[11]}]), images=2),
+        conversation(("user", [image]), ("assistant", "A dog."), ("user", [words, image]), images=2),
+        conversation(("system", "Answer in one word."), ("user", "Yes or no?")),
+        conversation(("user", "Hello."), ("system", "Be brief."), ("user", "Why?")),
     ]
 
 
 def golden_raw_prompts() -> list[str]:
-    """Prompts in which spelled control tokens count."""
-    return ["", *TEXTS, f"{BOS}User: {IMAGE_PLACEHOLDER}{EOS}{PAD}", *(TEXTS[0] + text for text in TEXTS)]
+    """Return raw prompts, in which the texts of control tokens are parsed as such."""
+    return [
+        "",
+        *GOLDEN_TEXTS,
+        f"{BOS}User: {IMAGE_PLACEHOLDER}{EOS}{PAD}",
+        *(GOLDEN_TEXTS[0] + text for text in GOLDEN_TEXTS),
+    ]
 
 
 def golden_answers(encoded: list[list[int]], eos_id: int) -> list[list[int]]:
-    """Ids to read as answers: those of prompts, cut inside characters too, and with an end token inside."""
+    """Return token ids to decode as answers.
+
+    They are those of prompts; cut by one token, possibly inside a character; and with an end token
+    in the middle.
+    """
     cut = [tokens[1:-1] for tokens in encoded]
     return [*(tokens[1:] for tokens in encoded), *cut, *([*islice(row, 5), eos_id, *row[5:]] for row in cut)]

@@ -1,4 +1,4 @@
-"""Sizes of a DeepSeek-VL model; ``reference/checkpoint/config_file.py`` reads them from a checkpoint."""
+"""Config of a DeepSeek-VL model; ``reference.checkpoint.config_file`` parses it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 from runtimes.errors import UserError, first_line
 
 Layout = str  # "original" or "transformers"
-Triple = tuple[float, float, float]
+RGB = tuple[float, float, float]
 
-# Bounds of what a config may ask for: above them a short file costs gigabytes or minutes.
-LARGEST_TABLE = 1 << 27  # numbers in the RoPE tables
-LARGEST_GRID = 256  # patches along a side
+# Limits on sizes: above them, a short config file would cost gigabytes of memory or minutes.
+MAX_ROPE_TABLE_SIZE = 1 << 27  # elements of the RoPE tables
+MAX_GRID = 256  # patches along a side
 
-# Forms of GELU by the names in configs; transformers' SigLIP may use the tanh approximation.
-ACTIVATIONS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
+# Name of a GELU in configs → PyTorch's ``approximate``; transformers' SigLIP may use tanh.
+GELU_APPROXIMATIONS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5)
+HALF_RGB = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
 class SiglipConfig:
-    """SigLIP ViT. Sizes in pixels, channels and layers; the output is ``grid**2`` tokens of ``width``."""
+    """Sizes of a SigLIP ViT in pixels, channels and layers; it outputs ``[B, grid**2, width]``."""
 
     image_size: int = 384
     patch_size: int = 16
@@ -38,15 +38,16 @@ class SiglipConfig:
 
     @property
     def grid(self) -> int:
+        """Patches along a side of the image."""
         return self.image_size // self.patch_size
 
 
 @dataclass(frozen=True)
 class SamConfig:
-    """SAM ViT-B with two necks and two stride-2 convolutions; see ``reference/model/sam.py``.
+    """Sizes of a SAM ViT-B with two necks and strided convolutions; see ``reference.model.sam``.
 
-    The second neck reads the output of the first layer that ``global_layers`` *lists*. A ``window_size``
-    of 0 makes all layers global.
+    The second neck reads the output of the first layer that ``global_layers`` *lists*. A
+    ``window_size`` of 0 makes all layers global.
     """
 
     image_size: int = 1024
@@ -64,6 +65,7 @@ class SamConfig:
 
     @property
     def grid(self) -> int:
+        """Patches along a side of the image."""
         return self.image_size // self.patch_size
 
 
@@ -71,16 +73,16 @@ class SamConfig:
 class NormalizationConfig:
     """Per-channel ``(x - mean) / std`` of RGB in [0, 1]."""
 
-    mean: Triple
-    std: Triple
+    mean: RGB
+    std: RGB
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower: SigLIP alone (1.3B) or SAM beside it (7B).
+    """Config of the vision tower: SigLIP alone (1.3B), or SAM and SigLIP (7B).
 
-    ``low_norm`` / ``high_norm`` are the normalisations *inside* the tower; None where the
-    preprocessing has normalised already.
+    ``low_norm`` and ``high_norm`` are the normalizations *inside* the tower; None if the
+    preprocessing normalizes.
     """
 
     siglip: SiglipConfig
@@ -90,21 +92,23 @@ class VisionConfig:
 
     @property
     def hybrid(self) -> bool:
+        """Whether the tower has both branches, SAM and SigLIP."""
         return self.sam is not None
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the square image that the tower takes."""
+        """Side of the square input image, in pixels."""
         return self.sam.image_size if self.sam else self.siglip.image_size
 
     @property
     def image_tokens(self) -> int:
+        """Tokens per image."""
         return self.siglip.grid**2
 
 
 @dataclass(frozen=True)
 class AdaptorConfig:
-    """``mlp_gelu`` of any depth, or the 7B's ``low_high_hybrid_split_mlp_gelu``."""
+    """Sizes of the adaptor: ``mlp_gelu``, or ``low_high_hybrid_split_mlp_gelu`` (7B)."""
 
     low_width: int
     high_width: int | None
@@ -114,7 +118,7 @@ class AdaptorConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """LLaMA decoder; defaults are LlamaConfig's, which the checkpoints leave out."""
+    """Sizes of a LLaMA decoder; the defaults are LlamaConfig's, which checkpoints leave out."""
 
     vocab_size: int = 32000
     width: int = 4096
@@ -130,7 +134,11 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One DeepSeek-VL: vision tower, adaptor and decoder, and the layout it came in."""
+    """Config of a DeepSeek-VL: vision tower, adaptor, decoder and checkpoint layout.
+
+    Raises:
+        ValueError: the sizes are inconsistent or above the limits of this module.
+    """
 
     vision: VisionConfig
     adaptor: AdaptorConfig
@@ -139,14 +147,15 @@ class ModelConfig:
     tied_head: bool = False
 
     def to_dict(self) -> dict[str, Any]:
+        """Return nested dictionaries, as a manifest stores them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of ``to_dict``, also of what JSON makes of it.
+        """Build a config from ``to_dict``'s result, also after a round trip through JSON.
 
         Raises:
-            UserError: the object comes from a manifest that is damaged.
+            UserError: a key or value is missing or wrong; the manifest is damaged.
         """
 
         def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,10 +179,11 @@ class ModelConfig:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"The model's sizes in the manifest cannot be used ({first_line(error)}); export it again."
+                f"The model's sizes in the manifest are not valid ({first_line(error)}); export it again."
             ) from error
 
     def __post_init__(self) -> None:
+        """Check the sizes."""
         _check_sizes(self)
 
 
@@ -191,27 +201,29 @@ def _check_sizes(config: ModelConfig) -> None:
         if value < (0 if name == "SAM's window_size" else 1):
             raise ValueError(f"{name} is {value}, it must be at least 1")
     for tower in (low, high):
-        if tower and tower.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {tower.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if tower and tower.activation not in GELU_APPROXIMATIONS:
+            raise ValueError(
+                f"activation {tower.activation!r} is not one of {', '.join(GELU_APPROXIMATIONS)}"
+            )
     checks: list[tuple[bool, str]] = [
         (low.image_size % low.patch_size == 0, "SigLIP's patch_size must divide its image_size"),
-        (low.grid <= LARGEST_GRID, f"SigLIP's grid of {low.grid} patches is larger than {LARGEST_GRID}"),
+        (low.grid <= MAX_GRID, f"SigLIP's grid of {low.grid} patches is larger than {MAX_GRID}"),
         (low.width % low.heads == 0, "SigLIP's heads must divide its width"),
         (decoder.heads % decoder.kv_heads == 0, "the decoder's kv_heads must divide its heads"),
         (decoder.head_dim % 2 == 0, "the decoder's head_dim must be even for RoPE"),
         (
-            decoder.max_positions * decoder.head_dim <= LARGEST_TABLE,
+            decoder.max_positions * decoder.head_dim <= MAX_ROPE_TABLE_SIZE,
             f"RoPE tables of {decoder.max_positions} positions with {decoder.head_dim} numbers are too large",
         ),
         (
             config.adaptor.width == decoder.width,
-            f"the adaptor gives {config.adaptor.width} channels but the decoder takes {decoder.width}",
+            f"the adaptor outputs {config.adaptor.width} channels but the decoder takes {decoder.width}",
         ),
     ]
     if high:
         checks += [
             (high.image_size % high.patch_size == 0, "SAM's patch_size must divide its image_size"),
-            (high.grid <= LARGEST_GRID, f"SAM's grid of {high.grid} patches is larger than {LARGEST_GRID}"),
+            (high.grid <= MAX_GRID, f"SAM's grid of {high.grid} patches is larger than {MAX_GRID}"),
             (high.width % high.heads == 0, "SAM's heads must divide its width"),
             (len(high.downsample_widths) == 2, "SAM needs two downsample_widths"),
             (bool(high.global_layers), "SAM needs at least one global-attention layer"),
@@ -221,6 +233,6 @@ def _check_sizes(config: ModelConfig) -> None:
             ),
             (decoder.width % 2 == 0, "the hybrid adaptor needs an even decoder width"),
         ]
-    for holds, sentence in checks:
-        if not holds:
-            raise ValueError(sentence)
+    for passed, message in checks:
+        if not passed:
+            raise ValueError(message)

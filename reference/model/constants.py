@@ -1,6 +1,7 @@
-"""Buffers that follow from a config alone: RoPE tables, resize matrices, index tables.
+"""Constant buffers, computed from a config: RoPE tables, resize matrices, index tables.
 
-A model built on the meta device has no values; these are the ones no checkpoint can give back.
+A model built on the meta device has no values. Checkpoints do not store these buffers, so they are
+computed after the weights are loaded.
 """
 
 from __future__ import annotations
@@ -9,20 +10,20 @@ from torch import Tensor, nn
 
 
 class ConstantModule(nn.Module):
-    """A module with constant buffers that can be computed again at any time."""
+    """A module with constant buffers that can be recomputed at any time."""
 
     def constants(self) -> dict[str, Tensor]:
-        """Buffer name → value, computed on the current default device."""
+        """Compute the buffers on the current default device; returns name → value."""
         raise NotImplementedError
 
     def register_constants(self) -> None:
-        """(Re)register the buffers of this module, outside its state dict."""
+        """Register the buffers again, outside the state dict."""
         for name, value in self.constants().items():
             self.register_buffer(name, value, persistent=False)
 
 
-def materialise_constants(model: nn.Module) -> None:
-    """Give a model that was built on the meta device the values of all its constants."""
+def materialize_constants(model: nn.Module) -> None:
+    """Compute all constant buffers of a model that was built on the meta device."""
     for module in model.modules():
         if isinstance(module, ConstantModule):
             module.register_constants()

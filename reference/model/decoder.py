@@ -15,18 +15,21 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467); half precision is computed in float32 inside."""
 
     def __init__(self, width: int, eps: float) -> None:
+        """Create the weight ``[width]``."""
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``[..., width]`` over its last axis."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
-    """Causal attention whose keys and values live in the cache that the caller owns."""
+    """Causal attention; keys and values are stored in a cache that the caller owns."""
 
     def __init__(self, config: DecoderConfig) -> None:
+        """Create the projections."""
         super().__init__()
         head_dim = config.head_dim
         self.q_proj = nn.Linear(config.width, config.heads * head_dim, bias=False)
@@ -38,7 +41,7 @@ class SelfAttention(nn.Module):
         self.value_scale: nn.Parameter | None = None
 
     def quantize_cache(self) -> None:
-        """Take scales ``[Hkv]`` for a quantized cache as parameters."""
+        """Add parameters for the scales ``[Hkv]`` of a quantized cache."""
         like = self.k_proj.weight
         for name in ("key_scale", "value_scale"):
             setattr(self, name, nn.Parameter(torch.ones(self.kv_heads, dtype=like.dtype, device=like.device)))
@@ -46,7 +49,20 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        # The operator keeps the trace whole; autograd needs the plain form.
+        """Attend over the cache; updates the cache in place.
+
+        Args:
+            x: ``[B, S, D]``.
+            positions: ``[B, S]`` int64.
+            cos: table ``[P, Dh / 2]`` of RoPE.
+            sin: table ``[P, Dh / 2]`` of RoPE.
+            keys: cache ``[B, Hkv, C, Dh]``.
+            values: cache ``[B, Hkv, C, Dh]``.
+
+        Returns:
+            ``[B, S, D]``.
+        """
+        # The traced program keeps attention as one operator; autograd needs the ATen form.
         attend = cached_attention if torch.is_grad_enabled() else cached_attention_op
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         scales = (self.key_scale, self.value_scale)
@@ -57,12 +73,14 @@ class GatedMlp(nn.Module):
     """SiLU-gated feed-forward (SwiGLU, arXiv 2002.05202)."""
 
     def __init__(self, width: int, hidden: int) -> None:
+        """Create the projections."""
         super().__init__()
         self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, S, D]`` to ``[B, S, D]``."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -70,6 +88,7 @@ class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward with residuals."""
 
     def __init__(self, config: DecoderConfig) -> None:
+        """Create the sublayers."""
         super().__init__()
         self.input_layernorm = RMSNorm(config.width, config.norm_eps)
         self.self_attn = SelfAttention(config)
@@ -79,17 +98,19 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
+        """Map ``[B, S, D]`` to ``[B, S, D]``; arguments as in ``SelfAttention.forward``."""
         x = x + self.self_attn(self.input_layernorm(x), positions, cos, sin, keys, values)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(ConstantModule):
-    """Layers, final norm and head. The cache is an argument, updated in place."""
+    """Layers, final norm and head; the cache is an argument, updated in place."""
 
     cos: Tensor
     sin: Tensor
 
     def __init__(self, config: DecoderConfig) -> None:
+        """Create the layers."""
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
@@ -98,25 +119,26 @@ class Decoder(ConstantModule):
         self.register_constants()
 
     def constants(self) -> dict[str, Tensor]:
+        """Compute RoPE's tables ``cos`` and ``sin``, ``[P, Dh / 2]``."""
         config = self.config
         cos, sin = rope_tables(config.head_dim, config.rope_theta, config.max_positions)
         return {"cos": cos, "sin": sin}
 
     def new_cache(self, batch: int, capacity: int) -> list[Tensor]:
-        """Zeroed states: keys then values of each layer, ``[batch, Hkv, capacity, Dh]``."""
+        """Allocate a zero cache: keys then values per layer, ``[batch, Hkv, capacity, Dh]``."""
         shape = (batch, self.config.kv_heads, capacity, self.config.head_dim)
         return [self.cos.new_zeros(shape) for _ in range(2 * self.config.layers)]
 
     def forward(
         self, inputs_embeds: Tensor, positions: Tensor, logit_rows: Tensor, cache: list[Tensor]
     ) -> Tensor:
-        """Logits of the wanted rows.
+        """Compute the logits of selected positions.
 
         Args:
             inputs_embeds: ``[B, S, D]``.
             positions: ``[B, S]`` int64.
-            logit_rows: ``[K]`` int64, rows of S.
-            cache: as from ``new_cache``; updated in place.
+            logit_rows: ``[K]`` int64, indices into S.
+            cache: as ``new_cache`` returns it; updated in place.
 
         Returns:
             ``[B, K, V]`` float32.

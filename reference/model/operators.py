@@ -1,8 +1,8 @@
-"""The decoder's attention as one operator, so that a traced program keeps it whole.
+"""The decoder's attention as one custom operator, which a traced program does not decompose.
 
 A compiler lowers ``dsvl::cached_attention`` to its backend's own form (GroupQueryAttention,
-TensorScatter + Attention, a custom SDPA); where there is none, ``cached_attention`` below is
-plain ATen and can be traced in its place.
+TensorScatter + Attention, a custom SDPA). If a backend has none, ``cached_attention`` below is ATen
+and can be traced instead.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ FLOAT8_MAX = 448.0  # of E4M3, arXiv 2209.05433
 
 
 def rope_tables(head_dim: int, theta: float, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[positions, head_dim / 2]`` of RoPE (arXiv 2104.09864), float32."""
+    """Compute RoPE's cosines and sines (arXiv 2104.09864), ``[positions, head_dim / 2]`` fp32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    # Written as transformers does: theta**-x rounds differently, by 5e-4 at position 16,000.
+    # The same expression as in transformers: theta**-x differs by 5e-4 at position 16,000.
     frequencies = 1.0 / theta**exponents
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in LLaMA's half-split form.
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE in LLaMA's half-split form.
 
     Args:
-        x: ``[B, S, H, Dh]``; cos, sin: ``[B, S, 1, Dh / 2]``.
+        x: ``[B, S, H, Dh]``.
+        cos: ``[B, S, 1, Dh / 2]``.
+        sin: ``[B, S, 1, Dh / 2]``.
+
+    Returns:
+        ``[B, S, H, Dh]``.
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -47,41 +52,46 @@ def cached_attention(
     key_scale: Optional[Tensor] = None,
     value_scale: Optional[Tensor] = None,
 ) -> Tensor:
-    """Rotate, write the new keys and values into the cache, attend causally over it.
+    """Apply RoPE, write the new keys and values into the cache, and attend causally over it.
 
     Args:
-        query: ``[B, S, H * Dh]``; key, value: ``[B, S, Hkv * Dh]``.
+        query: ``[B, S, H * Dh]``.
+        key: ``[B, S, Hkv * Dh]``.
+        value: ``[B, S, Hkv * Dh]``.
         positions: ``[B, S]`` int64; consecutive in each row, below the capacity C.
-        cos, sin: ``[P, Dh / 2]`` tables.
-        key_cache, value_cache: ``[B, Hkv, C, Dh]``, updated in place; int8 or, as uint8, the bits of
-            float8 (E4M3) where there are scales.
-        key_scale, value_scale: ``[Hkv]`` of a quantized cache.
+        cos: table ``[P, Dh / 2]``.
+        sin: table ``[P, Dh / 2]``.
+        key_cache: ``[B, Hkv, C, Dh]``, updated in place. A quantized cache is int8, or uint8 with
+            the bits of float8 (E4M3).
+        value_cache: as ``key_cache``.
+        key_scale: ``[Hkv]`` of a quantized cache.
+        value_scale: ``[Hkv]`` of a quantized cache.
 
     Returns:
-        ``[B, S, H * Dh]``
+        ``[B, S, H * Dh]``.
     """
     capacity, head_dim = key_cache.shape[2:]
     rows_cos = F.embedding(positions, cos).unsqueeze(2).to(query.dtype)  # [B, S, 1, Dh / 2]
     rows_sin = F.embedding(positions, sin).unsqueeze(2).to(query.dtype)
-    q = rotate(query.unflatten(-1, (-1, head_dim)), rows_cos, rows_sin).transpose(1, 2)
-    k = rotate(key.unflatten(-1, (-1, head_dim)), rows_cos, rows_sin).transpose(1, 2)
+    q = apply_rope(query.unflatten(-1, (-1, head_dim)), rows_cos, rows_sin).transpose(1, 2)
+    k = apply_rope(key.unflatten(-1, (-1, head_dim)), rows_cos, rows_sin).transpose(1, 2)
     v = value.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # [B, Hkv, S, Dh]
     slots = positions[:, None, :, None].expand(k.shape)
-    key_cache.scatter_(2, slots, _stored(k, key_scale, key_cache.dtype))
-    value_cache.scatter_(2, slots, _stored(v, value_scale, value_cache.dtype))
+    key_cache.scatter_(2, slots, _quantize_for_cache(k, key_scale, key_cache.dtype))
+    value_cache.scatter_(2, slots, _quantize_for_cache(v, value_scale, value_cache.dtype))
     visible = torch.arange(capacity, device=query.device) <= positions[:, None, :, None]
     out = F.scaled_dot_product_attention(
         q,
-        _restored(key_cache, key_scale, q.dtype),
-        _restored(value_cache, value_scale, q.dtype),
+        _dequantize_cache(key_cache, key_scale, q.dtype),
+        _dequantize_cache(value_cache, value_scale, q.dtype),
         attn_mask=visible,  # [B, 1, S, C]
         enable_gqa=q.shape[1] != key_cache.shape[1],
     )
     return out.transpose(1, 2).flatten(2)
 
 
-def _stored(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Keys or values ``[B, Hkv, S, Dh]`` as the cache keeps them."""
+def _quantize_for_cache(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Convert keys or values ``[B, Hkv, S, Dh]`` to the dtype of the cache."""
     if scale is None:
         return x.to(dtype)
     scaled = x.float() / scale.float()[:, None, None]
@@ -90,8 +100,8 @@ def _stored(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return scaled.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-def _restored(cache: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What a cache stands for."""
+def _dequantize_cache(cache: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Convert a cache to the dtype that attention computes in."""
     if scale is None:
         return cache.to(dtype)
     codes = cache if cache.dtype == torch.int8 else cache.view(torch.float8_e4m3fn)

@@ -1,7 +1,7 @@
-"""Bilinear resizing written as constant matrices: ``Wh @ image @ Ww^T``.
+"""Bilinear resizing as products with constant matrices: ``Wh @ image @ Ww^T``.
 
-A fixed resize is linear, so two matrix products compute it exactly on every backend,
-also where Resize has no antialias (TensorRT).
+Resizing between fixed sizes is linear, so two matrix products compute it exactly on every backend,
+also on those whose Resize has no antialiasing (TensorRT).
 """
 
 from __future__ import annotations
@@ -11,25 +11,31 @@ from torch import Tensor
 
 
 def bilinear_matrix(source: int, target: int, antialias: bool) -> Tensor:
-    """Matrix ``[target, source]`` of 1-D bilinear interpolation, half-pixel centres, float32.
+    """Build the matrix of 1-D bilinear interpolation with half-pixel centers.
 
-    With ``antialias`` the triangle filter is widened by the scale when shrinking, as in PIL and
-    in ``torch.nn.functional.interpolate(antialias=True)``; without it, neighbours beyond the
-    border are clamped as in ``interpolate(align_corners=False)``.
+    Args:
+        source: pixels of the input.
+        target: pixels of the output.
+        antialias: widen the triangle filter by the scale when shrinking, as in PIL and in
+            ``torch.nn.functional.interpolate(antialias=True)``. Otherwise neighbors beyond the
+            border are clamped as in ``interpolate(align_corners=False)``.
+
+    Returns:
+        ``[target, source]`` float32.
     """
     scale = source / target
-    centres = (torch.arange(target, dtype=torch.float64) + 0.5) * scale  # [target]
+    centers = (torch.arange(target, dtype=torch.float64) + 0.5) * scale  # [target]
     pixels = torch.arange(source, dtype=torch.float64) + 0.5  # [source]
     if antialias:
         support = max(scale, 1.0)
-        weights = (1 - (pixels[None, :] - centres[:, None]).abs() / support).clamp(min=0)
+        weights = (1 - (pixels[None, :] - centers[:, None]).abs() / support).clamp(min=0)
         weights = weights / weights.sum(1, keepdim=True)
     else:
-        centres = centres.clamp(0.5, source - 0.5)
-        weights = (1 - (pixels[None, :] - centres[:, None]).abs()).clamp(min=0)
+        centers = centers.clamp(0.5, source - 0.5)
+        weights = (1 - (pixels[None, :] - centers[:, None]).abs()).clamp(min=0)
     return weights.to(torch.float32)
 
 
 def resize(image: Tensor, matrix: Tensor) -> Tensor:
-    """``[B, C, N, N]`` → ``[B, C, M, M]`` with one ``[M, N]`` matrix for both axes."""
+    """Resize ``[B, C, N, N]`` to ``[B, C, M, M]`` with one matrix ``[M, N]`` for both axes."""
     return torch.matmul(torch.matmul(matrix, image), matrix.t())

@@ -1,6 +1,6 @@
 """The reference with the rounding of a lower precision, in fp32 arithmetic.
 
-What then differs from the reference is what the precision costs by itself, on any backend.
+Its difference from the fp32 reference is the rounding error of the precision, on any backend.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from reference.model.deepseek_vl import DeepSeekVL
 
 
 def round_model(model: DeepSeekVL, dtype: torch.dtype) -> None:
-    """Make an fp32 model round what its components read and its modules give; weights are left alone."""
+    """Make an fp32 model round the inputs of its components and the outputs of its modules.
+
+    Weights are not rounded.
+    """
 
     def rounded(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""The vision tower and the adaptor: pixels → image embeddings of the decoder's width."""
+"""The vision tower and the adaptor, from pixels to image embeddings of the decoder's width."""
 
 from __future__ import annotations
 
@@ -13,34 +13,38 @@ from reference.model.siglip import SiglipEncoder
 
 
 class Normalize(ConstantModule):
-    """Per-channel normalisation of ``[B, 3, N, N]`` RGB in [0, 1]."""
+    """Per-channel normalization of RGB in [0, 1]."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, config: NormalizationConfig) -> None:
+        """Create the constants."""
         super().__init__()
         self.config = config
         self.register_constants()
 
     def constants(self) -> dict[str, Tensor]:
+        """Compute ``mean`` and ``std``, ``[1, 3, 1, 1]``."""
         mean, std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
         return {"mean": mean.reshape(1, 3, 1, 1), "std": std.reshape(1, 3, 1, 1)}
 
     def forward(self, image: Tensor) -> Tensor:
+        """Normalize ``[B, 3, N, N]``."""
         return (image - self.mean) / self.std
 
 
 class VisionEncoder(ConstantModule):
     """SigLIP alone, or SAM at high and SigLIP at low resolution.
 
-    The hybrid tower takes one image in [0, 1], shrinks it inside by antialiased bilinear
-    interpolation for the low branch, and normalises each branch with its own constants.
+    The hybrid tower takes one image in [0, 1], downscales it for the low branch by antialiased
+    bilinear interpolation, and normalizes each branch with its own constants.
     """
 
     low_resize: Tensor
 
     def __init__(self, config: VisionConfig) -> None:
+        """Create the branches."""
         super().__init__()
         self.config = config
         self.low = SiglipEncoder(config.siglip)
@@ -52,13 +56,18 @@ class VisionEncoder(ConstantModule):
         self.register_constants()
 
     def constants(self) -> dict[str, Tensor]:
+        """Compute the matrix that downscales the image for the low branch, if there are two."""
         if self.config.sam is None:
             return {}
         sizes = self.config.sam.image_size, self.config.siglip.image_size
         return {"low_resize": bilinear_matrix(*sizes, antialias=True)}
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """``[B, 3, N, N]`` → ``(low [B, T, C],)`` or ``(high [B, T, C'], low [B, T, C])``."""
+        """Encode pixels ``[B, 3, N, N]``.
+
+        Returns:
+            ``(low [B, T, C],)``, or ``(high [B, T, C'], low [B, T, C])`` of the hybrid tower.
+        """
         if self.high is None:
             return (self.low(self.low_norm(pixel_values)),)
         high = self.high(self.high_norm(pixel_values))
@@ -67,12 +76,13 @@ class VisionEncoder(ConstantModule):
 
 
 class Adaptor(nn.Module):
-    """Vision features → ``[B, T, D]`` embeddings: ``mlp_gelu``, or its split form for two branches.
+    """Adaptor from vision features to embeddings: ``mlp_gelu``, or its split form for two branches.
 
-    The split form projects each branch to half the width and concatenates **high first**.
+    The split form projects each branch to half the width and concatenates them, **high first**.
     """
 
     def __init__(self, config: AdaptorConfig) -> None:
+        """Create the layers."""
         super().__init__()
         self.hybrid = config.high_width is not None
         if config.high_width is not None:
@@ -86,6 +96,7 @@ class Adaptor(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, *features: Tensor) -> Tensor:
+        """Map the outputs of ``VisionEncoder`` to embeddings ``[B, T, D]``."""
         if self.hybrid:
             high, low = features
             return self.layers(torch.cat([self.high_up_proj(high), self.low_up_proj(low)], dim=-1))

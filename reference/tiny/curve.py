@@ -1,4 +1,4 @@
-"""Plot ``curve.jsonl`` of a training: ``python -m reference.tiny.curve DIR/curve.jsonl curve.svg``."""
+"""Plot of a training log: ``python -m reference.tiny.curve DIR/curve.jsonl curve.svg``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-SMOOTH = 5  # points in the running mean; a point is 20 steps
+SMOOTHING_WINDOW = 5  # points of the running mean, 20 steps each
 
 
-def plot(log: Path, output: Path) -> None:
-    """Dense accuracy and answer-token accuracy over all steps, the stages side by side."""
+def plot_curve(log: Path, output: Path) -> None:
+    """Plot dense accuracy and answer-token accuracy over all steps, one stage after the other."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "dsvl-export"  # the same file for the same log
+    matplotlib.rcParams["svg.hashsalt"] = "dsvl-export"  # a log always gives the same file
     from matplotlib import pyplot
 
     lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
@@ -35,7 +35,7 @@ def plot(log: Path, output: Path) -> None:
         ):
             if key in part[0]:
                 values = np.array([row[key] for row in part])
-                window = min(SMOOTH, len(values))
+                window = min(SMOOTHING_WINDOW, len(values))
                 smooth = np.convolve(values, np.ones(window) / window, "valid")
                 axes.plot(steps[window - 1 :], smooth, color=colour, label=label)
         axes.axvline(start, color="0.8", zorder=0)
@@ -51,4 +51,4 @@ def plot(log: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    plot(Path(sys.argv[1]), Path(sys.argv[2]))
+    plot_curve(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,7 +1,7 @@
 """Rendered pictures for the tiny model: a number in one half, one to three shapes in the other.
 
-Every picture is drawn from a seed and returned with its scene (what is where), from which the
-questions, the answers and the dense targets of the first training stage follow.
+A seed determines a picture and its scene (the objects and their positions). Questions, answers and
+the dense targets of the first training stage are computed from the scene.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ TRAIN_FONTS = (
     "cmtt10", "cmti10",
 )  # fmt: skip
 HELD_OUT_FONTS = ("pillow", "cmss10", "DejaVuSansMono-Bold")
-# Offsets inside the free room are drawn from stripes; the held-out set has stripes of its own.
+# Positions are drawn from stripes of the free space; training and held-out set share no stripe.
 STRIPES, HELD_OUT_STRIPES = 12, (3, 8)
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """A digit or a shape: name, colour, box in canvas units, and its order from left to right."""
 
     name: str
@@ -50,24 +50,21 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """The content of a picture: a number and shapes."""
 
     number: str
     number_colour: str
     number_half: str
-    shapes: tuple[Thing, ...]
-    digits: tuple[Thing, ...]
-
-    def at(self, column: int) -> Thing | None:
-        return next((shape for shape in self.shapes if shape.order == column), None)
+    shapes: tuple[SceneObject, ...]
+    digits: tuple[SceneObject, ...]
 
 
-def draw(seed: Sequence[int], held_out: bool = False) -> tuple[Image.Image, Scene]:
-    """Picture (RGB, 160 to 384 pixels square) and scene of a seed.
+def draw_scene(seed: Sequence[int], held_out: bool = False) -> tuple[Image.Image, Scene]:
+    """Draw the picture of a seed, RGB, 160 to 384 pixels square; returns it with its scene.
 
     Args:
-        seed: any integers; the same seed gives the same picture.
-        held_out: use the fonts and positions that training never sees.
+        seed: any integers; a seed always gives the same picture.
+        held_out: use the fonts and positions that training never uses.
     """
     rng = np.random.default_rng(list(seed))
     scale = float(rng.uniform(1.25, 3.0))
@@ -84,7 +81,7 @@ def draw(seed: Sequence[int], held_out: bool = False) -> tuple[Image.Image, Scen
 
 
 def _offset(rng: np.random.Generator, room: float, held_out: bool) -> float:
-    """A position in [0, room], in a stripe that belongs to training or to the held-out set."""
+    """Draw a position in [0, room], from a stripe of training or of the held-out set."""
     train = [stripe for stripe in range(STRIPES) if stripe not in HELD_OUT_STRIPES]
     stripe = rng.choice(HELD_OUT_STRIPES if held_out else train)
     return float((stripe + rng.random()) / STRIPES * room)
@@ -111,7 +108,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 def _draw_number(
     pen: ImageDraw.ImageDraw, rng: np.random.Generator, scale: float, half: int, held_out: bool
-) -> tuple[str, str, list[Thing]]:
+) -> tuple[str, str, list[SceneObject]]:
     count = int(rng.integers(1, 4))
     first = rng.integers(1 if count > 1 else 0, 10)
     number = "".join(str(d) for d in [first, *rng.integers(0, 10, size=count - 1)])
@@ -132,14 +129,14 @@ def _draw_number(
     for order, (digit, advance) in enumerate(zip(number, advances, strict=True)):
         pen.text((x, y - top), digit, font=font, fill=rgb, stroke_width=stroke)
         box = (x / scale, y / scale, (x + advance) / scale, (y + height) / scale)
-        digits.append(Thing(digit, name, box, order))
+        digits.append(SceneObject(digit, name, box, order))
         x += advance
     return number, name, digits
 
 
 def _draw_shapes(
     pen: ImageDraw.ImageDraw, rng: np.random.Generator, scale: float, half: int, held_out: bool
-) -> list[Thing]:
+) -> list[SceneObject]:
     columns = sorted(int(c) for c in rng.permutation(3)[: rng.integers(1, 4)])
     width, height = CANVAS / 3, CANVAS / 2
     shapes = []
@@ -150,7 +147,7 @@ def _draw_shapes(
         y = half * height + radius + 2 + _offset(rng, height - 2 * radius - 4, held_out)
         box = (x - radius, y - radius, x + radius, y + radius)
         _draw_shape(pen, kind, tuple(v * scale for v in (x, y, radius)), rgb)
-        shapes.append(Thing(kind, name, box, column))
+        shapes.append(SceneObject(kind, name, box, column))
     return shapes
 
 

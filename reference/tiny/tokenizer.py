@@ -5,29 +5,29 @@ from __future__ import annotations
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from reference.tiny.pictures import draw
-from reference.tiny.questions import chat, image_preamble
+from reference.tiny.pictures import draw_scene
+from reference.tiny.questions import image_preamble, make_chat
 from runtimes.text.prompt import BOS, EOS, IMAGE_PLACEHOLDER, PAD, SYSTEM_PROMPT, Message, format_chat
 
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = (BOS, EOS, PAD, IMAGE_PLACEHOLDER)
 
 
-def corpus(scenes: int) -> list[str]:
-    """Prompts as the model will see them, without pictures."""
+def build_corpus(scenes: int) -> list[str]:
+    """Return prompts in the format of training, with placeholders instead of pictures."""
     texts = []
     for seed in range(scenes):
-        _, scene = draw((seed, 99))
+        _, scene = draw_scene((seed, 99))
         rng = np.random.default_rng((seed, 98))
         messages = []
-        for question in chat(rng, [scene, scene], turns=8):
+        for question in make_chat(rng, [scene, scene], turns=8):
             messages += [Message("user", question.text), Message("assistant", question.answer)]
         texts.append(image_preamble(2) + format_chat(messages, SYSTEM_PROMPT))
     return texts
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE of ``VOCAB_SIZE`` tokens; every digit is a token of its own, as in DeepSeek's."""
+    """Train byte-level BPE of ``VOCAB_SIZE`` tokens; digits are single tokens, as in DeepSeek's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -43,7 +43,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Special tokens come last, as the real tokenizer's ids from 100,000 on do.
+    # Special tokens come last, as in DeepSeek's tokenizer (ids from 100,000).
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
     )

@@ -1,9 +1,9 @@
-"""Train the tiny checkpoint: ``python -m reference.tiny.train --output DIR`` (``--help`` for more).
+"""Training of the tiny checkpoint: ``python -m reference.tiny.train --output DIR``.
 
-Stage 1 trains vision and adaptor on dense targets (what covers each image token's cell). Stage 2
-trains adaptor and decoder on conversations about a pool of pictures whose vision features are
-computed once. Without the first stage, training stays on a plateau. Interrupt it at will: the same
-command resumes.
+Stage 1 trains vision encoder and adaptor on dense targets (the object in each image token's cell).
+Stage 2 trains adaptor and decoder on conversations about a pool of pictures whose vision features
+are computed once. Without stage 1, the loss stays on a plateau. The same command resumes an
+interrupted training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from reference.checkpoint.checkpoint import write_original
+from reference.checkpoint.checkpoint import write_original_checkpoint
 from reference.checkpoint.config_file import parse_config
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.tiny.batches import (
@@ -42,21 +42,24 @@ from reference.tiny.batches import (
     to_pixels,
     token_id,
 )
-from reference.tiny.curve import plot
-from reference.tiny.pictures import Scene, draw
-from reference.tiny.tokenizer import corpus, train_tokenizer
+from reference.tiny.curve import plot_curve
+from reference.tiny.pictures import Scene, draw_scene
+from reference.tiny.tokenizer import build_corpus, train_tokenizer
 from runtimes.text.prompt import IMAGE_PLACEHOLDER
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps, batch size and learning rates; the rate is flat, then falls to zero over ``decay``."""
+    """Steps, batch size and learning rates of a stage.
+
+    A rate is constant, then falls linearly to zero over the share ``decay`` of the steps.
+    """
 
     number: int
     steps: int
     batch: int
-    matrix_rate: float  # Muon, on the hidden matrices
-    other_rate: float  # AdamW, on all else
+    matrix_rate: float  # of Muon, for hidden matrices
+    other_rate: float  # of AdamW, for all other parameters
     decay: float
 
 
@@ -64,12 +67,22 @@ STAGES = (
     Stage(1, 2400, 64, 0.02, 2e-3, 0.2),
     Stage(2, 1800, 72, 0.015, 2e-3, 0.3),
 )
-POOL = 24_000  # pictures of stage 2
+POOL_SIZE = 24_000  # pictures of stage 2
 DENSE_WEIGHTS = {"name": 1.0, "colour": 0.7, "order": 1.0, "row": 0.1, "column": 0.1}
 
 
 def dense_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of each dense head, background weighted 0.15, and its accuracy off the background."""
+    """Compute the loss and the accuracies of the dense heads.
+
+    The loss is cross-entropy, with weight 0.15 for background; accuracies exclude background.
+
+    Args:
+        logits: ``[N, T, classes of all heads]``.
+        targets: ``[N, heads, T]``.
+
+    Returns:
+        The loss, and accuracy by head.
+    """
     loss, accuracy = logits.new_zeros(()), {}
     parts = torch.split(logits.float(), list(DENSE_HEADS.values()), dim=-1)
     for index, ((name, classes), part) in enumerate(zip(DENSE_HEADS.items(), parts, strict=True)):
@@ -85,39 +98,40 @@ def dense_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, float
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Pictures whose scenes and vision features (bfloat16, each ``[POOL, T, C]``) are kept."""
+class FeaturePool:
+    """Scenes and vision features of pictures; features are bfloat16, ``[POOL_SIZE, T, C]`` each."""
 
     scenes: list[Scene]
     features: tuple[Tensor, ...]
 
 
 @torch.no_grad()
-def fill_pool(model: DeepSeekVL) -> Pool:
-    """Draw the pool and encode it with the vision encoder as it is after stage 1."""
+def build_feature_pool(model: DeepSeekVL) -> FeaturePool:
+    """Draw the pictures of the pool and encode them with the vision encoder of stage 1."""
     scenes: list[Scene] = []
     parts: list[tuple[Tensor, ...]] = []
-    for first in track(range(0, POOL, 80), "encoding the pool"):
-        drawn = [draw((2, index)) for index in range(first, first + 80)]
+    for first in track(range(0, POOL_SIZE, 80), "encoding the pool"):
+        drawn = [draw_scene((2, index)) for index in range(first, first + 80)]
         scenes += [scene for _, scene in drawn]
         pixels = torch.from_numpy(np.stack([to_pixels(image) for image, _ in drawn]))
         with torch.autocast("cpu", torch.bfloat16):
             features = model.vision_encoder(pixels)
         parts.append(tuple(part.to(torch.bfloat16) for part in features))
-    return Pool(scenes, tuple(torch.cat(part) for part in zip(*parts, strict=True)))
+    return FeaturePool(scenes, tuple(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-class Trainee(nn.Module):
-    """The model with the dense heads of training."""
+class TrainingModel(nn.Module):
+    """The model with the additional heads of training."""
 
     def __init__(self, model: DeepSeekVL, image_token_id: int) -> None:
+        """Add the heads to a model."""
         super().__init__()
         self.model = model
         self.image_token_id = image_token_id
         width = model.config.decoder.width
         self.dense = nn.Linear(width, sum(DENSE_HEADS.values()))
-        # Which of the prompt's images a token belongs to, read off the decoder half-way: without
-        # this help it takes long to learn that "Figure 2" means the second image.
+        # Predicts the image of each image token from the middle layer of the decoder. Without this
+        # loss the model takes long to learn that "Figure 2" means the second image.
         self.which = nn.Linear(width, 2)
         self._halfway = torch.zeros(0)
         middle = model.decoder.layers[len(model.decoder.layers) // 2 - 1]
@@ -127,12 +141,13 @@ class Trainee(nn.Module):
         self._halfway = output
 
     def which_loss(self, tokens: Tensor) -> Tensor:
-        """Cross-entropy of the image number (0 or 1) at every image token."""
+        """Compute the cross-entropy of the image number (0 or 1) at every image token."""
         is_image = tokens == self.image_token_id
         number = (is_image.cumsum(1) - 1) // GRID**2
         return F.cross_entropy(self.which(self._halfway[is_image]).float(), number[is_image])
 
-    def forward(self, batch: Batch, pool: Pool | None) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: Batch, pool: FeaturePool | None) -> tuple[Tensor, dict[str, float]]:
+        """Compute the loss of a batch and the numbers to log; ``pool`` is None in stage 1."""
         with torch.autocast("cpu", torch.bfloat16):
             if pool is None:
                 image_embeds = self.model.encode_image(batch.pixels)  # [N, T, D]
@@ -143,8 +158,8 @@ class Trainee(nn.Module):
                 return loss, numbers
             embeds = self.model.merge(batch.tokens, image_embeds, self.image_token_id)
             logits = self.model.logits(embeds)  # [B, S, V]
-        wanted = batch.answers[:, 1:]
-        predicted, target = logits[:, :-1][wanted], batch.tokens[:, 1:][wanted]
+        is_answer = batch.answers[:, 1:]
+        predicted, target = logits[:, :-1][is_answer], batch.tokens[:, 1:][is_answer]
         answer_loss = F.cross_entropy(predicted, target)
         numbers |= {
             "answer_loss": answer_loss.item(),
@@ -155,8 +170,8 @@ class Trainee(nn.Module):
         return answer_loss + 0.2 * loss + 0.1 * which_loss, numbers
 
 
-def initialise(model: DeepSeekVL) -> None:
-    """Normal(0, 0.02) weights, residual projections scaled down by depth (GPT-2's rule)."""
+def initialize_weights(model: DeepSeekVL) -> None:
+    """Initialize weights from N(0, 0.02), scaled down by depth in residual projections (GPT-2)."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             scaled = name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight"))
@@ -169,8 +184,8 @@ def initialise(model: DeepSeekVL) -> None:
     nn.init.ones_(model.vision_encoder.high.hd_alpha)
 
 
-def optimizers(trainee: Trainee, stage: Stage) -> list[torch.optim.Optimizer]:
-    """Muon (Keller Jordan, 2024) for hidden matrices, AdamW for embeddings, convolutions, norms, heads."""
+def build_optimizers(trainee: TrainingModel, stage: Stage) -> list[torch.optim.Optimizer]:
+    """Build Muon (Keller Jordan, 2024) for hidden matrices and AdamW for all other parameters."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in trainee.named_parameters():
@@ -186,16 +201,16 @@ def optimizers(trainee: Trainee, stage: Stage) -> list[torch.optim.Optimizer]:
     ]
 
 
-def rate_factor(stage: Stage, step: int) -> float:
-    """Warm-up over 50 steps, flat, then a linear fall over the last ``decay`` of the steps."""
+def learning_rate_factor(stage: Stage, step: int) -> float:
+    """Return the factor of the learning rate: 50 warm-up steps, constant, then linear decay."""
     left = (stage.steps - step) / (stage.steps * stage.decay)
     return min(1.0, (step + 1) / 50, left)
 
 
-def run_stage(trainee: Trainee, stage: Stage, tokenizer: Tokenizer, output: Path) -> None:
-    """One stage from its last saved state to its end; appends to ``curve.jsonl``."""
+def run_stage(trainee: TrainingModel, stage: Stage, tokenizer: Tokenizer, output: Path) -> None:
+    """Run a stage from its last saved state to its end; appends to ``curve.jsonl``."""
     state_file = output / f"stage{stage.number}.pt"
-    optims, start = optimizers(trainee, stage), 0
+    optims, start = build_optimizers(trainee, stage), 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         start = state["step"]
@@ -204,7 +219,7 @@ def run_stage(trainee: Trainee, stage: Stage, tokenizer: Tokenizer, output: Path
             return
         for optim, saved in zip(optims, state["optimizers"], strict=True):
             optim.load_state_dict(saved)
-    pool = fill_pool(trainee.model) if stage.number == 2 else None
+    pool = build_feature_pool(trainee.model) if stage.number == 2 else None
     batches: Dataset[Batch] = (
         ChatBatches(pool.scenes, stage.batch, tokenizer) if pool else DenseBatches(stage.batch)
     )
@@ -220,7 +235,7 @@ def run_stage(trainee: Trainee, stage: Stage, tokenizer: Tokenizer, output: Path
             begun = time.time()
             for optim, rate in zip(optims, (stage.matrix_rate, stage.other_rate), strict=True):
                 for group in optim.param_groups:
-                    group["lr"] = rate * rate_factor(stage, step)
+                    group["lr"] = rate * learning_rate_factor(stage, step)
             loss, numbers = trainee(batch, pool)
             trainee.zero_grad(set_to_none=True)
             loss.backward()
@@ -246,19 +261,19 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for the state, the curve and the checkpoint.")],
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
-    """Train the tiny checkpoint; less than an hour on two idle CPU cores. Resumes where it stopped."""
+    """Train the tiny checkpoint in less than an hour on two idle CPU cores; can be resumed."""
     torch.set_num_threads(threads)
     output.mkdir(parents=True, exist_ok=True)
     raw = json.loads((Path(__file__).parent / "config.json").read_text())
     torch.manual_seed(0)
     model = DeepSeekVL(parse_config(raw, "config.json"))
-    tokenizer = train_tokenizer(corpus(2000))
-    trainee = Trainee(model, token_id(tokenizer, IMAGE_PLACEHOLDER))
-    initialise(model)
+    tokenizer = train_tokenizer(build_corpus(2000))
+    trainee = TrainingModel(model, token_id(tokenizer, IMAGE_PLACEHOLDER))
+    initialize_weights(model)
     for stage in STAGES:
         run_stage(trainee, stage, tokenizer, output)
-    write_original(model, raw, tokenizer, output / "checkpoint")
-    plot(output / "curve.jsonl", output / "curve.svg")
+    write_original_checkpoint(model, raw, tokenizer, output / "checkpoint")
+    plot_curve(output / "curve.jsonl", output / "curve.svg")
 
 
 if __name__ == "__main__":

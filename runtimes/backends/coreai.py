@@ -1,7 +1,7 @@
-"""Backend ``coreai``: ``.aimodel`` assets in Apple's own runtime, on macOS and, without a Mac, on Linux.
+"""Backend ``coreai``: ``.aimodel`` assets in Apple's Core AI runtime, on macOS and Linux.
 
-The runtime ends the process where it meets an error of its own, and writes to the terminal; so it always
-runs in a process apart. States stay there, in place.
+The runtime ends the process on internal errors and writes to the terminal, so it runs in a worker
+process. States stay in that process and are updated in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtimes.backends.static_shape import FixedComponent, FixedDecoder, Sizes
+from runtimes.backends.static_shape import DecoderSizes, StaticShapeComponent, StaticShapeDecoder
 from runtimes.backends.worker import WorkerAsset
 from runtimes.bundle.contracts import Contract
 from runtimes.bundle.files import read_json
@@ -25,18 +25,19 @@ from runtimes.installation import install_command
 from runtimes.session import ComponentSession, DecoderSession, EntryPoints, Execution, SessionOptions
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
     from runtimes.chain import Chain
 
 SUFFIX = ".aimodel"
 PROGRAM = "main.mlirb"  # in an asset
 SIZES = "dsvl_export.json"  # in an asset: entry point → sizes of the contract's named dims
-PREFILL = "prefill"  # the entry point for several tokens, beside DECODE
-CHUNK = 128  # tokens that it takes
+PREFILL = "prefill"  # the entry point for multiple tokens; DECODE is that for one
+CHUNK = 128  # tokens of a prefill call
 NARROW = {np.dtype(np.int64): np.int32}
 
 
 def devices() -> list[str]:
+    """List the devices that this machine supports; see ``Backend.devices``."""
     _version()
     return ["cpu"]
 
@@ -49,6 +50,7 @@ def _version() -> str:
 
 
 def execution(artifact: Artifact, device: str | None = None) -> Execution:
+    """Determine whether an artifact can run here; see ``Backend.execution``."""
     try:
         installed = _version()
     except UserError as error:
@@ -59,41 +61,51 @@ def execution(artifact: Artifact, device: str | None = None) -> Execution:
 
 
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
-    return FixedComponent(open_asset(file, contract), contract)
+    """Open a component; see ``Backend.open_component``."""
+    return StaticShapeComponent(open_asset(file, contract), contract)
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
+    """Open the decoder; see ``Backend.open_decoder``."""
     try:
-        several = read_json(file.parent / SIZES)[PREFILL]
-        fixed = Sizes(several["capacity"], PREFILL, several["sequence"], flexible=False, any_rows=False)
+        prefill = read_json(file.parent / SIZES)[PREFILL]
+        sizes = DecoderSizes(
+            prefill["capacity"], PREFILL, prefill["sequence"], flexible=False, any_rows=False
+        )
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{file.parent / SIZES} does not say what the decoder takes; export it again."
+            f"{file.parent / SIZES} does not hold the sizes of the decoder; export it again."
         ) from error
-    return FixedDecoder(open_asset(file, contract), contract, fixed)
+    return StaticShapeDecoder(open_asset(file, contract), contract, sizes)
 
 
 def entry_points(chain: Chain, capacity: int) -> EntryPoints:
-    """All functions are called by the sessions; the capacity is the asset's own."""
+    """Return the capacity of the asset; the sessions call all its functions."""
     decoder = chain.decoder
-    assert isinstance(decoder, FixedDecoder)
+    assert isinstance(decoder, StaticShapeDecoder)
     return EntryPoints(values={"capacity of the decoder's asset": (decoder.sizes.capacity, capacity)})
 
 
 def open_asset(file: Path, contract: Contract) -> WorkerAsset:
-    """The asset whose program a file is, in a process of its own.
+    """Open the asset of a program file in a worker process.
 
     Raises:
         UserError: Core AI cannot load it.
     """
-    what = f"Core AI, running the {contract.component},"
-    return WorkerAsset(("runtimes.backends.coreai", "CoreAIAsset"), (file.parent, contract), what)
+    description = f"Core AI, running the {contract.component},"
+    start = ("runtimes.backends.coreai", "CoreAIAsset")
+    return WorkerAsset(start, (file.parent, contract), description)
 
 
 class CoreAIAsset:
-    """An asset in the runtime; states are the runtime's own arrays."""
+    """An asset in Core AI; its states are arrays of the runtime."""
 
     def __init__(self, folder: Path, contract: Contract) -> None:
+        """Load the asset.
+
+        Raises:
+            UserError: Core AI cannot load it.
+        """
         self._contract = contract
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -105,42 +117,50 @@ class CoreAIAsset:
         except (OSError, RuntimeError, ValueError, StopIteration) as error:
             raise UserError(f"Core AI cannot load {folder}: {first_line(error)}.") from error
 
-    def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _load(self, folder: Path, functions: list[str]) -> None:
         from coreai.authoring import AIModelAsset
 
-        self._executable = AIModelAsset.load(folder).executable()  # kept open as long as this process lives
+        self._executable = AIModelAsset.load(folder).executable()  # open until the process ends
         model = await self._executable.__aenter__()
         self._functions = {name: model.load_function(name) for name in functions}
 
     def call(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any = None
     ) -> dict[str, np.ndarray]:
+        """Run a function on inputs by name; see ``Asset.call``.
+
+        Raises:
+            UserError: Core AI failed.
+        """
         from coreai.runtime import NDArray
 
-        given = {
+        arrays = {
             name: NDArray(np.ascontiguousarray(array.astype(NARROW.get(array.dtype, array.dtype))))
             for name, array in inputs.items()
         }
         try:
-            found = self._wait(self._functions[function](inputs=given, state=state or {}))
+            outputs = self._wait(self._functions[function](inputs=arrays, state=state or {}))
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"Core AI failed in the {self._contract.component}: {first_line(error)}."
             ) from error
-        return {spec.name: found[spec.name].numpy() for spec in self._contract.outputs}
+        return {spec.name: outputs[spec.name].numpy() for spec in self._contract.outputs}
 
     def new_state(self) -> dict[str, Any]:
+        """Create zeroed states of one sequence."""
         from coreai.runtime import NDArray
 
         return {spec.name: NDArray(spec.allocate(self._sizes)) for spec in self._contract.states}
 
     def read_state(self, state: dict[str, Any], name: str) -> np.ndarray:
+        """Return a state ``[1, Hkv, C, Dh]``."""
         return np.asarray(state[name].numpy())
 
     def write_state(self, state: dict[str, Any], name: str, array: np.ndarray) -> None:
+        """Overwrite a state with ``[1, Hkv, C, Dh]``."""
         from coreai.runtime import NDArray
 
         state[name] = NDArray(np.ascontiguousarray(array))

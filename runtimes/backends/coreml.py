@@ -1,7 +1,8 @@
-"""Backend ``coreml``: packages in Core ML on a Mac; elsewhere an interpreter executes the saved files.
+"""Backend ``coreml``: packages in Core ML on a Mac, or in an interpreter on other systems.
 
-Devices say which functions of a decoder are called: ``ane`` those of fixed lengths, which the Neural Engine
-asks for, ``gpu`` and ``cpu`` the flexible one. The interpreter takes them all, so each can be proven.
+The device selects the functions of a decoder: ``ane`` calls those of static lengths, which the
+Neural Engine requires, ``gpu`` and ``cpu`` the flexible one. The interpreter runs all of them, so
+that each can be tested.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtimes.backends.mil.package import CHUNK, EXTEND, IMAGE, PREFILL, Package, package_folder
-from runtimes.backends.static_shape import Asset, FixedComponent, FixedDecoder, Sizes
+from runtimes.backends.static_shape import Asset, DecoderSizes, StaticShapeComponent, StaticShapeDecoder
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError
 from runtimes.installation import install_command
 from runtimes.session import ComponentSession, DecoderSession, EntryPoints, Execution, SessionOptions
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
     from runtimes.chain import Chain
 
 DEVICES = ("gpu", "ane", "cpu")
@@ -29,40 +30,44 @@ FLEXIBLE = ("gpu", "cpu")
 
 
 def devices() -> list[str]:
+    """List the devices that this machine supports; see ``Backend.devices``."""
     if find_spec("coremltools") is None:
         raise UserError(f"The backend coreml is not installed; run: {install_command('coremltools')}.")
     return list(DEVICES)
 
 
 def execution(artifact: Artifact, device: str | None = None) -> Execution:
+    """Determine whether an artifact can run here; see ``Backend.execution``."""
     try:
-        known = devices()
+        available = devices()
     except UserError as error:
         return Execution("not run", str(error).rstrip("."))
-    device = device or known[0]
-    if device not in known:
-        return Execution("not run", f"coreml runs on {', '.join(known)}, not on {device}")
+    device = device or available[0]
+    if device not in available:
+        return Execution("not run", f"coreml runs on {', '.join(available)}, not on {device}")
     if sys.platform == "darwin":
         return Execution("ran", f"Core ML ({device})", device=device)
     return Execution("simulated", "the MIL interpreter on the saved package", device=device)
 
 
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
+    """Open a component; see ``Backend.open_component``."""
     return CoreMLComponent(_asset(Package(package_folder(file)), contract, options), contract)
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
+    """Open the decoder; see ``Backend.open_decoder``."""
     package = Package(package_folder(file))
     sizes = _sizes(package.capacity(), (options.device or DEVICES[0]) in FLEXIBLE)
-    return FixedDecoder(_asset(package, contract, options), contract, sizes)
+    return StaticShapeDecoder(_asset(package, contract, options), contract, sizes)
 
 
 def entry_points(chain: Chain, capacity: int) -> EntryPoints:
-    """The encoder's function for images, and the decoder's functions that another device calls."""
+    """Return the encoder's image function and the decoder's functions for other devices."""
     encoder, decoder = chain.vision_encoder, chain.decoder
-    assert isinstance(encoder, CoreMLComponent) and isinstance(decoder, FixedDecoder)
+    assert isinstance(encoder, CoreMLComponent) and isinstance(decoder, StaticShapeDecoder)
     name = PREFILL if decoder.sizes.flexible else EXTEND
-    other = FixedDecoder(decoder.asset, decoder.contract, _sizes(capacity, name == EXTEND))
+    other = StaticShapeDecoder(decoder.asset, decoder.contract, _sizes(capacity, name == EXTEND))
     return EntryPoints(
         images={f"function {IMAGE} of the vision encoder": encoder.run_image},
         decoders={f"function {name} of the decoder": other},
@@ -70,9 +75,9 @@ def entry_points(chain: Chain, capacity: int) -> EntryPoints:
     )
 
 
-def _sizes(capacity: int, flexible: bool) -> Sizes:
-    several = EXTEND if flexible else PREFILL
-    return Sizes(capacity, several, min(CHUNK, capacity), flexible, any_rows=flexible)
+def _sizes(capacity: int, flexible: bool) -> DecoderSizes:
+    function = EXTEND if flexible else PREFILL
+    return DecoderSizes(capacity, function, min(CHUNK, capacity), flexible, any_rows=flexible)
 
 
 def _asset(package: Package, contract: Contract, options: SessionOptions) -> Asset:
@@ -82,13 +87,17 @@ def _asset(package: Package, contract: Contract, options: SessionOptions) -> Ass
         return NativeAsset(package, contract, options.device or DEVICES[0])
     from runtimes.backends.mil.interpreter import InterpretedAsset
 
-    return InterpretedAsset(package, contract)
+    return InterpretedAsset(package, contract, options.threads)
 
 
-class CoreMLComponent(FixedComponent):
-    """A stateless component, which a vision encoder can also be given an image for."""
+class CoreMLComponent(StaticShapeComponent):
+    """Session of a stateless component; a vision encoder also accepts images."""
 
     def run_image(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """``run`` on a square image ``uint8 [N, N, 3]``, as an app passes one."""
-        found = self.asset.call(IMAGE, {IMAGE: image})
-        return {spec.name: found[spec.name].astype(spec.dtype) for spec in self.contract.outputs}
+        """Run on a square image ``uint8 [N, N, 3]``, which apps pass.
+
+        Returns:
+            vision features by name, batch 1.
+        """
+        outputs = self.asset.call(IMAGE, {IMAGE: image})
+        return {spec.name: outputs[spec.name].astype(spec.dtype) for spec in self.contract.outputs}

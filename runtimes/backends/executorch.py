@@ -1,8 +1,8 @@
-"""Backend ``executorch``: a program of several methods in ExecuTorch's own runtime, on XNNPACK's kernels.
+"""Backend ``executorch``: a program with several methods in ExecuTorch, on XNNPACK's kernels.
 
-A file is loaded once for all sessions on it. A program has one KV cache, in its own memory. Several caches
-take turns in it: the one whose turn ends is copied out, as far as it is used, and copied back when its turn
-comes.
+A file is loaded once for all its sessions. A program has one KV cache, in its own memory, which
+several ``KVCache`` objects share: the used part of the current one is copied out before another one
+is copied in.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtimes.backends import executorch_tokenizer as runner_tokenizer
-from runtimes.backends.static_shape import DECODE, FixedComponent, FixedDecoder, Sizes
+from runtimes.backends.static_shape import DECODE, DecoderSizes, StaticShapeComponent, StaticShapeDecoder
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError, first_line
 from runtimes.installation import install_command
 from runtimes.session import ComponentSession, DecoderSession, EntryPoints, Execution, SessionOptions
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
     from runtimes.chain import Chain
     from runtimes.text.tokenizer import PromptSpec
 
 SUFFIX = ".pte"
 MAGIC = b"ET12"  # bytes 4 to 8
 DIALECT = "xnnpack"
-# Component → its method. The stock runner asks for the first and the last by these names.
+# Component → method. The stock runner calls the first and the last by these names.
 METHODS = {"vision_encoder": "vision_encoder", "adaptor": "adaptor", "decoder": "text_decoder"}
-TOKEN_EMBEDDING = "token_embedding"  # a method for the stock runner; here the bundle's table is read
-MAX_CONTEXT, MAX_CHUNK = "get_max_context_len", "get_max_seq_len"  # methods that say a number
-LISTS = ("get_eos_ids",)  # of those that say several
-LONGEST_CALL = 1024  # tokens of a call: activations are planned for so many
+TOKEN_EMBEDDING = "token_embedding"  # for the stock runner; our sessions read the bundle's table
+MAX_CONTEXT, MAX_CHUNK = "get_max_context_len", "get_max_seq_len"  # methods that return a number
+LISTS = ("get_eos_ids",)  # methods that return a list
+MAX_CALL_TOKENS = 1024  # tokens of a call; memory of activations is planned for them
 
 
 def largest_chunk(capacity: int) -> int:
-    """The most tokens of a call of a decoder."""
-    return min(LONGEST_CALL, capacity)
+    """Return the largest number of tokens of a decoder call."""
+    return min(MAX_CALL_TOKENS, capacity)
 
 
 def program_constants(prompt: PromptSpec, vocabulary: int, capacity: int) -> dict[str, Any]:
-    """What a program's methods without inputs say, to the stock runner and to our sessions."""
+    """Return the constants of a program's methods without inputs, by method."""
     return {
         MAX_CHUNK: largest_chunk(capacity),
         MAX_CONTEXT: capacity,
@@ -61,6 +61,7 @@ def program_constants(prompt: PromptSpec, vocabulary: int, capacity: int) -> dic
 
 
 def devices() -> list[str]:
+    """List the devices that this machine supports; see ``Backend.devices``."""
     _version()
     return ["cpu"]
 
@@ -75,6 +76,7 @@ def _version() -> str:
 
 
 def execution(artifact: Artifact, device: str | None = None) -> Execution:
+    """Determine whether an artifact can run here; see ``Backend.execution``."""
     try:
         installed = _version()
     except UserError as error:
@@ -87,19 +89,23 @@ def execution(artifact: Artifact, device: str | None = None) -> Execution:
 
 
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
-    return FixedComponent(ExecuTorchAsset(file, contract, options.threads), contract)
+    """Open a component; see ``Backend.open_component``."""
+    return StaticShapeComponent(ExecuTorchAsset(file, contract, options.threads), contract)
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
+    """Open the decoder; see ``Backend.open_decoder``."""
     asset = ExecuTorchAsset(file, contract, options.threads)
-    sizes = Sizes(asset.number(MAX_CONTEXT), DECODE, asset.number(MAX_CHUNK), flexible=True, any_rows=False)
-    return FixedDecoder(asset, contract, sizes)
+    sizes = DecoderSizes(
+        asset.number(MAX_CONTEXT), DECODE, asset.number(MAX_CHUNK), flexible=True, any_rows=False
+    )
+    return StaticShapeDecoder(asset, contract, sizes)
 
 
 def entry_points(chain: Chain, capacity: int) -> EntryPoints:
-    """What the stock runner calls and reads: its encoder, its token embeddings, its tokenizer, constants."""
+    """Return what the stock runner uses: encoder, token embeddings, tokenizer and constants."""
     encoder, decoder = chain.vision_encoder, chain.decoder
-    assert isinstance(encoder, FixedComponent) and isinstance(decoder, FixedDecoder)
+    assert isinstance(encoder, StaticShapeComponent) and isinstance(decoder, StaticShapeDecoder)
     asset, program = encoder.asset, decoder.asset
     assert isinstance(asset, ExecuTorchAsset) and isinstance(program, ExecuTorchAsset)
     (vocabulary,) = (int(spec.shape[2]) for spec in decoder.contract.outputs if spec.name == "logits")
@@ -108,7 +114,7 @@ def entry_points(chain: Chain, capacity: int) -> EntryPoints:
     return EntryPoints(
         image_embeds={f"method {METHODS['vision_encoder']}, with the adaptor": asset.image_embeds},
         token_embeddings={f"method {TOKEN_EMBEDDING}": program.token_embeddings},
-        most_tokens=program.number(MAX_CHUNK),
+        max_tokens=program.number(MAX_CHUNK),
         values={f"method {name}": (program.constant(name), value) for name, value in expected.items()},
         tokenizers={f"the runner's {tokenizer.name}": tokenizer} if tokenizer.exists() else {},
     )
@@ -116,23 +122,33 @@ def entry_points(chain: Chain, capacity: int) -> EntryPoints:
 
 @dataclass(eq=False)
 class State:
-    """The KV cache of one sequence: in the program while it has its turn, else here."""
+    """KV cache of one sequence; it is in the program's memory while it is the current one.
 
-    used: int = 0  # positions that were written
-    arrays: list[np.ndarray] = field(default_factory=list)  # [1, used, Hkv, Dh] each
+    Args:
+        used: number of positions that were written.
+        arrays: copies ``[1, used, Hkv, Dh]`` while another state is the current one.
+    """
+
+    used: int = 0
+    arrays: list[np.ndarray] = field(default_factory=list)
 
 
 class Program:
-    """A loaded file: its methods share one memory, and with it the KV cache."""
+    """A loaded file, whose methods share one memory and its KV cache."""
 
     def __init__(self, loaded: Any) -> None:
+        """Wrap a program of ExecuTorch's bindings."""
         self._loaded = loaded
         self._methods: dict[str, Any] = {}
-        self.lock = threading.RLock()  # a turn and its call are one
-        self.turn: weakref.ref[State] | None = None
+        self.lock = threading.RLock()  # held while a state is made current and used
+        self.current: weakref.ref[State] | None = None
 
     def method(self, name: str) -> Any:
-        """Loaded once; raises RuntimeError where there is none."""
+        """Load a method once.
+
+        Raises:
+            RuntimeError: the program has no such method.
+        """
         if name not in self._methods:
             self._methods[name] = self._loaded.load_method(name)
         return self._methods[name]
@@ -142,42 +158,58 @@ _PROGRAMS: weakref.WeakValueDictionary[tuple[int, ...], Program] = weakref.WeakV
 
 
 class ExecuTorchAsset:
-    """One method of a program.
-
-    Raises:
-        UserError: no program, one that was damaged, or more threads than cores.
-    """
+    """One method of a program."""
 
     def __init__(self, file: Path, contract: Contract, threads: int | None = None) -> None:
+        """Load the method of a component.
+
+        Args:
+            file: the program.
+            contract: the component's contract.
+            threads: number of CPU threads; None lets ExecuTorch choose.
+
+        Raises:
+            UserError: the file is not a program or is damaged, or ``threads`` exceeds the cores.
+        """
         self.file, self._contract = file, contract
         self._program = load_program(file, threads)
         try:
             self._method = self._program.method(METHODS[contract.component])
             self._views = [self._method.get_attribute(spec.name).numpy() for spec in contract.states]
         except (RuntimeError, KeyError) as error:
-            raise UserError(f"{file} has no {METHODS[contract.component]}: {first_line(error)}.") from error
+            raise UserError(
+                f"{file} has no method {METHODS[contract.component]}: {first_line(error)}."
+            ) from error
 
     def number(self, method: str) -> int:
-        """The number that a method without inputs says."""
-        found = self.constant(method)
-        if not isinstance(found, int):
-            raise UserError(f"{self.file} does not say its {method} as a number; export it again.")
-        return found
+        """Return the number of a method without inputs.
+
+        Raises:
+            UserError: the method does not exist or does not return a number.
+        """
+        value = self.constant(method)
+        if not isinstance(value, int):
+            raise UserError(f"{method} of {self.file} does not return a number; export it again.")
+        return value
 
     def constant(self, method: str) -> Any:
-        """What a method without inputs says: a number, a truth value, or a list of several."""
+        """Return the value of a method without inputs: a number, a boolean, or a list of numbers.
+
+        Raises:
+            UserError: the method does not exist.
+        """
         try:
-            found = self._program.method(method).call([])
+            values = self._program.method(method).call([])
         except RuntimeError as error:
-            raise UserError(f"{self.file} does not say its {method}; export it again.") from error
-        return list(found) if method in LISTS else found[0]
+            raise UserError(f"{self.file} has no method {method}; export it again.") from error
+        return list(values) if method in LISTS else values[0]
 
     def image_embeds(self, pixels: np.ndarray) -> np.ndarray:
-        """What the stock runner takes of the vision encoder: ``[1, 3, N, N]`` float32 → ``[1, T, D]``."""
+        """Compute image embeddings ``[1, T, D]`` of ``[1, 3, N, N]`` as the stock runner does."""
         return self._run(self._method, pixels)
 
     def token_embeddings(self, tokens: np.ndarray) -> np.ndarray:
-        """The stock runner's embeddings: ids ``[S]`` int64 → ``[S, D]``."""
+        """Compute token embeddings ``[S, D]`` of ids ``[S]`` int64, like the stock runner."""
         embeds: np.ndarray = self._run(self._program.method(TOKEN_EMBEDDING), tokens[None])[0]
         return embeds
 
@@ -186,80 +218,96 @@ class ExecuTorchAsset:
 
         with self._program.lock:
             try:
-                found = method.call([torch.from_numpy(np.ascontiguousarray(array))])[0]
+                output = method.call([torch.from_numpy(np.ascontiguousarray(array))])[0]
             except RuntimeError as error:
                 raise UserError(f"ExecuTorch failed in {self.file}: {first_line(error)}.") from error
-            return np.array(found.numpy())  # a copy: the next call writes there
+            return np.array(output.numpy())  # a copy: the next call overwrites the memory
 
     def call(
         self, function: str, inputs: Mapping[str, np.ndarray], state: State | None = None
     ) -> dict[str, np.ndarray]:
+        """Run the method on inputs by name; see ``Asset.call``.
+
+        Raises:
+            UserError: ExecuTorch failed.
+        """
         import torch
 
-        given = [inputs[spec.name] for spec in self._contract.inputs]
+        arrays = [inputs[spec.name] for spec in self._contract.inputs]
         if state is not None:
-            given = [inputs["inputs_embeds"], inputs["positions"][0]]
+            arrays = [inputs["inputs_embeds"], inputs["positions"][0]]
         if self._contract.component == "vision_encoder":
-            given = [array.astype(np.float32) for array in given]  # as the stock runner gives them
-        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in given]
+            arrays = [array.astype(np.float32) for array in arrays]  # as the stock runner does
+        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
         with self._program.lock:
             if state is not None:
-                self._take_turn(state)
-                state.used = max(state.used, int(given[1][-1]) + 1)
+                self._make_current(state)
+                state.used = max(state.used, int(arrays[1][-1]) + 1)
             try:
-                found = self._method.call(tensors)
+                outputs = self._method.call(tensors)
             except RuntimeError as error:
                 raise UserError(
                     f"ExecuTorch failed in the {self._contract.component}: {first_line(error)}."
                 ) from error
-        # The vision encoder gives the image tokens first, for the stock runner.
-        wanted = found[len(found) - len(self._contract.outputs) :]
-        return {spec.name: array.numpy() for spec, array in zip(self._contract.outputs, wanted, strict=True)}
+        # The vision encoder returns the image embeddings first, for the stock runner.
+        features = outputs[len(outputs) - len(self._contract.outputs) :]
+        pairs = zip(self._contract.outputs, features, strict=True)
+        return {spec.name: array.numpy() for spec, array in pairs}
 
     def new_state(self) -> State:
+        """Create an empty state of one sequence."""
         return State()
 
     def read_state(self, state: State, name: str) -> np.ndarray:
+        """Return a copy of a state ``[1, Hkv, C, Dh]``."""
         with self._program.lock:
-            self._take_turn(state)
+            self._make_current(state)
             return self._view(name).transpose(0, 2, 1, 3).copy()
 
     def write_state(self, state: State, name: str, array: np.ndarray) -> None:
+        """Overwrite a state with ``[1, Hkv, C, Dh]``."""
         with self._program.lock:
-            self._take_turn(state)
+            self._make_current(state)
             self._view(name)[:] = array.transpose(0, 2, 1, 3)
             state.used = array.shape[2]
 
     def _view(self, name: str) -> np.ndarray:
-        """``[1, C, Hkv, Dh]``"""
+        """Return the program's memory ``[1, C, Hkv, Dh]`` of a state."""
         names = [spec.name for spec in self._contract.states]
         view: np.ndarray = self._views[names.index(name)]
         return view
 
-    def _take_turn(self, state: State) -> None:
-        """Put a state into the program, and what is there aside."""
-        current = self._program.turn() if self._program.turn else None
+    def _make_current(self, state: State) -> None:
+        """Copy a state into the program's memory, after the current one is copied out."""
+        current = self._program.current() if self._program.current else None
         if current is state:
             return
         if current is not None:
             current.arrays = [view[:, : current.used].copy() for view in self._views]
-        for view, array in zip(self._views, state.arrays, strict=False):  # a new one has none
+        for view, array in zip(self._views, state.arrays, strict=False):  # a new state has none
             view[:, : state.used] = array
         state.arrays = []
-        self._program.turn = weakref.ref(state)
+        self._program.current = weakref.ref(state)
 
 
 def load_program(file: Path, threads: int | None = None) -> Program:
-    """Open a program after the checks that ExecuTorch itself ends the process for, or does not make.
+    """Load a program, once per file.
 
-    A file that is loaded already is not loaded again.
+    Errors for which ExecuTorch would end the process, or which it does not detect, are checked
+    before.
+
+    Args:
+        file: the program.
+        threads: number of CPU threads; None lets ExecuTorch choose.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the program cannot be loaded.
     """
     cores = os.cpu_count() or 1
     if threads is not None and threads > cores:
-        raise UserError(f"ExecuTorch was asked for {threads} threads, but there are {cores} cores.")
+        raise UserError(
+            f"ExecuTorch supports at most one thread per core: got {threads} threads for {cores} cores."
+        )
     try:
         with file.open("rb") as stream:
             head = stream.read(8)
@@ -267,7 +315,7 @@ def load_program(file: Path, threads: int | None = None) -> Program:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     if head[4:] != MAGIC:
-        raise UserError(f"{file} is no ExecuTorch program of this release's format ({MAGIC.decode()}).")
+        raise UserError(f"{file} is not an ExecuTorch program of this release's format ({MAGIC.decode()}).")
     _version()
     import executorch.kernels.quantized  # noqa: F401 -- registers quantized embeddings
     from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 -- registers attention with a cache
@@ -276,8 +324,8 @@ def load_program(file: Path, threads: int | None = None) -> Program:
     if threads not in (None, portable_lib._threadpool_get_thread_count()):
         portable_lib._unsafe_reset_threadpool(threads)
     key = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
-    if (known := _PROGRAMS.get(key)) is not None:
-        return known
+    if (program := _PROGRAMS.get(key)) is not None:
+        return program
     try:
         loaded = portable_lib._load_program(
             str(file), program_verification=portable_lib.Verification.InternalConsistency

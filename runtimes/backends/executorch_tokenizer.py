@@ -1,7 +1,8 @@
-"""The tokenizer file that ExecuTorch's own runner reads, compared with the checkpoint's ``tokenizer.json``.
+"""Comparison of the tokenizer of ExecuTorch's runner with the checkpoint's ``tokenizer.json``.
 
-The runner has a C++ tokenizer of its own (the package ``pytorch_tokenizers`` is the same library). It reads
-less of a ``tokenizer.json`` than Hugging Face's, and gives wrong tokens without an error for the rest.
+The runner has a C++ tokenizer of its own (the package ``pytorch_tokenizers`` is the same library).
+It supports fewer features of ``tokenizer.json`` than Hugging Face's library, and returns wrong
+tokens without an error for the rest.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from runtimes.text.prompt import EOS, IMAGE_PLACEHOLDER
 from runtimes.text.tokenizer_file import read_tokenizer
 
 FILE = "tokenizer.json"  # beside the program
-RUNNER_TOKENIZER = "runner_tokenizer"  # in an artifact's tools: "equal on ... texts", or "none: " and why
+RUNNER_TOKENIZER = (
+    "runner_tokenizer"  # in an artifact's tools: "equal on ... texts", or "none: " and the reason
+)
 TIMEOUT = 600  # seconds for all texts
-# It reads texts and tokens from its input; the library logs to its error stream, and may end the process.
+# Reads texts and tokens from stdin; the library logs to stderr, and may end the process.
 PROGRAM = """
 import json, sys
 from pytorch_tokenizers import pytorch_tokenizers_cpp
@@ -65,10 +68,18 @@ WORDS = ("a", "Zz", "ß", "é", "e\u0301", "日本", "가", "ा", "ع", "😀",
 def encode_and_decode(
     file: Path, texts: Sequence[str], tokens: Sequence[int] = ()
 ) -> tuple[list[list[int] | None], list[str | None]]:
-    """Tokens of each text and the text of each token, by the C++ tokenizer; None where it fails.
+    """Encode texts and decode single tokens with the C++ tokenizer.
+
+    Args:
+        file: a ``tokenizer.json``.
+        texts: texts to encode.
+        tokens: ids to decode one by one.
+
+    Returns:
+        the tokens of each text and the text of each token; None where the tokenizer fails.
 
     Raises:
-        UserError: it cannot read the file, or ends.
+        UserError: the tokenizer cannot read the file, or its process ends.
     """
     command = [sys.executable, "-c", PROGRAM, str(file)]
     try:
@@ -86,17 +97,22 @@ def encode_and_decode(
 
 
 def tokenizer_differences(file: Path, original: Path, thorough: bool = True) -> tuple[list[str], int]:
-    """Texts that the runner turns into other tokens with ``file`` than Hugging Face's library with
-    ``original``, and tokens that it writes otherwise; and how many were compared.
+    """Compare the runner's tokenizer with Hugging Face's library.
 
-    An app gives the runner the texts between the images one by one, so they are compared in that form.
+    An app passes the texts between the images to the runner one by one, so they are compared in
+    that form.
 
     Args:
-        thorough: compare characters of all scripts and random mixtures too, not only the fixed texts and
-            every token of the vocabulary.
+        file: the ``tokenizer.json`` of the runner.
+        original: the checkpoint's ``tokenizer.json``.
+        thorough: whether to also compare characters of all scripts and random mixtures, not only
+            the fixed texts and every token of the vocabulary.
+
+    Returns:
+        the texts that are encoded or decoded differently, and the number of compared texts.
 
     Raises:
-        UserError: either file cannot be read.
+        UserError: one of the files is not readable.
     """
     exact = read_tokenizer(original)
     image = exact.token_to_id(IMAGE_PLACEHOLDER)
@@ -108,19 +124,20 @@ def tokenizer_differences(file: Path, original: Path, thorough: bool = True) -> 
     pieces = iter(encoded)
     different = []
     for text, row in zip(texts, parts, strict=True):
-        found: list[int | None] = []
+        ids: list[int | None] = []
         for number, tokens in enumerate(next(pieces) for _ in row):
-            found += [image] * bool(number) + ([None] if tokens is None else list(tokens))
-        if found != exact.encode(text, add_special_tokens=False).ids:
+            ids += [image] * bool(number) + ([None] if tokens is None else list(tokens))
+        if ids != exact.encode(text, add_special_tokens=False).ids:
             different.append(text)
     different += [word for word, text in zip(words.values(), decoded, strict=True) if word != text]
     return different, len(texts)
 
 
 def _words(tokenizer: tokenizers.Tokenizer) -> dict[int, str]:
-    """The text of each token inside of an answer; parts of characters and control tokens are left out."""
+    """Return the text of each token in an answer, without control tokens and partial characters."""
     special = tokenizer.get_added_tokens_decoder().keys()
-    first = tokenizer.encode("a", add_special_tokens=False).ids[-1:]  # some decoders drop a leading space
+    # Decoded after another token, because some decoders drop a leading space.
+    first = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
     start = len(tokenizer.decode(first, skip_special_tokens=False))
     numbers = [number for number in sorted(tokenizer.get_vocab().values()) if number not in special]
     decoded = tokenizer.decode_batch([[*first, number] for number in numbers], skip_special_tokens=False)
@@ -129,14 +146,14 @@ def _words(tokenizer: tokenizers.Tokenizer) -> dict[int, str]:
 
 
 def _characters() -> Iterator[str]:
-    """Characters of all scripts beside letters, digits, spaces and punctuation."""
+    """Yield characters of all scripts between letters, digits, spaces and punctuation."""
     for code in (*range(1, 0x3100), *range(0x3100, 0x110000, 97)):
         if unicodedata.category(chr(code)) not in ("Cn", "Co", "Cs"):
             yield f"a{chr(code)}b {chr(code)} 1{chr(code)}{chr(code)}!"
 
 
 def _mixtures(tokenizer: tokenizers.Tokenizer, count: int = 2000) -> Iterator[str]:
-    """Random sequences of words, white space, punctuation and control tokens, the same in each call."""
+    """Yield pseudorandom sequences of words, white space, punctuation and control tokens."""
     control = [str(token.content) for token in tokenizer.get_added_tokens_decoder().values()][:20]
     draw = random.Random(0)
     for _ in range(count):
@@ -145,6 +162,6 @@ def _mixtures(tokenizer: tokenizers.Tokenizer, count: int = 2000) -> Iterator[st
 
 
 def describe_differences(different: Sequence[str]) -> str:
-    """The first of several texts, for a message."""
+    """Format the first of several texts for a message."""
     shown = ", ".join(repr(text[:40]) for text in different[:3])
     return f"{shown} and {len(different) - 3} more" if len(different) > 3 else shown

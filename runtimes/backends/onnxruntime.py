@@ -1,4 +1,4 @@
-"""Backend ``onnxruntime``: ONNX files through ONNX Runtime, on a CPU or, with ``onnxruntime-gpu``, a GPU."""
+"""Backend ``onnxruntime``: ONNX files in ONNX Runtime, on a CPU or a GPU (``onnxruntime-gpu``)."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtimes.backends.onnxruntime_releases import refusal, release_for_artifact
+from runtimes.backends.onnxruntime_releases import release_for_artifact, upgrade_message
 from runtimes.bundle.contracts import Contract, TensorSpec, appended_state, updated_state
 from runtimes.cache import HostCache, KVCache
-from runtimes.decode_call import ANY_NUMBER, validated_call
+from runtimes.decode_call import UNLIMITED, validated_call
 from runtimes.errors import UserError, first_line
 from runtimes.installation import install_command
 from runtimes.memory import available_memory, widening
 from runtimes.session import EntryPoints, Execution, SessionOptions
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
     from runtimes.chain import Chain
 
-# Devices that can be asked for, and the execution providers that are them.
+# Device → execution provider.
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
 CPU, CUDA = "cpu", "cuda"  # kinds of memory
-# What a file is written for; products of integers by tokens have kernels on a CPU alone.
+# Dialects; integer matmuls with a scale per token have kernels only on a CPU.
 ORT, ORT_TOKENS = "ort", "ort_tokens"
-CONCURRENT = True  # sessions may run at the same time, in several threads
-PREFILL_FROM = 32  # tokens of a call that the graph for prompts takes; drafts are shorter
+CONCURRENT = True  # sessions may run at the same time in different threads
+PREFILL_FROM = 32  # calls of at least this many tokens use the prefill graph; drafts are shorter
 
 
 def _import() -> Any:
@@ -45,34 +45,35 @@ def _import() -> Any:
 
 
 def devices() -> list[str]:
-    there = _import().get_available_providers()
-    return [device for device, provider in PROVIDERS.items() if provider in there]
+    """List the devices that this machine supports; see ``Backend.devices``."""
+    available = _import().get_available_providers()
+    return [device for device, provider in PROVIDERS.items() if provider in available]
 
 
 def execution(artifact: Artifact, device: str | None = None) -> Execution:
+    """Determine whether an artifact can run here; see ``Backend.execution``."""
     device = device or CPU
     if artifact.dialect not in (ORT, ORT_TOKENS):
-        return Execution(
-            "not run", f"it is written in the dialect {artifact.dialect}, this release runs {ORT}"
-        )
+        return Execution("not run", f"its dialect is {artifact.dialect}, but this release runs {ORT}")
     if artifact.dialect == ORT_TOKENS and device != CPU:
-        return Execution("not run", f"{artifact.precision} runs on a CPU alone, not on {device}")
+        return Execution("not run", f"{artifact.precision} runs only on a CPU, not on {device}")
     try:
-        there = devices()
+        available = devices()
     except UserError as error:
         return Execution("not run", str(error).rstrip("."))
-    if artifact.target not in there:
-        return Execution("not run", f"it was built for {artifact.target}, here is only {', '.join(there)}")
-    if device not in there:
-        return Execution("not run", f"this ONNX Runtime has no {device}, only {', '.join(there)}")
-    reason = too_old(artifact)
+    if artifact.target not in available:
+        reason = f"it was built for {artifact.target}, but only {', '.join(available)} is available"
+        return Execution("not run", reason)
+    if device not in available:
+        return Execution("not run", f"this ONNX Runtime has no {device}, only {', '.join(available)}")
+    reason = release_problem(artifact)
     if reason:
         return Execution("not run", reason)
     return Execution("ran", f"{device} with onnxruntime {release()}", device=device)
 
 
 def release() -> str:
-    """The version of the installed ONNX Runtime.
+    """Return the version of the installed ONNX Runtime.
 
     Raises:
         UserError: it is not installed.
@@ -80,9 +81,9 @@ def release() -> str:
     return str(_import().__version__)
 
 
-def too_old(artifact: Artifact) -> str:
-    """Why the installed release cannot run an artifact's files, and what to do; empty where it can."""
-    return refusal(release_for_artifact(artifact), release())
+def release_problem(artifact: Artifact) -> str:
+    """Explain why the installed release cannot run an artifact; empty if it can."""
+    return upgrade_message(release_for_artifact(artifact), release())
 
 
 def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
@@ -98,11 +99,11 @@ def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
         )
     if device == CPU:
         _check_memory(file, contract)
-    elif hasattr(ort, "preload_dlls"):  # finds CUDA's libraries where pip has put them
+    elif hasattr(ort, "preload_dlls"):  # finds CUDA's libraries in pip's packages
         ort.preload_dlls()
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
-    # A weight behind DequantizeLinear is multiplied in float; by default activations are rounded to int8.
+    # Multiply weights after DequantizeLinear in float; the default rounds activations to int8.
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if options.threads:
         settings.intra_op_num_threads = options.threads
@@ -112,46 +113,48 @@ def _open(file: Path, contract: Contract, options: SessionOptions) -> Any:
         reason = first_line(error)
         raise UserError(f"ONNX Runtime cannot load {file}: {reason}.") from error
     if session.get_providers()[0] != provider:
-        # It falls back to the CPU without an error where a provider's libraries, driver or GPU are missing.
+        # It falls back to the CPU silently if a provider's library, driver or GPU is missing.
         raise UserError(
-            f"ONNX Runtime could not start {provider} and fell back to {session.get_providers()[0]},"
-            " which was not asked for; mend CUDA and its driver (see its log), or give --device cpu."
+            f"ONNX Runtime could not start {provider} and fell back to {session.get_providers()[0]};"
+            " fix CUDA and its driver (see the log of ONNX Runtime), or use --device cpu."
         )
     states = tuple(spec.name for spec in contract.states)
     expected = {spec.name for spec in contract.inputs} | set(states)
     if {item.name for item in session.get_inputs()} != expected:
-        raise UserError(f"The inputs of {file} are not those of its contract; export it again.")
+        raise UserError(f"The inputs of {file} differ from its contract; export it again.")
     return session
 
 
 def _providers(device: str) -> list[str]:
-    """What a device's session may use; TensorRT leaves to CUDA what it does not take."""
+    """Return the providers of a device; CUDA runs the nodes that TensorRT does not support."""
     chain = {"cpu": ["cpu"], "cuda": ["cuda"], "tensorrt": ["tensorrt", "cuda"]}[device]
     return [PROVIDERS[name] for name in chain]
 
 
 def _check_memory(file: Path, contract: Contract) -> None:
-    """Refuse what cannot fit, before the system kills the process for it; a lower bound."""
+    """Raise UserError if the weights exceed the free memory; loading needs at least that."""
     stored = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
     needed = stored * widening("onnxruntime", contract)
     free = available_memory()
     if needed > free:
         raise UserError(
             f"Loading the {contract.component} into ONNX Runtime on a CPU takes at least"
-            f" {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free."
+            f" {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB are free."
         )
 
 
 def prefill_file(file: Path) -> Path:
-    """Where a decoder's graph for prompts lies, if it has one."""
+    """Return the path of a decoder's prefill graph; not every decoder has one."""
     return file.with_stem(f"{file.stem}_prefill")
 
 
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> OrtComponent:
+    """Open a component; see ``Backend.open_component``."""
     return OrtComponent(_open(file, contract, options), contract)
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> OrtDecoder:
+    """Open the decoder; see ``Backend.open_decoder``."""
     memory, prefill = CPU if options.device in (None, CPU) else CUDA, prefill_file(file)
     with_prefill = memory == CPU and prefill.exists()
     return OrtDecoder(
@@ -163,7 +166,7 @@ def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> Ort
 
 
 def entry_points(chain: Chain, capacity: int) -> EntryPoints:
-    """The main graph of a decoder that has a second one for prompts: prompts of few tokens go through it."""
+    """Return the main graph of a decoder with a prefill graph: it also runs short prompts."""
     decoder = chain.decoder
     if isinstance(decoder, OrtDecoder) and decoder.has_prefill:
         return EntryPoints(decoders={"decoder without its graph for prompts": decoder.without_prefill()})
@@ -171,39 +174,37 @@ def entry_points(chain: Chain, capacity: int) -> EntryPoints:
 
 
 class OrtComponent:
-    """A stateless component in ONNX Runtime."""
+    """Session of a stateless component in ONNX Runtime."""
 
     def __init__(self, session: Any, contract: Contract) -> None:
+        """Run an ``InferenceSession`` under its contract."""
         self.contract, self._session = contract, session
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute the outputs by name; see ``ComponentSession.run``."""
         for spec in self.contract.inputs:
             spec.check(inputs[spec.name])
         names = [spec.name for spec in self.contract.outputs]
         try:
             outputs = self._session.run(names, dict(inputs))
-        except Exception as error:  # of whatever kind ONNX Runtime raises
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise _failed(self.contract, error) from error
         return dict(zip(names, outputs, strict=True))
 
 
 class OrtCache(HostCache):
-    """A cache with the bindings that tie its memory to the inputs and outputs of sessions."""
+    """A KV cache in host memory, with the I/O bindings of its sessions."""
 
     memory = CPU
 
     def __init__(self, *arguments: Any) -> None:
+        """Allocate the memory; see ``HostCache`` for the arguments."""
         super().__init__(*arguments)
         self.bindings: dict[Any, Any] = {}  # by session
 
 
 class OrtDeviceCache(OrtCache):
-    """The same in a device's memory; ``arrays`` are copies on the host.
-
-    Args:
-        values: OrtValues ``[rows, Hkv, capacity, Dh]`` to use, of which this cache has ``batch`` rows from
-            ``first_row`` on; None allocates zeros.
-    """
+    """A KV cache in device memory, with the I/O bindings of its sessions."""
 
     def __init__(
         self,
@@ -214,6 +215,16 @@ class OrtDeviceCache(OrtCache):
         values: list[Any] | None = None,
         first_row: int = 0,
     ) -> None:
+        """Use or allocate the memory.
+
+        Args:
+            specs: states of the decoder's contract.
+            batch: number of rows.
+            capacity: tokens per row.
+            memory: ONNX Runtime's name of the device.
+            values: OrtValues ``[rows, Hkv, capacity, Dh]`` to use; None allocates zeros.
+            first_row: the first row of ``values`` that belongs to this cache.
+        """
         KVCache.__init__(self, specs, batch, capacity)
         self.memory = memory
         sizes = {"batch": batch, "capacity": capacity}
@@ -226,17 +237,19 @@ class OrtDeviceCache(OrtCache):
 
     @property
     def arrays(self) -> list[np.ndarray]:
+        """Copies of the states on the host."""
         rows = slice(self._first_row, self._first_row + self.batch)
         return [value.numpy()[rows].copy() for value in self._values]
 
     @property
     def addresses(self) -> list[int]:
-        found = []
+        """Device address of each state."""
+        addresses = []
         for spec, value in zip(self.specs, self._values, strict=True):
             _, *row = value.shape()
             size = int(np.prod(row)) * np.dtype(spec.dtype).itemsize
-            found.append(value.data_ptr() + self._first_row * size)
-        return found
+            addresses.append(value.data_ptr() + self._first_row * size)
+        return addresses
 
     def _view(self, start: int, stop: int) -> OrtDeviceCache:
         first, count = self._first_row + start, stop - start
@@ -245,26 +258,32 @@ class OrtDeviceCache(OrtCache):
     def _write(self, states: Sequence[np.ndarray]) -> None:
         rows = slice(self._first_row, self._first_row + self.batch)
         for value, part in zip(self._values, states, strict=True):
-            whole = value.numpy().copy()
-            whole[rows, :, : part.shape[2]] = part
-            value.update_inplace(whole)
+            array = value.numpy().copy()
+            array[rows, :, : part.shape[2]] = part
+            value.update_inplace(array)
 
 
 class OrtDecoder:
-    """The decoder in ONNX Runtime; the cache is bound once.
+    """Session of the decoder in ONNX Runtime; the cache is bound once per session.
 
-    A graph that updates its states has inputs and outputs bound to the same memory; one that gives a step's
-    rows has them copied to their places after the step.
-
-    Args:
-        prefill: a session of the same decoder that is faster for many tokens.
+    If the graph updates its states, inputs and outputs are bound to the same memory. If it returns
+    the new rows of a step, they are copied into the cache after the step.
     """
 
-    most_rows = most_batch = ANY_NUMBER
+    max_logit_rows = max_batch = UNLIMITED
 
     def __init__(
         self, session: Any, contract: Contract, memory: str = CPU, prefill: Any | None = None
     ) -> None:
+        """Run one or two ``InferenceSession`` objects under their contract.
+
+        Args:
+            session: session of the main graph.
+            contract: the decoder's contract.
+            memory: ONNX Runtime's name of the device.
+            prefill: session of the prefill graph, which is faster for many tokens; None if there
+                is none.
+        """
         self.contract, self._session, self._memory = contract, session, memory
         self._prefill = prefill or session
         self.tapped: Mapping[str, np.ndarray] = {}
@@ -274,18 +293,21 @@ class OrtDecoder:
 
     @property
     def has_prefill(self) -> bool:
+        """Whether there is a prefill graph."""
         return self._prefill is not self._session
 
     def without_prefill(self) -> OrtDecoder:
-        """The same decoder, every call of which goes through its main graph."""
+        """Return the same decoder without its prefill graph."""
         return OrtDecoder(self._session, self.contract, self._memory)
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
+        """Create an empty cache in the memory of the session."""
         if self._memory != CPU:
             return OrtDeviceCache(self.contract.states, batch, capacity, self._memory)
         return OrtCache(self.contract.states, batch, capacity)
 
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
+        """Append tokens to the cache and compute logits; see ``DecoderSession.decode``."""
         embeds = np.ascontiguousarray(inputs_embeds)
         with validated_call(self.contract, OrtCache, embeds, logit_rows, cache) as (own, rows, positions):
             batch, length, _ = embeds.shape
@@ -302,9 +324,9 @@ class OrtDecoder:
                 _bind(binding.bind_output, spec, outputs[spec.name])
             try:
                 session.run_with_iobinding(binding)
-            except Exception as error:  # of whatever kind ONNX Runtime raises
+            except Exception as error:  # ONNX Runtime's exceptions share no public base class
                 raise _failed(self.contract, error) from error
-        if self._appended:  # a device's cache would be copied for its arrays
+        if self._appended:  # only in host memory: arrays of a device cache are copies
             for spec, array in zip(self._appended, own.arrays, strict=True):
                 write_rows(array, outputs.pop(spec.name), positions)
         logits = outputs.pop("logits")
@@ -312,7 +334,7 @@ class OrtDecoder:
         return logits
 
     def _bind_states(self, session: Any, cache: OrtCache) -> Any:
-        """Bind the cache where it lies; the cache keeps its memory alive."""
+        """Bind the memory of the cache, which keeps it alive."""
         binding = session.io_binding()
         sizes = {"batch": cache.batch, "capacity": cache.capacity}
         for spec, address in zip(self.contract.states, cache.addresses, strict=True):
@@ -325,7 +347,13 @@ class OrtDecoder:
 
 
 def write_rows(cache: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> None:
-    """Put a step's rows ``[B, Hkv, S, Dh]`` to their positions ``[B, S]``, consecutive in each row."""
+    """Write the new rows of a step into a state.
+
+    Args:
+        cache: a state ``[B, Hkv, C, Dh]``.
+        rows: ``[B, Hkv, S, Dh]``.
+        positions: ``[B, S]``, consecutive in each row.
+    """
     for states, new, places in zip(cache, rows, positions, strict=True):
         states[:, places[0] : places[0] + len(places)] = new
 
@@ -336,5 +364,5 @@ def _failed(contract: Contract, error: Exception) -> UserError:
 
 
 def _bind(bind: Any, spec: TensorSpec, array: np.ndarray) -> None:
-    """Bind an array's own memory; the caller keeps it alive until the run is over."""
+    """Bind the memory of an array; the caller keeps it alive until the run is over."""
     bind(spec.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -1,6 +1,7 @@
-"""The oldest ONNX Runtime that runs a file: one table, by what the file holds.
+"""Table of the oldest ONNX Runtime release for each feature of a file.
 
-Measured by ``benchmarks/onnxruntime_versions.py``, which prints what every release makes of every precision.
+Measured by ``benchmarks/onnxruntime_versions.py``, which prints the result of every release for
+every precision.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from typing import TYPE_CHECKING
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
 
 NEEDED = "onnxruntime_needed"  # key of an artifact's tools: the oldest release that runs its files
-OLDEST = "1.23"  # that this package takes at all
+OLDEST = "1.23"  # oldest release that this package supports
 PYTHON_OF_OLDEST = (3, 10)  # the last release for it is OLDEST
 PACKAGES = ("onnxruntime-gpu", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class Feature:
-    """What a file may hold that not every release computes.
+    """A feature of a file that not every release supports.
 
     Args:
-        since: the oldest release that computes it on a CPU.
-        problem: what older releases do with it, as the end of a sentence.
-        link: the public report.
+        since: the oldest release that supports it on a CPU.
+        problem: what older releases do, as the end of a sentence.
+        link: the public report or documentation.
     """
 
     since: str
@@ -68,14 +69,14 @@ FEATURES = {
         "https://github.com/microsoft/onnxruntime/issues/22269",
     ),
 }
-# Precisions on their usual base → what their files for ONNX Runtime hold; the others run on OLDEST.
+# Precision on its usual base → feature of its ONNX files; the others run on OLDEST.
 PRECISIONS = {"kv-int8": "int8-cache", "fp8": "float8"}
-# Bundles of dsvl-export 0.4 do not say what they need; their files round activations in opset 23.
+# Bundles of dsvl-export 0.4 do not state the release; their files quantize activations in opset 23.
 ROUNDS_ACTIVATIONS = ("int8", "int8-int4", "8da8w", "8da4w", "8da4w-g128")
 
 
 def release_for_precision(precision: str) -> str:
-    """The oldest release for a shipped precision of ``onnxruntime``, as ``int8`` or ``int8-fp16``."""
+    """Return the oldest release for a precision of ``onnxruntime``, such as ``int8-fp16``."""
     name = precision.removesuffix("-fp16")
     if name != precision and name in ("int8", "int8-int4"):
         return FEATURES["float16-quantize"].since
@@ -84,53 +85,64 @@ def release_for_precision(precision: str) -> str:
 
 
 def release_for_artifact(artifact: Artifact) -> str:
-    """The oldest release for an artifact's ONNX files, as its manifest says or, without that, its name.
+    """Return the oldest release for an artifact's ONNX files, from the manifest or its precision.
 
     Raises:
-        UserError: the manifest says something that is not a version.
+        UserError: the manifest's value is not a version.
     """
     if NEEDED in artifact.tools:
         text = artifact.tools[NEEDED]
         if not re.fullmatch(r"\d{1,4}\.\d{1,4}(\.\d{1,4})?", text):
             raise UserError(
-                f"The manifest gives {artifact.files[0]} an {NEEDED} of {text[:40]!r}; export it again."
+                f"The manifest's {NEEDED} of {artifact.files[0]} is not a version: {text[:40]!r};"
+                " export it again."
             )
         return text
     precision = artifact.precision.removesuffix(f"-{artifact.base}")
-    found = [OLDEST if precision == "fp8" and artifact.base == "fp16" else release_for_precision(precision)]
+    fp16_fp8 = precision == "fp8" and artifact.base == "fp16"
+    releases = [OLDEST if fp16_fp8 else release_for_precision(precision)]
     if precision in ROUNDS_ACTIVATIONS:
-        found.append(FEATURES["opset23-quantize"].since)
+        releases.append(FEATURES["opset23-quantize"].since)
         if artifact.base == "fp16":
-            found.append(FEATURES["float16-quantize"].since)
+            releases.append(FEATURES["float16-quantize"].since)
     if artifact.dialect == "trt11":
-        found.append(FEATURES["tensor-scatter"].since)
-    return newest(found)
+        releases.append(FEATURES["tensor-scatter"].since)
+    return newest_release(releases)
 
 
-def newest(releases: Iterable[str]) -> str:
-    return max(releases, key=numbers)
+def newest_release(releases: Iterable[str]) -> str:
+    """Return the newest of several releases."""
+    return max(releases, key=version_numbers)
 
 
-def numbers(release: str) -> tuple[int, ...]:
-    """``(1, 23)`` of ``1.23.2``; what follows is left out, as in ``1.24.0.dev1``."""
+def version_numbers(release: str) -> tuple[int, ...]:
+    """Return major and minor version: ``(1, 23)`` of ``1.23.2``, ``(1, 24)`` of ``1.24.0.dev1``."""
     return tuple(int(part) for part in re.findall(r"\d+", release)[:2])
 
 
-def refusal(needed: str, installed: str) -> str:
-    """Why a release is too old and what to do, as the end of a sentence; empty where it is not."""
-    if numbers(installed) >= numbers(needed):
+def upgrade_message(needed: str, installed: str) -> str:
+    """Explain why a release is too old and what to do; empty if it is not too old.
+
+    Args:
+        needed: the oldest release that works.
+        installed: the installed release.
+
+    Returns:
+        the end of a sentence about an artifact or precision.
+    """
+    if version_numbers(installed) >= version_numbers(needed):
         return ""
     python = ""
     if sys.version_info[:2] <= PYTHON_OF_OLDEST:
         python = " under Python 3.11 or later"
     return (
-        f"it needs ONNX Runtime {needed} or later, here is {installed};"
+        f"it needs ONNX Runtime {needed} or later, but {installed} is installed;"
         f" run: pip install '{installed_package()}>={needed}'{python}"
     )
 
 
 def installed_package() -> str:
-    """The distribution that ONNX Runtime is installed from."""
+    """Return the name of the installed distribution of ONNX Runtime."""
     for name in PACKAGES:
         try:
             version(name)

@@ -1,4 +1,4 @@
-"""Backends by name: modules of this package, or third parties' entry points."""
+"""Registry of backends: modules of this package and third parties' entry points."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ GROUP = "dsvl_export.runtimes"
 
 
 def backend_names() -> list[str]:
-    """All backends that can be asked for."""
+    """List the names of all backends."""
     return sorted({*BUILT_IN, *(entry.name for entry in entry_points(group=GROUP))})
 
 
 def load_backend(name: str) -> Backend:
-    """The module of a backend; its own library is imported when a session is opened.
+    """Import the module of a backend; its library is imported when a session is opened.
 
     Raises:
         UserError: there is no such backend.
@@ -29,18 +29,18 @@ def load_backend(name: str) -> Backend:
     for entry in entry_points(group=GROUP):
         if entry.name == name:
             return cast(Backend, load_entry(entry))
-    raise UserError(f"There is no backend {name!r}; there are {', '.join(backend_names())}.")
+    raise UserError(f"There is no backend {name!r}; use one of {', '.join(backend_names())}.")
 
 
 def load_entry(entry: EntryPoint) -> Any:
-    """What a third party's entry point names.
+    """Load the object of a third party's entry point.
 
     Raises:
         UserError: it cannot be imported.
     """
     try:
         return entry.load()
-    except Exception as error:  # whatever a foreign module raises while it is imported
+    except Exception as error:  # the import of a third party's module can raise anything
         owner = entry.dist.name if entry.dist else entry.value
         reason = first_line(error)
         raise UserError(f"The backend {entry.name!r} of {owner} cannot be loaded: {reason}.") from error

@@ -1,4 +1,4 @@
-"""Backend ``tensorrt``: engines on an NVIDIA GPU, or on a CPU their ONNX files in ONNX Runtime."""
+"""Backend ``tensorrt``: engines on an NVIDIA GPU, or their ONNX files in ONNX Runtime on a CPU."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from runtimes.bundle.contracts import Contract
 from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
 
 if TYPE_CHECKING:
-    from runtimes.bundle.bundle import Artifact
+    from runtimes.bundle.manifest import Artifact
 
 LIBRARY = "tensorrt"
 
 
 def devices() -> list[str]:
+    """List the devices that this machine supports; see ``Backend.devices``."""
     return backend.devices(LIBRARY)
 
 
 def execution(artifact: Artifact, device: str | None = None) -> Execution:
+    """Determine whether an artifact can run here; see ``Backend.execution``."""
     return backend.execution(LIBRARY, artifact, device)
 
 
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
+    """Open a component; see ``Backend.open_component``."""
     return backend.open_component(LIBRARY, file, contract, options)
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
+    """Open the decoder; see ``Backend.open_decoder``."""
     return backend.open_decoder(LIBRARY, file, contract, options)

@@ -1,4 +1,4 @@
-"""An asset in a process of its own: what crashes there, or prints, does not reach the user's process."""
+"""Assets in a worker process, so that crashes and output do not reach the user's process."""
 
 from __future__ import annotations
 
@@ -23,92 +23,102 @@ PROGRAM = "import sys; from runtimes.backends.worker import serve; serve(int(sys
 
 
 class WorkerState:
-    """A state in the other process, by its number."""
+    """Handle of a state in the worker process."""
 
     def __init__(self, number: int) -> None:
+        """Keep the number of the state."""
         self.number = number
 
 
 class WorkerAsset:
-    """An asset that another process holds; states are kept there, as long as they are known here.
+    """An asset in a worker process; a state lives there as long as its handle exists here."""
 
-    Args:
-        start: module and function that make the asset, in the other process.
-        args: of that function; they are pickled.
-        what: it is, in messages.
+    def __init__(self, start: tuple[str, str], args: tuple[Any, ...], description: str) -> None:
+        """Start the process and create the asset in it.
 
-    Raises:
-        UserError: the asset cannot be made, or the process has ended.
-    """
+        Args:
+            start: module and function that create the asset in the worker process.
+            args: arguments of the function, which are pickled.
+            description: subject of messages about the process.
 
-    def __init__(self, start: tuple[str, str], args: tuple[Any, ...], what: str) -> None:
-        self._what, self._lock = what, threading.Lock()
-        self._freed: list[int] = []  # states that nobody here knows any more
-        self._asked = 0
+        Raises:
+            UserError: the asset cannot be created, or the process has ended.
+        """
+        self._description, self._lock = description, threading.Lock()
+        self._freed: list[int] = []  # states without a handle
+        self._calls = 0
         self._connection, theirs = Pipe()
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the process
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=self._said,
-            stderr=self._said,
+            stdout=self._output,
+            stderr=self._output,
         )
         theirs.close()
-        self.close = weakref.finalize(self, _end, self._connection, self._process, self._said)
-        self._ask("start", start, args)
+        self.close = weakref.finalize(self, _end, self._connection, self._process, self._output)
+        self._request("start", start, args)
 
-    def _ask(self, method: str, *args: Any) -> Any:
+    def _request(self, method: str, *args: Any) -> Any:
         with self._lock:
             try:
-                self._asked += 1
+                self._calls += 1
                 freed = [self._freed.pop() for _ in range(len(self._freed))]
-                self._connection.send((self._asked, method, args, freed))
+                self._connection.send((self._calls, method, args, freed))
                 number = 0
-                while number != self._asked:  # an interrupted call left its answer behind
-                    number, answer, value = self._connection.recv()
+                while number != self._calls:  # skips the reply to an interrupted call
+                    number, kind, value = self._connection.recv()
             except (EOFError, OSError) as error:
-                raise UserError(self._obituary()) from error
-        if answer == "error":
+                raise UserError(self._exit_message()) from error
+        if kind == "error":
             raise UserError(value)
         return value
 
-    def _obituary(self) -> str:
+    def _exit_message(self) -> str:
         code = self._process.wait()
-        how = f"with {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        self._said.seek(0)
-        lines = self._said.read().decode(errors="replace").strip().splitlines()
-        said = f", saying: {lines[-1][:300].rstrip('.')}" if lines else ""
-        return f"{self._what} ended its process {how}{said}."
+        status = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        self._output.seek(0)
+        lines = self._output.read().decode(errors="replace").strip().splitlines()
+        output = f"; last output: {lines[-1][:300].rstrip('.')}" if lines else ""
+        return f"{self._description} ended its process with {status}{output}."
 
     def call(
         self, function: str, inputs: Mapping[str, np.ndarray], state: WorkerState | None = None
     ) -> dict[str, np.ndarray]:
+        """Call a function of the asset; see ``Asset.call``.
+
+        Raises:
+            UserError: the call failed, or the process has ended.
+        """
         number = state.number if state else None
-        found: dict[str, np.ndarray] = self._ask("call", function, dict(inputs), number)
-        return found
+        outputs: dict[str, np.ndarray] = self._request("call", function, dict(inputs), number)
+        return outputs
 
     def new_state(self) -> WorkerState:
-        state = WorkerState(self._ask("new_state"))
+        """Create zeroed states; see ``Asset.new_state``."""
+        state = WorkerState(self._request("new_state"))
         weakref.finalize(state, self._freed.append, state.number)
         return state
 
     def read_state(self, state: WorkerState, name: str) -> np.ndarray:
-        return np.asarray(self._ask("read_state", state.number, name))
+        """Read a state; see ``Asset.read_state``."""
+        return np.asarray(self._request("read_state", state.number, name))
 
     def write_state(self, state: WorkerState, name: str, array: np.ndarray) -> None:
-        self._ask("write_state", state.number, name, array)
+        """Write a state; see ``Asset.write_state``."""
+        self._request("write_state", state.number, name, array)
 
 
-def _end(connection: Connection, process: subprocess.Popen[bytes], said: Any) -> None:
+def _end(connection: Connection, process: subprocess.Popen[bytes], output: Any) -> None:
     connection.close()
     process.kill()
     process.wait()
-    said.close()
+    output.close()
 
 
-class _Served:
-    """The asset in the other process, its states by number."""
+class _AssetServer:
+    """The asset in the worker process, with its states by number."""
 
     def __init__(self) -> None:
         self._asset: Any = None
@@ -133,7 +143,7 @@ class _Served:
             del self._states[state]
 
     def states(self) -> int:
-        """How many there are."""
+        """Return the number of states."""
         return len(self._states) - 1
 
     def read_state(self, state: int, name: str) -> Any:
@@ -144,16 +154,21 @@ class _Served:
 
 
 def serve(descriptor: int) -> None:
-    """Answer until the other side goes away."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it here too, but it is the user's call
-    connection, served = Connection(descriptor), _Served()
+    """Answer requests until the other side closes the connection.
+
+    Args:
+        descriptor: file descriptor of the connection.
+    """
+    # The terminal sends SIGINT to this process too, but only the user's process handles it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection, server = Connection(descriptor), _AssetServer()
     while True:
         try:
             number, method, args, freed = connection.recv()
         except EOFError:
             return
-        served.free(freed)
+        server.free(freed)
         try:
-            connection.send((number, "value", getattr(served, method)(*args)))
+            connection.send((number, "value", getattr(server, method)(*args)))
         except UserError as error:
             connection.send((number, "error", str(error)))

@@ -1,1 +1,1 @@
-"""The bundle format: manifest, contracts, files and locks."""
+"""The bundle format: the manifest, contracts, reading and writing of files, and locks."""

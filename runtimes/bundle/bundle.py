@@ -1,226 +1,37 @@
-"""The bundle: a folder with a manifest that names, sizes and hashes every file."""
+"""A bundle folder, opened for reading."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
-import fastjsonschema
-
-from runtimes.bundle.contracts import Contract, check_contracts
 from runtimes.bundle.files import read_json, sha256_of_file
+from runtimes.bundle.manifest import MANIFEST, Artifact, Manifest, stays_inside
 from runtimes.errors import UserError
-from runtimes.preprocess import PreprocessSpec
-from runtimes.text.tokenizer import PromptSpec
-
-SCHEMA_VERSION = 1
-SCHEMA = Path(__file__).parent / "manifest.schema.json"
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer/tokenizer.json"  # the checkpoint's, as it is
-DEBUG_PREFIX = ".debug-"  # of folders for debug builds; they live as long as parity takes the taps
-# What a verdict rests on, besides the artifacts themselves.
-JUDGED_WITH = ("goldens/", "layers/", "long/", "noise/", "precisions/", "tokenizer/", "token_embedding/")
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """Size in bytes and SHA-256 of one file."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A TensorRT engine of an artifact: its file, what it was built for, and on what.
-
-    Args:
-        sm: compute capabilities that it runs on.
-        gpu, driver, platform: of the machine that built it; empty where no GPU was needed.
-        tensorrt: version of the library that built it.
-        capacity, max_batch: of the KV cache, and rows that decode together.
-        options: names of what else it was built with, as ``version-compatible``.
-    """
-
-    file: str
-    sm: tuple[int, ...]
-    gpu: str
-    driver: str
-    tensorrt: str
-    capacity: int
-    max_batch: int
-    options: tuple[str, ...] = ()
-    platform: str = ""
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """One component compiled for one backend: its main file first, data files and engine after.
-
-    ``base`` is what is not quantized computes in. ``capacity`` is that of a decoder whose KV cache was fixed
-    when it was compiled. ``activation_bytes`` is what ``plan`` says of its intermediate tensors, for one
-    image or a chunk of a prompt, and ``activation_bytes_per_token`` how they grow with the capacity of the
-    KV cache; 0 where that is not known. ``quantizes_activations`` includes the KV cache's quantization.
-    ``audited`` has the SHA-256 of each file that export read back and found equal to what the checkpoint and
-    the plan make of it; empty where it did not compare them.
-    """
-
-    component: str
-    backend: str
-    precision: str
-    target: str
-    dialect: str
-    files: tuple[str, ...]
-    tools: dict[str, str]
-    engine: Engine | None = None
-    base: str = "fp32"
-    capacity: int | None = None
-    activation_bytes: int = 0
-    activation_bytes_per_token: int = 0
-    quantizes_activations: bool | None = None
-    audited: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def exact_rows(self) -> bool:
-        """Whether several tokens in one call give the logits of single calls but for float rounding.
-
-        Quantized activations or KV caches turn a difference in the last bit into one of a whole step now
-        and then. dsvl-export 0.4 did not record them: its quantized precisions count as such.
-        """
-        return (
-            self.precision == self.base
-            if self.quantizes_activations is None
-            else not self.quantizes_activations
-        )
-
-    @property
-    def stage(self) -> str:
-        """Folder of its files in the bundle: ``<backend>/<precision>/<component>``, or what it shares."""
-        return "/".join(self.files[0].split("/")[:3])
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Artifact:
-        """Of the object in a manifest, which its schema has checked."""
-        engine = raw.get("engine")
-        if engine:
-            lists = {key: tuple(engine[key]) for key in ("sm", "options")}
-            engine = Engine(**{**engine, **lists})
-        return cls(**{**raw, "files": tuple(raw["files"]), "engine": engine})
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """All that ``manifest.json`` says; the JSON schema is ``runtimes/manifest.schema.json``."""
-
-    model: dict[str, Any]
-    checkpoint: dict[str, str]
-    preprocessing: PreprocessSpec
-    prompt: PromptSpec
-    token_embedding: str
-    default_capacity: int
-    contracts: dict[str, dict[str, Contract]]  # precision → component → contract
-    artifacts: tuple[Artifact, ...]
-    files: dict[str, FileEntry]  # path → entry, for every file but the manifest and the reports
-    parity: dict[str, Any] = field(default_factory=dict)  # backend/precision → verdict
-    schema_version: int = SCHEMA_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], where: str) -> Manifest:
-        """Inverse of ``to_dict``.
-
-        Raises:
-            UserError: a key is missing or malformed, a path leaves the bundle, or the schema
-                version is unknown.
-        """
-        if raw.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(
-                f"{where} has schema version {raw.get('schema_version')!r}, this release reads"
-                f" {SCHEMA_VERSION}; export into a new folder or use the matching dsvl-export."
-            )
-        try:
-            fastjsonschema.validate(json.loads(SCHEMA.read_text(encoding="utf-8")), raw)
-        except fastjsonschema.JsonSchemaValueException as error:
-            raise UserError(f"{where} is no valid manifest: {error.message[:300]}.") from error
-        manifest = cls(
-            model=raw["model"],
-            checkpoint=raw["checkpoint"],
-            preprocessing=PreprocessSpec.from_dict(raw["preprocessing"]),
-            prompt=PromptSpec.from_dict(raw["prompt"]),
-            token_embedding=raw["token_embedding"],
-            default_capacity=raw["default_capacity"],
-            contracts={
-                precision: {name: Contract.from_dict(contract) for name, contract in table.items()}
-                for precision, table in raw["contracts"].items()
-            },
-            artifacts=tuple(map(Artifact.from_dict, raw["artifacts"])),
-            files={path: FileEntry(**entry) for path, entry in raw["files"].items()},
-            parity=raw["parity"],
-        )
-        for precision, table in manifest.contracts.items():
-            try:
-                check_contracts(manifest.model, table)
-            except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
-                raise UserError(
-                    f"{where} has contracts for {precision} that do not fit its model: {str(error)[:300]};"
-                    " export the bundle again."
-                ) from error
-        if manifest.default_capacity > manifest.model["decoder"]["max_positions"]:
-            raise UserError(
-                f"{where} has the default capacity {manifest.default_capacity}, more than the model's"
-                f" {manifest.model['decoder']['max_positions']} positions; export the bundle again."
-            )
-        for artifact in manifest.artifacts:
-            if artifact.precision not in manifest.contracts:
-                raise UserError(f"{where} has {artifact.precision} artifacts but no contracts for them.")
-            for name in (artifact.backend, artifact.precision, artifact.component):
-                if "/" in name or not stays_inside(name):  # they become names of folders and reports
-                    raise UserError(f"{where} has the name {name!r}, which cannot be that of a file.")
-        for path in manifest.paths():
-            if not stays_inside(path):
-                raise UserError(f"{where} names {path!r}, which lies outside the bundle.")
-            if path not in manifest.files:
-                raise UserError(f"{where} names {path!r} but has no size and hash for it.")
-        return manifest
-
-    def paths(self) -> Iterable[str]:
-        """Every path that the manifest names."""
-        yield from self.files
-        yield self.token_embedding
-        for artifact in self.artifacts:
-            yield from artifact.files
-            if artifact.engine:
-                yield artifact.engine.file
-
-
-def stays_inside(path: str) -> bool:
-    """Whether a relative path, as a bundle's files have them, names something below the folder it is of."""
-    parts = PurePosixPath(path).parts
-    return bool(parts) and path[0] != "/" and ".." not in parts and not set(path) & set("\\:\0")
 
 
 class Bundle:
     """A bundle folder, opened for reading.
 
-    Its files may be links that lead outside, as in Hugging Face's cache: what such a link leads to is read
-    only where it has the size and the SHA-256 of the manifest.
+    Its files may be links to files outside the folder, as in Hugging Face's cache. The target of
+    such a link is read only if it has the size and the SHA-256 in the manifest.
+
+    Args:
+        folder: The bundle's folder.
+        manifest: Its manifest.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Store the arguments; ``open`` reads the manifest."""
         self.folder, self.manifest = folder, manifest
-        self._intact: set[str] = set()  # files that were as the manifest says
+        self._intact: set[str] = set()  # files whose size and hash were checked
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
-        """Read the manifest of a bundle.
+        """Open a bundle and read its manifest.
 
         Raises:
-            UserError: there is no bundle, or its manifest is broken.
+            UserError: The folder is not a bundle, or its manifest is malformed.
         """
         folder = Path(folder).expanduser()
         if not folder.is_dir():
@@ -230,18 +41,18 @@ class Bundle:
             hint = (
                 "the export was interrupted; run it again"
                 if (folder / ".staging").exists()
-                else "it is no bundle"
+                else "it is not a bundle"
             )
             raise UserError(f"{folder} has no {MANIFEST}: {hint}.")
         return cls(folder, Manifest.from_dict(read_json(file), str(file)))
 
     def path(self, relative: str) -> Path:
-        """Absolute path of a file or folder of the bundle, for reading.
+        """Return the absolute path of a file or folder of the bundle, for reading.
 
-        A link is not replaced by what it leads to: libraries find a file's companions beside the link.
+        Links are not resolved: libraries look for the other files of an artifact beside the link.
 
         Raises:
-            UserError: it leads outside the bundle, to something else than the manifest's hash proves.
+            UserError: The path leads outside the bundle, to a file without the manifest's hash.
         """
         if not stays_inside(relative):
             raise UserError(f"{relative} leads outside the bundle {self.folder}.")
@@ -255,53 +66,70 @@ class Bundle:
         return path
 
     def problems(self, paths: Iterable[str] | None = None) -> list[str]:
-        """What is wrong with the files (all, or the given): missing, wrong size or wrong hash."""
-        found = []
+        """Return one sentence for each file that is missing or has a wrong size or hash.
+
+        Args:
+            paths: The files to check; None checks all.
+        """
+        problems = []
         for path in sorted(self.manifest.files if paths is None else set(paths)):
             entry, file = self.manifest.files.get(path), self.folder.absolute() / path
             if entry is None:
-                found.append(f"{path} is not in the manifest")
+                problems.append(f"{path} is not in the manifest")
             elif not file.is_file():
-                found.append(f"{path} is missing")
+                problems.append(f"{path} is missing")
             elif file.stat().st_size != entry.bytes:
-                found.append(f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}")
+                problems.append(f"{path} has {file.stat().st_size} bytes, expected {entry.bytes}")
             elif sha256_of_file(file) != entry.sha256:
-                found.append(f"{path} has a wrong SHA-256")
+                problems.append(f"{path} has a wrong SHA-256")
             else:
                 self._intact.add(path)
-        return found
+        return problems
 
     def check(self, paths: Iterable[str]) -> None:
-        """Raise UserError where one of the files is not as the manifest says."""
+        """Check files against the manifest.
+
+        Raises:
+            UserError: A file is missing or has a wrong size or hash.
+        """
         problems = self.problems(paths)
         if problems:
             raise UserError(f"The bundle {self.folder} is damaged: {'; '.join(problems)}; export it again.")
 
     def choices(self) -> list[tuple[str, str]]:
-        """The (backend, precision) pairs that the bundle holds, in order of export."""
+        """Return the (backend, precision) pairs in the bundle, in order of export."""
         return list(dict.fromkeys((item.backend, item.precision) for item in self.manifest.artifacts))
 
     def matching(self, backend: str | None, precision: str | None) -> list[tuple[str, str]]:
-        """The pairs that fit what was asked; where there is no ``int8``, it means ``int8-fp16``."""
+        """Return the pairs that match; None matches any.
+
+        A precision without its base is accepted: ``int8`` matches ``int8-fp16`` if there is no
+        ``int8``.
+        """
         items = [item for item in self.manifest.artifacts if backend in (None, item.backend)]
         exact = [item for item in items if precision in (None, item.precision)]
-        found = exact or [item for item in items if item.precision == f"{precision}-{item.base}"]
-        return list(dict.fromkeys((item.backend, item.precision) for item in found))
+        matches = exact or [item for item in items if item.precision == f"{precision}-{item.base}"]
+        return list(dict.fromkeys((item.backend, item.precision) for item in matches))
 
     def select(self, backend: str | None, precision: str | None) -> tuple[str, str]:
-        """The pair that fits what was asked; the first where several fit.
+        """Return the first pair that matches, as in ``matching``.
 
         Raises:
-            UserError: none fits; the sentence lists what there is.
+            UserError: No pair matches; the message lists the bundle's pairs.
         """
-        found = self.matching(backend, precision)
-        if found:
-            return found[0]
-        there = ", ".join(f"{name} {kind}" for name, kind in self.choices())
+        matches = self.matching(backend, precision)
+        if matches:
+            return matches[0]
+        available = ", ".join(f"{name} {kind}" for name, kind in self.choices())
         wanted = " ".join(part for part in (backend, precision) if part)
-        raise UserError(f"The bundle {self.folder} holds no {wanted}; it has {there or 'no artifacts'}.")
+        raise UserError(f"The bundle {self.folder} holds no {wanted}; it has {available or 'no artifacts'}.")
 
     def artifact(self, component: str, backend: str, precision: str) -> Artifact:
+        """Return the artifact of a component.
+
+        Raises:
+            UserError: The bundle does not have it.
+        """
         for item in self.manifest.artifacts:
             if (item.component, item.backend, item.precision) == (component, backend, precision):
                 return item

@@ -1,6 +1,6 @@
-"""Contracts: what each component takes, gives and keeps, in one object that everyone reads.
+"""Contracts: the inputs, outputs and states of each component.
 
-The compiler checks its artifact against the contract, the session binds by it, the tests
+A compiler checks its artifact against the contract, a session binds tensors by it, and tests
 compare with it.
 """
 
@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-Dim = int | str  # a size, or the name of a size that is known only at run time
+Dim = int | str  # a size, or the name of a size that is known at run time only
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, dtype (numpy's name), shape and meaning of one tensor."""
+    """The name, dtype (numpy's name), shape and meaning of a tensor."""
 
     name: str
     dtype: str
@@ -25,11 +25,15 @@ class TensorSpec:
     meaning: str
 
     def allocate(self, sizes: Mapping[str, int]) -> np.ndarray:
-        """Zeros of this dtype and shape; ``sizes`` gives the named dims."""
+        """Return zeros of this dtype and shape; ``sizes`` has the named dimensions."""
         return np.zeros([dim if isinstance(dim, int) else sizes[dim] for dim in self.shape], self.dtype)
 
     def check(self, array: np.ndarray) -> None:
-        """Raise ValueError where an array does not fit; named dims accept any size."""
+        """Check the dtype and shape of an array; named dimensions accept any size.
+
+        Raises:
+            ValueError: The array has another dtype or shape.
+        """
         fits = len(array.shape) == len(self.shape) and all(
             isinstance(dim, str) or dim == size for dim, size in zip(self.shape, array.shape, strict=True)
         )
@@ -40,22 +44,22 @@ class TensorSpec:
 
 
 def updated_state(state: TensorSpec) -> TensorSpec:
-    """The output that carries a state after the step, bound to the state's own memory."""
+    """Return the output with a state after the step; it is bound to the state's own memory."""
     return replace(state, name=f"{state.name}_updated")
 
 
 def appended_state(state: TensorSpec) -> TensorSpec:
-    """The output with a step's own rows ``[B, Hkv, S, Dh]``, which the session writes into the state."""
+    """Return the output with a step's new rows ``[B, Hkv, S, Dh]`` of a state."""
     batch, heads, _, head_dim = state.shape
     return replace(state, name=f"{state.name}_appended", shape=(batch, heads, "sequence", head_dim))
 
 
 @dataclass(frozen=True)
 class Contract:
-    """Inputs, outputs and in-place states of one component.
+    """The inputs, outputs and in-place states of a component.
 
-    ``taps`` are inner tensors in order of execution, named after the part of the model that made
-    them; only a debug build gives them.
+    ``taps`` are intermediate tensors in order of execution, named after the module that computes
+    them; only a debug build returns them.
     """
 
     component: str
@@ -65,12 +69,12 @@ class Contract:
     taps: tuple[TensorSpec, ...] = ()
 
     def with_taps(self) -> Contract:
-        """The contract of a debug build: its taps are outputs as well."""
+        """Return the contract of a debug build, whose taps are outputs as well."""
         return replace(self, outputs=self.outputs + self.taps)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Contract:
-        """Of the object in a manifest, which its schema has checked."""
+        """Build a contract from its JSON object, which the schema has checked."""
 
         def specs(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
             return tuple(
@@ -90,10 +94,13 @@ def check_contracts(model: Mapping[str, Any], contracts: Mapping[str, Contract])
     """Compare the contracts of a precision with the model's sizes.
 
     Args:
-        model: the config in a manifest: ``vision``, ``decoder``.
+        model: The config in a manifest: ``vision``, ``decoder``.
+        contracts: Component → contract.
 
     Raises:
-        ValueError: names the tensors that do not fit; KeyError and TypeError where a size is missing.
+        ValueError: A tensor has another shape or dtype than the model's sizes require.
+        KeyError: A size or a component is missing.
+        TypeError: A size is not a number.
     """
     vision, decoder = model["vision"], model["decoder"]
     siglip, sam = vision["siglip"], vision["sam"]
@@ -114,20 +121,22 @@ def check_contracts(model: Mapping[str, Any], contracts: Mapping[str, Contract])
             decoder_inputs, {"logits": ("batch", "rows", decoder["vocab_size"])}, dict.fromkeys(names, state),
         ),
     }  # fmt: skip
-    border = contracts["decoder"].inputs[0].dtype
+    boundary = contracts["decoder"].inputs[0].dtype  # of the tensors between components
     dtypes = {"positions": "int64", "logit_rows": "int64", "logits": "float32"}
-    for component, wanted in expected.items():
+    for component, shapes_by_role in expected.items():
         contract = contracts[component]
         if contract.component != component:
             raise ValueError(f"the contract of the {component} is that of the {contract.component}")
-        for specs, shapes in zip((contract.inputs, contract.outputs, contract.states), wanted, strict=True):
-            found = {spec.name: spec.shape for spec in specs}
-            if found != shapes or len(found) != len(specs):
-                raise ValueError(f"the {component} has {found}, the model's sizes ask for {shapes}")
+        for specs, shapes in zip(
+            (contract.inputs, contract.outputs, contract.states), shapes_by_role, strict=True
+        ):
+            actual = {spec.name: spec.shape for spec in specs}
+            if actual != shapes or len(actual) != len(specs):
+                raise ValueError(f"the {component} has {actual}, the model's sizes require {shapes}")
         for spec in (*contract.inputs, *contract.outputs):
-            wanted_dtype = dtypes.get(spec.name, border)
-            if spec.dtype != wanted_dtype or border not in FLOATS:
+            expected_dtype = dtypes.get(spec.name, boundary)
+            if spec.dtype != expected_dtype or boundary not in FLOATS:
                 raise ValueError(f"{spec.name} of the {component} has the dtype {spec.dtype!r}")
-        kept = {spec.dtype for spec in contract.states}
-        if len(kept) > 1 or kept - set(STATES):
-            raise ValueError(f"the KV cache has the dtypes {', '.join(sorted(kept))}")
+        state_dtypes = {spec.dtype for spec in contract.states}
+        if len(state_dtypes) > 1 or state_dtypes - set(STATES):
+            raise ValueError(f"the KV cache has the dtypes {', '.join(sorted(state_dtypes))}")

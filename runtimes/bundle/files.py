@@ -1,4 +1,4 @@
-"""Files: JSON and JSON lines read as untrusted input, hashes, and writes that leave nothing half-done."""
+"""Readers of untrusted JSON and JSON Lines files, atomic writes, and hashes of files."""
 
 from __future__ import annotations
 
@@ -16,38 +16,44 @@ from typing import Any, NoReturn
 
 from runtimes.errors import UserError
 
-MAX_JSON_BYTES = 32_000_000  # the largest takes some 10 s and 1.5 GB to read
+MAX_JSON_BYTES = 32_000_000  # reading this much takes about 10 s and 1.5 GB
 MAX_NESTING = 64  # levels of lists and objects; a manifest has 8
-_INTEGERS = range(-(2**63), 2**64)  # what other readers of JSON hold in a machine word
-JOURNAL = ".journal"  # ends the name of the file that says how far a file is written
+_INTEGERS = range(-(2**63), 2**64)  # int64 and uint64, which other JSON readers support
+JOURNAL = ".journal"  # suffix of the file that records how far another file is written
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_json(file: Path, huge_integers: bool = False) -> dict[str, Any]:
-    """The JSON object in a file, read by the rules of ``parse_json``.
+    """Return the JSON object in a file.
+
+    Args:
+        file: The file.
+        huge_integers: As in ``parse_json``.
 
     Raises:
-        UserError: the file is missing, too large, not JSON, or holds no object.
+        UserError: The file is missing, too large or not JSON by the rules of ``parse_json``, or its
+            value is not an object.
     """
     value = parse_json(read_bytes(file), str(file), huge_integers)
     if not isinstance(value, dict):
-        raise UserError(f"{file} holds a JSON {type(value).__name__}, expected an object.")
+        raise UserError(f"{file} contains a JSON {type(value).__name__}, expected an object.")
     return value
 
 
 def parse_json(content: bytes | str, where: str, huge_integers: bool = False) -> Any:
-    """The value of a JSON text that somebody else wrote.
+    """Return the value of an untrusted JSON text.
 
-    Refused, beside what is not JSON: NaN and infinity (also as ``1e999``), integers beyond 64 bits, a key
-    twice in one object, more than ``MAX_NESTING`` levels, half a surrogate pair, and a byte order mark.
+    Also refused: NaN and infinity (also as ``1e999``), integers beyond 64 bits, duplicate keys,
+    more than ``MAX_NESTING`` levels, half a surrogate pair, and a byte order mark.
 
     Args:
-        where: what the sentence calls it, as a file.
-        huge_integers: take integers of up to 40 digits: transformers writes 10^30 as the
+        content: The text.
+        where: Name of the text, for errors, as its file.
+        huge_integers: Accept integers of up to 40 digits: transformers writes 10^30 as the
             ``model_max_length`` of a tokenizer without one.
 
     Raises:
-        UserError: with the reason.
+        UserError: The text is refused; the message has the reason.
     """
     try:
         if isinstance(content, bytes):
@@ -67,8 +73,8 @@ def parse_json(content: bytes | str, where: str, huge_integers: bool = False) ->
     except RecursionError as error:
         raise UserError(f"{where} is not valid JSON: it is nested too deeply.") from error
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} is not valid JSON: a text holds half a surrogate pair.") from error
-    except ValueError as error:  # of the parser, of the decoder, and of the functions below
+        raise UserError(f"{where} is not valid JSON: a string contains half a surrogate pair.") from error
+    except ValueError as error:  # from the parser, the decoder and the functions below
         raise UserError(f"{where} is not valid JSON: {error}.") from error
     return value
 
@@ -97,8 +103,8 @@ def _constant(text: str) -> NoReturn:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice[:100]!r} occurs twice")
+        duplicate = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {duplicate[:100]!r} occurs twice")
     return value
 
 
@@ -108,41 +114,45 @@ def _check_nesting(value: Any) -> None:
         level = [item for item in level if isinstance(item, (dict, list))]
         if not level:
             return
-        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+        level = [
+            item for parent in level for item in (parent.values() if isinstance(parent, dict) else parent)
+        ]
     raise ValueError(f"it has more than {MAX_NESTING} levels")
 
 
 def read_bytes(file: Path, limit: int = MAX_JSON_BYTES) -> bytes:
-    """The content of a regular file of a bounded size.
+    """Return the content of a regular file of a bounded size.
 
     Raises:
-        UserError: it is missing, no regular file, larger than ``limit`` bytes, or cannot be read.
+        UserError: The file is missing, is not a regular file, has more than ``limit`` bytes, or
+            cannot be read.
     """
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would block, and a device might never end
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe could block
             raise UserError(f"{file} is not a regular file.")
         with file.open("rb") as handle:
             content = handle.read(limit + 1)
     except FileNotFoundError as error:
         raise UserError(f"The file {file} is missing.") from error
-    except (OSError, ValueError) as error:  # ValueError: of a name with a NUL character
+    except (OSError, ValueError) as error:  # ValueError: the name has a NUL character
         raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', error)}.") from error
     if len(content) > limit:
-        raise UserError(f"{file} has more than {limit} bytes, too many for such a file.")
+        raise UserError(f"{file} has more than {limit} bytes, the maximum for this kind of file.")
     return content
 
 
 def read_json_lines(file: Path, what: str) -> Iterator[tuple[int, Any]]:
-    """Numbers, from 1, and values of the lines of a JSON Lines file; empty lines are left out.
+    """Yield the line numbers, from 1, and values of a JSON Lines file; empty lines are skipped.
 
-    Lines end at line feeds alone: U+2028, U+0085 and their like may stand in a text. A byte order mark is
-    skipped.
+    Only a line feed ends a line, because U+2028, U+0085 and the like can occur in strings. A byte
+    order mark is skipped.
 
     Args:
-        what: the file's purpose, for the sentence, as in ``task file``.
+        file: The file.
+        what: The file's purpose, for errors, as in ``task file``.
 
     Raises:
-        UserError: the file cannot be read, or a line is not JSON (it is named).
+        UserError: The file cannot be read, or a line is not JSON; the message has its number.
     """
     try:
         with file.open("rb") as handle:
@@ -161,15 +171,16 @@ def read_json_lines(file: Path, what: str) -> Iterator[tuple[int, Any]]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """As ``write_bytes``, UTF-8."""
+    """Replace a file with UTF-8 text, as ``write_bytes``."""
     write_bytes(file, text.encode())
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Replace a file in one step: readers see the old content or the new one, also after a power cut.
+    """Replace a file in one step: readers see the old or the new content, also after a crash.
 
-    The content is written beside the file under a name of its own, which must not exist yet, so that
-    processes that write at once do not meet and no link is followed; a link ``file`` is itself replaced.
+    The content is written to a new file in the same folder, whose name must not exist yet. So
+    processes that write at the same time do not collide, and no link is followed; if ``file`` is a
+    link, the link is replaced.
     """
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
     opened = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -186,21 +197,21 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in a folder last, where the file system can."""
+    """Write a rename in a folder to disk, where the file system supports it."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        with suppress(OSError):  # some network file systems know no such thing
+        with suppress(OSError):  # some network file systems do not support it
             os.fsync(handle)
         os.close(handle)
 
 
 def write_json(file: Path, value: Any) -> None:
-    """As ``write_text``, indented JSON."""
+    """Replace a file with indented JSON, as ``write_bytes``."""
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256_of_file(file: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """Hexadecimal SHA-256 of a file, read in chunks; ``on_bytes`` is called with the size of each."""
+    """Return the hexadecimal SHA-256 of a file; ``on_bytes`` gets the size of each chunk."""
     with file.open("rb") as handle:
         digest = hashlib.sha256()
         while chunk := handle.read(1 << 22):
@@ -210,7 +221,7 @@ def sha256_of_file(file: Path, on_bytes: Callable[[int], None] = lambda count: N
 
 
 def sha256_of_files(files: Iterable[Path], on_step: Callable[[int, int], None]) -> dict[Path, str]:
-    """Hashes of files; ``on_step`` is called with the bytes that are hashed, and all."""
+    """Return the SHA-256 of files; ``on_step`` is called with the hashed bytes and the total."""
     files, done = list(files), 0
     total = sum(file.stat().st_size for file in files)
 
@@ -223,4 +234,5 @@ def sha256_of_files(files: Iterable[Path], on_step: Callable[[int, int], None]) 
 
 
 def sha256_of_text(text: str) -> str:
+    """Return the hexadecimal SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()

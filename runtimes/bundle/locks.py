@@ -1,4 +1,9 @@
-"""Locks between processes that write into the same folder or bundle."""
+"""Locks between processes that write to the same folder or bundle.
+
+They use ``flock`` (Linux and macOS). The package ``filelock`` does not replace them: on Unix it
+keeps the lock file after release, and where a file system has no locks it falls back to a marker
+file, which the end of a process does not remove.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +13,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from runtimes.bundle.bundle import MANIFEST
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 
-STAGING = ".staging"  # the folder of an export that is not finished
-PREVIOUS = "previous.json"  # there: the manifest of a bundle while what it names is changed
+STAGING = ".staging"  # folder of an unfinished export
+PREVIOUS = "previous.json"  # in it: the bundle's manifest while an export changes the bundle
 
 
 class FileLock:
-    """An exclusive lock that a file stands for, between processes and between threads.
+    """An exclusive lock on a file, between processes and between threads.
 
-    The system gives it back when the holder ends, however it ends (``flock``, on Linux and macOS). The file
-    is deleted when the lock is released, so that finished folders hold none.
+    The system releases it when the process ends, also by a signal. ``release`` deletes the file, so
+    that finished folders do not contain lock files.
+
+    Args:
+        file: The lock file.
     """
 
     def __init__(self, file: Path) -> None:
+        """Store the file; ``acquire`` takes the lock."""
         self.file = file
         self._handle: int | None = None
         self._made_folder = False
 
     @property
     def held(self) -> bool:
+        """Whether this object holds the lock."""
         return self._handle is not None
 
     def acquire(self, wait: bool = True) -> bool:
-        """Take the lock; the file's folder is created where it is missing.
+        """Take the lock; the file's folder is created if it is missing.
 
         Args:
-            wait: until another holder releases it; otherwise return False at once.
+            wait: Wait until another holder releases the lock.
+
+        Returns:
+            False where another holder has the lock and ``wait`` is False.
 
         Raises:
-            UserError: the file is a link, its file system has no locks, or its folder cannot be created.
+            UserError: The file is a link, its file system does not support locks, or its folder
+                cannot be created.
         """
         while True:
             if not self.file.parent.is_dir():
@@ -46,7 +60,7 @@ class FileLock:
                 self._make_folder()
             try:
                 handle = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            except FileNotFoundError:  # the last holder deleted the folder meanwhile
+            except FileNotFoundError:  # another holder has just deleted the folder
                 continue
             except OSError as error:
                 raise UserError(f"{self.file} cannot be locked: {error.strerror}.") from error
@@ -64,7 +78,7 @@ class FileLock:
             except BaseException:
                 os.close(handle)
                 raise
-            os.close(handle)  # the last holder deleted the file; it stands for nothing now
+            os.close(handle)  # another holder has just deleted the file; try a new one
 
     def _make_folder(self) -> None:
         folder = self.file.parent
@@ -73,16 +87,16 @@ class FileLock:
         except OSError as error:
             if not isinstance(error, (FileExistsError, FileNotFoundError, NotADirectoryError)):
                 raise UserError(f"{folder} cannot be created: {error.strerror}.") from error
-            # Another holder deleted a folder meanwhile, or there is something else in its place.
+            # Another holder has just deleted a folder, or a file has its name.
             for path in (folder, *folder.parents):
                 if os.path.lexists(path) and not path.is_dir():
                     raise UserError(f"{path} is not a folder.") from error
 
     def release(self) -> None:
-        """Give the lock back, and delete its file, and its folder where that was created and is empty."""
+        """Release the lock and delete its file, and its folder if ``acquire`` created it."""
         if self._handle is None:
             return
-        with suppress(OSError):  # the folder is gone, or holds other files
+        with suppress(OSError):  # the folder is deleted, or not empty
             self.file.unlink()
             if self._made_folder:
                 self.file.parent.rmdir()
@@ -91,6 +105,7 @@ class FileLock:
 
 
 def _is_open_file(handle: int, file: Path) -> bool:
+    """Return whether the name still belongs to the opened file."""
     try:
         return os.path.samestat(os.fstat(handle), file.stat(follow_symlinks=False))
     except FileNotFoundError:
@@ -102,10 +117,11 @@ def locked(file: Path, busy: str | None = None) -> Iterator[None]:
     """Hold the lock of a file.
 
     Args:
-        busy: the sentence to raise where another process holds it; None waits.
+        file: The lock file.
+        busy: Error message where another process holds the lock; None waits for it.
 
     Raises:
-        UserError: see ``busy`` and ``FileLock.acquire``.
+        UserError: Another process holds the lock, or as in ``FileLock.acquire``.
     """
     lock = FileLock(file)
     if not lock.acquire(wait=busy is None):
@@ -117,17 +133,17 @@ def locked(file: Path, busy: str | None = None) -> Iterator[None]:
 
 
 def manifest_file(folder: Path) -> Path:
-    """The manifest of a bundle, wherever an export that is changing the bundle has put it."""
+    """Return the file of a bundle's manifest; an export moves it while it changes the bundle."""
     previous = folder / STAGING / PREVIOUS
     return folder / MANIFEST if (folder / MANIFEST).exists() or not previous.exists() else previous
 
 
 @contextmanager
 def manifest_lock(folder: Path) -> Iterator[None]:
-    """Held while a bundle's manifest is read, changed and written; waits for others, who are quick.
+    """Hold the lock for reading, changing and writing a bundle's manifest; wait for other holders.
 
     Raises:
-        UserError: the folder of the lock is a link.
+        UserError: The folder of the lock is a link.
     """
     refuse_link(folder, STAGING)
     with locked(folder / STAGING / "manifest.lock"):
@@ -135,7 +151,11 @@ def manifest_lock(folder: Path) -> Iterator[None]:
 
 
 def refuse_link(folder: Path, relative: str) -> None:
-    """Raise UserError where a folder inside of ``folder``, which is to be written into, is a link."""
+    """Check that no part of the path ``relative`` inside ``folder`` is a link.
+
+    Raises:
+        UserError: A part is a link, so files would be written elsewhere.
+    """
     for part in (relative, *map(str, PurePosixPath(relative).parents)):
         if (folder / part).is_symlink() and part != ".":
             raise UserError(

@@ -1,4 +1,4 @@
-"""Files in the safetensors format that are the same bytes every time."""
+"""Safetensors files whose bytes depend on their content only."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from safetensors.numpy import save_file
 
 
 def save_tensors(tensors: Mapping[str, np.ndarray], file: Path, texts: Mapping[str, str]) -> None:
-    """Write tensors and texts, in one step.
+    """Write tensors and metadata to a file, which is replaced in one step.
 
-    The library writes the texts in another order each time; here they are sorted.
+    The library writes the metadata in random order; this function sorts them.
 
     Raises:
-        OSError, SafetensorError: it cannot be written.
+        OSError: The file cannot be written.
+        SafetensorError: The library refuses a tensor.
     """
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
     try:
         arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode & 0o777  # as the user's umask has it; the library's is 0600
+        mode = temporary.stat().st_mode & 0o777  # from the user's umask; the library's is 0600
         save_file(arrays, temporary, metadata=dict(texts))
-        _sort_texts(temporary)
+        _sort_metadata(temporary)
         temporary.chmod(mode)
         temporary.replace(file)
     except BaseException:
@@ -33,7 +34,7 @@ def save_tensors(tensors: Mapping[str, np.ndarray], file: Path, texts: Mapping[s
         raise
 
 
-def _sort_texts(file: Path) -> None:
+def _sort_metadata(file: Path) -> None:
     with file.open("r+b") as handle:
         size = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(size))

@@ -1,4 +1,4 @@
-"""YAML files that somebody else wrote: plain values only, of a bounded size. Needs PyYAML."""
+"""Reader of untrusted YAML files: plain values only, of a bounded size."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import yaml
 from runtimes.bundle.files import MAX_NESTING, read_bytes
 from runtimes.errors import UserError
 
-MAX_YAML_BYTES = 200_000  # PyYAML takes some 3 s to read as much
+MAX_YAML_BYTES = 200_000  # PyYAML needs about 3 s for this size
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without aliases, tags, keys that occur twice, and deep nesting.
+    """PyYAML's safe loader, which also refuses aliases, tags, duplicate keys and deep nesting.
 
-    An alias makes a value of the text's size times itself: ten lines of aliases stand for 10^10 values.
+    Aliases of aliases grow exponentially: ten lines can stand for 10^10 values.
     """
 
     def __init__(self, stream: str) -> None:
@@ -65,14 +65,15 @@ def _refusal(reason: str, place: Any) -> yaml.YAMLError:
 
 
 def read_yaml(file: Path, what: str) -> Any:
-    """The value of a YAML file.
+    """Return the value of a YAML file.
 
     Args:
-        what: the file's purpose, for the sentence, as in ``precision plan``.
+        file: The file.
+        what: The file's purpose, for errors, as in ``precision plan``.
 
     Raises:
-        UserError: the file cannot be read, is too large, or is not YAML of plain values: aliases, tags,
-            infinity, NaN, keys that occur twice and more than ``MAX_NESTING`` levels are refused.
+        UserError: The file cannot be read, is too large, or is not YAML of plain values. Aliases,
+            tags, infinity, NaN, duplicate keys and more than ``MAX_NESTING`` levels are refused.
     """
     content = read_bytes(file, MAX_YAML_BYTES)
     try:
@@ -80,5 +81,5 @@ def read_yaml(file: Path, what: str) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"The {what} {file} is not UTF-8 text.") from error
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        # PyYAML's own constructors raise what they like, as for the date 2001-99-99.
+        # PyYAML's own constructors raise other errors, as ValueError for the date 2001-99-99.
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error

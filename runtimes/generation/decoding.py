@@ -1,4 +1,4 @@
-"""The generation loop: from the prompt's logits to a streamed answer."""
+"""The decoding loop: from the logits of a prompt to a streamed answer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,18 @@ from runtimes.text.tokenizer import Tokenizer
 class Answer:
     """A generated answer and its statistics.
 
-    ``finish_reason``: ``eos``, ``stop`` (a stop string), ``length`` (max_new_tokens) or
-    ``capacity`` (the cache is full). Of ``drafted_tokens``, which were guessed and judged several in a
-    call, ``accepted_tokens`` are in the answer. ``logprobs`` has one entry per token where they were
-    asked for. Times are seconds.
+    Args:
+        text: the answer so far.
+        tokens: its token ids.
+        finish_reason: ``eos``, ``stop`` (a stop string), ``length`` (``max_new_tokens``) or
+            ``capacity`` (the KV cache is full); empty while the answer is not complete.
+        prompt_tokens: length of the prompt.
+        reused_tokens: tokens of the prompt that the KV cache already held.
+        drafted_tokens: speculative tokens that were verified.
+        accepted_tokens: speculative tokens that are part of the answer.
+        logprobs: one entry per token if ``GenerationOptions.logprobs`` is set, else empty.
+        first_token_seconds: time from the request to the first token.
+        seconds: time from the request to the last token.
     """
 
     text: str = ""
@@ -38,39 +46,43 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decode speed, the first token (which is prefill) left out; 0 for a single token."""
+        """Decode speed without the first token, which is prefill; 0 for a single token."""
         spent = self.seconds - self.first_token_seconds
         return (len(self.tokens) - 1) / spent if len(self.tokens) > 1 and spent > 0 else 0.0
 
 
-class Writer:
-    """Turns one sequence's tokens into text, and knows when the answer ends."""
+class SequenceDecoder:
+    """Sampling and detokenization of one sequence, until its answer ends."""
 
     def __init__(self, tokenizer: Tokenizer, options: GenerationOptions, prompt: Sequence[int]) -> None:
+        """Start an empty answer to the tokens of a prompt."""
         self.answer = Answer(prompt_tokens=len(prompt))
-        self._stream, self._eos_ids, self._options = tokenizer.stream(), tokenizer.spec.eos_ids, options
+        self._stream, self._eos_ids = tokenizer.stream(), tokenizer.spec.eos_ids
+        self._options = options
         self._sampler, self._seen = Sampler(options), list(prompt)
         self._held = ""  # text that may turn out to be the start of a stop string
 
     @property
     def finished(self) -> bool:
+        """Whether the answer is complete."""
         return bool(self.answer.finish_reason)
 
     @property
-    def left(self) -> int:
-        """Tokens that the answer may still have."""
+    def remaining_tokens(self) -> int:
+        """Number of tokens that the answer may still have."""
         return self._options.max_new_tokens - len(self.answer.tokens)
 
-    def push(self, logits: np.ndarray) -> str:
-        """Pick a token from ``logits [V]``; returns the text that is now certain."""
-        return self._write(self._sampler.pick(logits, self._seen), logits)
+    def append_token(self, logits: np.ndarray) -> str:
+        """Sample a token from ``logits [V]`` and return the text that is now certain."""
+        return self._append(self._sampler.pick(logits, self._seen), logits)
 
-    def _write(self, token: int, logits: np.ndarray) -> str:
+    def _append(self, token: int, logits: np.ndarray) -> str:
         self._seen.append(token)
         answer = self.answer
         answer.tokens.append(token)
         if self._options.logprobs is not None:
-            answer.logprobs.append(TokenLogprobs.of(token, logits, self._options.logprobs))
+            entry = TokenLogprobs.from_logits(token, logits, self._options.logprobs)
+            answer.logprobs.append(entry)
         if token in self._eos_ids and not self._options.ignore_eos:
             return self.finish("eos")
         self._held += self._stream.push(token)
@@ -82,26 +94,32 @@ class Writer:
             return self.finish("length")
         return self._release(len(self._held) - self._stop_prefix())
 
-    def follow(self, rows: np.ndarray, draft: Sequence[int], deviation: float) -> str:
-        """Pick a token from each of ``rows [K, V]`` for as long as the draft ``[K - 1]`` comes true.
+    def accept_draft(self, rows: np.ndarray, draft: Sequence[int], deviation: float) -> str:
+        """Sample a token from each of ``rows [K, V]`` until one differs from ``draft [K - 1]``.
 
-        It ends before a row whose choice is not certain.
+        Stops before the first row for which logits of a single-token call could give another
+        token.
 
         Args:
-            deviation: by which the logits of single calls may differ from ``rows``.
+            rows: logits of a call that decoded the last token and the draft.
+            draft: the speculative tokens.
+            deviation: largest difference between ``rows`` and the logits of single-token calls.
+
+        Returns:
+            the text that is now certain.
         """
         text = ""
-        for row, guess in zip(rows, [*draft, None], strict=True):
+        for row, speculative in zip(rows, [*draft, None], strict=True):
             token = self._sampler.pick_if_certain(row, self._seen, deviation)
             if token is None:
                 break
-            text += self._write(token, row)
-            if self.finished or token != guess:
+            text += self._append(token, row)
+            if self.finished or token != speculative:
                 break
         return text
 
     def finish(self, reason: str) -> str:
-        """End the answer; returns what was held back."""
+        """End the answer and return the text that was held back."""
         self.answer.finish_reason = reason
         if reason != "stop":
             self._held += self._stream.flush()
@@ -115,7 +133,7 @@ class Writer:
         return text
 
     def _stop_prefix(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = max(map(len, self._options.stop), default=0)
         for size in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-size:]) for stop in self._options.stop):
@@ -123,87 +141,112 @@ class Writer:
         return 0
 
 
-# Speculation, in nats. A call of several tokens rounds otherwise than one of a single token. It is used where
-# its logits deviate by at most MOST_DEVIATION, and a choice counts where a deviation of SAFETY times what was
-# measured, and at least LEAST_DEVIATION, could not change it. Measured on tiny: 2e-5 in fp32, 6e-5 with
-# quantized weights, 4e-3 in fp16 (which ONNX Runtime's CPU kernels widen).
-MOST_DEVIATION, LEAST_DEVIATION, SAFETY = 0.01, 0.05, 4
+# Limits of speculation, in nats. Logits of a multi-token call round differently from those of a
+# single-token call. Speculation is used while they deviate by at most MAX_DEVIATION. A token is
+# accepted if a deviation of SAFETY_FACTOR times the measured one, and at least MIN_DEVIATION, could
+# not change it. Measured on tiny: 2e-5 in fp32, 6e-5 with quantized weights, 4e-3 in fp16 (which
+# ONNX Runtime's CPU kernels widen).
+MAX_DEVIATION, MIN_DEVIATION, SAFETY_FACTOR = 0.01, 0.05, 4
 
 
-class Decoding:
-    """One sequence while it is decoded: which tokens come next, and what becomes of their logits.
+class SpeculativeSequence:
+    """One sequence while it is decoded, with speculative tokens where they save time.
 
-    A draft never changes what is chosen: its rows count only where the choice is certain for the logits of
-    a single-token call as well. The first draft measures how much those differ, as its last token is decoded
-    again by itself; so does each row whose choice was not certain. Where they differ too much, and where
-    activations are quantized (``Chain.exact_rows``), no drafts are made.
+    Speculation never changes the answer: a row of a multi-token call is used only if the choice of
+    its token is certain for the logits of a single-token call as well. The first draft is only a
+    measurement: the last token is decoded again by itself, which gives the deviation between the
+    two kinds of calls. A row whose choice is not certain is also decoded again. If the deviation
+    is too large, or activations are quantized (``Chain.exact_rows``), no drafts are made.
 
-    Between two calls the cache holds the prompt and all tokens of the answer but the last.
-
-    Args:
-        prompt: its tokens.
-        started: ``perf_counter()`` when the request began.
+    Between two calls, the cache holds the prompt and all tokens of the answer but the last.
     """
 
     def __init__(
         self, chain: Chain, prompt: Sequence[int], options: GenerationOptions, started: float
     ) -> None:
-        self.writer, self._started = Writer(chain.tokenizer, options, prompt), started
-        # top_k and top_p choose by an order that rounding may change, so that no choice is certain.
-        certain = options.temperature == 0 or not (options.top_k or options.top_p < 1)
-        drafts = options.drafts and certain and chain.exact_rows
-        longest = chain.decoder.most_rows - 1 if drafts else 0
-        self._lookup = PromptLookup(prompt, longest, chain.tokenizer.spec.image_token_id)
-        self._draft: list[int] = []
-        self._accepted = 0  # tokens of the last draft
-        self._known = 0  # tokens of the answer that the lookup has
-        self._deviation: float | None = None  # measured, of a draft's logits from single-token calls'
-        self._uncertain: np.ndarray | None = None  # [V] logits of a draft that are to be decoded again
-
-    def tokens(self, cache: KVCache, drafts: bool = True) -> list[int]:
-        """The last token and, where they pay, a draft of what follows; all are to be decoded."""
-        answer = self.writer.answer
-        self._lookup.extend(answer.tokens[self._known :])
-        self._known = len(answer.tokens)
-        self._draft = []
-        if drafts and self._uncertain is None:
-            self._draft = self._lookup.draft(min(cache.capacity - cache.length, self.writer.left) - 1)
-        return [answer.tokens[-1], *self._draft]
-
-    def take(self, rows: np.ndarray, cache: KVCache, seconds: float | None = None) -> str:
-        """The new text that ``rows [K, V]``, the logits of those tokens or of the prompt, make certain.
+        """Start an answer.
 
         Args:
-            cache: of this sequence alone; wrong tokens are taken back.
-            seconds: that the call took, for the lookup to judge its drafts by.
+            chain: the components that decode it.
+            prompt: token ids of the prompt.
+            options: how to sample.
+            started: ``perf_counter()`` when the request began.
         """
-        answer = self.writer.answer
+        self._decoder = SequenceDecoder(chain.tokenizer, options, prompt)
+        self._started = started
+        # top_k and top_p select by rank, and rounding may change the rank: no choice is certain.
+        certain = options.temperature == 0 or not (options.top_k or options.top_p < 1)
+        drafts = options.drafts and certain and chain.exact_rows
+        max_draft = chain.decoder.max_logit_rows - 1 if drafts else 0
+        self._lookup = PromptLookup(prompt, max_draft, chain.tokenizer.spec.image_token_id)
+        self._draft: list[int] = []
+        self._accepted = 0  # tokens of the last draft
+        self._lookup_length = 0  # tokens of the answer that the lookup has
+        self._deviation: float | None = None  # of multi-token calls, once measured
+        self._uncertain: np.ndarray | None = None  # [V] logits of a draft to be decoded again
+
+    @property
+    def answer(self) -> Answer:
+        """The answer so far."""
+        return self._decoder.answer
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer is complete."""
+        return self._decoder.finished
+
+    def input_tokens(self, cache: KVCache, drafts: bool = True) -> list[int]:
+        """Return the tokens to decode next: the last one and, where it pays, a draft.
+
+        Args:
+            cache: the KV cache of this sequence.
+            drafts: whether a draft is allowed.
+        """
+        answer = self.answer
+        self._lookup.extend(answer.tokens[self._lookup_length :])
+        self._lookup_length = len(answer.tokens)
+        self._draft = []
+        if drafts and self._uncertain is None:
+            free = min(cache.capacity - cache.length, self._decoder.remaining_tokens) - 1
+            self._draft = self._lookup.draft(free)
+        return [answer.tokens[-1], *self._draft]
+
+    def accept_logits(self, rows: np.ndarray, cache: KVCache, seconds: float | None = None) -> str:
+        """Sample from the logits of ``input_tokens`` or of the prompt; return the new text.
+
+        Args:
+            rows: logits ``[K, V]``.
+            cache: the KV cache of this sequence; rejected tokens are rewound.
+            seconds: duration of the call, by which the lookup judges its drafts.
+        """
+        answer = self.answer
         if self._draft:
-            text, measuring = self._follow(rows, cache), self._deviation is None
+            text, measuring = self._verify_draft(rows, cache), self._deviation is None
         else:
-            text, measuring = self.writer.push(rows[0]), False
+            text, measuring = self._decoder.append_token(rows[0]), False
             if self._uncertain is not None:
                 self._measure(rows[0])
-        if not self.writer.finished and cache.length >= cache.capacity:
-            text += self.writer.finish("capacity")
+        if not self.finished and cache.length >= cache.capacity:
+            text += self._decoder.finish("capacity")
         answer.seconds = perf_counter() - self._started
         answer.first_token_seconds = answer.first_token_seconds or answer.seconds
         if seconds is not None and not measuring:
-            self._lookup.judge(len(self._draft), self._accepted, seconds)
+            self._lookup.record_call(len(self._draft), self._accepted, seconds)
         return text
 
-    def _follow(self, rows: np.ndarray, cache: KVCache) -> str:
-        """Take what is certain of a draft's ``rows [K, V]``; the cache keeps all tokens but the last."""
-        answer, before, text = self.writer.answer, len(self.writer.answer.tokens), ""
+    def _verify_draft(self, rows: np.ndarray, cache: KVCache) -> str:
+        """Accept what is certain of a draft's ``rows [K, V]``, and rewind the cache by the rest."""
+        answer, before, text = self.answer, len(self.answer.tokens), ""
         if self._deviation is not None:
-            deviation = max(SAFETY * self._deviation, LEAST_DEVIATION)
-            text = self.writer.follow(rows, self._draft, deviation)
+            deviation = max(SAFETY_FACTOR * self._deviation, MIN_DEVIATION)
+            text = self._decoder.accept_draft(rows, self._draft, deviation)
         new = answer.tokens[before:]
         cache.rewind(len(rows) - len(new))
-        self._accepted = sum(token == guess for token, guess in zip(new, self._draft, strict=False))
+        pairs = zip(new, self._draft, strict=False)
+        self._accepted = sum(token == speculative for token, speculative in pairs)
         answer.drafted_tokens += len(self._draft)
         answer.accepted_tokens += self._accepted
-        if not self.writer.finished and new == self._draft[: len(new)]:
+        if not self.finished and new == self._draft[: len(new)]:
             self._uncertain = rows[len(new)]
         return text
 
@@ -212,35 +255,37 @@ class Decoding:
         assert self._uncertain is not None
         deviation = float(np.abs(logits - self._uncertain).max())
         self._deviation, self._uncertain = max(deviation, self._deviation or 0.0), None
-        if self._deviation > MOST_DEVIATION:
-            self._lookup.stop()
+        if self._deviation > MAX_DEVIATION:
+            self._lookup.disable()
 
 
 def decode_step(
-    chain: Chain, cache: KVCache, active: Mapping[int, Decoding]
+    chain: Chain, cache: KVCache, active: Mapping[int, SpeculativeSequence]
 ) -> tuple[list[np.ndarray], float | None]:
     """Decode the last token of the sequences in some rows of a cache, in one call.
 
-    A single sequence is decoded with a draft; several are decoded without drafts. The idle rows between them
-    are decoded too, and then rewound. A full idle row loses its last token.
+    A single sequence is decoded with a draft, more than one without drafts. The idle rows between
+    the active ones are decoded too and then rewound. An idle row that is full loses its last token.
 
     Args:
-        active: by row, in ascending order.
+        chain: the components that decode.
+        cache: the KV cache of all sequences.
+        active: the sequences by row, in ascending order.
 
     Returns:
-        logits ``[K, V]`` of each sequence, and the seconds of the call if there is one sequence: the
-        arguments of ``Decoding.take``.
+        the logits ``[K, V]`` of each sequence and, if there is only one sequence, the seconds of
+        the call: the arguments of ``SpeculativeSequence.accept_logits``.
     """
     first, last = min(active), max(active)
     span = cache.rows(first, last + 1)
     if len(active) == 1:
-        tokens = np.array([active[first].tokens(span)])
+        tokens = np.array([active[first].input_tokens(span)])
         begun = perf_counter()
         return [chain.decode(tokens, span)[0]], perf_counter() - begun
     tokens = np.zeros((span.batch, 1), np.int64)
     idle = np.ones(span.batch, bool)
-    for row, decoding in active.items():
-        tokens[row - first] = decoding.tokens(cache.row(row), drafts=False)
+    for row, sequence in active.items():
+        tokens[row - first] = sequence.input_tokens(cache.row(row), drafts=False)
         idle[row - first] = False
     span.lengths[idle] = np.minimum(span.lengths[idle], span.capacity - 1)
     kept = span.lengths.copy()
@@ -251,23 +296,31 @@ def decode_step(
 
 
 def generate(
-    chain: Chain, logits: Sequence[np.ndarray], cache: KVCache, decodings: Sequence[Decoding]
+    chain: Chain,
+    logits: Sequence[np.ndarray],
+    cache: KVCache,
+    sequences: Sequence[SpeculativeSequence],
 ) -> Iterator[list[str]]:
-    """Decode the sequences in the rows of a cache until each has ended; yields each one's new text per step.
+    """Decode the sequences in the rows of a cache until all have ended.
 
     Args:
-        logits: ``[V]`` of each after its prompt.
-        cache: the prompts are in it.
+        chain: the components that decode.
+        logits: ``[V]`` after the prompt of each sequence.
+        cache: the KV cache; it holds the prompts.
+        sequences: one per row of the cache.
+
+    Yields:
+        the new text of each sequence, step by step.
     """
-    active = dict(enumerate(decodings))
-    found = [row[None] for row in logits]
+    active = dict(enumerate(sequences))
+    step_logits = [row[None] for row in logits]
     seconds: float | None = None
     while True:
-        pieces = [""] * len(decodings)
-        for (row, decoding), rows in zip(active.items(), found, strict=True):
-            pieces[row] = decoding.take(rows, cache.row(row), seconds)
-        yield pieces
-        active = {row: decoding for row, decoding in active.items() if not decoding.writer.finished}
+        texts = [""] * len(sequences)
+        for (row, sequence), rows in zip(active.items(), step_logits, strict=True):
+            texts[row] = sequence.accept_logits(rows, cache.row(row), seconds)
+        yield texts
+        active = {row: sequence for row, sequence in active.items() if not sequence.finished}
         if not active:
             return
-        found, seconds = decode_step(chain, cache, active)
+        step_logits, seconds = decode_step(chain, cache, active)

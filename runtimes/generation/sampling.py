@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p, repetition penalty."""
+"""Sampling of the next token: greedy, temperature, top-k, top-p, repetition penalty."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ import numpy as np
 
 from runtimes.errors import UserError
 
-NUCLEUS = 256  # tokens among which the top-p set is looked for first
+TOP_P_CANDIDATES = 256  # tokens among which the top-p set is searched first
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to generate.
+    """Options of generation.
 
     Args:
-        max_new_tokens: upper bound of the answer's length, at least 1.
+        max_new_tokens: largest number of tokens of the answer, at least 1.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set whose probability reaches p, in (0, 1].
-        repetition_penalty: logits of tokens already in the prompt or answer are divided (positive)
-            or multiplied (negative) by it (CTRL, arXiv 1909.05858); 1 is off.
-        seed: of the sampling; the same seed gives the same answer.
+        top_p: keep the smallest set of tokens whose probability reaches p, in (0, 1].
+        repetition_penalty: logits of tokens in the prompt or the answer are divided (positive) or
+            multiplied (negative) by it (CTRL, arXiv 1909.05858); 1 is off.
+        seed: seed of the sampling; the same seed gives the same answer.
         stop: strings that end the answer; they are not part of it.
-        ignore_eos: go on past the end of the answer, as far as the other bounds reach; for measuring speed.
-        logprobs: report the log probability of each token, and of so many of the likeliest in its place;
-            None reports nothing.
-        drafts: guess tokens from what the text repeats and judge several in one call. A guess counts only
-            where the rounding of such a call cannot change the choice, so that the answer is the same.
+        ignore_eos: continue after the end-of-sentence token, to measure speed.
+        logprobs: report the log probability of each token and of this many most likely
+            alternatives; None reports nothing.
+        drafts: use speculative tokens, drafted from repeated text and verified several per call.
+            A token is accepted only if the rounding of such a call cannot change it, so the answer
+            stays the same.
+
+    Raises:
+        UserError: a value is outside its range.
     """
 
     max_new_tokens: int = 256
@@ -44,6 +48,7 @@ class GenerationOptions:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        """Validate the values."""
         checks = [
             (self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
             (self.temperature >= 0, "temperature must not be negative"),
@@ -55,63 +60,78 @@ class GenerationOptions:
             (self.seed >= 0, "seed must not be negative"),
             (self.logprobs is None or self.logprobs >= 0, "logprobs must not be negative"),
         ]
-        for holds, sentence in checks:
-            if not holds:
-                raise UserError(f"{sentence[0].upper()}{sentence[1:]}.")
+        for valid, message in checks:
+            if not valid:
+                raise UserError(f"{message[0].upper()}{message[1:]}.")
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """The natural logarithm of a token's probability before sampling options, and the likeliest ``top``."""
+    """Natural logarithms of probabilities before the sampling options apply.
+
+    Args:
+        token: the token of the answer.
+        logprob: its log probability.
+        top: the most likely tokens and their log probabilities, in descending order.
+    """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
     @classmethod
-    def of(cls, token: int, logits: np.ndarray, count: int) -> TokenLogprobs:
-        """Of ``logits [V]``."""
+    def from_logits(cls, token: int, logits: np.ndarray, count: int) -> TokenLogprobs:
+        """Compute the entry of ``token`` and the ``count`` most likely tokens of ``logits [V]``."""
         scores = logits.astype(np.float64)
         scores -= scores.max()
         scores -= np.log(np.exp(scores).sum())
-        best = likeliest(scores, count).tolist() if count else []
-        return cls(token, float(scores[token]), tuple((each, float(scores[each])) for each in best))
+        best = top_k_indices(scores, count).tolist() if count else []
+        return cls(token, float(scores[token]), tuple((item, float(scores[item])) for item in best))
 
 
-def likeliest(scores: np.ndarray, count: int) -> np.ndarray:
-    """Places of the ``count`` largest of ``scores [V]``, the largest first, of equal ones the first.
+def top_k_indices(scores: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices of the ``count`` largest of ``scores [V]``, in descending order.
 
-    Only these are sorted: of 102,400 that takes a tenth of the time.
+    Equal scores are ordered by index. Only the largest are sorted, which takes a tenth of the time
+    for 102,400 scores.
     """
     if count >= len(scores):
         return np.argsort(-scores, kind="stable")
-    least = np.partition(scores, -count)[-count]
-    found = np.flatnonzero(scores >= least)
-    best: np.ndarray = found[np.argsort(-scores[found], kind="stable")][:count]
+    threshold = np.partition(scores, -count)[-count]
+    candidates = np.flatnonzero(scores >= threshold)
+    best: np.ndarray = candidates[np.argsort(-scores[candidates], kind="stable")][:count]
     return best
 
 
-def nucleus(weights: np.ndarray, mass: float) -> np.ndarray:
-    """Places of the fewest of ``weights [V]``, which add up to 1, that reach ``mass``; the largest first."""
-    count = NUCLEUS
+def top_p_indices(probabilities: np.ndarray, mass: float) -> np.ndarray:
+    """Return the indices of the fewest of ``probabilities [V]`` that add up to ``mass``.
+
+    The indices are in descending order of probability.
+    """
+    count = TOP_P_CANDIDATES
     while True:
-        best = likeliest(weights, count)
-        sums = np.cumsum(weights[best])
-        if sums[-1] >= mass or count >= len(weights):
+        best = top_k_indices(probabilities, count)
+        sums = np.cumsum(probabilities[best])
+        if sums[-1] >= mass or count >= len(probabilities):
             return best[: int(np.searchsorted(sums, mass)) + 1]
         count *= 8
 
 
 class Sampler:
-    """Picks tokens for one sequence; keeps its own random state."""
+    """Samples the tokens of one sequence, with a random state of its own."""
 
     def __init__(self, options: GenerationOptions) -> None:
+        """Seed the random state from the options."""
         self.options = options
         self._random = np.random.default_rng(options.seed)
         self._drawn: float | None = None  # a random number that no token has used yet
 
     def pick(self, logits: np.ndarray, seen: Sequence[int]) -> int:
-        """Next token from ``logits [V]`` float32; ``seen`` are the tokens to penalise.
+        """Sample the next token.
+
+        Args:
+            logits: ``[V]`` float32.
+            seen: tokens of the prompt and the answer, for the repetition penalty.
 
         Raises:
             UserError: the logits hold NaN or infinity.
@@ -121,10 +141,14 @@ class Sampler:
         return token
 
     def pick_if_certain(self, logits: np.ndarray, seen: Sequence[int], deviation: float) -> int | None:
-        """As ``pick``; None, and nothing is used up, where other logits could give another token.
+        """Sample like ``pick``, or return None if slightly different logits could change the token.
+
+        The random state does not advance if the result is None.
 
         Args:
-            deviation: the largest difference of each of the other logits from these.
+            logits: ``[V]`` float32.
+            seen: tokens of the prompt and the answer, for the repetition penalty.
+            deviation: largest difference of the other logits from these.
         """
         token, margin = self._choose(logits, seen)
         if margin <= 2 * deviation * max(
@@ -135,9 +159,9 @@ class Sampler:
         return token
 
     def _choose(self, logits: np.ndarray, seen: Sequence[int]) -> tuple[int, float]:
-        """A token, and by how much two logits must move apart or together for another one."""
+        """Return a token, and how much the difference of two logits must change for another one."""
         if not np.isfinite(logits).all():
-            raise UserError("The decoder gave NaN or infinite logits; run parity to see which stage breaks.")
+            raise UserError("The decoder gave NaN or infinite logits; run parity to see which stage fails.")
         options = self.options
         if options.repetition_penalty != 1 and len(seen):
             logits = logits.copy()
@@ -149,13 +173,13 @@ class Sampler:
             token = int(logits.argmax())
             others = max(logits[:token].max(initial=-np.inf), logits[token + 1 :].max(initial=-np.inf))
             return token, float(logits[token]) - float(others)
-        kept = likeliest(logits, options.top_k) if options.top_k else np.arange(len(logits))
+        kept = top_k_indices(logits, options.top_k) if options.top_k else np.arange(len(logits))
         scores = logits[kept].astype(np.float64)
-        with np.errstate(over="ignore"):  # of the smallest temperatures
+        with np.errstate(over="ignore"):  # at very small temperatures
             weights = np.exp((scores - scores.max()) / options.temperature)
         weights /= weights.sum()
         if options.top_p < 1:
-            best = nucleus(weights, options.top_p)
+            best = top_p_indices(weights, options.top_p)
             kept, weights = kept[best], weights[best] / weights[best].sum()
         if self._drawn is None:
             self._drawn = self._random.random()
@@ -163,15 +187,16 @@ class Sampler:
         sums /= sums[-1]
         place = int(sums.searchsorted(self._drawn, side="right"))  # as numpy's Generator.choice
         if options.top_k or options.top_p < 1:
-            return int(kept[place]), 0.0  # which tokens are kept, and in which order, may change as well
+            return int(kept[place]), 0.0  # the set of tokens and its order may change as well
         below = float(sums[place - 1]) if place else 0.0
         return int(kept[place]), options.temperature * _odds_margin(self._drawn, below, float(sums[place]))
 
 
 def _odds_margin(drawn: float, below: float, above: float) -> float:
-    """How far ``drawn`` lies inside a token's share ``below`` to ``above`` of all probability, in log odds.
+    """Distance in log odds of ``drawn`` from the ends of a token's cumulative probability interval.
 
-    Logits that differ by at most d change the log odds of a set of tokens by at most 2 d / temperature.
+    Logits that differ by at most d change the log odds of a set of tokens by at most
+    2 d / temperature.
     """
     shares = np.array([below, drawn, min(above, 1.0)])
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,7 +1,7 @@
-"""Goldens: recorded inputs and outputs of the reference, stage by stage, one file per request.
+"""Goldens: recorded inputs and outputs of the reference for each stage, one file per request.
 
-A Swift or C++ port can check itself against the same files: ``squares`` are the preprocessed
-images before rescaling, bit for bit.
+A Swift or C++ port can be tested against the same files: ``squares`` are the preprocessed images
+before rescaling, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,25 +14,33 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from runtimes.bundle.bundle import stays_inside
 from runtimes.bundle.files import parse_json
+from runtimes.bundle.manifest import stays_inside
 from runtimes.bundle.tensor_files import save_tensors
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 
 GREEDY_TOKENS = 32
-SETTINGS = "settings.json"  # beside the goldens: model and preprocessing that the reference had
+SETTINGS = "settings.json"  # beside the goldens: model and preprocessing of the reference
 
 
 @dataclass(frozen=True)
 class Golden:
-    """One request and what the fp32 reference made of it.
+    """One request and the results of the fp32 reference.
 
-    ``squares [n, N, N, 3]`` uint8, ``features`` and ``image_embeds [n, T, C]`` float32,
-    ``greedy_tokens [32]`` (not stopped at EOS), ``logits [32, V]`` float32: those of which
-    each greedy token is the argmax, the first one after prefill. ``taps`` (component → tap → sampled
-    values, see ``runtimes.goldens.taps``) has the first golden of a bundle only. ``checkpoint`` is the
-    SHA-256 of the checkpoint that was recorded.
+    Args:
+        checkpoint: SHA-256 of the checkpoint.
+        prompt: the raw prompt.
+        images: names of the image files.
+        squares: resized and padded images ``[n, N, N, 3]`` uint8.
+        features: vision features by name, float32.
+        image_embeds: ``[n, T, D]`` float32.
+        prompt_tokens: ids ``[S]`` int64, images expanded.
+        greedy_tokens: ids ``[32]`` int64, not stopped at EOS.
+        logits: ``[32, V]`` float32; each greedy token is the argmax of its row. The first row is
+            that of prefill.
+        taps: component → tap → sampled values (``runtimes.goldens.taps``); only the first golden
+            of a bundle has them.
     """
 
     checkpoint: str
@@ -48,6 +56,7 @@ class Golden:
 
 
 def save_golden(golden: Golden, file: Path) -> None:
+    """Write a golden as safetensors."""
     tensors = {
         "squares": golden.squares,
         "image_embeds": golden.image_embeds,
@@ -66,13 +75,13 @@ def save_golden(golden: Golden, file: Path) -> None:
 
 
 def is_golden(path: str) -> bool:
-    """Whether a file of ``goldens/`` is that of a numbered request, and not the long golden."""
+    """Whether a file of ``goldens/`` is the golden of a request, and not the long golden."""
     name = PurePosixPath(path)
     return name.suffix == ".safetensors" and name.stem.isdigit()
 
 
-def tokens_of_golden(file: Path) -> int:
-    """Tokens of a golden's prompt and answer, from its header alone; 0 where it cannot be read."""
+def golden_token_count(file: Path) -> int:
+    """Read from the header the tokens of a golden's prompt and answer; 0 if it is not readable."""
     try:
         with safe_open(file, framework="np") as handle:
             return int(handle.get_slice("prompt_tokens").get_shape()[0]) + GREEDY_TOKENS
@@ -81,7 +90,11 @@ def tokens_of_golden(file: Path) -> int:
 
 
 def load_golden(file: Path) -> Golden:
-    """Raises UserError where the file is no golden, or holds NaN or infinity."""
+    """Read a golden that ``save_golden`` wrote.
+
+    Raises:
+        UserError: the file is not a readable golden, or holds NaN or infinity.
+    """
     try:
         with safe_open(file, framework="np") as handle:
             texts = handle.metadata()
@@ -104,44 +117,56 @@ def load_golden(file: Path) -> Golden:
             **tensors,
         )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(
-            f"{file} is no golden that can be read ({error}); export the bundle again."
-        ) from error
+        raise UserError(f"{file} is not a readable golden ({error}); export the bundle again.") from error
     for name in golden.images:
         if not isinstance(name, str) or "/" in name or not stays_inside(name):
-            raise UserError(f"The golden {file} names the image {name!r}, which is not one of the bundle's.")
+            raise UserError(f"The golden {file} has the image {name!r}, which is not in the bundle.")
     check_finite(golden, f"The golden {file}")
     return golden
 
 
 def check_finite(golden: Golden, what: str) -> None:
-    """Raise UserError where a golden holds NaN or infinity, which nothing can be compared with."""
+    """Check that a golden holds neither NaN nor infinity, which cannot be compared.
+
+    Args:
+        golden: the golden.
+        what: its description, as the subject of a message.
+
+    Raises:
+        UserError: it holds one; the message names the tensor.
+    """
     arrays = {**golden.features, "image_embeds": golden.image_embeds, "logits": golden.logits}
     for component, taps in golden.taps.items():
         arrays |= {f"{component} {name}": array for name, array in taps.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise UserError(f"{what} holds NaN or infinity in {name}; are the checkpoint's weights sound?")
+            raise UserError(f"{what} holds NaN or infinity in {name}; check the checkpoint's weights.")
 
 
-def relative_rms(found: np.ndarray, expected: np.ndarray) -> float:
-    """``|found - expected| / |expected|``; NaN where either holds NaN."""
+def relative_rms(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Compute ``|actual - expected| / |expected|`` with RMS norms; NaN if an array holds NaN."""
     exact = expected.astype(np.float64)
-    difference = found.astype(np.float64) - exact
+    difference = actual.astype(np.float64) - exact
     scale = np.sqrt(np.mean(np.square(exact)))
     return float(np.sqrt(np.mean(np.square(difference))) / max(scale, 1e-30))
 
 
-def greedy(
+def greedy_decode(
     chain: Chain,
     prompts: Sequence[np.ndarray],
     count: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` greedy tokens after each prompt ``[S, D]``, going on past EOS, all prompts together.
+    """Decode greedily after each prompt, all prompts together, without a stop at EOS.
+
+    Args:
+        chain: the components.
+        prompts: embeddings ``[S, D]`` of each prompt.
+        count: number of tokens to decode.
+        on_step: called after prefill and after each decode step.
 
     Returns:
-        tokens ``[B, count]`` and the logits ``[B, count, V]`` that they are the argmax of.
+        tokens ``[B, count]``, and the logits ``[B, count, V]`` of which they are the argmax.
     """
     cache = chain.decoder.new_cache(len(prompts), max(map(len, prompts)) + count)
     logits = [np.stack([chain.prefill(embeds, cache.row(row)) for row, embeds in enumerate(prompts)])]
@@ -153,10 +178,18 @@ def greedy(
     return table.argmax(-1), table
 
 
-def teacher_forced(chain: Chain, embeds: np.ndarray, tokens: list[int]) -> np.ndarray:
-    """``[len(tokens), V]`` logits that predict each of ``tokens``, computed in prefill chunks.
+def teacher_forced_logits(chain: Chain, embeds: np.ndarray, tokens: list[int]) -> np.ndarray:
+    """Compute the logits that predict each of ``tokens``, in prefill chunks.
 
-    The last chunk asks for several rows at once, which is what ``logit_rows`` is for.
+    The last chunk requests several logit rows in one call.
+
+    Args:
+        chain: the components.
+        embeds: embeddings ``[S, D]`` of the prompt.
+        tokens: the tokens after the prompt.
+
+    Returns:
+        logits ``[len(tokens), V]``.
     """
     text = chain.embed_tokens(tokens[:-1])
     cache = chain.decoder.new_cache(1, len(embeds) + len(text))

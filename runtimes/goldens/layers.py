@@ -1,8 +1,8 @@
-"""Layer goldens: what each layer of the reference gives when it is handed recorded inputs.
+"""Layer goldens: the output of each layer of the reference for recorded inputs.
 
-Every tap is a border between layers. A layer is handed the recorded tap before it, not what the layer before
-it computed, so that errors do not add up, and roundings of quantized layers that fall the other way do not
-spread.
+Taps are the tensors between layers. Each layer gets the recorded tap before it as input, not the
+output of the previous layer, so that errors do not add up, and a quantized layer that rounds
+differently does not affect the next ones.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from runtimes.bundle.tensor_files import save_tensors
 from runtimes.errors import UserError
 from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS
 
-TOKENS = 128  # of the decoder: the first and the last ones of a golden
-LEAST_ROWS = 4
-STATELESS = ("vision_encoder", "adaptor")  # components that are judged as a whole as well
+TOKENS = 128  # of the decoder: the first and the last tokens of a golden
+MIN_ROWS = 4
+STATELESS = ("vision_encoder", "adaptor")  # components that are also compared as a whole
 Table = dict[str, dict[str, np.ndarray]]  # component → name → values
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """Inputs of components and taps between layers, all float16: every precision takes them exactly.
+    """Inputs of components and layers, in float16, which every precision represents exactly.
 
-    ``inputs`` are the components' own, by the contract's names, ``taps`` what layers are handed.
+    Args:
+        checkpoint: SHA-256 of the checkpoint.
+        inputs: inputs of the components, by the contract's names.
+        taps: inputs of layers, by the names of the taps.
     """
 
     checkpoint: str
@@ -37,6 +40,7 @@ class LayerInputs:
 
 
 def save_tables(file: Path, checkpoint: str, tables: Mapping[str, Table]) -> None:
+    """Write tables of tensors and the SHA-256 of their checkpoint as safetensors."""
     tensors = {
         f"{kind}/{component}/{name}": array
         for kind, table in tables.items()
@@ -47,7 +51,11 @@ def save_tables(file: Path, checkpoint: str, tables: Mapping[str, Table]) -> Non
 
 
 def load_tables(file: Path, checkpoint: str) -> dict[str, Table]:
-    """Raises UserError where the file cannot be read or is of another checkpoint."""
+    """Read tables that ``save_tables`` wrote.
+
+    Raises:
+        UserError: the file is not readable or belongs to another checkpoint.
+    """
     tables: dict[str, Table] = {}
     try:
         with safe_open(file, framework="np") as handle:
@@ -57,15 +65,17 @@ def load_tables(file: Path, checkpoint: str) -> dict[str, Table]:
                 tables.setdefault(kind, {}).setdefault(component, {})[name] = handle.get_tensor(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{file} cannot be read as layer goldens ({error}); export the bundle again."
+            f"{file} does not hold readable layer goldens ({error}); export the bundle again."
         ) from error
     if recorded != checkpoint or not all(set(table) <= set(TAPPED_COMPONENTS) for table in tables.values()):
-        raise UserError(f"{file} holds no layer goldens of the bundle's checkpoint; export the bundle again.")
+        raise UserError(
+            f"{file} does not hold layer goldens of the bundle's checkpoint; export the bundle again."
+        )
     return tables
 
 
 def sample_rows(array: np.ndarray) -> np.ndarray:
-    """Rows ``[rows, C]`` of an array ``[..., C]``, evenly spread, all channels of each."""
+    """Sample evenly spaced rows ``[rows, C]`` of an array ``[..., C]``, with all channels."""
     flat = array.reshape(-1, array.shape[-1])
-    rows = min(max(SAMPLES // flat.shape[1], LEAST_ROWS), len(flat))
+    rows = min(max(SAMPLES // flat.shape[1], MIN_ROWS), len(flat))
     return flat[np.unique(np.linspace(0, len(flat) - 1, rows).astype(np.int64))].astype(np.float32)

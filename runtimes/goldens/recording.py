@@ -1,6 +1,6 @@
-"""Recording goldens: what a chain computes for fixed images and prompts.
+"""Recording of goldens: the results of a chain for fixed images and prompts.
 
-The chain is the fp32 reference's; ``compare`` records those of another bundle instead.
+The chain is that of the fp32 reference; ``compare`` records another bundle instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from runtimes.goldens.golden import (
     GREEDY_TOKENS,
     Golden,
     check_finite,
-    greedy,
+    greedy_decode,
     is_golden,
     load_golden,
     save_golden,
@@ -29,12 +29,12 @@ from runtimes.images import load_image
 from runtimes.preprocess import resize_and_pad, to_pixel_values
 from runtimes.text.tokenizer import expand_images
 
-CACHE_BYTES = 5 << 29  # of the KV cache of prompts that are decoded together: four of the 7B's with one image
+CACHE_BYTES = 5 << 29  # of a KV cache for prompts decoded together: four of the 7B with one image
 
 
 @dataclass(frozen=True)
 class GoldenRequest:
-    """A whole prompt and the image files for its placeholders; their names must differ."""
+    """A raw prompt and the image files for its placeholders; their names must differ."""
 
     prompt: str
     images: tuple[Path, ...]
@@ -42,7 +42,7 @@ class GoldenRequest:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A request that the decoder has positions for, with its golden's number and its prompt's tokens."""
+    """A request that fits into the decoder's positions, with its number and tokens."""
 
     index: int
     request: GoldenRequest
@@ -50,7 +50,7 @@ class _Planned:
 
     @property
     def steps(self) -> int:
-        """Tokens in the KV cache."""
+        """Number of tokens in the KV cache."""
         return len(self.tokens) + GREEDY_TOKENS
 
 
@@ -66,19 +66,22 @@ def record_goldens(
 ) -> None:
     """Write images and ``NN.safetensors`` for every request into ``folder``.
 
-    Prompts are decoded together, as many as ``CACHE_BYTES`` allow: where the reference streams its weights, a
-    step costs the same for one as for all. Of goldens that are there already, those that were decoded
-    together are left as they are.
+    As many prompts as ``CACHE_BYTES`` allow are decoded together: if the reference streams its
+    weights, a step takes the same time for one prompt as for all. A group of goldens that already
+    exists is kept.
 
     Args:
-        checkpoint: SHA-256 of the checkpoint, kept in the goldens.
-        max_positions: of the decoder; longer requests are left out.
-        on_step: called with the steps done and their total.
-        tap: takes the taps of all components, which go into the first golden.
+        chain: the components.
+        requests: prompts and images.
+        folder: output folder.
+        checkpoint: SHA-256 of the checkpoint, which is stored in the goldens.
+        max_positions: positions of the decoder; longer requests are skipped.
+        on_step: called with the number of finished steps and their total.
+        tap: records the taps of all components for the first golden.
         on_saved: called with each golden's file.
 
     Raises:
-        UserError: the decoder has too few positions for any request, or what is computed is not finite.
+        UserError: the decoder has too few positions for every request, or a result is not finite.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     planned = _plan(chain, requests, max_positions)
@@ -109,11 +112,11 @@ def record_goldens(
             goldens[0] = replace(goldens[0], taps=tap(goldens[0]))
             step()
         embeds = [chain.merge(golden.prompt_tokens, golden.image_embeds) for golden in goldens]
-        tokens, logits = greedy(chain, embeds, GREEDY_TOKENS, step)
+        tokens, logits = greedy_decode(chain, embeds, GREEDY_TOKENS, step)
         for row, (golden, file) in enumerate(zip(goldens, files, strict=True)):
-            whole = replace(golden, greedy_tokens=tokens[row].astype(np.int64), logits=logits[row])
-            check_finite(whole, "What the model computes")
-            save_golden(whole, file)
+            recorded = replace(golden, greedy_tokens=tokens[row].astype(np.int64), logits=logits[row])
+            check_finite(recorded, "The output of the model")
+            save_golden(recorded, file)
             on_saved(file)
 
 
@@ -122,7 +125,7 @@ def _file(folder: Path, item: _Planned) -> Path:
 
 
 def _is_kept(file: Path, item: _Planned, checkpoint: str) -> bool:
-    """Whether the golden of a request is there."""
+    """Whether the golden of a request already exists."""
     try:
         golden = load_golden(file)
     except UserError:
@@ -132,11 +135,11 @@ def _is_kept(file: Path, item: _Planned, checkpoint: str) -> bool:
 
 
 def _plan(chain: Chain, requests: Sequence[GoldenRequest], max_positions: int) -> list[_Planned]:
-    """The requests that fit, numbered."""
+    """Number the requests that fit."""
     planned: list[_Planned] = []
     for request in requests:
-        given = chain.tokenizer.encode(request.prompt)
-        tokens = expand_images(given, chain.tokenizer.spec, len(request.images))
+        ids = chain.tokenizer.encode(request.prompt)
+        tokens = expand_images(ids, chain.tokenizer.spec, len(request.images))
         item = _Planned(len(planned), request, tokens)
         if item.steps <= max_positions:
             planned.append(item)
@@ -148,7 +151,7 @@ def _plan(chain: Chain, requests: Sequence[GoldenRequest], max_positions: int) -
 
 
 def _prepare(chain: Chain, item: _Planned, folder: Path, checkpoint: str) -> Golden:
-    """Everything before the decoder, on the images in ``folder``; without greedy tokens and logits."""
+    """Run everything before the decoder; greedy tokens and logits are still empty."""
     images = [folder / source.name for source in item.request.images]
     spec = chain.preprocessing
     squares = [resize_and_pad(load_image(image, spec.on_white), spec) for image in images]
@@ -167,7 +170,7 @@ def _prepare(chain: Chain, item: _Planned, folder: Path, checkpoint: str) -> Gol
 
 
 def _groups(chain: Chain, planned: Sequence[_Planned]) -> list[list[_Planned]]:
-    """The requests by length, cut where a group's KV cache would exceed ``CACHE_BYTES``."""
+    """Group the requests by length so that no KV cache exceeds ``CACHE_BYTES``."""
     groups: list[list[_Planned]] = [[]]
     for item in sorted(planned, key=lambda item: item.steps):
         rows = len(groups[-1]) + 1

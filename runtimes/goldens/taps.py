@@ -1,7 +1,7 @@
-"""Taking taps: every component of a chain run once on one golden request.
+"""Recording of taps: each component of a chain runs once on the request of a golden.
 
-The chain's sessions must be debug builds. What is kept of a tap is a fixed sample of its values, so
-that the taps of a 7B's 66 layers fit into 20 MB.
+The chain's sessions must be debug builds. A fixed sample of the values of each tap is kept, so that
+the taps of the 66 layers of the 7B fit into 20 MB.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ Taps = dict[str, np.ndarray]  # name → sampled values
 
 
 def sample(array: np.ndarray) -> np.ndarray:
-    """All values of an array flat, or ``SAMPLES`` of them at places that depend on its size alone.
+    """Flatten an array, and sample ``SAMPLES`` values if it has more.
 
-    The places are hashed (splitmix64, Steele et al. 2014), so that no axis is favoured: a wrong
-    channel, token or window is hit as often as its share.
+    The positions depend only on the size of the array. They are hashed (splitmix64, Steele et al.
+    2014), so that no axis is favored: a wrong channel, token or window is sampled in proportion to
+    its size.
+
+    Returns:
+        ``[min(size, SAMPLES)]`` float32.
     """
     flat = array.reshape(-1)
     if flat.size <= SAMPLES:
@@ -31,15 +35,15 @@ def sample(array: np.ndarray) -> np.ndarray:
 
 
 def hashed_numbers(count: int) -> np.ndarray:
-    """``count`` uint64 numbers with random bits, always the same: splitmix64 of 0, 1, 2 …"""
+    """Return ``count`` deterministic uint64 numbers: splitmix64 of 0, 1, 2, and so on."""
     mixed = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return np.asarray(mixed ^ (mixed >> np.uint64(31)))
 
 
-def take_taps(chain: Chain, golden: Golden, component: str) -> Taps:
-    """Run one component on the reference's own input and sample its taps, in order of execution."""
+def record_taps(chain: Chain, golden: Golden, component: str) -> Taps:
+    """Run a component on the reference's input and sample its taps, in order of execution."""
     if component == "vision_encoder":
         pixels = to_pixel_values(golden.squares[0], chain.preprocessing)
         tapped = chain.encode_pixels(pixels[None])
@@ -54,19 +58,19 @@ def take_taps(chain: Chain, golden: Golden, component: str) -> Taps:
     return {spec.name: sample(tapped[spec.name]) for spec in contract.taps}
 
 
-def take_all_taps(chain: Chain, golden: Golden) -> dict[str, Taps]:
-    """Taps of every component of a chain of debug builds."""
-    return {component: take_taps(chain, golden, component) for component in TAPPED_COMPONENTS}
+def record_all_taps(chain: Chain, golden: Golden) -> dict[str, Taps]:
+    """Record the taps of every component of a chain of debug builds."""
+    return {component: record_taps(chain, golden, component) for component in TAPPED_COMPONENTS}
 
 
 def _tap_decoder(chain: Chain, golden: Golden) -> Taps:
-    """The prompt in prefill chunks, its last tokens as eight and one, so that the cache is read as well.
+    """Decode the prompt in prefill chunks, the last of 8 and 1 tokens, which read the cache.
 
-    The chunks are the same for all chains, as each call gives a row of logits.
+    The chunks are the same for all chains, because each call returns a row of logits.
     """
     embeds = chain.merge(golden.prompt_tokens, golden.image_embeds)
-    cache, parts, most = chain.decoder.new_cache(1, len(embeds)), [], len(embeds) - 9
-    borders = [*range(PREFILL_CHUNK, most, PREFILL_CHUNK), most, most + 8]
+    cache, parts, end = chain.decoder.new_cache(1, len(embeds)), [], len(embeds) - 9
+    borders = [*range(PREFILL_CHUNK, end, PREFILL_CHUNK), end, end + 8]
     for chunk in np.split(embeds, borders):
         chain.decoder.decode(chunk[None], np.array([len(chunk) - 1]), cache)
         parts.append(chain.decoder.tapped)

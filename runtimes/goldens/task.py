@@ -1,4 +1,4 @@
-"""Task accuracy: questions with one right answer, asked through a pipeline."""
+"""Task accuracy: questions with one correct answer, answered by a pipeline."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from runtimes.text.prompt import Message
 
 @dataclass(frozen=True)
 class TaskItem:
-    """One question: images, the turns before it, and the only right answer.
+    """One question and its only correct answer.
 
-    ``reference`` and ``reference_tokens`` are the fp32 reference's own answer and its length, where
-    they were recorded.
+    Args:
+        images: image files.
+        messages: earlier turns, then the question.
+        expected: the correct answer.
+        kind: category of the question.
+        reference: the fp32 reference's answer, if recorded.
+        reference_tokens: number of tokens of the fp32 reference's answer, if recorded.
     """
 
     images: tuple[Path, ...]
@@ -33,54 +38,64 @@ class TaskItem:
 
 @dataclass
 class TaskScore:
-    """Right answers and questions, overall and by kind, the wrong ones, and tokens per answer."""
+    """Results of a task.
 
-    right: Counter[str] = field(default_factory=Counter)
-    asked: Counter[str] = field(default_factory=Counter)
-    wrong: list[tuple[TaskItem, str]] = field(default_factory=list)
+    Args:
+        correct: number of correct answers by kind.
+        questions: number of questions by kind.
+        incorrect: questions with an incorrect answer, and the answer.
+        answers: all answers, in order.
+        tokens: number of tokens of each answer.
+    """
+
+    correct: Counter[str] = field(default_factory=Counter)
+    questions: Counter[str] = field(default_factory=Counter)
+    incorrect: list[tuple[TaskItem, str]] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
     def add(self, item: TaskItem, answer: str, tokens: int) -> None:
-        """One answer; it is right when it equals the expected text."""
-        self.asked[item.kind] += 1
+        """Add an answer, which is correct if it equals the expected text."""
+        self.questions[item.kind] += 1
         self.answers.append(answer)
         self.tokens.append(tokens)
         if answer == item.expected:
-            self.right[item.kind] += 1
+            self.correct[item.kind] += 1
         else:
-            self.wrong.append((item, answer))
+            self.incorrect.append((item, answer))
 
     def merge(self, other: TaskScore) -> None:
-        """Take in the answers to the questions that come next."""
-        self.right += other.right
-        self.asked += other.asked
-        self.wrong += other.wrong
+        """Append the results of the questions that come next."""
+        self.correct += other.correct
+        self.questions += other.questions
+        self.incorrect += other.incorrect
         self.answers += other.answers
         self.tokens += other.tokens
 
     @property
     def mean_tokens(self) -> float:
+        """Mean number of tokens of an answer."""
         return sum(self.tokens) / max(len(self.tokens), 1)
 
     @property
     def accuracy(self) -> float:
-        """Exact match over all questions, 0 to 1."""
-        return self.right.total() / max(self.asked.total(), 1)
+        """Share of exact matches over all questions, 0 to 1."""
+        return self.correct.total() / max(self.questions.total(), 1)
 
     def by_kind(self) -> dict[str, float]:
-        return {kind: self.right[kind] / count for kind, count in sorted(self.asked.items())}
+        """Return the accuracy of each kind, 0 to 1."""
+        return {kind: self.correct[kind] / count for kind, count in sorted(self.questions.items())}
 
 
 def load_task(file: Path) -> list[TaskItem]:
-    """Items of a JSONL file, image paths relative to it.
+    """Read the items of a JSONL file.
 
-    Each line has ``images`` (or ``image``), ``question`` (or ``prompt``), ``expected``, and
-    optionally ``history`` (messages), ``kind``, ``reference`` and ``reference_tokens`` (the fp32
-    reference's answer and its number of tokens).
+    Each line has ``images`` (or ``image``; paths are relative to the file), ``question`` (or
+    ``prompt``), ``expected``, and optionally ``history`` (messages), ``kind``, ``reference`` and
+    ``reference_tokens`` (the fp32 reference's answer and its number of tokens).
 
     Raises:
-        UserError: the file is missing, or a line cannot be read (it is named).
+        UserError: the file is missing, or a line is not a task item; the message has its number.
     """
     items = [_item(file, number, row) for number, row in read_json_lines(file, "task file")]
     if not items:
@@ -109,13 +124,13 @@ def _item(file: Path, number: int, row: Any) -> TaskItem:
             reference_tokens=tokens,
         )
     except (KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"Line {number} of {file} is no task item ({error}).") from error
+        raise UserError(f"Line {number} of {file} is not a valid task item ({error}).") from error
 
 
 def run_task(
     pipeline: Pipeline, items: list[TaskItem], on_item: Callable[[], None], max_new_tokens: int = 48
 ) -> TaskScore:
-    """Ask every question greedily, one token a call."""
+    """Answer every question greedily, without speculative tokens."""
     score = TaskScore()
     options = GenerationOptions(max_new_tokens=max_new_tokens, drafts=False)
     for item in items:
@@ -126,7 +141,7 @@ def run_task(
 
 
 def recorded_score(items: list[TaskItem]) -> TaskScore | None:
-    """The score of the recorded reference answers; None where a question has none."""
+    """Score the recorded reference answers; None if a question has none."""
     score = TaskScore()
     for item in items:
         if item.reference is None or item.reference_tokens is None:

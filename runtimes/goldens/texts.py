@@ -1,7 +1,7 @@
-"""Text goldens: what text becomes which tokens, and which text tokens become, with a checkpoint's own files.
+"""Text goldens: token ids of texts and texts of token ids, from a checkpoint's own files.
 
-``goldens/text.json`` of a bundle holds conversations with their token ids, answers with their text, the
-settings of the prompt, and digests over all that ``tokenizer.json`` says.
+``goldens/text.json`` of a bundle holds conversations with their token ids, answers with their text,
+the settings of the prompt, and digests of the parts of ``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from runtimes.text.tokenizer import Tokenizer, expand_images
 TEXT_GOLDENS = "text.json"
 BLOCK = 256  # tokens that share a digest
 DIGITS = 16  # of a digest
-SHOWN = 60  # characters of a text in a sentence
+SHOWN = 60  # characters of a text in a message
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with a number of images, in the form of ``Message.from_dict``."""
+    """Messages and the number of their images."""
 
     messages: tuple[Message, ...]
     images: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"messages": [_message(each) for each in self.messages], "images": self.images}
+        """Return the object for JSON."""
+        return {"messages": list(map(_message, self.messages)), "images": self.images}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Conversation:
-        """Inverse of ``to_dict``."""
+        """Read the result of ``to_dict``."""
         return cls(tuple(map(Message.from_dict, raw["messages"])), int(raw["images"]))
 
 
@@ -51,12 +51,18 @@ def _message(message: Message) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TextGoldens:
-    """What a tokenizer and the settings of a prompt make of texts.
+    """Recorded results of a tokenizer and its prompt settings.
 
-    ``prompts``: ids of each conversation, images expanded, BOS first. ``raw``: ids of each raw prompt.
-    ``answers``: text of each sequence of ids, streamed. ``prompt``: the fields of ``PromptSpec``.
-    ``sections``: digests of the parts of ``tokenizer.json``. ``pieces`` and ``encodings``: digests of the
-    texts of ``BLOCK`` tokens each, and of their ids when those texts are encoded again.
+    Args:
+        conversations: the conversations.
+        prompts: ids of each conversation, images expanded, BOS first.
+        raw: ids of each raw prompt.
+        answers: ids and their streamed text.
+        prompt: the fields of ``PromptSpec``.
+        vocabulary: number of ids that the model can produce.
+        sections: digests of the parts of ``tokenizer.json``.
+        pieces: digests of the texts of ``BLOCK`` tokens each.
+        encodings: digests of the ids of those texts when they are encoded again.
     """
 
     conversations: tuple[Conversation, ...]
@@ -70,11 +76,9 @@ class TextGoldens:
     encodings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            **asdict(self),
-            "conversations": [each.to_dict() for each in self.conversations],
-        }
+        """Return the object for JSON."""
+        conversations = [conversation.to_dict() for conversation in self.conversations]
+        return {**asdict(self), "conversations": conversations}
 
     @classmethod
     def load(cls, file: Path) -> TextGoldens:
@@ -113,17 +117,19 @@ def record_texts(
     answers: Sequence[Sequence[int]],
     vocabulary: int,
 ) -> TextGoldens:
-    """What a tokenizer makes of texts.
+    """Record the results of a tokenizer.
 
     Args:
-        raw: prompts in which spelled control tokens count.
-        answers: ids to stream.
-        vocabulary: ids that the model can produce.
+        tokenizer: the tokenizer with its prompt settings.
+        conversations: conversations to encode.
+        raw: raw prompts to encode, in which spelled control tokens count.
+        answers: ids to decode as a stream.
+        vocabulary: number of ids that the model can produce.
     """
     pieces = list(_blocks(tokenizer, vocabulary))
     return TextGoldens(
         conversations=tuple(conversations),
-        prompts=tuple(_encode(tokenizer, each) for each in conversations),
+        prompts=tuple(_encode(tokenizer, conversation) for conversation in conversations),
         raw={text: tokenizer.encode(text) for text in raw},
         answers=tuple((list(tokens), _decode(tokenizer, tokens)) for tokens in answers),
         prompt=_plain(tokenizer.spec.settings()),
@@ -134,37 +140,41 @@ def record_texts(
     )
 
 
-def record_again(goldens: TextGoldens, tokenizer: Tokenizer) -> TextGoldens:
-    """What another tokenizer makes of the same texts."""
+def rerecord_texts(goldens: TextGoldens, tokenizer: Tokenizer) -> TextGoldens:
+    """Record the results of another tokenizer for the same texts."""
     answers = [tokens for tokens, _ in goldens.answers]
     return record_texts(tokenizer, goldens.conversations, list(goldens.raw), answers, goldens.vocabulary)
 
 
-def text_differences(found: TextGoldens, expected: TextGoldens) -> Iterator[str]:
-    """One clause for each difference, what says most first."""
+def text_differences(actual: TextGoldens, expected: TextGoldens) -> Iterator[str]:
+    """List the differences of text goldens, the most informative first.
+
+    Yields:
+        one clause per difference, for a message.
+    """
     for name, theirs in expected.prompt.items():
-        ours = found.prompt.get(name)
+        ours = actual.prompt.get(name)
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            ours = {key: ours.get(key) for key in theirs}  # a later release may know more keys
+            ours = {key: ours.get(key) for key in theirs}  # a later release may have more keys
         if ours != theirs:
             yield f"the manifest's prompt has {name} {_cut(ours)}, the reference has {_cut(theirs)}"
-    for name in sorted(found.sections.keys() | expected.sections.keys()):
-        if found.sections.get(name) != expected.sections.get(name):
+    for name in sorted(actual.sections.keys() | expected.sections.keys()):
+        if actual.sections.get(name) != expected.sections.get(name):
             yield f"the {name} of tokenizer.json differs from the checkpoint's"
     for conversation, ours, theirs in zip(
-        expected.conversations, found.prompts, expected.prompts, strict=True
+        expected.conversations, actual.prompts, expected.prompts, strict=True
     ):
         if ours != theirs:
             yield _tokens_differ(f"the conversation {_cut(conversation.messages[-1].content)}", ours, theirs)
     for text, theirs in expected.raw.items():
-        if found.raw[text] != theirs:
-            yield _tokens_differ(f"the text {_cut(text)}", found.raw[text], theirs)
-    for (tokens, ours), (_, theirs) in zip(found.answers, expected.answers, strict=True):
+        if actual.raw[text] != theirs:
+            yield _tokens_differ(f"the text {_cut(text)}", actual.raw[text], theirs)
+    for (tokens, ours), (_, theirs) in zip(actual.answers, expected.answers, strict=True):
         if ours != theirs:
-            yield f"the tokens {tokens[:8]} are read as {_cut(ours)}, the reference reads {_cut(theirs)}"
+            yield f"the tokens {tokens[:8]} decode to {_cut(ours)}, in the reference to {_cut(theirs)}"
     for what, ours, theirs in (
-        ("have other texts", found.pieces, expected.pieces),
-        ("have texts that are encoded differently", found.encodings, expected.encodings),
+        ("have other texts", actual.pieces, expected.pieces),
+        ("have texts that are encoded differently", actual.encodings, expected.encodings),
     ):
         if ours != theirs:
             places = [
@@ -198,7 +208,7 @@ def _blocks(tokenizer: Tokenizer, vocabulary: int) -> Iterator[list[str]]:
 
 
 def _sections(file: Path) -> dict[str, str]:
-    """Digests of what ``tokenizer.json`` says; the order of its keys does not count."""
+    """Digest the parts of ``tokenizer.json``; the order of its keys does not matter."""
     raw = read_json(file)
     model = raw.pop("model", None)
     parts = dict(model) if isinstance(model, dict) else {"model": model}
@@ -211,7 +221,7 @@ def _digest(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
+    """Return a value as read back from JSON."""
     return json.loads(json.dumps(value))
 
 

@@ -1,9 +1,10 @@
-"""DeepSeek-VL's prompt format, as the original's ``deepseek`` conversation template writes it.
+"""DeepSeek-VL's prompt format: the ``deepseek`` conversation template of the original code.
 
-A conversation becomes a ``PromptText``: text that remembers which of its parts are control tokens. What a
-user, the system prompt or an earlier answer says is always text, also where it spells a control token.
-The words ``User:`` and ``Assistant:`` are plain text in this format, so a message can write them; it cannot
-write the end-of-sentence token that separates an answer from the next message.
+A conversation becomes a ``PromptText``: text that records which of its parts are control tokens.
+The content of a user's message, the system prompt or an earlier answer is always text, even if it
+spells a control token. The words ``User:`` and ``Assistant:`` are plain text in this format, so a
+message can contain them; it cannot contain the end-of-sentence token that separates an answer from
+the next message.
 """
 
 from __future__ import annotations
@@ -29,29 +30,34 @@ ROLES = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
 class Control(Enum):
-    """A control token of a prompt; the value is how raw prompts spell it."""
+    """A control token of a prompt; the value is its spelling in raw prompts."""
 
     IMAGE = IMAGE_PLACEHOLDER
     EOS = EOS
 
 
-IMAGE: Literal[Control.IMAGE] = Control.IMAGE  # the part of a message that stands for an image
+IMAGE: Literal[Control.IMAGE] = Control.IMAGE  # the part of a message at the position of an image
 Part = Union[str, Literal[Control.IMAGE]]
 Piece = Union[str, Control]
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The texts between the contents of a conversation; a bundle's manifest holds them.
+    """Texts between the messages of a conversation, as stored in a bundle's manifest.
 
-    Each message is ``{role}{content}{role_end}``; an end that is the end-of-sentence token is that token, not
-    text. A message without content is ``{role}`` alone, its white space at the right left out.
+    Each message is ``{role}{content}{role_end}``; an end that equals the end-of-sentence token is
+    that token, not text. A message without content is ``{role}`` without trailing white space.
 
     Args:
-        system_end: after the system prompt.
-        later_system, later_system_end: of a system message that follows other messages.
-        answer: what a prompt ends with, for the model to continue.
-        text_separator: between two text parts of one message that follow each other.
+        system_end: end of the system prompt.
+        user: start of a user's message.
+        user_end: end of a user's message.
+        assistant: start of an assistant's message.
+        assistant_end: end of an assistant's message.
+        later_system: start of a system message that follows other messages.
+        later_system_end: end of a system message that follows other messages.
+        answer: end of a prompt, which the model continues.
+        text_separator: separator of consecutive text parts of one message.
     """
 
     system_end: str = "\n\n"
@@ -65,7 +71,7 @@ class ChatTemplate:
     text_separator: str = " "
 
     def role(self, role: str) -> tuple[str, str]:
-        """Start and end of a message of ``role``."""
+        """Return the start and end of a message of ``role``."""
         return {
             "user": (self.user, self.user_end),
             "assistant": (self.assistant, self.assistant_end),
@@ -77,21 +83,23 @@ TEMPLATE = ChatTemplate()
 
 
 class PromptText(str):
-    """A prompt as text, whose ``pieces`` tell control tokens from text that only spells them.
+    """A prompt whose ``pieces`` distinguish control tokens from text that spells them.
 
-    ``Tokenizer.encode`` encodes the pieces: control tokens become their ids, everything else is text.
-    A string that is cut or joined from it is a raw prompt, in which spelled control tokens count.
+    ``Tokenizer.encode`` encodes the pieces: control tokens become their ids, the rest is text. A
+    string that is sliced or joined from it is a raw prompt, in which spelled control tokens count.
     """
 
     pieces: tuple[Piece, ...]
 
     def __new__(cls, pieces: Iterable[Piece]) -> PromptText:
+        """Join the pieces."""
         pieces = tuple(pieces)
         text = super().__new__(cls, "".join(p.value if isinstance(p, Control) else p for p in pieces))
         text.pieces = pieces
         return text
 
-    def __getnewargs__(self) -> tuple[Any, ...]:  # for pickle
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """Return the arguments of ``__new__``, for pickle."""
         return (self.pieces,)
 
 
@@ -100,8 +108,10 @@ class Message:
     """One message of a conversation.
 
     Args:
+        role: the author of the message.
         content: a text, or a sequence of texts and ``IMAGE`` parts. Texts are never read as control
-            tokens; ``place_images`` says when ``<image_placeholder>`` in a user's text is an image.
+            tokens; ``place_images`` defines when ``<image_placeholder>`` in a user's text is an
+            image.
     """
 
     role: Literal["user", "assistant", "system"]
@@ -109,9 +119,10 @@ class Message:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Message:
-        """Read ``{"role": …, "content": …}``.
+        """Read a message from ``{"role": …, "content": …}``.
 
-        The content is a text or a list of ``{"type": "text", "text": …}`` and ``{"type": "image"}``.
+        The content is a text or a list of ``{"type": "text", "text": …}`` and
+        ``{"type": "image"}``.
 
         Raises:
             UserError: the message has any other form.
@@ -127,18 +138,18 @@ class Message:
             )
         message = cls("user" if role == "user" else "assistant" if role == "assistant" else "system", content)
         if message.images and role != "user":
-            raise UserError(f"Only user messages can have images, got one of role {role!r}.")
+            raise UserError(f"Only user messages can have images, got a message of role {role!r}.")
         return message
 
     @classmethod
-    def of_parts(cls, role: Literal["user", "assistant", "system"], parts: Sequence[Part]) -> Message:
-        """A message of several parts; texts alone are joined as the chat template does, with a space."""
+    def from_parts(cls, role: Literal["user", "assistant", "system"], parts: Sequence[Part]) -> Message:
+        """Create a message of several parts; if all are texts, join them like the chat template."""
         texts = [part for part in parts if isinstance(part, str)]
         return cls(role, TEMPLATE.text_separator.join(texts) if len(texts) == len(parts) else tuple(parts))
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The content as parts; a text is one."""
+        """The content as a tuple of parts."""
         return (self.content,) if isinstance(self.content, str) else tuple(self.content)
 
     @property
@@ -155,18 +166,18 @@ def _part(raw: Any) -> Part:
         return IMAGE
     if kind == "text" and isinstance(raw.get("text"), str):
         return str(raw["text"])
-    raise UserError(f"A part of a message is a text or an image, got {raw!r}.")
+    raise UserError(f"A part of a message must be a text or an image, got {raw!r}.")
 
 
 def place_images(messages: Sequence[Message], images: int) -> list[Message]:
     """Turn ``<image_placeholder>`` in the texts of users into image parts, for ``images`` images.
 
-    Messages that have image parts already are taken as they are. Otherwise each placeholder in a user's
-    text is the place of an image if there are as many as images. Without any placeholder, the images come
-    before the text of the first user message. Without images, a placeholder is text.
+    Messages that already have image parts are not changed. Otherwise each placeholder in a user's
+    text is the position of an image if there are as many as images. Without placeholders, the
+    images come before the text of the first user message. Without images, a placeholder is text.
 
     Raises:
-        UserError: the number of places differs from the number of images.
+        UserError: the number of positions differs from the number of images.
     """
     placed = sum(message.images for message in messages)
     spelled = sum(
@@ -178,13 +189,13 @@ def place_images(messages: Sequence[Message], images: int) -> list[Message]:
         return list(messages)
     if placed or spelled not in (0, images):
         raise UserError(
-            f"The messages have {placed or spelled} {IMAGE_PLACEHOLDER} but {images} images were given; give"
-            " an image for each, or none to use the word as text."
+            f"The messages have {placed or spelled} {IMAGE_PLACEHOLDER} but {images} images were passed;"
+            " pass one image per placeholder, or none to use the placeholder as text."
         )
     result = list(messages)
     users = [place for place, message in enumerate(messages) if message.role == "user"]
     if not users:
-        raise UserError("Images need a user message, the conversation has none.")
+        raise UserError("Images need a user message, but the conversation has none.")
     if not spelled:
         first = result[users[0]]
         result[users[0]] = replace(first, content=(*[IMAGE] * images, *first.parts))
@@ -201,12 +212,12 @@ def place_images(messages: Sequence[Message], images: int) -> list[Message]:
 def format_chat(
     messages: Sequence[Message], system: str = SYSTEM_PROMPT, template: ChatTemplate = TEMPLATE
 ) -> PromptText:
-    """Render a conversation, with an open ``Assistant:`` after a last user message.
+    r"""Format a conversation; after a last user message, it ends with an open ``Assistant:``.
 
-    ``{system}\\n\\nUser: {text}\\n\\nAssistant: {text}<EOS>User: ...``; BOS is not part of the text. System
-    messages at the beginning replace ``system``; later ones become ``System: {text}<EOS>``, as in the chat
-    template that transformers' conversion script writes. White space at the start is left out, as the
-    original's processor strips its prompts.
+    The format is ``{system}\n\nUser: {text}\n\nAssistant: {text}<EOS>User: ...`` without BOS.
+    System messages at the beginning replace ``system``; later ones become
+    ``System: {text}<EOS>``, as in the chat template of transformers' conversion script. Leading
+    white space is removed, since the original processor strips its prompts.
     """
     leading = list(takewhile(lambda message: message.role == "system", messages))
     if leading:
@@ -228,7 +239,7 @@ def _render(message: Message, template: ChatTemplate) -> list[Piece]:
 
 
 def _content(message: Message, template: ChatTemplate) -> list[Piece]:
-    """Texts and images of a message; of its first and last part, white space at the ends is left out."""
+    """Return texts and images of a message, without white space at its start and end."""
     parts = list(message.parts)
     if parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()

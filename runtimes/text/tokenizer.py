@@ -1,4 +1,4 @@
-"""Text to tokens and back: the checkpoint's own ``tokenizer.json``."""
+"""Tokenizer: text to token ids and back, with the checkpoint's own ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from runtimes.text.prompt import IMAGE_PLACEHOLDER, ChatTemplate, Control, Promp
 from runtimes.text.tokenizer_file import is_library_failure, read_tokenizer
 
 T = TypeVar("T")
-LONGEST_SPACE = 10_000  # characters of white space in a row: about half a second with a quadratic pattern
+MAX_SPACE_RUN = 10_000  # characters of white space: half a second with a quadratic pattern
 SPACES = re.compile(r"\s+")
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # of byte fallback, as in LLaMA's tokenizers
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # byte fallback, as in LLaMA's tokenizers
 
 
 def _byte_characters() -> dict[str, int]:
-    """The characters that stand for bytes in byte-level vocabularies (GPT-2's ``bytes_to_unicode``)."""
+    """Map the characters of byte-level vocabularies to bytes (GPT-2's ``bytes_to_unicode``)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -38,13 +38,17 @@ BYTES = _byte_characters()
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """Token ids and texts of the prompt format, and how many tokens an image becomes.
+    """Token ids and texts of the prompt format, and the number of tokens of an image.
 
     Args:
-        eos_ids: tokens that end an answer; the first one also ends an assistant's message in a prompt.
-        image_tokens: tokens that each image placeholder becomes.
+        system_prompt: the system prompt of conversations without one of their own.
+        bos_id: the first token of every prompt.
+        eos_ids: tokens that end an answer; the first also ends an assistant's message in a prompt.
+        image_token_id: the token of an image placeholder.
+        image_tokens: number of tokens that each image placeholder expands to.
+        template: texts between the messages.
         template_difference: how the checkpoint's own chat template differs from ``template``, as a
-            sentence; empty where it does not, or there is none.
+            sentence; empty if it does not differ or does not exist.
     """
 
     system_prompt: str
@@ -61,14 +65,14 @@ class PromptSpec:
         return self.eos_ids[0]
 
     def settings(self) -> dict[str, Any]:
-        """All that changes token ids or texts, as in a manifest."""
+        """Return the settings that affect token ids or texts, in the form of the manifest."""
         values = asdict(self)
         del values["template_difference"]
         return values
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> PromptSpec:
-        """Read the object of a manifest, which its schema has checked; 0.4 wrote one ``eos_id``."""
+        """Read the validated object of a manifest; bundles of 0.4 have a single ``eos_id``."""
         values = dict(raw)
         eos_ids = tuple(values.pop("eos_ids", ())) or (values["eos_id"],)
         values.pop("eos_id", None)
@@ -77,38 +81,40 @@ class PromptSpec:
 
 
 class Tokenizer:
-    """``tokenizer.json`` with BOS put first; decoding leaves special tokens out.
-
-    Raises:
-        UserError: the file is missing or not a tokenizer.
-    """
+    """Tokenizer of a checkpoint; encoding prepends BOS, decoding skips special tokens."""
 
     def __init__(self, file: Path, spec: PromptSpec) -> None:
+        """Read ``tokenizer.json``.
+
+        Raises:
+            UserError: the file is missing or not a tokenizer.
+        """
         self._tokenizer = read_tokenizer(file)
         self.file, self.spec = file, spec
         self._plain: PlainTokenizer | None = None
         self._lock = Lock()
 
     def encode(self, prompt: str) -> list[int]:
-        """Ids of a prompt, BOS first; each image placeholder is still one token.
+        r"""Encode a prompt to token ids, BOS first; each image placeholder is still one token.
 
-        Of a ``PromptText`` (``format_chat``), only the control tokens that the prompt format placed are
-        control tokens; text that spells one is encoded as text. Of any other string, a raw prompt, every
-        spelled added token counts.
+        In a ``PromptText`` (``format_chat``), only control tokens placed by the prompt format are
+        control tokens; text that spells one is encoded as text. In any other string, a raw prompt,
+        every spelled added token is that token.
 
-        The time that a tokenizer takes can grow with the square of a run of white space (patterns like
-        ``\\s+$`` try every start), so a run is at most LONGEST_SPACE characters; a longer one is refused,
-        which changes no ids. Other tokenizers can be slow in other ways: ``serve`` encodes in a process.
+        The time of a tokenizer can grow with the square of the length of a run of white space
+        (patterns like ``\s+$`` try every start), so runs longer than MAX_SPACE_RUN characters are
+        rejected; no ids change. Other tokenizers can be slow in other ways: ``serve`` encodes in a
+        separate process.
 
         Raises:
-            UserError: the text is not valid Unicode, has too long a run of white space, or the tokenizer
-                fails on it.
+            UserError: the text is not valid Unicode, has too long a run of white space, or the
+                tokenizer fails on it.
         """
         longest = max((len(run) for run in SPACES.findall(prompt)), default=0)
-        if longest > LONGEST_SPACE:
+        if longest > MAX_SPACE_RUN:
             raise UserError(
-                f"The prompt has {longest} characters of white space in a row, the most is {LONGEST_SPACE};"
-                " shorten them."
+                f"The prompt has {longest} characters of white space in a row, but at most"
+                f" {MAX_SPACE_RUN} are allowed; shorten them."
             )
         if isinstance(prompt, PromptText):
             ids = {Control.EOS: self.spec.eos_id, Control.IMAGE: self.spec.image_token_id}
@@ -119,7 +125,7 @@ class Tokenizer:
         return [self.spec.bos_id, *tokens]
 
     def _plain_tokenizer(self) -> PlainTokenizer:
-        """Built when it is first needed, which takes half a second with 100,000 tokens."""
+        """Return the plain tokenizer, built on first use (half a second with 100,000 tokens)."""
         with self._lock:
             if self._plain is None:
                 placed = {self.spec.bos_id, self.spec.eos_id, self.spec.image_token_id}
@@ -127,10 +133,10 @@ class Tokenizer:
             return self._plain
 
     def _call(self, function: Callable[[], T]) -> T:
-        """Call the library; what it raises becomes a UserError.
+        """Call the library and convert its errors to UserError.
 
-        It raises TypeError and UnicodeError for surrogates, from bytes that are not UTF-8, and panics where
-        a regex gives up.
+        It raises TypeError or UnicodeError for surrogates (from bytes that are not UTF-8), and
+        panics if a regex reaches its limit.
         """
         try:
             return function()
@@ -145,24 +151,24 @@ class Tokenizer:
             ) from error
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """Each token's own text, special ones written out; parts of a character give U+FFFD."""
+        """Return the text of each token, also of special ones; a part of a character is U+FFFD."""
         return [str(self._tokenizer.decode([token], skip_special_tokens=False)) for token in tokens]
 
     def token_bytes(self, token: int) -> bytes:
-        """The exact bytes that a token adds to a text; of a part of a character, that part.
+        """Return the exact bytes that a token adds to a text, also for a part of a character.
 
-        The bytes of an answer's tokens, joined, are the bytes of its text before white space at its start is
-        left out (for ``logprobs``, whose clients rejoin them). A control or other added token gives its
-        name, an id that no token has gives none.
+        The joined bytes of an answer's tokens are the bytes of its text before leading white space
+        is removed (clients of ``logprobs`` join them). An added token gives its name; an unknown id
+        gives no bytes.
         """
         piece = self._tokenizer.id_to_token(token)
         if piece is None or token in self._added:
             return (piece or "").encode()
         if "ByteLevel" in self._decoders and all(character in BYTES for character in piece):
             return bytes(BYTES[character] for character in piece)
-        if "ByteFallback" in self._decoders and (found := BYTE_TOKEN.fullmatch(piece)):
-            return bytes.fromhex(found[1])
-        # After another token, so that a decoder that strips the start of a text leaves this one's alone.
+        if "ByteFallback" in self._decoders and (match := BYTE_TOKEN.fullmatch(piece)):
+            return bytes.fromhex(match[1])
+        # Decoded after another token, because some decoders strip the start of a text.
         once, twice = (
             str(self._tokenizer.decode([token] * count, skip_special_tokens=False)) for count in (1, 2)
         )
@@ -175,46 +181,52 @@ class Tokenizer:
 
     @cached_property
     def _decoders(self) -> str:
-        """The decoder's JSON, which names the kinds that it is made of."""
+        """JSON of the decoder, which contains the names of its parts."""
         decoder = self._tokenizer.decoder
         return decoder.__getstate__().decode() if decoder is not None else ""
 
     def stream(self) -> TokenStream:
+        """Start decoding a stream of tokens."""
         return TokenStream(self._tokenizer)
 
 
 class TokenStream:
-    """Text of tokens as they come; bytes of an unfinished character are held back."""
+    """Incremental decoding of tokens; bytes of an incomplete character are held back."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """Start with no tokens."""
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
-        self._given = 0  # characters
+        self._emitted = 0  # characters
 
     def push(self, token: int) -> str:
-        """The text that this token completes, often empty."""
+        """Append a token and return the text that it completes, which is often empty."""
         self._tokens.append(token)
         text = self._stream.step(self._tokenizer, token) or ""
-        self._given += len(text)
+        self._emitted += len(text)
         return text
 
     def flush(self) -> str:
-        """What is still held back when no more tokens come: the beginning of a character, as U+FFFD."""
+        """Return the rest of the text after the last token; an incomplete character is U+FFFD."""
         text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
-        return text[self._given :]
+        return text[self._emitted :]
 
 
 def expand_images(ids: Sequence[int], spec: PromptSpec, images: int) -> np.ndarray:
-    """``[S]`` int64 ids in which every placeholder is repeated once per image token.
+    """Repeat every image placeholder once per image token.
+
+    Returns:
+        ids ``[S]`` int64.
 
     Raises:
-        UserError: the prompt has more or fewer placeholders than there are images.
+        UserError: the number of placeholders differs from the number of images.
     """
     tokens = np.asarray(ids, dtype=np.int64)
     placeholders = tokens == spec.image_token_id
     if int(placeholders.sum()) != images:
         raise UserError(
-            f"The prompt has {int(placeholders.sum())} {IMAGE_PLACEHOLDER} but {images} images were given."
+            f"The prompt has {int(placeholders.sum())} {IMAGE_PLACEHOLDER} but {images} images were passed;"
+            " pass one image per placeholder."
         )
     return np.repeat(tokens, np.where(placeholders, spec.image_tokens, 1))

@@ -1,4 +1,4 @@
-"""Reading ``tokenizer.json`` with the tokenizers library, and telling the library's failures from others."""
+"""Reading of ``tokenizer.json``, and recognition of the tokenizers library's own errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from runtimes.errors import UserError, first_line
 
 
 def read_tokenizer(file: Path) -> Tokenizer:
-    """The tokenizer of a file.
+    """Read a tokenizer from a file.
 
     Raises:
         UserError: the file is missing or not a tokenizer.
@@ -26,8 +26,8 @@ def read_tokenizer(file: Path) -> Tokenizer:
 
 
 def is_library_failure(error: BaseException) -> bool:
-    """Whether the library raised an error: a bare Exception, or what a Rust panic becomes.
+    """Whether the library raised an error: an Exception, or the type of a Rust panic.
 
-    ``pyo3_runtime.PanicException`` cannot be imported, and is a BaseException alone.
+    ``pyo3_runtime.PanicException`` derives from BaseException and cannot be imported.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from calibration.choose_scales import make_table
+from calibration.choose_scales import build_scale_table
 from calibration.data import load_data
 from calibration.scale_table import ScaleTable
-from calibration.statistics import Statistics, collect
+from calibration.statistics import Statistics, collect_statistics
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.session import write_token_embedding
 from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
@@ -29,8 +29,10 @@ class Calibrated:
 def _calibrate(source: Checkpoint, folder: Path, samples: int) -> Calibrated:
     embedding = folder / "table.safetensors"
     write_token_embedding(source, embedding)
-    statistics = collect(source, embedding, load_data("bundled", samples).samples, folder / "statistics")
-    return Calibrated(source, embedding, statistics, make_table(source, statistics, "mse"))
+    statistics = collect_statistics(
+        source, embedding, load_data("bundled", samples).samples, folder / "statistics"
+    )
+    return Calibrated(source, embedding, statistics, build_scale_table(source, statistics, "mse"))
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from calibration.budget_search import Budget, Planner, path
+from calibration.budget_search import Budget, BudgetSearch, greedy_path
 from calibration.data import load_data
 from calibration.evaluation import Cost, Evaluation
 from calibration.planned_model import planned_model
 from calibration.precision_plan import LayerPrecision, PrecisionPlan, Rule
 from calibration.quantized_weights import QuantizedWeights
-from calibration.sensitivity import SENSITIVITY_FILE, Row, Sensitivity, measure_sensitivity
+from calibration.sensitivity import SENSITIVITY_FILE, Sensitivity, SensitivityRow, measure_sensitivity
 from runtimes.errors import UserError
 from tests.calibration.calibrated import Calibrated
 
@@ -26,13 +26,13 @@ def measured(tiny_calibrated: Calibrated, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def planner(tiny_calibrated: Calibrated, measured: Sensitivity) -> Planner:
+def search(tiny_calibrated: Calibrated, measured: Sensitivity) -> BudgetSearch:
     source = tiny_calibrated.source
     held_out = load_data("bundled", 128).samples[4::16]
     assert not {sample.digest for sample in held_out} & set(measured.samples)
-    evaluation = Evaluation(source, tiny_calibrated.embedding, held_out, source.model())
-    return Planner(
-        measured, lambda plan: evaluation.cost(planned_model(QuantizedWeights(source, plan))), "found"
+    evaluation = Evaluation(source, tiny_calibrated.embedding, held_out, source.load_model())
+    return BudgetSearch(
+        measured, lambda plan: evaluation.measure_cost(planned_model(QuantizedWeights(source, plan))), "found"
     )
 
 
@@ -71,7 +71,7 @@ def test_sensitivities_go_on(tiny_calibrated: Calibrated, measured: Sensitivity,
             measure_sensitivity(
                 tiny_calibrated.source, tiny_calibrated.embedding, samples, tmp_path, [candidate]
             )
-    with pytest.raises(UserError, match="There is no .*; measure it"):
+    with pytest.raises(UserError, match="There is no .*; make it"):
         Sensitivity.load(tmp_path / "nowhere")
 
 
@@ -79,12 +79,12 @@ def test_plans_beat_uniform_ones_of_their_size(tiny_calibrated: Calibrated, meas
     """On the mean over all samples that were not measured: rare answers cost a thousand times more than most."""
     source = tiny_calibrated.source
     held_out = [sample for index, sample in enumerate(load_data("bundled", 128).samples) if index % 8]
-    evaluation = Evaluation(source, tiny_calibrated.embedding, held_out, source.model())
+    evaluation = Evaluation(source, tiny_calibrated.embedding, held_out, source.load_model())
 
     def measure(plan: PrecisionPlan) -> Cost:
-        return evaluation.cost(planned_model(QuantizedWeights(source, plan)))
+        return evaluation.measure_cost(planned_model(QuantizedWeights(source, plan)))
 
-    planner = Planner(measured, measure)
+    search = BudgetSearch(measured, measure)
     eight = Rule("*", LayerPrecision("int8-weights"))
     for name in ("int8-weights", "int4-g32"):
         rules = (
@@ -93,30 +93,30 @@ def test_plans_beat_uniform_ones_of_their_size(tiny_calibrated: Calibrated, meas
         given = {row.layer: row.bytes for row in measured.rows if row.precision == "int8-weights"}
         given |= {row.layer: row.bytes for row in measured.rows if row.precision == name}
         uniform = measure(PrecisionPlan(name, rules=rules))
-        found = planner.best(Budget("bytes", sum(given.values())))
+        found = search.find_best(Budget("bytes", sum(given.values())))
         assert found.bytes <= sum(given.values())
         assert found.cost.kl < uniform.kl, name
 
 
-def test_budgets_are_kept(planner: Planner) -> None:
+def test_budgets_are_kept(search: BudgetSearch) -> None:
     for text in ("kl=0.0001", "accuracy=1", "bytes=3M"):
         budget = Budget.parse(text)
-        found = planner.best(budget)
-        assert budget.holds(found)
+        found = search.find_best(budget)
+        assert budget.is_met(found)
         assert found.bytes < 11e6 / 3
-    front = planner.front()
+    front = search.measure_front()
     assert [point.bytes for point in front] == sorted((point.bytes for point in front), reverse=True)
     assert front[0].cost.kl < 1e-9 < front[-1].cost.kl
     with pytest.raises(UserError, match="The smallest plan takes"):
-        planner.best(Budget("bytes", 1000))
+        search.find_best(Budget("bytes", 1000))
 
 
 def test_a_sum_that_misbehaves_is_repaired() -> None:
     """Two layers that are harmless alone and ruinous together."""
     rows = [
-        Row("a", "int4-g32", 0.001, 1, 10),
-        Row("b", "int4-g32", 0.002, 1, 10),
-        Row("c", "int4-g32", 0.5, 1, 10),
+        SensitivityRow("a", "int4-g32", 0.001, 1, 10),
+        SensitivityRow("b", "int4-g32", 0.002, 1, 10),
+        SensitivityRow("c", "int4-g32", 0.5, 1, 10),
     ]
     known = Sensitivity("0", "fp32", [], None, dict.fromkeys("abc", 100), rows)
 
@@ -124,19 +124,19 @@ def test_a_sum_that_misbehaves_is_repaired() -> None:
         layers = {rule.layers for rule in plan.rules}
         return Cost(5.0 if {"a", "b"} <= layers else 0.01 * len(layers), 1.0)
 
-    planner = Planner(known, measure)
-    assert [len(step) for step in path(known)] == [0, 1, 2, 3]
-    found = planner.best(Budget("kl", 0.02))
+    search = BudgetSearch(known, measure)
+    assert [len(step) for step in greedy_path(known)] == [0, 1, 2, 3]
+    found = search.find_best(Budget("kl", 0.02))
     assert [rule.layers for rule in found.plan.rules] == ["a"]
-    assert planner.point(2).predicted_kl < 0.02 < planner.point(2).cost.kl
+    assert search.measure(2).predicted_kl < 0.02 < search.measure(2).cost.kl
     with pytest.raises(UserError, match="Not even all layers in fp32 keep the budget"):
-        Planner(known, lambda plan: Cost(1.0, 0.0)).best(Budget("kl", 0.5))
+        BudgetSearch(known, lambda plan: Cost(1.0, 0.0)).find_best(Budget("kl", 0.5))
 
 
 @pytest.mark.parametrize(
     "text", ["kl", "kl=", "kl=-1", "kl=nan", "accuracy=1.5", "size=3M", "bytes=3X", "bytes=0"]
 )
 def test_bad_budgets(text: str) -> None:
-    with pytest.raises(UserError, match="is none of kl=0.02"):
+    with pytest.raises(UserError, match="is not valid; give one like kl=0.02"):
         Budget.parse(text)
     assert Budget.parse("bytes=900M").value == 900e6

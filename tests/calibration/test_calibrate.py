@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from calibration.choose_scales import make_table
+from calibration.choose_scales import build_scale_table
 from calibration.data import load_data
-from calibration.folding import foldings
+from calibration.folding import list_foldings
+from calibration.gptq import quantize_with_gptq
 from calibration.observers import TensorStatistics
 from calibration.planned_model import planned_model
 from calibration.precision_plan import LayerPrecision, PrecisionPlan, Rule, load_precision
-from calibration.quantized_weights import FoldedWeights, QuantizedWeights, find_weight_scale, spread
+from calibration.quantized_weights import FoldedWeights, QuantizedWeights, broadcast_scale, find_weight_scale
 from calibration.scale_table import TABLE_FILE, ScaleTable
-from calibration.statistics import STATISTICS_FILE, Statistics, collect
-from calibration.tuning import gptq
+from calibration.statistics import STATISTICS_FILE, Statistics, collect_statistics
 from reference.session import reference_chain
 from reference.tiny import HELDOUT
 from runtimes.errors import UserError
@@ -49,10 +49,10 @@ def test_an_interrupted_run_goes_on(tiny_calibrated: Calibrated, tmp_path: Path)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect(tiny_calibrated.source, tiny_calibrated.embedding, samples, tmp_path, on_step=stop)
+        collect_statistics(tiny_calibrated.source, tiny_calibrated.embedding, samples, tmp_path, on_step=stop)
     assert 0 < len(Statistics.load(tmp_path / STATISTICS_FILE).samples) < 16
     seen: list[int] = []
-    again = collect(
+    again = collect_statistics(
         tiny_calibrated.source,
         tiny_calibrated.embedding,
         samples,
@@ -62,18 +62,20 @@ def test_an_interrupted_run_goes_on(tiny_calibrated: Calibrated, tmp_path: Path)
     assert seen[0] == 11
     same(again, tiny_calibrated.statistics)
     with pytest.raises(UserError, match="holds samples that are not among the data"):
-        collect(tiny_calibrated.source, tiny_calibrated.embedding, samples[:3], tmp_path)
+        collect_statistics(tiny_calibrated.source, tiny_calibrated.embedding, samples[:3], tmp_path)
     with pytest.raises(UserError, match="keeps another number of rows"):
-        collect(tiny_calibrated.source, tiny_calibrated.embedding, samples, tmp_path, keep=3)
+        collect_statistics(tiny_calibrated.source, tiny_calibrated.embedding, samples, tmp_path, keep=3)
 
 
 def test_halves_merged_are_the_whole(tiny_calibrated: Calibrated, tmp_path: Path) -> None:
     samples = load_data("bundled", 16).samples
     source, embedding = tiny_calibrated.source, tiny_calibrated.embedding
-    halves = [collect(source, embedding, samples[part::2], tmp_path / str(part)) for part in (1, 0)]
+    halves = [
+        collect_statistics(source, embedding, samples[part::2], tmp_path / str(part)) for part in (1, 0)
+    ]
     halves[0].merge(Statistics.load(tmp_path / "0" / STATISTICS_FILE))
     same(halves[0], tiny_calibrated.statistics)
-    table = make_table(source, halves[0], "mse")
+    table = build_scale_table(source, halves[0], "mse")
     assert table.digest == tiny_calibrated.table.digest
     with pytest.raises(UserError, match="8 samples are in both statistics"):
         halves[0].merge(halves[1])
@@ -100,10 +102,10 @@ def test_table_can_be_read_and_edited(tiny_calibrated: Calibrated, tmp_path: Pat
     [
         (lambda raw: raw["activations"]["decoder.head"].update(int8=0), "int8 scale of decoder.head is 0, it must be a positive"),
         (lambda raw: raw["activations"]["decoder.head"].update(fp8=float("nan")), "NaN is not a number"),
-        (lambda raw: raw["activations"]["decoder.head"].pop("method"), "cannot be used: .*method"),
+        (lambda raw: raw["activations"]["decoder.head"].pop("method"), "is not valid: .*method"),
         (lambda raw: raw.update(version=9), "has version 9, this release reads 1"),
         (lambda raw: raw["vectors"].update(sha256="0"), "is not the one that .* was written with"),
-        (lambda raw: raw.update(activations=3), "cannot be used"),
+        (lambda raw: raw.update(activations=3), "is not valid"),
     ],
 )  # fmt: skip
 def test_damaged_tables(tiny_calibrated: Calibrated, tmp_path: Path, spoil, sentence: str) -> None:  # type: ignore[no-untyped-def]
@@ -118,7 +120,7 @@ def test_damaged_tables(tiny_calibrated: Calibrated, tmp_path: Path, spoil, sent
 def test_tables_that_do_not_fit(tiny_calibrated: Calibrated, tmp_path: Path) -> None:
     plan = load_precision("int8")
     table = tiny_calibrated.table
-    with pytest.raises(UserError, match="was made for the checkpoint 000, this is"):
+    with pytest.raises(UserError, match="was made for the checkpoint 000, but"):
         QuantizedWeights(tiny_calibrated.source, plan, replace(table, checkpoint="000"))
     lacking = {name: row for name, row in table.activations.items() if name != "decoder.head"}
     weights = QuantizedWeights(tiny_calibrated.source, plan, replace(table, activations=lacking))
@@ -133,15 +135,15 @@ def test_tables_that_do_not_fit(tiny_calibrated: Calibrated, tmp_path: Path) -> 
 
 def test_statistics_that_give_no_table(tiny_calibrated: Calibrated) -> None:
     source, statistics = tiny_calibrated.source, tiny_calibrated.statistics
-    silent = TensorStatistics.of(np.zeros((4, 128), np.float32), "s", 0)
+    silent = TensorStatistics.from_values(np.zeros((4, 128), np.float32), "s", 0)
     dead = replace(statistics, tensors={**statistics.tensors, "decoder.head": silent})
-    with pytest.raises(UserError, match="input of decoder.head is zero in all of the calibration data"):
-        make_table(source, dead)
+    with pytest.raises(UserError, match="input of decoder.head is zero for all calibration data"):
+        build_scale_table(source, dead)
     lacking = {name: seen for name, seen in statistics.tensors.items() if name != "decoder.head"}
-    with pytest.raises(UserError, match="nothing of the input of decoder.head"):
-        make_table(source, replace(statistics, tensors=lacking))
-    with pytest.raises(UserError, match="not of the checkpoint"):
-        make_table(source, replace(statistics, checkpoint="0"))
+    with pytest.raises(UserError, match="no entry for the input of decoder.head"):
+        build_scale_table(source, replace(statistics, tensors=lacking))
+    with pytest.raises(UserError, match="statistics belong to another checkpoint"):
+        build_scale_table(source, replace(statistics, checkpoint="0"))
 
 
 def test_broken_weights_are_named(tiny_copy: Path, tmp_path: Path) -> None:
@@ -156,7 +158,9 @@ def test_broken_weights_are_named(tiny_copy: Path, tmp_path: Path) -> None:
     source = open_checkpoint(str(tiny_copy))
     write_token_embedding(source, tmp_path / "table.safetensors")
     with pytest.raises(UserError, match=r"input of decoder.layers.1.mlp.down_proj holds NaN or infinity"):
-        collect(source, tmp_path / "table.safetensors", load_data("bundled", 2).samples, tmp_path / "s")
+        collect_statistics(
+            source, tmp_path / "table.safetensors", load_data("bundled", 2).samples, tmp_path / "s"
+        )
 
 
 def test_data_of_all_kinds(tmp_path: Path) -> None:
@@ -182,8 +186,8 @@ def test_data_of_all_kinds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "sentence"),
-    [("{", "Line 1 of .* is not valid JSON"), ('{"image": "a.png"}', "is no calibration sample"),
-     ('{"image": 3, "prompt": "x"}', "must be lists of texts"), ("", "has no images to calibrate with")],
+    [("{", "Line 1 of .* is not valid JSON"), ('{"image": "a.png"}', "is not a calibration sample"),
+     ('{"image": 3, "prompt": "x"}', "must be lists of strings"), ("", "has no images to calibrate with")],
 )  # fmt: skip
 def test_bad_data(tmp_path: Path, line: str, sentence: str) -> None:
     (tmp_path / "d.jsonl").write_text(line)
@@ -219,20 +223,20 @@ def test_folding_changes_nothing(tiny_calibrated: Calibrated) -> None:
     """Random factors at every folding: the same function, but for rounding."""
     source = tiny_calibrated.source
     rng = np.random.default_rng(0)
-    places = foldings(source.config)
+    places = list_foldings(source.config)
     assert len(places) == 7 * 3 + 4 * 4 + 1
     factors = {
         place.producer: np.exp(rng.normal(0, 1, tiny_calibrated.statistics.tensors[place.consumers[0]].rows.shape[1])).astype("f")
         for place in places
     }  # fmt: skip
     folded = reference_chain(
-        source, tiny_calibrated.embedding, source.model(load=FoldedWeights(source, factors).load)
+        source, tiny_calibrated.embedding, source.load_model(load=FoldedWeights(source, factors).load)
     )
     errors = stage_errors(folded, reference_chain(source, tiny_calibrated.embedding))
     assert max(errors.values()) < 2e-5, errors
     changed = FoldedWeights(source, factors).load("decoder.layers.0.self_attn.o_proj.weight")
     assert not torch.allclose(changed, source.load("decoder.layers.0.self_attn.o_proj.weight").float())
-    with pytest.raises(UserError, match="smooths nothing, which this model does not have"):
+    with pytest.raises(UserError, match="smoothing factors of nothing, which this model does not have"):
         FoldedWeights(source, {"nothing": np.ones(3, np.float32)})
 
 
@@ -241,9 +245,9 @@ def test_gptq_lowers_the_error_of_outputs(tiny_calibrated: Calibrated) -> None:
     name = "decoder.layers.1.mlp.down_proj"
     weight = tiny_calibrated.source.load(f"{name}.weight").float()
     rows = torch.from_numpy(tiny_calibrated.statistics.tensors[name].rows)
-    codes, scale = gptq(weight, rows, precision)
+    codes, scale = quantize_with_gptq(weight, rows, precision)
     assert (codes.min() >= -8) and (codes.max() <= 7)
-    each = spread(scale, precision, weight)
+    each = broadcast_scale(scale, precision, weight)
     plain = (weight / each).round().clamp(-8, 7) * each
     errors = [float((rows @ (w - weight).T).square().sum()) for w in (codes * each, plain)]
     assert errors[0] < 0.8 * errors[1]
@@ -256,7 +260,7 @@ def test_tuning_lowers_the_cost(tiny_calibrated: Calibrated) -> None:
     plan = PrecisionPlan("four", rules=(Rule("*", LayerPrecision("int4", 128), "linear"),))
     errors = []
     for tuned in (False, True):
-        table = make_table(source, tiny_calibrated.statistics, tune_for=plan, smooth=tuned, gptq=tuned)
+        table = build_scale_table(source, tiny_calibrated.statistics, tune_for=plan, smooth=tuned, gptq=tuned)
         assert bool(table.tuned) == bool(table.smoothing) == tuned
         model = planned_model(QuantizedWeights(source, plan, table))
         chain = reference_chain(source, tiny_calibrated.embedding, model)

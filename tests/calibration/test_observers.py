@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from calibration.observers import BINS, TensorStatistics, bin_edges, histogram, row_keys
+from calibration.observers import BIN_COUNT, TensorStatistics, bin_edges, hash_rows, histogram
 from calibration.ranges import find_amax
 
 
 def parts(count: int = 7) -> list[TensorStatistics]:
     rng = np.random.default_rng(3)
     return [
-        TensorStatistics.of(
+        TensorStatistics.from_values(
             (rng.standard_normal((40, 6)) * 2.0 ** rng.integers(-9, 9)).astype("f"), f"s{i}", 64
         )
         for i in range(count)
@@ -58,16 +58,16 @@ def test_bins_are_where_their_edges_say() -> None:
     expected, _ = np.histogram(np.abs(values.astype(np.float64)), edges)
     assert np.array_equal(histogram(values), expected)
     assert histogram(np.zeros(3, np.float32))[0] == 3
-    assert histogram(np.full(2, 1e30, np.float32))[BINS - 1] == 2
+    assert histogram(np.full(2, 1e30, np.float32))[BIN_COUNT - 1] == 2
     assert np.all(np.diff(edges)[1:] / edges[1:-1] <= 1 / 256)
 
 
 def test_kept_rows_are_a_fair_sample() -> None:
-    keys = row_keys("sample", 20_000)
+    keys = hash_rows("sample", 20_000)
     assert len(set(keys.tolist())) == 20_000
     places = np.sort(np.argsort(keys)[:2000])
     assert abs(np.mean(places) / 20_000 - 0.5) < 0.03
-    assert not set(keys.tolist()) & set(row_keys("other", 20_000).tolist())
+    assert not set(keys.tolist()) & set(hash_rows("other", 20_000).tolist())
 
 
 def test_ranges() -> None:
@@ -75,7 +75,7 @@ def test_ranges() -> None:
     rng = np.random.default_rng(1)
     values = rng.standard_normal((50_000, 1)).astype("f")
     values[0] = 40.0
-    seen = TensorStatistics.of(values, "s", 0)
+    seen = TensorStatistics.from_values(values, "s", 0)
     assert find_amax(seen, "minmax") == 40.0
     exact = float(np.quantile(np.abs(values), 0.999))
     assert find_amax(seen, "percentile", 99.9) == pytest.approx(exact, rel=1 / 128)
@@ -88,14 +88,14 @@ def test_ranges() -> None:
     best = min(np.linspace(2.5, 40, 300), key=error)
     assert error(found) < 1.02 * error(best)
     assert error(found) < 0.85 * error(40.0)
-    assert find_amax(TensorStatistics.of(np.zeros((4, 2), np.float32), "s", 0), "mse") == 0
+    assert find_amax(TensorStatistics.from_values(np.zeros((4, 2), np.float32), "s", 0), "mse") == 0
 
 
 def test_division_is_that_of_the_values() -> None:
     values = np.random.default_rng(2).standard_normal((50, 4)).astype("f")
     factors = np.array([0.5, 1, 2, 8], np.float32)
-    divided = TensorStatistics.of(values, "s", 64).divided(factors)
-    direct = TensorStatistics.of(values / factors, "s", 64)
+    divided = TensorStatistics.from_values(values, "s", 64).divided(factors)
+    direct = TensorStatistics.from_values(values / factors, "s", 64)
     assert np.array_equal(divided.counts, direct.counts)
     assert np.array_equal(divided.channel_max, direct.channel_max)
     assert divided.amax == direct.amax

@@ -26,7 +26,7 @@ def test_the_last_rule_that_matches_holds(tmp_path: Path) -> None:
     )  # fmt: skip
     config = open_checkpoint("tiny").config
     found = {
-        layer.name: str(plan.of(layer))
+        layer.name: str(plan.precision_of(layer))
         for c in ("vision_encoder", "decoder")
         for layer in component_layers(config, c)
     }
@@ -59,18 +59,18 @@ def test_every_recipe_fits_tiny() -> None:
         ("rules: [{layers: '*', precision: int3}]", "no precision 'int3' of a layer; there are float, int8"),
         ("rules: [{layers: '*', precision: int4-g1}]", "a group of 1 is too small"),
         ("rules: [{layers: '*', precision: int4-}]", "no precision 'int4-'"),
-        ("rules: [{layers: '*', precision: int4-gx}]", "is no precision plan: invalid literal"),
-        ("rules: [{layers: '*'}]", "is no precision plan: precision"),
+        ("rules: [{layers: '*', precision: int4-gx}]", "is not a precision plan: invalid literal"),
+        ("rules: [{layers: '*'}]", "is not a precision plan: precision"),
         ("rules: [{layers: '*', precision: int8, group: 3}]", "a rule has the unknown keys group"),
         (
             "rules: [{layers: '*', precision: int8, kind: norm}]",
             "the kind 'norm' of a rule is neither linear nor conv",
         ),
-        ("rules: 3", "is no precision plan"),
+        ("rules: 3", "is not a precision plan"),
         ("bass: fp32", "the file has the unknown keys bass"),
         ("base: fp64", "its base 'fp64' is not one of fp32, fp16"),
         ("kv_cache: int2", "its kv_cache 'int2' is not one of float, int8, fp8"),
-        ("[1]", "the file must be a table of base, kv_cache, rules"),
+        ("[1]", "the file must be a mapping with the keys base, kv_cache, rules"),
         ("{", "is not valid YAML"),
     ],
 )
@@ -83,7 +83,7 @@ def test_plans_that_do_not_fit(tmp_path: Path, hybrid_pair: OraclePair) -> None:
     source = hybrid_pair.checkpoint
     for text, sentence in (
         ("rules: [{layers: 'decoder.*', precision: int4}]", "group size 32 does not divide the 100 inputs of decoder.layers.0.mlp.down_proj"),
-        ("rules: [{layers: '*', precision: int4}]", "is a convolution, which my gives int4-g32"),
+        ("rules: [{layers: '*', precision: int4}]", "my gives int4-g32 to the convolution"),
         ("rules: [{layers: decoder.tail, precision: int8}]", "names 'decoder.tail', which no layer matches"),
         ("rules: [{layers: 'decoder.*', kind: conv, precision: int8}]", "names 'decoder.\\*', which no layer matches"),
     ):  # fmt: skip

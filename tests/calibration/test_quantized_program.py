@@ -18,11 +18,11 @@ from calibration.precision_plan import LayerPrecision, load_precision
 from calibration.quantized_program import (
     dequantize_float8,
     fake_quantize,
+    fake_quantize_weight,
     qd,
     quantize_float8,
     quantize_weight,
-    round_trip,
-    trace_planned,
+    trace_with_plan,
 )
 from calibration.quantized_weights import QuantizedWeights, find_weight_scale
 from dsvl_export.compilers.onnx.dialect_ort import OrtDialect
@@ -74,7 +74,7 @@ def exported(weights: QuantizedWeights, chain: Chain, folder: Path, dialect: Ort
     """The chain with its components replaced by ONNX Runtime on exported files."""
     folder.mkdir()
     for component in TRACED_COMPONENTS:
-        traced = trace_planned(weights.source.config, component, weights.plan)
+        traced = trace_with_plan(weights.source.config, component, weights.plan)
         graph = lower(traced, lambda name, c=component: weights.load(f"{c}.{name}"), dialect)  # type: ignore[misc]
         file, *_ = write_model(graph, folder / f"{component}.onnx", lambda count: None)
         start = backend.open_decoder if component == "decoder" else backend.open_component
@@ -180,9 +180,9 @@ def check_rounding(calibrated: Calibrated, kind: str, tmp_path: Path) -> None:
             step = 1.001 if kind == "int8" else given.abs() / 7.9 + 2.0**-8  # E4M3 has three bits of mantissa
             differing.append(int((own - given).abs().gt(1e-3).sum()))
             assert ((own - given).abs() <= step).all(), layer
-            return given * scale, round_trip(layer.weight, layer.weight_scale, layer.precision)
+            return given * scale, fake_quantize_weight(layer.weight, layer.weight_scale, layer.precision)
 
-        layer.operands = operands
+        layer.quantized_operands = operands
     with torch.inference_mode():
         expected = encoder(torch.from_numpy(pixels))
     for name, tensor in zip(
@@ -263,7 +263,7 @@ def test_codes_are_the_nearest(text: str) -> None:
     )
     scale = find_weight_scale(weight, precision)
     assert (scale > 0).all()
-    error = (round_trip(weight, scale, precision) - weight).abs()
+    error = (fake_quantize_weight(weight, scale, precision) - weight).abs()
     if precision.kind == "fp8":
         assert (error <= weight.abs() / 16 + scale[:, None] * 2.0**-10).all()
     elif precision.kind == "int4":
@@ -271,7 +271,7 @@ def test_codes_are_the_nearest(text: str) -> None:
         inside = weight.abs() <= 7 * wide
         assert (error[inside] <= 0.5001 * wide[inside]).all()
         plain = weight.reshape(24, 2, 32).abs().amax(-1) / 7
-        worse = (round_trip(weight, plain, precision) - weight).square().sum()
+        worse = (fake_quantize_weight(weight, plain, precision) - weight).square().sum()
         assert error.square().sum() < worse
         codes = quantize_weight(weight, scale, precision)
         assert (codes.min(), codes.max()) >= (-8, 7) and codes.max() <= 7

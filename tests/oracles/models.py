@@ -10,7 +10,7 @@ import tokenizers
 import torch
 import transformers
 
-from reference.model.config import CLIP_MEAN, CLIP_STD, HALF
+from reference.model.config import CLIP_MEAN, CLIP_STD, HALF_RGB
 from reference.tiny import TINY
 from runtimes.text.prompt import IMAGE_PLACEHOLDER
 
@@ -78,7 +78,7 @@ def save_oracle(oracle: transformers.PreTrainedModel, folder: Path, shard: str =
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)
     vision = oracle.config.vision_config
-    processor: dict[str, object] = {"image_mean": HALF, "image_std": HALF, "min_size": 14, "rescale_factor": 1 / 255,
+    processor: dict[str, object] = {"image_mean": HALF_RGB, "image_std": HALF_RGB, "min_size": 14, "rescale_factor": 1 / 255,
                                     "size": {"height": vision.image_size, "width": vision.image_size}}  # fmt: skip
     if hasattr(oracle.config, "high_res_vision_config"):
         side = oracle.config.high_res_vision_config.image_size

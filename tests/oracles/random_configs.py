@@ -160,7 +160,7 @@ def compare(raw: dict[str, Any], folder: Path) -> str:
         assert len(str(error)) < 1000, str(error)
         return "refused" if oracle else "refused by both"
     assert oracle, f"transformers refuses it ({reason})"
-    model = checkpoint.model()
+    model = checkpoint.load_model()
     embeds = model.encode_image(pixels)
     merged = model.merge(ids, embeds, IMAGE_TOKEN_ID)
     found = [*model.vision_encoder(pixels), embeds, model.logits(merged)]

@@ -13,8 +13,8 @@ import transformers
 
 from reference.checkpoint.checkpoint import parameter_shapes
 from reference.checkpoint.config_file import parse_config
-from reference.checkpoint.layouts import UNUSED, sources
-from reference.checkpoint.released import RELEASED, released_config
+from reference.checkpoint.layouts import UNUSED_TENSORS, parameter_sources
+from reference.checkpoint.released import RELEASED_CONFIGS, released_config
 from reference.model.config import ModelConfig
 
 DATA = Path(__file__).parent.parent / "data"
@@ -22,14 +22,14 @@ DATA = Path(__file__).parent.parent / "data"
 
 def original_config(size: str, **changes: Any) -> ModelConfig:
     """The released config, with the decoder's sizes changed."""
-    raw = copy.deepcopy(RELEASED[size])
+    raw = copy.deepcopy(RELEASED_CONFIGS[size])
     raw["language_config"] |= changes
     raw["aligner_config"]["params"]["n_embed"] = changes["hidden_size"]
     return parse_config(raw, "config.json")
 
 
 def wanted(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    table = sources(config, parameter_shapes(config))
+    table = parameter_sources(config, parameter_shapes(config))
     return {name: source.shape for source in table.values() for name in source.names}
 
 
@@ -38,7 +38,7 @@ def test_original_names_and_shapes(size: str, file: str) -> None:
     """Against tensors listed from the original code (its decoder cut to 3 layers, 320 wide)."""
     listed = json.loads((DATA / f"original_tensors_{file}.json").read_text())
     small = {"vocab_size": 1031, "hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 3, "num_attention_heads": 10}  # fmt: skip
-    expected = {name: tuple(shape) for name, shape in listed.items() if not UNUSED.fullmatch(name)}
+    expected = {name: tuple(shape) for name, shape in listed.items() if not UNUSED_TENSORS.fullmatch(name)}
     assert wanted(original_config(size, **small)) == expected
 
 
@@ -47,7 +47,7 @@ def test_transformers_names_and_shapes(size: str) -> None:
     """Against transformers' own modules at full size."""
     vision = {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 16, "hidden_size": 1024,
               "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}  # fmt: skip
-    text = {"model_type": "llama", **RELEASED[size]["language_config"]}
+    text = {"model_type": "llama", **RELEASED_CONFIGS[size]["language_config"]}
     with torch.device("meta"):
         if size == "1.3b":
             config = transformers.DeepseekVLConfig(
@@ -61,7 +61,9 @@ def test_transformers_names_and_shapes(size: str) -> None:
             )  # fmt: skip
             oracle = transformers.DeepseekVLHybridForConditionalGeneration(config)
     expected = {
-        name: tuple(tensor.shape) for name, tensor in oracle.named_parameters() if not UNUSED.fullmatch(name)
+        name: tuple(tensor.shape)
+        for name, tensor in oracle.named_parameters()
+        if not UNUSED_TENSORS.fullmatch(name)
     }
     ours = parse_config(json.loads(config.to_json_string()), "config.json")
     assert wanted(ours) == expected

@@ -101,12 +101,12 @@ def test_merged_as_peft_merges(pair: OraclePair, case: str, tmp_path: Path) -> N
     ours = open_checkpoint(folder, adapters=[AdapterChoice(tmp_path / "adapter")])
     theirs = open_checkpoint(str(tmp_path / "merged"))
     changed = 0
-    for name, parameter in theirs.model().named_parameters():
+    for name, parameter in theirs.load_model().named_parameters():
         assert error(ours.load(name).float(), parameter) < 1e-6, name
         changed += not torch.equal(pair.checkpoint.load(name), parameter)
     assert changed
     assert ours.digest != pair.checkpoint.digest
-    assert_equal_logits(ours.model(), theirs.model(), pair)
+    assert_equal_logits(ours.load_model(), theirs.load_model(), pair)
 
 
 def test_two_adapters(pair: OraclePair, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_two_adapters(pair: OraclePair, tmp_path: Path) -> None:
     save_oracle(merged(pair.oracle, tmp_path / "a", tmp_path / "b"), tmp_path / "merged")
     choices = [AdapterChoice(tmp_path / name) for name in "ab"]
     ours = open_checkpoint(str(pair.checkpoint.folder), adapters=choices)
-    assert_equal_logits(ours.model(), open_checkpoint(str(tmp_path / "merged")).model(), pair)
+    assert_equal_logits(ours.load_model(), open_checkpoint(str(tmp_path / "merged")).load_model(), pair)
 
 
 def original_names(pair: OraclePair, folder: Path) -> None:
@@ -143,7 +143,9 @@ def test_names_of_the_other_layout(siglip_pair: OraclePair, tmp_path: Path) -> N
     save_oracle(merged(siglip_pair.oracle, tmp_path / "a"), tmp_path / "merged")
     original_names(siglip_pair, tmp_path / "a")
     ours = open_checkpoint(str(siglip_pair.checkpoint.folder), adapters=[AdapterChoice(tmp_path / "a")])
-    assert_equal_logits(ours.model(), open_checkpoint(str(tmp_path / "merged")).model(), siglip_pair)
+    assert_equal_logits(
+        ours.load_model(), open_checkpoint(str(tmp_path / "merged")).load_model(), siglip_pair
+    )
 
 
 def test_a_weighted_adapter(siglip_pair: OraclePair, tmp_path: Path) -> None:
@@ -156,5 +158,5 @@ def test_a_weighted_adapter(siglip_pair: OraclePair, tmp_path: Path) -> None:
     assert choice == AdapterChoice(tmp_path / "a", 0.5)
     weighted = open_checkpoint(folder, adapters=[choice])
     half = open_checkpoint(folder, adapters=[AdapterChoice(tmp_path / "half")])
-    assert_equal_logits(weighted.model(), half.model(), siglip_pair)
+    assert_equal_logits(weighted.load_model(), half.load_model(), siglip_pair)
     assert weighted.digest != open_checkpoint(folder, adapters=[AdapterChoice(tmp_path / "a")]).digest

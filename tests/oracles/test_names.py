@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from reference.checkpoint.checkpoint import open_checkpoint, parameter_shapes
-from reference.checkpoint.layouts import canonical_names, sources
+from reference.checkpoint.layouts import canonical_names, parameter_sources
 from reference.checkpoint.released import released_config
 from runtimes.errors import UserError
 from tests.conftest import OraclePair
@@ -68,7 +68,7 @@ def renamed(pair: OraclePair, folder: Path, rename: Rename) -> None:
 
 
 def assert_loaded(pair: OraclePair, folder: Path) -> None:
-    found = dict(open_checkpoint(str(folder)).model().named_parameters())
+    found = dict(open_checkpoint(str(folder)).load_model().named_parameters())
     assert all(torch.equal(found[name], value) for name, value in pair.model.named_parameters())
 
 
@@ -106,7 +106,7 @@ def test_names_that_ours_loads_as_well(pair: OraclePair, tmp_path: Path, naming:
 def test_names_of_the_original_layout(size: str, rename: Rename) -> None:
     """Each stands for one tensor of the layout, and none for another's."""
     config = released_config(size)
-    table = sources(config, parameter_shapes(config))
+    table = parameter_sources(config, parameter_shapes(config))
     names = [name for source in table.values() for name in source.names]
     assert canonical_names(config, map(rename, names)) == {name: [rename(name)] for name in names}
 

@@ -16,8 +16,8 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from reference.checkpoint.config_file import parse_config
-from reference.checkpoint.released import RELEASED
-from reference.model.config import CLIP_MEAN, CLIP_STD, HALF
+from reference.checkpoint.released import RELEASED_CONFIGS
+from reference.model.config import CLIP_MEAN, CLIP_STD, HALF_RGB
 from reference.model.operators import rope_tables
 from tests.conftest import OraclePair
 from tests.oracles.models import IMAGE_TOKEN_ID
@@ -140,7 +140,7 @@ def test_where_the_original_and_transformers_differ(hybrid_pair: OraclePair) -> 
     assert error(ours, original) < LIMIT
     processor = DeepseekVLHybridImageProcessorPil(
         size={"height": low_side, "width": low_side}, high_res_size={"height": side, "width": side},
-        image_mean=HALF, image_std=HALF, high_res_image_mean=CLIP_MEAN, high_res_image_std=CLIP_STD,
+        image_mean=HALF_RGB, image_std=HALF_RGB, high_res_image_mean=CLIP_MEAN, high_res_image_std=CLIP_STD,
     )  # fmt: skip
     picture = Image.fromarray((pixels[0] * 255).round().byte().permute(1, 2, 0).numpy())
     made = processor(picture, return_tensors="pt")
@@ -161,7 +161,7 @@ def test_rotary_tables_at_every_position() -> None:
 
 @pytest.mark.parametrize(("select", "layers"), [(-1, 24), (-2, 23), (None, 23), (5, 5), (99, 24), (0, 24)])
 def test_select_layer_as_in_the_original(select: int | None, layers: int) -> None:
-    raw = copy.deepcopy(RELEASED["1.3b"])
+    raw = copy.deepcopy(RELEASED_CONFIGS["1.3b"])
     raw["vision_config"]["params"]["select_layer"] = select
     if select is None:
         del raw["vision_config"]["params"]["select_layer"]

@@ -3,8 +3,8 @@
     python -m tests.pythons.lane FOLDER [--python 3.10 ...]
 
 Each version gets an environment in FOLDER with the project and its extras for running, serving and reports.
-Bundles that this interpreter exports are run, asked, judged and served there, and the tests that need no torch
-run. A version that this machine lacks is named as not tested.
+Bundles that this interpreter exports are run, asked, judged and served there. The tests that need no torch run,
+and those for devices, ``tests/device``, from the unpacked source distribution. A version that this machine lacks is named as not tested.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -24,10 +25,11 @@ EXTRAS = ("onnxruntime", "report", "serve")
 PRECISIONS = ("fp32", "fp16")  # of the fixture tiny_bundle
 CHECKS = (
     "help", "doctor", "targets", "inspect", "verify", "run", "chat", "parity", "report", "serve",
-    "build_engine", "export", "pytest",
+    "build_engine", "export", "pytest", "device",
 )  # fmt: skip
 TESTS = ("tests/runtimes", "tests/dsvl_export/cli/test_package.py", "tests/dsvl_export/cli/test_terminal.py")
 FEWEST_TESTS = 230  # 3.10 runs 245; it has no tomllib
+FEWEST_DEVICE_TESTS = 37
 
 
 def find_python(version: str) -> str | None:
@@ -47,9 +49,10 @@ class TorchFreeLane(Lane):
 
     precisions = PRECISIONS
 
-    def __init__(self, python: Path, bundle: Path, engines: Path, scratch: Path) -> None:
+    def __init__(self, python: Path, bundle: Path, engines: Path, scratch: Path, source: Path) -> None:
         super().__init__(python, bundle, scratch)
         self.engines = engines  # a bundle for TensorRT
+        self.source = source  # the unpacked source distribution
 
     def check(self, name: str) -> None:
         getattr(self, name)()
@@ -67,14 +70,36 @@ class TorchFreeLane(Lane):
     def pytest(self) -> None:
         """The tests that need no torch; at least ``FEWEST_TESTS`` must run and pass."""
         plugin = ("--noconftest", "-p", "tests.pythons.without_torch", "-p", "no:cacheprovider")
-        command = [str(self.python), "-m", "pytest", "-q", "-r", "", *plugin, *TESTS]
-        variables = {**environment(), "DSVL_TEST_BUNDLE": str(self.bundle)}
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
+        self._pytest(ROOT, environment(), FEWEST_TESTS, *plugin, *TESTS)
+
+    def device(self) -> None:
+        """The tests for devices, as a user runs them; at least ``FEWEST_DEVICE_TESTS`` must run and pass."""
+        variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        options = ("--confcutdir=tests/device", "-p", "no:cacheprovider", "tests/device")
+        self._pytest(self.source, variables, FEWEST_DEVICE_TESTS, *options)
+
+    def _pytest(self, folder: Path, variables: dict[str, str], fewest: int, *arguments: str) -> None:
+        """Run pytest in a folder; at least ``fewest`` tests must run and all pass."""
+        command = [str(self.python), "-m", "pytest", "-q", "-r", "", *arguments]
+        variables = {**variables, "DSVL_TEST_BUNDLE": str(self.bundle)}
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=folder)
         summary = done.stdout.splitlines()[-1] if done.stdout else ""
         passed = [int(part.split()[0]) for part in summary.split(", ") if " passed" in part]
-        if done.returncode or sum(passed) < FEWEST_TESTS:
+        if done.returncode or sum(passed) < fewest:
             raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
         print(f"  {summary}", flush=True)
+
+
+def unpack_source(folder: Path) -> Path:
+    """Build the source distribution and unpack it; its folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT, capture_output=True)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
 
 
 def export_bundle(folder: Path, backend: str, *options: str) -> Path:
@@ -113,6 +138,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     bundle = export_bundle(folder / "bundle", "onnxruntime")
     engines = export_bundle(folder / "engines", "tensorrt", "--no-goldens")
+    source = unpack_source(folder / "source")
     packages = [*map(str, requirements(EXTRAS)), "httpx>=0.27", "pytest>=8", "setuptools>=77"]
     tested, absent = [], []
     for version in given.python or VERSIONS:
@@ -124,7 +150,7 @@ def main() -> None:
         started = time.perf_counter()
         interpreter = make_environment(folder / version, python, [*packages, f"--editable={ROOT}"])
         print(f"  installed in {time.perf_counter() - started:.1f} s", flush=True)
-        lane = TorchFreeLane(interpreter, bundle, engines, folder)
+        lane = TorchFreeLane(interpreter, bundle, engines, folder, source)
         for check in CHECKS:
             started = time.perf_counter()
             lane.check(check)

@@ -21,7 +21,7 @@ from runtimes.errors import UserError
 from runtimes.goldens import recording
 from runtimes.goldens.golden import GREEDY_TOKENS, load_golden, relative_rms
 from runtimes.goldens.recording import record_goldens
-from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS, sample, take_all_taps, take_taps
+from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS, record_all_taps, record_taps, sample
 from tests.conftest import OraclePair
 
 DIGEST = "0" * 64
@@ -37,7 +37,7 @@ def record(pair: OraclePair, folder: Path, positions: int, tapped: bool = False)
     folder.mkdir()
     chain, steps = chain_of(pair, folder), []
     requests = golden_requests(chain.tokenizer.spec.system_prompt)
-    tap = partial(take_all_taps, chain_of(pair, folder, True)) if tapped else None
+    tap = partial(record_all_taps, chain_of(pair, folder, True)) if tapped else None
     record_goldens(
         chain, requests, folder / "goldens", DIGEST, positions, lambda *step: steps.append(step), tap
     )
@@ -71,11 +71,9 @@ def test_requests_that_do_not_fit_are_left_out(hybrid_pair: OraclePair, tmp_path
 
 
 def test_a_checkpoint_with_nan_is_not_recorded(siglip_pair: OraclePair, tmp_path: Path) -> None:
-    model = siglip_pair.checkpoint.model()
+    model = siglip_pair.checkpoint.load_model()
     model.decoder.norm.weight.data[3] = float("nan")
-    with pytest.raises(
-        UserError, match="holds NaN or infinity in logits; are the checkpoint's weights sound"
-    ):
+    with pytest.raises(UserError, match="holds NaN or infinity in logits; check the checkpoint's weights"):
         record(replace(siglip_pair, model=model), tmp_path / "nan", 300)
     assert not list((tmp_path / "nan/goldens").glob("*.safetensors"))
 
@@ -111,7 +109,7 @@ def test_taps_do_not_depend_on_how_a_chain_reads(
     monkeypatch.setattr("runtimes.goldens.taps.PREFILL_CHUNK", 24)
     found = []
     for chain.prefill_chunk in (8, 2048):
-        found.append(take_taps(chain, golden, "decoder"))
+        found.append(record_taps(chain, golden, "decoder"))
     assert found[0]["head"].size > 3 * siglip_pair.checkpoint.config.decoder.vocab_size
     for name, taps in found[0].items():
         assert np.array_equal(taps, found[1][name])
@@ -137,7 +135,7 @@ def test_rounding_costs_what_half_precision_costs(pair: OraclePair, tmp_path: Pa
         QuantizedWeights(pair.checkpoint, load_precision("fp16")), tmp_path / "r/table.safetensors", True
     )
     for component, taps in golden.taps.items():
-        found = take_taps(chain, golden, component)
+        found = record_taps(chain, golden, component)
         for name, expected in taps.items():
             assert 5e-5 < relative_rms(found[name], expected) < 5e-3, (component, name)
 

@@ -45,7 +45,7 @@ def decoder(request: pytest.FixtureRequest, tiny_bundle: Bundle) -> DecoderSessi
     if runner == "torch":
         checkpoint = open_checkpoint("tiny")
         contract = component_contract(checkpoint.config, "decoder", "fp32")
-        return TorchDecoder(checkpoint.model().decoder, contract)
+        return TorchDecoder(checkpoint.load_model().decoder, contract)
     if runner == "gpu":
         bundle: Bundle = request.getfixturevalue("engine_bundle")
         artifact = bundle.artifact("decoder", "tensorrt", precision)

@@ -11,10 +11,10 @@ class Gate:
     """Holds a scheduler before its next step, until ``open`` is set."""
 
     def __init__(self, scheduler: Scheduler) -> None:
-        self.open, sweep = threading.Event(), scheduler._sweep
+        self.open, sweep = threading.Event(), scheduler._drop_expired
 
         def wait() -> None:
             assert self.open.wait(60)
             sweep()
 
-        scheduler._sweep = wait  # type: ignore[method-assign]
+        scheduler._drop_expired = wait  # type: ignore[method-assign]

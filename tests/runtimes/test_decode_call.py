@@ -10,9 +10,9 @@ from runtimes.decode_call import CallLimits, split_call
 CAPACITY = 40
 LIMITS = (
     CallLimits(8),
-    CallLimits(8, rows=3),
+    CallLimits(8, max_rows=3),
     CallLimits(8, last_row_only=True),
-    CallLimits(8, last_row_only=True, padded_to=CAPACITY),
+    CallLimits(8, last_row_only=True, padded_capacity=CAPACITY),
 )
 
 
@@ -30,13 +30,13 @@ def test_pieces_cover_a_call(limits: CallLimits) -> None:
         assert computed == sorted(set(computed)) and set(rows) <= set(computed)
         for piece in pieces:
             assert piece.rows and all(piece.start <= row < piece.stop for row in piece.rows)
-            assert len(piece.rows) <= limits.rows
-            assert piece.stop - piece.start <= piece.length <= limits.tokens
+            assert len(piece.rows) <= limits.max_rows
+            assert piece.stop - piece.start <= piece.length <= limits.max_tokens
             if limits.last_row_only:
                 assert piece.rows == (piece.stop - 1,)
-            if limits.padded_to:
+            if limits.padded_capacity:
                 assert position + piece.start + piece.length <= CAPACITY
-                assert piece.length in (1, limits.tokens)
+                assert piece.length in (1, limits.max_tokens)
             else:
                 assert piece.length == piece.stop - piece.start
 

@@ -88,7 +88,7 @@ def test_formats_that_start_programs_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "page.png").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(%pipe%id) (r) file\n"
     )
-    with pytest.raises(UserError, match=r"page\.png is not a readable image; it may be PNG, JPEG"):
+    with pytest.raises(UserError, match=r"page\.png is not a readable image; use PNG, JPEG"):
         load_image(tmp_path / "page.png")
 
 
@@ -149,7 +149,7 @@ def test_whatever_a_decoder_raises_is_one_sentence(error: Exception, monkeypatch
         raise error
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
-    with pytest.raises(UserError, match="the given image cannot be decoded: .+"):
+    with pytest.raises(UserError, match="the image cannot be decoded: .+"):
         load_image(encoded(Image.new("RGB", (4, 4)), "PNG"))
 
 

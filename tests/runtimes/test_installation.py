@@ -9,7 +9,7 @@ import pytest
 import tomllib
 from packaging.requirements import Requirement
 
-from dsvl_export.compilers import BUILT_IN, EXTRAS
+from dsvl_export.compilers.registry import BUILT_IN, EXTRAS
 from runtimes import installation
 from runtimes.installation import ON_JETSON, PACKAGES, install_command
 
@@ -34,7 +34,7 @@ def sources() -> list[Path]:
     folders = ("runtimes", "reference", "calibration", "dsvl_export", "integrations", "benchmarks")
     code = [file for name in folders for file in (ROOT / name).rglob("*.py")]
     data = [file for name in folders for file in (ROOT / name).rglob("*.yaml")]
-    return [*code, *data, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    return [*code, *data, *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
 
 
 def test_every_extra_that_is_named_exists() -> None:

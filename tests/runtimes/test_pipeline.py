@@ -13,11 +13,12 @@ import pytest
 
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.session import reference_chain
-from runtimes.bundle.bundle import Bundle, Engine
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Engine
 from runtimes.errors import UserError
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import load_image
-from runtimes.pipeline import MOST_STREAMS, Pipeline, needed_memory
+from runtimes.pipeline import MAX_STREAMS, Pipeline, required_memory
 from runtimes.preprocess import preprocess
 from runtimes.text.prompt import IMAGE_PLACEHOLDER, Message
 
@@ -120,7 +121,7 @@ def test_interleaved_streams_are_right(
 
 def test_streams_that_are_left_open(pipeline: Pipeline, pictures: list[Path], alone: list[list[int]]) -> None:
     """They block nobody; too many are refused; one that is dropped or closed makes room."""
-    streams = [pipeline.stream_chat("Hi", [], SHORT) for _ in range(MOST_STREAMS)]
+    streams = [pipeline.stream_chat("Hi", [], SHORT) for _ in range(MAX_STREAMS)]
     assert all(next(stream) for stream in streams)
     with pytest.raises(UserError, match="16 streams of this pipeline are open; finish or close one first"):
         pipeline.chat(DESCRIBE, [pictures[0]], LONG)
@@ -279,7 +280,7 @@ def test_messages_are_checked(pipeline: Pipeline) -> None:
 
 def test_preprocessed_content_is_the_key(pipeline: Pipeline, pictures: list[Path]) -> None:
     """Two files with the same pixels are one image; see also the embeddings' cache bound."""
-    pipeline.chain.kept_images = 2
+    pipeline.chain.max_cached_images = 2
     for picture in pictures[:3] * 2:
         pipeline.chain.embed_prompt(IMAGE_PLACEHOLDER, [picture])
     assert pipeline.chain.images_encoded == 6
@@ -302,15 +303,15 @@ def test_needed_memory_is_weights_cache_and_activations(
         tokens = capacity or 1024
         active = max(item.activation_bytes + tokens * item.activation_bytes_per_token for item in artifacts)
         needed = weights + widened * active + tokens * a_token
-        assert needed_memory(tiny_bundle, "onnxruntime", precision, capacity) == needed
+        assert required_memory(tiny_bundle, "onnxruntime", precision, capacity) == needed
 
 
 def test_needed_memory_leaves_engines_to_their_gpu(tiny_bundle: Bundle) -> None:
-    plain = needed_memory(tiny_bundle, "onnxruntime", "fp32", None)
+    plain = required_memory(tiny_bundle, "onnxruntime", "fp32", None)
     file = tiny_bundle.manifest.token_embedding  # any other file of the bundle in an engine's place
     engine = Engine(file, (87,), "", "", "11.4", 1024, 1)
     artifacts = tuple(
         replace(item, files=(*item.files, file), engine=engine) for item in tiny_bundle.manifest.artifacts
     )
     built = Bundle(tiny_bundle.folder, replace(tiny_bundle.manifest, artifacts=artifacts))
-    assert needed_memory(built, "onnxruntime", "fp32", None) == plain
+    assert required_memory(built, "onnxruntime", "fp32", None) == plain

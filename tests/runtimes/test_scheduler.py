@@ -18,7 +18,7 @@ from runtimes.generation.decoding import Answer
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import PreprocessSpec, preprocess
-from runtimes.scheduler import BusyError, ClosedError, Job, LateError, Scheduler, Step
+from runtimes.scheduler import BusyError, ClosedError, DeadlineError, Job, Scheduler, Step
 from runtimes.text.prompt import Message
 from tests.runtimes.gate import Gate
 
@@ -215,7 +215,7 @@ def test_limits(pipeline: Pipeline, start: Start, pictures: list[Path]) -> None:
     with pytest.raises(BusyError, match="1 requests are being answered and 1 are waiting; try again"):
         Client(scheduler, asked)
     gate.open.set()
-    assert isinstance(late.error(), LateError)
+    assert isinstance(late.error(), DeadlineError)
     assert "not complete after" in str(Client(scheduler, asked, seconds=0.0).error())
     assert waiting.answer().finish_reason == "eos"
     with pytest.raises(UserError, match=r"has \d+ tokens but the KV cache holds"):
@@ -313,7 +313,7 @@ def test_each_image_is_decoded_once(
     start: Start, pipeline: Pipeline, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where its embeddings make room for those of the next one before the prompt is complete."""
-    monkeypatch.setattr(pipeline.chain, "kept_images", 1)
+    monkeypatch.setattr(pipeline.chain, "max_cached_images", 1)
     decoded: list[bytes] = []
 
     def decode(file: bytes, spec: PreprocessSpec) -> np.ndarray:

@@ -10,8 +10,8 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.robustness.faults import mil_packages, onnx_files, programs, shared
-from runtimes.bundle.bundle import MANIFEST, FileEntry
 from runtimes.bundle.files import read_json, sha256_of_file, write_json
+from runtimes.bundle.manifest import MANIFEST, FileEntry
 
 # Folders of artifacts, and how often each is chosen; a program of ExecuTorch has all components.
 COMPONENTS = {"decoder": 5, "vision_encoder": 4, "adaptor": 1, "program": 10}

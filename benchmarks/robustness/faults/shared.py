@@ -11,8 +11,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.robustness.faults.values import change_values
-from runtimes.bundle.bundle import MANIFEST
 from runtimes.bundle.files import read_json, write_json
+from runtimes.bundle.manifest import MANIFEST
 
 TOKEN_TABLE, TOKENIZER = "token_embedding/token_embedding.safetensors", "tokenizer/tokenizer.json"
 

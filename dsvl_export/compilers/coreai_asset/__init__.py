@@ -1,1 +1,1 @@
-"""Core AI's assets, converted by Apple's coreai-torch from the traced components."""
+"""Core AI assets, converted from the traced components by Apple's coreai-torch."""

@@ -1,4 +1,4 @@
-"""An ``.aimodel`` from a traced component: an entry point for each size, all with the same weights."""
+"""An ``.aimodel`` from a traced component: one entry point per size, with shared weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runtimes.errors import UserError, first_line
 
 
 def entry_points(traced: TracedComponent, capacity: int) -> dict[str, dict[str, int]]:
-    """Sizes of the contract's named dims for each entry point."""
+    """Return the sizes of the contract's named dims for each entry point."""
     if not traced.contract.states:
         return {MAIN: {"batch": 1}}
     sizes = {DECODE: 1, PREFILL: min(CHUNK, capacity)}
@@ -32,7 +32,7 @@ def entry_points(traced: TracedComponent, capacity: int) -> dict[str, dict[str, 
 
 
 def write_asset(folder: Path, traced: TracedComponent, load: LoadParameter, capacity: int) -> Path:
-    """Convert into ``<component>.aimodel``.
+    """Convert a component and write ``<component>.aimodel``.
 
     Raises:
         UserError: Core AI's converter refuses the program.
@@ -65,7 +65,7 @@ def write_asset(folder: Path, traced: TracedComponent, load: LoadParameter, capa
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The converter's warnings and progress bars are not for our users."""
+    """Suppress the converter's warnings and progress bars, which do not concern users."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""What Core AI wants in place of our operators: its own forms of quantized weights and activations."""
+"""Core AI's operators for quantized weights and activations, in place of this package's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx import Node
 
 import calibration.quantized_program  # noqa: F401 -- registers the operators
 from dsvl_export.compilers.aten_program import AtenLowering, Lower
-from dsvl_export.compilers.lowering import Constant, PaletteWeight, arguments, aten, fake
+from dsvl_export.compilers.lowering import Constant, PaletteWeight, arguments, aten, fake_tensor
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it takes 2.13.0+cpu for something newer than 2.13.0
@@ -37,20 +37,20 @@ def _dequantize(lowering: AtenLowering, node: Node) -> Any:
 
 
 def _scale(lowering: AtenLowering, source: Any, like: Node) -> Node:
-    """A scale of activations in the dtype of what is not quantized."""
-    scale, dtype = lowering.constant(source), fake(like).dtype
+    """Add a scale of activations in the dtype of the tensors that are not quantized."""
+    scale, dtype = lowering.constant(source), fake_tensor(like).dtype
     return lowering.buffer(f"{scale.name}_{dtype}", lambda: scale.load().to(dtype))
 
 
 def _layer(lowering: AtenLowering, node: Node) -> Node:
-    """A linear layer or a convolution on its weight as Core AI keeps it."""
+    """Lower a linear layer or a convolution with its weight in Core AI's format."""
     x, weight, *rest = node.args
     args = [lowering.value(x), _weight(lowering, weight), *torch.fx.map_arg(rest, lowering.value)]  # type: ignore[arg-type]
     return lowering.graph.call_function(node.target, tuple(args), dict(node.kwargs))  # type: ignore[arg-type]
 
 
 def _weight(lowering: AtenLowering, source: Any) -> Node:
-    weight, base = lowering.weight(source), fake(source).dtype
+    weight, base = lowering.weight(source), fake_tensor(source).dtype
     if isinstance(weight, Constant):
         return lowering.value(source)
     if isinstance(weight, PaletteWeight):

@@ -1,1 +1,1 @@
-"""Engines of TensorRT and TensorRT-RTX from ONNX files; needs neither torch nor a checkpoint."""
+"""TensorRT and TensorRT-RTX engines from ONNX files; needs neither torch nor a checkpoint."""

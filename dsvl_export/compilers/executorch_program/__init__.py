@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Warnings of torchao and of ExecuTorch's exporter are not for our users."""
+def suppress_warnings() -> Iterator[None]:
+    """Suppress the warnings of torchao and of ExecuTorch's exporter, which do not concern users."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

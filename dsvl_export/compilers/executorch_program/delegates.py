@@ -1,4 +1,4 @@
-"""What ExecuTorch hands the vision encoder and the adaptor to; the decoder is for XNNPACK."""
+"""The ExecuTorch delegates of the vision encoder and the adaptor; XNNPACK runs the decoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from runtimes.installation import install_command
 
 
 def encoder_partitioner(delegate: str, dtype: torch.dtype) -> Any:
-    """The partitioner of ``xnnpack``, ``coreml`` or ``vulkan`` for a program in a float dtype.
+    """Create the partitioner of a delegate for a program in a float dtype.
+
+    Args:
+        delegate: ``xnnpack``, ``coreml`` or ``vulkan``.
+        dtype: dtype of the program.
 
     Raises:
         UserError: coremltools is not installed.
@@ -20,6 +24,7 @@ def encoder_partitioner(delegate: str, dtype: torch.dtype) -> Any:
     if delegate == "coreml":
         return _coreml(dtype)
     if delegate == "vulkan":
+        # Deferred, like Core ML's below: only the chosen delegate is imported.
         from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
 
         return VulkanPartitioner()

@@ -1,4 +1,4 @@
-"""One ``.pte`` of several methods from a model's traced components."""
+"""One ``.pte`` file of several methods from a model's traced components."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch.fx import Graph
 from calibration.precision_plan import LayerPrecision
 from calibration.quantized_program import quantize_weight
 from calibration.quantized_weights import find_weight_scale
-from dsvl_export.compilers import App, Parts
-from dsvl_export.compilers.executorch_program import quiet
+from dsvl_export.compilers.executorch_program import suppress_warnings
 from dsvl_export.compilers.executorch_program.delegates import encoder_partitioner
-from dsvl_export.compilers.executorch_program.lower import BOUNDARIES, Method, method
+from dsvl_export.compilers.executorch_program.lower import BOUNDARIES, Method, build_method
+from dsvl_export.compilers.protocol import App, Parts
 from runtimes.backends.executorch import DIALECT, METHODS, TOKEN_EMBEDDING, largest_chunk, program_constants
 from runtimes.errors import UserError, first_line
 
@@ -29,28 +29,41 @@ BYTES = LayerPrecision("int8-weights")
 
 
 class FoldedEncoder(nn.Module):
-    """The vision encoder with the adaptor: what the stock runner calls the vision encoder.
+    """The vision encoder and the adaptor in one module, as ExecuTorch's stock runner calls them.
 
-    It takes float32 in every precision, as that runner gives.
+    It takes float32 in every precision, because that runner passes float32.
+
+    Args:
+        encoder: the vision encoder.
+        adaptor: the adaptor.
+        dtype: dtype that the encoder takes.
     """
 
     def __init__(self, encoder: nn.Module, adaptor: nn.Module, dtype: torch.dtype) -> None:
+        """Keep the modules; see the class for the arguments."""
         super().__init__()
         self.encoder, self.adaptor, self.dtype = encoder, adaptor, dtype
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """``[1, 3, N, N]`` → the image tokens ``[1, T, D]``, then the features by which it is judged."""
+        """Encode ``[1, 3, N, N]`` into image tokens ``[1, T, D]``; the vision features follow."""
         features = self.encoder(pixel_values.to(self.dtype))
         return (*self.adaptor(*features), *features)
 
 
 class Embedding(nn.Module):
-    """The token table as the checkpoint has it, or in 8 bits for each token's row."""
+    """The token table in the checkpoint's dtype, or in 8 bits with one scale per token.
+
+    Args:
+        file: the bundle's file of the token embeddings.
+        dtype: dtype of the embeddings.
+        quantized: whether to quantize the table to 8 bits.
+    """
 
     table: Tensor
     scale: Tensor | None
 
     def __init__(self, file: Path, dtype: torch.dtype, quantized: bool) -> None:
+        """Load the table; see the class for the arguments."""
         super().__init__()
         with safe_open(file, framework="pt") as handle:
             table = handle.get_tensor("token_embedding")
@@ -58,13 +71,13 @@ class Embedding(nn.Module):
             table = table.float()
             scale = find_weight_scale(table, BYTES)
             table = quantize_weight(table, scale, BYTES)
-        # ExecuTorch has no bfloat16 here; half precision holds a bfloat16 table's values but for tiny ones.
+        # ExecuTorch has no bfloat16 here; half precision represents its values, except tiny ones.
         self.register_buffer("table", table.half() if table.dtype == torch.bfloat16 else table)
         self.register_buffer("scale", scale.float() if quantized else None)
         self.dtype = dtype
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``[1, S]`` int64 → ``[1, S, D]``"""
+        """Embed ``[1, S]`` int64 as ``[1, S, D]``."""
         if self.scale is None:
             return torch.nn.functional.embedding(tokens, self.table).to(self.dtype)
         found: Tensor = qd.embedding_byte.dtype(
@@ -73,9 +86,9 @@ class Embedding(nn.Module):
         return found
 
 
-def methods_of(parts: Parts, app: App) -> dict[str, Method]:
-    """The methods of a program, by name."""
-    made = {component: method(*part, app.capacity) for component, part in parts.items()}
+def build_methods(parts: Parts, app: App) -> dict[str, Method]:
+    """Build the methods of a program, by name."""
+    made = {component: build_method(*part, app.capacity) for component, part in parts.items()}
     encoder, adaptor = made["vision_encoder"], made["adaptor"]
     (pixels,) = encoder.examples
     folded = FoldedEncoder(encoder.module, adaptor.module, pixels.dtype)
@@ -95,23 +108,26 @@ def write_program(file: Path, parts: Parts, app: App, delegate: str) -> dict[str
     """Lower all methods and write the program.
 
     Args:
-        delegate: what runs the vision encoder and the adaptor; XNNPACK runs the rest.
+        file: the ``.pte`` file.
+        parts: programs and loaders of all components.
+        app: contracts and settings that the program contains.
+        delegate: runs the vision encoder and the adaptor; XNNPACK runs the rest.
 
     Returns:
-        How many pieces each method was taken in.
+        The number of partitions of each method.
 
     Raises:
         UserError: ExecuTorch or the delegate refuses a program.
     """
     try:
-        with quiet():
+        with suppress_warnings():
             return _write(file, parts, app, delegate)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(f"ExecuTorch cannot lower the model: {first_line(error)}.") from error
 
 
 def _write(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
-    programs = {name: made.program() for name, made in methods_of(parts, app).items()}
+    programs = {name: made.program() for name, made in build_methods(parts, app).items()}
     dtype = getattr(torch, app.contracts["decoder"].inputs[0].dtype)
     (vocabulary,) = (int(spec.shape[2]) for spec in app.contracts["decoder"].outputs)
     encoders = [METHODS["vision_encoder"], METHODS["adaptor"]]
@@ -133,7 +149,7 @@ def _write(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
             )
     program = edge.to_executorch(
         ExecutorchBackendConfig(
-            # The methods of a program share one memory; unshared, a method overwrites another's KV cache.
+            # All methods share one memory; otherwise a method overwrites another's KV cache.
             memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
             emit_mutable_buffer_names=True,
         )
@@ -147,7 +163,7 @@ def _write(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
 
 
 def _left(graph: Graph) -> list[str]:
-    """The operators that no delegate took."""
+    """List the operators that no delegate runs."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_function"}
     names = {name.partition(": schema")[0].removeprefix("<EdgeOpOverload: ") for name in called}
     return sorted(name for name in names if "call_delegate" not in name and "getitem" not in name)

@@ -1,8 +1,9 @@
-"""The checkpoint's tokenizer in the form that ExecuTorch's C++ tokenizer reads as it is meant.
+r"""The checkpoint's tokenizer in a form that ExecuTorch's C++ tokenizer reads correctly.
 
-That tokenizer gives the matches of a ``Split`` alone and drops the text between them, knows neither
-``Metaspace`` nor all of a decoder's steps, and hands patterns to RE2 or PCRE2, whose ``\\s`` and ``$`` differ
-from Oniguruma's. So each step is written as a pattern that matches all of the text, piece by piece.
+That tokenizer keeps only the matches of a ``Split`` and drops the text between them. It has no
+``Metaspace`` and not all decoder steps, and it passes patterns to RE2 or PCRE2, whose ``\s`` and
+``$`` differ from Oniguruma's. So each step is written as a pattern that matches all of the text,
+piece by piece.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ DECODERS = ("Replace", "ByteFallback", "Fuse", "ByteLevel")
 
 
 def write_runner_tokenizer(file: Path, original: Path) -> str:
-    """Write the runner's tokenizer file, if it gives the same tokens as the original for all texts tried.
+    """Write the runner's tokenizer file if it gives the original's tokens for all test texts.
 
     Returns:
         How many texts were compared, or, beginning with ``none``, why there is no file.
@@ -48,7 +49,7 @@ def write_runner_tokenizer(file: Path, original: Path) -> str:
 
 
 def rewrite_tokenizer(raw: Step) -> Step:
-    """A ``tokenizer.json`` as ``tokenizers`` writes it, with the same meaning in the C++ tokenizer."""
+    """Rewrite a ``tokenizer.json`` of ``tokenizers`` for the same tokens in the C++ tokenizer."""
     normalizers = [_normalizer(step) for step in _flat(raw["normalizer"], "normalizers")]
     splits: list[Step] = []
     for step in _flat(raw["pre_tokenizer"], "pretokenizers"):
@@ -72,7 +73,7 @@ def rewrite_tokenizer(raw: Step) -> Step:
 
 
 def translate(pattern: str) -> str:
-    """A pattern of Oniguruma in what RE2 and PCRE2 both take for the same."""
+    """Translate an Oniguruma pattern into one that RE2 and PCRE2 read the same way."""
     depth, parts = 0, list[str]()
     for token in re.findall(r"\\.|.", pattern, re.DOTALL):
         first = token == "^" and depth and parts[-1] == "["
@@ -83,7 +84,10 @@ def translate(pattern: str) -> str:
 
 
 def _split(regex: str, behavior: str, invert: bool = False) -> Step:
-    """A step whose matches are all pieces that ``Split`` gives (tokenizers, ``SplitDelimiterBehavior``)."""
+    """Build a step whose matches are all pieces of a ``Split``.
+
+    The behaviors are those of tokenizers' ``SplitDelimiterBehavior``.
+    """
     match, other = f"(?:{regex})", f"(?:(?!{regex})[\\s\\S])"
     pattern = {
         "Removed": match if invert else f"{match}(*SKIP)(*FAIL)|{other}++",
@@ -96,7 +100,7 @@ def _split(regex: str, behavior: str, invert: bool = False) -> Step:
 
 
 def _spaces_replaced(step: Step) -> list[Step]:
-    """What ``Metaspace`` does before it splits; its prefix where the text has none yet."""
+    """Build the steps that ``Metaspace`` runs before it splits; adds a missing prefix."""
     mark = step["replacement"]
     prefix = {"type": "Replace", "pattern": {"Regex": rf"\A(?![ {mark}])"}, "content": mark}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": mark}

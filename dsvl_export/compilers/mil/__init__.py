@@ -1,4 +1,4 @@
-"""Core ML's programs (MIL): lowered from the traced components and written as packages."""
+"""Core ML programs (MIL): lowered from the traced components and written as packages."""
 
 import logging
 

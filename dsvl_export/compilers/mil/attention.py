@@ -1,4 +1,4 @@
-"""RMSNorm and attention in MIL: the two places where half precision needs care."""
+"""RMSNorm and attention in MIL, the two operators that need care in half precision."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from coremltools.converters.mil import Builder as mb
 from torch.fx import Node
 
-from dsvl_export.compilers.lowering import arguments, fake, numpy_dtype, to_numpy
+from dsvl_export.compilers.lowering import arguments, fake_tensor, numpy_dtype, to_numpy
 from dsvl_export.compilers.mil.context import MilLowering, Var
 
 # Far below any score, and a score of up to 35,000 can be added to it in half precision.
@@ -16,11 +16,11 @@ MASKED = -30000.0
 
 
 def rms_norm(context: MilLowering, node: Node) -> Var:
-    """``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4) with no number outside of half precision.
+    """Lower ``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4) within half precision's range.
 
-    Squares of more than 256 end above 65,504, so rows are divided by their largest magnitude ``m`` first:
-    with ``y = x / m`` the norm is ``y / sqrt(mean(y²) + ε / m²) · w``. ``m`` is at least ``sqrt(ε)``, so
-    that ``ε / m²`` is at most 1, and a number where ``x`` is small.
+    The square of a number above 256 exceeds 65,504, so rows are divided by their largest magnitude
+    ``m`` first: with ``y = x / m``, the norm is ``y / sqrt(mean(y²) + ε / m²) · w``. ``m`` is at
+    least ``sqrt(ε)``, so that ``ε / m²`` is at most 1, and finite where ``x`` is small.
     """
     x, _, weight, epsilon = arguments(node)
     source, root = context.value(x), context.number(epsilon**0.5, node)
@@ -37,7 +37,7 @@ def rms_norm(context: MilLowering, node: Node) -> Var:
 
 
 def attention(context: MilLowering, node: Node) -> Var:
-    """Softmax attention of the vision towers, optionally with an additive bias."""
+    """Lower the softmax attention of the vision towers, with or without an additive bias."""
     if len(node.args) > 4 or node.kwargs.keys() - {"attn_mask"}:
         raise NotImplementedError("causal, scaled or dropped-out attention in a vision tower")
     query, key, value, bias = arguments(node, None, None, node.kwargs.get("attn_mask"))
@@ -95,14 +95,14 @@ def cached_attention(context: MilLowering, node: Node) -> Var:
 
 
 def _angles(context: MilLowering, table: Node, positions: Var, capacity: int) -> Var:
-    """Rows ``[1, 1, S, Dh / 2]`` of a RoPE table ``[C, Dh / 2]``, gathered once for all layers."""
-    constant, dtype = context.constant(table), numpy_dtype(fake(table).dtype)
+    """Gather rows ``[1, 1, S, Dh / 2]`` of a RoPE table ``[C, Dh / 2]``, once for all layers."""
+    constant, dtype = context.constant(table), numpy_dtype(fake_tensor(table).dtype)
     key = f"rows of {constant.name}"
     if key not in context.scratch:
-        known = context.known(
+        known = context.add_constant(
             f"{constant.name}_table",
             dtype,
-            (capacity, int(fake(table).shape[1])),
+            (capacity, int(fake_tensor(table).shape[1])),
             lambda: to_numpy(constant.load())[:capacity],
         )
         rows = context.op("gather", x=known, indices=positions, axis=0)
@@ -111,7 +111,7 @@ def _angles(context: MilLowering, table: Node, positions: Var, capacity: int) ->
 
 
 def _rotate(context: MilLowering, x: Var, angles: list[Var]) -> Var:
-    """RoPE in LLaMA's half-split form on ``[1, H, S, Dh]``."""
+    """Apply RoPE in LLaMA's half-split form to ``[1, H, S, Dh]``."""
     first, second = context.op("split", x=x, num_splits=2, axis=-1)
     cos, sin = angles
     turned = [
@@ -122,7 +122,7 @@ def _rotate(context: MilLowering, x: Var, angles: list[Var]) -> Var:
 
 
 def _span(context: MilLowering, positions: Var) -> tuple[Var, Var]:
-    """Where the new rows begin and end in a state, for all layers."""
+    """Return where the new rows begin and end in a state, once for all layers."""
     if "span" not in context.scratch:
         everything: Any = np.array([0], np.int32)
         first = context.op(
@@ -139,9 +139,9 @@ def _span(context: MilLowering, positions: Var) -> tuple[Var, Var]:
 
 
 def _visible(context: MilLowering, positions: Var, length: int, capacity: int, node: Node) -> Var:
-    """``[1, 1, S, C]``: what to add to the scores, so that a token sees the slots up to its own."""
+    """Build the additive mask ``[1, 1, S, C]``: a token attends to the slots up to its own."""
     if "visible" not in context.scratch:
-        slots = context.known(
+        slots = context.add_constant(
             "slots", np.dtype(np.int32), (1, 1, 1, capacity),
             lambda: np.arange(capacity, dtype=np.int32).reshape(1, 1, 1, -1),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Whether a written package holds what its contract says, and nothing that cannot be executed here."""
+"""Check that a written package keeps its contract and can be executed by the interpreter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ ARRAY_NAMES = {"float16": "FLOAT16", "float32": "FLOAT32", "int64": "INT32"}
 
 
 def check_package(folder: Path, contract: Contract) -> None:
-    """Raise ValueError where a package breaks the contract, UserError where it is damaged."""
+    """Check a package against its contract.
+
+    Raises:
+        ValueError: the package breaks the contract.
+        UserError: the package is damaged.
+    """
     check_manifest(folder)
     package = Package(folder)
     for name in package.function_names:

@@ -15,7 +15,7 @@ ARRAY_TYPES = {"float16": 65552, "float32": 65568}  # ArrayFeatureType.ArrayData
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
-    """The same package with the contract's taps as further outputs of the functions that have them."""
+    """Write the package with the contract's taps as further outputs of its functions."""
     source = package_folder(artifact)
     package = Package(source)
     for name in package.function_names:
@@ -35,16 +35,16 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
 
 
 def tap_variables(package: Package, function: str, contract: Contract) -> dict[str, str]:
-    """The variable of a function that each of the contract's taps is.
+    """Map the contract's taps to the variables of a function.
 
     Raises:
-        UserError: the package does not say so.
+        UserError: the package does not list its taps.
     """
     try:
         taps = parse_json(package.metadata[TAPS], "the list of taps")[function]
         return {spec.name: str(taps[spec.name]) for spec in contract.taps}
     except (KeyError, TypeError) as error:
-        raise UserError(f"{package.folder} does not say where its taps are; export it again.") from error
+        raise UserError(f"{package.folder} does not list its taps; export it again.") from error
 
 
 def _add_outputs(package: Package, name: str, contract: Contract) -> None:

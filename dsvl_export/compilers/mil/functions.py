@@ -1,8 +1,8 @@
-"""The functions of each component's package, and what apps see of them.
+"""The functions of each component's package, and their features as apps see them.
 
-The decoder has fixed lengths for the Neural Engine, which takes no others (``decode``: one token,
-``prefill``: a chunk), and a flexible one for the GPU (``extend``). The vision encoder can also be given an
-image itself.
+The decoder has fixed lengths for the Neural Engine, which supports no others (``decode``: one
+token, ``prefill``: a chunk), and a flexible length for the GPU (``extend``). The vision encoder
+also has a function that takes an image.
 """
 
 from __future__ import annotations
@@ -32,7 +32,15 @@ Size = int | tuple[int, int]  # fixed, or from and to
 
 @dataclass(frozen=True)
 class Feature:
-    """An input, output or state of a function; an image is given as one, not as numbers."""
+    """An input, output or state of a function.
+
+    Args:
+        name: its name.
+        dtype: its dtype.
+        shape: its shape; a flexible size is a range.
+        meaning: description for apps.
+        image: whether it is passed as an image, not as an array.
+    """
 
     name: str
     dtype: str
@@ -42,8 +50,16 @@ class Feature:
 
 
 @dataclass(frozen=True)
-class Built:
-    """A function, its features, and which of its variables are the taps."""
+class BuiltFunction:
+    """A function of a MIL program.
+
+    Args:
+        function: coremltools' function.
+        inputs: features of the inputs.
+        outputs: features of the outputs.
+        states: features of the states.
+        taps: tap → the variable that holds it.
+    """
 
     function: Any
     inputs: tuple[Feature, ...]
@@ -58,12 +74,16 @@ def build_functions(
     weights: Weights,
     capacity: int,
     preprocessing: PreprocessSpec | None,
-) -> dict[str, Built]:
-    """All functions of a component, the default first.
+) -> dict[str, BuiltFunction]:
+    """Build all functions of a component, the default first.
 
     Args:
+        traced: the component.
+        load: loads a parameter by name.
+        weights: receives the constants of all functions.
         capacity: tokens of the KV cache.
-        preprocessing: of the model; with it the vision encoder gets a function that takes an image.
+        preprocessing: the model's preprocessing; with it, the vision encoder gets a function that
+            takes an image.
     """
     component = traced.contract.component
     if component == "decoder":
@@ -87,7 +107,7 @@ def _build(
     weights: Weights,
     sizes: dict[str, Size],
     preprocessing: PreprocessSpec | None = None,
-) -> Built:
+) -> BuiltFunction:
     contract, sizes = traced.contract, {"batch": 1, **sizes}
 
     def feature(spec: TensorSpec) -> Feature:
@@ -117,13 +137,14 @@ def _build(
         lowering = lower(traced, load, weights, given, fixed)
         function.set_outputs(lowering.outputs)
     taps = {tap: lowering.value(node).name for tap, node in tap_nodes(traced.program, traced.taps).items()}
-    return Built(function, inputs, tuple(map(feature, contract.outputs)), states, taps)
+    return BuiltFunction(function, inputs, tuple(map(feature, contract.outputs)), states, taps)
 
 
 def _normalised(image: Any, spec: PreprocessSpec) -> Any:
-    """Pixels from 0 to 255 as the preprocessing would hand them over.
+    """Normalize pixels from 0 to 255 as the preprocessing does.
 
-    The mean is taken off first: half precision has most pixels less the mean exactly, and scales them once.
+    The mean is subtracted first: half precision represents most pixels less the mean exactly, and
+    they are scaled once.
     """
     mean, std = (np.array(values, np.float64).reshape(1, 3, 1, 1) for values in (spec.mean, spec.std))
     if not spec.do_normalize:

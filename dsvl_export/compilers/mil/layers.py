@@ -1,4 +1,4 @@
-"""Layers of packages one by one, in the MIL interpreter: what reads a tap reads what it is handed."""
+"""Run the layers of a package one by one in the MIL interpreter, on recorded taps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from dsvl_export.compilers.mil.debug import tap_variables
 from runtimes.backends.mil.interpreter import Function
 from runtimes.backends.mil.package import EXTEND, Package, package_folder
+from runtimes.backends.mil.threads import blas_threads
 from runtimes.backends.static_shape import MAIN
 from runtimes.bundle.contracts import Contract
 from runtimes.session import SessionOptions
@@ -23,7 +24,7 @@ def run_layers(
     folder: Path,
     options: SessionOptions,
 ) -> dict[str, np.ndarray]:
-    """Taps of a package, each computed from the given ones before it; a decoder reads all tokens at once."""
+    """See ``RunsLayers.run_layers``."""
     package = Package(package_folder(artifact))
     function = Function(package, EXTEND if contract.states else MAIN, {})
     variables = tap_variables(package, function.name, contract)
@@ -33,5 +34,6 @@ def run_layers(
     }
     handed = {variables[name]: array for name, array in taps.items()}
     given = {name: inputs[name] for name in function.inputs}
-    found = function.run_handed(given, states, handed)
+    with blas_threads(options.threads):
+        found = function.run_with_replacements(given, states, handed)
     return {name: found[variable] for name, variable in variables.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dsvl_export.compilers import App
+from dsvl_export.compilers.protocol import App
 from dsvl_export.version import __version__
 from runtimes.backends.mil.package import CHUNK, EXTEND, IMAGE, PREFILL
 from runtimes.backends.static_shape import DECODE
@@ -26,8 +26,8 @@ READS = {
 }
 
 
-def listing(app: App) -> str:
-    """Swift for an app: encode an image, prefill, decode greedily."""
+def render_listing(app: App) -> str:
+    """Render Swift source for an app: encode an image, prefill, decode greedily."""
     vision, adaptor, decoder = (app.contracts[name] for name in ("vision_encoder", "adaptor", "decoder"))
     prompt, preprocessing, table = app.prompt, app.preprocessing, TokenEmbedding(app.embedding)
     embeds, positions, rows = (spec.name for spec in decoder.inputs)

@@ -1,4 +1,4 @@
-"""From an ExportedProgram to a function of a MIL program: one function per ATen operator, by a table."""
+"""Lower an ExportedProgram to a MIL function, with one Python function per operator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsvl_export.compilers.lowering import (
     LoadParameter,
     arguments,
     aten,
-    fake,
+    fake_tensor,
     numpy_dtype,
     permuted_axes,
     swapped_axes,
@@ -36,8 +36,8 @@ def _linear(context: MilLowering, node: Node) -> Var:
     x, weight, bias = arguments(node, None, None)
     dense = weight_operand(context, weight)
     if bias is None:  # coremltools would write zeros for every layer
-        width, dtype = int(fake(node).shape[-1]), numpy_dtype(fake(node).dtype)
-        offset = context.known(f"no_bias_{width}", dtype, (width,), lambda: np.zeros(width, dtype))
+        width, dtype = int(fake_tensor(node).shape[-1]), numpy_dtype(fake_tensor(node).dtype)
+        offset = context.add_constant(f"no_bias_{width}", dtype, (width,), lambda: np.zeros(width, dtype))
     else:
         offset = context.value(bias)
     return context.emit(node, mb.linear, x=context.value(x), weight=dense, bias=offset)
@@ -98,7 +98,7 @@ def _permutation(order: Callable[[Node], list[int]]) -> Callable[[MilLowering, N
 
 def _chunk(context: MilLowering, node: Node) -> list[Var]:
     x, _, axis = arguments(node, 0, 0)
-    sizes = [int(part.shape[axis]) for part in fake(node)]
+    sizes = [int(part.shape[axis]) for part in fake_tensor(node)]
     return list(context.emit(node, mb.split, x=context.value(x), split_sizes=sizes, axis=axis))
 
 
@@ -118,12 +118,12 @@ def _slice(context: MilLowering, node: Node) -> Var:
 
 
 def _pad(context: MilLowering, node: Node) -> Var:
-    """torch pads from the last axis backwards; MIL lists the two sides of each axis, in order."""
+    """PyTorch pads from the last axis backwards; MIL lists the two sides of each axis, in order."""
     x, amounts = arguments(node)[:2]
     sides: list[int] = []
     for last in range(len(amounts), 0, -2):
         sides += amounts[last - 2 : last]
-    sides = [0] * (2 * fake(x).dim() - len(sides)) + sides
+    sides = [0] * (2 * fake_tensor(x).dim() - len(sides)) + sides
     return context.emit(
         node, mb.pad, x=context.value(x), pad=sides, mode="constant", constant_val=context.number(0, node)
     )
@@ -140,8 +140,8 @@ def _index_select(context: MilLowering, node: Node) -> Var:
 
 
 def _cast(context: MilLowering, node: Node) -> Var:
-    source, dtype = arguments(node)[0], fake(node).dtype
-    if fake(source).dtype == dtype:
+    source, dtype = arguments(node)[0], fake_tensor(node).dtype
+    if fake_tensor(source).dtype == dtype:
         return context.value(source)
     return context.emit(node, mb.cast, x=context.value(source), dtype=MIL_NAMES[str(numpy_dtype(dtype))])
 

@@ -1,4 +1,4 @@
-"""A package from the functions of a MIL program: weights stream into its file one at a time."""
+"""Write a package from MIL functions; weights stream into its file one at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coremltools.converters.mil.mil import Program
 from coremltools.proto import FeatureTypes_pb2, Model_pb2
 
 from dsvl_export.compilers.mil.context import Var, Weights
-from dsvl_export.compilers.mil.functions import Built
+from dsvl_export.compilers.mil.functions import BuiltFunction
 from dsvl_export.version import __version__
 from reference.trace import TracedComponent
 from runtimes.backends.mil.package import CONTRACT, PREPROCESSING, SPECIFICATION, SUFFIX, TAPS, WEIGHTS
@@ -31,7 +31,7 @@ NAMESPACE = uuid.UUID("6ba7b811-9dad-11d1-80b4-00c04fd430c8")  # of URLs, RFC 95
 
 
 class _StreamingExporter(MILProtoExporter):
-    """coremltools' writer of programs, which asks for a weight's values when it writes them."""
+    """coremltools' program writer, changed to load the values of a weight when it writes them."""
 
     def __init__(self, program: Any, folder: Path, weights: Weights, on_bytes: Callable[[int], None]) -> None:
         super().__init__(program, str(folder), SPECIFICATION_VERSION)
@@ -60,7 +60,7 @@ class _StreamingExporter(MILProtoExporter):
 def write_package(
     folder: Path,
     traced: TracedComponent,
-    functions: Mapping[str, Built],
+    functions: Mapping[str, BuiltFunction],
     weights: Weights,
     preprocessing: PreprocessSpec | None,
     on_bytes: Callable[[int], None],
@@ -68,8 +68,13 @@ def write_package(
     """Write ``<component>.mlpackage`` into a folder.
 
     Args:
-        functions: by name, the first one is what an app gets that asks for none.
-        preprocessing: stands in the metadata, as the contract does, so that a package explains itself.
+        folder: the folder.
+        traced: the component.
+        functions: functions by name; the first one is the default.
+        weights: the constants of all functions.
+        preprocessing: written into the metadata, as the contract is, so that a package documents
+            itself.
+        on_bytes: called with the bytes of weights written, for progress.
     """
     program = Program()
     for name, built in functions.items():
@@ -99,7 +104,7 @@ def write_package(
 
 
 def _write_manifest(package: Path) -> None:
-    """The package's own list of its two items; their ids follow from their paths."""
+    """Write the package's list of its two items; their ids are derived from their paths."""
     entries = {}
     for path, about in ((Path(SPECIFICATION), "Specification"), (Path(WEIGHTS).parent, "Weights")):
         relative = path.relative_to("Data").as_posix()
@@ -117,8 +122,8 @@ def _write_manifest(package: Path) -> None:
     (package / "Manifest.json").write_text(json.dumps(manifest, indent=4), encoding="utf-8")
 
 
-def _describe(model: Any, functions: Mapping[str, Built]) -> None:
-    """Inputs, outputs and states as apps see them."""
+def _describe(model: Any, functions: Mapping[str, BuiltFunction]) -> None:
+    """Describe inputs, outputs and states as apps see them."""
     descriptions = []
     for name, built in functions.items():
         described = Model_pb2.FunctionDescription(name=name)

@@ -1,4 +1,4 @@
-"""Quantized weights and activations in MIL, from the same scales as every other backend's."""
+"""Quantized weights and activations in MIL, with the scales that all backends share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dsvl_export.compilers.lowering import (
     PaletteWeight,
     QuantizedWeight,
     arguments,
-    fake,
+    fake_tensor,
     numpy_dtype,
     to_numpy,
 )
@@ -28,7 +28,7 @@ INT8, HALF = np.dtype(np.int8), np.dtype(np.float16)
 
 
 def _quantize(context: MilLowering, node: Node) -> Var:
-    """An activation to codes; the same input with the same scale is quantized once."""
+    """Quantize an activation; the same input with the same scale is quantized once."""
     x, scale = arguments(node)[:2]
     source, factor = context.value(x), _scalar(context, scale, x)
     key = f"quantized {source.name} {factor}"
@@ -40,7 +40,7 @@ def _quantize(context: MilLowering, node: Node) -> Var:
 
 
 def _dequantize(context: MilLowering, node: Node) -> Any:
-    """Codes of an activation to numbers; a weight stays as it is until its layer is lowered."""
+    """Dequantize an activation; a weight stays quantized until its layer is lowered."""
     source, scale = arguments(node)[:2]
     if context.is_constant(source):
         return context.channel_weight(node, INT8)
@@ -52,11 +52,11 @@ def _dequantize(context: MilLowering, node: Node) -> Any:
 
 
 def _scalar(context: MilLowering, scale: Node, like: Node) -> Any:
-    return numpy_dtype(fake(like).dtype).type(to_numpy(context.constant(scale).load()))
+    return numpy_dtype(fake_tensor(like).dtype).type(to_numpy(context.constant(scale).load()))
 
 
 def weight_operand(context: MilLowering, source: Node) -> Var:
-    """A weight ``[out, in, ...]``, as it is, or by codes that Core ML keeps and decompresses."""
+    """Add a weight ``[out, in, ...]``, or the codes that Core ML stores and decompresses."""
     weight = context.weight(source)
     if isinstance(weight, Constant):
         return context.value(source)
@@ -70,14 +70,14 @@ def weight_operand(context: MilLowering, source: Node) -> Var:
 def _from_palettes(context: MilLowering, weight: PaletteWeight, name: str) -> Var:
     groups, entries = weight.entries
     lut = (groups, 1, entries, 1)  # for each group of rows, for all columns, entries, of one number
-    indices = context.known(
+    indices = context.add_constant(
         weight.codes.name, types.np_uint4_dtype, weight.shape,
         lambda: to_numpy(weight.codes.load()).astype(types.np_uint4_dtype),
     )  # fmt: skip
-    palettes = context.known(
+    palettes = context.add_constant(
         weight.palettes.name, HALF, lut, lambda: to_numpy(weight.palettes.load()).astype(HALF).reshape(lut)
     )
-    return mb.constexpr_lut_to_dense(indices=indices, lut=palettes, name=context.unique(name))
+    return mb.constexpr_lut_to_dense(indices=indices, lut=palettes, name=context.unique_name(name))
 
 
 def _from_scales(context: MilLowering, weight: QuantizedWeight, name: str) -> Var:
@@ -85,13 +85,13 @@ def _from_scales(context: MilLowering, weight: QuantizedWeight, name: str) -> Va
     groups = columns // weight.group if weight.group else 1
     stored = types.np_int4_dtype if weight.bits == 4 else np.dtype(np.int8)
     scales = (rows, groups, *(1 for _ in kernel))
-    data = context.known(
+    data = context.add_constant(
         weight.codes.name, stored, weight.shape, lambda: to_numpy(weight.codes.load()).astype(stored)
     )
-    scale = context.known(
+    scale = context.add_constant(
         weight.scale.name, HALF, scales, lambda: to_numpy(weight.scale.load()).astype(HALF).reshape(scales)
     )
-    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=context.unique(name))
+    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=context.unique_name(name))
 
 
 DEQUANTIZE = frozenset(

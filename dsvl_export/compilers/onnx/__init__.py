@@ -1,1 +1,1 @@
-"""Lowering of traced programs to ONNX graphs, and writing them without holding the weights."""
+"""Lower traced programs to ONNX graphs, and write them without holding the weights in memory."""

@@ -1,4 +1,4 @@
-"""A small ONNX graph builder whose initializers are loaded only when the file is written."""
+"""A small ONNX graph builder whose initializers are loaded when the file is written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ NO_ATTRIBUTES: Attributes = {}
 
 @dataclass(frozen=True)
 class Initializer:
-    """A constant of the graph: dtype and shape are known, the values come when asked for."""
+    """A constant of the graph, whose values are loaded on demand.
+
+    Args:
+        name: its name.
+        dtype: its dtype, numpy's or ml_dtypes'.
+        shape: its shape.
+        load: loads the values.
+    """
 
     name: str
     dtype: np.dtype[Any]
@@ -28,19 +35,29 @@ class Initializer:
 
     @property
     def key(self) -> tuple[str, str, tuple[int, ...]]:
-        """What says that two graphs of a component mean the same values."""
+        """Identify the values among the graphs of a component."""
         return self.name, self.dtype.name, self.shape
 
     @property
     def nbytes(self) -> int:
-        """As stored: 4-bit numbers take half a byte."""
+        """Compute the bytes as stored; 4-bit numbers take half a byte."""
         count = prod(self.shape)
         return -(-count // 2) if self.dtype.name == "int4" else count * self.dtype.itemsize
 
 
 @dataclass
 class Graph:
-    """Nodes in execution order, initializers by name, and the operator sets in use."""
+    """An ONNX graph: nodes in execution order, and initializers by name.
+
+    Args:
+        name: name of the graph.
+        opset: its opset.
+        nodes: its nodes.
+        initializers: its constants.
+        inputs: its inputs.
+        outputs: its outputs.
+        taps: tap → the value of the graph that holds it.
+    """
 
     name: str
     opset: int
@@ -60,16 +77,16 @@ class Graph:
         outputs: Sequence[str] = (),
         domain: str = "",
     ) -> str:
-        """Append a node and return its first output, named like the node unless ``outputs`` says else."""
-        name = self.unique(name)
+        """Append a node and return its first output, named like the node by default."""
+        name = self.unique_name(name)
         outputs = list(outputs) or [name]
         self.nodes.append(
             helper.make_node(operator, list(inputs), outputs, name=name, domain=domain, **attributes)
         )
         return outputs[0]
 
-    def unique(self, name: str) -> str:
-        """``name``, or ``name_2`` and so on where it is taken."""
+    def unique_name(self, name: str) -> str:
+        """Reserve a name: ``name``, or ``name_2`` and so on if it is taken."""
         candidate, count = name, 1
         while candidate in self._names:
             count += 1
@@ -80,13 +97,13 @@ class Graph:
     def initializer(
         self, name: str, dtype: np.dtype[Any], shape: Sequence[int], load: Callable[[], np.ndarray]
     ) -> str:
-        """Add a lazily loaded constant once; the same name must mean the same values."""
+        """Add a constant that is loaded on demand, once; a name stands for the same values."""
         if name not in self.initializers:
             self.initializers[name] = Initializer(name, dtype, tuple(shape), load)
         return name
 
     def constant(self, array: np.ndarray, hint: str) -> str:
-        """A small constant, shared by all nodes that need the same values."""
+        """Add a small constant, shared by all nodes that need the same values."""
         values = "x".join(str(value) for value in array.flatten().tolist()[:8])
         name = f"{hint}_{array.dtype}_{'x'.join(map(str, array.shape)) or 'scalar'}_{values}"
         if array.size > 8:
@@ -94,10 +111,11 @@ class Graph:
         return self.initializer(name, array.dtype, array.shape, lambda: array)
 
     def ints(self, *values: int) -> str:
+        """Add a constant ``[n]`` of int64."""
         return self.constant(np.array(values, dtype=np.int64), "ints")
 
     def model(self) -> onnx.ModelProto:
-        """The model without initializers; ``write_model`` adds them."""
+        """Build the model without initializers; ``write_model`` adds them."""
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs)
         domains = {node.domain for node in self.nodes} - {""}
         imports = [helper.make_opsetid("", self.opset)]
@@ -108,7 +126,7 @@ class Graph:
         return model
 
     def prune(self) -> None:
-        """Drop nodes and initializers that no output and no tap rests on."""
+        """Remove nodes and initializers that no output and no tap depends on."""
         wanted = {value.name for value in self.outputs} | set(self.taps.values())
         live = []
         for node in reversed(self.nodes):
@@ -120,9 +138,10 @@ class Graph:
 
 
 def element_type(dtype: np.dtype[Any] | str) -> int:
-    """ONNX's number of a numpy dtype."""
+    """Return ONNX's number of a numpy dtype."""
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
 
 def value_info(name: str, dtype: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
+    """Describe an input or output."""
     return helper.make_tensor_value_info(name, element_type(dtype), list(shape))

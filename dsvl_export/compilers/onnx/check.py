@@ -1,4 +1,4 @@
-"""Checks of written ONNX files against their contract. Needs no torch."""
+"""Check written ONNX files against their contract. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from dsvl_export.compilers.onnx.builder import element_type
-from dsvl_export.lint.quantization import problems
+from dsvl_export.lint.quantization import quantization_problems
 from runtimes.bundle.contracts import Contract, TensorSpec, updated_state
 
 
@@ -18,17 +18,19 @@ def check_file(
     state_output: Callable[[TensorSpec], TensorSpec] = updated_state,
     tensorrt_rules: bool = True,
 ) -> None:
-    """A written file is valid ONNX, keeps the contract and the rules of quantization.
+    """Check that a written file is valid ONNX and keeps the contract and the rules of quantization.
 
     Args:
-        state_output: how the file's dialect gives states back.
-        tensorrt_rules: whether it must keep TensorRT's.
+        file: the ONNX file.
+        contract: the component's contract.
+        state_output: maps a state to the output in which the dialect returns it.
+        tensorrt_rules: whether to check TensorRT's rules of quantization.
 
     Raises:
-        ValueError: it does not.
+        ValueError: a check fails.
     """
     onnx.checker.check_model(str(file), full_check=True)
-    broken = problems(file) if tensorrt_rules else []
+    broken = quantization_problems(file) if tensorrt_rules else []
     if broken:
         raise ValueError(f"{file.name} breaks TensorRT's rules of quantization: {' '.join(broken)}")
     check_contract(onnx.load(str(file), load_external_data=False), contract, state_output)
@@ -39,7 +41,11 @@ def check_contract(
     contract: Contract,
     state_output: Callable[[TensorSpec], TensorSpec] = updated_state,
 ) -> None:
-    """The file's inputs and outputs are the contract's, in order, and no input is unused."""
+    """Check that inputs and outputs are the contract's, in order, and that every input is used.
+
+    Raises:
+        ValueError: a check fails.
+    """
     graph = model.graph
     states = tuple(state_output(state) for state in contract.states)
     for what, values, specs in (

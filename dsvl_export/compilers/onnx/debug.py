@@ -1,4 +1,4 @@
-"""Debug builds of ONNX files: the same program with its taps as further outputs. Needs no torch."""
+"""Debug builds of ONNX files: the same program with its taps as outputs. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from runtimes.bundle.contracts import Contract
 from runtimes.bundle.files import parse_json
 from runtimes.errors import UserError
 
-MOST_COPIED = 1 << 30  # bytes of weights
+MAX_COPIED_BYTES = 1 << 30  # bytes of weights
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
-    """The same file with the contract's taps as further outputs."""
+    """Write the file with the contract's taps as further outputs."""
     model = onnx.load(str(artifact), load_external_data=False)
     sources = tap_values(model, artifact, contract)
     for spec, source in zip(contract.taps, sources, strict=True):
@@ -31,29 +31,33 @@ def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
 
 
 def tap_values(model: onnx.ModelProto, artifact: Path, contract: Contract) -> list[str]:
-    """The values that are the contract's taps.
+    """Return the values of the graph that hold the contract's taps, in order.
 
     Raises:
-        UserError: the file does not say so.
+        UserError: the file does not list its taps.
     """
     try:
         values = parse_json({item.key: item.value for item in model.metadata_props}[TAPS], "the list of taps")
         return [values[spec.name] for spec in contract.taps]
     except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{artifact} does not say where its taps are; export it again.") from error
+        raise UserError(f"{artifact} does not list its taps; export it again.") from error
 
 
 def write_build(model: onnx.ModelProto, artifact: Path, folder: Path) -> Path:
-    """Write a changed graph beside a link to its weights."""
+    """Write a changed graph with links to the weights beside it.
+
+    Raises:
+        UserError: the weights cannot be linked and are too large to copy.
+    """
     file = folder / artifact.name
     file.write_bytes(model.SerializeToString())
-    for data in artifact.parent.glob("*.data"):  # a graph for prompts reads those of the first one too
+    for data in artifact.parent.glob("*.data"):  # a prefill graph also reads the first graph's
         try:
             (folder / data.name).hardlink_to(data)  # ONNX Runtime refuses symbolic links
         except FileExistsError:  # linked for the other graph
             continue
         except OSError as error:  # another file system
-            if data.stat().st_size > MOST_COPIED:
+            if data.stat().st_size > MAX_COPIED_BYTES:
                 raise UserError(
                     f"{data} cannot be linked into {folder} ({error.strerror}), and is too large to copy;"
                     " make the bundle's folder writable."

@@ -1,46 +1,46 @@
-"""Parts of the decoder's attention that both TensorRT dialects are made of."""
+"""Parts of the decoder's attention that both TensorRT dialects use."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.compilers.lowering import fake, numpy_dtype, to_numpy
+from dsvl_export.compilers.lowering import fake_tensor, numpy_dtype, to_numpy
 from dsvl_export.compilers.onnx.context import Lowering
 
 
-def split(context: Lowering, source: Node, cache: Node, name: str) -> str:
-    """``[B, S, H * Dh]`` → ``[B, H, S, Dh]`` in the cache's dtype."""
-    graph, head_dim = context.graph, int(fake(cache).shape[-1])
-    x, dtype = context.value(source), numpy_dtype(fake(cache).dtype)
-    if numpy_dtype(fake(source).dtype) != dtype:
+def split_heads(context: Lowering, source: Node, cache: Node, name: str) -> str:
+    """Split heads in the cache's dtype: ``[B, S, H * Dh]`` → ``[B, H, S, Dh]``."""
+    graph, head_dim = context.graph, int(fake_tensor(cache).shape[-1])
+    x, dtype = context.value(source), numpy_dtype(fake_tensor(cache).dtype)
+    if numpy_dtype(fake_tensor(source).dtype) != dtype:
         x = context.cast(x, dtype, f"{name}_cast")
-    heads = int(fake(source).shape[-1]) // head_dim
+    heads = int(fake_tensor(source).shape[-1]) // head_dim
     apart = graph.node("Reshape", [x, graph.ints(0, 0, heads, head_dim)], f"{name}_heads")
     return graph.node("Transpose", [apart], name, {"perm": [0, 2, 1, 3]})
 
 
-def merged(context: Lowering, x: str, node: Node, cache: Node) -> str:
-    """``[B, H, S, Dh]`` → ``[B, S, H * Dh]``, the value of ``node``."""
-    graph, name, dtype = context.graph, context.name(node), numpy_dtype(fake(node).dtype)
+def merge_heads(context: Lowering, x: str, node: Node, cache: Node) -> str:
+    """Merge heads into the value of ``node``: ``[B, H, S, Dh]`` → ``[B, S, H * Dh]``."""
+    graph, name, dtype = context.graph, context.name(node), numpy_dtype(fake_tensor(node).dtype)
     turned = graph.node("Transpose", [x], f"{name}_tokens", {"perm": [0, 2, 1, 3]})
-    out = context.emit(node, "Reshape", [turned, graph.ints(0, 0, int(fake(node).shape[-1]))])
-    return out if numpy_dtype(fake(cache).dtype) == dtype else context.cast(out, dtype, f"{name}_cast")
+    out = context.emit(node, "Reshape", [turned, graph.ints(0, 0, int(fake_tensor(node).shape[-1]))])
+    return out if numpy_dtype(fake_tensor(cache).dtype) == dtype else context.cast(out, dtype, f"{name}_cast")
 
 
 def rotation_table(context: Lowering, table: Node, cache: Node) -> str:
-    """Cosines or sines ``[P, Dh / 2]`` in the cache's dtype."""
-    constant, dtype = context.constant(table), fake(cache).dtype
+    """Add the table of cosines or sines ``[P, Dh / 2]`` in the cache's dtype."""
+    constant, dtype = context.constant(table), fake_tensor(cache).dtype
     return context.graph.initializer(
         f"{constant.name}_table",
         numpy_dtype(dtype),
-        fake(table).shape,
+        fake_tensor(table).shape,
         lambda: to_numpy(constant.load().to(dtype)),
     )
 
 
-def slots(context: Lowering, cache: str) -> str:
-    """``[C]``: the numbers of the cache's slots."""
+def cache_slots(context: Lowering, cache: str) -> str:
+    """Add the numbers ``[C]`` of the cache's slots."""
     graph, known = context.graph, context.scratch
     if "slots" not in known:
         shape = graph.node("Shape", [cache], "cache_shape")
@@ -52,9 +52,9 @@ def slots(context: Lowering, cache: str) -> str:
 
 
 def visible_slots(context: Lowering, positions: str, cache: str) -> str:
-    """``[B, 1, S, C]`` bool: slots up to each token's own, made once for all layers."""
+    """Build the bool mask ``[B, 1, S, C]`` of slots up to each token's own, once for all layers."""
     graph, known = context.graph, context.scratch
     if "visible" not in known:
         down = graph.node("Unsqueeze", [positions, graph.ints(1, 3)], "positions_down")
-        known["visible"] = graph.node("LessOrEqual", [slots(context, cache), down], "visible")
+        known["visible"] = graph.node("LessOrEqual", [cache_slots(context, cache), down], "visible")
     return known["visible"]

@@ -1,4 +1,4 @@
-"""What ONNX itself defines, for the operators that have several forms; other dialects build on it."""
+"""The ONNX standard's own operators where several forms exist; other dialects extend it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.compilers.lowering import QuantizedWeight, arguments, fake, numpy_dtype
+from dsvl_export.compilers.lowering import QuantizedWeight, arguments, fake_tensor, numpy_dtype
 from dsvl_export.compilers.onnx.builder import Graph
 from dsvl_export.compilers.onnx.context import Lowering
-from dsvl_export.compilers.onnx.quantization import dequantized
+from dsvl_export.compilers.onnx.quantization import dequantize_weight
 from runtimes.bundle.contracts import TensorSpec, updated_state
 
 
@@ -21,16 +21,19 @@ class StandardDialect:
     float32_norms = False
 
     def opset_of(self, graph: Graph) -> int:
+        """Return the dialect's opset."""
         return self.opset
 
     def state_output(self, state: TensorSpec) -> TensorSpec:
+        """Return the whole updated state."""
         return updated_state(state)
 
     def rms_norm(self, context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
+        """Add RMSNormalization over the last axis."""
         return context.graph.node("RMSNormalization", [x, weight], name, {"axis": -1, "epsilon": epsilon})
 
     def attention(self, context: Lowering, node: Node) -> str:
-        """Softmax attention of the vision towers, optionally with an additive bias."""
+        """Lower the softmax attention of the vision towers, with or without an additive bias."""
         (query, key, value), bias = attention_inputs(node)
         name, (q, k, v) = context.name(node), map(context.value, (query, key, value))
         scores = _scores(context, q, k, query, name)
@@ -40,18 +43,23 @@ class StandardDialect:
         return context.emit(node, "MatMul", [weights, v])
 
     def weight_only_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
-        """A product with a DequantizeLinear by blocks (4 bits) or by channels (8 bits)."""
-        return context.emit(node, "MatMul", [x, dequantized(context, weight, 1)])
+        """Lower to a product with a DequantizeLinear by blocks (4 bits) or by channels (8 bits)."""
+        return context.emit(node, "MatMul", [x, dequantize_weight(context, weight, 1)])
 
     def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
+        """Refuse: the ONNX standard has no efficient form.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError(f"{context.name(node)} with activations in 8 bits, token by token")
 
 
 def attention_inputs(node: Node) -> tuple[list[Node], list[Node]]:
-    """Query, key and value of a scaled_dot_product_attention, and its bias where it has one.
+    """Return query, key and value of a scaled_dot_product_attention, and its bias in a list.
 
     Raises:
-        NotImplementedError: it is causal, scaled otherwise or dropped out.
+        NotImplementedError: it is causal, or has another scale or dropout.
     """
     if len(node.args) > 4 or node.kwargs.keys() - {"attn_mask"}:
         raise NotImplementedError("causal, scaled or dropped-out attention in a vision tower")
@@ -60,7 +68,7 @@ def attention_inputs(node: Node) -> tuple[list[Node], list[Node]]:
 
 
 def primitive_rms_norm(context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
-    """``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4), as ONNX Runtime's fusion expects it."""
+    """Add ``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4) for ONNX Runtime's fusion."""
     graph = context.graph
     square = graph.node("Pow", [x, graph.constant(np.array(2, np.float32), "two")], f"{name}_square")
     mean = graph.node("ReduceMean", [square, graph.ints(-1)], f"{name}_mean")
@@ -70,8 +78,8 @@ def primitive_rms_norm(context: Lowering, x: str, weight: str, epsilon: float, n
 
 
 def head_scale(source: Node) -> float:
-    """The scale of scores of ``[..., Dh]``."""
-    return float(int(fake(source).shape[-1]) ** -0.5)
+    """Return the scale of attention scores for heads ``[..., Dh]``."""
+    return float(int(fake_tensor(source).shape[-1]) ** -0.5)
 
 
 def softmax_attention(
@@ -82,16 +90,19 @@ def softmax_attention(
     groups: int,
     name: str,
 ) -> str:
-    """Attention ``[B, H, S, Dh]`` over several blocks of keys and values in one softmax.
+    """Add attention ``[B, H, S, Dh]`` over several blocks of keys and values, with one softmax.
 
     Args:
+        context: the lowering.
         query: ``[B, H, S, Dh]``.
-        blocks: keys and values ``[B, Hkv, T, Dh]``, and a bool mask that broadcasts to ``[B, H, S, T]``.
+        blocks: keys and values ``[B, Hkv, T, Dh]``, and a bool mask that broadcasts to ``[B, H, S,
+            T]``.
         source: a node of the program with the head size and the dtype.
         groups: query heads per head of keys and values.
+        name: prefix of the nodes' names.
     """
-    graph, dtype = context.graph, numpy_dtype(fake(source).dtype)
-    heads, head_dim = int(fake(source).shape[1]), int(fake(source).shape[-1])
+    graph, dtype = context.graph, numpy_dtype(fake_tensor(source).dtype)
+    heads, head_dim = int(fake_tensor(source).shape[1]), int(fake_tensor(source).shape[-1])
     lowest = graph.constant(np.array(np.finfo(dtype).min, dtype), "lowest")
 
     def grouped(x: str, what: str) -> str:
@@ -120,13 +131,9 @@ def softmax_attention(
 
 
 def _scores(context: Lowering, query: str, keys: str, source: Node, name: str, grouped: bool = False) -> str:
-    """``q · kᵀ · scale``; the queries are scaled first, so that half precision does not overflow.
-
-    Args:
-        source: a node of the program with the head size and the dtype.
-    """
+    """Add ``q · kᵀ · scale``; scales the queries first, to avoid overflow in half precision."""
     graph = context.graph
-    factor = graph.constant(np.array(head_scale(source), numpy_dtype(fake(source).dtype)), "scale")
+    factor = graph.constant(np.array(head_scale(source), numpy_dtype(fake_tensor(source).dtype)), "scale")
     scaled = graph.node("Mul", [query, factor], f"{name}_scale")
     order = [0, 1, 2, 4, 3] if grouped else [0, 1, 3, 2]
     swapped = graph.node("Transpose", [keys], f"{name}_keys", {"perm": order})
@@ -134,7 +141,7 @@ def _scores(context: Lowering, query: str, keys: str, source: Node, name: str, g
 
 
 def _apart(context: Lowering, weights: str, keys: Sequence[str], name: str) -> list[str]:
-    """Weights of two blocks, cut where the first one's keys end."""
+    """Split weights of two blocks where the first block's keys end."""
     graph, known = context.graph, context.scratch
     if "first_block" not in known:
         shape = graph.node("Shape", [keys[0]], "first_block_shape")

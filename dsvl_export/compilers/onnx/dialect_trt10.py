@@ -1,13 +1,13 @@
-"""Dialect ``trt10``: primitive operators up to opset 20, for the TensorRT 10.3 of JetPack 6."""
+"""Dialect ``trt10``: primitive operators up to opset 20, for TensorRT 10.3 of JetPack 6."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.compilers.lowering import arguments, fake
+from dsvl_export.compilers.lowering import arguments, fake_tensor
 from dsvl_export.compilers.onnx.context import Lowering
-from dsvl_export.compilers.onnx.decoder_parts import merged, rotation_table, slots, split
+from dsvl_export.compilers.onnx.decoder_parts import cache_slots, merge_heads, rotation_table, split_heads
 from dsvl_export.compilers.onnx.dialect_standard import StandardDialect, softmax_attention
 from dsvl_export.compilers.onnx.quantization import FOUR_BIT
 from reference.trace import TracedComponent
@@ -15,25 +15,26 @@ from runtimes.bundle.contracts import TensorSpec, appended_state
 
 
 class Trt10Dialect(StandardDialect):
-    """RoPE, RMSNorm and attention in primitives; the cache is read by the graph and written by the session.
+    """RoPE, RMSNorm and attention in primitives; the graph reads the cache, the session writes it.
 
-    TensorRT 10.3 has no KVCacheUpdate, and a Scatter would copy the whole cache in every step. So the new
-    tokens are attended to beside the cache, in one softmax, and leave the graph as outputs: the session
-    copies their rows to their places. The capacity stays a dynamic dimension.
+    TensorRT 10.3 has no KVCacheUpdate, and a Scatter would copy the whole cache in every step. So
+    attention reads the new tokens beside the cache, in one softmax, and returns them as outputs;
+    the session copies their rows into the cache. The capacity stays a dynamic dimension.
     """
 
     float32_norms = True
 
     def __init__(self, traced: TracedComponent) -> None:
-        """4-bit weights need the DequantizeLinear by blocks of opset 21, which TensorRT 10.3 imports."""
+        """Choose opset 21 (DequantizeLinear by blocks) for 4-bit weights, otherwise 20."""
         four_bit = any(node.target is FOUR_BIT for node in traced.program.graph.nodes)
         self.opset = 21 if four_bit else 20
 
     def state_output(self, state: TensorSpec) -> TensorSpec:
+        """Return only the new rows of a state."""
         return appended_state(state)
 
     def rms_norm(self, context: Lowering, x: str, weight: str, epsilon: float, name: str) -> str:
-        """``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4), in float32."""
+        """Add ``x / sqrt(mean(x²) + ε) · w`` (arXiv 1910.07467, eq. 4), in float32."""
         graph = context.graph
         square = graph.node("Mul", [x, x], f"{name}_square")
         mean = graph.node("ReduceMean", [square, graph.ints(-1)], f"{name}_mean")
@@ -44,12 +45,13 @@ class Trt10Dialect(StandardDialect):
         return graph.node("Mul", [scaled, weight], name)
 
     def cached_attention(self, context: Lowering, node: Node) -> str:
+        """Lower to primitives over the cache and the new tokens."""
         query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
         graph, name = context.graph, context.name(node)
-        head_dim = int(fake(keys).shape[-1])
+        head_dim = int(fake_tensor(keys).shape[-1])
         angles = [self._angles(context, table, keys, context.value(positions)) for table in (cos, sin)]
         heads = {
-            part: split(context, source, keys, f"{name}_{part}")
+            part: split_heads(context, source, keys, f"{name}_{part}")
             for part, source in (("query", query), ("key", key), ("value", value))
         }
         rotated_query, rotated_key = (
@@ -60,16 +62,16 @@ class Trt10Dialect(StandardDialect):
         ):
             graph.node("Identity", [rows], f"{name}_{output}", outputs=[output])
         past, new = self._masks(context, context.value(positions), context.value(keys))
-        groups = int(fake(query).shape[-1]) // head_dim // int(fake(keys).shape[1])
+        groups = int(fake_tensor(query).shape[-1]) // head_dim // int(fake_tensor(keys).shape[1])
         blocks = [
             (context.value(keys), context.value(values), past),
             (rotated_key, heads["value"], new),
         ]
         out = softmax_attention(context, rotated_query, blocks, keys, groups, name)
-        return merged(context, out, node, keys)
+        return merge_heads(context, out, node, keys)
 
     def _angles(self, context: Lowering, table: Node, cache: Node, positions: str) -> str:
-        """Rows ``[B, 1, S, Dh / 2]`` of a RoPE table, computed once for all layers."""
+        """Gather rows ``[B, 1, S, Dh / 2]`` of a RoPE table, once for all layers."""
         graph, known, source = context.graph, context.scratch, rotation_table(context, table, cache)
         if source not in known:
             rows = graph.node("Gather", [source, positions], f"{source}_rows", {"axis": 0})
@@ -77,9 +79,9 @@ class Trt10Dialect(StandardDialect):
         return known[source]
 
     def _rotate(self, context: Lowering, x: str, angles: list[str], name: str) -> str:
-        """RoPE in LLaMA's half-split form on ``[B, H, S, Dh]``."""
+        """Apply RoPE in LLaMA's half-split form to ``[B, H, S, Dh]``."""
         graph = context.graph
-        halves = [graph.unique(f"{name}_{half}") for half in ("first", "second")]
+        halves = [graph.unique_name(f"{name}_{half}") for half in ("first", "second")]
         graph.node("Split", [x], f"{name}_halves", {"axis": -1, "num_outputs": 2}, outputs=halves)
         (a, b), (cos, sin), turned = halves, angles, []
         for sign, one, other in (("Sub", a, b), ("Add", b, a)):
@@ -89,12 +91,12 @@ class Trt10Dialect(StandardDialect):
         return graph.node("Concat", turned, name, {"axis": -1})
 
     def _masks(self, context: Lowering, positions: str, cache: str) -> tuple[str, str]:
-        """What may be attended to: slots of the cache ``[B, 1, 1, C]``, new tokens ``[B, 1, S, S]``."""
+        """Build the masks of cache slots ``[B, 1, 1, C]`` and new tokens ``[B, 1, S, S]``."""
         graph, known = context.graph, context.scratch
         if "mask_new" not in known:
             across = graph.node("Unsqueeze", [positions, graph.ints(1, 2)], "positions_across")
             down = graph.node("Unsqueeze", [positions, graph.ints(1, 3)], "positions_down")
             known["mask_new"] = graph.node("LessOrEqual", [across, down], "mask_new")
             first = graph.node("Slice", [down, *(graph.ints(v) for v in (0, 1, 2))], "positions_first")
-            known["mask_past"] = graph.node("Less", [slots(context, cache), first], "mask_past")
+            known["mask_past"] = graph.node("Less", [cache_slots(context, cache), first], "mask_past")
         return known["mask_past"], known["mask_new"]

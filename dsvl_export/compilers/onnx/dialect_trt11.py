@@ -1,13 +1,13 @@
-"""Dialect ``trt11``: operators of ONNX opset 24 that TensorRT 10.15 and later import, 11 included."""
+"""Dialect ``trt11``: ONNX opset 24 for TensorRT 10.15 and later, 11 included."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.compilers.lowering import arguments, fake, numpy_dtype
+from dsvl_export.compilers.lowering import arguments, fake_tensor, numpy_dtype
 from dsvl_export.compilers.onnx.context import Lowering
-from dsvl_export.compilers.onnx.decoder_parts import merged, rotation_table, split, visible_slots
+from dsvl_export.compilers.onnx.decoder_parts import merge_heads, rotation_table, split_heads, visible_slots
 from dsvl_export.compilers.onnx.dialect_standard import (
     StandardDialect,
     attention_inputs,
@@ -15,14 +15,16 @@ from dsvl_export.compilers.onnx.dialect_standard import (
     softmax_attention,
 )
 
-LARGEST_HEAD = 256
+MAX_HEAD_SIZE = 256
 
 
 class Trt11Dialect(StandardDialect):
-    """Attention with an explicit mask, RotaryEmbedding, RMSNormalization, and TensorScatter as KV cache.
+    """Attention with an explicit mask, RotaryEmbedding, RMSNormalization, TensorScatter.
 
-    - TensorRT drops Attention's ``nonpad_kv_seqlen`` with a mere warning, so what may be attended is a mask.
-    - Without a fused kernel it refuses Attention: matrix products in float32 and for odd head sizes.
+    - TensorRT drops Attention's ``nonpad_kv_seqlen`` with only a warning, so a mask limits
+      attention.
+    - TensorRT refuses an Attention without a fused kernel, so float32 and odd head sizes use matrix
+      products.
     - TensorScatter becomes a KVCacheUpdate, whose output must share the memory of its input.
     """
 
@@ -30,6 +32,7 @@ class Trt11Dialect(StandardDialect):
     float32_norms = True
 
     def attention(self, context: Lowering, node: Node) -> str:
+        """Lower to Attention, or to matrix products if TensorRT has no fused kernel."""
         sources, bias = attention_inputs(node)
         if not _fused(sources[0]):
             return super().attention(context, node)
@@ -37,20 +40,21 @@ class Trt11Dialect(StandardDialect):
         return context.emit(node, "Attention", inputs, {"scale": head_scale(sources[0])})
 
     def cached_attention(self, context: Lowering, node: Node) -> str:
+        """Lower to RotaryEmbedding, TensorScatter and Attention."""
         query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
         graph, name = context.graph, context.name(node)
-        head_dim = int(fake(keys).shape[-1])
+        head_dim = int(fake_tensor(keys).shape[-1])
         tables = [rotation_table(context, table, keys) for table in (cos, sin)]
         rotated = [
             graph.node(
                 "RotaryEmbedding",
-                [split(context, source, keys, f"{name}_{part}"), *tables, context.value(positions)],
+                [split_heads(context, source, keys, f"{name}_{part}"), *tables, context.value(positions)],
                 f"{name}_rotated_{part}",
             )
             for source, part in ((query, "query"), (key, "key"))
         ]
         start = self._start(context, context.value(positions))
-        new = (rotated[1], split(context, value, keys, f"{name}_value"))
+        new = (rotated[1], split_heads(context, value, keys, f"{name}_value"))
         cache = [
             graph.node(
                 "TensorScatter", [context.value(state), rows, start], f"{name}_{output}", {"axis": -2},
@@ -62,15 +66,18 @@ class Trt11Dialect(StandardDialect):
         ]  # fmt: skip
         mask = visible_slots(context, context.value(positions), context.value(keys))
         if not _fused(keys):
-            groups = int(fake(query).shape[-1]) // head_dim // int(fake(keys).shape[1])
+            groups = int(fake_tensor(query).shape[-1]) // head_dim // int(fake_tensor(keys).shape[1])
             out = softmax_attention(context, rotated[0], [(cache[0], cache[1], mask)], keys, groups, name)
         else:
             scale = {"scale": head_scale(keys)}
             out = graph.node("Attention", [rotated[0], *cache, mask], f"{name}_attention", scale)
-        return merged(context, out, node, keys)
+        return merge_heads(context, out, node, keys)
 
     def _start(self, context: Lowering, positions: str) -> str:
-        """``[B]``: where each row's new tokens go; positions are consecutive in a row."""
+        """Return the slot ``[B]`` of each row's first new token.
+
+        Positions are consecutive in a row.
+        """
         known = context.scratch
         if "start" not in known:
             zero = context.graph.constant(np.array(0, np.int64), "first")
@@ -79,10 +86,10 @@ class Trt11Dialect(StandardDialect):
 
 
 def _fused(source: Node) -> bool:
-    """Whether TensorRT has a fused kernel for ``[..., Dh]``, also between quantized layers.
+    """Return whether TensorRT has a fused kernel for ``[..., Dh]``, also between quantized layers.
 
-    Seen with TensorRT-RTX 1.7.1: half precision, and heads in multiples of 16 channels up to 256; smaller
-    ones build until their neighbours are INT8.
+    Observed with TensorRT-RTX 1.7.1: half precision, and head sizes in multiples of 16 up to 256;
+    smaller ones build unless their neighbours are INT8.
     """
-    head_dim = int(fake(source).shape[-1])
-    return numpy_dtype(fake(source).dtype) != np.float32 and head_dim % 16 == 0 and head_dim <= LARGEST_HEAD
+    head_dim, dtype = int(fake_tensor(source).shape[-1]), numpy_dtype(fake_tensor(source).dtype)
+    return dtype != np.float32 and head_dim % 16 == 0 and head_dim <= MAX_HEAD_SIZE

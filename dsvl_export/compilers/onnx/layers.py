@@ -1,4 +1,4 @@
-"""Layers of ONNX files one by one: what reads a tap reads what it is handed instead. Needs no torch."""
+"""Run the layers of an ONNX file one by one on recorded taps. Needs no torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run_layers(
     folder: Path,
     options: SessionOptions,
 ) -> dict[str, np.ndarray]:
-    """Taps of a file in ONNX Runtime, each computed from the given ones before it."""
+    """See ``RunsLayers.run_layers``; the layers run in ONNX Runtime."""
     file, cut = layer_build(artifact, contract, folder)
     session = load_backend("onnxruntime").open_component(file, cut, options)
     arrays = {**inputs, **{f"{GIVEN}{name}": array for name, array in taps.items()}}
@@ -35,7 +35,7 @@ def run_layers(
 
 
 def layer_build(artifact: Path, contract: Contract, folder: Path) -> tuple[Path, Contract]:
-    """The same file with its taps as its only outputs; what reads a tap reads a new input instead.
+    """Write the file with its taps as outputs and, where nodes read taps, as new inputs.
 
     Returns:
         The file, and its contract: states are inputs, and so is ``given/<tap>`` for every tap.

@@ -1,4 +1,4 @@
-"""From an ExportedProgram to an ONNX graph: one function per ATen operator, by a table."""
+"""Lower an ExportedProgram to an ONNX graph, with one Python function per operator."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from dsvl_export.compilers.lowering import (
     QuantizedWeight,
     arguments,
     aten,
-    fake,
+    fake_tensor,
     numpy_dtype,
     permuted_axes,
-    static,
+    static_shape,
     swapped_axes,
     to_numpy,
 )
 from dsvl_export.compilers.onnx.builder import Graph, element_type
 from dsvl_export.compilers.onnx.context import Dialect, Lowering
-from dsvl_export.compilers.onnx.quantization import DEQUANTIZE, QUANTIZATION, dequantized, quantized_linear
+from dsvl_export.compilers.onnx.quantization import (
+    DEQUANTIZE,
+    QUANTIZATION,
+    dequantize_weight,
+    quantized_linear,
+)
 from reference.trace import TracedComponent
 
 FLOAT32, BFLOAT16 = np.dtype(np.float32), numpy_dtype(torch.bfloat16)
@@ -31,9 +36,9 @@ CONV_IN_BFLOAT16 = 22  # the opset that allows it
 
 
 def _reshape(context: Lowering, node: Node) -> str:
-    """Reshape with 0 for a kept symbolic dim and -1 for the one that is left to infer."""
+    """Use 0 for an axis whose symbolic size is kept, and -1 for the one that is inferred."""
     (source, *_) = arguments(node)
-    before, after = fake(source).shape, fake(node).shape
+    before, after = fake_tensor(source).shape, fake_tensor(node).shape
     target: list[int] = []
     for axis, size in enumerate(after):
         if isinstance(size, int):
@@ -48,17 +53,17 @@ def _reshape(context: Lowering, node: Node) -> str:
 
 
 def _linear(context: Lowering, node: Node) -> str:
-    """``x @ W^T + b``; the weight is stored transposed, so that no consumer has to fold it."""
+    """Lower ``x @ W^T + b``; stores the weight transposed, so that no consumer has to fold it."""
     x, weight_node, bias = arguments(node, None, None)
     weight = context.weight(weight_node)
     if isinstance(weight, QuantizedWeight):
         out = quantized_linear(context, node, x, weight)
     else:
-        rows, columns = static(fake(weight_node).shape)
+        rows, columns = static_shape(fake_tensor(weight_node).shape)
         load = weight.load
         transposed = context.graph.initializer(
             f"{weight.name}_transposed",
-            numpy_dtype(fake(weight_node).dtype),
+            numpy_dtype(fake_tensor(weight_node).dtype),
             (columns, rows),
             lambda: to_numpy(load().t()),
         )
@@ -75,15 +80,17 @@ def _conv2d(context: Lowering, node: Node) -> str:
     kernel, name = context.weight(weight), context.name(node)
     inputs = [
         context.value(x),
-        dequantized(context, kernel, 0) if isinstance(kernel, QuantizedWeight) else context.value(weight),
+        dequantize_weight(context, kernel, 0)
+        if isinstance(kernel, QuantizedWeight)
+        else context.value(weight),
         *([context.value(bias)] if bias is not None else []),
     ]
-    dtype = numpy_dtype(fake(node).dtype)
+    dtype = numpy_dtype(fake_tensor(node).dtype)
     widen = dtype == BFLOAT16 and context.dialect.opset < CONV_IN_BFLOAT16
     if widen:
         inputs = [context.cast(value, FLOAT32, f"{name}_float32") for value in inputs]
     attributes = {
-        "kernel_shape": static(fake(weight).shape[2:]), "strides": stride,
+        "kernel_shape": static_shape(fake_tensor(weight).shape[2:]), "strides": stride,
         "pads": [*padding, *padding], "dilations": dilation, "group": groups,
     }  # fmt: skip
     out = context.emit(node, "Conv", inputs, attributes)
@@ -113,12 +120,15 @@ def _rms_norm(context: Lowering, node: Node) -> str:
 def _normalised(
     context: Lowering, node: Node, x: Node, parameters: list[Node], emit: Callable[..., str]
 ) -> str:
-    """A norm, in float32 where the dialect wants that: squares of half precision end at 65,504."""
-    dtype = numpy_dtype(fake(x).dtype)
+    """Lower a norm, in float32 if the dialect requires it.
+
+    Squares overflow in half precision above 65,504.
+    """
+    dtype = numpy_dtype(fake_tensor(x).dtype)
     if dtype == FLOAT32 or not context.dialect.float32_norms:
         return emit(context.value(x), *(context.value(item) for item in parameters))
     name = context.name(node)
-    wide = [context.widened(item) for item in parameters]
+    wide = [context.float32_constant(item) for item in parameters]
     out = emit(context.cast(context.value(x), FLOAT32, f"{name}_float32"), *wide)
     return context.cast(out, dtype, f"{name}_cast")
 
@@ -152,15 +162,15 @@ def _permutation(order: Callable[[Node], list[int]]) -> Callable[[Lowering, Node
 
 def _unsqueeze(context: Lowering, node: Node) -> str:
     x, axis = arguments(node)
-    axis %= fake(node).dim()
+    axis %= fake_tensor(node).dim()
     return context.emit(node, "Unsqueeze", [context.value(x), context.graph.ints(axis)])
 
 
 def _chunk(context: Lowering, node: Node) -> list[str]:
     x, count, axis = arguments(node, 0, 0)
-    axis %= fake(x).dim()
-    sizes = [int(part.shape[axis]) for part in fake(node)]
-    names = [context.graph.unique(f"{context.name(node)}_{index}") for index in range(count)]
+    axis %= fake_tensor(x).dim()
+    sizes = [int(part.shape[axis]) for part in fake_tensor(node)]
+    names = [context.graph.unique_name(f"{context.name(node)}_{index}") for index in range(count)]
     inputs = [context.value(x), context.graph.ints(*sizes)]
     context.graph.node("Split", inputs, context.name(node), {"axis": axis}, outputs=names)
     return names
@@ -175,9 +185,9 @@ def _slice(context: Lowering, node: Node) -> str:
 
 
 def _pad(context: Lowering, node: Node) -> str:
-    """torch pads from the last axis backwards; ONNX lists all begins, then all ends."""
+    """PyTorch pads from the last axis backwards; ONNX lists all begins, then all ends."""
     x, amounts = arguments(node)[:2]
-    rank = fake(x).dim()
+    rank = fake_tensor(x).dim()
     begins, ends = [0] * rank, [0] * rank
     for index in range(len(amounts) // 2):
         begins[rank - 1 - index], ends[rank - 1 - index] = amounts[2 * index : 2 * index + 2]
@@ -190,7 +200,7 @@ def _pad(context: Lowering, node: Node) -> str:
 
 def _cat(context: Lowering, node: Node) -> str:
     parts, axis = arguments(node, 0)
-    axis %= fake(node).dim()
+    axis %= fake_tensor(node).dim()
     return context.emit(node, "Concat", [context.value(part) for part in parts], {"axis": axis})
 
 
@@ -200,8 +210,8 @@ def _index_select(context: Lowering, node: Node) -> str:
 
 
 def _cast(context: Lowering, node: Node) -> str:
-    source, dtype = arguments(node)[0], fake(node).dtype
-    if fake(source).dtype == dtype:
+    source, dtype = arguments(node)[0], fake_tensor(node).dtype
+    if fake_tensor(source).dtype == dtype:
         return context.value(source)
     return context.emit(node, "Cast", [context.value(source)], {"to": element_type(numpy_dtype(dtype))})
 
@@ -238,9 +248,11 @@ TABLE: dict[Any, Callable[[Lowering, Node], Any]] = {
 
 
 def lower(traced: TracedComponent, load: LoadParameter, dialect: Dialect) -> Graph:
-    """The ONNX graph of a traced component in a dialect; weights stay behind ``load``.
+    """Lower a traced component to an ONNX graph in a dialect; weights are not loaded yet.
 
     Args:
-        load: gives a parameter of the component by its name, in any float dtype.
+        traced: the component.
+        load: loads a parameter of the component by name, in any float dtype.
+        dialect: lowers the operators that have several forms.
     """
     return Lowering(traced, load, dialect, TABLE, DEQUANTIZE).run()

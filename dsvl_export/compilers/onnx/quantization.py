@@ -1,8 +1,9 @@
 """Quantize and dequantize operators in ONNX, by the rules of TensorRT 11.
 
-Symmetric with zero points that are constant zeros; activations per tensor, weights per output channel or in
-blocks; scales in the dtype of what is not quantized. What quantizes a weight is evaluated, so the file holds
-its codes behind a DequantizeLinear.
+Quantization is symmetric, with zero points that are constant zeros. Activations have one scale per
+tensor, weights one per output channel or block; scales have the dtype of the tensors that are not
+quantized. The quantization of a weight is evaluated, so the file holds its codes behind a
+DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ import torch
 from torch.fx import Node
 
 import calibration.quantized_program  # noqa: F401 -- registers the float8 operators
-from dsvl_export.compilers.lowering import Constant, QuantizedWeight, arguments, fake, numpy_dtype, to_numpy
+from dsvl_export.compilers.lowering import (
+    Constant,
+    QuantizedWeight,
+    arguments,
+    fake_tensor,
+    numpy_dtype,
+    to_numpy,
+)
 from dsvl_export.compilers.onnx.context import Lowering
 
 qd, dsvl = torch.ops.quantized_decomposed, torch.ops.dsvl
@@ -25,13 +33,13 @@ INT8, INT4, FLOAT8 = np.dtype(np.int8), np.dtype("int4"), numpy_dtype(torch.floa
 
 
 def _quantize(codes: np.dtype[Any]) -> Callable[[Lowering, Node], str]:
-    """An activation to codes; the same input with the same scale is quantized once."""
+    """Quantize an activation; the same input with the same scale is quantized once."""
 
     def lower(context: Lowering, node: Node) -> str:
         x, scale = arguments(node)[:2]
         source, factor = (
             context.value(x),
-            _scalar(context, context.constant(scale), numpy_dtype(fake(x).dtype)),
+            _scalar(context, context.constant(scale), numpy_dtype(fake_tensor(x).dtype)),
         )
         key = f"quantized {source} {factor} {codes}"
         if key not in context.scratch:
@@ -43,13 +51,13 @@ def _quantize(codes: np.dtype[Any]) -> Callable[[Lowering, Node], str]:
 
 
 def _dequantize(codes: np.dtype[Any]) -> Callable[[Lowering, Node], Any]:
-    """Codes of an activation to numbers; a weight stays as it is until its layer is lowered."""
+    """Dequantize an activation; a weight stays quantized until its layer is lowered."""
 
     def lower(context: Lowering, node: Node) -> Any:
         source, scale = arguments(node)[:2]
         if context.is_constant(source):
             return context.channel_weight(node, codes)
-        factor = _scalar(context, context.constant(scale), numpy_dtype(fake(node).dtype))
+        factor = _scalar(context, context.constant(scale), numpy_dtype(fake_tensor(node).dtype))
         key = f"dequantized {context.value(source)} {factor}"
         if key not in context.scratch:
             inputs = [context.value(source), factor, _zero(context, codes)]
@@ -64,12 +72,12 @@ def _dequantize_groups(context: Lowering, node: Node) -> QuantizedWeight:
 
 
 def _tokens(context: Lowering, node: Node) -> str:
-    """The activation itself; the layers that read it round it, each in its dialect's way."""
+    """Return the activation itself; the layers that read it quantize it as their dialect does."""
     return context.value(arguments(node)[0])
 
 
 def _token_ranges(context: Lowering, node: Node) -> list[str]:
-    """Scale and zero point of each token, which only ``_tokens`` reads."""
+    """Return placeholders for each token's scale and zero point, which only ``_tokens`` reads."""
     return ["", ""]
 
 
@@ -82,19 +90,21 @@ def _zero(context: Lowering, dtype: np.dtype[Any]) -> str:
 
 
 def quantized_linear(context: Lowering, node: Node, x: Node, weight: QuantizedWeight) -> str:
-    """``x @ W^T`` of a quantized weight."""
+    """Lower ``x @ W^T`` with a quantized weight."""
     if x.target == TOKENS:
         return context.dialect.dynamic_linear(context, node, context.value(x), weight)
     if x.target not in DEQUANTIZE:
         return context.dialect.weight_only_linear(context, node, context.value(x), weight)
-    return context.emit(node, "MatMul", [context.value(x), dequantized(context, weight, 1)])
+    return context.emit(node, "MatMul", [context.value(x), dequantize_weight(context, weight, 1)])
 
 
-def dequantized(context: Lowering, weight: QuantizedWeight, axis: int) -> str:
-    """The weight behind a DequantizeLinear.
+def dequantize_weight(context: Lowering, weight: QuantizedWeight, axis: int) -> str:
+    """Add a weight behind a DequantizeLinear.
 
     Args:
-        axis: of the output channels; 1 stores the codes ``[in, out]``, as MatMul reads them.
+        context: the lowering.
+        weight: the weight.
+        axis: axis of the output channels; 1 stores the codes ``[in, out]``, as MatMul reads them.
     """
     graph, codes, scale = context.graph, weight.codes, weight.scale
     turned = axis == 1

@@ -1,4 +1,4 @@
-"""The oldest ONNX Runtime that runs written files. Needs no torch."""
+"""The oldest ONNX Runtime release that runs written files. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from runtimes.backends.onnxruntime_releases import FEATURES, OLDEST, newest
+from runtimes.backends.onnxruntime_releases import FEATURES, OLDEST, newest_release
 
 
 def needed_release(files: Iterable[Path]) -> str:
-    """The oldest release of ONNX Runtime that computes every one of some files; others are left out."""
+    """Return the oldest ONNX Runtime release that runs all ONNX files among these."""
     models = [onnx.load(str(file), load_external_data=False) for file in files if file.suffix == ".onnx"]
-    return newest([OLDEST, *(FEATURES[name].since for model in models for name in features(model))])
+    return newest_release([OLDEST, *(FEATURES[name].since for model in models for name in features(model))])
 
 
 def features(model: onnx.ModelProto) -> Iterator[str]:
-    """Keys of ``FEATURES`` that a model holds."""
+    """List the keys of ``FEATURES`` that a model uses."""
     opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
     types = {item.name: item.data_type for item in model.graph.initializer}
     if opset >= 24:

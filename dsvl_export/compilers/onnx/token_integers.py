@@ -1,8 +1,8 @@
-"""Linear layers in 8-bit integers for ONNX Runtime, whose activations are rounded token by token.
+"""Linear layers in 8-bit integers for ONNX Runtime, with activations quantized per token.
 
-As the traced program says, a token has a scale and a zero point of its own. Its codes are unsigned around
-128: ONNX Runtime's kernels are fast for unsigned times signed, and seventeen times slower for signed times
-signed (1.32 on AVX512-VNNI).
+Each token has its own scale and zero point, as in the traced program. Its codes are unsigned around
+128: ONNX Runtime's kernels are fast for unsigned times signed, and seventeen times slower for
+signed times signed (1.32 on AVX512-VNNI).
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ SMALLEST = float(np.finfo(np.float32).eps)  # scale of a token of zeros, as the 
 
 
 def integer_linear(context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
-    """``x @ W^T`` of codes q, with a scale s and a zero point z of each token and a scale of each channel.
+    """Lower ``x @ W^T`` to an integer product of codes.
 
-    ``s · (q - z) @ W^T = s · (q @ W^T - z · sum(W))``: the product is one of integers.
+    With codes q, a scale s and a zero point z per token: ``s · (q - z) @ W^T = s · (q @ W^T - z ·
+    sum(W))``. The weight has a scale per channel.
 
     Args:
+        context: the lowering.
+        node: the linear layer.
         x: float32 ``[..., in]``.
         weight: in 8 bits.
     """
@@ -52,13 +55,12 @@ def integer_linear(context: Lowering, node: Node, x: str, weight: QuantizedWeigh
     return context.emit(node, "Mul", [shifted, scale])
 
 
-def in_eight_bits(weight: QuantizedWeight) -> QuantizedWeight:
-    """A weight of 4 bits with a scale per group as one of 8 bits with a scale per output channel.
+def widen_to_int8(weight: QuantizedWeight) -> QuantizedWeight:
+    """Requantize a 4-bit weight with a scale per group to 8 bits with a scale per output channel.
 
-    The rounding that this adds is about a fourteenth of that of the 4 bits where a row's groups are alike
-    (RMS, normal weights), and more where one stands out.
+    The added rounding error is about a fourteenth of that of 4 bits if the groups of a row are
+    alike (RMS, normal weights), and larger if one group is an outlier.
     """
-
     known: list[Tensor] = []  # the scale, once it was needed; the weight itself is not kept
 
     def values() -> Tensor:
@@ -87,9 +89,13 @@ def in_eight_bits(weight: QuantizedWeight) -> QuantizedWeight:
 
 
 def _quantized_tokens(context: Lowering, x: str) -> tuple[str, str, str]:
-    """Codes of ``x [..., in]``, their scales and zero points ``[..., 1]``, once for all layers that read it.
+    """Quantize ``x [..., in]`` per token, once for all layers that read it.
 
-    As ``choose_qparams_per_token_asymmetric``: from the least to the largest, 0 included, in 255 steps.
+    As ``choose_qparams_per_token_asymmetric``: from the smallest to the largest number, 0 included,
+    in 255 steps.
+
+    Returns:
+        Codes, and scales and zero points ``[..., 1]``.
     """
     graph, key = context.graph, f"tokens of {x}"
     if key not in context.scratch:

@@ -1,4 +1,4 @@
-"""Write a graph to disk, its initializers streamed one by one."""
+"""Write a graph to disk, with its initializers streamed one by one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dsvl_export.compilers.onnx.builder import Graph, Initializer, element_type
 from runtimes.bundle.files import JOURNAL, parse_json
 from runtimes.errors import UserError
 
-EXTERNAL_ABOVE = 64 << 20  # bytes of weights; a file beside the graph is mapped, what is in it is copied
-INLINE_UP_TO = 1024  # bytes; shape inference reads shapes and axes, which must stand in the file itself
+EXTERNAL_ABOVE = 64 << 20  # bytes of weights; external data is mapped, inline data is copied
+INLINE_UP_TO = 1024  # bytes; shape inference needs inline shapes and axes
 ALIGNMENT = 4096  # lets runtimes map tensors straight from the file
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: a file beside the graph, and the offset in it."""
+    """The location of a tensor: a file beside the graph, and the offset in it."""
 
     file: str
     offset: int
@@ -42,16 +42,19 @@ def write_model(
 ) -> list[Path]:
     """Write ``file`` and, above ``external_above`` bytes of weights, ``file.data`` beside it.
 
-    A journal beside the data says what of it is written, so that a call that was interrupted goes on there
-    when it is made again; it belongs to the stage of the export, which takes it away.
+    A journal beside the data lists what is written, so that a call that was interrupted resumes
+    when it is repeated; the export stage removes the journal.
 
     Args:
+        graph: the graph.
+        file: the ONNX file.
         on_bytes: called with the size of each initializer once it is written.
-        places: tensors that other graphs in the folder have written and that are not written again; those
-            of this graph are added.
+        external_above: bytes of weights up to which they are stored in ``file``.
+        places: tensors that other graphs in the folder have written and that are not written again;
+            this graph's tensors are added.
 
     Returns:
-        The files written. At most one initializer is in memory with external data.
+        The files written. At most one initializer is in memory if the data is external.
     """
     model = graph.model()
     initializers = list(graph.initializers.values())
@@ -95,7 +98,7 @@ def write_model(
 
 
 def _written(data: Path, journal: Path) -> dict[Key, int]:
-    """Offsets of the tensors that an interrupted call left whole; what comes after them is cut off."""
+    """Read the offsets of completed tensors of an interrupted call; cuts off what follows."""
     found: dict[Key, int] = {}
     end = lines = 0
     if data.exists() and journal.exists():
@@ -104,7 +107,7 @@ def _written(data: Path, journal: Path) -> dict[Key, int]:
             for line in kept:
                 try:
                     (name, dtype, shape), offset, size, check = parse_json(line, "a line of the journal")
-                except (UserError, TypeError, ValueError):  # half a line, or what a power cut makes of one
+                except (UserError, TypeError, ValueError):  # an incomplete line
                     break
                 if not 0 <= offset <= offset + size <= handle.seek(0, 2):
                     break
@@ -121,7 +124,7 @@ def _written(data: Path, journal: Path) -> dict[Key, int]:
 
 
 def weight_bytes(graphs: Sequence[Graph]) -> int:
-    """Bytes of what graphs of one folder hold, where those with a file beside them share it."""
+    """Compute the bytes of the weights of graphs in one folder, which share external data."""
     inside, beside = 0, dict[Key, int]()
     for graph in graphs:
         items = list(graph.initializers.values())
@@ -150,7 +153,7 @@ def _inline(item: Initializer) -> TensorProto:
 
 
 def stored_bytes(item: Initializer) -> memoryview:
-    """The values as ONNX stores them, uint8; of two 4-bit numbers in a byte, the first is the lower half."""
+    """Return the values as ONNX stores them, uint8; the lower half of a byte is first."""
     values = _values(item)
     if item.dtype.name == "int4":
         codes = values.reshape(-1).astype(np.int8).view(np.uint8) & 15

@@ -1,1 +1,1 @@
-"""Reports of the ladder: one JSON document with a schema, and one self-contained HTML page of it."""
+"""Reports of the parity check: a JSON document with a schema, and a self-contained HTML page."""

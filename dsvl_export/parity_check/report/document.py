@@ -1,4 +1,4 @@
-"""The JSON document that a run of the ladder leaves; its schema is ``report.schema.json``."""
+"""The JSON document of a parity check; its schema is ``report.schema.json``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dsvl_export.targets.machine import describe_machine, package_versions
 from runtimes.bundle.bundle import Bundle
 
 SCHEMA = Path(__file__).parent / "report.schema.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: dsvl-export 0.4
 
 
 def make_document(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
-    """All that was found, and about what, with what and where it was found."""
+    """Return the result, the bundle, the machine and the package versions as JSON values."""
     manifest = bundle.manifest
     artifacts = [
         {
@@ -41,5 +41,6 @@ def make_document(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
 
 
 def schema() -> dict[str, Any]:
+    """Return the JSON schema of the document."""
     content: dict[str, Any] = json.loads(SCHEMA.read_text(encoding="utf-8"))
     return content

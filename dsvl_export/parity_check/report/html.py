@@ -1,4 +1,4 @@
-"""The HTML page of a report: one file, nothing outside it."""
+"""The HTML page of a report: one file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dsvl_export.parity_check.report.plots import drift_plot, ladder_plot
+from dsvl_export.parity_check.report.plots import stage_plot, tap_plot
 from runtimes.errors import UserError
 from runtimes.images import load_image
 from runtimes.text.prompt import IMAGE_PLACEHOLDER
 from runtimes.units import size
 
 THUMBNAIL = 220  # pixels, longest side
-WORDS = {"passed": "Passed", "failed": "Failed", "not judged": "Could not be judged"}
+VERDICTS = {"passed": "Passed", "failed": "Failed", "not judged": "Could not be judged"}
 
 
 def render(document: dict[str, Any], images: Path) -> str:
-    """The page of a report document.
+    """Return the HTML page of a report document.
 
     Args:
-        images: folder of the goldens' images; what is not there is left out.
+        document: from ``make_document``.
+        images: folder with the images of the goldens; missing images are left out.
     """
     environment = Environment(
         loader=PackageLoader("dsvl_export.parity_check.report", "."),
@@ -41,47 +42,51 @@ def render(document: dict[str, Any], images: Path) -> str:
         "percent": _percent,
     }
     names = {name for row in document["tokens"] for name in row["images"]}
-    judged = any(rung["errors"] for rung in document["rungs"])
+    judged = any(stage["errors"] for stage in document["stages"])
     return environment.get_template("report.html.j2").render(
         report=document,
-        word=_word(document),
+        verdict=_verdict(document),
         summary=_summary(document),
-        ladder=Markup(ladder_plot(document["rungs"])) if judged else "",
-        drift=[(row, Markup(drift_plot(row)) if row["taps"] else "") for row in document["drift"]],
+        stage_plot=Markup(stage_plot(document["stages"])) if judged else "",
+        localizations=[
+            (row, Markup(tap_plot(row)) if row["taps"] else "") for row in document["localizations"]
+        ],
         thumbnails={name: _thumbnail(images / name) for name in sorted(names)},
     )
 
 
-def _word(document: dict[str, Any]) -> str:
-    """The verdict, and whether a substitute stood for the target's own runtime."""
-    word, kind = WORDS[document["verdict"]], document["execution"]["kind"]
-    return f"{word}, {kind}" if document["verdict"] != "not judged" and kind != "ran" else word
+def _verdict(document: dict[str, Any]) -> str:
+    """Return the verdict, and the kind of execution if the target's own runtime did not run."""
+    verdict, kind = VERDICTS[document["verdict"]], document["execution"]["kind"]
+    return f"{verdict}, {kind}" if document["verdict"] != "not judged" and kind != "ran" else verdict
 
 
 def _summary(document: dict[str, Any]) -> str:
-    """The verdict in one or two sentences."""
+    """Return the verdict in one or two sentences."""
     if document["verdict"] == "not judged":
-        unjudged = [rung for rung in document["rungs"] if rung["state"] in ("not judged", "not run")]
+        unjudged = [stage for stage in document["stages"] if stage["state"] in ("not judged", "not run")]
         reasons = [
-            f"{rung['name'].replace('_', ' ')}: {rung['detail']}" for rung in unjudged if rung["detail"]
+            f"{stage['name'].replace('_', ' ')}: {stage['detail']}" for stage in unjudged if stage["detail"]
         ]
         execution = document["execution"]
         reason = reasons[0] if reasons else f"{execution['kind']}: {execution['by']}"
-        return f"Nothing is claimed: {reason}."
-    failed = [rung["name"].replace("_", " ") for rung in document["rungs"] if rung["state"] == "failed"]
+        return f"Not judged: {reason}."
+    failed = [stage["name"].replace("_", " ") for stage in document["stages"] if stage["state"] == "failed"]
     if not failed:
         execution = document["execution"]
         how = "" if execution["kind"] == "ran" else f" ({execution['kind']} by {execution['by']})"
         return f"Every stage computes what the reference computes, within the bounds of this precision{how}."
-    begins = [
-        f"{row['component'].replace('_', ' ')}, {row['first']}" for row in document["drift"] if row["first"]
+    layers = [
+        f"{row['component'].replace('_', ' ')}, {row['first']}"
+        for row in document["localizations"]
+        if row["first"]
     ]
-    where = f" The error begins in the {'; and in the '.join(begins)}." if begins else ""
-    return f"Beyond their bounds: {', '.join(failed)}.{where}"
+    where = f" The error begins in the {'; and in the '.join(layers)}." if layers else ""
+    return f"Failed stages: {', '.join(failed)}.{where}"
 
 
 def _thumbnail(file: Path) -> str | None:
-    """A small copy as a data URL; None where the image is not there any more."""
+    """Return a small copy as a data URL; None if the image is missing."""
     try:
         image = load_image(file)
     except UserError:
@@ -93,7 +98,7 @@ def _thumbnail(file: Path) -> str | None:
 
 
 def _question(prompt: str) -> str:
-    """The last user message of a prompt; a single leading placeholder is left out."""
+    """Return the last user message of a prompt, without a single leading placeholder."""
     text = prompt.rpartition("User: ")[2].rpartition("\n\nAssistant:")[0] or prompt
     if text.count(IMAGE_PLACEHOLDER) == 1:
         text = text.removeprefix(IMAGE_PLACEHOLDER)
@@ -101,7 +106,7 @@ def _question(prompt: str) -> str:
 
 
 def _piece(text: str) -> str:
-    """A token's text, special tokens by a short name."""
+    """Return the text of a token, or a short name of a special token."""
     if text.startswith("<｜") and text.endswith("｜>"):
         name = text[2:-2].replace("▁", " ")
         return "‹end›" if name == "end of sentence" else f"‹{name}›"
@@ -109,6 +114,7 @@ def _piece(text: str) -> str:
 
 
 def _error(value: float | None) -> str:
+    """Format an error with two significant digits."""
     if value is None:
         return "no number"
     if value == 0 or 0.01 <= abs(value) < 10_000:
@@ -118,4 +124,5 @@ def _error(value: float | None) -> str:
 
 
 def _percent(value: float) -> str:
+    """Format a share in percent."""
     return f"{value:.1%}"

@@ -1,4 +1,4 @@
-"""Plots of a report as inline SVG that takes the page's colours, light or dark."""
+"""Plots of a report as inline SVG in the colours of the page, light or dark."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Colours that stand for the page's own; savefig writes them, the page replaces them.
-INK, MUTED, LINE, ACCENT, GOOD, BAD, BAND = (f"#0{digit}0{digit}0{digit}" for digit in "1234567")
+# Placeholder colours: savefig writes them, and _svg replaces them by the variables of the page.
+INK, MUTED, LINE, ACCENT, GOOD, BAD, RANGE = (f"#0{digit}0{digit}0{digit}" for digit in "1234567")
 VARIABLES = {
     INK: "--ink", MUTED: "--muted", LINE: "--line", ACCENT: "--accent", GOOD: "--good", BAD: "--bad",
-    BAND: "--band",
+    RANGE: "--range",
 }  # fmt: skip
-SMALLEST = 1e-9  # what is shown for an error of zero on a logarithmic axis
+SMALLEST = 1e-9  # drawn for an error of zero on a logarithmic axis
 STYLE = {
     "svg.fonttype": "none", "font.size": 10, "axes.edgecolor": LINE, "axes.labelcolor": MUTED,
     "xtick.color": MUTED, "ytick.color": MUTED, "text.color": INK, "axes.spines.top": False,
@@ -24,89 +24,94 @@ STYLE = {
 }  # fmt: skip
 
 
-def ladder_plot(rungs: list[dict[str, Any]]) -> str:
-    """Error of every rung beside its bound and the precision's own noise; empty where none has a bound."""
-    rows = [rung for rung in rungs if rung["errors"] and rung["errors"]["bound"]]
+def stage_plot(stages: list[dict[str, Any]]) -> str:
+    """Plot each stage's error, bound and quantization error; empty if no stage has a bound."""
+    rows = [stage for stage in stages if stage["errors"] and stage["errors"]["bound"]]
     if not rows:
         return ""
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "ladder"}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "stages"}):
         figure = Figure(figsize=(8.4, 0.8 + 0.36 * len(rows)), layout="constrained")
         axes = figure.subplots()
-        for place, rung in enumerate(reversed(rows)):
-            errors = rung["errors"]
+        for place, stage in enumerate(reversed(rows)):
+            errors = stage["errors"]
             shown = _shown(errors["relative_rms"])
-            colour = GOOD if rung["state"] == "passed" else BAD
+            colour = GOOD if stage["state"] == "passed" else BAD
             axes.plot([SMALLEST, shown], [place, place], color=LINE, linewidth=1, zorder=1)
             axes.plot(shown, place, "o", color=colour, markersize=8, zorder=3)
             axes.plot(errors["bound"], place, "|", color=INK, markersize=18, markeredgewidth=1.6, zorder=2)
-            if errors["noise"]:
-                axes.plot(errors["noise"], place, "D", color=MUTED, markersize=5, zorder=2)
-        axes.set_yticks(range(len(rows)), [rung["name"].replace("_", " ") for rung in reversed(rows)])
+            if errors["quantization_error"]:
+                axes.plot(errors["quantization_error"], place, "D", color=MUTED, markersize=5, zorder=2)
+        axes.set_yticks(range(len(rows)), [stage["name"].replace("_", " ") for stage in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         _logarithmic(axes.set_xscale, axes)
-        axes.set_xlim(_floor([_shown(rung["errors"]["relative_rms"]) for rung in rows]), 2)
-        axes.set_xlabel("relative RMS error:  ● found   ◆ the precision's own noise   | bound")
+        axes.set_xlim(_floor([_shown(stage["errors"]["relative_rms"]) for stage in rows]), 2)
+        axes.set_xlabel("relative RMS error:  ● artifact   ◆ quantization error of the reference   | bound")
         axes.spines["left"].set_visible(False)
         return _svg(figure, "Error of every stage beside its bound")
 
 
-def drift_plot(drift: dict[str, Any]) -> str:
-    """Error by depth with its band; the first tap outside the band is marked."""
-    taps = drift["taps"]
+def tap_plot(localization: dict[str, Any]) -> str:
+    """Plot the errors of a component's taps by depth; the first tap beyond its bound is marked."""
+    taps, first = localization["taps"], localization["first"]
     places = range(len(taps))
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": drift["component"]}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": localization["component"]}):
         figure = Figure(figsize=(8.4, 3.2), layout="constrained")
         axes = figure.subplots()
         axes.fill_between(
             places,
             SMALLEST,
-            [tap["band"] for tap in taps],
-            facecolor=BAND,
+            [tap["bound"] for tap in taps],
+            facecolor=RANGE,
             edgecolor=GOOD,
             linewidth=0.6,
-            label="band",
+            label="within the bound",
         )
-        noise = [(place, tap["noise"]) for place, tap in enumerate(taps) if tap["noise"]]
-        if noise:
+        measured = [
+            (place, tap["quantization_error"]) for place, tap in enumerate(taps) if tap["quantization_error"]
+        ]
+        if measured:
             axes.plot(
-                *zip(*noise, strict=True), ":", color=MUTED, linewidth=1.4, label="the precision's noise"
-            )
+                *zip(*measured, strict=True), ":", color=MUTED, linewidth=1.4,
+                label="quantization error of the reference",
+            )  # fmt: skip
         values = [_shown(tap["relative_rms"]) for tap in taps]
-        axes.plot(places, values, "-o", color=ACCENT, markersize=4, linewidth=1.4, label="found")
-        if drift["first"]:
-            place = [tap["name"] for tap in taps].index(drift["first"])
+        axes.plot(places, values, "-o", color=ACCENT, markersize=4, linewidth=1.4, label="artifact")
+        if first:
+            place = [tap["name"] for tap in taps].index(first)
             axes.plot(place, values[place], "o", color=BAD, markersize=10, zorder=4)
             side = "right" if place > len(taps) / 2 else "left"
             axes.annotate(
-                drift["first"], (place, values[place]), (-12 if side == "right" else 12, 4),
+                first, (place, values[place]), (-12 if side == "right" else 12, 4),
                 textcoords="offset points", ha=side, color=BAD, fontweight="bold",
             )  # fmt: skip
         step = max(1, len(taps) // 30)
         axes.set_xticks(places[::step], [tap["name"] for tap in taps][::step], rotation=60, ha="right")
         _logarithmic(axes.set_yscale, axes)
-        axes.set_ylim(_floor([*values, *(tap["band"] for tap in taps)]), 4)
+        axes.set_ylim(_floor([*values, *(tap["bound"] for tap in taps)]), 4)
         axes.set_ylabel("relative RMS error")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
-        return _svg(figure, f"Error of the {drift['component']} by depth")
+        return _svg(figure, f"Error of the {localization['component']} by depth")
 
 
 def _shown(error: float | None) -> float:
-    """What is no number is drawn at the edge."""
+    """Return the error as it is drawn; NaN and infinity are drawn at the edge."""
     return 2.0 if error is None else min(max(error, SMALLEST), 2.0)
 
 
 def _floor(values: list[float]) -> float:
-    """Where a logarithmic axis begins: two decades below the smallest value."""
+    """Return the start of a logarithmic axis: two decades below the smallest value."""
     return max(min(values) / 100, SMALLEST)
 
 
 def _logarithmic(set_scale: Any, axes: Axes) -> None:
+    """Make an axis logarithmic, without minor ticks."""
     set_scale("log")
     axes.minorticks_off()
 
 
 def _svg(figure: Figure, label: str) -> str:
+    """Return a figure as an SVG element with an accessible label."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Keeping a verdict: its report as JSON and HTML, and its place in the bundle's manifest."""
+"""Records a verdict: the report as JSON and HTML, and the verdict in the manifest of the bundle."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from pathlib import Path
 
 from dsvl_export.parity_check.report.document import make_document
 from dsvl_export.parity_check.result import ParityResult
-from runtimes.bundle.bundle import JUDGED_WITH, Bundle, Manifest
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import read_json, write_json, write_text
 from runtimes.bundle.locks import manifest_file, manifest_lock, refuse_link
+from runtimes.bundle.manifest import JUDGED_WITH, Manifest
 from runtimes.errors import UserError
 
 REPORTS = "reports"
 
 
 def write_report(bundle: Bundle, result: ParityResult, folder: Path, name: str, images: Path) -> Path:
-    """Write ``<name>.json`` and, where what it needs is installed, ``<name>.html``.
+    """Write ``<name>.json`` and, if jinja2 and matplotlib are installed, ``<name>.html``.
 
     Args:
-        images: folder of the goldens' images, to show them.
+        bundle: the bundle that was judged.
+        result: the result to report.
+        folder: folder of the report; it is created.
+        name: name of the files without the ending.
+        images: folder with the images of the goldens, which the page shows.
 
     Returns:
-        The page, or the JSON where jinja2 and matplotlib (the extra ``report``) are missing.
+        The page, or the JSON file if jinja2 or matplotlib (the extra ``report``) is missing.
 
     Raises:
         UserError: the folder cannot be written.
@@ -34,6 +39,7 @@ def write_report(bundle: Bundle, result: ParityResult, folder: Path, name: str, 
         write_json(file, document)
         page = folder / f"{name}.html"
         try:
+            # Deferred: imports jinja2 and matplotlib, which are optional.
             from dsvl_export.parity_check.report.html import render
         except ImportError:
             page.unlink(missing_ok=True)  # of an earlier verdict
@@ -45,12 +51,12 @@ def write_report(bundle: Bundle, result: ParityResult, folder: Path, name: str, 
 
 
 def record_verdict(bundle: Bundle, result: ParityResult) -> Path:
-    """Write the report into the bundle and its verdict into the manifest; returns the report's file.
+    """Write the report into the bundle and the verdict into its manifest; return the report's file.
 
-    A verdict that could not be reached here does not replace one that was reached elsewhere.
+    The verdict ``not judged`` does not replace a verdict of another machine.
 
     Raises:
-        UserError: the bundle's files have changed since it was opened for judging.
+        UserError: files of the bundle changed while it was judged.
     """
     refuse_link(bundle.folder, REPORTS)
     with manifest_lock(bundle.folder):
@@ -58,21 +64,21 @@ def record_verdict(bundle: Bundle, result: ParityResult) -> Path:
 
 
 def _record(bundle: Bundle, result: ParityResult) -> Path:
-    """Do it, while nobody else changes the manifest."""
+    """Record a verdict; the caller holds the lock of the manifest."""
     pair = f"{result.backend}/{result.precision}"
-    # Read anew: the bundle may have been extended while parity ran.
+    # The bundle may have been extended during the parity check.
     file = manifest_file(bundle.folder)
-    now = Manifest.from_dict(read_json(file), str(file))
+    current = Manifest.from_dict(read_json(file), str(file))
     judged = {
         path: entry
         for path, entry in bundle.manifest.files.items()
         if path.startswith((f"{pair}/", *JUDGED_WITH))
     }
-    if any(now.files.get(path) != entry for path, entry in judged.items()):
+    if any(current.files.get(path) != entry for path, entry in judged.items()):
         raise UserError(f"The bundle {bundle.folder} has changed while it was judged; run parity again.")
     name = f"parity-{result.backend}-{result.precision}"
     report = write_report(bundle, result, bundle.folder / REPORTS, name, bundle.folder / "goldens/images")
-    if result.verdict == "not judged" and pair in now.parity:
+    if result.verdict == "not judged" and pair in current.parity:
         return report
     verdict = {
         "verdict": result.verdict,
@@ -81,5 +87,5 @@ def _record(bundle: Bundle, result: ParityResult) -> Path:
         "goldens": result.goldens,
         "report": f"{REPORTS}/{name}.json",
     }
-    write_json(file, replace(now, parity={**now.parity, pair: verdict}).to_dict())
+    write_json(file, replace(current, parity={**current.parity, pair: verdict}).to_dict())
     return report

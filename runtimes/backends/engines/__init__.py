@@ -1,1 +1,1 @@
-"""TensorRT engines on an NVIDIA GPU: what ``tensorrt`` and ``tensorrt_rtx`` share."""
+"""TensorRT engines on an NVIDIA GPU, shared by ``tensorrt`` and ``tensorrt_rtx``."""

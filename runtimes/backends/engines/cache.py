@@ -1,4 +1,4 @@
-"""The KV cache on the device: one block of memory, allocated once, that an engine updates in place."""
+"""The KV cache on a GPU: one block of memory that an engine updates in place."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtimes.backends.engines.cuda import Cuda, DeviceMemory, Stream
-from runtimes.backends.engines.layout import aligned, bytes_of
+from runtimes.backends.engines.layout import align, tensor_bytes
 from runtimes.bundle.contracts import TensorSpec
 from runtimes.cache import KVCache
 
 
 class DeviceCache(KVCache):
-    """Keys and values in device memory; ``slots`` tokens are there, ``capacity`` of them may be used.
-
-    ``arrays`` are copies on the host.
-    """
+    """Keys and values in device memory."""
 
     def __init__(
         self,
@@ -29,30 +26,44 @@ class DeviceCache(KVCache):
         block: _Block | None = None,
         first_row: int = 0,
     ) -> None:
+        """Use or allocate the memory.
+
+        Args:
+            specs: states of the decoder's contract.
+            batch: number of rows.
+            capacity: tokens per row that may be used.
+            slots: tokens per row that are allocated.
+            cuda: the CUDA runtime.
+            stream: stream of all copies.
+            block: memory to use; None allocates zeros.
+            first_row: the first row of ``block`` that belongs to this cache.
+        """
         super().__init__(specs, batch, capacity)
         self.slots = slots
         self._cuda, self._stream, self._first_row = cuda, stream, first_row
         self._block = block or _Block(cuda, specs, batch, slots)
         if block is None:
-            self._block.clear(stream)  # what is masked is multiplied by zero, so it must be finite
+            self._block.clear(stream)  # masked values are multiplied by 0: must be finite
         self._addresses = [
             self._block.address + offset + first_row * self._row_bytes(index)
             for index, offset in enumerate(self._block.offsets)
         ]
-        self.key = (*self._addresses, batch)  # the same for caches whose states all lie in the same places
+        self.key = (*self._addresses, batch)  # equal for caches with the same memory
 
     @property
     def addresses(self) -> list[int]:
-        """Where each state begins; its rows are ``[batch, Hkv, slots, Dh]``."""
+        """Device address of each state ``[batch, Hkv, slots, Dh]``."""
         return self._addresses
 
     @property
     def arrays(self) -> list[np.ndarray]:
-        found = [spec.allocate({"batch": self.batch, "capacity": self.capacity}) for spec in self.specs]
-        for index, array in enumerate(found):
+        """Copies of the states ``[batch, Hkv, capacity, Dh]`` on the host."""
+        sizes = {"batch": self.batch, "capacity": self.capacity}
+        arrays = [spec.allocate(sizes) for spec in self.specs]
+        for index, array in enumerate(arrays):
             self._copy(index, array, to_host=True)
         self._cuda.call("cudaStreamSynchronize", self._stream)
-        return found
+        return arrays
 
     def _view(self, start: int, stop: int) -> DeviceCache:
         return DeviceCache(
@@ -66,7 +77,7 @@ class DeviceCache(KVCache):
         self._cuda.call("cudaStreamSynchronize", self._stream)
 
     def _copy(self, index: int, array: np.ndarray, to_host: bool) -> None:
-        """Between the device and the beginning ``[batch, Hkv, length, Dh]`` of a state on the host."""
+        """Copy the start ``[batch, Hkv, length, Dh]`` of a state from or to the host."""
         batch, heads, length, head_dim = array.shape
         width = length * head_dim * array.itemsize
         pitch = self.slots * head_dim * array.itemsize
@@ -79,7 +90,7 @@ class DeviceCache(KVCache):
         )
 
     def _row_bytes(self, index: int) -> int:
-        return bytes_of(self.specs[index], {"batch": 1, "capacity": self.slots})
+        return tensor_bytes(self.specs[index], {"batch": 1, "capacity": self.slots})
 
 
 class _Block(DeviceMemory):
@@ -89,5 +100,5 @@ class _Block(DeviceMemory):
         self.offsets, size = [], 0
         for spec in specs:
             self.offsets.append(size)
-            size += aligned(bytes_of(spec, {"batch": rows, "capacity": slots}))
+            size += align(tensor_bytes(spec, {"batch": rows, "capacity": slots}))
         super().__init__(cuda, size, f"a KV cache of {slots} tokens")

@@ -1,4 +1,4 @@
-"""The CUDA runtime through cuda-python, every result checked; memory with an owner."""
+"""The CUDA runtime through cuda-python: checked calls, and memory that is freed automatically."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 from runtimes.errors import UserError
 from runtimes.installation import install_command
 
-ALLOCATIONS = ("cudaMalloc", "cudaHostAlloc")  # whose first argument is the size
+ALLOCATIONS = ("cudaMalloc", "cudaHostAlloc")  # their first argument is the size
 
 
 class CudaError(UserError):
-    """A call of the CUDA runtime failed; the sentence has CUDA's name for it."""
+    """A call of the CUDA runtime failed; the message has the name of CUDA's error."""
 
 
 def import_cuda() -> Any:
-    """``cuda.bindings.runtime``.
+    """Import ``cuda.bindings.runtime``.
 
     Raises:
         UserError: cuda-python is not installed.
@@ -39,10 +39,10 @@ class Gpu:
     """The first GPU of this machine.
 
     Args:
-        name: CUDA's, with the number of its multiprocessors: all Jetsons with an Orin share one name.
-        sm: compute capability, as in 87.
-        driver: the CUDA version that the driver knows.
-        platform: the machine's, as in ``aarch64``.
+        name: CUDA's name and the number of multiprocessors (all Jetson Orin share one name).
+        sm: compute capability, such as 87.
+        driver: CUDA version that the driver supports.
+        platform: architecture of the machine, such as ``aarch64``.
     """
 
     name: str
@@ -52,26 +52,25 @@ class Gpu:
 
 
 class Cuda:
-    """Checked calls of the CUDA runtime.
-
-    Args:
-        api: ``cuda.bindings.runtime``, or what stands for it in tests.
-    """
+    """Checked calls of the CUDA runtime."""
 
     def __init__(self, api: Any) -> None:
+        """Use ``cuda.bindings.runtime``, or a replacement in tests."""
         self.api = api
         kinds = api.cudaMemcpyKind
         self.to_device, self.to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         self.on_device = kinds.cudaMemcpyDeviceToDevice
 
     def call(self, name: str, *arguments: Any, what: str = "") -> Any:
-        """A function of the runtime by its name; its result, without the error code.
+        """Call a function of the runtime and return its result without the error code.
 
         Args:
-            what: what the call is for, where that helps in a sentence.
+            name: name of the function.
+            arguments: its arguments; a ``Stream`` is replaced by its handle.
+            what: purpose of the call, for the error message.
 
         Raises:
-            CudaError: it failed.
+            CudaError: the call failed.
         """
         handles = (item.handle if isinstance(item, Stream) else item for item in arguments)
         error, *results = getattr(self.api, name)(*handles)
@@ -82,16 +81,16 @@ class Cuda:
                 size = f"{arguments[0] / 1e6:.0f} MB" if name in ALLOCATIONS else "memory"
                 raise CudaError(
                     f"The GPU has no {size} left{f' for {what}' if what else ''} ({title});"
-                    " take a smaller capacity or precision, or close other programs."
+                    " use a smaller capacity or precision, or close other programs."
                 )
             raise CudaError(f"CUDA failed in {name}{f' for {what}' if what else ''}: {title}.")
         return results[0] if results else None
 
     def gpu(self) -> Gpu:
-        """The GPU that is used.
+        """Return the first GPU.
 
         Raises:
-            CudaError: there is none, or its driver does not fit this cuda-python.
+            CudaError: there is no GPU, or its driver does not support this cuda-python.
         """
         try:
             self.call("cudaGetDeviceCount", what="finding a GPU")
@@ -100,61 +99,70 @@ class Cuda:
                 raise
             raise CudaError(
                 f"{str(error).rstrip('.')}: there is no driver, or it is older than this cuda-python;"
-                " take that of the driver's own CUDA, as cuda-python==12.6.* on JetPack 6."
+                " install the cuda-python of the driver's CUDA, such as cuda-python==12.6.* on JetPack 6."
             ) from error
-        found = self.call("cudaGetDeviceProperties", 0)
+        properties = self.call("cudaGetDeviceProperties", 0)
         version = int(self.call("cudaDriverGetVersion"))
-        name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
+        name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
         driver = f"CUDA {version // 1000}.{version % 1000 // 10}"
-        title = f"{name.rstrip(chr(0))} with {int(found.multiProcessorCount)} multiprocessors"
-        return Gpu(title, 10 * int(found.major) + int(found.minor), driver, platform.machine())
+        title = f"{name.rstrip(chr(0))} with {int(properties.multiProcessorCount)} multiprocessors"
+        sm = 10 * int(properties.major) + int(properties.minor)
+        return Gpu(title, sm, driver, platform.machine())
 
 
 class Stream:
-    """A stream of the device, destroyed with this object; sessions and their caches share one."""
+    """A CUDA stream, destroyed with this object; a session and its caches share one."""
 
     def __init__(self, cuda: Cuda) -> None:
+        """Create the stream."""
         self.cuda = cuda
         self.handle: Any = cuda.call("cudaStreamCreate")
 
     def __int__(self) -> int:
+        """Return the handle as a number."""
         return int(self.handle)
 
     def __del__(self) -> None:
+        """Destroy the stream."""
         if hasattr(self, "handle"):
             self.cuda.api.cudaStreamDestroy(self.handle)
 
 
 class DeviceMemory:
-    """Bytes on the device, freed with this object."""
+    """Device memory, freed with this object."""
 
     def __init__(self, cuda: Cuda, size: int, what: str) -> None:
+        """Allocate ``size`` bytes; ``what`` is their purpose, for the error message."""
         self.cuda, self.size = cuda, size
         self.address = int(cuda.call("cudaMalloc", max(size, 1), what=what))
 
     def clear(self, stream: Any) -> None:
+        """Queue setting all bytes to zero."""
         self.cuda.call("cudaMemsetAsync", self.address, 0, self.size, stream)
 
     def __del__(self) -> None:
+        """Free the memory."""
         if hasattr(self, "address"):
             self.cuda.api.cudaFree(self.address)
 
 
 class PinnedArray:
-    """Page-locked memory of the host as numpy bytes, freed with this object."""
+    """Page-locked host memory as numpy bytes, freed with this object."""
 
     def __init__(self, cuda: Cuda, size: int, what: str) -> None:
+        """Allocate ``size`` bytes; ``what`` is their purpose, for the error message."""
         self.cuda, self.size = cuda, size
         self.address = int(cuda.call("cudaHostAlloc", max(size, 1), 0, what=what))
         memory = (ctypes.c_ubyte * max(size, 1)).from_address(self.address)
         self.bytes: np.ndarray = np.ctypeslib.as_array(memory)
 
     def view(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The beginning as an array."""
+        """Return the start of the memory as an array."""
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        found: np.ndarray = self.bytes[:count].view(dtype).reshape(shape)
-        return found
+        array: np.ndarray = self.bytes[:count].view(dtype).reshape(shape)
+        return array
 
     def __del__(self) -> None:
+        """Free the memory."""
         if hasattr(self, "address"):
             self.cuda.api.cudaFreeHost(self.address)

@@ -1,4 +1,4 @@
-"""What a step of an engine needs, in plain numbers: sizes, aliases, copies."""
+"""Memory layout of an engine's tensors: sizes, aliases, copies."""
 
 from __future__ import annotations
 
@@ -11,44 +11,48 @@ import numpy as np
 from runtimes.bundle.contracts import Contract, TensorSpec, appended_state, updated_state
 from runtimes.errors import UserError
 
-PREFILL, DECODE = 0, 1  # optimization profiles of a decoder's engine, in the order they are built in
-ALIGNMENT = 256  # bytes; TensorRT wants it of every address
+PREFILL, DECODE = 0, 1  # optimization profiles of a decoder's engine, in build order
+ALIGNMENT = 256  # bytes; TensorRT requires it for every address
 
-Sizes = Mapping[str, int]  # of the contract's named dims
+Sizes = Mapping[str, int]  # named dim of the contract → size
 
 
-def shape_of(spec: TensorSpec, sizes: Sizes) -> tuple[int, ...]:
+def tensor_shape(spec: TensorSpec, sizes: Sizes) -> tuple[int, ...]:
+    """Return the shape of a tensor with its named dims replaced by sizes."""
     return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)
 
 
-def bytes_of(spec: TensorSpec, sizes: Sizes) -> int:
-    return prod(shape_of(spec, sizes)) * np.dtype(spec.dtype).itemsize
+def tensor_bytes(spec: TensorSpec, sizes: Sizes) -> int:
+    """Return the bytes of a tensor."""
+    return prod(tensor_shape(spec, sizes)) * np.dtype(spec.dtype).itemsize
 
 
-def aligned(size: int) -> int:
+def align(size: int) -> int:
+    """Round a number of bytes up to a multiple of ``ALIGNMENT``."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def profile_of(tokens: int) -> int:
-    """A single token is decoded, several are a prefill."""
+def profile_for_tokens(tokens: int) -> int:
+    """Return the profile for a number of tokens: ``DECODE`` for one, else ``PREFILL``."""
     return DECODE if tokens == 1 else PREFILL
 
 
 def buffer_bytes(specs: Sequence[TensorSpec], limits: Sequence[Sizes]) -> dict[str, int]:
-    """Bytes of each tensor that hold its largest shape under any profile."""
-    return {spec.name: max(bytes_of(spec, sizes) for sizes in limits) for spec in specs}
+    """Return the bytes of each tensor's largest shape under any profile."""
+    return {spec.name: max(tensor_bytes(spec, sizes) for sizes in limits) for spec in specs}
 
 
 def aliases(contract: Contract, outputs: Mapping[str, str | None]) -> dict[str, str]:
-    """Outputs that are states after the step → the state whose memory they share.
+    """Map outputs that are updated states to the state whose memory they share.
 
     Args:
-        outputs: every output of the engine, and the input that the engine says it shares memory with.
+        contract: the decoder's contract.
+        outputs: outputs of the engine, each with the input that it shares memory with, if any.
 
     Raises:
-        UserError: the engine keeps its states in another way than this release.
+        UserError: the engine handles its states differently from this release.
     """
-    found = {}
+    shared = {}
     for spec in contract.states:
         updated, appended = updated_state(spec).name, appended_state(spec).name
         if updated in outputs:
@@ -56,15 +60,24 @@ def aliases(contract: Contract, outputs: Mapping[str, str | None]) -> dict[str, 
                 raise UserError(
                     f"The engine's {updated} shares the memory of {outputs[updated]}; build it again."
                 )
-            found[updated] = spec.name
+            shared[updated] = spec.name
         elif appended not in outputs:
-            raise UserError(f"The engine gives back no {spec.name}; build it again.")
-    return found
+            raise UserError(f"The engine does not return the state {spec.name}; build it again.")
+    return shared
 
 
 @dataclass(frozen=True)
 class RowCopy:
-    """A copy of ``height`` rows of ``width`` bytes between pitched memories, in bytes."""
+    """A copy between pitched memories.
+
+    Args:
+        target: address of the first target row.
+        target_pitch: bytes from one target row to the next.
+        source: address of the first source row.
+        source_pitch: bytes from one source row to the next.
+        width: bytes of a row.
+        height: number of rows.
+    """
 
     target: int
     target_pitch: int
@@ -77,11 +90,14 @@ class RowCopy:
 def append_copies(
     spec: TensorSpec, cache: int, rows: int, positions: np.ndarray, slots: int
 ) -> list[RowCopy]:
-    """Put a step's rows ``[B, Hkv, S, Dh]`` to their places in a state ``[B, Hkv, slots, Dh]``.
+    """Plan the copies of a step's rows ``[B, Hkv, S, Dh]`` into a state ``[B, Hkv, slots, Dh]``.
 
     Args:
-        cache, rows: addresses.
+        spec: the state.
+        cache: address of the state.
+        rows: address of the rows.
         positions: ``[B, S]``, consecutive in each row.
+        slots: tokens per row of the state.
     """
     _, heads, _, head_dim = spec.shape
     token = int(head_dim) * np.dtype(spec.dtype).itemsize

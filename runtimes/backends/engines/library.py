@@ -1,4 +1,4 @@
-"""The TensorRT libraries by name, and the log of each."""
+"""Import of the TensorRT libraries by name, and their logs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOGGERS: dict[str, Any] = {}
 
 
 def import_library(name: str) -> ModuleType:
-    """``tensorrt`` or ``tensorrt_rtx``.
+    """Import ``tensorrt`` or ``tensorrt_rtx``.
 
     Raises:
         UserError: it is not installed, or cannot be loaded here.
@@ -28,29 +28,31 @@ def import_library(name: str) -> ModuleType:
         raise UserError(f"The library {name} cannot be loaded here: {reason}; install it again.") from error
 
 
-def one_line(text: str) -> str:
-    """The first line of a library's message, without file names and line numbers of its source."""
+def first_log_line(text: str) -> str:
+    """Return the first line of a log message, without source files and line numbers."""
     first = next((line for line in text.strip().splitlines() if line.strip()), "")
     return " ".join(re.sub(r"\[\w+\.\w+:[\w:]+\]|\S+\.cpp:\d+:?", "", first).split()).rstrip(".")
 
 
-def logger_of(trt: ModuleType) -> Any:
-    """The one logger of a process for a TensorRT library; ``messages`` holds the log."""
+def get_logger(trt: ModuleType) -> Any:
+    """Return the process's only logger of a TensorRT library; ``messages`` holds the log."""
     if trt.__name__ not in _LOGGERS:
 
         class Recorder(trt.ILogger):  # type: ignore[misc, name-defined]
-            """Keeps warnings and errors as (is an error, text)."""
+            """Logger that keeps warnings and errors as (is an error, text)."""
 
             def __init__(self) -> None:
+                """Start with an empty log."""
                 trt.ILogger.__init__(self)
                 self.messages: list[tuple[bool, str]] = []
 
             def errors(self) -> str:
-                """The errors since the log was cleared, without TensorRT's places in its own code."""
-                found = [one_line(text) for error, text in self.messages if error]
-                return "; ".join(dict.fromkeys(found)) or "it gives no reason"
+                """Return the errors since the log was cleared, without source locations."""
+                errors = [first_log_line(text) for error, text in self.messages if error]
+                return "; ".join(dict.fromkeys(errors)) or "it gives no reason"
 
             def log(self, severity: Any, message: str) -> None:
+                """Keep a message; called by TensorRT."""
                 if severity <= trt.ILogger.WARNING:
                     self.messages.append((severity < trt.ILogger.WARNING, message))
 

@@ -1,7 +1,7 @@
-"""Engines that may run code of their own on the host: those built here, and those the user trusts.
+"""Trusted engines, which may run host code: those built here and those that the user trusts.
 
-A version-compatible engine brings a runtime library, which TensorRT loads and executes. A bundle's hashes say
-that its files belong together, not that their author is honest.
+A version-compatible engine contains a runtime library, which TensorRT loads and executes. The
+hashes of a bundle prove that its files belong together, not that their author is trustworthy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ FOLDER = "dsvl-export/engines"
 
 
 def state_folder() -> Path:
-    """Where the SHA-256 of each trusted engine is the name of an empty file (XDG base directories).
+    """Return the folder of trusted engines (XDG base directories).
+
+    The SHA-256 of each trusted engine is the name of an empty file there.
 
     Raises:
         OSError: the user has no home folder.
@@ -25,12 +27,12 @@ def state_folder() -> Path:
     state = os.environ.get("XDG_STATE_HOME")
     try:
         return (Path(state) if state else Path.home() / ".local/state") / FOLDER
-    except RuntimeError as error:  # no HOME, and a user without an entry
+    except RuntimeError as error:  # HOME is not set, and the user has no passwd entry
         raise OSError(errno.ENOENT, "there is no home folder; set XDG_STATE_HOME") from error
 
 
 def trust_engine(file: Path) -> None:
-    """Remember that this engine may run code on this machine.
+    """Record that an engine may run host code on this machine.
 
     Raises:
         OSError: the state folder cannot be written.
@@ -41,10 +43,10 @@ def trust_engine(file: Path) -> None:
 
 
 def trust_engines(bundle: Bundle) -> None:
-    """Trust all engines of a bundle, whose hashes are checked.
+    """Trust all engines of a bundle after their hashes are checked.
 
     Raises:
-        UserError: one is not as the manifest says.
+        UserError: an engine differs from the manifest.
         OSError: see ``trust_engine``.
     """
     engines = [artifact.engine.file for artifact in bundle.manifest.artifacts if artifact.engine]
@@ -54,7 +56,7 @@ def trust_engines(bundle: Bundle) -> None:
 
 
 def is_trusted(file: Path) -> bool:
-    """Whether an engine was built on this machine, or trusted by its user."""
+    """Whether an engine was built on this machine or is trusted by its user."""
     try:
         folder = state_folder()
     except OSError:

@@ -1,5 +1,6 @@
-"""Core ML's saved packages, read and executed without Core ML.
+"""Reader and interpreter of saved Core ML packages; they run without Core ML.
 
-What is executed are the files as they lie on disk: the protobuf and the weight blob, nothing of what wrote
-them. It proves what a package means; Apple's compiler and the rounding of the Neural Engine are its own.
+The interpreter reads only the files on disk (the protobuf and the weight file) and shares no code
+with the exporter. It checks what a package computes. It does not model Apple's compiler nor the
+rounding of the Neural Engine.
 """

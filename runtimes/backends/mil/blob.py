@@ -1,6 +1,8 @@
-"""The weight file of a package: a header, then for each weight 64 bytes about it and its values.
+"""Reader of a package's weight file: a header, then a 64-byte record and the values of each weight.
 
-The layout is that of coremltools' ``MILBlob`` (``mlmodel/src/MILBlob/Blob/StorageFormat.hpp``).
+The layout is that of coremltools' ``MILBlob``, in ``mlmodel/src/MILBlob/Blob/StorageFormat.hpp``.
+It is private to coremltools. Only this module knows it, and the test ``test_mil_blob.py`` compares
+it with the writer and the reader of the installed coremltools.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from runtimes.errors import UserError
 SENTINEL = 0xDEADBEEF
 HEADER = 64
 RECORD = np.dtype([("sentinel", "<u4"), ("kind", "<u4"), ("bytes", "<u8"), ("offset", "<u8")])
-# Kinds of values in the file → bits, and the numpy dtype that holds one.
+# Data type in the file → bits per value, and the numpy dtype that stores one value.
 KINDS: dict[int, tuple[int, np.dtype[Any]]] = {
     1: (16, np.dtype(np.float16)), 2: (32, np.dtype(np.float32)), 3: (8, np.dtype(np.uint8)),
     4: (8, np.dtype(np.int8)), 6: (16, np.dtype(np.int16)), 7: (16, np.dtype(np.uint16)),
@@ -28,23 +30,31 @@ INT4 = 8
 
 
 class WeightFile:
-    """A weight file, mapped into memory."""
+    """A weight file, mapped into memory.
+
+    Raises:
+        UserError: The file cannot be read or is not a weight file.
+    """
 
     def __init__(self, file: Path) -> None:
-        """Raises UserError where the file is no weight file."""
+        """Map ``file`` into memory and check its header."""
         self._file = file
         try:
             self._bytes = np.memmap(file, np.uint8, "r")
         except (OSError, ValueError) as error:
             raise UserError(f"The weights {file} cannot be read: {error}.") from error
         if len(self._bytes) < HEADER or self._bytes[4:8].view("<u4")[0] != 2:
-            raise UserError(f"{file} is no weight file of Core ML.")
+            raise UserError(f"{file} is not a Core ML weight file.")
 
     def check(self, offset: int, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Kind, first byte and bytes of the weight whose record is at ``offset``.
+        """Return data type, offset and size in bytes of the weight whose record is at ``offset``.
+
+        Args:
+            offset: Byte of the record in the file.
+            shape: Shape that the package declares for the weight.
 
         Raises:
-            UserError: there is none, it has another size, or the file is too short.
+            UserError: There is no record, the weight has another size, or the file is too short.
         """
         if offset < HEADER or offset + RECORD.itemsize > len(self._bytes):
             raise UserError(f"The weights {self._file} are too short for a weight at byte {offset}.")
@@ -65,24 +75,28 @@ class WeightFile:
         return kind, begin, size
 
     def read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-        """Values of a weight, which must fit as ``check`` says."""
+        """Return the values of the weight whose record is at ``offset``.
+
+        Raises:
+            UserError: As in ``check``.
+        """
         kind, begin, size = self.check(offset, shape)
         bits, dtype = KINDS[kind]
         stored = self._bytes[begin : begin + size]
         if bits >= 8:
             return np.asarray(stored.view(dtype).reshape(shape))
-        values = _unpacked(stored, bits, prod(shape))
+        values = _unpack(stored, bits, prod(shape))
         if kind == INT4:
             values = ((values ^ 8).astype(np.int8) - 8).astype(np.int8)
         return values.reshape(shape)
 
 
-def _unpacked(stored: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Unsigned numbers of less than 8 bits, packed one after the other from the lowest bit on."""
+def _unpack(stored: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return ``count`` unsigned values of fewer than 8 bits, packed from the lowest bit on."""
     if bits == 4:
         pairs = np.empty((len(stored), 2), np.uint8)
         np.bitwise_and(stored, 15, out=pairs[:, 0])
         np.right_shift(stored, 4, out=pairs[:, 1])
         return pairs.reshape(-1)[:count]
-    each = np.unpackbits(stored, bitorder="little")[: count * bits].reshape(count, bits)
-    return np.packbits(each, axis=1, bitorder="little").reshape(-1)
+    unpacked = np.unpackbits(stored, bitorder="little")[: count * bits].reshape(count, bits)
+    return np.packbits(unpacked, axis=1, bitorder="little").reshape(-1)

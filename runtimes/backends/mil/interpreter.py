@@ -1,4 +1,4 @@
-"""Packages executed step by step, rounding after each operator to the type that the package declares."""
+"""Interpreter of Core ML packages; it rounds each operator's outputs to the type they declare."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ import numpy as np
 
 from runtimes.backends.mil.operators import EXACT, OPERATORS
 from runtimes.backends.mil.package import Package, identifier, messages
+from runtimes.backends.mil.threads import blas_threads, check_threads
 from runtimes.backends.static_shape import DECODE
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError, first_line
 from runtimes.memory import available_memory
 
 FLOATS = ("FLOAT16", "FLOAT32")
-HELD_AS = {"FLOAT16": np.float32, "FLOAT32": np.float32, "INT32": np.int32, "INT8": np.int8,
-           "UINT8": np.uint8, "BOOL": np.bool_}  # fmt: skip
+# MIL's data type → the numpy dtype in which the interpreter stores values of this type.
+NUMPY_TYPES = {"FLOAT16": np.float32, "FLOAT32": np.float32, "INT32": np.int32, "INT8": np.int8,
+               "UINT8": np.uint8, "BOOL": np.bool_}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Declared:
-    """The type that a package declares: None where a size is flexible, or for what is no tensor."""
+class TensorType:
+    """The declared type of a value: its dtype, and its sizes (None where flexible)."""
 
     dtype: str
     shape: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, proto: Any) -> Declared:
+    def from_proto(cls, proto: Any) -> TensorType:
+        """Read the type from a ``ValueType`` message, of a tensor or of a state."""
         names = import_module(messages().__name__.replace("Model_pb2", "MIL_pb2")).DataType
         tensor = proto.stateType.wrappedType.tensorType if proto.HasField("stateType") else proto.tensorType
         sizes = tuple(
@@ -40,15 +43,21 @@ class Declared:
         return cls(names.Name(tensor.dataType), sizes)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
+        """Return whether a shape has the declared sizes; a flexible size accepts any."""
         return len(shape) == len(self.shape) and all(
-            wanted in (None, size) for wanted, size in zip(self.shape, shape, strict=True)
+            declared in (None, size) for declared, size in zip(self.shape, shape, strict=True)
         )
 
-    def held(self, value: Any, exact: bool, name: str) -> np.ndarray:
-        """A value in this type, as the interpreter keeps it.
+    def cast(self, value: Any, exact: bool, name: str) -> np.ndarray:
+        """Return a value in this type, as the interpreter stores it.
+
+        Args:
+            value: An array or a number.
+            exact: The value has no more precision than this type, so it is not rounded.
+            name: Name of the value, for the error.
 
         Raises:
-            ValueError: its shape is another.
+            ValueError: The value does not have the declared shape.
         """
         array = np.asarray(value)
         if not self.fits(array.shape):
@@ -58,23 +67,31 @@ class Declared:
         if self.dtype == "FLOAT16" and not exact:
             with np.errstate(over="ignore"):
                 array = array.astype(np.float16)
-        return array.astype(HELD_AS.get(self.dtype, array.dtype), copy=False)
+        return array.astype(NUMPY_TYPES.get(self.dtype, array.dtype), copy=False)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One operator: what it reads (names, lists of names, or values), and what it gives."""
+    """One operator of a function, ready to run.
+
+    Args:
+        kind: Operator type, as ``linear``.
+        name: Name of the operator in the package.
+        inputs: Parameter → ``Ref``, constant, or a list of these.
+        outputs: Names and types of the outputs.
+        last_uses: Names of the values that no later operator reads.
+    """
 
     kind: str
     name: str
-    reads: dict[str, Any]
-    outputs: tuple[tuple[str, Declared], ...]
-    last_uses: tuple[str, ...]  # values that nothing reads afterwards
+    inputs: dict[str, Any]
+    outputs: tuple[tuple[str, TensorType], ...]
+    last_uses: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Ref:
-    """A value by its name."""
+    """A reference to a value by its name."""
 
     name: str
 
@@ -82,37 +99,43 @@ class Ref:
 class Function:
     """A function of a package, ready to run.
 
-    Weights are read when they are needed first.
+    Each weight is read at its first use.
 
     Args:
-        dense: weights that other functions of the package have read, by their places in the weight file.
+        package: The package.
+        name: Name of the function.
+        dense: Weights that functions of the package have read and decompressed, by their offsets in
+            the weight file; the functions of a package share it.
 
     Raises:
-        UserError: it has an operator that is not known here, or names what is not there.
+        UserError: The function has an unknown operator, or reads a value that nothing computes.
     """
 
     def __init__(self, package: Package, name: str, dense: MutableMapping[Any, Any]) -> None:
+        """Check all operators and constants of the function."""
         self.package, self.name, self._dense = package, name, dense
         proto = package.function(name)
         block = proto.block_specializations[proto.opset]
         self._constants: dict[str, Callable[[], Any]] = {}
         self._loaded: dict[str, Any] = {}
         try:
-            self.inputs = {item.name: Declared.of(item.type) for item in proto.inputs}
+            self.inputs = {item.name: TensorType.from_proto(item.type) for item in proto.inputs}
             states = [item.name for item in proto.inputs if item.type.HasField("stateType")]
             self.states = {key: self.inputs.pop(key) for key in states}
             declared = dict(self.inputs)
-            self._steps = list(self._prepared(block, declared))
+            self._steps = list(self._prepare(block, declared))
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{name} of {package.folder} is malformed: {first_line(error)}.") from error
         try:
             self.outputs = {key: declared[key] for key in block.outputs}
         except KeyError as error:
-            raise UserError(f"{name} of {package.folder} gives {error}, which nothing computes.") from error
+            raise UserError(
+                f"{name} of {package.folder} has the output {error}, which no operator computes."
+            ) from error
 
-    def _prepared(self, block: Any, declared: dict[str, Declared]) -> Iterator[Step]:
-        """The steps, each checked to be one that can be run; fills in what is declared of every value."""
-        ends = _last_uses(block)
+    def _prepare(self, block: Any, declared: dict[str, TensorType]) -> Iterator[Step]:
+        """Yield the checked steps; add the type of every value to ``declared``."""
+        last_uses = _last_uses(block)
         for index, operation in enumerate(block.operations):
             kind = operation.type
             name = _text(operation.attributes["name"]) if "name" in operation.attributes else kind
@@ -121,31 +144,31 @@ class Function:
                     f"{self.package.folder} uses the operator {kind!r} ({name}), which the MIL interpreter"
                     " does not know."
                 )
-            outputs = tuple((item.name, Declared.of(item.type)) for item in operation.outputs)
+            outputs = tuple((item.name, TensorType.from_proto(item.type)) for item in operation.outputs)
             if kind == "const":
                 self._constants[outputs[0][0]] = self._constant(operation.attributes["val"])
             elif kind.startswith("constexpr_"):
-                self._constants[outputs[0][0]] = self._decompressed(operation, *outputs[0])
+                self._constants[outputs[0][0]] = self._decompress(operation, *outputs[0])
             else:
-                reads = {key: self._argument(key, item) for key, item in operation.inputs.items()}
-                for ref in _refs(reads):
+                inputs = {key: self._argument(key, item) for key, item in operation.inputs.items()}
+                for ref in _references(inputs):
                     if ref not in declared and ref not in self._constants and ref not in self.states:
                         raise UserError(f"{kind} ({name}) of {self.package.folder} reads {ref!r}, which is"
                                         " not computed before it.")  # fmt: skip
                 declared |= outputs
-                yield Step(kind, name, reads, outputs, tuple(ends.get(index, ())))
+                yield Step(kind, name, inputs, outputs, tuple(last_uses.get(index, ())))
 
     def _argument(self, key: str, argument: Any) -> Any:
-        """A name, or a constant; a list of them for what takes several."""
-        found = [
+        """Return a reference or a constant; a list of them for the parameter ``values``."""
+        bindings = [
             Ref(binding.name) if binding.name else self._constant(binding.value)()
             for binding in argument.arguments
         ]
-        return found if key == "values" else found[0]
+        return bindings if key == "values" else bindings[0]
 
     def _constant(self, value: Any) -> Callable[[], Any]:
-        """What gives a constant; one in the weight file is looked for now and read when it is needed."""
-        declared = Declared.of(value.type)
+        """Return the loader of a constant; the record of one in the weight file is checked now."""
+        declared = TensorType.from_proto(value.type)
         if value.WhichOneof("value") == "immediateValue":
             return partial(_immediate, value, declared)
         offset, shape = int(value.blobFileValue.offset), tuple(int(size or 0) for size in declared.shape)
@@ -155,30 +178,31 @@ class Function:
             stored = self.package.weights.read(offset, shape)
             return stored.astype(np.float32) if declared.dtype in FLOATS else stored
 
-        return partial(self._shared, offset, load)
+        return partial(self._load_shared, offset, load)
 
-    def _decompressed(self, operation: Any, name: str, declared: Declared) -> Callable[[], Any]:
+    def _decompress(self, operation: Any, name: str, declared: TensorType) -> Callable[[], Any]:
+        """Return the loader of a compressed weight, which decompresses it."""
         values = {key: item.arguments[0].value for key, item in operation.inputs.items()}
         parts = {key: self._constant(value) for key, value in values.items()}
-        places = {key: int(value.blobFileValue.offset) for key, value in values.items()}
+        offsets = {key: int(value.blobFileValue.offset) for key, value in values.items()}
 
         def load() -> Any:
-            given = {key: part() for key, part in parts.items()}
-            for key in places.values():  # the weight itself is kept, its parts are not
-                self._dense.pop(key, None)
-            return declared.held(OPERATORS[operation.type](**given), False, name)
+            arguments = {key: part() for key, part in parts.items()}
+            for offset in offsets.values():  # keep the weight, not its parts
+                self._dense.pop(offset, None)
+            return declared.cast(OPERATORS[operation.type](**arguments), False, name)
 
-        if not all(places.values()):  # something lies in the protobuf: nothing to share it by
+        if not all(offsets.values()):  # a part is in the protobuf: offsets do not identify it
             return load
-        return partial(self._shared, (operation.type, *sorted(places.items())), load)
+        return partial(self._load_shared, (operation.type, *sorted(offsets.items())), load)
 
-    def _shared(self, place: Any, load: Callable[[], Any]) -> Any:
-        """A weight, which functions of the package share."""
-        if place not in self._dense:
-            self._dense[place] = load()
-        return self._dense[place]
+    def _load_shared(self, key: Any, load: Callable[[], Any]) -> Any:
+        """Return a weight that functions of the package share; load it at the first use."""
+        if key not in self._dense:
+            self._dense[key] = load()
+        return self._dense[key]
 
-    def _read(self, name: str) -> Any:
+    def _load(self, name: str) -> Any:
         if name not in self._loaded:
             self._loaded[name] = self._constants[name]()
         return self._loaded[name]
@@ -186,28 +210,28 @@ class Function:
     def run(
         self, inputs: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
-        """Outputs by name; states are updated in place.
+        """Return the outputs by name and update the states in place.
 
         Raises:
-            UserError: an input or a state does not fit, or an operator cannot be computed.
+            UserError: An input or a state does not fit, or an operator cannot be computed.
         """
         values = self._run(inputs, states or {}, {}, {})
         return {name: values[name] for name in self.outputs}
 
-    def run_handed(
+    def run_with_replacements(
         self,
         inputs: Mapping[str, np.ndarray],
         states: Mapping[str, np.ndarray],
-        handed: Mapping[str, np.ndarray],
+        replacements: Mapping[str, np.ndarray],
     ) -> dict[str, np.ndarray]:
-        """What the variables in ``handed`` are, where all that reads one reads the array in its place.
+        """Return the computed values of variables whose readers get ``replacements`` instead.
 
         Raises:
-            UserError: as in ``run``, or there is no such variable.
+            UserError: As in ``run``, or the function does not compute one of the variables.
         """
         computed: dict[str, np.ndarray] = {}
-        self._run(inputs, states, handed, computed)
-        if missing := handed.keys() - computed.keys():
+        self._run(inputs, states, replacements, computed)
+        if missing := replacements.keys() - computed.keys():
             raise UserError(f"{self.name} of {self.package.folder} does not compute {min(missing)}.")
         return computed
 
@@ -215,21 +239,21 @@ class Function:
         self,
         inputs: Mapping[str, np.ndarray],
         states: Mapping[str, np.ndarray],
-        handed: Mapping[str, np.ndarray],
+        replacements: Mapping[str, np.ndarray],
         computed: dict[str, np.ndarray],
     ) -> dict[str, np.ndarray]:
-        """The values at the end; ``computed`` takes those that ``handed`` takes the place of."""
+        """Return the values at the end; add to ``computed`` the values that were replaced."""
         values: dict[str, np.ndarray] = {}
-        for table, given in ((self.inputs, inputs), (self.states, states)):
-            for name, declared in table.items():
-                if name not in given or not declared.fits(given[name].shape):
-                    found = list(given[name].shape) if name in given else "nothing"
+        for types, arrays in ((self.inputs, inputs), (self.states, states)):
+            for name, declared in types.items():
+                if name not in arrays or not declared.fits(arrays[name].shape):
+                    shape = list(arrays[name].shape) if name in arrays else "nothing"
                     raise UserError(
                         f"{self.name} of {self.package.folder.name} takes {name} as"
-                        f" {list(declared.shape)}, got {found}."
+                        f" {list(declared.shape)}, got {shape}."
                     )
         for name, declared in self.inputs.items():
-            values[name] = declared.held(inputs[name], False, name)
+            values[name] = declared.cast(inputs[name], False, name)
         for step in self._steps:
             try:
                 self._run_step(step, values, states)
@@ -238,47 +262,55 @@ class Function:
                     f"{step.kind} ({step.name}) of {self.package.folder.name} cannot be computed: {error}."
                 ) from error
             for name, declared in step.outputs:
-                if name in handed:
+                if name in replacements:
                     computed[name] = values[name]
-                    values[name] = declared.held(handed[name], False, name)
+                    values[name] = declared.cast(replacements[name], False, name)
             for name in step.last_uses:
                 values.pop(name, None)
         return values
 
     def _run_step(self, step: Step, values: dict[str, np.ndarray], states: Mapping[str, np.ndarray]) -> None:
-        def resolved(item: Any) -> Any:
+        def resolve(item: Any) -> Any:
             if isinstance(item, list):
-                return [resolved(one) for one in item]
+                return [resolve(element) for element in item]
             if isinstance(item, Ref):
-                return values[item.name] if item.name in values else self._read(item.name)
+                return values[item.name] if item.name in values else self._load(item.name)
             return item
 
         if step.kind == "write_state":
-            states[step.reads["input"].name][...] = resolved(step.reads["data"])
+            states[step.inputs["input"].name][...] = resolve(step.inputs["data"])
             return
         if step.kind == "read_state":
-            found: Any = states[step.reads["input"].name].astype(np.float32)
+            result: Any = states[step.inputs["input"].name].astype(np.float32)
         else:
             operator: Callable[..., Any] = OPERATORS[step.kind]
-            found = operator(**{key: resolved(item) for key, item in step.reads.items()})
-        several = found if isinstance(found, list) else [found]
+            result = operator(**{key: resolve(item) for key, item in step.inputs.items()})
+        results = result if isinstance(result, list) else [result]
         exact = step.kind in EXACT or step.kind == "read_state"
-        for (name, declared), value in zip(step.outputs, several, strict=True):
-            values[name] = declared.held(value, exact, name)
+        for (name, declared), value in zip(step.outputs, results, strict=True):
+            values[name] = declared.cast(value, exact, name)
 
 
 class InterpretedAsset:
-    """A package whose functions are interpreted when they are called; they share decompressed weights.
+    """A package whose functions the interpreter runs; they share decompressed weights.
+
+    Args:
+        package: The package to run.
+        contract: Contract of its component.
+        threads: The most CPU threads of a call; None leaves numpy's default.
 
     Raises:
-        UserError: its weights do not fit into memory in float32.
+        UserError: The weights do not fit into memory in float32, or ``threads`` is given and
+            threadpoolctl is not installed.
     """
 
-    def __init__(self, package: Package, contract: Contract) -> None:
-        self._package, self._contract = package, contract
+    def __init__(self, package: Package, contract: Contract, threads: int | None = None) -> None:
+        """Check the memory that the weights need; nothing is loaded yet."""
+        check_threads(threads)
+        self._package, self._contract, self._threads = package, contract, threads
         self._functions: dict[str, Function] = {}
         self._dense: dict[Any, np.ndarray] = {}
-        needed, free = package.values() * 4, available_memory()
+        needed, free = package.count_weights() * 4, available_memory()
         if needed > free:
             raise UserError(
                 f"The MIL interpreter needs {needed / 1e9:.1f} GB of memory for the weights of"
@@ -292,63 +324,71 @@ class InterpretedAsset:
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 reason = f"{name} of {self._package.folder} cannot be read ({first_line(error)})"
                 raise UserError(f"{reason}; the package is damaged.") from error
-            given = self._functions[name].outputs
+            outputs = self._functions[name].outputs
             for spec in self._contract.outputs:
-                if identifier(spec.name) not in given:
+                if identifier(spec.name) not in outputs:
                     raise UserError(f"{name} of {self._package.folder} does not give {spec.name}.")
         return self._functions[name]
 
     def call(
         self, function: str, inputs: Mapping[str, np.ndarray], state: Any = None
     ) -> dict[str, np.ndarray]:
-        """Outputs of a function; images ``uint8 [N, N, 3]`` reach it as in Core ML, ``[1, 3, N, N]``."""
-        given = {
+        """Return the outputs of a function.
+
+        Images are ``uint8 [N, N, 3]``; the function gets them as from Core ML, ``[1, 3, N, N]``.
+        """
+        arrays = {
             name: array.transpose(2, 0, 1)[None] if array.dtype == np.uint8 else array
             for name, array in inputs.items()
         }
-        self._package.check_lengths(function, {name: array.shape for name, array in given.items()})
-        found = self._function(function).run(given, state or {})
-        return {spec.name: found[identifier(spec.name)] for spec in self._contract.outputs}
+        self._package.check_lengths(function, {name: array.shape for name, array in arrays.items()})
+        with blas_threads(self._threads):
+            outputs = self._function(function).run(arrays, state or {})
+        return {spec.name: outputs[identifier(spec.name)] for spec in self._contract.outputs}
 
     def new_state(self) -> dict[str, np.ndarray]:
+        """Return the zeroed states of one sequence."""
         return {
             name: np.zeros([int(size or 0) for size in declared.shape], np.float16)
             for name, declared in self._function(DECODE).states.items()
         }
 
     def read_state(self, state: dict[str, np.ndarray], name: str) -> np.ndarray:
+        """Return a state ``[1, Hkv, C, Dh]``."""
         return state[name]
 
     def write_state(self, state: dict[str, np.ndarray], name: str, array: np.ndarray) -> None:
+        """Replace a state ``[1, Hkv, C, Dh]``."""
         state[name][...] = array
 
 
 def _last_uses(block: Any) -> dict[int, list[str]]:
-    """Names that are read for the last time, by the number of the operation that does."""
+    """Return, for the number of an operation, the names that it is the last to read."""
     last = dict.fromkeys(block.outputs, len(block.operations))
     for index, operation in reversed(list(enumerate(block.operations))):
         for argument in operation.inputs.values():
             for binding in argument.arguments:
                 last.setdefault(binding.name, index)
-    ends: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for name, index in last.items():
-        ends.setdefault(index, []).append(name)
-    return ends
+        names.setdefault(index, []).append(name)
+    return names
 
 
-def _refs(reads: Mapping[str, Any]) -> Iterator[str]:
-    for item in reads.values():
-        for one in item if isinstance(item, list) else [item]:
-            if isinstance(one, Ref):
-                yield one.name
+def _references(inputs: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names that an operator's inputs refer to."""
+    for item in inputs.values():
+        for element in item if isinstance(item, list) else [item]:
+            if isinstance(element, Ref):
+                yield element.name
 
 
 def _text(value: Any) -> str:
     return str(value.immediateValue.tensor.strings.values[0])
 
 
-def _immediate(value: Any, declared: Declared) -> Any:
-    """A constant of the protobuf: a string, a number, or an array."""
+def _immediate(value: Any, declared: TensorType) -> Any:
+    """Return a constant of the protobuf: a string, a number, or an array."""
     tensor = value.immediateValue.tensor
     kind = tensor.WhichOneof("value")
     if kind == "strings":
@@ -359,7 +399,7 @@ def _immediate(value: Any, declared: Declared) -> Any:
         raw = np.frombuffer(tensor.bytes.values, stored)
     else:
         raw = np.array(getattr(tensor, kind).values)
-    array: np.ndarray = raw.astype(HELD_AS[declared.dtype]).reshape(
+    array: np.ndarray = raw.astype(NUMPY_TYPES[declared.dtype]).reshape(
         [int(size or 0) for size in declared.shape]
     )
     return array if declared.shape else array.item() if declared.dtype == "BOOL" else array[()]

@@ -1,8 +1,8 @@
-"""Operators of MIL in numpy, one function each, by a table.
+"""Operators of MIL in numpy: one function per operator, and a table of them.
 
-Arrays of half precision arrive and leave as float32 whose values half precision has; the interpreter rounds
-what an operator gives to the type that the package declares. Arguments are named as in coremltools'
-``converters/mil/mil/ops/defs``, which says what each operator means.
+Arrays of half precision are passed as float32 with values that half precision can represent; the
+interpreter rounds an operator's outputs to the types that the package declares. Parameters have the
+names of coremltools' ``converters/mil/mil/ops/defs``, which defines each operator.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 
-Array = Any  # numpy arrays; what operators give is checked against what the package declares
-LARGE = 1 << 26  # scores of attention beyond which one head is computed after the other
+Array = Any  # a numpy array; the interpreter checks the outputs against the declared types
+LARGE = 1 << 26  # attention scores above which the heads are computed one after the other
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """Return ``x @ weight.T + bias``."""
     out = x @ weight.T
     return out if bias is None else out + bias
 
 
 def matmul(x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = False) -> Array:
+    """Return the matrix product of the last two axes."""
     return np.matmul(x.swapaxes(-1, -2) if transpose_x else x, y.swapaxes(-1, -2) if transpose_y else y)
 
 
@@ -35,6 +37,7 @@ def conv(
     dilations: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Array:
+    """Return a 2D convolution ``[B, C, H, W]``."""
     if pad_type not in ("custom", "valid") or list(dilations) != [1, 1] or groups != 1:
         raise NotImplementedError(
             f"conv with {pad_type} padding, dilations {list(dilations)}, groups {groups}"
@@ -54,14 +57,16 @@ def layer_norm(
     beta: Array | None = None,
     epsilon: float = 1e-5,
 ) -> Array:
-    over = tuple(axes)
-    centred = x - x.mean(axis=over, keepdims=True)
-    out = centred / np.sqrt(np.square(centred).mean(axis=over, keepdims=True) + epsilon)
+    """Normalize over ``axes`` to mean 0 and variance 1, then scale and shift."""
+    normalized = tuple(axes)
+    centered = x - x.mean(axis=normalized, keepdims=True)
+    out = centered / np.sqrt(np.square(centered).mean(axis=normalized, keepdims=True) + epsilon)
     out = out if gamma is None else out * gamma
     return out if beta is None else out + beta
 
 
 def gelu(x: Array, mode: str = "EXACT") -> Array:
+    """Return GELU, exact or in its tanh approximation."""
     if mode == "TANH_APPROXIMATION":
         return 0.5 * x * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + 0.044715 * x * x * x)))
     if mode != "EXACT":
@@ -70,19 +75,21 @@ def gelu(x: Array, mode: str = "EXACT") -> Array:
 
 
 def _erf(x: Array) -> Array:
-    """Abramowitz and Stegun 7.1.26, off by at most 1.5e-7."""
+    """Return the error function by Abramowitz and Stegun 7.1.26; the error is at most 1.5e-7."""
     t = 1 / (1 + 0.3275911 * np.abs(x))
     terms = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
     return np.sign(x) * (1 - terms * np.exp(-x * x))
 
 
 def silu(x: Array) -> Array:
+    """Return ``x * sigmoid(x)``."""
     return x / (1 + np.exp(-x))
 
 
 def scaled_dot_product_attention(
     query: Array, key: Array, value: Array, attn_mask: Array | None = None
 ) -> Array:
+    """Return attention ``[..., S, Dh]``; a boolean mask is true where a key is visible."""
     shape = (*query.shape[:-1], key.shape[-2])
     mask = None if attn_mask is None else np.broadcast_to(attn_mask, shape)
     if np.prod(shape) > LARGE and len(shape) > 3:
@@ -103,6 +110,8 @@ def scaled_dot_product_attention(
 
 
 def reduce(of: Callable[..., Array]) -> Callable[..., Array]:
+    """Return the operator that reduces axes by a numpy function."""
+
     def apply(x: Array, axes: Sequence[int] | None = None, keep_dims: bool = False) -> Array:
         return of(x, axis=None if axes is None else tuple(axes), keepdims=keep_dims)
 
@@ -110,27 +119,30 @@ def reduce(of: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def rsqrt(x: Array, epsilon: float = 1e-12) -> Array:
+    """Return ``1 / sqrt(x + epsilon)``."""
     return 1 / np.sqrt(x + np.float32(epsilon))
 
 
 def reshape(x: Array, shape: Sequence[int]) -> Array:
-    """0 keeps the axis of the same number, counted from the right, as Core ML does since iOS 17."""
-    wanted = [int(size) for size in shape]
-    kept = [x.shape[index - len(wanted)] if size == 0 else size for index, size in enumerate(wanted)]
-    return x.reshape(kept)
+    """Reshape ``x``; a size 0 keeps the axis at that position from the right, as since iOS 17."""
+    sizes = [int(size) for size in shape]
+    return x.reshape([x.shape[index - len(sizes)] if size == 0 else size for index, size in enumerate(sizes)])
 
 
 def transpose(x: Array, perm: Sequence[int]) -> Array:
+    """Permute the axes."""
     return x.transpose(perm)
 
 
 def expand_dims(x: Array, axes: Sequence[int]) -> Array:
+    """Insert axes of size 1."""
     return np.expand_dims(x, tuple(axes))
 
 
 def split(
     x: Array, axis: int, num_splits: int | None = None, split_sizes: Sequence[int] | None = None
 ) -> list[Array]:
+    """Split an axis into equal parts or into parts of the given sizes."""
     if split_sizes is None:
         assert num_splits
         return np.split(x, num_splits, axis)
@@ -138,16 +150,19 @@ def split(
 
 
 def concat(values: list[Array], axis: int, interleave: bool = False) -> Array:
+    """Join arrays along an axis."""
     if interleave:
         raise NotImplementedError("concat with interleave")
     return np.concatenate(values, axis)
 
 
 def slice_by_index(x: Array, **bounds: Any) -> Array:
+    """Return a slice; the masks ignore a bound or remove an axis."""
     return x[_slices(x.ndim, **bounds)]
 
 
 def slice_update(x: Array, update: Array, **bounds: Any) -> Array:
+    """Return a copy of ``x`` with a slice replaced by ``update``."""
     out = x.copy()
     where = _slices(x.ndim, **bounds)
     if out[where].shape != update.shape:
@@ -165,18 +180,19 @@ def _slices(
     end_mask: Sequence[bool] | None = None,
     squeeze_mask: Sequence[bool] | None = None,
 ) -> tuple[int | slice, ...]:
-    found: list[int | slice] = []
+    slices: list[int | slice] = []
     for axis in range(rank):
         if squeeze_mask is not None and squeeze_mask[axis]:
-            found.append(int(begin[axis]))
+            slices.append(int(begin[axis]))
             continue
         first = None if begin_mask is not None and begin_mask[axis] else int(begin[axis])
         last = None if end_mask is not None and end_mask[axis] else int(end[axis])
-        found.append(slice(first, last, None if stride is None else int(stride[axis])))
-    return tuple(found)
+        slices.append(slice(first, last, None if stride is None else int(stride[axis])))
+    return tuple(slices)
 
 
 def pad(x: Array, pad: Sequence[int], mode: str = "constant", constant_val: float = 0.0) -> Array:
+    """Pad with a constant; ``pad`` has the sizes before and after the last axes."""
     if mode != "constant":
         raise NotImplementedError(f"pad in the mode {mode}")
     sides = np.asarray(pad).reshape(-1, 2)
@@ -187,28 +203,33 @@ def pad(x: Array, pad: Sequence[int], mode: str = "constant", constant_val: floa
 def gather(
     x: Array, indices: Array, axis: int = 0, batch_dims: int = 0, validate_indices: bool = False
 ) -> Array:
+    """Return the entries of an axis at ``indices``."""
     if batch_dims:
         raise NotImplementedError("gather with batch_dims")
     return np.take(x, indices, axis=axis)
 
 
 def cast(x: Array, dtype: str) -> Array:
+    """Convert to a dtype; half precision is stored as float32."""
     return x.astype({"fp16": np.float32, "fp32": np.float32, "int32": np.int32, "bool": np.bool_}[dtype])
 
 
 def quantize(
     input: Array, scale: Array, output_dtype: str, zero_point: Array | int = 0, axis: int | None = None
 ) -> Array:
+    """Return integer codes, rounded half to even and clipped to ``output_dtype``."""
     limits = np.iinfo(output_dtype)
     codes = np.rint(input / _along(scale, input, axis)) + _along(zero_point, input, axis)
     return np.clip(codes, limits.min, limits.max).astype(output_dtype)
 
 
 def dequantize(input: Array, scale: Array, zero_point: Array | int = 0, axis: int | None = None) -> Array:
+    """Return the real values of integer codes."""
     return (input.astype(np.float32) - _along(zero_point, input, axis)) * _along(scale, input, axis)
 
 
 def _along(values: Any, x: Array, axis: int | None) -> Array:
+    """Return values shaped to broadcast along an axis of ``x``."""
     values = np.asarray(values, np.float32)
     return (
         values if axis is None else values.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
@@ -216,7 +237,7 @@ def _along(values: Any, x: Array, axis: int | None) -> Array:
 
 
 def constexpr_blockwise_shift_scale(data: Array, scale: Array, offset: Array | None = None) -> Array:
-    """A weight from codes with a scale (and an offset) for each block."""
+    """Return a weight from its codes, with one scale (and one offset) per block."""
     codes = data.astype(np.float32)
     if offset is not None:
         codes = codes - _blocks(offset.astype(np.float32), data.shape)
@@ -224,17 +245,18 @@ def constexpr_blockwise_shift_scale(data: Array, scale: Array, offset: Array | N
 
 
 def constexpr_lut_to_dense(indices: Array, lut: Array, vector_axis: int | None = None) -> Array:
-    """A weight from indices into palettes ``[..., entries, 1]``, one palette for each block."""
+    """Return a weight from indices into palettes ``[..., entries, 1]``, one palette per block."""
     if lut.shape[-1] != 1:
         raise NotImplementedError("palettes of vectors")
-    each = [
+    palettes = [
         np.repeat(np.arange(groups), size // groups)
         for groups, size in zip(lut.shape[:-2], indices.shape, strict=True)
     ]
-    return lut[..., 0].astype(np.float32)[(*np.ix_(*each), indices)]
+    return lut[..., 0].astype(np.float32)[(*np.ix_(*palettes), indices)]
 
 
 def _blocks(values: Array, shape: Sequence[int]) -> Array:
+    """Repeat each value over the block that it belongs to."""
     for axis, size in enumerate(shape):
         values = np.repeat(values, size // values.shape[axis], axis)
     return values
@@ -274,7 +296,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "sub": lambda x, y: x - y,
     "transpose": transpose,
 }
-# What gives numbers that it was given needs no rounding.
+# Operators whose outputs are values of their inputs; they are not rounded.
 EXACT = frozenset(
     {"abs", "concat", "expand_dims", "gather", "identity", "maximum", "pad", "reduce_max", "reshape",
      "slice_by_index", "slice_update", "split", "transpose"}

@@ -1,4 +1,4 @@
-"""A package on disk: its manifest, its protobuf, its functions."""
+"""Reader of a Core ML package on disk: its manifest, its protobuf and its functions."""
 
 from __future__ import annotations
 
@@ -21,44 +21,46 @@ from runtimes.installation import install_command
 SUFFIX = ".mlpackage"
 SPECIFICATION = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
-# Our keys in a package's metadata.
-TAPS = "dsvl_export.taps"  # function → tap → the variable that is it
+# Keys that dsvl-export adds to a package's metadata.
+TAPS = "dsvl_export.taps"  # function → tap → name of the variable
 CONTRACT = "dsvl_export.contract"  # of the component, as in the bundle's manifest
-PREPROCESSING = "dsvl_export.preprocessing"  # of the model's images, likewise
-# Functions beside MAIN and DECODE: of the vision encoder, and of the decoder.
+PREPROCESSING = "dsvl_export.preprocessing"  # of the images, as in the bundle's manifest
+# Functions beside MAIN and DECODE: one of the vision encoder, two of the decoder.
 IMAGE, EXTEND, PREFILL = "image", "extend", "prefill"
-CHUNK = 256  # tokens that PREFILL takes, and the most that EXTEND takes
+CHUNK = 256  # tokens in a call of PREFILL, and the maximum in a call of EXTEND
 _PROTO = "_dsvl_export_coreml_proto"
 
 
 def messages() -> Any:
-    """The module of Core ML's protobuf messages.
+    """Return the module of Core ML's protobuf messages.
 
-    It is read from coremltools without importing coremltools itself, which would import torch.
+    Its files belong to coremltools. They are imported without coremltools itself, which would
+    import torch.
 
     Raises:
         UserError: coremltools is not installed.
     """
     if _PROTO not in sys.modules:
-        found = importlib.util.find_spec("coremltools")
-        if found is None or found.origin is None:
+        spec = importlib.util.find_spec("coremltools")
+        if spec is None or spec.origin is None:
             raise UserError(
                 f"Reading Core ML packages needs coremltools; run: {install_command('coremltools')}."
             )
         package = ModuleType(_PROTO)
-        package.__path__ = [str(Path(found.origin).parent / "proto")]
+        package.__path__ = [str(Path(spec.origin).parent / "proto")]
         sys.modules[_PROTO] = package
     return importlib.import_module(f"{_PROTO}.Model_pb2")
 
 
 class Package:
-    """A ``.mlpackage`` that holds an ML program.
+    """A ``.mlpackage`` with an ML program.
 
     Raises:
-        UserError: it is none, or damaged.
+        UserError: The folder is not such a package, or the package is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
+        """Parse the protobuf in ``folder``."""
         self.folder = folder
         file = folder / SPECIFICATION
         self.model = messages().Model()
@@ -71,25 +73,28 @@ class Package:
         except DecodeError as error:
             raise UserError(f"The model in {folder} is damaged.") from error
         if self.model.WhichOneof("Type") != "mlProgram":
-            raise UserError(f"{folder} holds no ML program.")
+            raise UserError(f"{folder} does not contain an ML program.")
 
     @cached_property
     def weights(self) -> WeightFile:
+        """The package's weight file."""
         return WeightFile(self.folder / WEIGHTS)
 
     @property
     def metadata(self) -> dict[str, str]:
+        """The user-defined metadata of the model."""
         return dict(self.model.description.metadata.userDefined)
 
     @property
     def function_names(self) -> list[str]:
+        """Names of the functions, sorted."""
         return sorted(self.model.mlProgram.functions)
 
     def function(self, name: str) -> Any:
-        """The protobuf of a function.
+        """Return the protobuf of a function.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: The package has no function of that name.
         """
         functions = self.model.mlProgram.functions
         if name not in functions:
@@ -98,32 +103,36 @@ class Package:
             )
         return functions[name]
 
-    def values(self) -> int:
-        """How many numbers all weights are; what functions share counts once."""
-        found: dict[Any, int] = {}
+    def count_weights(self) -> int:
+        """Return the number of values in all weights; weights that functions share count once."""
+        counts: dict[str, int] = {}
         for name in self.function_names:
             proto = self.function(name)
             for operation in proto.block_specializations[proto.opset].operations:
                 if operation.type == "const" or operation.type.startswith("constexpr_"):
                     for output in operation.outputs:
                         sizes = [dim.constant.size for dim in output.type.tensorType.dimensions]
-                        found[output.name] = prod(sizes)
-        return sum(found.values())
+                        counts[output.name] = prod(sizes)
+        return sum(counts.values())
 
     def capacity(self) -> int:
-        """Tokens of a decoder's states.
+        """Return the number of tokens that a decoder's states hold.
 
         Raises:
-            UserError: it has no states.
+            UserError: The package has no states.
         """
         for state in self.description(EXTEND).state:
             shape = state.type.stateType.arrayType.shape  # [B, H, capacity, Dh]
             if len(shape) == 4:
                 return int(shape[2])
-        raise UserError(f"{self.folder} has no states, so it is no decoder.")
+        raise UserError(f"{self.folder} has no states, so it is not a decoder.")
 
     def check_lengths(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise UserError where a flexible input of a function is given a length outside of its range."""
+        """Check the lengths of a function's flexible inputs.
+
+        Raises:
+            UserError: A length is outside the range that the package declares.
+        """
         for feature in self.description(name).input:
             ranges = feature.type.multiArrayType.shapeRange.sizeRanges
             for size, allowed in zip(shapes.get(feature.name, ()), ranges, strict=False):
@@ -134,40 +143,44 @@ class Package:
                     )
 
     def description(self, name: str) -> Any:
-        """Inputs, outputs and states of a function as apps see them."""
-        several = {item.name: item for item in self.model.description.functions}
-        return several.get(name, self.model.description)
+        """Return the description of a function's inputs, outputs and states, as apps see them."""
+        functions = {item.name: item for item in self.model.description.functions}
+        return functions.get(name, self.model.description)
 
 
 def identifier(name: str) -> str:
-    """A name in the letters that MIL allows; ``low.norm`` and ``low_norm`` stay two."""
+    """Return a name in MIL's characters; ``low.norm`` and ``low_norm`` stay different."""
     return re.sub(r"\W", "_", name.replace(".", "__"))
 
 
 def package_folder(file: Path) -> Path:
-    """The package that a file lies in.
+    """Return the package that contains a file.
 
     Raises:
-        UserError: it lies in none.
+        UserError: No parent folder of the file is a package.
     """
     for folder in file.parents:
         if folder.suffix == SUFFIX:
             return folder
-    raise UserError(f"{file} lies in no Core ML package.")
+    raise UserError(f"{file} is not in a Core ML package.")
 
 
 def package_files(folder: Path) -> Iterator[Path]:
-    """All files of a package, the specification first."""
+    """Yield all files of a package, the specification first."""
     yield folder / SPECIFICATION
     yield from sorted(item for item in folder.rglob("*") if item.is_file() and item != folder / SPECIFICATION)
 
 
 def check_manifest(folder: Path) -> None:
-    """Raise UserError where the package's own manifest does not lead to its specification."""
+    """Check that the package's own manifest refers to its specification.
+
+    Raises:
+        UserError: The manifest is malformed or names another file.
+    """
     raw = read_json(folder / "Manifest.json")
     try:
         root = raw["itemInfoEntries"][raw["rootModelIdentifier"]]["path"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'Manifest.json'} names no model.") from error
+        raise UserError(f"{folder / 'Manifest.json'} does not name a model.") from error
     if f"Data/{root}" != SPECIFICATION:
         raise UserError(f"{folder / 'Manifest.json'} names {root!r}, which is not the package's model.")

@@ -32,10 +32,10 @@ def test_every_stage_and_context_is_measured(result: BenchResult, tiny_bundle: B
     assert [row.context for row in result.decoding] == [40, 200]
     assert {timing.repeats for timing in (result.first_token, *(row.step for row in result.decoding))} == {2}
     assert result.prompt_tokens > tiny_bundle.manifest.prompt.image_tokens
-    assert 0 <= result.loaded < result.peak  # in a process that has memory to spare, opening may add none
+    assert 0 <= result.loaded < result.peak  # opening may add no memory to a process with free pages
 
 
-def test_roof_and_plan_agree_on_the_bytes(result: BenchResult, tiny_bundle: Bundle) -> None:
+def test_bound_and_plan_agree_on_the_bytes(result: BenchResult, tiny_bundle: Bundle) -> None:
     """The file's bytes and the contract's states against what ``plan`` derives from shapes."""
     contract = tiny_bundle.manifest.contracts["fp32"]["decoder"]
     decoder = open_checkpoint("tiny").config.decoder
@@ -47,7 +47,7 @@ def test_roof_and_plan_agree_on_the_bytes(result: BenchResult, tiny_bundle: Bund
     file = tiny_bundle.path(tiny_bundle.artifact("decoder", "onnxruntime", "fp32").files[0])
     assert row.bytes_per_token == file.stat().st_size + cache_bytes(contract.states, 1, 200)
     assert result.bandwidth
-    assert row.roof == pytest.approx(result.bandwidth / row.bytes_per_token)
+    assert row.bound == pytest.approx(result.bandwidth / row.bytes_per_token)
     assert isinstance(result.predicted, dict)
     artifacts = result.predicted["artifacts"]["decoder"] + result.predicted["kv_bytes"]
     assert artifacts == pytest.approx(row.bytes_per_token, rel=0.02)
@@ -61,13 +61,13 @@ def slow_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_halves_are_read_as_they_lie_in_memory(tiny_bundle: Bundle, slow_memory: None) -> None:
-    """ONNX Runtime widens them on a CPU: the roof is what ``plan`` predicts."""
+    """ONNX Runtime widens them on a CPU: the bound is what ``plan`` predicts."""
     found = bench(tiny_bundle.folder, "onnxruntime", "fp16", QUICK)
     file = tiny_bundle.path(tiny_bundle.artifact("decoder", "onnxruntime", "fp16").files[0])
     states = cache_bytes(tiny_bundle.manifest.contracts["fp16"]["decoder"].states, 1, 200)
     assert found.decoding[-1].bytes_per_token == 2 * file.stat().st_size + states
     assert isinstance(found.predicted, dict)
-    assert found.predicted["tokens_per_second"] == pytest.approx(found.decoding[-1].roof, rel=0.02)
+    assert found.predicted["tokens_per_second"] == pytest.approx(found.decoding[-1].bound, rel=0.02)
 
 
 def test_the_graph_for_prompts_is_not_read_by_a_token(tmp_path: Path, slow_memory: None) -> None:
@@ -79,15 +79,17 @@ def test_the_graph_for_prompts_is_not_read_by_a_token(tmp_path: Path, slow_memor
     states = cache_bytes(bundle.manifest.contracts["8da4w-g128"]["decoder"].states, 1, 200)
     assert found.decoding[-1].bytes_per_token == file.stat().st_size + states
     assert isinstance(found.predicted, dict)
-    assert found.predicted["tokens_per_second"] == pytest.approx(found.decoding[-1].roof, rel=0.02)
+    assert found.predicted["tokens_per_second"] == pytest.approx(found.decoding[-1].bound, rel=0.02)
 
 
-def test_a_file_of_all_components_has_no_known_roof(executorch_bundle: Bundle) -> None:
+def test_a_file_of_all_components_has_no_known_bound(executorch_bundle: Bundle) -> None:
     found = bench(executorch_bundle.folder, "executorch", "fp32", QUICK)
-    assert {(row.bytes_per_token, row.roof, row.share) for row in found.decoding} == {(None, None, None)}
+    assert {(row.bytes_per_token, row.bound, row.share_of_bound) for row in found.decoding} == {
+        (None, None, None)
+    }
     assert isinstance(found.predicted, str)
     assert "executorch" in found.predicted
-    assert "roof" not in bench_plot(found)
+    assert "bandwidth bound" not in bench_plot(found)
 
 
 def test_the_command(tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +98,13 @@ def test_the_command(tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.Capture
         main([*arguments, "--report", str(tmp_path / "report")])
     assert done.value.code == 0
     shown = capsys.readouterr().out
-    for word in ("preprocess", "first token", "bytes per token", "of the roof", "Plan, for a context of"):
+    for word in (
+        "preprocess",
+        "first token",
+        "bytes per token",
+        "of the bound",
+        "Prediction of 'plan' for a context of",
+    ):
         assert word in shown
     document = json.loads((tmp_path / "report" / "bench.json").read_text())
     assert document["decoding"][0]["tokens_per_second"] > 0

@@ -18,9 +18,10 @@ import pytest
 
 from dsvl_export.cli.display import describe_verdict
 from dsvl_export.parity_check.tolerances import load_tolerances
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.memory import available_memory
-from runtimes.pipeline import needed_memory
+from runtimes.pipeline import required_memory
 from runtimes.units import size
 from tests.dsvl_export.cli.command_line import refused
 from tests.dsvl_export.parity_check.faults import plant, scaled, weight
@@ -67,8 +68,8 @@ def test_chat_remembers_the_image(
     assert done.code == 0
     assert done.out.count("Model: ") == 4
     assert done.out.count("The ") == 3
-    assert "There is no image file nowhere.png" in done.err
-    assert "have 2 <image_placeholder> but 1 images were given" in done.err
+    assert "The image file nowhere.png does not exist" in done.err
+    assert "have 2 <image_placeholder> but 1 images were passed" in done.err
     monkeypatch.setattr(sys, "stdin", io.StringIO("Count the shapes in the picture.\nHello\n"))
     machine = run("chat", tiny_bundle.folder, "--image", pictures[0], "--json")
     assert [json.loads(line)["finish_reason"] for line in machine.out.splitlines()] == ["eos", "eos"]
@@ -92,7 +93,7 @@ def test_parity_tables_json_and_exit_codes(run, bundle_copy: Path, tmp_path: Pat
     assert result["verdict"] == "passed"
     assert (result["task"]["questions"], result["task"]["right"], result["task"]["baseline"]) == (2, 0, None)
     assert result["task"]["by_kind"] == {"all": 0.0}
-    unjudged = run(*quick, tmp_path / "task.jsonl")  # fp32 answers nothing right, so fp16 has nothing to keep
+    unjudged = run(*quick, tmp_path / "task.jsonl")  # fp32 answers nothing correctly
     assert unjudged.code == 3
     assert [row["verdict"] for row in json.loads(unjudged.out)] == ["passed", "not judged"]
     # Another adaptor's file in its place.
@@ -110,7 +111,7 @@ def test_parity_and_export_exit_with_1_where_something_differs(
     done = run("parity", bundle_copy, "--task", "none")
     assert done.code == 1
     assert "failed" in done.out
-    assert "Drift in the adaptor: layers.1 is the first to leave its band" in done.out
+    assert "Localization in the adaptor: layers.1 is the first tap beyond its bound" in done.out
     assert Bundle.open(bundle_copy).manifest.parity["onnxruntime/fp32"]["verdict"] == "failed"
     strict = {name: replace(row, factor=1e-6) for name, row in load_tolerances().items()}
     monkeypatch.setattr("dsvl_export.parity_check.against_reference.load_tolerances", lambda: strict)
@@ -120,7 +121,7 @@ def test_parity_and_export_exit_with_1_where_something_differs(
 def test_parity_options(run, bundle_copy: Path, tmp_path: Path) -> None:
     """A report elsewhere leaves the bundle as it was; tolerances and taps come from the command line."""
     before = (bundle_copy / MANIFEST).read_text()
-    (tmp_path / "t.yaml").write_text("fp32: {rungs: {vision_encoder: 1.0e-9}}")
+    (tmp_path / "t.yaml").write_text("fp32: {stages: {vision_encoder: 1.0e-9}}")
     ask = (
         "parity",
         bundle_copy,
@@ -135,8 +136,8 @@ def test_parity_options(run, bundle_copy: Path, tmp_path: Path) -> None:
     done = run(*ask, "--tolerances", tmp_path / "t.yaml", "--taps", "--threads", "1")
     assert done.code == 1
     (document,) = json.loads(done.out)
-    assert document["tolerance"]["rungs"] == {"vision_encoder": 1e-9}
-    assert [row["component"] for row in document["drift"]] == ["vision_encoder", "adaptor", "decoder"]
+    assert document["tolerance"]["stages"] == {"vision_encoder": 1e-9}
+    assert [row["component"] for row in document["localizations"]] == ["vision_encoder", "adaptor", "decoder"]
     assert (bundle_copy / MANIFEST).read_text() == before
     assert not (bundle_copy / "reports").exists()
     assert {file.name for file in (tmp_path / "r").iterdir()} == {
@@ -234,7 +235,7 @@ def test_demo_ends_with_what_to_try_next(run, tmp_path: Path) -> None:
 def test_bad_bundles(run, bundle_copy: Path, tmp_path: Path) -> None:
     assert refused(run("inspect", tmp_path / "absent"), "There is no bundle folder")
     (tmp_path / "empty").mkdir()
-    assert refused(run("verify", tmp_path / "empty"), "has no manifest.json: it is no bundle")
+    assert refused(run("verify", tmp_path / "empty"), "has no manifest.json: it is not a bundle")
     assert refused(
         run("run", bundle_copy, "--prompt", "x", "--backend", "tpu"), "holds no tpu; it has onnxruntime fp32"
     )
@@ -243,13 +244,16 @@ def test_bad_bundles(run, bundle_copy: Path, tmp_path: Path) -> None:
     for broken, sentence in (
         ("{", "is not valid JSON"),
         (text.replace('"schema_version": 1', '"schema_version": 99'), "schema version 99"),
-        (text.replace('"prompt":', '"prompts":'), "is no valid manifest"),
-        (text.replace('"image_size":', '"image_sizes":'), "is no valid manifest: data.preprocessing"),
-        (text.replace('"meaning":', '"sense":'), "is no valid manifest: data.contracts"),
-        (text.replace("tokenizer/tokenizer.json", "../../etc/passwd"), "is no valid manifest: data.files"),
-        (text.replace("tokenizer/tokenizer.json", "/etc/passwd"), "is no valid manifest: data.files"),
-        (text.replace("onnxruntime/fp32/decoder/decoder.onnx", "../decoder.onnx"), "is no valid manifest"),
-        (text.replace('"default_capacity": ', '"default_capacity": "many", "was": '), "is no valid manifest"),
+        (text.replace('"prompt":', '"prompts":'), "is not a valid manifest"),
+        (text.replace('"image_size":', '"image_sizes":'), "is not a valid manifest: data.preprocessing"),
+        (text.replace('"meaning":', '"sense":'), "is not a valid manifest: data.contracts"),
+        (text.replace("tokenizer/tokenizer.json", "../../etc/passwd"), "is not a valid manifest: data.files"),
+        (text.replace("tokenizer/tokenizer.json", "/etc/passwd"), "is not a valid manifest: data.files"),
+        (text.replace("onnxruntime/fp32/decoder/decoder.onnx", "../decoder.onnx"), "is not a valid manifest"),
+        (
+            text.replace('"default_capacity": ', '"default_capacity": "many", "was": '),
+            "is not a valid manifest",
+        ),
         (text.replace('"fp16": {', '"fp17": {', 1), "has fp16 artifacts but no contracts"),
         (text.replace('"token_embedding": "', '"token_embedding": "un'), "no size and hash"),
     ):
@@ -284,7 +288,7 @@ def test_bad_checkpoints(run, tiny_copy: Path, tmp_path: Path) -> None:
     index.unlink()
     weights.write_bytes(content)
     (tiny_copy / "config.json").write_text('{"model_type": "llava"}')
-    assert refused(run(*export), "which is no DeepSeek-VL")
+    assert refused(run(*export), "which is not a DeepSeek-VL model")
     (tiny_copy / "config.json").write_text("{")
     assert refused(run(*export), "is not valid JSON")
     assert not (tmp_path / "b").exists()
@@ -310,7 +314,7 @@ def test_bad_requests(run, tiny_bundle: Bundle, pictures: list[Path], tmp_path: 
     ask = ("run", tiny_bundle.folder, "--prompt")
     (tmp_path / "text.png").write_text("hello")
     assert refused(run(*ask, "x", "--image", tmp_path / "text.png"), "is not a readable image")
-    assert refused(run(*ask, "x", "--image", tmp_path / "none.png"), "There is no image file")
+    assert refused(run(*ask, "x", "--image", tmp_path / "none.png"), "does not exist")
     two = "<image_placeholder><image_placeholder>"
     assert refused(run(*ask, two, "--image", pictures[0]), "2 <image_placeholder> but 1 images")
     assert refused(run(*ask, "word " * 500, "--capacity", "200"), "tokens but the KV cache holds 200")
@@ -318,7 +322,7 @@ def test_bad_requests(run, tiny_bundle: Bundle, pictures: list[Path], tmp_path: 
     assert refused(run(*ask, "x", "--seed", "-1"), "Seed must not be negative")
     assert refused(run(*ask, "x\udcff"), "not valid UTF-8")
     assert refused(run(*ask, "x", "--capacity", "5000"), "between 1 and the model's 1024")
-    assert refused(run("export", tmp_path / "absent", "--output", tmp_path / "b"), "There is no folder")
+    assert refused(run("export", tmp_path / "absent", "--output", tmp_path / "b"), "does not exist")
     assert refused(
         run("export", "tiny", "--output", tmp_path / "b", "--precision", "fp7"), "no precision 'fp7'"
     )
@@ -359,7 +363,7 @@ def test_short_memory_is_said_with_both_figures(
     run, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], spare: int, said: bool
 ) -> None:
     """The bundle runs all the same: the system may still find room."""
-    free = needed_memory(Bundle.open(bundle_copy), "onnxruntime", "fp32", None) + spare
+    free = required_memory(Bundle.open(bundle_copy), "onnxruntime", "fp32", None) + spare
     monkeypatch.setattr("runtimes.memory.available_memory", lambda: free)
     done = run(command[0], bundle_copy, *command[1:], "--precision", "fp32")
     assert done.code == 0

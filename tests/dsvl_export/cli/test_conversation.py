@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsvl_export.serving.protocol import ChatMessage, conversation
+from dsvl_export.serving.protocol import ChatMessage, parse_conversation
 from runtimes.text.prompt import EOS, IMAGE, IMAGE_PLACEHOLDER, Message, format_chat
 
 
@@ -12,7 +12,7 @@ def text(content: str) -> dict[str, str]:
 
 def test_parts_and_system_messages() -> None:
     picture = {"type": "image_url", "image_url": {"url": "data:,"}}
-    talk = conversation(
+    conversation = parse_conversation(
         [
             ChatMessage.model_validate(message)
             for message in (
@@ -25,15 +25,15 @@ def test_parts_and_system_messages() -> None:
         ],
         4,
     )
-    assert talk.urls == ("data:,",)
-    assert talk.turns == (
+    assert conversation.urls == ("data:,",)
+    assert conversation.turns == (
         Message("system", "Be brief."),
         Message("user", ("<image_", "placeholder>", IMAGE, "What?")),
         Message("assistant", IMAGE_PLACEHOLDER),
         Message("system", "Be loud."),
         Message("user", "Here is my note: buy milk What does it say?"),
     )
-    prompt = format_chat(talk.turns, "not this one")
+    prompt = format_chat(conversation.turns, "not this one")
     assert prompt.pieces.count(IMAGE) == 1
     assert prompt.startswith("Be brief.\n\nUser: <image_ placeholder><image_placeholder>What?\n\n")
     assert f"{EOS}System: Be loud.{EOS}User: Here" in prompt

@@ -13,7 +13,7 @@ from calibration.precision_plan import recipe_names
 from calibration.ranges import METHODS
 from dsvl_export.cli import app
 from dsvl_export.cli.app import PANELS
-from dsvl_export.compilers.executorch import DELEGATES
+from dsvl_export.targets.options import DELEGATES
 from dsvl_export.targets.targets import LISTED_BITS, find_target, load_targets
 from reference.trace import PRECISION_DTYPES
 from runtimes.backends.registry import backend_names

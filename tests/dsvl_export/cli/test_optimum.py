@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from optimum.commands.optimum_cli import main as optimum_main
 
-from dsvl_export.compilers import load_compiler
+from dsvl_export.compilers.registry import load_compiler
 from runtimes.backends.registry import BUILT_IN
 from runtimes.bundle.bundle import Bundle
-from tests.dsvl_export.cli.command_line import optimum, refused
+from tests.dsvl_export.cli.command_line import Done, optimum, refused
 
 
 def judge(bundle: Bundle, backend: str, precision: str) -> None:
@@ -19,9 +21,20 @@ def judge(bundle: Bundle, backend: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BUILT_IN if backend != "executorch"])
-def test_every_backend(backend: str, tmp_path: Path) -> None:
+def test_every_backend(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """optimum's own ``main``: one backend, and ``executorch`` below, in the real process, the others here."""
+
+    def optimum_here(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", "export", "dsvl", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            optimum_main()
+        captured = capsys.readouterr()
+        return Done(int(caught.value.code or 0), captured.out, captured.err)
+
     precision, folder = load_compiler(backend).PRECISIONS[0], str(tmp_path / "bundle")
-    done = optimum(
+    done = (optimum if backend == "onnxruntime" else optimum_here)(
         "--model", "tiny", "--backend", backend, "--precision", precision, "--output", folder,
         "--capacity", "64", "--no-goldens", "--no-parity", "--json",
     )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsvl_export.targets.defects import Defect
-from dsvl_export.targets.targets import find_target, measured
+from dsvl_export.targets.targets import find_target, measure_target
 from runtimes.bundle.bundle import Bundle
 from tests.dsvl_export.cli.command_line import refused
 
@@ -51,14 +51,14 @@ def test_plan_command(run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert "https://github.com/apple/coremltools/issues/2716" in iphone.out
     assert refused(
         run("plan", "tiny", "--target", "jetson-agx-orin", "--precision", "fp8"),
-        "cannot run fp8 with tensorrt (FP8 needs SM 89, this is SM 87); the nearest is int8",
+        "cannot run fp8 with tensorrt (FP8 needs SM 89, this is SM 87). The nearest precision is int8",
     )
-    assert refused(run("plan", "tiny", "--context", "9999"), "The model has 1024 positions")
+    assert refused(run("plan", "tiny", "--context", "9999"), "the model has 1024 positions")
     assert refused(run("plan", "tiny", "--target", "toaster"), "There is no target 'toaster'")
-    assert refused(run("plan", "/nowhere"), "There is no folder /nowhere")
+    assert refused(run("plan", "/nowhere"), "The folder /nowhere does not exist")
     assert refused(run("plan", "tiny", "--text-tokens", "1000000"), "the model has only 1024 positions")
-    small = replace(measured(find_target("cpu")), usable_gb=0.115)
-    monkeypatch.setattr("dsvl_export.targets.targets.measured", lambda target: small)
+    small = replace(measure_target(find_target("cpu")), usable_gb=0.115)
+    monkeypatch.setattr("dsvl_export.targets.targets.measure_target", lambda target: small)
     tight = run("plan", "tiny", "--precision", "fp32", "--context", "1024")
     assert tight.code == 1
     assert "no: the largest context that fits is" in tight.out

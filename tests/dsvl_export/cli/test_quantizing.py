@@ -69,12 +69,12 @@ def test_tuning_on_the_command_line(run, tmp_path: Path) -> None:  # type: ignor
     assert found["smoothed"]
     for arguments, sentence in (
         (("--data", tmp_path / "nowhere"), "There is no calibration data"),
-        (("--method", "entropy"), "There is no method 'entropy'; there are minmax, percentile, mse"),
+        (("--method", "entropy"), "There is no method 'entropy'; use one of minmax, percentile, mse"),
         (("--part", "x"), "--part must have the form I/N, for example 1/4, not 'x'"),
         (("--percentile", "0"), "The percentile must lie between 0 and 100, got 0"),
         (("--tune", "int3"), "There is no precision 'int3'"),
         (("--tune", "int4", "--rows", "0"), "Tuning needs rows of the activations"),
-        (("--merge", tmp_path / "nowhere"), "holds no calibration statistics"),
+        (("--merge", tmp_path / "nowhere"), "is not a readable file of calibration statistics"),
     ):
         assert refused(run("calibrate", "tiny", "-o", tmp_path / "bad", *arguments), sentence)
 
@@ -93,11 +93,15 @@ def test_from_sensitivities_to_a_plan(run, tmp_path: Path) -> None:  # type: ign
     assert [row["name"] for row in found["uniform"]] == ["all int8-weights"]
     assert (tmp_path / "p.svg").exists()
     plan, config = load_precision(str(tmp_path / "p.yaml")), open_checkpoint("tiny").config
-    kinds = [plan.of(layer).kind for name in TRACED_COMPONENTS for layer in component_layers(config, name)]
+    kinds = [
+        plan.precision_of(layer).kind
+        for name in TRACED_COMPONENTS
+        for layer in component_layers(config, name)
+    ]
     assert {"float", "int8-weights"} == set(kinds)
     assert "KL predicted" in run(*common, "--budget", "kl=0.1", "-o", tmp_path / "q.yaml", "--no-front").out
     for arguments, sentence in (
-        (("--budget", "size=1", "-o", tmp_path / "x.yaml"), "The budget 'size=1' is none of"),
+        (("--budget", "size=1", "-o", tmp_path / "x.yaml"), "The budget 'size=1' is not valid"),
         (("--budget", "kl=1", "-o", tmp_path / "x.txt"), "must end in .yaml"),
         (("--budget", "bytes=1", "-o", tmp_path / "x.yaml"), "The smallest plan takes"),
     ):

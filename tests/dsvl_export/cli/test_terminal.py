@@ -16,7 +16,8 @@ from dsvl_export.cli import display
 from dsvl_export.cli.app import _warnings_as_sentences
 from dsvl_export.cli.conversation import _image_file
 from dsvl_export.cli.terminal import answer_text, json_text, without_controls
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.images import ImageWarning
 from tests.dsvl_export.cli.command_line import refused
 

@@ -11,36 +11,63 @@ from typing import Any
 
 import pytest
 
+NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
+
 
 @contextmanager
 def ray_nodes(count: int) -> Iterator[Any]:
     """A cluster of nodes with one CPU each; its ``address``."""
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
+    with importable_tests():
+        found = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    try:
+        for _ in range(count - 1):
+            add_node(found)
+        yield found
+    finally:
+        found.shutdown()
+
+
+def add_node(cluster: Any) -> None:
+    """One more node with one CPU."""
+    with importable_tests():
+        cluster.add_node(**NODE)
+
+
+@contextmanager
+def importable_tests() -> Iterator[None]:
+    """Nodes that are started meanwhile find these tests' functions."""
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)  # workers find these tests' functions
-        found = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            for _ in range(count - 1):
-                found.add_node(num_cpus=1, object_store_memory=100 << 20)
-            yield found
-        finally:
-            found.shutdown()
+        patch.setenv("PYTHONPATH", path)
+        yield
 
 
 def processes(title: str) -> list[int]:
-    """Processes of this machine whose title begins so, as Ray's workers have what they run."""
+    """Processes that this one started whose title begins so, as Ray's workers have what they run.
+
+    Another test run on this machine has workers of the same title.
+    """
+    parents: dict[int, int] = {}
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line = (folder / "cmdline").read_bytes()
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:  # it has ended
             continue
         if line.startswith(title.encode()):
             found.append(int(folder.name))
-    return found
+
+    def is_ours(process: int) -> bool:
+        while process in parents:
+            process = parents[process]
+            if process == os.getpid():
+                return True
+        return False
+
+    return [process for process in found if is_ours(process)]
 
 
 def replicas(count: int, application: str = "") -> list[int]:

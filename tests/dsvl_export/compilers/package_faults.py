@@ -173,6 +173,10 @@ def rolled(view: np.ndarray) -> None:
     view[...] = np.roll(view, 1, axis=-1)
 
 
+def rows_rolled(view: np.ndarray) -> None:
+    view[...] = np.roll(view, 1, axis=0)
+
+
 def halves_swapped(view: np.ndarray) -> None:
     """The two codes of each byte."""
     view[...] = (view >> 4) | (view << 4)
@@ -180,10 +184,13 @@ def halves_swapped(view: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class PackageFault:
+    """A fault, and whether the goldens show it: the audit shows what lies within the precision's own error."""
+
     name: str
     precision: str
     component: str
     edit: Edit
+    hidden: bool = False
 
 
 D, V, A = "decoder", "vision_encoder", "adaptor"
@@ -210,7 +217,8 @@ FAULTS = [
     PackageFault("low features first", "fp16", A, swap("cat", "values")),
     PackageFault("no GELU", "fp16", A, operator("layers__0_gelu", "silu")),
     PackageFault("nibbles swapped", "int4-fp16", D, weight("layers__0__mlp__up_proj_quantize_per_channel_group_folded_dense", "u1", halves_swapped, "data")),
-    PackageFault("scales of the next group", "int4-fp16", D, weight("layers__0__mlp__up_proj_quantize_per_channel_group_folded_dense", "<f2", rolled, "scale")),
+    PackageFault("scales of the next group", "int4-fp16", D, weight("layers__0__mlp__up_proj_quantize_per_channel_group_folded_dense", "<f2", rolled, "scale"), hidden=True),
+    PackageFault("scales of the next row", "int4-fp16", D, weight("layers__0__mlp__up_proj_quantize_per_channel_group_folded_dense", "<f2", rows_rolled, "scale")),
     PackageFault("a palette upside down", "palette4-fp16", D, weight("layers__0__mlp__up_proj_quantize_palette_folded_dense", "<f2", lambda view: view.__setitem__(..., view[:, :, ::-1].copy()), "lut")),
     PackageFault("an activation's scale doubled", "int8-fp16", V, immediate("low__blocks__0__mlp__fc2_quantize_per_tensor", "scale", 0.5, "half")),
 ]  # fmt: skip

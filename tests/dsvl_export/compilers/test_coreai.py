@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from runtimes.goldens.golden import relative_rms
 from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from runtimes.session import SessionOptions
-from tests.conftest import OraclePair, assert_programs_untouched
+from tests.conftest import OraclePair, programs_untouched
+from tests.shared import shared_bundle
 
 pytest.importorskip("coreai_torch", reason="coreai-torch is not installed here")
 # In fp32, in which the runtime is fast on a CPU; benchmarks/apple_packages.py does the same in fp16.
@@ -31,27 +33,30 @@ NAMES = {"int4-fp32": "int4"}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny in several precisions; tests must not change it."""
-    made = export("tiny", tmp_path_factory.mktemp("coreai") / "bundle", "coreai", PRECISIONS, capacity=1024)
-    assert_programs_untouched(made, open_checkpoint("tiny").config)
-    return made
+
+    def make(folder: Path) -> None:
+        with programs_untouched(open_checkpoint("tiny").config, "coreai", PRECISIONS):
+            export("tiny", folder, "coreai", PRECISIONS, capacity=1024)
+
+    yield from shared_bundle(tmp_path_factory, "coreai", make)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_climbs_the_ladder(bundle: Bundle, precision: str) -> None:
+def test_every_precision_passes_parity(bundle: Bundle, precision: str) -> None:
     result = parity(bundle, "coreai", NAMES.get(precision, precision), task=load_task(HELDOUT)[::8])
     assert result.execution.kind == "ran"
     assert "Apple's runtime" in str(result.execution)
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
     if precision == "fp32":
-        assert all(rung.errors.relative_rms < 1e-5 for rung in result.rungs if rung.errors)
+        assert all(stage.errors.relative_rms < 1e-5 for stage in result.stages if stage.errors)
 
 
 def test_random_checkpoints_of_both_variants(pair: OraclePair, tmp_path: Path) -> None:
     made = export(pair.checkpoint.folder, tmp_path / "b", "coreai", ["fp32"], capacity=256)
     result = parity(made)
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
 
 def test_half_precision_converts_and_runs(bundle: Bundle, tmp_path: Path) -> None:
@@ -121,4 +126,6 @@ def test_damaged_assets_are_named(bundle: Bundle, tmp_path: Path) -> None:
 def test_taps_that_cannot_be_had_are_said(bundle: Bundle) -> None:
     result = parity(bundle, "coreai", "fp32", taps=True)
     assert result.passed
-    assert all("Core AI's assets cannot be given taps" in drift.note for drift in result.drift)
+    assert all(
+        "Core AI's assets cannot be given taps" in localization.note for localization in result.localizations
+    )

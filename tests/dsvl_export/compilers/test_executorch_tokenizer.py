@@ -20,7 +20,8 @@ from runtimes.backends.executorch_tokenizer import (
     encode_and_decode,
     tokenizer_differences,
 )
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 from runtimes.text.prompt import EOS, IMAGE_PLACEHOLDER
 
@@ -147,7 +148,7 @@ def test_export_says_that_there_is_no_file(
         if artifact["precision"] == "fp32":
             artifact["tools"][RUNNER_TOKENIZER] = "none: it reads 3 texts otherwise, as 'a [b] c'"
     (folder / MANIFEST).write_text(json.dumps(raw))
-    monkeypatch.setattr("dsvl_export.exporter.export.export", lambda *_: Bundle.open(folder))
+    monkeypatch.setattr("dsvl_export.exporter.export.export_bundle", lambda *_: Bundle.open(folder))
     options = ["--backend", "executorch", "--precision", "fp32", "--precision", "8da4w", "--no-parity"]
     app(["export", "tiny", *options, "--output", str(folder)], standalone_mode=False)
     said = " ".join(capsys.readouterr().err.split())

@@ -18,7 +18,7 @@ from dsvl_export.compilers.onnx.lower import lower
 from dsvl_export.compilers.onnx.writer import write_model
 from dsvl_export.compilers.onnxruntime import compile_component
 from dsvl_export.targets.options import CompileOptions
-from reference.trace import TRACED_COMPONENTS, component_contract, trace
+from reference.trace import TRACED_COMPONENTS, component_contract, trace_component
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError
 from tests.conftest import OraclePair
@@ -47,7 +47,7 @@ def test_vision_and_adaptor_on_random_models(
         "adaptor": (pair.model.encode_image(pixels),),
     }
     for component, outputs in expected.items():
-        traced = trace(pair.checkpoint.config, component, precision)
+        traced = trace_component(pair.checkpoint.config, component, precision)
         compiled = compile_component(
             traced, loader(pair, component), tmp_path, lambda count: None, CompileOptions()
         )
@@ -63,7 +63,7 @@ def test_vision_and_adaptor_on_random_models(
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_programs_follow_their_contracts(pair: OraclePair, component: str, precision: str) -> None:
     """Same names' count, dtypes and symbolic shapes; no weight has memory while tracing."""
-    traced = trace(pair.checkpoint.config, component, precision)
+    traced = trace_component(pair.checkpoint.config, component, precision)
     program, contract = traced.program, traced.contract
     assert contract == component_contract(pair.checkpoint.config, component, precision)
     assert Contract.from_dict(asdict(contract)) == contract
@@ -85,7 +85,7 @@ def test_programs_follow_their_contracts(pair: OraclePair, component: str, preci
 
 
 def test_the_decoder_keeps_its_attention_whole(pair: OraclePair) -> None:
-    program = trace(pair.checkpoint.config, "decoder", "fp32").program
+    program = trace_component(pair.checkpoint.config, "decoder", "fp32").program
     targets = [str(node.target) for node in program.graph.nodes]
     assert targets.count("dsvl.cached_attention.default") == 3
     assert not any("scatter" in target or "softmax" in target for target in targets)
@@ -93,7 +93,7 @@ def test_the_decoder_keeps_its_attention_whole(pair: OraclePair) -> None:
 
 def test_the_towers_keep_their_attention_whole(pair: OraclePair) -> None:
     """Nothing is left of the axes that the program exchanges for it: what a node gives is read."""
-    traced = trace(pair.checkpoint.config, "vision_encoder", "fp32")
+    traced = trace_component(pair.checkpoint.config, "vision_encoder", "fp32")
     graph = lower(traced, loader(pair, "vision_encoder"), OrtDialect())
     nodes, vision = graph.model().graph.node, pair.checkpoint.config.vision
     operators = Counter(node.op_type for node in nodes)
@@ -112,10 +112,10 @@ def test_attention_in_blocks_of_queries_changes_no_bit(
     """Also with more than one image, and where the most that is allowed is less than one row's scores."""
     side = hybrid_pair.model.config.vision.image_size
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).numpy()
-    traced = trace(hybrid_pair.checkpoint.config, "vision_encoder", "fp32")
+    traced = trace_component(hybrid_pair.checkpoint.config, "vision_encoder", "fp32")
     found, attentions = {}, {}
     for most in (1 << 25, 1 << 9, 1):
-        monkeypatch.setattr("dsvl_export.compilers.onnx.dialect_ort.MOST_SCORES", most)
+        monkeypatch.setattr("dsvl_export.compilers.onnx.dialect_ort.MAX_BLOCK_SCORES", most)
         graph = lower(traced, loader(hybrid_pair, "vision_encoder"), OrtDialect())
         (file,) = write_model(graph, tmp_path / f"{most}.onnx", lambda count: None)
         attentions[most] = Counter(node.op_type for node in graph.nodes)["MultiHeadAttention"]
@@ -135,7 +135,7 @@ def test_weights_load_one_at_a_time(hybrid_pair: OraclePair, tmp_path: Path) -> 
         events.append(name)
         return hybrid_pair.checkpoint.load(f"decoder.{name}")
 
-    graph = lower(trace(hybrid_pair.checkpoint.config, "decoder", "fp32"), load, OrtDialect())
+    graph = lower(trace_component(hybrid_pair.checkpoint.config, "decoder", "fp32"), load, OrtDialect())
     assert events == []
     files = write_model(graph, tmp_path / "d.onnx", lambda count: events.append("written"), external_above=0)
     assert [file.name for file in files] == ["d.onnx", "d.onnx.data"]
@@ -146,7 +146,7 @@ def test_weights_load_one_at_a_time(hybrid_pair: OraclePair, tmp_path: Path) -> 
 
 
 def test_external_data_gives_the_same_numbers(hybrid_pair: OraclePair, tmp_path: Path) -> None:
-    traced = trace(hybrid_pair.checkpoint.config, "adaptor", "fp32")
+    traced = trace_component(hybrid_pair.checkpoint.config, "adaptor", "fp32")
     outputs = []
     for name, above in (("inline", 1 << 30), ("external", 0)):
         graph = lower(traced, loader(hybrid_pair, "adaptor"), OrtDialect())
@@ -159,7 +159,7 @@ def test_external_data_gives_the_same_numbers(hybrid_pair: OraclePair, tmp_path:
 
 
 def test_what_breaks_a_contract_is_refused(hybrid_pair: OraclePair, tmp_path: Path) -> None:
-    traced = trace(hybrid_pair.checkpoint.config, "adaptor", "fp32")
+    traced = trace_component(hybrid_pair.checkpoint.config, "adaptor", "fp32")
     graph = lower(traced, loader(hybrid_pair, "adaptor"), OrtDialect())
     write_model(graph, tmp_path / "a.onnx", lambda count: None)
     model = onnx.load(str(tmp_path / "a.onnx"))
@@ -199,7 +199,7 @@ def test_head_sizes_that_onnx_runtime_cannot_take(pair: OraclePair) -> None:
 
     config = replace(pair.checkpoint.config, decoder=replace(pair.checkpoint.config.decoder, head_dim=12))
     with pytest.raises(UserError, match="multiple of 16, this decoder has 12"):
-        lower(trace(config, "decoder", "fp32"), lambda name: torch.zeros(0), OrtDialect())
+        lower(trace_component(config, "decoder", "fp32"), lambda name: torch.zeros(0), OrtDialect())
 
 
 @pytest.mark.parametrize("component", TRACED_COMPONENTS)
@@ -207,7 +207,7 @@ def test_every_component_loads_with_its_weights_outside(
     pair: OraclePair, tmp_path: Path, component: str
 ) -> None:
     """Above 1 GiB weights go into a file of their own; shapes must not, or nothing can be inferred."""
-    traced = trace(pair.checkpoint.config, component, "fp32")
+    traced = trace_component(pair.checkpoint.config, component, "fp32")
     graph = lower(traced, loader(pair, component), OrtDialect())
     file, data = write_model(graph, tmp_path / "m.onnx", lambda count: None, external_above=0)
     assert data.stat().st_size > file.stat().st_size / 4

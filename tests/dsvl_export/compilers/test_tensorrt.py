@@ -1,4 +1,4 @@
-"""TensorRT bundles: engines built without a GPU, the ladder on the same files, targets, and building on a device."""
+"""TensorRT bundles: engines built without a GPU, parity on the same files, targets, and building on a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 import onnx
 import pytest
 
-from dsvl_export.compilers.engines.building import EngineSettings
+from dsvl_export.compilers.engines.build import EngineSettings
 from dsvl_export.exporter import on_device
 from dsvl_export.exporter.export import export
 from dsvl_export.lint.bundles import lint_path
@@ -27,6 +27,7 @@ from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from tests.conftest import OraclePair
+from tests.grids import variants_by_precision
 
 PRECISIONS = ("fp16", "int8", "fp8", "int4")
 NAMES = {"fp16": "fp16", "int8": "int8-fp16", "fp8": "fp8-fp16", "int4": "int4-fp16"}
@@ -34,19 +35,19 @@ PROOF = f"built by TensorRT-RTX on CPU, numerics by ONNX Runtime {version('onnxr
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_engines_and_the_ladder_on_the_same_files(rtx: Bundle, precision: str) -> None:
-    """Engines of every component, and all rungs, taps and held-out questions on the ONNX they were built from."""
+def test_engines_and_parity_on_the_same_files(rtx: Bundle, precision: str) -> None:
+    """Engines of every component, and all stages, taps and held-out questions on the ONNX they were built from."""
     backend_name, name = rtx.select("tensorrt_rtx", precision)
     assert name == NAMES[precision]
     result = parity(rtx, backend_name, name, task=load_task(HELDOUT)[::4], taps=True)
     assert str(result.execution) == PROOF
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
-    assert not any(drift.first for drift in result.drift)
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+    assert not any(localization.first for localization in result.localizations)
     assert result.task and result.task.accuracy_ratio and result.task.accuracy_ratio >= 0.99
     for component in ("vision_encoder", "adaptor", "decoder"):
         artifact = rtx.artifact(component, backend_name, name)
         assert artifact.engine and artifact.engine.file == artifact.files[-1]
-        assert artifact.engine.sm == ((89, 120) if precision == "fp8" else (86, 89, 120))
+        assert artifact.engine.sm == {"fp16": (86, 89, 120), "fp8": (89, 120)}.get(precision, (89,))
         assert rtx.manifest.files[artifact.engine.file].bytes > 50_000
         if precision in ("int8", "fp8"):
             codes = {node.op_type for node in onnx.load(str(rtx.path(artifact.files[0]))).graph.node}
@@ -60,8 +61,8 @@ def test_the_report_says_how_it_is_known(rtx: Bundle, tmp_path: Path) -> None:
     assert Bundle.open(copy.folder).manifest.parity["tensorrt_rtx/fp16"]["execution"] == PROOF
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_random_checkpoints_build_and_climb(
+@variants_by_precision({"siglip": ("fp16", "int4"), "hybrid": ("int8", "fp8")})
+def test_random_checkpoints_build_and_pass_parity(
     trt: ModuleType, pair: OraclePair, precision: str, tmp_path: Path
 ) -> None:
     """Both variants, grouped queries among them; 4-bit groups that divide their widths."""
@@ -70,18 +71,21 @@ def test_random_checkpoints_build_and_climb(
             "base: fp16\nrules: [{layers: 'decoder.*', kind: linear, precision: int4-g4}]"
         )
         precision = str(tmp_path / "four.yaml")
-    bundle = export(pair.checkpoint.folder, tmp_path / "b", "tensorrt_rtx", [precision], capacity=256)
+    bundle = export(
+        pair.checkpoint.folder, tmp_path / "b", "tensorrt_rtx", [precision], capacity=256, capabilities=(89,)
+    )
     result = parity(bundle, taps=True)
     assert str(result.execution) == PROOF
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int8-int4"])
-def test_jetpack_6_climbs_the_ladder(jetson: Bundle, precision: str) -> None:
+def test_jetpack_6_passes_parity(jetson: Bundle, precision: str) -> None:
     """Primitives of opset 20 (21 with 4-bit weights), for TensorRT 10.3 on SM 87."""
     result = parity(jetson, *jetson.select("tensorrt", precision), task=load_task(HELDOUT)[::4], taps=True)
     assert result.execution.kind == "simulated"
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+    assert result.stage("layers").state == "passed"
     for component in ("vision_encoder", "adaptor", "decoder"):
         artifact = jetson.artifact(component, *jetson.select("tensorrt", precision))
         assert (artifact.target, artifact.dialect, artifact.tools["for"]) == (
@@ -138,7 +142,7 @@ def test_plan_gives_the_bytes_of_the_onnx(jetson: Bundle, precision: str) -> Non
 def test_fp8_on_orin_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"Orin 64 GB cannot run fp8 with tensorrt \(FP8 needs SM 89, this is SM 87\); the nearest is int8",
+        match=r"Orin 64 GB cannot run fp8 with tensorrt \(FP8 needs SM 89, this is SM 87\). The nearest precision is int8",
     ):
         export("tiny", tmp_path / "b", "tensorrt", ["fp8"], target="jetson-orin")
     assert not (tmp_path / "b").exists()
@@ -148,11 +152,11 @@ def test_fp8_on_orin_is_refused_before_any_work(tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         ({"target": "jetson-orinn"}, "There is no target 'jetson-orinn'"),
-        ({"target": "iphone"}, "iPhone 16 Pro .* has no backend 'tensorrt'"),
-        ({"tensorrt": "9.2"}, "TensorRT 9.2 is too old; 10.3"),
+        ({"target": "iphone"}, "iPhone 16 Pro .* does not support the backend 'tensorrt'"),
+        ({"tensorrt": "9.2"}, "TensorRT 9.2 is too old; the oldest supported version is 10.3"),
         (
             {"tensorrt": "10.3", "target": "b200"},
-            "TensorRT 10.3 is too old for NVIDIA B200 .*; 10.8 is the oldest",
+            "TensorRT 10.3 is too old for NVIDIA B200 .*; the oldest supported version is 10.8",
         ),
         ({"tensorrt": "new"}, "'new' is not a version of TensorRT"),
         ({"capacity": 100_000}, "capacity must lie between 1 and the model's"),
@@ -197,17 +201,19 @@ def test_the_command_line(run, tmp_path: Path) -> None:
 def test_a_newer_dialect_is_named_by_the_linter(rtx: Bundle, run) -> None:
     done = run("lint", rtx.folder / "tensorrt_rtx/fp16/decoder/decoder.onnx", "--target", "jetson-orin")
     assert done.code == 1
-    assert "TensorScatter imports since TensorRT 10.15, this is 10.3; export for TensorRT 10.3" in done.out
+    assert "TensorScatter needs TensorRT 10.15, this is 10.3; export for TensorRT 10.3" in done.out
 
 
 def test_bfloat16_is_built_and_nothing_is_claimed_of_its_numbers(trt: ModuleType, tmp_path: Path) -> None:
-    """ONNX Runtime has no kernels for it on a CPU, so the ladder does not judge."""
-    bundle = export("tiny", tmp_path / "b", "tensorrt_rtx", ["bf16", "int8-bf16"], capacity=256)
+    """ONNX Runtime has no kernels for it on a CPU, so parity does not judge."""
+    bundle = export(
+        "tiny", tmp_path / "b", "tensorrt_rtx", ["bf16", "int8-bf16"], capacity=256, capabilities=(89,)
+    )
     for precision in ("bf16", "int8-bf16"):
         result = parity(bundle, "tensorrt_rtx", precision)
         assert (result.verdict, result.execution.kind) == ("not judged", "built only")
         assert str(result.execution).startswith(
-            "built only: TensorRT-RTX on CPU; ONNX Runtime has no kernels"
+            "built only: TensorRT-RTX on CPU; ONNX Runtime has no bfloat16 kernels"
         )
         contract = bundle.manifest.contracts[precision]["decoder"]
         assert (contract.inputs[0].dtype, contract.states[0].dtype) == ("float32", "float16")
@@ -223,11 +229,11 @@ def test_bfloat16_is_built_and_nothing_is_claimed_of_its_numbers(trt: ModuleType
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp16", "int8-fp16"])
-def test_engines_climb_the_ladder_on_the_gpu(engine_bundle: Bundle, precision: str) -> None:
-    """All rungs and held-out questions through TensorRT's own engines."""
+def test_engines_pass_parity_on_the_gpu(engine_bundle: Bundle, precision: str) -> None:
+    """All stages and held-out questions through TensorRT's own engines."""
     result = parity(engine_bundle, "tensorrt", precision, task=load_task(HELDOUT))
     assert result.execution.kind == "ran"
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
 
 @pytest.mark.gpu

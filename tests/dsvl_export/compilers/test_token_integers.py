@@ -14,13 +14,13 @@ from onnx import numpy_helper
 
 from calibration.precision_plan import LayerPrecision as Precision
 from calibration.precision_plan import PrecisionPlan, Rule
-from calibration.quantized_program import trace_planned
+from calibration.quantized_program import trace_with_plan
 from dsvl_export.compilers.lowering import Constant, QuantizedWeight
-from dsvl_export.compilers.onnx.token_integers import in_eight_bits
+from dsvl_export.compilers.onnx.token_integers import widen_to_int8
 from dsvl_export.compilers.onnxruntime import artifact_bytes
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
-from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.options import CompileOptions, OnnxRuntimeOptions
 from reference.checkpoint.checkpoint import open_checkpoint
 from runtimes.backends import onnxruntime as backend
 from runtimes.bundle.bundle import Bundle
@@ -31,9 +31,9 @@ from tests.dsvl_export.parity_check.faults import rehash
 PRECISION = "8da4w-g128"
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export("tiny", tmp_path_factory.mktemp("tokens") / "bundle", precisions=(PRECISION,))
+@pytest.fixture
+def bundle(quantized_bundle: Bundle) -> Bundle:
+    return quantized_bundle
 
 
 def graphs(bundle: Bundle) -> tuple[Path, Path]:
@@ -47,7 +47,7 @@ def test_eight_bits_stand_for_four() -> None:
     codes = torch.randint(-8, 8, (24, 256), generator=generator, dtype=torch.int8)
     scale = torch.rand(24, 2, generator=generator) + 0.1
     codes[3], scale[4] = 0, 1e-20
-    wide = in_eight_bits(
+    wide = widen_to_int8(
         QuantizedWeight(
             Constant("w", lambda: codes), Constant("s", lambda: scale), (24, 256), 4, np.dtype("int4"), 128
         )
@@ -101,7 +101,7 @@ def test_a_prompt_runs_in_its_graph_and_drafts_do_not(bundle: Bundle) -> None:
         assert 0 < error < 0.1  # the same graph on a cache that the other one wrote
 
 
-def test_a_fault_in_the_graph_for_prompts_fails_the_ladder(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_fault_in_the_graph_for_prompts_fails_parity(bundle: Bundle, tmp_path: Path) -> None:
     copy = Bundle.open(copytree(bundle.folder, tmp_path / "bundle"))
     _, prompts = graphs(copy)
     model = onnx.load(str(prompts))
@@ -110,8 +110,10 @@ def test_a_fault_in_the_graph_for_prompts_fails_the_ladder(bundle: Bundle, tmp_p
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 4, scale.name))
     onnx.save(model, str(prompts))
     result = parity(rehash(copy.folder, str(prompts.relative_to(copy.folder))), precision=PRECISION)
-    assert result.rung("prefill_logits").state == "failed"
-    assert [(drift.component, drift.first) for drift in result.drift] == [("decoder", "layers.1")]
+    assert result.stage("prefill_logits").state == "failed"
+    assert [(localization.component, localization.first) for localization in result.localizations] == [
+        ("decoder", "layers.1")
+    ]
 
 
 def test_without_the_second_graph(bundle: Bundle, tmp_path: Path) -> None:
@@ -121,10 +123,13 @@ def test_without_the_second_graph(bundle: Bundle, tmp_path: Path) -> None:
     assert parity(lean, precision=PRECISION).passed
     config = open_checkpoint("tiny").config
     plan = PrecisionPlan("p", rules=(Rule("*", Precision.parse("8da4w-g128"), "linear"),))
-    for made, options in ((bundle, CompileOptions()), (lean, CompileOptions(prefill=False))):
+    for made, options in (
+        (bundle, CompileOptions()),
+        (lean, CompileOptions(onnxruntime=OnnxRuntimeOptions(prefill=False))),
+    ):
         names = made.artifact("decoder", "onnxruntime", PRECISION).files
         found = sum(made.manifest.files[name].bytes for name in names)
-        predicted = artifact_bytes(trace_planned(config, "decoder", plan), options)
+        predicted = artifact_bytes(trace_with_plan(config, "decoder", plan), options)
         assert predicted == pytest.approx(found, rel=0.02)
 
 
@@ -137,7 +142,7 @@ def test_weights_of_both_graphs_are_written_once(bundle: Bundle, tmp_path: Path)
 
     source = open_checkpoint("tiny")
     weights = planned_weights(source, bundle.folder, PRECISION)
-    traced = trace_planned(source.config, "decoder", weights.plan)
+    traced = trace_with_plan(source.config, "decoder", weights.plan)
     places: Places = {}
     sizes = []
     for name, dialect in (("decoder", OrtDialect()), ("decoder_prefill", OrtPrefillDialect())):
@@ -159,6 +164,6 @@ def test_weights_of_both_graphs_are_written_once(bundle: Bundle, tmp_path: Path)
 
 
 def test_half_precision_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="8da8w on a base of fp32 alone, 8da4w-fp16 has fp16"):
+    with pytest.raises(UserError, match="8da8w only on a base of fp32, 8da4w-fp16 has fp16"):
         export("tiny", tmp_path / "b", precisions=["8da4w-fp16"])
     assert not (tmp_path / "b").exists()

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import onnx
 import pytest
 
-from dsvl_export.compilers.engines.building import EngineSettings, configure, profiles
+from dsvl_export.compilers.engines.build import EngineSettings, configure, profiles
 from dsvl_export.compilers.engines.network import ParsedNetwork, attention_of
 from dsvl_export.exporter import on_device
 from dsvl_export.exporter.export import export
@@ -118,7 +118,7 @@ def test_what_the_builder_is_told(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_one_of_the_real_library(trt: ModuleType) -> None:
-    config = trt.Builder(session.logger_of(trt)).create_builder_config()
+    config = trt.Builder(session.get_logger(trt)).create_builder_config()
     for name in (
         "set_memory_pool_limit",
         "set_flag",
@@ -137,7 +137,7 @@ def test_every_setting_is_one_of_the_real_library(trt: ModuleType) -> None:
 def test_an_unknown_capability(trt: ModuleType, rtx: Bundle, tmp_path: Path) -> None:
     file = rtx.path(rtx.artifact("adaptor", "tensorrt_rtx", "fp16").files[0])
     contract = rtx.manifest.contracts["fp16"]["adaptor"]
-    with pytest.raises(UserError, match=r"builds no engines for SM 87; it knows 75, 80, 86, 89, 120"):
+    with pytest.raises(UserError, match=r"builds no engines for SM 87; it supports 75, 80, 86, 89, 120"):
         on_device.build_engine(
             trt, file, contract, EngineSettings(64, compute_capabilities=(87,)), tmp_path / "e"
         )
@@ -271,7 +271,7 @@ def test_what_cannot_be_built(
     ],
 )
 def test_what_tensorrt_says_becomes_a_sentence_with_a_remedy(log: str, sentence: str) -> None:
-    from dsvl_export.compilers.engines.building import _refusal
+    from dsvl_export.compilers.engines.build import _refusal
 
     parsed = SimpleNamespace(file="decoder.onnx", logger=SimpleNamespace(errors=lambda: log))
     assert sentence in _refusal(parsed, EngineSettings(1, workspace_bytes=1_000_000))  # type: ignore[arg-type]
@@ -298,12 +298,12 @@ def test_the_whole_way_on_a_fake_gpu(
         engine.write_bytes(fake_plan(file, contract.component, settings.capacity))
 
     monkeypatch.setattr(on_device, "build_engine", build)
-    with pytest.raises(UserError, match=r"There is no engine .*; run: dsvl-export build-engine"):
+    with pytest.raises(UserError, match=r"The engine .* does not exist; run: dsvl-export build-engine"):
         Pipeline.open(folder, "tensorrt", "fp16")
     build_engines(folder, EngineSettings(900), "fp16")
     result = parity(folder, "tensorrt", "fp16")
     assert str(result.execution) == "ran on Orin with 16 multiprocessors with tensorrt 10.3.0"
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
     assert "cudaGraphLaunch" in cuda.names()
     picture = next((folder / "goldens/images").iterdir())
     pipeline = Pipeline.open(folder, "tensorrt", "fp16")
@@ -312,13 +312,13 @@ def test_the_whole_way_on_a_fake_gpu(
     cpu = Pipeline.open(folder, "tensorrt", "fp16", device="cpu").chat("Describe the picture.", [picture])
     assert answer.text == cpu.text
     with pytest.raises(
-        UserError, match="holds 900 tokens, a KV cache of 1000 was asked for; take at most 900"
+        UserError, match="holds 900 tokens, but a KV cache of 1000 was requested; use at most 900"
     ):
         Pipeline.open(folder, "tensorrt", "fp16", capacity=1000).chat("Describe the picture.", [picture])
     cuda.sm = (8, 9)
     with pytest.raises(
         UserError,
-        match=r"cannot run here: its engine was built for SM 87, here is Orin with 16 multiprocessors \(SM 89\); run: dsvl-export build-engine",
+        match=r"cannot run here: its engine was built for SM 87, but this machine has Orin with 16 multiprocessors \(SM 89\); run: dsvl-export build-engine",
     ):
         Pipeline.open(folder, "tensorrt", "fp16")
 

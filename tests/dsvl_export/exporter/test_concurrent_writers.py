@@ -20,8 +20,9 @@ from dsvl_export.parity_check.report import record as records
 from dsvl_export.parity_check.report.record import record_verdict
 from dsvl_export.quantization.calibrate import CalibrationOptions, calibrate
 from reference.checkpoint.checkpoint import open_checkpoint
-from runtimes.bundle.bundle import MANIFEST, Bundle, FileEntry, Manifest
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.locks import FileLock, locked
+from runtimes.bundle.manifest import MANIFEST, FileEntry, Manifest
 from runtimes.errors import UserError
 
 

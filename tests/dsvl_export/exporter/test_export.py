@@ -16,12 +16,13 @@ import jsonschema
 import pytest
 
 from dsvl_export import export, parity
-from dsvl_export.compilers import check_options
+from dsvl_export.compilers.registry import check_options
 from dsvl_export.exporter.stages import ExportProgress
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.parity_check.report.record import record_verdict
-from dsvl_export.targets.options import CompileOptions
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from dsvl_export.targets.options import CompileOptions, ExecuTorchOptions
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 from tests.conftest import OraclePair
 
@@ -46,15 +47,10 @@ class Recorder:
         return Counter(self.states.values())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_random_checkpoints_of_both_variants_pass(pair: OraclePair, tmp_path: Path, precision: str) -> None:
-    bundle = export(pair.checkpoint.folder, tmp_path / "bundle", precisions=[precision])
-    jsonschema.validate(
-        bundle.manifest.to_dict() | json.loads((tmp_path / "bundle" / MANIFEST).read_text()), SCHEMA
-    )
-    result = parity(bundle)
-    assert result.goldens == 10
-    assert result.passed, result
+def test_manifests_of_random_checkpoints_fit_the_schema(random_bundle: Bundle) -> None:
+    """That their artifacts pass is tested in ``test_localization``."""
+    jsonschema.validate(json.loads(json.dumps(random_bundle.manifest.to_dict())), SCHEMA)
+    jsonschema.validate(json.loads((random_bundle.folder / MANIFEST).read_text()), SCHEMA)
 
 
 def test_manifest_round_trips_and_fits_its_schema(tiny_bundle: Bundle) -> None:
@@ -273,7 +269,7 @@ def test_bad_requests_write_nothing(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             export("tiny", tmp_path / "b", backend, [precision])
-    with pytest.raises(UserError, match="There is no folder"):
+    with pytest.raises(UserError, match="does not exist"):
         export(tmp_path / "absent", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -282,7 +278,6 @@ def test_bad_requests_write_nothing(tmp_path: Path) -> None:
     ("onnxruntime", {"delegate": "coreml"}, "--delegate"),
     ("onnxruntime", {"tensorrt": "11.4"}, "--tensorrt"),
     ("coreml", {"prefill": False}, "--no-prefill"),
-    ("executorch", {"deployment": "iOS18"}, "--deployment-target"),
     ("tensorrt_rtx", {"tensorrt": "11.4"}, "--tensorrt"),
     ("tensorrt", {"capabilities": (89,)}, "--sm"),
 ])  # fmt: skip
@@ -303,7 +298,7 @@ def test_a_second_decoder_is_left_out_where_there_is_one(tmp_path: Path) -> None
 
 def test_a_third_partys_compiler_may_know_no_options() -> None:
     unknown: Any = SimpleNamespace()
-    check_options("theirs", unknown, CompileOptions(delegate="coreml"))
+    check_options("theirs", unknown, CompileOptions(executorch=ExecuTorchOptions("coreml")))
 
 
 @pytest.fixture(params=[1, 6])
@@ -382,7 +377,7 @@ def test_noise_follows_the_goldens(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert parity(tmp_path / "b", precision="fp16").passed
     requests = goldens.golden_requests
     monkeypatch.setattr("reference.goldens.record.golden_requests", lambda system: requests(system)[::-1])
-    monkeypatch.setattr("dsvl_export.exporter.stages.__version__", "0.0.1")
+    monkeypatch.setattr("dsvl_export.exporter.job.__version__", "0.0.1")
     export("tiny", tmp_path / "b", precisions=["fp32"])
     # The goldens are decoded together, so their order shows in the last bits.
     for found, expected in zip(json.loads(noise.read_text())["goldens"], first["goldens"][::-1], strict=True):

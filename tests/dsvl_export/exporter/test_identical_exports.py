@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dsvl_export.exporter.export import export
 from runtimes.bundle.files import sha256_of_file
 
 EXPORT = """
@@ -18,24 +19,23 @@ export("tiny", sys.argv[1], "coreml", ["fp16"])
 
 
 def test_exports_of_two_processes_are_identical(tmp_path: Path) -> None:
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", EXPORT, str(tmp_path / seed)],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            stderr=subprocess.PIPE,
-        )
-        for seed in ("1", "2")
-    ]
-    for process in running:
+    """A new process, and this one, whose hashes have another seed and which has exported much before."""
+    with subprocess.Popen(
+        [sys.executable, "-c", EXPORT, str(tmp_path / "new")],
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        stderr=subprocess.PIPE,
+    ) as process:
+        export("tiny", tmp_path / "here", "onnxruntime", ["fp32"])
+        export("tiny", tmp_path / "here", "coreml", ["fp16"])
         _, told = process.communicate()
-        assert process.returncode == 0, told.decode()
+    assert process.returncode == 0, told.decode()
     one, other = (
         {
             file.relative_to(folder).as_posix(): sha256_of_file(file)
             for file in folder.rglob("*")
             if file.is_file()
         }
-        for folder in (tmp_path / "1", tmp_path / "2")
+        for folder in (tmp_path / "new", tmp_path / "here")
     )
     assert len(one) > 20 and "manifest.json" in one and "goldens/00.safetensors" in one
     assert one == other

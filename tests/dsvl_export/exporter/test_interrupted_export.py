@@ -135,7 +135,9 @@ def test_what_can_be_mended_loses_nothing(
     bundle, names = whole
     computed = Computed(monkeypatch)
     computed.most, computed.error = len(names) - 3, error
-    with pytest.raises(UserError, match=None if error is UserError else "it goes on where it stopped"):
+    with pytest.raises(
+        UserError, match=None if error is UserError else "run the same command again; the export resumes"
+    ):
         computed.export(tmp_path)
     computed.most = None
     assert computed.export(tmp_path).manifest.files == bundle.manifest.files
@@ -193,7 +195,7 @@ def test_what_other_inputs_make_anew_needs_disk(tmp_path: Path, monkeypatch: pyt
     usage = SimpleNamespace(free=0)
     monkeypatch.setattr("dsvl_export.exporter.stages.shutil.disk_usage", lambda folder: usage)
     export("tiny", tmp_path, goldens=False)
-    monkeypatch.setattr("dsvl_export.exporter.stages.__version__", "0.0.1")
+    monkeypatch.setattr("dsvl_export.exporter.job.__version__", "0.0.1")
     with pytest.raises(UserError, match="0 B are free there") as refused:
         export("tiny", tmp_path, goldens=False)
     figure = re.search(r"takes ([\d.]+) MB", str(refused.value))
@@ -210,7 +212,7 @@ def test_halves_of_other_inputs_make_room(tmp_path: Path, monkeypatch: pytest.Mo
     assert list((tmp_path / ".staging").rglob("*.data"))
     usage = SimpleNamespace(free=0)
     monkeypatch.setattr("dsvl_export.exporter.stages.shutil.disk_usage", lambda folder: usage)
-    monkeypatch.setattr("dsvl_export.exporter.stages.__version__", "0.0.1")
+    monkeypatch.setattr("dsvl_export.exporter.job.__version__", "0.0.1")
     with pytest.raises(UserError, match="0 B are free there"):
         computed.export(tmp_path)
     assert not list((tmp_path / ".staging").rglob("*.data"))
@@ -219,7 +221,7 @@ def test_halves_of_other_inputs_make_room(tmp_path: Path, monkeypatch: pytest.Mo
 def test_goldens_go_on_at_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One request per group: those that are recorded are not computed again, and progress never falls."""
     decoded: list[int] = []
-    plain = recording.greedy
+    plain = recording.greedy_decode
 
     def greedy(*arguments: Any) -> Any:
         if len(decoded) == 4:
@@ -234,14 +236,14 @@ def test_goldens_go_on_at_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             steps.append((progress.done, progress.total))
 
     monkeypatch.setattr(recording, "CACHE_BYTES", 1)
-    monkeypatch.setattr(recording, "greedy", greedy)
+    monkeypatch.setattr(recording, "greedy_decode", greedy)
     with pytest.raises(KeyboardInterrupt):
         export("tiny", tmp_path / "b")
     spoilt, stray, *_ = sorted((tmp_path / "b/.staging/goldens").glob("*.safetensors"))
     spoilt.write_bytes(spoilt.read_bytes()[:-400] + bytes(400))  # zeros, as a power cut leaves them
     stray.rename(stray.with_name("99.safetensors"))
     Path(f"{stray}.journal").rename(stray.with_name("99.safetensors.journal"))
-    monkeypatch.setattr(recording, "greedy", lambda *arguments: decoded.append(1) or plain(*arguments))
+    monkeypatch.setattr(recording, "greedy_decode", lambda *arguments: decoded.append(1) or plain(*arguments))
     bundle = export("tiny", tmp_path / "b", report=follow)
     assert len(decoded) == 10 + 2
     assert (
@@ -287,16 +289,16 @@ def test_calibration_inside_an_export_goes_on(tmp_path: Path) -> None:
 
 def test_noise_goes_on_at_the_golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
-    plain = noise.vision_stages
+    plain = noise.vision_tensors
 
-    def vision_stages(*arguments: Any) -> Any:
+    def vision_tensors(*arguments: Any) -> Any:
         measured.append(1)
         if len(measured) == 5:
             raise KeyboardInterrupt
         return plain(*arguments)
 
     whole = export("tiny", tmp_path / "whole", precisions=["fp16"])
-    monkeypatch.setattr(noise, "vision_stages", vision_stages)
+    monkeypatch.setattr(noise, "vision_tensors", vision_tensors)
     with pytest.raises(KeyboardInterrupt):
         export("tiny", tmp_path / "b", precisions=["fp16"])
     (journal,) = (tmp_path / "b/.staging").rglob("*.journal")

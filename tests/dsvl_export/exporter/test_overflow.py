@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration.precision_plan import PrecisionPlan, load_precision
-from dsvl_export.compilers import load_compiler
+from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.exporter.export import export
 from dsvl_export.exporter.overflow import overflow_remedy
 from runtimes.bundle.bundle import Bundle
-from runtimes.errors import OverflowVerdict, UserError
+from runtimes.errors import PrecisionOverflowError, UserError
 
 DOWN = "language_model.model.layers.0.mlp.down_proj.weight"
 
@@ -49,7 +49,9 @@ def test_weights_beyond_half_precision(
     assert "its largest magnitude is 9.984e+04, and fp16 ends at 65504" in done.err
     assert "export with --precision fp32" in done.err
     assert not (tmp_path / "b").exists()
-    with pytest.raises(OverflowVerdict, match=r"int8-fp16 cannot hold.*export with --precision int8-fp32"):
+    with pytest.raises(
+        PrecisionOverflowError, match=r"int8-fp16 cannot hold.*export with --precision int8-fp32"
+    ):
         export(tiny_copy, tmp_path / "b", precisions=["int8-fp16"], goldens=False)
 
 
@@ -88,11 +90,11 @@ def test_activations_beyond_half_precision(tiny_copy: Path, tmp_path: Path, run)
     assert done.code == 1  # its noise was not measured
     assert "noise/fp16/noise.json" not in Bundle.open(blind.folder).manifest.files
     report = json.loads((blind.folder / "reports/parity-onnxruntime-fp16.json").read_text())
-    (detail,) = [rung["detail"] for rung in report["rungs"] if rung["name"] == "prefill_logits"]
+    (detail,) = [stage["detail"] for stage in report["stages"] if stage["name"] == "prefill_logits"]
     assert detail.startswith(
         "NaN or infinity in logits of golden 0; if it overflows, export with another base"
     )
-    assert [row["first"] for row in report["drift"] if row["component"] == "decoder"] == ["layers.0"]
+    assert [row["first"] for row in report["localizations"] if row["component"] == "decoder"] == ["layers.0"]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""Quantized bundles: the ladder, the numbers that each precision has to reach, and what is refused."""
+"""Quantized bundles: the parity check, the numbers that each precision has to reach, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,18 @@ from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
 from dsvl_export.planning.plan import Planner, Request
 from dsvl_export.quantization.calibrate import CalibrationOptions, calibrate
-from dsvl_export.targets.targets import find_target, measured
+from dsvl_export.targets.targets import find_target, measure_target
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from reference.trace import TRACED_COMPONENTS
-from runtimes.backends.onnxruntime_releases import NEEDED, newest, release_for_precision
+from runtimes.backends.onnxruntime_releases import NEEDED, newest_release, release_for_precision
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from tests.conftest import OraclePair
+from tests.grids import variants_by_precision
+from tests.shared import shared_bundle
 
 # Precision → share of fp32's accuracy that it has to reach on the held-out questions.
 WANTED = {
@@ -35,8 +38,14 @@ WANTED = {
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export("tiny", tmp_path_factory.mktemp("quantized") / "bundle", precisions=tuple(WANTED))
+def quantized(quantized_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """Tiny in all these precisions, some of which other files test too; tests must not change it."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(quantized_bundle.folder, folder)
+        export("tiny", folder, precisions=tuple(WANTED))
+
+    yield from shared_bundle(tmp_path_factory, "all-quantized", make)
 
 
 @pytest.fixture
@@ -45,15 +54,15 @@ def quantized_copy(quantized: Bundle, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("precision", WANTED)
-def test_precisions_climb_the_ladder(quantized: Bundle, precision: str) -> None:
-    """All rungs, all taps in their bands, and the accuracy that is asked of the precision."""
+def test_precisions_pass_parity(quantized: Bundle, precision: str) -> None:
+    """All stages, all taps within their bounds, and the accuracy that is asked of the precision."""
     result = parity(quantized, precision=precision, task=load_task(HELDOUT), taps=True)
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
     assert result.task
     assert result.task.accuracy_ratio
     assert result.task.accuracy_ratio >= WANTED[precision]
-    assert not any(drift.first for drift in result.drift)
-    logits = result.rung("teacher_forced_logits").errors
+    assert not any(localization.first for localization in result.localizations)
+    logits = result.stage("teacher_forced_logits").errors
     assert logits
     assert 1e-4 < logits.relative_rms < 0.5  # it is quantized, and it is no noise
 
@@ -62,7 +71,7 @@ def test_a_file_needs_the_release_that_the_table_gives_its_precision(quantized: 
     """``doctor`` names precisions, ``run`` reads what the export found in the files."""
     for precision in WANTED:
         artifacts = [item for item in quantized.manifest.artifacts if item.precision == precision]
-        found = newest([item.tools[NEEDED] for item in artifacts])
+        found = newest_release([item.tools[NEEDED] for item in artifacts])
         assert found == release_for_precision(precision), precision
         for item in artifacts:
             opset = onnx.load(str(quantized.path(item.files[0])), load_external_data=False).opset_import[0]
@@ -79,11 +88,11 @@ def test_bytes(quantized: Bundle) -> None:
     """A quarter and less of fp32, and what plan says."""
     source = open_checkpoint("tiny")
     planner = Planner(source.config, source.embedding_bytes())
-    cpu = measured(find_target("cpu"))
+    cpu = measure_target(find_target("cpu"))
     floats = sum(
         4 * tensor.numel()
         for name in TRACED_COMPONENTS
-        for tensor in getattr(source.model(), name).parameters()
+        for tensor in getattr(source.load_model(), name).parameters()
     )
     for precision, share in (("int8", 0.33), ("int4", 0.29)):
         plan = planner.plan(cpu, Request("onnxruntime", precision, 200))
@@ -119,7 +128,9 @@ def test_a_fault_in_quantized_weights_is_found_in_its_layer(quantized_copy: Path
         onnx.save(model, str(quantized_copy / path))
         result = parity(rehash(quantized_copy, path), precision=precision)
         assert result.verdict == "failed"
-        assert [(drift.component, drift.first) for drift in result.drift] == [("decoder", tap)]
+        assert [(localization.component, localization.first) for localization in result.localizations] == [
+            ("decoder", tap)
+        ]
 
 
 def test_a_plan_of_ones_own(tmp_path: Path, tiny_bundle: Bundle) -> None:
@@ -210,9 +221,9 @@ def test_requests_that_cannot_be(tmp_path: Path, hybrid_pair: OraclePair) -> Non
     assert not (tmp_path / "b2").exists()
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8", "int8-weights", "kv-int8"])
-def test_random_models_climb_the_ladder(pair: OraclePair, precision: str, tmp_path: Path) -> None:
+@variants_by_precision({"siglip": ("int8", "kv-int8"), "hybrid": ("fp8", "int8-weights")})
+def test_random_models_pass_parity(pair: OraclePair, precision: str, tmp_path: Path) -> None:
     bundle = export(pair.checkpoint.folder, tmp_path / "b", precisions=[precision])
     result = parity(bundle, taps=True)
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
-    assert np.isfinite([rung.errors.relative_rms for rung in result.rungs if rung.errors]).all()
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+    assert np.isfinite([stage.errors.relative_rms for stage in result.stages if stage.errors]).all()

@@ -9,9 +9,9 @@ import onnx
 import pytest
 from packaging.version import Version
 
-from dsvl_export.compilers.engines.building import EngineSettings, build_engine
+from dsvl_export.compilers.engines.build import EngineSettings, build_engine
 from dsvl_export.lint import Finding, Release, lint
-from dsvl_export.lint.bundles import summary
+from dsvl_export.lint.bundles import summarize_findings
 from dsvl_export.lint.operators import RULES, operator_table
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract, TensorSpec
@@ -79,10 +79,10 @@ def test_the_corpus_is_large_enough() -> None:
 
 def test_every_imported_operator_is_one_that_tensorrt_rtx_supports() -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is there for Linux on x86-64 alone")
-    from runtimes.backends.engines.library import logger_of
+    from runtimes.backends.engines.library import get_logger
 
-    builder = trt.Builder(logger_of(trt))
-    parser = trt.OnnxParser(builder.create_network(0), logger_of(trt))
+    builder = trt.Builder(get_logger(trt))
+    parser = trt.OnnxParser(builder.create_network(0), get_logger(trt))
     known = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
     for operator in known:
         if operator not in ("LinearAttention", "CausalConvWithState"):  # newer than this release writes
@@ -109,7 +109,7 @@ def test_capabilities_of_jetson(tmp_path: Path) -> None:
     """FP8 on Orin (SM 87) is refused, on Thor (SM 110) it is not; TensorRT-RTX knows neither."""
     file = saved(Case(quantized(codes="float8_e4m3fn")), tmp_path)
     (orin,) = lint(file, Release(Version("11.4"), 87))
-    assert str(orin).endswith("float8e4m3fn needs SM 89, this is SM 87; take int8 for this GPU.")
+    assert str(orin).endswith("float8e4m3fn needs SM 89, this is SM 87; use int8 for this GPU.")
     assert lint(file, Release(Version("11.4"), 110)) == []
 
 
@@ -122,7 +122,7 @@ def test_harmful_findings_come_first(tmp_path: Path) -> None:
 
 def test_what_is_no_onnx_file(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"\xff\xff no")
-    with pytest.raises(UserError, match="is no ONNX file that can be read"):
+    with pytest.raises(UserError, match="is not a readable ONNX file"):
         lint(tmp_path / "x.onnx", Release.tensorrt_rtx())
 
 
@@ -130,7 +130,7 @@ def test_a_file_for_a_newer_tensorrt_is_named_as_such(tmp_path: Path) -> None:
     (found,) = lint(saved(Case(unary("Relu", opset=24)), tmp_path), Release(Version("10.3")))
     assert (
         str(found)
-        == "the file: TensorRT 10.3 knows opsets up to 21, this is 24; export it for TensorRT 10.3."
+        == "the file: TensorRT 10.3 supports opsets up to 21, this is 24; export it for TensorRT 10.3."
     )
 
 
@@ -162,8 +162,11 @@ def test_files_of_both_kinds_are_counted_apart() -> None:
     fine: list[Finding] = []
     apart = [Finding("the file", "not-checked", "not checked", "it is for coreml", "export it")]
     bad = [Finding("x", "operator", "refused", "no", "do")]
-    assert summary({Path("a"): fine, Path("b"): fine}) == "All 2 files keep the rules."
-    assert summary({Path("a"): fine, Path("b"): apart}) == "1 files keep the rules, 1 more were not checked."
-    assert summary({Path("a"): fine, Path("b"): bad, Path("c"): apart}).startswith(
+    assert summarize_findings({Path("a"): fine, Path("b"): fine}) == "All 2 files keep the rules."
+    assert (
+        summarize_findings({Path("a"): fine, Path("b"): apart})
+        == "1 files keep the rules, 1 more were not checked."
+    )
+    assert summarize_findings({Path("a"): fine, Path("b"): bad, Path("c"): apart}).startswith(
         "1 of 2 files break a rule"
     )

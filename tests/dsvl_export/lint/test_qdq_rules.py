@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dsvl_export.lint.quantization import problems
+from dsvl_export.lint.quantization import quantization_problems
 from runtimes.errors import UserError
 
 IN, OUT = 32, 8
@@ -47,33 +47,38 @@ def model(folder: Path, **changes: Any) -> Path:
 
 
 def test_a_good_file_has_no_problems(tmp_path: Path) -> None:
-    assert problems(model(tmp_path)) == []
+    assert quantization_problems(model(tmp_path)) == []
     four = np.ones((IN, OUT), np.dtype("int4"))
-    assert problems(model(tmp_path, codes=four, w_scale=np.full((2, OUT), 0.1, np.float32), block=16)) == []
+    assert (
+        quantization_problems(
+            model(tmp_path, codes=four, w_scale=np.full((2, OUT), 0.1, np.float32), block=16)
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"zero": np.int8(3).reshape(())}, "quantize: its zero point is not 0"),
-        ({"zero": np.uint8(0).reshape(())}, "quantize: its codes are uint8; TensorRT takes int8, float8e4m3fn, int4"),
+        ({"zero": np.uint8(0).reshape(())}, "quantize: its codes are uint8; TensorRT supports int8, float8e4m3fn, int4"),
         ({"remove": ("zero",)}, "quantize: without a zero point its codes are uint8"),
         ({"x_scale": np.float32(0).reshape(())}, "quantize: its scale x_scale must be positive and finite"),
         ({"w_scale": np.full(OUT, -1, np.float32)}, "weight: its scale w_scale must be positive"),
         ({"w_scale": np.full(OUT, np.nan, np.float32)}, "weight: its scale w_scale must be positive and finite"),
-        ({"remove": ("x_scale",)}, "quantize: its scale x_scale is no constant"),
+        ({"remove": ("x_scale",)}, "quantize: its scale x_scale is not a constant"),
         ({"x_scale": np.full(IN, 0.1, np.float32), "zero": np.zeros(IN, np.int8)}, "quantize: an activation has 32 scales"),
-        ({"axis": 0, "w_scale": np.full(IN, 0.1, np.float32)}, "weight: its scales lie along axis 0, MatMul needs 1"),
+        ({"axis": 0, "w_scale": np.full(IN, 0.1, np.float32)}, "weight: its scales are along axis 0, MatMul needs axis 1"),
         ({"w_scale": np.full((2, OUT), 0.1, np.float32), "block": 16}, "weight: blocks of 16 need 4-bit codes"),
     ],
 )  # fmt: skip
 def test_every_rule_has_a_file_that_breaks_it(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
-    assert any(sentence in found for found in problems(model(tmp_path, **changes))), problems(
-        model(tmp_path, **changes)
+    assert any(sentence in found for found in quantization_problems(model(tmp_path, **changes))), (
+        quantization_problems(model(tmp_path, **changes))
     )
 
 
 def test_what_is_no_onnx_file(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"\xff\xff no")
-    with pytest.raises(UserError, match="is no ONNX file that can be read"):
-        problems(tmp_path / "x.onnx")
+    with pytest.raises(UserError, match="is not a readable ONNX file"):
+        quantization_problems(tmp_path / "x.onnx")

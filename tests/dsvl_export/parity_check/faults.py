@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from runtimes.bundle.bundle import MANIFEST, Bundle, FileEntry
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import sha256_of_file, write_json
+from runtimes.bundle.manifest import MANIFEST, FileEntry
 
 Edit = Callable[[onnx.ModelProto], None]
 
@@ -27,7 +28,7 @@ class Fault:
 
 
 def plant(folder: Path, precision: str, component: str, edit: Edit) -> Bundle:
-    """Edit an artifact of a bundle and give it its new hash, so that only the ladder can notice."""
+    """Edit an artifact of a bundle and give it its new hash, so that only the parity check can notice."""
     path = f"onnxruntime/{precision}/{component}/{component}.onnx"
     model = onnx.load(str(folder / path))
     edit(model)

@@ -14,19 +14,20 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dsvl_export.parity_check.entry_points import judge_entry_points
-from dsvl_export.parity_check.quantization_error import Noise
-from dsvl_export.parity_check.result import ParityResult, Rung
+from dsvl_export.parity_check.quantization_error import QuantizationError
+from dsvl_export.parity_check.result import ParityResult, StageResult
 from dsvl_export.parity_check.settings import settings_faults
 from dsvl_export.parity_check.stages import Goldens
 from dsvl_export.parity_check.text import bundled_texts
 from dsvl_export.parity_check.tolerances import load_tolerances
 from reference.tiny import HELDOUT
 from runtimes.backends.registry import load_backend
-from runtimes.bundle.bundle import MANIFEST, TOKENIZER, Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import write_json
+from runtimes.bundle.manifest import MANIFEST, TOKENIZER
 from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
-from runtimes.goldens.texts import record_again, text_differences
+from runtimes.goldens.texts import rerecord_texts, text_differences
 from runtimes.pipeline import Pipeline
 from runtimes.session import Execution
 from runtimes.text.tokenizer import Tokenizer
@@ -43,14 +44,16 @@ LABELS = {
 }  # which are shown, and decide nothing
 
 
-def judged(bundle: Bundle, backend: str, precision: str) -> Rung:
-    """The rung of the entry points alone, on the first golden."""
+def judged(bundle: Bundle, backend: str, precision: str) -> StageResult:
+    """The stage of the entry points alone, on the first golden."""
     pipeline = Pipeline.open(bundle, backend, precision)
     result = ParityResult(backend, precision, Execution("ran"), "")
     result.tolerance = load_tolerances()[precision]
     checkpoint = bundle.manifest.checkpoint["sha256"]
-    judge_entry_points(bundle, pipeline.chain, Goldens.of_bundle(bundle), checkpoint, result, Noise())
-    return result.rung("entry_points")
+    judge_entry_points(
+        bundle, pipeline.chain, Goldens.of_bundle(bundle), checkpoint, result, QuantizationError()
+    )
+    return result.stage("entry_points")
 
 
 @pytest.fixture
@@ -61,9 +64,9 @@ def program(executorch_bundle: Bundle, tmp_path: Path) -> Path:
 
 
 def test_sound_entry_points_pass(program: Path) -> None:
-    rung = judged(Bundle.open(program), "executorch", "fp32")
-    assert (rung.state, rung.detail) == ("passed", "")
-    assert rung.errors and "vision_encoder, with the adaptor" in rung.errors.tensor
+    stage = judged(Bundle.open(program), "executorch", "fp32")
+    assert (stage.state, stage.detail) == ("passed", "")
+    assert stage.errors and "vision_encoder, with the adaptor" in stage.errors.tensor
 
 
 def test_the_runners_token_embeddings_are_judged(program: Path) -> None:
@@ -73,9 +76,11 @@ def test_the_runners_token_embeddings_are_judged(program: Path) -> None:
     content = (program / path).read_bytes()
     assert content.count(table.tobytes()) == 1
     (program / path).write_bytes(content.replace(table.tobytes(), table[::-1].tobytes()))
-    rung = judged(rehash(program, path), "executorch", "fp32")
-    assert rung.state == "failed"
-    assert rung.detail == "method token_embedding gives another embedding for token 0 than the bundle's table"
+    stage = judged(rehash(program, path), "executorch", "fp32")
+    assert stage.state == "failed"
+    assert (
+        stage.detail == "method token_embedding gives another embedding for token 0 than the bundle's table"
+    )
 
 
 def test_the_runners_tokenizer_is_judged(program: Path) -> None:
@@ -84,9 +89,9 @@ def test_the_runners_tokenizer_is_judged(program: Path) -> None:
     vocabulary = raw["model"]["vocab"]
     vocabulary["Q"], vocabulary["X"] = vocabulary["X"], vocabulary["Q"]
     write_json(program / path, raw)
-    rung = judged(rehash(program, path), "executorch", "fp32")
-    assert rung.state == "failed"
-    assert rung.detail.startswith("the runner's tokenizer.json reads 'Q'")
+    stage = judged(rehash(program, path), "executorch", "fp32")
+    assert stage.state == "failed"
+    assert stage.detail.startswith("the runner's tokenizer.json tokenizes 'Q'")
 
 
 def change_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Bundle:
@@ -101,9 +106,9 @@ def test_what_the_program_says_is_judged(program: Path) -> None:
         for artifact in raw["artifacts"]:
             artifact["capacity"] = 512
 
-    rung = judged(change_manifest(program, other_capacity), "executorch", "fp32")
-    assert rung.state == "failed"
-    assert rung.detail == "method get_max_seq_len says 1024, the bundle says 512"
+    stage = judged(change_manifest(program, other_capacity), "executorch", "fp32")
+    assert stage.state == "failed"
+    assert stage.detail == "method get_max_seq_len says 1024, the bundle says 512"
 
 
 def test_a_row_of_the_token_table_that_no_golden_reads_is_judged(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -112,9 +117,9 @@ def test_a_row_of_the_token_table_that_no_golden_reads_is_judged(tiny_bundle: Bu
     (table,) = load_file(folder / path).values()
     table[-1] = 0
     save_file({"token_embedding": table}, folder / path)
-    rung = judged(rehash(folder, path), "onnxruntime", "fp32")
-    assert rung.state == "failed"
-    assert rung.detail.startswith(f"the manifest has files.{path}.sha256 ")
+    stage = judged(rehash(folder, path), "onnxruntime", "fp32")
+    assert stage.state == "failed"
+    assert stage.detail.startswith(f"the manifest has files.{path}.sha256 ")
 
 
 def leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -173,7 +178,7 @@ def test_no_value_of_the_manifest_changes_an_answer_unseen(tiny_bundle: Bundle, 
             texts = bundled_texts(bundle)
             assert texts
             differences = place[0] == "prompt" and list(
-                text_differences(record_again(texts, tokenizer), texts)
+                text_differences(rerecord_texts(texts, tokenizer), texts)
             )
             if not differences and not list(settings_faults(bundle, None)):
                 assert answer() == expected, place

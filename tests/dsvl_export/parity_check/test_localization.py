@@ -1,4 +1,4 @@
-"""Drift: a fault in a single layer of an exported artifact is found, and the right layer is named."""
+"""Localization: a fault in a single layer of an exported artifact is found, and the right layer is named."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
 from runtimes.bundle.bundle import Bundle
-from tests.conftest import OraclePair
 from tests.dsvl_export.parity_check.faults import (
     TINY_FAULTS,
     Fault,
@@ -25,9 +23,9 @@ from tests.dsvl_export.parity_check.faults import (
 def located(bundle: Bundle, precision: str, fault: Fault) -> None:
     result = parity(bundle, precision=precision)
     assert result.verdict == "failed"
-    assert [drift.component for drift in result.drift] == [fault.component]
-    assert result.drift[0].first == fault.tap, str(result.drift[0])
-    assert fault.tap in str(result.drift[0])
+    assert [localization.component for localization in result.localizations] == [fault.component]
+    assert result.localizations[0].first == fault.tap, str(result.localizations[0])
+    assert fault.tap in str(result.localizations[0])
     assert not [path for path in bundle.folder.iterdir() if path.name.startswith(".debug")]
 
 
@@ -35,13 +33,6 @@ def located(bundle: Bundle, precision: str, fault: Fault) -> None:
 @pytest.mark.parametrize("fault", TINY_FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
 def test_every_planted_fault_is_located(bundle_copy: Path, fault: Fault, precision: str) -> None:
     located(plant(bundle_copy, precision, fault.component, fault.edit), precision, fault)
-
-
-@pytest.fixture(scope="session")
-def random_bundle(pair: OraclePair, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A random checkpoint of either variant."""
-    folder = tmp_path_factory.mktemp("random") / "bundle"
-    return export(pair.checkpoint.folder, folder, precisions=("fp32", "fp16"))
 
 
 RANDOM_FAULTS = [
@@ -53,14 +44,19 @@ RANDOM_FAULTS = [
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_random_checkpoints_pass_with_taps_in_their_bands(random_bundle: Bundle, precision: str) -> None:
+def test_random_checkpoints_pass_with_taps_within_their_bounds(random_bundle: Bundle, precision: str) -> None:
     result = parity(random_bundle, precision=precision, taps=True)
-    assert result.verdict == "passed"
-    assert [drift.component for drift in result.drift] == ["vision_encoder", "adaptor", "decoder"]
-    for drift in result.drift:
-        assert drift.first is None
-        assert drift.taps
-        assert "lie in their bands" in str(drift)
+    assert (result.verdict, result.goldens) == ("passed", 10)
+    assert result.stage("layers").state == "passed"
+    assert [localization.component for localization in result.localizations] == [
+        "vision_encoder",
+        "adaptor",
+        "decoder",
+    ]
+    for localization in result.localizations:
+        assert localization.first is None
+        assert localization.taps
+        assert "lie within their bounds" in str(localization)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -14,8 +14,9 @@ from onnx import numpy_helper
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import compare, parity
 from dsvl_export.parity_check.result import ParityResult
-from runtimes.bundle.bundle import MANIFEST, Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import write_json
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 from runtimes.goldens.long_context import LONG_GOLDEN, LongGolden
 from tests.dsvl_export.parity_check.faults import Edit, attribute, node, plant, rehash
@@ -48,10 +49,10 @@ def windows(size: int, *layers: int) -> Edit:
 
 
 @pytest.fixture(scope="module")
-def few_goldens(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny in three precisions with two of the numbered goldens."""
-    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path_factory.mktemp("few") / "bundle"))
-    bundle = export("tiny", folder, precisions=["int8"])
+def few_goldens(quantized_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny with two of the numbered goldens."""
+    folder = Path(shutil.copytree(quantized_bundle.folder, tmp_path_factory.mktemp("few") / "bundle"))
+    bundle = Bundle.open(folder)
     for number in range(2, 10):
         del bundle.manifest.files[f"goldens/{number:02}.safetensors"]
     write_json(folder / MANIFEST, bundle.manifest.to_dict())
@@ -64,19 +65,19 @@ def spoilt(few_goldens: Path, tmp_path: Path) -> Path:
 
 
 def failed(result: ParityResult) -> set[str]:
-    return {rung.name for rung in result.rungs if rung.state == "failed"}
+    return {stage.name for stage in result.stages if stage.state == "failed"}
 
 
 def test_an_artifact_computes_what_its_plan_computes(few_goldens: Path) -> None:
     """Also in int8, which lies far from fp32."""
     for precision in ("fp32", "fp16", "int8"):
         result = parity(few_goldens, precision=precision)
-        errors = result.rung("long_context").errors
+        errors = result.stage("long_context").errors
         assert result.passed
         assert errors
         assert errors.relative_rms < {"fp32": 1e-5, "fp16": 1e-2, "int8": 5e-3}[precision]
-    assert errors.noise
-    assert errors.noise > 10 * errors.relative_rms
+    assert errors.quantization_error
+    assert errors.quantization_error > 10 * errors.relative_rms
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,8 @@ def test_a_lost_row_of_rope_fails(
     edit = rope_without(position, *tables)
     result = parity(plant(spoilt, precision, "decoder", edit), precision=precision)
     assert failed(result) == {"long_context"}
-    detail = result.rung("long_context").detail
-    assert detail.startswith("keys of decoder layer 0: off by")
+    detail = result.stage("long_context").detail
+    assert detail.startswith("keys of decoder layer 0: error")
     assert f"at position {position} " in detail
     assert result.exit_code == 1
 
@@ -106,7 +107,7 @@ def test_an_attention_window_fails(
     """Also in a single layer of int8, whose own error is larger than what the window changes."""
     result = parity(plant(spoilt, precision, "decoder", windows(400, *layers)), precision=precision)
     assert failed(result) == {"long_context"}
-    assert result.rung("long_context").detail.startswith(tensor)
+    assert result.stage("long_context").detail.startswith(tensor)
 
 
 def test_another_default_capacity_fails(few_goldens: Path) -> None:
@@ -114,13 +115,15 @@ def test_another_default_capacity_fails(few_goldens: Path) -> None:
     bundle.manifest = replace(bundle.manifest, default_capacity=500)
     result = parity(bundle, precision="fp32")
     assert failed(result) == {"long_context"}
-    assert "default_capacity is 500, the goldens were recorded for 1024" in result.rung("long_context").detail
+    assert (
+        "default_capacity is 500, the goldens were recorded for 1024" in result.stage("long_context").detail
+    )
 
 
 def test_a_short_cache_is_judged_to_its_end(few_goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtimes.pipeline.compiled_capacity", lambda decoder, device: 300)
-    rung = parity(few_goldens, precision="fp32").rung("long_context")
-    assert (rung.state, rung.detail) == ("passed", "judged up to position 300 of 1024")
+    stage = parity(few_goldens, precision="fp32").stage("long_context")
+    assert (stage.state, stage.detail) == ("passed", "judged up to position 300 of 1024")
 
 
 def test_bundles_are_compared_there_too(few_goldens: Path, spoilt: Path) -> None:
@@ -137,10 +140,10 @@ def test_an_older_bundle_is_not_passed(spoilt: Path) -> None:
         del bundle.manifest.files[path]
     result = parity(bundle, precision="fp16")
     assert (result.verdict, result.exit_code) == ("not judged", 3)
-    states = {rung.name: rung.state for rung in result.rungs}
+    states = {stage.name: stage.state for stage in result.stages}
     assert (states["text"], states["long_context"]) == ("not run", "not run")
-    assert "has no text goldens; export it again" in result.rung("text").detail
-    assert "has no long golden; export it again" in result.rung("long_context").detail
+    assert "has no text goldens; export it again" in result.stage("text").detail
+    assert "has no long golden; export it again" in result.stage("long_context").detail
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The ladder says yes to what is right and no to what is not, rung by rung."""
+"""The parity check passes correct artifacts and fails faulty ones, stage by stage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FP32, FP16 = ("onnxruntime", "fp32"), ("onnxruntime", "fp16")
 
 
 def failed(result: ParityResult) -> set[str]:
-    return {rung.name for rung in result.rungs if rung.state == "failed"}
+    return {stage.name for stage in result.stages if stage.state == "failed"}
 
 
 def test_both_precisions_pass(tiny_bundle: Bundle) -> None:
@@ -39,26 +39,26 @@ def test_both_precisions_pass(tiny_bundle: Bundle) -> None:
     assert fp32.passed
     assert fp16.passed
     assert (fp32.exit_code, fp32.execution.kind, fp32.goldens) == (0, "ran", 10)
-    for rung in fp32.rungs[1:7]:
-        assert rung.errors
-        assert rung.errors.relative_rms <= 1e-5
-        assert rung.errors.snr_db > 100
-        assert not rung.detail
-    for rung in fp16.rungs[2:7]:
-        assert rung.errors
-        assert 1e-6 < rung.errors.relative_rms < rung.errors.bound
-        assert rung.errors.noise
+    for stage in fp32.stages[1:7]:
+        assert stage.errors
+        assert stage.errors.relative_rms <= 1e-5
+        assert stage.errors.snr_db > 100
+        assert not stage.detail
+    for stage in fp16.stages[2:7]:
+        assert stage.errors
+        assert 1e-6 < stage.errors.relative_rms < stage.errors.bound
+        assert stage.errors.quantization_error
     assert len(fp32.tokens) == 10
-    assert all(row.found == row.expected for row in fp32.tokens)
-    assert fp32.rung("task_accuracy").state == "not run"
-    logits = fp16.rung("teacher_forced_logits").logits
+    assert all(row.actual == row.expected for row in fp32.tokens)
+    assert fp32.stage("task_accuracy").state == "not run"
+    logits = fp16.stage("teacher_forced_logits").logits
     assert logits
     assert (logits.rows, logits.flips) == (10 * (32 + 8), 0)  # at once, and eight single steps
     assert 0 < logits.kl_mean < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("component", "name", "rungs"),
+    ("component", "name", "stages"),
     [
         ("vision_encoder", "high.blocks.2.mlp.fc1.weight_transposed", {"vision_encoder"}),
         ("adaptor", "layers.1.weight_transposed", {"adaptor"}),
@@ -67,13 +67,13 @@ def test_both_precisions_pass(tiny_bundle: Bundle) -> None:
     ],
 )  # fmt: skip
 def test_one_zeroed_row_fails_its_own_rung(
-    bundle_copy: Path, component: str, name: str, rungs: set[str]
+    bundle_copy: Path, component: str, name: str, stages: set[str]
 ) -> None:
     result = parity(plant(bundle_copy, "fp32", component, weight(name, zeroed(3))), precision="fp32")
     assert result.verdict == "failed"
     assert result.exit_code == 1
     also = {"greedy_tokens", "long_context"}
-    assert rungs | {"layers"} <= failed(result) <= rungs | {"layers"} | also
+    assert stages | {"layers"} <= failed(result) <= stages | {"layers"} | also
 
 
 def test_changed_goldens_are_noticed(bundle_copy: Path) -> None:
@@ -81,7 +81,7 @@ def test_changed_goldens_are_noticed(bundle_copy: Path) -> None:
     (bundle_copy / path).write_bytes(b"spoilt" + (bundle_copy / path).read_bytes()[6:])
     with pytest.raises(UserError, match=r"goldens/03.safetensors has a wrong SHA-256"):
         parity(bundle_copy)
-    with pytest.raises(UserError, match="no golden that can be read"):
+    with pytest.raises(UserError, match="is not a readable golden"):
         parity(rehash(bundle_copy, path))
 
 
@@ -111,7 +111,7 @@ def test_goldens_that_nothing_can_be_compared_with(bundle_copy: Path, tmp_path: 
     assert parity(bare, live="tiny").passed
 
 
-def test_preprocessing_that_drifts_fails(bundle_copy: Path) -> None:
+def test_changed_preprocessing_fails(bundle_copy: Path) -> None:
     bundle = Bundle.open(bundle_copy)
     spec = replace(bundle.manifest.preprocessing, background=(0, 0, 0), rescale_factor=1 / 254)
     bundle.manifest = replace(bundle.manifest, preprocessing=spec)
@@ -128,13 +128,13 @@ def test_wrong_tokens_fail_and_near_ties_do_not(bundle_copy: Path) -> None:
     tensors["greedy_tokens"][0] = runner_up
     tensors["logits"][0, runner_up] = tensors["logits"][0, best] + 5
     result = parity(respoil(bundle_copy, 0, {}, tensors), precision="fp32")
-    assert result.rung("greedy_tokens").state == "failed"
-    assert result.rung("greedy_tokens").detail == "golden 0 differs at token 0 (margin 5)"
+    assert result.stage("greedy_tokens").state == "failed"
+    assert result.stage("greedy_tokens").detail == "golden 0 differs at token 0 (margin 5)"
     assert (result.tokens[0].diverges_at, result.tokens[0].near_tie) == (0, False)
     tensors["logits"][0, runner_up] = tensors["logits"][0, best] + 1e-6
     result = parity(respoil(bundle_copy, 0, {}, tensors), precision="fp32")
-    assert result.rung("greedy_tokens").state == "passed"
-    assert "near tie at token 0" in result.rung("greedy_tokens").detail
+    assert result.stage("greedy_tokens").state == "passed"
+    assert "near tie at token 0" in result.stage("greedy_tokens").detail
     assert result.tokens[0].near_tie
 
 
@@ -144,8 +144,8 @@ def test_nan_in_an_artifact_fails(bundle_copy: Path) -> None:
     )
     result = parity(bundle, precision="fp16")
     assert result.verdict == "failed"
-    assert "NaN or infinity in logits" in result.rung("prefill_logits").detail
-    assert result.drift[0].first == "layers.1"
+    assert "NaN or infinity in logits" in result.stage("prefill_logits").detail
+    assert result.localizations[0].first == "layers.1"
     jsonschema.validate(json.loads(json.dumps(make_document(bundle, result), allow_nan=False)), schema())
 
 
@@ -165,10 +165,10 @@ def test_task_is_held_against_the_recorded_answers(tiny_bundle: Bundle, bundle_c
     assert (result.task.baseline, result.task.questions) == ("the recorded reference", 60)
     assert result.task.accuracy_ratio == pytest.approx(1, abs=0.02)
     assert result.task.length_ratio == pytest.approx(1, abs=0.02)
-    assert "MLPerf's 99.9 % is met" in result.rung("task_accuracy").detail
+    assert "MLPerf's 99.9 % is met" in result.stage("task_accuracy").detail
     bundle = plant(bundle_copy, "fp16", "decoder", weight("norm.weight", scaled(-1)))
     worse = parity(bundle, precision="fp16", task=items)
-    assert worse.rung("task_accuracy").state == "failed"
+    assert worse.stage("task_accuracy").state == "failed"
     assert worse.task
     assert len(worse.task.wrong) == 20
 
@@ -177,7 +177,7 @@ def test_task_without_recorded_answers(tiny_bundle: Bundle, tmp_path: Path) -> N
     """fp32 artifacts or the live reference answer instead; without either nothing is judged."""
     items = [replace(item, reference=None, reference_tokens=None) for item in load_task(HELDOUT)[:12]]
     alone = parity(tiny_bundle, precision="fp32", task=items)
-    assert alone.rung("task_accuracy").state == "measured"
+    assert alone.stage("task_accuracy").state == "measured"
     assert alone.passed
     beside = parity(tiny_bundle, precision="fp16", task=items)
     assert beside.task
@@ -190,9 +190,9 @@ def test_task_without_recorded_answers(tiny_bundle: Bundle, tmp_path: Path) -> N
     single = export("tiny", tmp_path / "single", precisions=["fp16"])
     unjudged = parity(single, task=items)
     assert (unjudged.verdict, unjudged.exit_code) == ("not judged", 3)
-    assert "no fp32 answers to compare with" in unjudged.rung("task_accuracy").detail
+    assert "no fp32 answers to compare with" in unjudged.stage("task_accuracy").detail
     hopeless = [replace(item, expected="?", reference="!", reference_tokens=2) for item in items]
-    assert "nothing to keep" in parity(single, task=hopeless).rung("task_accuracy").detail
+    assert "nothing to keep" in parity(single, task=hopeless).stage("task_accuracy").detail
 
 
 def fake_backend(execution: Execution) -> ModuleType:
@@ -223,7 +223,7 @@ def test_words_for_what_did_not_run(
     jsonschema.validate(document, schema())
     assert document["execution"] == asdict(execution)
     if code == 3:
-        assert {rung.state for rung in result.rungs} == {"not run"}
+        assert {stage.state for stage in result.stages} == {"not run"}
         assert compare(tiny_bundle, tiny_bundle, FP32, FP16).exit_code == 3
 
 
@@ -239,8 +239,8 @@ def test_artifacts_of_other_machines_are_not_judged(
         assert result.exit_code == 3
         return str(result.execution)
 
-    assert said(target="cuda") == "not run: it was built for cuda, here is only cpu"
-    assert said(dialect="ort99") == "not run: it is written in the dialect ort99, this release runs ort"
+    assert said(target="cuda") == "not run: it was built for cuda, but only cpu is available"
+    assert said(dialect="ort99") == "not run: its dialect is ort99, but this release runs ort"
     monkeypatch.setattr(onnxruntime, "_import", missing)
     assert "pip install 'dsvl-export[onnxruntime]'" in str(parity(bundle).execution)
 
@@ -254,18 +254,18 @@ def test_compare_two_precisions_and_two_models(tiny_bundle: Bundle, bundle_copy:
     assert result.passed
     assert result.tolerance
     assert result.tolerance.bound("adaptor") == pytest.approx(7.1e-3)
-    assert all(drift.taps and drift.first is None for drift in result.drift)
+    assert all(localization.taps and localization.first is None for localization in result.localizations)
     with pytest.raises(UserError, match="onnxruntime fp16 would be compared with itself; name another one"):
         compare(tiny_bundle, tiny_bundle, FP16, FP16)
     same = compare(tiny_bundle, Bundle.open(bundle_copy), FP16, FP16)
-    assert same.rungs[2].errors
-    assert same.rungs[2].errors.relative_rms == 0
+    assert same.stages[2].errors
+    assert same.stages[2].errors.relative_rms == 0
     spoilt = plant(
         bundle_copy, "fp32", "decoder", weight("layers.2.mlp.down_proj.weight_transposed", scaled(2))
     )
     worse = compare(tiny_bundle, spoilt, FP32, FP32, task=load_task(HELDOUT)[:10])
     assert worse.exit_code == 1
-    assert worse.drift[0].first == "layers.2"
+    assert worse.localizations[0].first == "layers.2"
     assert worse.task
     assert worse.task.baseline == f"{tiny_bundle.folder} onnxruntime fp32"
     other = Bundle(spoilt.folder, replace(spoilt.manifest, model={**spoilt.manifest.model, "decoder": {}}))
@@ -273,7 +273,9 @@ def test_compare_two_precisions_and_two_models(tiny_bundle: Bundle, bundle_copy:
         compare(tiny_bundle, other, FP32, FP32)
 
 
-def test_drift_that_cannot_be_located_says_why(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_that_cannot_be_localized_says_why(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import onnx
 
     path = "onnxruntime/fp32/adaptor/adaptor.onnx"
@@ -282,16 +284,16 @@ def test_drift_that_cannot_be_located_says_why(bundle_copy: Path, monkeypatch: p
     del model.metadata_props[:]
     onnx.save(model, str(bundle_copy / path))
     bundle = rehash(bundle_copy, path)
-    (drift,) = parity(bundle, precision="fp32").drift
-    assert drift.first is None
-    assert "does not say where its taps are; export it again" in drift.note
+    (localization,) = parity(bundle, precision="fp32").localizations
+    assert localization.first is None
+    assert "does not say where its taps are; export it again" in localization.note
     tensors = load_file(bundle_copy / "goldens/00.safetensors")
     with safe_open(bundle_copy / "goldens/00.safetensors", "np") as handle:
         metadata = handle.metadata()
     kept = {name: array for name, array in tensors.items() if not name.startswith("taps/")}
     save_file(kept, bundle_copy / "goldens/00.safetensors", metadata)
-    (drift,) = parity(rehash(bundle_copy, "goldens/00.safetensors"), precision="fp32").drift
-    assert drift.note == "the goldens have no taps; export the bundle again"
+    (localization,) = parity(rehash(bundle_copy, "goldens/00.safetensors"), precision="fp32").localizations
+    assert localization.note == "the goldens have no taps; export the bundle again"
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
@@ -299,12 +301,15 @@ def test_drift_that_cannot_be_located_says_why(bundle_copy: Path, monkeypatch: p
     tensors["taps/decoder/odd"] = tensors["taps/decoder/norm"]
     save_file(tensors, bundle_copy / "goldens/00.safetensors", metadata)
     bundle = rehash(bundle_copy, "goldens/00.safetensors")
-    notes = {drift.component: drift.note for drift in parity(bundle, precision="fp32", taps=True).drift}
+    notes = {
+        localization.component: localization.note
+        for localization in parity(bundle, precision="fp32", taps=True).localizations
+    }
     assert notes["decoder"] == "the goldens have other taps; export the bundle again"
     monkeypatch.setattr("dsvl_export.parity_check.localization.take_from_debug_build", full)
     result = parity(bundle, precision="fp32")
     assert result.exit_code == 1
-    assert result.drift[0].note == "no debug build: [Errno 28] No space left on device"
+    assert result.localizations[0].note == "no debug build: [Errno 28] No space left on device"
 
 
 def test_a_single_decode_step_is_judged_too(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,9 +75,9 @@ def test_the_page_stands_alone(pages: dict[str, Path]) -> None:
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", text)
     assert "url(http" not in text
     assert "<script" not in text
-    for word in ("the ladder", "greedy tokens", "tolerances of fp16", "drift by depth", "mlperf"):
+    for word in ("stages", "greedy tokens", "tolerances of fp16", "error by depth", "mlperf"):
         assert word in text.lower()
-    assert text.count("<svg") == 4  # the ladder, and three components' drift
+    assert text.count("<svg") == 4  # the stages, and the taps of three components
     assert not re.findall(r"#(0\d)\1\1", text)  # every placeholder colour became a variable
 
 
@@ -91,7 +91,7 @@ def test_plots_can_be_told_apart(pages: dict[str, Path]) -> None:
 def test_hostile_text_stays_text(pages: dict[str, Path], tiny_bundle: Bundle) -> None:
     document = json.loads(pages["passed"].with_suffix(".json").read_text())
     document["bundle"]["checkpoint"]["name"] = "<script>alert(1)</script>"
-    document["tokens"][0]["found_pieces"][0] = "<img src=x onerror=alert(1)>"
+    document["tokens"][0]["actual_pieces"][0] = "<img src=x onerror=alert(1)>"
     text = render(document, tiny_bundle.folder / "nowhere")
     assert "<script>alert" not in text
     assert "<img src=x" not in text

@@ -12,14 +12,14 @@ import pytest
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from dsvl_export.parity_check import compare, parity
-from dsvl_export.parity_check.result import ParityResult, Rung
+from dsvl_export.parity_check.result import ParityResult, StageResult
 from dsvl_export.parity_check.text import bundled_texts, judge_text
 from reference.checkpoint.checkpoint import open_checkpoint
-from reference.goldens.record import reference_texts
-from reference.goldens.texts import TEXTS, golden_conversations
+from reference.goldens.record import record_reference_texts
+from reference.goldens.texts import GOLDEN_TEXTS, golden_conversations
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
-from runtimes.goldens.texts import TextGoldens, record_again
+from runtimes.goldens.texts import TextGoldens, rerecord_texts
 from runtimes.session import Execution
 from runtimes.text.prompt import EOS, IMAGE_PLACEHOLDER, ChatTemplate, PromptText
 from runtimes.text.tokenizer import PromptSpec, Tokenizer
@@ -29,10 +29,10 @@ FILE = "tokenizer/tokenizer.json"
 Json = dict[str, Any]
 
 
-def judged(bundle: Bundle) -> Rung:
+def judged(bundle: Bundle) -> StageResult:
     result = ParityResult("onnxruntime", "fp32", Execution("ran"), "r")
     judge_text(Tokenizer(bundle.path(FILE), bundle.manifest.prompt), bundled_texts(bundle), result)
-    return result.rung("text")
+    return result.stage("text")
 
 
 def swapped(first: int, second: int) -> Callable[[Json], None]:
@@ -86,8 +86,8 @@ def test_another_tokenizer_fails(tiny_bundle: Bundle, tmp_path: Path, edit: Call
     file.write_text(json.dumps(raw))
     result = ParityResult("onnxruntime", "fp32", Execution("ran"), "r")
     judge_text(Tokenizer(file, tiny_bundle.manifest.prompt), goldens, result)
-    assert result.rung("text").state == "failed"
-    assert "tokenizer.json differs from the checkpoint's" in result.rung("text").detail
+    assert result.stage("text").state == "failed"
+    assert "tokenizer.json differs from the checkpoint's" in result.stage("text").detail
 
 
 def test_behaviour_alone_is_seen_too(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +125,9 @@ def test_behaviour_alone_is_seen_too(tiny_bundle: Bundle, monkeypatch: pytest.Mo
 )
 def test_another_prompt_fails(tiny_bundle: Bundle, change: Json, field: str) -> None:
     prompt = replace(tiny_bundle.manifest.prompt, **change)
-    rung = judged(Bundle(tiny_bundle.folder, replace(tiny_bundle.manifest, prompt=prompt)))
-    assert rung.state == "failed"
-    assert field in rung.detail
+    stage = judged(Bundle(tiny_bundle.folder, replace(tiny_bundle.manifest, prompt=prompt)))
+    assert stage.state == "failed"
+    assert field in stage.detail
 
 
 def test_parity_and_compare_judge_text(bundle_copy: Path, tiny_bundle: Bundle) -> None:
@@ -138,34 +138,34 @@ def test_parity_and_compare_judge_text(bundle_copy: Path, tiny_bundle: Bundle) -
     pair = ("onnxruntime", "fp32")
     for result in (parity(bundle, precision="fp32"), compare(tiny_bundle, bundle, pair, pair)):
         assert result.exit_code == 1
-        assert result.rung("text").state == "failed"
-    assert parity(tiny_bundle, precision="fp32").rung("text").state == "passed"
+        assert result.stage("text").state == "failed"
+    assert parity(tiny_bundle, precision="fp32").stage("text").state == "passed"
 
 
 def test_goldens_come_from_the_checkpoint(tiny_bundle: Bundle, tiny_copy: Path) -> None:
     """Not from the bundle: its file holds what ``tokenizers`` says of the checkpoint's own file."""
     goldens = bundled_texts(tiny_bundle)
-    assert goldens == reference_texts(open_checkpoint("tiny"))
+    assert goldens == record_reference_texts(open_checkpoint("tiny"))
     library = LibraryTokenizer.from_file(str(open_checkpoint("tiny").folder / "tokenizer.json"))
-    for text in TEXTS:
+    for text in GOLDEN_TEXTS:
         assert goldens.raw[text] == [501, *library.encode(text, add_special_tokens=False).ids]
     texts = {tuple(tokens): text for tokens, text in goldens.answers}
     for tokens in goldens.raw.values():
         if tokens[1:]:
             assert texts[tuple(tokens[1:])] == library.decode(tokens[1:])
     (tiny_copy / "generation_config.json").write_text('{"eos_token_id": [502, 40]}')
-    other = reference_texts(open_checkpoint(str(tiny_copy)))
+    other = record_reference_texts(open_checkpoint(str(tiny_copy)))
     assert other.prompt["eos_ids"] == [502, 40]
 
 
 def test_text_that_spells_control_tokens_stays_text(tiny_bundle: Bundle) -> None:
     goldens = bundled_texts(tiny_bundle)
     assert goldens
-    (place,) = [i for i, text in enumerate(TEXTS) if EOS in text and IMAGE_PLACEHOLDER in text]
-    assert golden_conversations()[place].messages[0].content == TEXTS[place]
+    (place,) = [i for i, text in enumerate(GOLDEN_TEXTS) if EOS in text and IMAGE_PLACEHOLDER in text]
+    assert golden_conversations()[place].messages[0].content == GOLDEN_TEXTS[place]
     tokens = goldens.prompts[place]
     assert not {502, 503, 504} & set(tokens)
-    assert {502, 503, 504} <= set(goldens.raw[TEXTS[place]])
+    assert {502, 503, 504} <= set(goldens.raw[GOLDEN_TEXTS[place]])
 
 
 def test_a_damaged_file_is_one_sentence(bundle_copy: Path) -> None:
@@ -187,11 +187,11 @@ def test_lists_of_other_lengths_differ(tiny_bundle: Bundle) -> None:
     goldens = bundled_texts(tiny_bundle)
     assert goldens
     tokenizer = Tokenizer(tiny_bundle.path(FILE), PromptSpec.from_dict(goldens.prompt))
-    assert isinstance(record_again(goldens, tokenizer), TextGoldens)
+    assert isinstance(rerecord_texts(goldens, tokenizer), TextGoldens)
     fewer = replace(goldens, pieces=goldens.pieces[:1])
     result = ParityResult("onnxruntime", "fp32", Execution("ran"), "r")
     judge_text(tokenizer, fewer, result)
-    assert "tokens between 256 and 511 have other texts" in result.rung("text").detail
+    assert "tokens between 256 and 511 have other texts" in result.stage("text").detail
 
 
 def test_a_differing_chat_template_changes_no_verdict(tiny_bundle: Bundle) -> None:
@@ -199,4 +199,4 @@ def test_a_differing_chat_template_changes_no_verdict(tiny_bundle: Bundle) -> No
     spec = replace(tiny_bundle.manifest.prompt, template_difference="The chat template differs.")
     result = ParityResult("onnxruntime", "fp32", Execution("ran"), "r")
     judge_text(Tokenizer(tiny_bundle.path(FILE), spec), bundled_texts(tiny_bundle), result)
-    assert result.rung("text").state == "passed", result.rung("text").detail
+    assert result.stage("text").state == "passed", result.stage("text").detail

@@ -10,8 +10,8 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from dsvl_export.cli.display_planning import print_diagnosis
-from dsvl_export.compilers import load_compiler
 from dsvl_export.compilers.precisions import check_request, plan_for
+from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.planning import doctor
 from dsvl_export.targets.defects import Defect, load_defects
 from dsvl_export.targets.machine import describe_machine, package_versions
@@ -61,7 +61,7 @@ def test_an_export_that_the_installed_release_cannot_load_is_refused(monkeypatch
     check_request("onnxruntime", compiler, [plan_for(compiler, "int8")], config, options)
     with pytest.raises(
         UserError,
-        match=r"kv-int8 cannot be exported here: it needs ONNX Runtime 1\.27 or later, here is 1\.26\.0",
+        match=r"kv-int8 cannot be exported here: it needs ONNX Runtime 1\.27 or later, but 1\.26\.0 is installed",
     ):
         check_request("onnxruntime", compiler, [plan_for(compiler, "kv-int8")], config, options)
     with pytest.raises(UserError, match=r"int8-fp16 .* 1\.30 or later"):
@@ -135,7 +135,7 @@ def test_a_broken_backend_of_others_does_not_stop_it(monkeypatch: pytest.MonkeyP
         "dsvl_export.compilers": [EntryPoint("odd", "not_there_at_all", "dsvl_export.compilers")],
         "dsvl_export.runtimes": [EntryPoint("odd", "colorsys:nothing", "dsvl_export.runtimes")],
     }
-    for module in ("dsvl_export.compilers", "runtimes.backends.registry"):
+    for module in ("dsvl_export.compilers.registry", "runtimes.backends.registry"):
         monkeypatch.setattr(f"{module}.entry_points", lambda group: entries[group])
     found = doctor.diagnose()
     assert found["healthy"]

@@ -11,16 +11,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from calibration.precision_plan import load_precision
-from calibration.quantized_program import trace_planned
-from dsvl_export.exporter.export import export
+from calibration.quantized_program import trace_with_plan
 from dsvl_export.planning.plan import Planner, Request
-from dsvl_export.planning.workload import Workload, activation_growth, activations
+from dsvl_export.planning.workload import Workload, activation_bytes, activation_growth
 from dsvl_export.targets.defects import load_defects, warnings_for
-from dsvl_export.targets.targets import LISTED_BITS, find_target, load_targets, measured, nearest
+from dsvl_export.targets.targets import (
+    LISTED_BITS,
+    find_target,
+    load_targets,
+    measure_target,
+    nearest_precision,
+)
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.checkpoint.released import released_config
 from reference.tiny import TINY
-from reference.trace import TRACED_COMPONENTS, trace
+from reference.trace import TRACED_COMPONENTS, trace_component
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
 from tests.conftest import OraclePair
@@ -34,7 +39,7 @@ def planner() -> Planner:
 
 def assert_exact(planner: Planner, bundle: Bundle) -> None:
     for backend, precision in bundle.choices():
-        plan = planner.plan(measured(find_target("cpu")), Request(backend, precision, 200))
+        plan = planner.plan(measure_target(find_target("cpu")), Request(backend, precision, 200))
         assert plan.exact
         for component in TRACED_COMPONENTS:
             files = bundle.artifact(component, backend, precision).files
@@ -48,9 +53,8 @@ def test_bytes_are_those_of_the_artifacts(planner: Planner, tiny_bundle: Bundle)
     assert_exact(planner, tiny_bundle)
 
 
-def test_bytes_of_random_checkpoints(pair: OraclePair, tmp_path: Path) -> None:
-    bundle = export(pair.checkpoint.folder, tmp_path / "b", precisions=("fp32", "fp16"), goldens=False)
-    assert_exact(Planner(pair.checkpoint.config, pair.checkpoint.embedding_bytes()), bundle)
+def test_bytes_of_random_checkpoints(pair: OraclePair, random_bundle: Bundle) -> None:
+    assert_exact(Planner(pair.checkpoint.config, pair.checkpoint.embedding_bytes()), random_bundle)
 
 
 def test_kv_bytes_are_those_of_the_cache(planner: Planner, tiny_bundle: Bundle) -> None:
@@ -70,11 +74,16 @@ def test_operations_are_those_that_torch_counts(pair: OraclePair) -> None:
     # Plain matrix products: the counter has no formula for the fused kernels of a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         features = model.vision_encoder(torch.zeros(1, 3, side, side))
-    assert Workload(trace(config, "vision_encoder", "fp32")).operations(batch=1) == counter.get_total_flops()
+    assert (
+        Workload(trace_component(config, "vision_encoder", "fp32")).operations(batch=1)
+        == counter.get_total_flops()
+    )
     with FlopCounterMode(display=False) as counter:
         model.adaptor(*features)
-    assert Workload(trace(config, "adaptor", "fp32")).operations(batch=1) == counter.get_total_flops()
-    decoder = Workload(trace(config, "decoder", "fp32"))
+    assert (
+        Workload(trace_component(config, "adaptor", "fp32")).operations(batch=1) == counter.get_total_flops()
+    )
+    decoder = Workload(trace_component(config, "decoder", "fp32"))
     linear = [module for module in model.decoder.modules() if isinstance(module, torch.nn.Linear)]
     per_token = sum(2 * module.weight.numel() for module in linear[:-1])
     head = 2 * linear[-1].weight.numel()
@@ -97,9 +106,9 @@ def test_activations_grow_with_what_is_alive(planner: Planner) -> None:
 
 def test_the_scores_of_sam_are_there_in_blocks() -> None:
     """ONNX Runtime's encoder grows by 0.51 GB while it runs at full size; whole scores and bias are 2.4 GB."""
-    sam = Workload(trace(released_config("7b"), "vision_encoder", "fp32"))
-    assert activations(sam, "onnxruntime", 640, 2048) / 1e9 == pytest.approx(0.51, rel=0.3)
-    assert activations(sam, "tensorrt", 640, 2048) / 1e9 == pytest.approx(2.5, rel=0.1)
+    sam = Workload(trace_component(released_config("7b"), "vision_encoder", "fp32"))
+    assert activation_bytes(sam, "onnxruntime", 640, 2048) / 1e9 == pytest.approx(0.51, rel=0.3)
+    assert activation_bytes(sam, "tensorrt", 640, 2048) / 1e9 == pytest.approx(2.5, rel=0.1)
 
 
 @pytest.mark.parametrize("capacity", [512, 600, 800, 1024])
@@ -107,7 +116,7 @@ def test_activations_grow_along_a_line(planner: Planner, capacity: int) -> None:
     """With the capacity; the line that a bundle keeps lies above, and near."""
     decoder = planner.workload("decoder", "fp32")
     constant, slope = activation_growth(decoder, "onnxruntime", 1024)
-    planned = activations(decoder, "onnxruntime", 512, capacity)
+    planned = activation_bytes(decoder, "onnxruntime", 512, capacity)
     assert planned <= constant + slope * capacity <= 1.02 * planned + 512
 
 
@@ -115,7 +124,7 @@ def test_weights_of_a_quantized_program_are_no_activations(planner: Planner) -> 
     """What is unpacked from codes follows from weights alone; rounding x keeps a copy or two of it."""
     config = planner.config
     plan = load_precision("int4")
-    quantized = Workload(trace_planned(config, "decoder", plan))
+    quantized = Workload(trace_with_plan(config, "decoder", plan))
     floats = planner.workload("decoder", "fp32")
     sizes = {"batch": 1, "sequence": 512, "rows": 1, "capacity": 1024}
     assert quantized.activation_bytes(**sizes) == floats.activation_bytes(**sizes)
@@ -133,7 +142,7 @@ def test_what_rounds_activations_is_bound_by_integers(planner: Planner) -> None:
 def test_released_sizes_are_what_is_known_of_them() -> None:
     """1.3B: 2.9 GB of fp16 decoder; 7B: 13 GB; int4 takes a bit more than a quarter."""
     for size, gigabytes in (("1.3b", 2.89), ("7b", 12.99)):
-        decoder = Workload(trace(released_config(size), "decoder", "fp16"))
+        decoder = Workload(trace_component(released_config(size), "decoder", "fp16"))
         half = decoder.weight_bytes("fp16")
         assert half / 1e9 == pytest.approx(gigabytes, abs=0.01)
         assert 0.25 < decoder.weight_bytes("int4") / half < 0.27
@@ -154,8 +163,8 @@ def test_every_target_is_complete() -> None:
             assert target.sources
             assert 0 < target.usable_gb < target.memory_gb
             assert target.tops["fp32"] <= target.tops["fp16"] <= target.tops["int8"]
-    here = measured(find_target("cpu"))
-    assert measured(find_target("l4")) == find_target("l4")
+    here = measure_target(find_target("cpu"))
+    assert measure_target(find_target("l4")) == find_target("l4")
     assert here.usable_gb > 0.2
     assert here.bandwidth_gbs > 0.5
     assert here.operations("fp16") == here.operations("fp32") > 1e9
@@ -165,13 +174,13 @@ def test_every_target_is_complete() -> None:
 @pytest.mark.parametrize(
     ("target", "backend", "precision", "sentence"),
     [
-        ("jetson-agx-orin", "tensorrt", "fp8", r"cannot run fp8 with tensorrt \(FP8 needs SM 89, this is SM 87\); the nearest is int8"),
-        ("a100", "tensorrt", "fp8", "the nearest is int8"),
-        ("iphone", "coreml", "fp32", "cannot run fp32 with coreml; the nearest is fp16"),
-        ("iphone", "coreml", "bf16", "the nearest is fp16"),
-        ("iphone", "tensorrt", "fp16", "has no backend 'tensorrt'; it has coreml, coreai."),
-        ("l4", "tensorrt", "int3", "no precision 'int3'; there are fp32, fp16"),
-        ("watch", "coreml", "int8", "no target 'watch'; there are jetson-orin-nano"),
+        ("jetson-agx-orin", "tensorrt", "fp8", r"cannot run fp8 with tensorrt \(FP8 needs SM 89, this is SM 87\). The nearest precision is int8"),
+        ("a100", "tensorrt", "fp8", "The nearest precision is int8"),
+        ("iphone", "coreml", "fp32", "cannot run fp32 with coreml. The nearest precision is fp16"),
+        ("iphone", "coreml", "bf16", "The nearest precision is fp16"),
+        ("iphone", "tensorrt", "fp16", "does not support the backend 'tensorrt'; it supports coreml, coreai."),
+        ("l4", "tensorrt", "int3", "no precision 'int3'; use one of fp32, fp16"),
+        ("watch", "coreml", "int8", "no target 'watch'; use one of jetson-orin-nano"),
     ],
 )  # fmt: skip
 def test_impossible_requests_name_the_nearest(
@@ -182,18 +191,19 @@ def test_impossible_requests_name_the_nearest(
 
 
 def test_nearest() -> None:
-    assert nearest("int4", ["fp32", "fp16"]) == "fp16"
-    assert nearest("fp32", ["fp16", "int8"]) == "fp16"
-    assert nearest("fp8", ["fp32", "int8", "int4"]) == "int8"
+    assert nearest_precision("int4", ["fp32", "fp16"]) == "fp16"
+    assert nearest_precision("fp32", ["fp16", "int8"]) == "fp16"
+    assert nearest_precision("fp8", ["fp32", "int8", "int4"]) == "int8"
 
 
 def test_contexts_and_prompts_that_cannot_be(planner: Planner) -> None:
-    cpu = measured(find_target("cpu"))
+    cpu = measure_target(find_target("cpu"))
     with pytest.raises(
-        UserError, match="has 1024 positions, a context of 5000 is not possible; the nearest is 1024"
+        UserError,
+        match="A context of 5000 tokens is too long: the model has 1024 positions. Use a context of at most 1024",
     ):
         planner.plan(cpu, Request("onnxruntime", "fp32", 5000))
-    with pytest.raises(UserError, match="3 images and 100 tokens of text make a prompt of 292 tokens"):
+    with pytest.raises(UserError, match="3 images and 100 text tokens make a prompt of 292 tokens"):
         planner.plan(cpu, Request("onnxruntime", "fp32", 200, images=3))
     with pytest.raises(
         UserError, match="make a prompt of 6500 tokens, but the model has only 1024 positions"
@@ -298,7 +308,7 @@ def test_recipes_and_plans_are_planned(planner: Planner, tmp_path: Path) -> None
     assert predicted.artifacts["decoder"] < four.artifacts["decoder"] < 0.4 * half.artifacts["decoder"]
     with pytest.raises(UserError, match="FP8 needs SM 89"):
         planner.plan(orin, Request("tensorrt", mine, 500))
-    mixed = planner.plan(measured(find_target("cpu")), Request("onnxruntime", "int8-int4", 500))
+    mixed = planner.plan(measure_target(find_target("cpu")), Request("onnxruntime", "int8-int4", 500))
     assert mixed.exact
     assert planner.plan(orin, Request("tensorrt", "int8-int4", 500)).weight_bytes < half.weight_bytes
     with pytest.raises(UserError, match="no precision 'int3'"):

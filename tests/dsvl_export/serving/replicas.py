@@ -19,7 +19,7 @@ class SlowReplica(Replica):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        (self.model,) = self.service.models.open
+        (self.model,) = self.service.models.open_models
         chain = self.model.pipeline.chain
         plain = chain.decode
 

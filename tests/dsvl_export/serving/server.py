@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 from dsvl_export.cli.serving import _listen
 from dsvl_export.serving.app import create_app
 from dsvl_export.serving.connection import BoundedProtocol
-from dsvl_export.serving.exchange import LocalService
+from dsvl_export.serving.local_service import LocalService
 from dsvl_export.serving.models import ModelOptions, Models
 from dsvl_export.serving.service import ServeOptions
 from runtimes.bundle.bundle import Bundle
@@ -48,7 +48,7 @@ class Served:
         return httpx.post(f"{self.url}/v1/chat/completions", timeout=60, **given)
 
     def busy(self) -> int:
-        return sum(model.scheduler.running + model.scheduler.waiting for model in self.models.open)
+        return sum(model.scheduler.running + model.scheduler.waiting for model in self.models.open_models)
 
     def rests(self) -> None:
         """Wait until nothing is answered any more."""
@@ -133,7 +133,7 @@ def connected(served: Served, messages: list[dict[str, Any]], stream: bool) -> I
 @contextmanager
 def held(found: Served, body: dict[str, Any]) -> Iterator[None]:
     """While a request is being answered, which is then answered well."""
-    gate = Gate(found.models.open[0].scheduler)
+    gate = Gate(found.models.open_models[0].scheduler)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(found.post, body)
         try:

@@ -25,7 +25,7 @@ from dsvl_export.serving.service import ServeOptions
 from runtimes.bundle.bundle import Bundle
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.pipeline import Pipeline
-from tests.dsvl_export.compilers.nodes import ray_nodes, replicas
+from tests.dsvl_export.compilers.nodes import add_node, replicas
 from tests.dsvl_export.serving.replicas import SlowReplica
 from tests.dsvl_export.serving.server import DESCRIBE, MODEL, ask, running, sentence
 
@@ -33,18 +33,14 @@ NAME = "tested"
 LONG = {"ignore_eos": True, "max_tokens": 200}  # a second
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["two nodes", "four nodes"])
-def nodes(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with ray_nodes(request.param) as found:
-        yield found
-
-
 @pytest.fixture(scope="module")
 def service(nodes: Any, tiny_bundle: Bundle) -> Iterator[ClusterService]:
     choice = ModelOptions(threads=1, slots=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deploying, "Replica", SlowReplica)
-        with deploying.deployed(nodes.address, tiny_bundle, choice, ImageLimits(), None, NAME) as found:
+        with deploying.deploy_replicas(
+            nodes.address, tiny_bundle, choice, ImageLimits(), None, NAME
+        ) as found:
             yield found
     replicas(0, NAME)
 
@@ -123,7 +119,7 @@ def test_the_same_face(
 
 
 def test_what_is_refused(url: str, service: ClusterService) -> None:
-    """By the face or by a replica: the same statuses and sentences as on one machine."""
+    """By the front end or by a replica: the same statuses and sentences as on one machine."""
     unknown = post(url, model="onnxruntime/int2", messages=ask("Hello."))
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
     broken = post(url, messages=ask(DESCRIBE, b"no picture"))
@@ -132,11 +128,11 @@ def test_what_is_refused(url: str, service: ClusterService) -> None:
     long = post(url, messages=ask("word " * 3000))
     assert long.status_code == 400
     assert "KV cache" in sentence(long)
-    service.most, before = 0, service.most
+    service.max_requests, before = 0, service.max_requests
     try:
         busy = post(url, messages=ask("Hello."))
     finally:
-        service.most = before
+        service.max_requests = before
     assert (busy.status_code, busy.headers["retry-after"]) == (429, "1")
     assert not service.running.total()
 
@@ -150,7 +146,7 @@ def test_clients_that_go_away(url: str, service: ClusterService, handle: Any) ->
         "max_tokens": 900,
         "stream": True,
     }
-    for _ in range(2 * service.most // 3):
+    for _ in range(2 * service.max_requests // 3):
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=endless, timeout=60) as answer:
             next(answer.iter_lines())
     for _ in range(5):
@@ -192,7 +188,7 @@ def test_a_replica_killed_under_load(
         if error is None:
             assert text == right
         else:
-            assert error == "The replica that wrote this answer was lost; ask again."
+            assert error == "The replica that generated this answer died; send the request again."
             assert text
             assert right.startswith(text)
             broken += 1
@@ -223,7 +219,10 @@ def test_a_request_that_ends_replicas(
 
     monkeypatch.setattr(service, "answer", Dying())
     refusal = post(url, messages=ask("Hello."))
-    assert (refusal.status_code, sentence(refusal)) == (503, "3 replicas were lost at this request.")
+    assert (refusal.status_code, sentence(refusal)) == (
+        503,
+        "3 replicas died at this request; check the log of the cluster.",
+    )
     assert Dying.calls == 3
     assert not service.running.total()
 
@@ -239,7 +238,10 @@ def test_a_machine_that_is_lost(
         whole = [pool.submit(post, url, messages=ask(DESCRIBE, picture), **LONG) for picture in pictures * 2]
         time.sleep(0.5)
         nodes.remove_node(nodes.list_all_nodes()[-1], allow_graceful=False)
-        texts = [each.result().json()["choices"][0]["message"]["content"] for each in whole]
-    assert texts == expected * 2
-    replicas(count - 1, NAME)
-    assert httpx.get(f"{url}/healthz").status_code == 200
+        try:
+            texts = [each.result().json()["choices"][0]["message"]["content"] for each in whole]
+            assert texts == expected * 2
+            replicas(count - 1, NAME)
+            assert httpx.get(f"{url}/healthz").status_code == 200
+        finally:
+            add_node(nodes)

@@ -97,7 +97,7 @@ def test_a_connection_that_is_used_stays_open(served: Served, monkeypatch: pytes
 
 def test_requests_beyond_the_connections(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that have sent no whole request make room; while all are being answered, there is none."""
-    monkeypatch.setattr(connection, "MOST_CONNECTIONS", 2)
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 2)
     with serving(tiny_bundle) as found:
         with opened(found.url) as first:
             first.sendall(
@@ -110,7 +110,7 @@ def test_requests_beyond_the_connections(tiny_bundle: Bundle, monkeypatch: pytes
                 assert first.recv(10) == b""
                 second.sendall(b"\r\n")
                 assert answer_of(second).startswith(b"HTTP/1.1 200")
-        gate = Gate(found.models.open[0].scheduler)
+        gate = Gate(found.models.open_models[0].scheduler)
         messages = ask("Hello.")
         with connected(found, messages, False), connected(found, messages, False):
             while found.busy() < 2:
@@ -183,7 +183,7 @@ def test_text_that_takes_long_holds_up_nobody(tiny_bundle: Bundle, monkeypatch: 
     """Its process is killed; meanwhile others are answered; the next long text is tokenized again."""
     monkeypatch.setattr(text, "TEXT_SECONDS", 3.0)
     monkeypatch.setattr(text.TokenizerProcess, "asset", SlowTokenizer)
-    monkeypatch.setattr(text, "SHORT", 300)
+    monkeypatch.setattr(text, "SHORT_TEXT", 300)
     long = "word " * 40
     body = {"model": MODEL, "max_tokens": 2}
     with serving(tiny_bundle) as found, ThreadPoolExecutor(1) as pool:
@@ -206,7 +206,7 @@ def test_a_request_keeps_its_time_while_its_text_is_read(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text.TokenizerProcess, "asset", SlowTokenizer)
-    monkeypatch.setattr(text, "SHORT", 300)
+    monkeypatch.setattr(text, "SHORT_TEXT", 300)
     long = "word " * 40
     with serving(tiny_bundle, ServeOptions(seconds=2)) as found:
         body = {"model": MODEL, "messages": ask(long), "max_tokens": 2}
@@ -221,11 +221,11 @@ def test_long_text_gives_the_same_tokens(
     served: Served, alone: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the other process, also where it spells control tokens."""
-    monkeypatch.setattr(text, "SHORT", 300)
+    monkeypatch.setattr(text, "SHORT_TEXT", 300)
     content = "<image_placeholder> <｜end▁of▁sentence｜> é " * 5
     found = served.post({"model": MODEL, "messages": ask(content), "max_tokens": 5, "ignore_eos": True})
     prompt = alone.format(content, 0)
-    assert len(prompt) > text.SHORT
+    assert len(prompt) > text.SHORT_TEXT
     assert found.json()["usage"]["prompt_tokens"] == len(alone.chain.tokenizer.encode(prompt))
 
 
@@ -234,7 +234,7 @@ def test_waiting_requests_hold_files_alone(tiny_bundle: Bundle) -> None:
     pictures = [png_of(side) for side in range(1, 15)]
     options = ServeOptions(images=ImageLimits(bytes=sum(map(len, pictures))))
     with serving(tiny_bundle, options, slots=1) as found:
-        scheduler = found.models.open[0].scheduler
+        scheduler = found.models.open_models[0].scheduler
         gate = Gate(scheduler)
         body = {"model": MODEL, "messages": ask(DESCRIBE, *pictures), "max_tokens": 1}
         with ThreadPoolExecutor(12) as pool:

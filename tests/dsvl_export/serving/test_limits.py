@@ -39,25 +39,25 @@ from tests.runtimes.gate import Gate
 
 TINY_PNG = png_of(8)
 BAD: list[tuple[dict[str, Any], int, str]] = [
-    ({"model": "gpt-4"}, 404, "There is no model 'gpt-4' here, only onnxruntime/fp32, onnxruntime/fp16."),
-    ({"model": "../../etc/passwd"}, 404, "There is no model '../../etc/passwd' here"),
+    ({"model": "gpt-4"}, 404, "There is no model 'gpt-4'; use one of onnxruntime/fp32, onnxruntime/fp16."),
+    ({"model": "../../etc/passwd"}, 404, "There is no model '../../etc/passwd'"),
     ({"messages": []}, 400, "messages: List should have at least 1 item"),
     ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
     ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content: the content is missing."),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "The last message must be the user's."),
     ({"messages": ask("x", "data:image/png;base64,@@@")}, 400, "image 1: the data URL is not valid base64."),
-    ({"messages": ask("x", "data:text/plain")}, 400, "a data URL reads data:image/png;base64,"),
-    ({"messages": ask("x", "data:text/plain,hello")}, 400, "image 1 is not a readable image; it may be PNG,"),
+    ({"messages": ask("x", "data:text/plain")}, 400, "a data URL has the form data:image/png;base64,"),
+    ({"messages": ask("x", "data:text/plain,hello")}, 400, "image 1 is not a readable image; use PNG,"),
     ({"messages": ask("x", "data:;base64,a-_b")}, 400, "not valid base64. Replace - by + and _ by /"),
-    ({"messages": ask("x", "picture.png")}, 400, "image 1 is neither a URL nor base64; give a URL as data:"),
-    ({"messages": ask("x", b"no image")}, 400, "image 1 is not a readable image; it may be PNG, JPEG, WEBP, GIF, BMP."),
+    ({"messages": ask("x", "picture.png")}, 400, "image 1 is neither a URL nor base64; pass a URL such as data:"),
+    ({"messages": ask("x", b"no image")}, 400, "image 1 is not a readable image; use PNG, JPEG, WEBP, GIF, BMP."),
     ({"messages": ask("x", TINY_PNG[:100])}, 400, "image 1 is damaged: "),
-    ({"messages": ask("x", "http://127.0.0.1/x.png")}, 400, "this server takes data URLs only."),
-    ({"messages": ask("x", "file:///etc/passwd")}, 400, "this server takes data URLs only."),
+    ({"messages": ask("x", "http://127.0.0.1/x.png")}, 400, "this server accepts only data URLs."),
+    ({"messages": ask("x", "file:///etc/passwd")}, 400, "this server accepts only data URLs."),
     ({"messages": ask("word " * 5000)}, 400, "tokens but the KV cache holds 1024"),
     ({"messages": ask("\ud800")}, 400, "half a surrogate pair"),
-    ({"messages": ask("x", *["data:,"] * 10_000)}, 400, "The request has 10000 images, this server takes 16."),
+    ({"messages": ask("x", *["data:,"] * 10_000)}, 400, "The request has 10000 images; the limit is 16."),
     ({"messages": user_part({"type": "image_url", "image_url": 1})}, 400, "messages.0.content.0.image_url: Input should be"),
     ({"messages": user_part({"type": "image_url", "image_url": {"url": 1}})}, 400, "messages.0.content.0.image_url.url: "),
     ({"messages": user_part({"type": "image_url", "image_url": {}})}, 400, "messages.0.content.0.image_url.url: Field required."),
@@ -75,7 +75,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"stream": "yes"}, 400, "stream: Input should be a valid boolean."),
     ({"max_tokens": True}, 400, "max_tokens: Input should be a valid integer."),
     ({"max_tokens": 1.5}, 400, "max_tokens: Input should be a valid integer."),
-    ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens and max_completion_tokens differ; give one"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens and max_completion_tokens differ; pass one"),
     ({"model": None}, 400, "model: Input should be a valid string."),
     ({"model": "\x1b[31m" + "x" * 10_000}, 404, "There is no model '\\x1b[31m"),
     ({"repetition_penalty": 1e-300}, 400, "repetition_penalty: Input should be"),
@@ -96,8 +96,8 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"guided_json": {}}, 400, "The parameter guided_json is not supported"),
     ({"min_p": 0.1}, 400, "The parameter min_p is not supported"),
     ({"best_of": 2}, 400, "The parameter best_of is not supported"),
-    ({"max_token": 5}, 400, "The parameter 'max_token' is not known to this server (did you mean max_tokens?); leave it out."),
-    ({"num_predict": None}, 400, "The parameter 'num_predict' is not known to this server; leave it out."),
+    ({"max_token": 5}, 400, "The parameter 'max_token' is unknown (did you mean max_tokens?); leave it out."),
+    ({"num_predict": None}, 400, "The parameter 'num_predict' is unknown; leave it out."),
 ]  # fmt: skip
 
 
@@ -136,7 +136,10 @@ def test_bad_bodies_and_paths(served: Served) -> None:
     for path in ("/nothing", "/%2e%2e/manifest.json", "/v1/../../etc/passwd", "//etc/passwd", "/page.html"):
         assert httpx.get(served.url + path).status_code == 404
     wrong = httpx.get(f"{served.url}/v1/chat/completions")
-    assert (wrong.status_code, sentence(wrong)) == (405, "/v1/chat/completions does not take GET.")
+    assert (wrong.status_code, sentence(wrong)) == (
+        405,
+        "/v1/chat/completions does not support the method GET.",
+    )
 
 
 def test_hosts(tiny_bundle: Bundle, served: Served) -> None:
@@ -180,10 +183,10 @@ def test_tokens(tiny_bundle: Bundle) -> None:
 def test_limits(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies that are too large, announced or not, and one that never ends; the server goes on."""
     monkeypatch.setattr(serving_app, "BODY_SECONDS", 0.5)
-    with serving(tiny_bundle, ServeOptions(body=10_000)) as found:
+    with serving(tiny_bundle, ServeOptions(max_body_bytes=10_000)) as found:
         large = found.post({"model": MODEL, "messages": ask("x" * 20_000)})
         assert large.status_code == 413
-        assert sentence(large) == "The body is larger than the 10000 bytes that this server takes."
+        assert sentence(large) == "The body is larger than the limit of 10000 bytes."
         address = httpx.URL(found.url)
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         for rest, status in (
@@ -252,7 +255,7 @@ def test_clients_that_go_away_free_their_slots(
     served: Served, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the answer began, and in the middle of a stream."""
-    scheduler = served.models.open[0].scheduler
+    scheduler = served.models.open_models[0].scheduler
     chain, taken = scheduler.chain, []
     plain, submit = chain.decode, scheduler.submit
     monkeypatch.setattr(scheduler, "submit", lambda *given: taken.append(submit(*given)) or taken[-1])
@@ -272,8 +275,8 @@ def test_clients_that_go_away_free_their_slots(
         served.rests()
         job = taken.pop()
         assert job.cancelled
-        assert (job.decoding is None) == waits
-        assert waits or len(job.decoding.writer.answer.tokens) < 400
+        assert (job.sequence is None) == waits
+        assert waits or len(job.sequence.answer.tokens) < 400
 
 
 def test_a_bundle_that_changes(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -315,10 +318,10 @@ def test_remote_images_of_allowed_hosts(tiny_bundle: Bundle, pictures: list[Path
             remote, local = found.post(body), found.post({**body, "messages": ask(DESCRIBE, pictures[0])})
             assert remote.json()["choices"] == local.json()["choices"]
             for url, text in (
-                (f"{at}/moved", "127.0.0.1 did not give the image (HTTP Error 302: Found)."),
+                (f"{at}/moved", "cannot download the image from 127.0.0.1 (HTTP Error 302: Found)."),
                 (f"{at}/large", "image 1 has more than 200000 bytes."),
-                ("http://localhost/x", "this server takes data URLs or URLs of 127.0.0.1 only."),
-                ("http://127.0.0.1:1/x", "did not give the image"),
+                ("http://localhost/x", "this server accepts only data URLs and URLs of 127.0.0.1."),
+                ("http://127.0.0.1:1/x", "cannot download the image from"),
             ):
                 refusal = found.post({**body, "messages": ask("x", url)})
                 assert refusal.status_code == 400

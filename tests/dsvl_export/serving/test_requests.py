@@ -15,7 +15,7 @@ from openai.types.chat import completion_create_params
 from dsvl_export.serving.errors import RequestError
 from dsvl_export.serving.images import ImageLimits, image_file
 from dsvl_export.serving.parameters import IGNORED, NEUTRAL
-from dsvl_export.serving.protocol import ChatMessage, ChatRequest, conversation
+from dsvl_export.serving.protocol import ChatMessage, ChatRequest, parse_conversation
 from dsvl_export.serving.service import ServeOptions
 from runtimes.bundle.bundle import Bundle
 from runtimes.text.prompt import IMAGE
@@ -171,7 +171,7 @@ def test_the_order_of_a_message() -> None:
         ([a, b], "a b", ""),
     ):
         messages = [ChatMessage.model_validate({"role": "user", "content": parts})]
-        found = conversation(messages, 16)
+        found = parse_conversation(messages, 16)
         assert found.turns[0].content == content
         assert [url[-1] for url in found.urls] == list(urls)
 
@@ -245,7 +245,7 @@ def test_health_checks_without_a_body_or_a_host(served: Served) -> None:
     head = httpx.head(f"{served.url}/healthz")
     assert (head.status_code, head.content) == (200, b"")
     assert httpx.head(served.url).status_code == 200
-    assert sentence(httpx.post(f"{served.url}/healthz")) == "/healthz does not take POST."
+    assert sentence(httpx.post(f"{served.url}/healthz")) == "/healthz does not support the method POST."
 
 
 def test_the_openapi_document(served: Served, with_origins: Served) -> None:

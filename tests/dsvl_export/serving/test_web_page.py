@@ -66,7 +66,9 @@ def answers(page: Any, count: int) -> list[str]:
 
 @needs_browser
 @pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (390, "dark")])
-def test_a_talk(visit: Open, tiny_bundle: Bundle, pictures: list[Path], width: int, scheme: str) -> None:
+def test_a_conversation(
+    visit: Open, tiny_bundle: Bundle, pictures: list[Path], width: int, scheme: str
+) -> None:
     """Two turns about one picture, then one about two; figures, sizes and contrast."""
     alone = Pipeline.open(tiny_bundle, "onnxruntime", "fp32", threads=1)
     first = alone.chat(DESCRIBE, [pictures[0]]).text
@@ -100,7 +102,7 @@ def test_streaming_and_stop(
     visit: Open, served: Served, tiny_bundle: Bundle, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text is there before the answer is complete; stopping frees the slot and keeps what was written."""
-    chain = served.models.open[0].pipeline.chain
+    chain = served.models.open_models[0].pipeline.chain
     plain = chain.decode
     monkeypatch.setattr(chain, "decode", lambda *given: time.sleep(0.25) or plain(*given))
     page = visit()
@@ -174,12 +176,12 @@ def test_other_models_and_errors(visit: Open, served: Served, pictures: list[Pat
     ask(page, DESCRIBE, pictures[0])
     answers(page, 1)
     assert page.locator(".figures").inner_text().replace("\u00a0", " ").startswith("onnxruntime · fp16")
-    ask(page, "word " * 5000)  # too long: said, and the question is there to be mended
+    ask(page, "word " * 5000)  # too long: announced, and the question can be edited
     page.wait_for_selector(".error")
     assert "tokens but the KV cache holds" in page.locator(".error").inner_text()
     assert page.locator("#question").input_value().startswith("word word")
     ask(page, "And now?")
-    assert len(answers(page, 2)) == 2  # the refused question is not part of the talk
+    assert len(answers(page, 2)) == 2  # the refused question is not part of the conversation
 
 
 @needs_browser

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from calibration.precision_plan import based_recipes, recipe_names
-from dsvl_export.compilers import compiler_names
+from calibration.precision_plan import recipe_names, recipe_names_with_base
+from dsvl_export.compilers.registry import compiler_names
 from dsvl_export.exporter.export import export
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.planning.plan import Planner, Request
@@ -70,7 +70,7 @@ def test_targets_plan_and_export_agree(planner: Planner, target: str, tmp_path: 
 @pytest.mark.usefixtures("no_work")
 def test_plan_and_export_agree_on_other_bases(planner: Planner, tmp_path: Path) -> None:
     for target, backend in (("cpu", "onnxruntime"), ("iphone", "coreai"), ("android", "executorch")):
-        for name in based_recipes():
+        for name in recipe_names_with_base():
             found = [by_plan(planner, target, backend, name), by_export(tmp_path, target, backend, name)]
             assert found[0] == found[1], (target, backend, name)
     assert not by_plan(planner, "cpu", "onnxruntime", "8da4w-fp16")  # ONNX Runtime wants a base of fp32

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import reference.checkpoint.chat_template
-from reference.checkpoint.chat_template import template_difference
+from reference.checkpoint.chat_template import describe_template_difference
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.checkpoint.specs import prompt_spec
 from reference.tiny import TINY
@@ -42,7 +42,7 @@ def difference(folder: Path, name: str, content: str) -> str:
         shutil.copyfile(TINY / file, folder / file)
     (folder / name).write_text(content, encoding="utf-8")
     checkpoint = open_checkpoint(str(folder))
-    return template_difference(checkpoint, prompt_spec(checkpoint))
+    return describe_template_difference(checkpoint, prompt_spec(checkpoint))
 
 
 def in_json(template: str) -> str:
@@ -84,6 +84,6 @@ def test_another_format_is_one_sentence(tmp_path: Path, template: str, clause: s
 
 
 def test_a_template_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference.checkpoint.chat_template, "SECONDS", 1.0)
+    monkeypatch.setattr(reference.checkpoint.chat_template, "RENDER_TIMEOUT_SECONDS", 1.0)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     assert "it takes more than 1 seconds" in difference(tmp_path, "chat_template.jinja", endless)

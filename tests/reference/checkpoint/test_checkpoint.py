@@ -9,8 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reference.checkpoint.checkpoint import open_checkpoint, parameter_shapes, resolve, write_original
-from reference.checkpoint.layouts import sources
+from reference.checkpoint.checkpoint import (
+    open_checkpoint,
+    parameter_shapes,
+    resolve_checkpoint,
+    write_original_checkpoint,
+)
+from reference.checkpoint.layouts import parameter_sources
 from reference.checkpoint.specs import prompt_spec
 from runtimes.errors import UserError
 from tests.conftest import OraclePair
@@ -18,7 +23,7 @@ from tests.oracles.models import save_oracle
 
 
 def parameters(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(open_checkpoint(str(folder)).model().named_parameters())
+    return dict(open_checkpoint(str(folder)).load_model().named_parameters())
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -37,7 +42,7 @@ def test_both_layouts_of_the_same_model(hybrid_pair: OraclePair, tmp_path: Path)
 
     model = hybrid_pair.model
     config = replace(model.config, layout="original")
-    table = sources(config, parameter_shapes(config))
+    table = parameter_sources(config, parameter_shapes(config))
     state = {table[name].names[0]: parameter.contiguous() for name, parameter in model.named_parameters()}
     low, high = model.config.vision.siglip, model.config.vision.sam
     decoder = model.config.decoder
@@ -58,7 +63,7 @@ def test_both_layouts_of_the_same_model(hybrid_pair: OraclePair, tmp_path: Path)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.config.layout == "original"
-    assert same(dict(checkpoint.model().named_parameters()), dict(model.named_parameters()))
+    assert same(dict(checkpoint.load_model().named_parameters()), dict(model.named_parameters()))
 
 
 def test_unused_tensors_of_real_checkpoints_are_accepted(tiny_copy: Path) -> None:
@@ -96,24 +101,24 @@ def test_tied_heads(siglip_pair: OraclePair, tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    model = open_checkpoint(str(tmp_path)).model()
+    model = open_checkpoint(str(tmp_path)).load_model()
     assert torch.equal(model.decoder.head.weight, model.token_embedding.weight)
 
 
 def test_where_a_checkpoint_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="There is no folder"):
-        resolve(str(tmp_path / "absent"))
+    with pytest.raises(UserError, match=r"The folder .* does not exist"):
+        resolve_checkpoint(str(tmp_path / "absent"))
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file; give the folder"):
-        resolve(str(tmp_path / "file"))
+        resolve_checkpoint(str(tmp_path / "file"))
     with pytest.raises(UserError, match="holds no weights"):
         edit = tmp_path / "empty"
         edit.mkdir()
-        (edit / "config.json").write_text(Path(resolve("tiny") / "config.json").read_text())
+        (edit / "config.json").write_text(Path(resolve_checkpoint("tiny") / "config.json").read_text())
         open_checkpoint(str(edit))
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="install huggingface_hub"):
-        resolve("deepseek-ai/deepseek-vl-1.3b-chat")
+        resolve_checkpoint("deepseek-ai/deepseek-vl-1.3b-chat")
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +128,8 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route to the hub\nmore lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"the hub did not give it: no route to the hub\.$"):
-        resolve("deepseek-ai/deepseek-vl-1.3b-chat")
+    with pytest.raises(UserError, match=r"its download from the hub failed: no route to the hub\.$"):
+        resolve_checkpoint("deepseek-ai/deepseek-vl-1.3b-chat")
 
 
 def test_tokenizers_without_the_special_tokens(tiny_copy: Path) -> None:
@@ -142,16 +147,16 @@ def test_write_original_rounds_to_half(tiny_copy: Path, tmp_path: Path) -> None:
     """The writer of the tiny checkpoint gives back what it was given."""
     import tokenizers
 
-    model = open_checkpoint(str(tiny_copy)).model()
+    model = open_checkpoint(str(tiny_copy)).load_model()
     raw = json.loads((tiny_copy / "config.json").read_text())
     tokenizer = tokenizers.Tokenizer.from_file(str(tiny_copy / "tokenizer.json"))
-    write_original(model, raw, tokenizer, tmp_path / "written")
+    write_original_checkpoint(model, raw, tokenizer, tmp_path / "written")
     assert same(parameters(tmp_path / "written"), dict(model.named_parameters()))
 
 
 def test_streamed_weights_compute_the_same(pair: OraclePair) -> None:
     """Weights are there only while their module runs, and the numbers are equal to the last bit."""
-    streamed = pair.checkpoint.model(streamed=True)
+    streamed = pair.checkpoint.load_model(streamed=True)
     side = pair.model.config.vision.image_size
     pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     embeds = pair.model.encode_image(pixels)

@@ -11,7 +11,7 @@ import pytest
 
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.checkpoint.config_file import parse_config
-from reference.checkpoint.released import RELEASED
+from reference.checkpoint.released import RELEASED_CONFIGS
 from reference.model.config import ModelConfig
 from reference.tiny import TINY
 from runtimes.errors import UserError
@@ -52,7 +52,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def test_configs_that_are_no_deepseek_vl(tiny_copy: Path) -> None:
     edit_config(tiny_copy, model_type="llava")
-    with pytest.raises(UserError, match="model_type 'llava', which is no DeepSeek-VL"):
+    with pytest.raises(UserError, match="model_type 'llava', which is not a DeepSeek-VL model"):
         open_checkpoint(str(tiny_copy))
     (tiny_copy / "config.json").write_text("{not json")
     with pytest.raises(UserError, match="is not valid JSON"):
@@ -70,7 +70,7 @@ def test_configs_that_are_no_deepseek_vl(tiny_copy: Path) -> None:
     [
         (("vision_config", "cls"), "CLIPModel", "vision_config.cls is 'CLIPModel', which is not supported"),
         (("aligner_config", "params", "projector_type"), "linear", "projector_type is 'linear'"),
-        (("aligner_config", "params", "n_embed"), 64, "gives 64 channels but the decoder takes 4096"),
+        (("aligner_config", "params", "n_embed"), 64, "outputs 64 channels but the decoder takes 4096"),
         (("language_config", "hidden_act"), "gelu", "hidden_act is 'gelu', which is not supported"),
         (("language_config", "rope_scaling"), {"type": "linear", "factor": 2}, "type is 'linear'"),
         (("language_config", "rope_scaling"), "linear", "rope_scaling is 'linear', expected an object"),
@@ -116,13 +116,13 @@ def test_configs_that_are_no_deepseek_vl(tiny_copy: Path) -> None:
         (("quantization_config",), {"quant_method": "fp8"}, r"quantized already \(by 'fp8'\)"),
         (("quantization_config",), {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "'bitsandbytes'"),
         (("language_config", "quantization_config"), {"quant_method": "awq"}, "by 'awq'"),
-        (("compression_config",), {"format": "pack"}, "by a method that it does not name"),
+        (("compression_config",), {"format": "pack"}, "by an unnamed method"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # a long integer has no text
 )
 def test_values_of_the_original_layout(path: tuple[str, ...], value: Any, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence) as caught:
-        changed(RELEASED["7b"], path, value)
+        changed(RELEASED_CONFIGS["7b"], path, value)
     assert len(str(caught.value)) < 250
 
 
@@ -197,7 +197,7 @@ def test_the_second_neck_reads_the_first_listed_global_layer() -> None:
     sam = parse_config(TRANSFORMERS, "config.json").vision.sam
     assert sam is not None
     assert sam.global_layers == (3, 1)
-    sam = changed(RELEASED["7b"], (*HIGH, "global_layers"), [3, 1]).vision.sam
+    sam = changed(RELEASED_CONFIGS["7b"], (*HIGH, "global_layers"), [3, 1]).vision.sam
     assert sam is not None
     assert sam.global_layers == (1, 3)
 
@@ -206,7 +206,7 @@ def test_a_key_that_is_missing_is_named(tiny_copy: Path) -> None:
     raw = json.loads((tiny_copy / "config.json").read_text())
     del raw["aligner_config"]
     (tiny_copy / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="lacks the key 'aligner_config'"):
+    with pytest.raises(UserError, match="is missing the key 'aligner_config'"):
         open_checkpoint(str(tiny_copy))
 
 
@@ -230,7 +230,9 @@ def test_hostile_values_end_in_a_sentence(layout: str) -> None:
         raw = random_config(0, layout)
         raw["text_config"] |= {"rope_parameters": {"rope_theta": 1.0}, "rope_scaling": {}, "head_dim": 8}
     else:
-        raw = RELEASED["7b"] if layout == "original" else json.loads((TINY / "config.json").read_text())
+        raw = (
+            RELEASED_CONFIGS["7b"] if layout == "original" else json.loads((TINY / "config.json").read_text())
+        )
     extra = [(section, key) for section in raw if isinstance(raw[section], dict) for key in EXTRA_KEYS]
     refused = 0
     for path in [*paths(raw), *extra, ("quantization_config",), ("model_type",)]:
@@ -248,8 +250,8 @@ def test_hostile_values_end_in_a_sentence(layout: str) -> None:
 
 def test_sizes_in_a_manifest() -> None:
     """What ``to_dict`` writes is read again; damaged, it ends in a sentence."""
-    raw = json.loads(json.dumps(parse_config(RELEASED["7b"], "config.json").to_dict()))
-    assert ModelConfig.from_dict(raw) == parse_config(RELEASED["7b"], "config.json")
+    raw = json.loads(json.dumps(parse_config(RELEASED_CONFIGS["7b"], "config.json").to_dict()))
+    assert ModelConfig.from_dict(raw) == parse_config(RELEASED_CONFIGS["7b"], "config.json")
     for path in paths(raw):
         for value in (None, 0, -1, "x", [], {}, float("nan"), 10**5000):
             damaged = copy.deepcopy(raw)

@@ -16,7 +16,7 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
 )
 
 from reference.checkpoint.checkpoint import open_checkpoint
-from reference.checkpoint.image_processor import preprocessing
+from reference.checkpoint.image_processor import parse_preprocessing
 from reference.checkpoint.settings import Settings
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from reference.model.config import ModelConfig
@@ -217,7 +217,7 @@ def test_hostile_values_end_in_a_sentence(siglip_pair: OraclePair, hybrid_pair: 
                     {**checkpoint.preprocessor.values, key: value}, "preprocessor_config.json"
                 )
                 try:
-                    spec = preprocessing(settings, ModelConfig.from_dict(raw))
+                    spec = parse_preprocessing(settings, ModelConfig.from_dict(raw))
                 except UserError as error:
                     assert len(str(error)) < 300
                 else:

@@ -21,7 +21,7 @@ from tests.oracles.models import save_oracle
 
 
 def parameters(folder: Path) -> dict[str, Tensor]:
-    return dict(open_checkpoint(str(folder)).model().named_parameters())
+    return dict(open_checkpoint(str(folder)).load_model().named_parameters())
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -89,7 +89,7 @@ def test_bin_files_with_code_are_refused(tiny_copy: Path, zipped: bool) -> None:
     with pytest.raises(UserError, match="cannot be read as plain weights"):
         open_checkpoint(str(tiny_copy))
     torch.save({"x": torch.nn.Linear(2, 2)}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="it names torch.nn.modules.linear.Linear") as caught:
+    with pytest.raises(UserError, match="it refers to torch.nn.modules.linear.Linear") as caught:
         open_checkpoint(str(tiny_copy))
     assert len(str(caught.value)) < 300
     torch.save([torch.zeros(2)], file, _use_new_zipfile_serialization=zipped)

@@ -12,10 +12,10 @@ import pytest
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT, TINY, TINY_DIGEST
 from reference.tiny.batches import encode_chat
-from reference.tiny.heldout import QUESTIONS, make_rows, reference_answers
-from reference.tiny.pictures import CANVAS, HELD_OUT_FONTS, TRAIN_FONTS, draw
-from reference.tiny.questions import KINDS, Question, chat, describe
-from reference.tiny.tokenizer import corpus, train_tokenizer
+from reference.tiny.heldout import QUESTION_COUNT, answer_with_reference, make_held_out_rows
+from reference.tiny.pictures import CANVAS, HELD_OUT_FONTS, TRAIN_FONTS, draw_scene
+from reference.tiny.questions import HELD_OUT_KINDS, Question, describe_scene, make_chat
+from reference.tiny.tokenizer import build_corpus, train_tokenizer
 from runtimes.bundle.bundle import Bundle
 from runtimes.goldens.task import TaskItem, TaskScore, load_task, run_task
 from runtimes.pipeline import Pipeline
@@ -38,7 +38,7 @@ def scores(tiny_bundle: Bundle, items: list[TaskItem]) -> dict[str, TaskScore]:
 
 def test_exact_match(scores: dict[str, TaskScore]) -> None:
     fp32 = scores["fp32"]
-    assert fp32.asked.total() == QUESTIONS == 500
+    assert fp32.questions.total() == QUESTION_COUNT == 500
     assert fp32.accuracy >= 0.95
     assert min(fp32.by_kind().values()) >= 0.90, fp32.by_kind()
 
@@ -80,18 +80,18 @@ def test_recorded_answers_are_those_of_the_bundled_weights(items: list[TaskItem]
     """A sixth of them again through PyTorch; the digest says for which weights they hold."""
     assert open_checkpoint("tiny").digest == TINY_DIGEST
     some = items[::6]
-    score = reference_answers(some)
+    score = answer_with_reference(some)
     assert score.answers == [item.reference for item in some]
     assert score.tokens == [item.reference_tokens for item in some]
 
 
 def test_the_held_out_set_is_what_its_script_makes(items: list[TaskItem], tmp_path: Path) -> None:
-    rows = make_rows(tmp_path)
+    rows = make_held_out_rows(tmp_path)
     stored = [json.loads(line) for line in HELDOUT.read_text().splitlines()]
     for row in stored:  # recorded with the weights, later
         del row["reference"], row["reference_tokens"]
     assert rows == stored
-    assert {row["kind"] for row in rows} == set(KINDS)
+    assert {row["kind"] for row in rows} == set(HELD_OUT_KINDS)
     assert min(Counter(row["kind"] for row in rows).values()) >= 30
     assert sum(len(row["images"]) == 2 for row in rows) >= 50
     assert sum(bool(row["history"]) for row in rows) >= 30
@@ -99,9 +99,9 @@ def test_the_held_out_set_is_what_its_script_makes(items: list[TaskItem], tmp_pa
 
 def test_held_out_pictures_differ_in_fonts_and_places() -> None:
     assert not set(HELD_OUT_FONTS) & set(TRAIN_FONTS)
-    assert np.array_equal(draw((5, 1))[0], draw((5, 1))[0])
-    assert draw((5, 1))[0].size != draw((5, 1), held_out=True)[0].size or not np.array_equal(
-        draw((5, 1))[0], draw((5, 1), held_out=True)[0]
+    assert np.array_equal(draw_scene((5, 1))[0], draw_scene((5, 1))[0])
+    assert draw_scene((5, 1))[0].size != draw_scene((5, 1), held_out=True)[0].size or not np.array_equal(
+        draw_scene((5, 1))[0], draw_scene((5, 1), held_out=True)[0]
     )
 
 
@@ -110,7 +110,7 @@ def test_scenes_say_what_is_drawn() -> None:
     from reference.tiny.pictures import COLOURS
 
     for seed in range(60):
-        image, scene = draw((seed, 77))
+        image, scene = draw_scene((seed, 77))
         pixels, scale = np.asarray(image).astype(int), image.size[0] / CANVAS
         assert scene.number == "".join(digit.name for digit in scene.digits)
         for shape in scene.shapes:
@@ -127,12 +127,12 @@ def test_scenes_say_what_is_drawn() -> None:
 
 def test_answers_follow_from_the_scene() -> None:
     for seed in range(200):
-        _, scene = draw((seed, 78))
-        for question in chat(np.random.default_rng(seed), [scene], turns=8):
+        _, scene = draw_scene((seed, 78))
+        for question in make_chat(np.random.default_rng(seed), [scene], turns=8):
             if question.kind == "count_all":
                 assert question.answer == str(len(scene.shapes))
             elif question.kind == "describe":
-                assert question.answer == describe(scene)
+                assert question.answer == describe_scene(scene)
                 assert scene.number in question.answer
             elif question.kind == "exists":
                 named = [
@@ -147,7 +147,7 @@ def test_answers_follow_from_the_scene() -> None:
 
 def test_training_text_is_the_prompt_format() -> None:
     """What is trained on is, token by token, what the pipeline asks."""
-    tokenizer = train_tokenizer(corpus(200))
+    tokenizer = train_tokenizer(build_corpus(200))
     questions = [
         Question("x", "What number is in the picture?", "42"),
         Question("x", "Count the shapes.", "3"),

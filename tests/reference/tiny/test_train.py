@@ -17,7 +17,7 @@ def test_both_stages_learn_and_write_a_checkpoint(tmp_path: Path, monkeypatch: p
     first, second = train.STAGES
     stages = (replace(first, steps=60, batch=8), replace(second, steps=40, batch=12))
     monkeypatch.setattr(train, "STAGES", stages)
-    monkeypatch.setattr(train, "POOL", 80)
+    monkeypatch.setattr(train, "POOL_SIZE", 80)
     threads = torch.get_num_threads()
     train.main(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
@@ -27,7 +27,7 @@ def test_both_stages_learn_and_write_a_checkpoint(tmp_path: Path, monkeypatch: p
     assert rows[4]["which_loss"] < rows[3]["which_loss"]
     assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
     checkpoint = open_checkpoint(str(tmp_path / "checkpoint"))
-    weights = dict(checkpoint.model().named_parameters())
+    weights = dict(checkpoint.load_model().named_parameters())
     # Stage 2 leaves the vision encoder as stage 1 made it, up to the rounding to half precision.
     state = torch.load(tmp_path / "stage1.pt", weights_only=True)["model"]
     name = "vision_encoder.high.blocks.1.mlp.fc1.weight"

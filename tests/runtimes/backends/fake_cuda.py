@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from dsvl_export.compilers.engines.building import EngineSettings, profiles
+from dsvl_export.compilers.engines.build import EngineSettings, profiles
 from runtimes.backends.engines.cuda import Cuda, Stream
 from runtimes.backends.engines.session import LoadedEngine
 from runtimes.bundle.contracts import Contract, updated_state

@@ -13,9 +13,10 @@ import pytest
 
 from runtimes.backends.engines import backend, session
 from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu
-from runtimes.backends.engines.machine import mismatch
+from runtimes.backends.engines.machine import engine_mismatch
 from runtimes.backends.engines.trust import trust_engine
-from runtimes.bundle.bundle import Bundle, Engine
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Engine
 from runtimes.errors import UserError
 from runtimes.session import SessionOptions
 from tests.runtimes.backends.fake_cuda import NO_DRIVER, FakeCuda, FakeTensorRT, fake_plan
@@ -45,7 +46,7 @@ def test_loading_an_engine(
     use(monkeypatch, cuda, FakeTensorRT(cuda, {"decoder": contract}))
     options = SessionOptions()
     with pytest.raises(
-        UserError, match=r"There is no engine .*decoder\.engine; run: dsvl-export build-engine"
+        UserError, match=r"The engine .*decoder\.engine does not exist; run: dsvl-export build-engine"
     ):
         backend.open_decoder("tensorrt", file, contract, options)
     plan = file.with_suffix(".engine")
@@ -55,7 +56,7 @@ def test_loading_an_engine(
     plan.write_bytes(plan.read_bytes()[:-7])
     with pytest.raises(
         UserError,
-        match=r"TensorRT cannot load .*: the plan's magic tag does not match; it was not built on this",
+        match=r"TensorRT cannot load .*: the plan's magic tag does not match; host code in it is not run",
     ):
         backend.open_decoder("tensorrt", file, contract, options)
     trust_engine(plan)
@@ -64,14 +65,14 @@ def test_loading_an_engine(
     ):
         backend.open_decoder("tensorrt", file, contract, options)
     plan.write_bytes(b"")
-    with pytest.raises(UserError, match="cannot be read: cannot mmap an empty file"):
+    with pytest.raises(UserError, match="is not readable: cannot mmap an empty file"):
         backend.open_decoder("tensorrt", file, contract, options)
     with pytest.raises(UserError, match="runs on cuda, or its ONNX files on cpu, not on mps"):
         backend.open_decoder("tensorrt", file, contract, SessionOptions(device="mps"))
     cuda.gpus = 0
     with pytest.raises(
         UserError,
-        match=r"need an NVIDIA GPU \(CUDA failed in .*cudaErrorInsufficientDriver.*\); --device cpu",
+        match=r"need an NVIDIA GPU \(CUDA failed in .*cudaErrorInsufficientDriver.*\); use --device cpu",
     ):
         backend.open_decoder("tensorrt", file, contract, options)
 
@@ -87,12 +88,12 @@ def test_code_of_an_engine_runs_where_it_was_built_or_is_trusted(
     def load() -> object:
         return backend.open_decoder("tensorrt", tmp_path / "decoder.onnx", contract, SessionOptions())
 
-    with pytest.raises(UserError, match="host code, which is not allowed; it was not built on this machine"):
+    with pytest.raises(UserError, match="host code, which is not allowed; host code in it is not run"):
         load()
     trust_engine(plan)
     assert load()
     plan.write_bytes(fake_plan(source, "decoder", CAPACITY + 1, host_code=True))  # another one in its place
-    with pytest.raises(UserError, match="or give --trust-engine if you trust who made it"):
+    with pytest.raises(UserError, match="or use --trust-engine if you trust its author"):
         load()
 
 
@@ -104,21 +105,21 @@ ENGINE = Engine("f", (87,), "Orin", "CUDA 12.6", "10.3.0", 2048, 8, (), "aarch64
     [
         (ENGINE, Gpu("Orin", 87, "", "aarch64"), "10.3.0", None),
         (ENGINE, Gpu("Orin", 87, "another driver", "aarch64"), "10.3.0", None),
-        (ENGINE, Gpu("NVIDIA L4", 89, "", "aarch64"), "10.3.0", "its engine was built for SM 87, here is NVIDIA L4 (SM 89)"),
-        (ENGINE, Gpu("Orin Nano", 87, "", "aarch64"), "10.3.0", "its engine was built on Orin, here is Orin Nano (SM 87)"),
-        (ENGINE, Gpu("Orin", 87, "", "aarch64"), "10.4.0", "its engine was built by tensorrt 10.3.0, here is 10.4.0"),
+        (ENGINE, Gpu("NVIDIA L4", 89, "", "aarch64"), "10.3.0", "its engine was built for SM 87, but this machine has NVIDIA L4 (SM 89)"),
+        (ENGINE, Gpu("Orin Nano", 87, "", "aarch64"), "10.3.0", "its engine was built on Orin, but this machine has Orin Nano (SM 87)"),
+        (ENGINE, Gpu("Orin", 87, "", "aarch64"), "10.4.0", "its engine was built by tensorrt 10.3.0, but 10.4.0 is installed"),
         (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, "", "aarch64"), "10.4.0", None),
-        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, "", "aarch64"), "11.0.0", "its engine was built by tensorrt 10.3.0, here is 11.0.0"),
-        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, "", "aarch64"), "10.2.0", "its engine was built by tensorrt 10.3.0, here is 10.2.0"),
+        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, "", "aarch64"), "11.0.0", "its engine was built by tensorrt 10.3.0, but 11.0.0 is installed"),
+        (replace(ENGINE, options=("version-compatible",)), Gpu("Orin", 87, "", "aarch64"), "10.2.0", "its engine was built by tensorrt 10.3.0, but 10.2.0 is installed"),
         (replace(ENGINE, options=("hardware-compatible",)), Gpu("NVIDIA L4", 89, "", "aarch64"), "10.3.0", None),
-        (replace(ENGINE, options=("hardware-compatible",)), Gpu("T4", 75, "", "aarch64"), "10.3.0", "its engine was built for SM 87, here is T4 (SM 75)"),
-        (replace(ENGINE, platform="x86_64"), Gpu("Orin", 87, "", "aarch64"), "10.3.0", "its engine was built on x86_64, here is aarch64"),
+        (replace(ENGINE, options=("hardware-compatible",)), Gpu("T4", 75, "", "aarch64"), "10.3.0", "its engine was built for SM 87, but this machine has T4 (SM 75)"),
+        (replace(ENGINE, platform="x86_64"), Gpu("Orin", 87, "", "aarch64"), "10.3.0", "its engine was built on x86_64, but this machine is aarch64"),
         (replace(ENGINE, gpu="", sm=(86, 89)), Gpu("RTX 4090", 89, "", "aarch64"), "10.3.0", None),
-        (replace(ENGINE, gpu="", sm=(86, 89)), Gpu("RTX 5090", 120, "", "aarch64"), "10.3.0", "its engine was built for SM 86, 89, here is RTX 5090 (SM 120)"),
+        (replace(ENGINE, gpu="", sm=(86, 89)), Gpu("RTX 5090", 120, "", "aarch64"), "10.3.0", "its engine was built for SM 86, 89, but this machine has RTX 5090 (SM 120)"),
     ],
 )  # fmt: skip
 def test_engines_of_other_machines(engine: Engine, gpu: Gpu, version: str, reason: str | None) -> None:
-    assert mismatch(engine, gpu, "tensorrt", version) == reason
+    assert engine_mismatch(engine, gpu, "tensorrt", version) == reason
 
 
 def test_what_the_gpu_is(cuda: FakeCuda) -> None:
@@ -163,7 +164,7 @@ def test_executions(trt11_bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.Mo
     )
     rtx = backend.execution("tensorrt_rtx", built)
     assert str(rtx) == f"built by TensorRT-RTX on CPU, numerics by ONNX Runtime {RELEASE} on the same file"
-    assert (rtx.kind, rtx.device, rtx.judgeable) == ("simulated", "cpu", True)
+    assert (rtx.kind, rtx.device, rtx.runnable) == ("simulated", "cpu", True)
     asked = backend.execution("tensorrt", built, "cuda")
     assert (
         asked.kind == "not run"
@@ -192,8 +193,8 @@ def test_executions(trt11_bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.Mo
     other = replace(built, engine=replace(engine, sm=(87,)))
     state = backend.execution("tensorrt", other)
     assert state.kind == "not run" and state.by.endswith(
-        "here is Fake GPU with 16 multiprocessors (SM 89); run: dsvl-export build-engine BUNDLE"
+        "but this machine has Fake GPU with 16 multiprocessors (SM 89); run: dsvl-export build-engine BUNDLE"
     )
     bundle = SimpleNamespace(manifest=SimpleNamespace(artifacts=[built, other]))
-    (problem,) = backend.foreign_engines(bundle)  # type: ignore[arg-type]
+    (problem,) = backend.engine_problems(bundle)  # type: ignore[arg-type]
     assert "its engine was built for SM 87" in problem

@@ -14,7 +14,7 @@ import pytest
 from runtimes.backends.engines import backend
 from runtimes.backends.engines.cache import DeviceCache
 from runtimes.backends.engines.cuda import Cuda, CudaError
-from runtimes.backends.engines.layout import aliases, aligned, bytes_of
+from runtimes.backends.engines.layout import aliases, align, tensor_bytes
 from runtimes.backends.engines.session import EngineComponent, EngineDecoder
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract, TensorSpec
@@ -192,7 +192,7 @@ def test_a_prompt_beyond_the_engine_is_refused_before_anything_runs(
         decoder.decode(embeds(decoder, 1, 49), np.array([48]), cache)
     assert len(cuda.calls) == calls
     with pytest.raises(
-        CapacityError, match=r"holds 48 tokens, a KV cache of 49 was asked for; take at most 48"
+        CapacityError, match=r"holds 48 tokens, but a KV cache of 49 was requested; use at most 48"
     ):
         decoder.new_cache(1, 49)
     with pytest.raises(UserError, match="decodes at most 4 sequences together, not 5"):
@@ -204,7 +204,7 @@ def test_out_of_device_memory(bundle: Bundle) -> None:
     decoder = EngineDecoder(loaded(file, contract, CAPACITY, cuda=FakeCuda(memory_bytes=4_000_000)), contract)
     with pytest.raises(
         CudaError,
-        match=r"has no \d+ MB left for a KV cache of 48 tokens \(cudaErrorMemoryAllocation\); take a smaller",
+        match=r"has no \d+ MB left for a KV cache of 48 tokens \(cudaErrorMemoryAllocation\); use a smaller",
     ):
         _ = [decoder.new_cache(4, CAPACITY) for _ in range(1000)]
 
@@ -231,7 +231,8 @@ def test_a_step_that_cannot_be_captured_runs_without_a_graph(decoder: EngineDeco
     context.refuses_capture = True
     steps = [decoder.decode(embeds(decoder, 1, 1, seed=step), np.array([0]), cache) for step in range(3)]
     assert (
-        cuda.capturing is None and decoder.no_graph == "TensorRT failed in the decoder: it gives no reason."
+        cuda.capturing is None
+        and decoder.no_graph_reason == "TensorRT failed in the decoder: it gives no reason."
     )
     assert cuda.names().count("cudaStreamBeginCapture") == 1 and "cudaGraphLaunch" not in cuda.names()
     other = decoder.new_cache(1, CAPACITY)
@@ -255,7 +256,7 @@ def test_out_of_memory_outside_of_an_allocation_is_a_sentence(cuda: FakeCuda) ->
     for name, arguments in (("cudaStreamCreate", ()), ("cudaGraphInstantiate", (object(), 0))):
         cuda.fail[name] = OUT_OF_MEMORY
         with pytest.raises(
-            CudaError, match=r"The GPU has no memory left \(cudaErrorMemoryAllocation\); take a smaller"
+            CudaError, match=r"The GPU has no memory left \(cudaErrorMemoryAllocation\); use a smaller"
         ):
             Cuda(cuda).call(name, *arguments)
 
@@ -265,7 +266,7 @@ def test_a_row_of_a_batch_is_no_cache_of_one(bundle: Bundle, cuda: FakeCuda) -> 
     _, contract = onnx_file(bundle)
 
     def cache(rows: int) -> DeviceCache:
-        state = aligned(bytes_of(contract.states[0], {"batch": rows, "capacity": CAPACITY}))
+        state = align(tensor_bytes(contract.states[0], {"batch": rows, "capacity": CAPACITY}))
         block = SimpleNamespace(
             address=4096, offsets=[index * state for index in range(len(contract.states))]
         )
@@ -298,9 +299,9 @@ def test_an_engine_of_another_contract_is_refused(bundle: Bundle) -> None:
     ):
         EngineDecoder(loaded(file, other, CAPACITY), other)
     more = replace(contract, outputs=(*contract.outputs, TensorSpec("tap", "float32", (1,), "")))
-    with pytest.raises(UserError, match="has no tap; build it again"):
+    with pytest.raises(UserError, match="has no tensor tap; build it again"):
         EngineDecoder(loaded(file, more, CAPACITY), more)
-    with pytest.raises(UserError, match="gives back no key_cache_0"):
+    with pytest.raises(UserError, match="does not return the state key_cache_0"):
         aliases(contract, {"logits": None})
     with pytest.raises(UserError, match="shares the memory of value_cache_0"):
         aliases(contract, {"key_cache_0_updated": "value_cache_0"})

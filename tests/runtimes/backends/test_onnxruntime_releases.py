@@ -14,13 +14,14 @@ from runtimes.backends.onnxruntime_releases import (
     FEATURES,
     NEEDED,
     OLDEST,
-    numbers,
-    refusal,
     release_for_artifact,
     release_for_precision,
+    upgrade_message,
+    version_numbers,
 )
-from runtimes.bundle.bundle import Artifact, Bundle
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import write_json
+from runtimes.bundle.manifest import Artifact
 from runtimes.errors import UserError
 from runtimes.pipeline import Pipeline
 
@@ -35,17 +36,22 @@ def install(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
 
 
 def test_releases_are_compared_by_number() -> None:
-    assert numbers("1.9.1") < numbers("1.23") == numbers("1.23.2") < numbers("1.24.0.dev20251001")
-    assert refusal("1.30", "1.30.0") == refusal("1.23", "1.32.0") == ""
+    assert (
+        version_numbers("1.9.1")
+        < version_numbers("1.23")
+        == version_numbers("1.23.2")
+        < version_numbers("1.24.0.dev20251001")
+    )
+    assert upgrade_message("1.30", "1.30.0") == upgrade_message("1.23", "1.32.0") == ""
 
 
 def test_the_sentence_has_both_releases_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime_releases.sys, "version_info", (3, 11, 7))
     monkeypatch.setattr(onnxruntime_releases, "installed_package", lambda: "onnxruntime-gpu")
-    needs = "it needs ONNX Runtime 1.27 or later, here is 1.23.2; run: pip install 'onnxruntime-gpu>=1.27'"
-    assert refusal("1.27", "1.23.2") == needs
+    needs = "it needs ONNX Runtime 1.27 or later, but 1.23.2 is installed; run: pip install 'onnxruntime-gpu>=1.27'"
+    assert upgrade_message("1.27", "1.23.2") == needs
     monkeypatch.setattr(onnxruntime_releases.sys, "version_info", (3, 10, 12))
-    assert refusal("1.27", "1.23.2") == f"{needs} under Python 3.11 or later"
+    assert upgrade_message("1.27", "1.23.2") == f"{needs} under Python 3.11 or later"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,8 @@ def test_the_release_of_an_artifact(found: Artifact, release: str) -> None:
 @pytest.mark.parametrize("text", ["", "new", "1", "1.2.3.4", "9" * 5000, "1.3x"])
 def test_a_release_that_is_none(text: str) -> None:
     with pytest.raises(
-        UserError, match=r"The manifest gives onnxruntime/x/decoder/decoder.onnx an onnxruntime_needed"
+        UserError,
+        match=r"The manifest's onnxruntime_needed of onnxruntime/x/decoder/decoder.onnx is not a version",
     ):
         release_for_artifact(artifact("int8", **{NEEDED: text}))
 
@@ -88,7 +95,7 @@ def test_an_old_release_is_refused_before_a_file_is_opened(
     install(monkeypatch, "1.30.1")
     with pytest.raises(
         UserError,
-        match=r"onnxruntime fp32 of .* cannot run here: it needs ONNX Runtime 1\.31 or later, here is 1\.30\.1; run: pip install 'onnxruntime>=1\.31'",
+        match=r"onnxruntime fp32 of .* cannot run here: it needs ONNX Runtime 1\.31 or later, but 1\.30\.1 is installed; run: pip install 'onnxruntime>=1\.31'",
     ):
         Pipeline.open(folder, precision="fp32")
     install(monkeypatch, "1.31.0")
@@ -104,7 +111,9 @@ def test_a_simulator_is_named_with_its_release_or_refused(monkeypatch: pytest.Mo
     install(monkeypatch, "1.29.0")
     found = engines.execution("tensorrt", file)
     assert found.kind == "not run"
-    assert found.by.startswith("without a GPU it needs ONNX Runtime 1.30 or later, here is 1.29.0; run: pip")
+    assert found.by.startswith(
+        "without a GPU it needs ONNX Runtime 1.30 or later, but 1.29.0 is installed; run: pip"
+    )
 
 
 def test_the_release_of_a_precision_by_name() -> None:
@@ -115,5 +124,5 @@ def test_the_release_of_a_precision_by_name() -> None:
 
 def test_the_table_keeps_to_what_the_package_takes() -> None:
     for feature in FEATURES.values():
-        assert numbers(feature.since) > numbers(OLDEST)
+        assert version_numbers(feature.since) > version_numbers(OLDEST)
         assert feature.link.startswith("https://")

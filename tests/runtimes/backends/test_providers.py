@@ -83,7 +83,7 @@ def test_a_silent_fallback_is_refused(tiny_bundle: Bundle, monkeypatch: pytest.M
     monkeypatch.setattr(backend, "_import", lambda: FakeRuntime(starts=False))
     with pytest.raises(
         UserError,
-        match="could not start CUDAExecutionProvider and fell back to CPUExecutionProvider, which was not asked for",
+        match="could not start CUDAExecutionProvider and fell back to CPUExecutionProvider; fix CUDA",
     ):
         opened(tiny_bundle, "cuda")
 
@@ -112,7 +112,7 @@ def test_executions(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
-def test_the_ladder_on_a_gpu(tiny_bundle: Bundle, device: str) -> None:
+def test_parity_on_a_gpu(tiny_bundle: Bundle, device: str) -> None:
     """fp16 through the provider itself, with the cache in the GPU's memory."""
     from dsvl_export.parity_check import parity
 
@@ -120,4 +120,4 @@ def test_the_ladder_on_a_gpu(tiny_bundle: Bundle, device: str) -> None:
         pytest.skip(f"this ONNX Runtime has no {device}")
     result = parity(tiny_bundle, "onnxruntime", "fp16", device=device)
     assert result.execution.device == device
-    assert result.passed, [rung for rung in result.rungs if rung.state != "passed"]
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]

@@ -154,13 +154,13 @@ def test_bad_calls_leave_the_cache_as_it_was(decoder: DecoderSession) -> None:
         decoder.decode(x.astype(np.float64), np.array([1]), cache)
     with pytest.raises(ValueError, match="inputs_embeds must be float"):
         decoder.decode(x[0], np.array([1]), cache)
-    with pytest.raises(ValueError, match="3 rows were given for a cache of 1"):
+    with pytest.raises(ValueError, match="inputs_embeds has 3 rows, but the cache has 1"):
         decoder.decode(embeds(decoder, 3, 1), np.array([0]), cache)
     for rows in ([2], [0, -1]):
-        with pytest.raises(ValueError, match=r"the logit rows \[.*\] do not lie in 2 tokens"):
+        with pytest.raises(ValueError, match=r"the logit rows \[.*\] are out of range for 2 tokens"):
             decoder.decode(x, np.array(rows), cache)
     other: Any = object()
-    with pytest.raises(TypeError, match="this cache was made by another backend's session"):
+    with pytest.raises(TypeError, match="the session needs a .* from its own new_cache"):
         decoder.decode(x, np.array([1]), other)
     assert cache.length == 2
 
@@ -174,14 +174,16 @@ def test_a_batch_decodes_one_token_a_call(decoder: DecoderSession) -> None:
         assert decoder.decode(x, rows, cache).shape[:2] == (2, 1)
         assert cache.lengths.tolist() == [3, 3]
         return
-    with pytest.raises(ValueError, match=r"several tokens at once are for one row only; use row\(\)"):
+    with pytest.raises(
+        ValueError, match=r"several tokens per call need a cache of one row; use cache.row\(\)"
+    ):
         decoder.decode(x, rows, cache)
     assert cache.lengths.tolist() == [0, 0]
 
 
 def test_some_rows_of_a_cache(decoder: DecoderSession) -> None:
     """A view of rows decodes those alone; a prefix is copied from one row to another."""
-    assert decoder.most_batch >= 3
+    assert decoder.max_batch >= 3
     cache, x = decoder.new_cache(3, CAPACITY), embeds(decoder, 1, 9)
     expected = decoder.decode(x, np.array([8]), decoder.new_cache(1, CAPACITY))
     decoder.decode(embeds(decoder, 1, 4, seed=1), np.array([0]), cache.row(0))

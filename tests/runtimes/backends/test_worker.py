@@ -72,9 +72,9 @@ def test_calls_and_states() -> None:
 def test_states_live_as_long_as_they_are_known() -> None:
     asset = worker()
     kept, gone = asset.new_state(), [asset.new_state() for _ in range(3)]
-    assert asset._ask("states") == 4
+    assert asset._request("states") == 4
     gone.clear()
-    assert asset._ask("states") == 1
+    assert asset._request("states") == 1
     assert not asset.read_state(kept, "sum").any()
 
 
@@ -90,7 +90,8 @@ def test_a_refusal_is_the_users_and_the_process_lives_on() -> None:
 def test_a_crash_names_its_signal_and_its_last_words() -> None:
     asset = worker()
     with pytest.raises(
-        UserError, match="The asset ended its process with SIGABRT, saying: Fatal error: index out of range"
+        UserError,
+        match="The asset ended its process with SIGABRT; last output: Fatal error: index out of range",
     ):
         asset.call("abort", {"x": X})
     with pytest.raises(UserError, match="SIGABRT"):  # and says so again, instead of hanging

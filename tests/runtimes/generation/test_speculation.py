@@ -11,21 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes.bundle.bundle import Artifact, Bundle
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Artifact
 from runtimes.cache import KVCache
-from runtimes.generation.decoding import Decoding
+from runtimes.generation.decoding import SpeculativeSequence
 from runtimes.generation.sampling import GenerationOptions
-from runtimes.generation.speculation import FIRST, MOST, PAUSE, PromptLookup
+from runtimes.generation.speculation import FIRST_DRAFT, MAX_DRAFT, SUSPENSION, PromptLookup
 from runtimes.pipeline import Pipeline
 
 IMAGE = 1
 DOCUMENT = list(range(10, 60))
 
 
-def lookup_with_plain_steps(tokens: list[int], longest: int = MOST) -> PromptLookup:
-    lookup = PromptLookup(tokens, longest, IMAGE)
+def lookup_with_plain_steps(tokens: list[int], max_draft: int = MAX_DRAFT) -> PromptLookup:
+    lookup = PromptLookup(tokens, max_draft, IMAGE)
     for _ in range(2):
-        lookup.judge(0, 0, 1.0)
+        lookup.record_call(0, 0, 1.0)
     return lookup
 
 
@@ -43,16 +44,16 @@ def test_the_newest_of_two_occurrences_counts() -> None:
 
 
 def test_no_draft_before_a_plain_step_was_timed() -> None:
-    lookup = PromptLookup([5, 6, 7, 8, 5, 6, 7], MOST, IMAGE)
+    lookup = PromptLookup([5, 6, 7, 8, 5, 6, 7], MAX_DRAFT, IMAGE)
     for _ in range(2):  # the first may be cold
         assert lookup.draft(4) == []
-        lookup.judge(0, 0, 1.0)
+        lookup.record_call(0, 0, 1.0)
     assert lookup.draft(1) == [8]
 
 
 def test_image_tokens_and_what_a_backend_cannot_judge_are_not_drafted() -> None:
     assert lookup_with_plain_steps([5, 6, 7, 8, IMAGE, 9, 5, 6, 7]).draft(4) == [8]
-    assert lookup_with_plain_steps([5, 6, 7, 8, 9, 5, 6, 7], longest=0).draft(4) == []
+    assert lookup_with_plain_steps([5, 6, 7, 8, 9, 5, 6, 7], max_draft=0).draft(4) == []
 
 
 def test_drafts_grow_while_they_come_true() -> None:
@@ -62,29 +63,29 @@ def test_drafts_grow_while_they_come_true() -> None:
         draft = lookup.draft(100)
         sizes.append(len(draft))
         lookup.extend(draft)
-        lookup.judge(len(draft), len(draft), 1.5)
-    assert sizes == [FIRST, 2 * FIRST, 4 * FIRST, MOST]
-    lookup.judge(MOST, 3, 1.5)
-    assert len(lookup.draft(100)) == FIRST
+        lookup.record_call(len(draft), len(draft), 1.5)
+    assert sizes == [FIRST_DRAFT, 2 * FIRST_DRAFT, 4 * FIRST_DRAFT, MAX_DRAFT]
+    lookup.record_call(MAX_DRAFT, 3, 1.5)
+    assert len(lookup.draft(100)) == FIRST_DRAFT
 
 
 @pytest.mark.parametrize("first", [1.0, 3.0, 50.0])
 def test_drafts_that_lose_time_pause_longer_and_longer(first: float) -> None:
     """Every draft is wrong and makes a step twice as long; however long the first step took."""
-    lookup = PromptLookup([7] * 4, MOST, IMAGE)
+    lookup = PromptLookup([7] * 4, MAX_DRAFT, IMAGE)
     seconds, tokens, drafted = 0.0, 1500, []
-    lookup.judge(0, 0, first)
+    lookup.record_call(0, 0, first)
     for place in range(tokens):
         draft = lookup.draft(100)
         cost = 2.0 if draft else 1.0
         drafted += [place] if draft else []
         seconds += cost
-        lookup.judge(len(draft), 0, cost)
+        lookup.record_call(len(draft), 0, cost)
         lookup.extend([7])
     assert tokens / seconds > 0.98
     pauses = [later - earlier for earlier, later in pairwise(drafted) if later - earlier > 1]
     assert pauses == sorted(pauses)
-    assert pauses[0] >= PAUSE
+    assert pauses[0] >= SUSPENSION
 
 
 class Parrot:
@@ -92,7 +93,11 @@ class Parrot:
 
     def __init__(self, pipeline: Pipeline, script: list[int]) -> None:
         self._inside, self._script = pipeline.chain.decoder, script
-        self.contract, self.most_rows, self.tapped = self._inside.contract, self._inside.most_rows, {}
+        self.contract, self.max_logit_rows, self.tapped = (
+            self._inside.contract,
+            self._inside.max_logit_rows,
+            {},
+        )
         self.calls, self.prompt = 0, 0
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -189,7 +194,7 @@ class Wobbly:
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
-        self.contract, self.most_rows, self.tapped = pipeline.chain.decoder.contract, 1 << 30, {}
+        self.contract, self.max_logit_rows, self.tapped = pipeline.chain.decoder.contract, 1 << 30, {}
         self.new_cache = pipeline.chain.decoder.new_cache
         self._noise = np.random.default_rng(7)
 
@@ -259,15 +264,15 @@ def test_an_answer_that_ends_inside_a_draft(
 ) -> None:
     """The same question again and again: drafts reach past the end, and the next turn knows nothing of that."""
     inside: list[int] = []  # tokens of a draft that ended an answer
-    take = Decoding.take
+    take = SpeculativeSequence.accept_logits
 
-    def watched(self: Decoding, *given: Any) -> str:
+    def watched(self: SpeculativeSequence, *given: Any) -> str:
         draft, text = self._draft, take(self, *given)
-        if self.writer.finished and self.writer.answer.finish_reason == ending:
+        if self.finished and self.answer.finish_reason == ending:
             inside.append(len(draft))
         return text
 
-    monkeypatch.setattr(Decoding, "take", watched)
+    monkeypatch.setattr(SpeculativeSequence, "accept_logits", watched)
     monkeypatch.setattr("runtimes.generation.decoding.perf_counter", partial(next, count()))
     question = {"role": "user", "content": "Describe the picture."}
     found = []

@@ -41,8 +41,8 @@ def test_bits_of_float8_are_its_numbers() -> None:
 
 def test_a_shorter_cache_sees_the_beginning() -> None:
     whole = golden()
-    assert whole.until(None) is whole.until(500) is whole
-    part = whole.until(192)
+    assert whole.truncate(None) is whole.truncate(500) is whole
+    part = whole.truncate(192)
     assert part.rows.tolist() == [127, 128, 191]
     assert (len(part.tokens), len(part.logits), part.keys.shape) == (192, 3, (2, 16, 192))
     scaled = normalize_keys(part.keys * np.float32(37))

@@ -16,7 +16,7 @@ from reference.checkpoint.checkpoint import open_checkpoint
 from reference.checkpoint.specs import prompt_spec
 from reference.tiny import TINY
 from runtimes.errors import UserError
-from runtimes.text.control_tokens import is_control
+from runtimes.text.control_tokens import is_control_token
 from runtimes.text.prompt import (
     BOS,
     EOS,
@@ -28,7 +28,7 @@ from runtimes.text.prompt import (
     format_chat,
     place_images,
 )
-from runtimes.text.tokenizer import LONGEST_SPACE, PromptSpec, Tokenizer
+from runtimes.text.tokenizer import MAX_SPACE_RUN, PromptSpec, Tokenizer
 
 CONTROL = (BOS, EOS, PAD, IMAGE_PLACEHOLDER)
 TEXTS = ("Hello!", "  What?\n\n", "né 你好 🙂 ö", "1234\t x", "a  b   c", "User: x", "def f():\n    return 0")
@@ -71,7 +71,7 @@ def test_system_messages() -> None:
 def test_parts_are_joined_as_transformers_template_does() -> None:
     parts = Message("user", (" a ", " b", IMAGE, "c", IMAGE, "d "))
     assert format_chat([parts], "") == (f"User: a   b{IMAGE_PLACEHOLDER}c{IMAGE_PLACEHOLDER}d\n\nAssistant:")
-    assert Message.of_parts("user", ["a", "b"]) == user("a b")
+    assert Message.from_parts("user", ["a", "b"]) == user("a b")
     raw = {"role": "User", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}
     assert Message.from_dict(raw) == Message("user", (IMAGE, "x"))
 
@@ -104,7 +104,7 @@ def test_placeholders_in_a_users_text_are_images_where_there_are_as_many() -> No
     structured = [Message("user", (IMAGE, "x")), user(f"What is {IMAGE_PLACEHOLDER}?")]
     assert place_images(structured, 1) == structured
     for messages, images, sentence in (
-        (turns, 1, "have 2 <image_placeholder> but 1 images were given"),
+        (turns, 1, "have 2 <image_placeholder> but 1 images were passed"),
         (structured, 2, "have 1 <image_placeholder> but 2 images"),
         (structured, 0, "have 1 <image_placeholder> but 0 images"),
     ):
@@ -220,8 +220,8 @@ def test_words_and_letters_that_were_added_stay_tokens(tmp_path: Path) -> None:
     tokenizer = Tokenizer(tmp_path / "tokenizer.json", prompt_spec(open_checkpoint("tiny")))
     ids = tokenizer.encode(format_chat([user("schöne circles <|ref|>")], ""))
     assert [raw.token_to_id(token) in ids for token in ("ö", "circles", "<|ref|>")] == [True, True, False]
-    assert is_control({"content": "[INST]"}) and is_control({"content": "pad", "special": True})
-    assert not is_control({"content": "÷"}) and not is_control({"content": "▁▁"})
+    assert is_control_token({"content": "[INST]"}) and is_control_token({"content": "pad", "special": True})
+    assert not is_control_token({"content": "÷"}) and not is_control_token({"content": "▁▁"})
 
 
 def test_a_tokenizer_that_mixes_text_and_control_tokens_is_refused(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_tokenizer_that_mixes_text_and_control_tokens_is_refused(tmp_path: Pat
     tokenizer = Tokenizer(tmp_path / "tokenizer.json", spec)
     with pytest.raises(UserError, match="does not keep text and control tokens apart"):
         tokenizer.encode(format_chat([user("ß")], ""))
-    with pytest.raises(UserError, match="no added token with the id"):
+    with pytest.raises(UserError, match="no added tokens with the ids"):
         Tokenizer(TINY / "tokenizer.json", replace(spec, image_token_id=4)).encode(
             format_chat([Message("user", (IMAGE,))], "")
         )
@@ -262,10 +262,12 @@ def test_the_bytes_of_tokens_make_the_text(tokenizer: Tokenizer) -> None:
 
 
 def test_a_long_run_of_white_space_is_refused(tokenizer: Tokenizer) -> None:
-    tokenizer.encode(f"{' ' * LONGEST_SPACE}x{' ' * LONGEST_SPACE}")
-    long = "a" + " " * LONGEST_SPACE + "\tb"
+    tokenizer.encode(f"{' ' * MAX_SPACE_RUN}x{' ' * MAX_SPACE_RUN}")
+    long = "a" + " " * MAX_SPACE_RUN + "\tb"
     for prompt in (long, format_chat([user(long)])):
-        with pytest.raises(UserError, match="10001 characters of white space in a row, the most is 10000"):
+        with pytest.raises(
+            UserError, match="10001 characters of white space in a row, but at most 10000 are allowed"
+        ):
             tokenizer.encode(prompt)
 
 

@@ -1,0 +1,259 @@
+"""The config of an export, and its YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from calibration.precision_plan import load_precision
+from dsvl_export.compilers.registry import compiler_names, load_compiler
+from dsvl_export.targets.options import (
+    DELEGATES,
+    CompileOptions,
+    ExecuTorchOptions,
+    OnnxRuntimeOptions,
+    TensorRTOptions,
+)
+from dsvl_export.targets.targets import find_target
+from runtimes.bundle.yaml_files import read_yaml
+from runtimes.errors import UserError
+
+DEFAULT_BACKEND = "onnxruntime"
+PLAN_SUFFIXES = (".yaml", ".yml")
+TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number"}
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Everything that decides what an export writes.
+
+    In the YAML file, ``onnxruntime``, ``tensorrt`` and ``executorch`` are mappings, and all keys
+    but ``checkpoint`` may be left out. Relative paths are relative to the file's folder.
+
+    Args:
+        checkpoint: ``tiny``, a checkpoint folder, or a hub id.
+        backend: name of the backend; None selects the target's first, or ``onnxruntime``.
+        precisions: names, recipes, or YAML files of precision plans; each becomes a set of
+            artifacts. Empty selects fp32, or the backend's first if it does not support fp32.
+        target: a device of ``targets``; what it cannot run is refused before any work.
+        capacity: tokens of the KV cache; fixed at export in engines and packages, and the bundle's
+            default. None selects that of the bundle that is extended, or 2048, or the model's
+            number of positions if that is smaller.
+        scales: folder of a scale table that ``calibrate`` made; None calibrates on the bundled
+            images if a precision needs scales.
+        goldens: record the reference's outputs, which ``parity`` compares with, and compare the
+            written files with the checkpoint.
+        onnxruntime: options of ONNX Runtime.
+        tensorrt: options of TensorRT and TensorRT-RTX.
+        executorch: options of ExecuTorch.
+    """
+
+    checkpoint: str
+    backend: str | None = None
+    precisions: tuple[str, ...] = ()
+    target: str | None = None
+    capacity: int | None = None
+    scales: str | None = None
+    goldens: bool = True
+    onnxruntime: OnnxRuntimeOptions = field(default_factory=OnnxRuntimeOptions)
+    tensorrt: TensorRTOptions = field(default_factory=TensorRTOptions)
+    executorch: ExecuTorchOptions = field(default_factory=ExecuTorchOptions)
+
+    @classmethod
+    def read(cls, file: Path, checkpoint: str | None = None) -> ExportConfig:
+        """Read a YAML file.
+
+        Args:
+            file: the YAML file.
+            checkpoint: used in place of the file's.
+
+        Raises:
+            UserError: the file cannot be read, or a key is missing, unknown, or has a wrong type or
+                value.
+        """
+        raw = read_yaml(file, "export config")
+        if raw is None:
+            raw = {}
+        if isinstance(raw, dict) and checkpoint is not None:
+            raw = {**raw, "checkpoint": checkpoint}
+        config = _parse(cls, raw, file, "")
+        _check_values(config, file)
+        folder = file.parent
+        return replace(
+            config,
+            checkpoint=_resolve_checkpoint(config.checkpoint, folder) if checkpoint is None else checkpoint,
+            precisions=tuple(_resolve_precision(precision, folder) for precision in config.precisions),
+            scales=str(folder / Path(config.scales).expanduser()) if config.scales else None,
+        )
+
+    def save(self, file: Path) -> None:
+        """Write a YAML file; keys that have their defaults are left out."""
+        file.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of the YAML file."""
+        return _without_defaults(self)
+
+    def override(self, values: Mapping[str, Any]) -> ExportConfig:
+        """Return the config with values replaced.
+
+        Args:
+            values: by key, for example ``capacity`` or ``tensorrt.version``; None and empty ones
+                replace nothing.
+        """
+        config = self
+        for key, value in values.items():
+            if value is None or value == ():
+                continue
+            group, _, name = key.rpartition(".")
+            if group:
+                config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+            else:
+                config = replace(config, **{name: value})
+        return config
+
+    def with_defaults(self) -> ExportConfig:
+        """Return the config with its backend and precisions filled in.
+
+        Raises:
+            UserError: there is no such target or backend, or the backend's libraries are not
+                installed.
+        """
+        device = find_target(self.target) if self.target else None
+        backend = self.backend or (next(iter(device.backends)) if device else DEFAULT_BACKEND)
+        supported = load_compiler(backend).PRECISIONS
+        default = "fp32" if "fp32" in supported else supported[0]
+        return replace(self, backend=backend, precisions=self.precisions or (default,))
+
+    def compile_options(self, capacity: int) -> CompileOptions:
+        """Return the options for the compiler.
+
+        Args:
+            capacity: of the KV cache, for a config that leaves it open.
+
+        Raises:
+            UserError: there is no such target.
+        """
+        return CompileOptions(
+            target=find_target(self.target) if self.target else None,
+            capacity=self.capacity or capacity,
+            onnxruntime=self.onnxruntime,
+            tensorrt=self.tensorrt,
+            executorch=self.executorch,
+        )
+
+
+def is_plan_file(precision: str) -> bool:
+    """Whether a precision is the YAML file of a plan, not the name of a shipped one."""
+    return precision.endswith(PLAN_SUFFIXES)
+
+
+def _resolve_checkpoint(checkpoint: str, folder: Path) -> str:
+    """Return the folder beside the config file, if there is one; else a hub id or ``tiny``."""
+    path = folder / Path(checkpoint).expanduser()
+    return str(path) if checkpoint != "tiny" and path.is_dir() else checkpoint
+
+
+def _resolve_precision(precision: str, folder: Path) -> str:
+    return str(folder / Path(precision).expanduser()) if is_plan_file(precision) else precision
+
+
+def _is_required(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _without_defaults(config: Any) -> dict[str, Any]:
+    """Return the values that differ from their defaults as YAML values."""
+    values: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if not _is_required(item) and value == _default(item):
+            continue
+        if is_dataclass(value):
+            value = _without_defaults(value)
+        values[item.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def _parse(cls: type[Config], raw: Any, file: Path, prefix: str) -> Config:
+    """Return a config dataclass from a YAML mapping.
+
+    Args:
+        cls: the dataclass.
+        raw: the mapping.
+        file: named in errors.
+        prefix: of the keys in errors, for example ``tensorrt.``.
+    """
+    hints = get_type_hints(cls)
+    if not isinstance(raw, dict):
+        where = f"the key {prefix.rstrip('.')!r}" if prefix else "it"
+        raise UserError(f"{file} is not an export config: {where} must be a mapping of {', '.join(hints)}.")
+    for key in raw:
+        if key not in hints:
+            raise UserError(f"{file} has the unknown key '{prefix}{key}'; the keys are {', '.join(hints)}.")
+    for item in fields(cls):  # type: ignore[arg-type]
+        if _is_required(item) and item.name not in raw:
+            raise UserError(f"{file} has no key {prefix + item.name!r}; add it, or give it as an argument.")
+    values = {key: _value(hints[key], value, file, prefix + key) for key, value in raw.items()}
+    return cls(**values)
+
+
+def _value(hint: Any, raw: Any, file: Path, key: str) -> Any:
+    """Return a YAML value as the type of its field."""
+    if is_dataclass(hint):
+        return _parse(hint, raw, file, f"{key}.")  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        if isinstance(raw, list) and all(type(value) is item for value in raw):
+            return tuple(raw)
+        raise UserError(f"{file}: the key {key!r} must be a list, each item {TYPE_NAMES[item]}, got {raw!r}.")
+    choices = get_args(hint) or (hint,)
+    if type(raw) in choices:
+        return raw
+    expected = TYPE_NAMES[next(choice for choice in choices if choice is not NoneType)]
+    quotes = "; write it in quotes" if str in choices and isinstance(raw, (int, float)) else ""
+    raise UserError(f"{file}: the key {key!r} must be {expected}, got {raw!r}{quotes}.")
+
+
+def _check_values(config: ExportConfig, file: Path) -> None:
+    """Check the values that can be judged without the checkpoint.
+
+    Raises:
+        UserError: names the file, the key and the choices.
+    """
+    if config.capacity is not None and config.capacity < 1:
+        raise UserError(f"{file}: the key 'capacity' must be at least 1, got {config.capacity}.")
+    for sm in config.tensorrt.capabilities:
+        if sm < 1:
+            raise UserError(f"{file}: the key 'tensorrt.capabilities' must hold positive numbers, got {sm}.")
+    for key, value, choices in (
+        ("backend", config.backend, compiler_names()),
+        ("executorch.delegate", config.executorch.delegate, DELEGATES),
+    ):
+        if value is not None and value not in choices:
+            raise UserError(f"{file}: the key {key!r} must be one of {', '.join(choices)}, got {value!r}.")
+    checks: list[tuple[str, Callable[[], Any]]] = [
+        ("precisions", partial(load_precision, precision))
+        for precision in config.precisions
+        if not is_plan_file(precision)
+    ]
+    if config.target:
+        checks.append(("target", partial(find_target, config.target)))
+    if config.tensorrt.version:
+        checks.append(("tensorrt.version", CompileOptions(tensorrt=config.tensorrt).tensorrt_version))
+    for key, check in checks:
+        try:
+            check()
+        except UserError as error:
+            raise UserError(f"{file}: the key {key!r} has a wrong value. {error}") from error

@@ -1,0 +1,89 @@
+"""What the stages of one export share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from calibration.precision_plan import PrecisionPlan
+from calibration.quantized_weights import QuantizedWeights
+from calibration.scale_table import ScaleTable
+from dsvl_export.compilers.precisions import planned_weights
+from dsvl_export.compilers.protocol import Compiler
+from dsvl_export.exporter.config import ExportConfig
+from dsvl_export.exporter.manifest import finished_artifacts, plan_hashes
+from dsvl_export.exporter.stages import ExportProgress, Report
+from dsvl_export.exporter.staging import Staging
+from dsvl_export.targets.options import CompileOptions
+from dsvl_export.version import __version__, code_digest
+from reference.checkpoint.checkpoint import Checkpoint
+from runtimes.text.tokenizer import PromptSpec
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """One export: what was asked for, and where it is written.
+
+    Args:
+        config: with the backend, precisions and capacity that it is run with.
+        source: the checkpoint.
+        compiler: of the backend.
+        options: for the compiler.
+        plans: one for each of the config's precisions.
+        scales: the given scale table.
+        prompt: the checkpoint's prompt format.
+        staging: the output folder.
+        report: is called with progress.
+    """
+
+    config: ExportConfig
+    source: Checkpoint
+    compiler: Compiler
+    options: CompileOptions
+    plans: tuple[PrecisionPlan, ...]
+    scales: ScaleTable | None
+    prompt: PromptSpec
+    staging: Staging
+    report: Report
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend."""
+        return str(self.config.backend)
+
+    @property
+    def has_goldens(self) -> bool:
+        """Whether the bundle has goldens, or this export records them."""
+        return self.config.goldens or self.staging.result("goldens") is not None
+
+    def inputs(self, code: tuple[str, ...]) -> dict[str, Any]:
+        """Return what every stage depends on.
+
+        Args:
+            code: one of the lists of ``stage_code``.
+        """
+        checkpoint = identify(self.source, self.report)
+        return {"checkpoint": checkpoint, "version": __version__, "code": code_digest(code)}
+
+    def plan_inputs(self, precision: str) -> dict[str, str]:
+        """Return the hashes of a precision's plan and scales in the bundle."""
+        return plan_hashes(self.staging, precision)
+
+    def weights(self, precision: str) -> QuantizedWeights:
+        """Return the parameters in a precision that the bundle holds."""
+        return planned_weights(self.source, self.staging.folder, precision)
+
+    def precisions(self) -> list[str]:
+        """Return the precisions that the bundle has after this export, earlier ones first."""
+        earlier = (artifact.precision for artifact in finished_artifacts(self.staging))
+        return list(dict.fromkeys([*earlier, *(plan.name for plan in self.plans)]))
+
+
+def identify(source: Checkpoint, report: Report) -> str:
+    """Hash the checkpoint, once, and return its SHA-256."""
+
+    def on_step(done: int, total: int) -> None:
+        state: Literal["running", "finished"] = "finished" if done == total else "running"
+        report(ExportProgress("hash of the checkpoint", done, total, state, in_bytes=True))
+
+    return source.compute_digest(on_step)
