@@ -1,8 +1,8 @@
 """Repositories of the Hugging Face hub, named ``ORG/NAME`` or ``ORG/NAME@REVISION``.
 
 ``huggingface_hub`` keeps files in its cache (``HF_HOME``). An interrupted download resumes.
-``HF_TOKEN`` gives access to private and gated repositories. With ``HF_HUB_OFFLINE=1`` only the cache
-is read.
+``HF_TOKEN`` gives access to private and gated repositories. With ``HF_HUB_OFFLINE=1`` only the
+cache is read.
 """
 
 from __future__ import annotations

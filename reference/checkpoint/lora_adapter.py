@@ -253,7 +253,7 @@ def base_model(folder: Path) -> str:
 
 
 def _pattern(patterns: Settings, module: str) -> str | None:
-    """Return the first key that matches the end of a module's name, as PEFT's ``get_pattern_key``."""
+    """Return the first key that matches the end of a module's name, as PEFT does."""
     for key in patterns.values:
         try:
             if re.match(rf"(.*\.)?({key})$", module):
