@@ -166,7 +166,7 @@ HIDDEN: list[tuple[str, str, str, Edit, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("precision", "component", "what", "edit", "named"), HIDDEN, ids=lambda v: str(v)[:30]
+    ("precision", "component", "what", "edit", "named"), HIDDEN, ids=lambda v: v if isinstance(v, str) else ""
 )
 def test_hidden_faults_are_named(
     request: pytest.FixtureRequest,
