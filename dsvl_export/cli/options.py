@@ -30,6 +30,15 @@ OptionalCheckpoint = Annotated[
         autocompletion=values("tiny"),
     ),
 ]
+Adapters = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER[=WEIGHT]",
+        help="LoRA adapter in PEFT's layout to merge into the checkpoint's weights, repeatable. WEIGHT"
+        " multiplies its change.",
+    ),
+]
 BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, made by 'export'.", metavar="BUNDLE")]
 Backend = Annotated[
     Optional[str],

@@ -72,7 +72,7 @@ def build_manifest(
 
 def checkpoint_name(source: Checkpoint, staging: Staging) -> str:
     """Return the name of the checkpoint's folder at the bundle's first export, for listings."""
-    return staging.previous.checkpoint["name"] if staging.previous else source.folder.name
+    return staging.previous.checkpoint["name"] if staging.previous else source.name
 
 
 def config_folder(backend: str, precision: str) -> str:

@@ -83,6 +83,11 @@ class Checkpoint:
     def _shapes(self) -> dict[str, Shape]:
         return parameter_shapes(self.config)
 
+    @property
+    def name(self) -> str:
+        """Name of the folder, with the names of the adapters."""
+        return "+".join([self.folder.name, *(choice.folder.name for choice in self.choices)])
+
     @cached_property
     def adapters(self) -> Adapters:
         """Adapters that ``load`` merges.

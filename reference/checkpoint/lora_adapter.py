@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,22 +51,35 @@ class AdapterChoice:
     weight: float | None = None
 
     @classmethod
-    def parse(cls, text: str) -> AdapterChoice:
-        """Read ``FOLDER`` or ``FOLDER=WEIGHT``, as the command line takes it.
+    def parse(cls, text: str, relative_to: Path = Path()) -> AdapterChoice:
+        """Read ``FOLDER`` or ``FOLDER=WEIGHT``.
+
+        Args:
+            text: the choice, as on the command line.
+            relative_to: folder of relative paths.
 
         Raises:
             UserError: the weight is not a finite number.
         """
         folder, separator, number = text.rpartition("=")
-        if not separator or Path(text).exists():
-            return cls(Path(text).expanduser())
+        if not separator or (relative_to / Path(text).expanduser()).exists():
+            return cls(relative_to / Path(text).expanduser())
         try:
             weight = float(number)
         except ValueError:
             weight = math.nan
         if not math.isfinite(weight):
             raise UserError(f"The weight {number!r} of the adapter {folder} is not a number.")
-        return cls(Path(folder).expanduser(), weight)
+        return cls(relative_to / Path(folder).expanduser(), weight)
+
+    def __str__(self) -> str:
+        """Return the form that ``parse`` reads."""
+        return str(self.folder) if self.weight is None else f"{self.folder}={self.weight:g}"
+
+
+def parse_adapters(texts: Iterable[str]) -> tuple[AdapterChoice, ...]:
+    """Read the adapters of a command or config; see ``AdapterChoice.parse``."""
+    return tuple(map(AdapterChoice.parse, texts))
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ LAYER = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
 Edit = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 
-def write_adapter(folder: Path, rank: int = 2, **settings: Any) -> Path:
+def write_adapter(folder: Path, rank: int = 2, scale: float = 1.0, **settings: Any) -> Path:
     """An adapter for one layer of tiny."""
     width = open_checkpoint("tiny").config.decoder.width
     generator = torch.Generator().manual_seed(0)
     folder.mkdir()
     tensors = {
-        f"{LAYER}.lora_A.weight": torch.randn(rank, width, generator=generator),
+        f"{LAYER}.lora_A.weight": scale * torch.randn(rank, width, generator=generator),
         f"{LAYER}.lora_B.weight": torch.randn(width, rank, generator=generator),
     }
     save_file(tensors, folder / "adapter_model.safetensors")
