@@ -308,6 +308,11 @@ def run_and_record(
     if report:
         name = f"parity-{result.backend}-{result.precision}"
         _announce(write_report(opened, result, report, name, opened.folder / "goldens" / "images"))
+    elif opened.downloaded:
+        say(
+            "The bundle is in the cache of the hub; pass --report FOLDER to keep the report.",
+            stream=sys.stderr,
+        )
     else:
         try:
             _announce(record_verdict(opened, result))

@@ -39,7 +39,12 @@ Adapters = Annotated[
         " multiplies its change.",
     ),
 ]
-BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, made by 'export'.", metavar="BUNDLE")]
+BundleFolder = Annotated[
+    Path,
+    typer.Argument(
+        help="Bundle folder, made by 'export', or the Hugging Face hub id of a bundle.", metavar="BUNDLE"
+    ),
+]
 Backend = Annotated[
     Optional[str],
     typer.Option(

@@ -52,6 +52,7 @@ def build_manifest(
             "name": checkpoint_name(source, staging),
             "sha256": source.digest,
             "layout": source.config.layout,
+            **({"origin": source.origin} if source.origin else {}),
         },
         preprocessing=preprocessing,
         prompt=prompt,

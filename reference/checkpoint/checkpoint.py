@@ -41,12 +41,14 @@ from reference.model.constants import materialize_constants
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.tiny import TINY
 from runtimes.bundle.files import read_json, sha256_of_files, sha256_of_text, write_json
-from runtimes.errors import UserError, first_line
-from runtimes.installation import install_command
+from runtimes.errors import UserError
+from runtimes.hub import HubId, download
 from runtimes.text.prompt import BOS, EOS, PAD
 
 STREAMING_THRESHOLD = 2 << 30  # bytes of fp32 weights
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+# Patterns of files to download: a checkpoint's are in its main folder.
+SETTINGS_PATTERNS, SUBFOLDERS = ("*.json", "*.jinja"), ("*/*",)
 SETTINGS_FILES = (
     "config.json",
     "generation_config.json",
@@ -67,13 +69,15 @@ class Checkpoint:
     """A DeepSeek-VL checkpoint folder: its config, its files and its tensors, loaded on demand.
 
     ``preprocessor`` has the image processor's settings; None if no file has them. ``choices`` are
-    the LoRA adapters that are merged into the weights, in this order.
+    the LoRA adapters that are merged into the weights, in this order. ``origin`` is
+    ``ORG/NAME@COMMIT`` if the folder was downloaded from the hub.
     """
 
     folder: Path
     config: ModelConfig
     preprocessor: Settings | None
     choices: tuple[AdapterChoice, ...] = ()
+    origin: str = ""
 
     @cached_property
     def _files(self) -> TensorFiles:
@@ -85,8 +89,9 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Name of the folder, with the names of the adapters."""
-        return "+".join([self.folder.name, *(choice.folder.name for choice in self.choices)])
+        """Name of the folder or hub repository, with the names of the adapters."""
+        base = self.origin.partition("@")[0].rpartition("/")[2] or self.folder.name
+        return "+".join([base, *(choice.folder.name for choice in self.choices)])
 
     @cached_property
     def adapters(self) -> Adapters:
@@ -303,40 +308,33 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def resolve_checkpoint(checkpoint: str, weights: bool = True) -> Path:
-    """Return the folder of a checkpoint; a Hugging Face Hub id is downloaded first.
+def resolve_checkpoint(checkpoint: str, weights: bool = True) -> tuple[Path, str]:
+    """Find the folder of a checkpoint; a Hugging Face Hub id is downloaded first.
 
     Args:
-        checkpoint: ``tiny``, a local folder, or a hub id.
+        checkpoint: ``tiny``, a local folder, or a hub id, with a revision or without.
         weights: whether to download the weights too, not the settings alone.
+
+    Returns:
+        The folder, and ``ORG/NAME@COMMIT`` of a hub id; empty for others.
 
     Raises:
         UserError: there is no such folder, and it cannot be downloaded.
     """
     if checkpoint == "tiny":
-        return TINY
+        return TINY, ""
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
-        return folder
+        return folder, ""
     if folder.exists():
         raise UserError(f"{checkpoint} is a file; give the folder that holds config.json.")
-    if checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
+    hub_id = HubId.parse(checkpoint)
+    if hub_id is None:
         raise UserError(f"The folder {checkpoint} does not exist.")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise UserError(
-            f"The folder {checkpoint} does not exist; to download it as a hub id,"
-            f" run: {install_command('huggingface_hub')}."
-        ) from error
-    try:
-        patterns = ["*.json", "*.safetensors", "*.bin"] if weights else ["*.json"]
-        return Path(snapshot_download(checkpoint, allow_patterns=patterns))
-    except Exception as error:  # network, authorization and hub errors share no base class
-        raise UserError(
-            f"The folder {checkpoint} does not exist, and its download from the hub failed:"
-            f" {first_line(error)}."
-        ) from error
+    snapshot = download(hub_id, [*SETTINGS_PATTERNS, *["*.safetensors"] * weights], SUBFOLDERS)
+    if weights and not any((snapshot.folder / name).exists() for name in WEIGHT_FILES):
+        snapshot = download(hub_id, [*SETTINGS_PATTERNS, "*.bin"], SUBFOLDERS)
+    return snapshot.folder, f"{hub_id.repository}@{snapshot.commit}"
 
 
 def open_checkpoint(
@@ -353,7 +351,7 @@ def open_checkpoint(
         UserError: the checkpoint is missing, incomplete, or not a DeepSeek-VL model, or an adapter
             does not fit it.
     """
-    folder = resolve_checkpoint(checkpoint, weights)
+    folder, origin = resolve_checkpoint(checkpoint, weights)
     file = folder / "config.json"
     adapter = next((name for name in ADAPTER_FILES if (folder / name).exists()), None)
     if not file.exists() and (folder / ADAPTER_CONFIG).exists():
@@ -370,7 +368,7 @@ def open_checkpoint(
             check_file_signature(folder / name)
     preprocessor = read_image_processor(folder)
     config = parse_config(read_json(file), str(file), preprocessor)
-    opened = Checkpoint(folder, config, preprocessor, tuple(adapters))
+    opened = Checkpoint(folder, config, preprocessor, tuple(adapters), origin)
     if weights:
         opened.check()
     opened.adapters  # noqa: B018 - refused here rather than later

@@ -21,6 +21,7 @@ from reference.checkpoint.tensor_files import ADAPTER_CONFIG, ADAPTER_FILES, Ten
 from reference.model.config import ModelConfig
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
+from runtimes.hub import HubId, download
 
 # Initializations that leave the base model unchanged; others move a part of its weights into the
 # adapter.
@@ -63,14 +64,14 @@ class AdapterChoice:
         """
         folder, separator, number = text.rpartition("=")
         if not separator or (relative_to / Path(text).expanduser()).exists():
-            return cls(relative_to / Path(text).expanduser())
+            return cls(_locate(text, relative_to))
         try:
             weight = float(number)
         except ValueError:
             weight = math.nan
         if not math.isfinite(weight):
             raise UserError(f"The weight {number!r} of the adapter {folder} is not a number.")
-        return cls(relative_to / Path(folder).expanduser(), weight)
+        return cls(_locate(folder, relative_to), weight)
 
     def __str__(self) -> str:
         """Return the form that ``parse`` reads."""
@@ -121,10 +122,10 @@ class Adapter:
 
     def __init__(self, choice: AdapterChoice, config: ModelConfig, shapes: Mapping[str, Shape]) -> None:
         """Read the settings and the names and shapes of the tensors."""
-        self.folder = choice.folder
+        self.folder = _resolve(choice.folder)
         self.weight = choice.weight
-        self.settings = _read_settings(choice.folder)
-        self._files = _tensor_files(choice.folder)
+        self.settings = _read_settings(self.folder)
+        self._files = _tensor_files(self.folder)
         self._shapes = shapes
         self.changes = self._find_changes(Targets(config, shapes))
         self._check_shapes()
@@ -276,10 +277,28 @@ def _pattern(patterns: Settings, module: str) -> str | None:
     return None
 
 
+def _locate(text: str, relative_to: Path) -> Path:
+    """Return the path of an adapter's folder, or a hub id as it is."""
+    folder = relative_to / Path(text).expanduser()
+    return folder if folder.exists() or HubId.parse(text) is None else Path(text)
+
+
+def _resolve(folder: Path) -> Path:
+    """Return the folder of an adapter; a hub id is downloaded first.
+
+    Raises:
+        UserError: there is no such folder, and it cannot be downloaded.
+    """
+    if folder.is_dir():
+        return folder
+    hub_id = HubId.parse(folder)
+    if hub_id is None:
+        raise UserError(f"There is no folder {folder}; give the folder of the adapter.")
+    return download(hub_id, [ADAPTER_CONFIG, *ADAPTER_FILES]).folder
+
+
 def _read_settings(folder: Path) -> Settings:
     """``adapter_config.json``, with what cannot be merged refused."""
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}; give the folder of the adapter.")
     file = folder / ADAPTER_CONFIG
     if not file.exists():
         raise UserError(f"{folder} has no {ADAPTER_CONFIG}, so it is not an adapter in PEFT's layout.")
