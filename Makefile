@@ -22,7 +22,7 @@ demo: $(VENV)/cpu.installed
 
 test: check
 
-# Everything: style, types, layers, and the tests that `pytest` without arguments runs; 12 minutes on 2 cores.
+# Everything: style, types, layers, and the tests that `pytest` without arguments runs.
 check: style
 	$(PYTEST) --durations=20
 

@@ -12,7 +12,7 @@ PACKAGES = {
     "coreai_torch": "'dsvl-export[coreai]'",
     "coremltools": "'coremltools>=9,<10'",
     "cuda": "cuda-python",
-    "executorch": "'executorch==1.4.*' 'torch==2.13.*'",
+    "executorch": "'executorch>=1.4,<1.6' 'torch==2.13.*'",
     "fastapi": "'dsvl-export[serve]'",
     "jinja2": "'dsvl-export[report]'",
     "matplotlib": "matplotlib",

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from dsvl_export.version import code_digest
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.locks import locked
 
@@ -26,7 +25,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own in the run's
         root = root.parent
-    shared = root / f"shared-{code_digest()[:16]}"
+    shared = root / "shared"
     folder, done = shared / name, shared / f"{name}.done"
     if not done.exists():
         with locked(shared / f"{name}.lock"):

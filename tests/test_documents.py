@@ -57,7 +57,7 @@ def text_of(document: Path) -> str:
 def split(document: Path) -> tuple[list[str], list[str]]:
     """The lines outside and inside code blocks without a language."""
     prose, code, language = [], [], None
-    for line in text_of(document).splitlines():
+    for line in text_of(document).replace(" \\\n", " ").splitlines():
         fence = FENCE.match(line)
         if fence:
             language = None if language is not None else fence[1]

@@ -250,8 +250,8 @@ class ExecuTorchAsset:
                     f"ExecuTorch failed in the {self._contract.component}: {first_line(error)}."
                 ) from error
         # The vision encoder returns the image embeddings first, for the stock runner.
-        features = outputs[len(outputs) - len(self._contract.outputs) :]
-        pairs = zip(self._contract.outputs, features, strict=True)
+        own_outputs = outputs[len(outputs) - len(self._contract.outputs) :]
+        pairs = zip(self._contract.outputs, own_outputs, strict=True)
         return {spec.name: array.numpy() for spec, array in pairs}
 
     def new_state(self) -> State:

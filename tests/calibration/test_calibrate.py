@@ -104,7 +104,7 @@ def test_table_can_be_read_and_edited(tiny_calibrated: Calibrated, tmp_path: Pat
         (lambda raw: raw["activations"]["decoder.head"].update(fp8=float("nan")), "NaN is not a number"),
         (lambda raw: raw["activations"]["decoder.head"].pop("method"), "is not valid: .*method"),
         (lambda raw: raw.update(version=9), "has version 9, this release reads 1"),
-        (lambda raw: raw["vectors"].update(sha256="0"), "is not the one that .* was written with"),
+        (lambda raw: raw["vectors"].update(sha256="0"), "is not the file that .* was written with"),
         (lambda raw: raw.update(activations=3), "is not valid"),
     ],
 )  # fmt: skip

@@ -166,7 +166,9 @@ HIDDEN: list[tuple[str, str, str, Edit, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("precision", "component", "what", "edit", "named"), HIDDEN, ids=lambda v: v if isinstance(v, str) else ""
+    ("precision", "component", "what", "edit", "named"),
+    HIDDEN,
+    ids=lambda v: v[:30] if isinstance(v, str) else "edit",
 )
 def test_hidden_faults_are_named(
     request: pytest.FixtureRequest,
@@ -258,7 +260,7 @@ def test_weights_beside_a_graph_are_read_where_they_lie(tmp_path: Path, quantize
     assert "is stored beyond the end" in compared().differences[0].detail
     tensor.external_data[0].value = "../decoder.onnx.data"
     onnx.save(model, str(file))
-    assert "which is no file beside" in compared().differences[0].detail
+    assert "which is not a file next to" in compared().differences[0].detail
 
 
 def test_another_checkpoint_is_refused(run, pair, tiny_bundle: Bundle) -> None:

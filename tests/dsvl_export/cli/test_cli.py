@@ -174,10 +174,10 @@ def test_compare_command(run, tiny_bundle: Bundle, tmp_path: Path) -> None:
             "passed (built by A, numerics by B)",
         ),
         ({"verdict": "not judged", "execution": "not run: no GPU"}, "not judged"),
-        ({"verdict": "passed"}, "passed (on what is not recorded)"),
+        ({"verdict": "passed"}, "passed (execution not recorded)"),
         (
             {"verdict": "passed", "execution": "ran on cpu with x 1", "tolerances": "overridden"},
-            "passed (with other tolerances than the shipped ones)",
+            "passed (with overridden tolerances)",
         ),
     ],
 )

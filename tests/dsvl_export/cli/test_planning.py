@@ -17,7 +17,7 @@ from tests.dsvl_export.cli.command_line import refused
 def test_doctor_and_targets(run, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run("doctor")
     assert done.code == 0
-    for text in ("onnxruntime", "yes: fp32, fp16", "All well.", "https://"):
+    for text in ("onnxruntime", "yes: fp32, fp16", "This machine is ready.", "https://"):
         assert text in done.out
     assert json.loads(run("doctor", "--json").out)["healthy"]
     broken = {"executorch": "1.4.1", "torch": "2.12.0"}

@@ -108,4 +108,4 @@ def test_from_sensitivities_to_a_plan(run, tmp_path: Path) -> None:  # type: ign
         assert refused(run(*common, *arguments), sentence)
     assert not (tmp_path / "x.yaml").exists()
     missing = ("plan-precision", "tiny", tmp_path, "--budget", "kl=1", "-o", tmp_path / "x.yaml")
-    assert refused(run(*missing), "measure it with 'dsvl-export sensitivity'")
+    assert refused(run(*missing), "make it with 'dsvl-export sensitivity'")

@@ -55,7 +55,9 @@ QUANTIZED_FAULTS: list[tuple[str, str, str, Edit]] = [
 
 
 @pytest.mark.parametrize(
-    ("precision", "component", "tap", "edit"), QUANTIZED_FAULTS, ids=lambda v: str(v)[:20]
+    ("precision", "component", "tap", "edit"),
+    QUANTIZED_FAULTS,
+    ids=lambda v: v[:20] if isinstance(v, str) else "edit",
 )
 def test_faults_in_quantized_layers_are_located(
     quantized_bundle: Bundle, tmp_path: Path, precision: str, component: str, tap: str, edit: Edit

@@ -192,7 +192,7 @@ def test_task_without_recorded_answers(tiny_bundle: Bundle, tmp_path: Path) -> N
     assert (unjudged.verdict, unjudged.exit_code) == ("not judged", 3)
     assert "no fp32 answers to compare with" in unjudged.stage("task_accuracy").detail
     hopeless = [replace(item, expected="?", reference="!", reference_tokens=2) for item in items]
-    assert "nothing to keep" in parity(single, task=hopeless).stage("task_accuracy").detail
+    assert "no accuracy to compare with" in parity(single, task=hopeless).stage("task_accuracy").detail
 
 
 def fake_backend(execution: Execution) -> ModuleType:
@@ -255,7 +255,7 @@ def test_compare_two_precisions_and_two_models(tiny_bundle: Bundle, bundle_copy:
     assert result.tolerance
     assert result.tolerance.bound("adaptor") == pytest.approx(7.1e-3)
     assert all(localization.taps and localization.first is None for localization in result.localizations)
-    with pytest.raises(UserError, match="onnxruntime fp16 would be compared with itself; name another one"):
+    with pytest.raises(UserError, match="onnxruntime fp16 would be compared with itself; pass another"):
         compare(tiny_bundle, tiny_bundle, FP16, FP16)
     same = compare(tiny_bundle, Bundle.open(bundle_copy), FP16, FP16)
     assert same.stages[2].errors

@@ -49,7 +49,7 @@ def test_precisions_that_the_installed_release_is_too_old_for(
     assert {"onnxruntime-float16-quantize", "onnxruntime-float8", "onnxruntime-int8-cache"} <= ids
     print_diagnosis(found)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "kv-int8 needs 1.27, fp8 needs 1.32, here is 1.23.2" in shown
+    assert "kv-int8 needs 1.27, fp8 needs 1.32; installed: 1.23.2" in shown
     assert "ONNX Runtime before 1.30 rounds float16 activations toward zero" in shown
 
 
@@ -123,7 +123,7 @@ def test_where_there_is_no_torch() -> None:
     backend = json.loads(done.stdout)["backends"]["onnxruntime"]
     assert backend["run"]["able"]
     assert "pip install 'dsvl-export[export,onnxruntime]'" in backend["compile"]["missing"]
-    assert "All well." in run("doctor").stdout
+    assert "This machine is ready." in run("doctor").stdout
     assert "jetson-orin-nano" in run("targets").stdout
     planned = run("plan", "tiny")
     assert planned.returncode == 2

@@ -125,5 +125,5 @@ def test_a_cluster_that_ends(tiny_bundle: Bundle, two_nodes: Any) -> None:
 def test_what_is_no_cluster(run, tiny_bundle: Bundle) -> None:
     serve = ("serve", str(tiny_bundle.folder), "--port", "0")
     assert refused(run(*serve, "--ray", "127.0.0.1:1"), "Cannot connect to a Ray cluster at '127.0.0.1:1'")
-    assert refused(run(*serve, "--ray", "ray://127.0.0.1:1"), "serve runs on a machine of the cluster")
+    assert refused(run(*serve, "--ray", "ray://127.0.0.1:1"), "serve must run on a machine of the cluster")
     assert refused(run(*serve, "--replicas", "2"), "pass --ray ADDRESS too.")

@@ -49,7 +49,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": ask("x", "data:image/png;base64,@@@")}, 400, "image 1: the data URL is not valid base64."),
     ({"messages": ask("x", "data:text/plain")}, 400, "a data URL has the form data:image/png;base64,"),
     ({"messages": ask("x", "data:text/plain,hello")}, 400, "image 1 is not a readable image; use PNG,"),
-    ({"messages": ask("x", "data:;base64,a-_b")}, 400, "not valid base64. Replace - by + and _ by /"),
+    ({"messages": ask("x", "data:;base64,a-_b")}, 400, "not valid base64. It uses the URL-safe alphabet; replace - by + and _ by /"),
     ({"messages": ask("x", "picture.png")}, 400, "image 1 is neither a URL nor base64; pass a URL such as data:"),
     ({"messages": ask("x", b"no image")}, 400, "image 1 is not a readable image; use PNG, JPEG, WEBP, GIF, BMP."),
     ({"messages": ask("x", TINY_PNG[:100])}, 400, "image 1 is damaged: "),
