@@ -70,7 +70,7 @@ def model_card(bundle: Bundle, repository: str, options: CardOptions) -> str:
         "```",
         f"pip install 'dsvl-export[{install}]' huggingface_hub",
         f"dsvl-export run {repository} --backend {backend} --precision {precision} --image photo.jpg"
-        ' "Describe the picture."',
+        ' --prompt "Describe the picture."',
         f"dsvl-export serve {repository} --backend {backend} --precision {precision}",
         f"dsvl-export parity {repository} --backend {backend} --precision {precision}",
         "```",

@@ -68,15 +68,23 @@ def test_a_bundle_of_the_hub(hub: Hub, tiny_bundle: Bundle, tmp_path: Path) -> N
         pushed.out == f"Published as {hub.url}/org/made/commit/{hub.repositories['org/made'].refs['main']}.\n"
     )
     there = ("org/made", "--precision", "fp16")
-    answer = command(hub, tmp_path, "run", *there, "Hello.", "--max-new-tokens", "4")
+    answer = command(hub, tmp_path, "run", *there, "--prompt", "Hello.", "--max-new-tokens", "4")
     assert answer == command(
-        hub, tmp_path, "run", str(tiny_bundle.folder), *there[1:], "Hello.", "--max-new-tokens", "4"
+        hub,
+        tmp_path,
+        "run",
+        str(tiny_bundle.folder),
+        *there[1:],
+        "--prompt",
+        "Hello.",
+        "--max-new-tokens",
+        "4",
     )
     judged = command(hub, tmp_path, "parity", *there, HF_HUB_OFFLINE="1")
     assert judged.code == 0, judged.err
     assert "pass --report FOLDER to keep the report" in judged.err
     assert not list((tmp_path / "hf").rglob("parity-*.json"))
-    assert refused(command(hub, tmp_path, "run", "org/none", "Hello."), "no repository org/none")
+    assert refused(command(hub, tmp_path, "run", "org/none", "--prompt", "Hello."), "no repository org/none")
 
 
 def test_push_names_what_is_wrong(hub: Hub, tiny_copy: Path, bundle_copy: Path, tmp_path: Path) -> None:
