@@ -1,6 +1,16 @@
 """The command line: ``dsvl-export COMMAND``."""
 
-from dsvl_export.cli import bundles, checks, engines, planning, quantizing, running, serving, speed
+from dsvl_export.cli import (
+    bundles,
+    checks,
+    engines,
+    planning,
+    publishing,
+    quantizing,
+    running,
+    serving,
+    speed,
+)
 from dsvl_export.cli.app import app, main, sort_commands
 
 sort_commands()
@@ -12,6 +22,7 @@ __all__ = [
     "engines",
     "main",
     "planning",
+    "publishing",
     "quantizing",
     "running",
     "serving",

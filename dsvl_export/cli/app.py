@@ -33,7 +33,7 @@ READER_GONE = 141  # as shells report SIGPIPE
 PANELS = {
     "Export, run and check": ("export", "run", "parity", "chat", "serve", "inspect", "demo"),
     "Plan a deployment": ("doctor", "targets", "plan"),
-    "Verify, compare and measure bundles": ("verify", "compare", "bench"),
+    "Verify, compare, measure and publish bundles": ("verify", "compare", "bench", "push"),
     "Quantize": ("calibrate", "sensitivity", "plan-precision"),
     "TensorRT": ("lint", "build-engine"),
 }

@@ -12,7 +12,7 @@ from dsvl_export.cli.app import command
 from dsvl_export.cli.checks import exit_with_verdict, run_and_record
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets, values
 from dsvl_export.cli.memory import warn_of_memory
-from dsvl_export.cli.options import BundleFolder, Json, OptionalCheckpoint
+from dsvl_export.cli.options import Adapters, BundleFolder, Json, OptionalCheckpoint
 from dsvl_export.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def export(
         ),
     ],
     checkpoint: OptionalCheckpoint = None,
+    adapter: Adapters = None,
     config: Annotated[
         Optional[Path],
         typer.Option(
@@ -171,6 +172,7 @@ def export(
         raise UserError("There is no checkpoint to export; give CHECKPOINT or --config.")
     settings = settings.override(
         {
+            "adapters": tuple(adapter or ()),
             "backend": backend,
             "precisions": tuple(precision or ()),
             "target": target,

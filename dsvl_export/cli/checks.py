@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -15,6 +15,7 @@ from dsvl_export.cli.completion import bundle_backends, bundle_precisions, value
 from dsvl_export.cli.memory import warn_of_memory
 from dsvl_export.cli.options import (
     CHECK,
+    Adapters,
     Backend,
     BundleFolder,
     Device,
@@ -64,6 +65,7 @@ def parity(
             autocompletion=values("tiny"),
         ),
     ] = None,
+    adapter: Adapters = None,
     tolerances: Tolerances = None,
     report: ReportFolder = None,
     device: Device = None,
@@ -102,6 +104,7 @@ def parity(
             task=items,
             taps=taps,
             live=live,
+            adapters=adapter or (),
             tolerances=table,
             threads=threads,
             device=device,
@@ -205,6 +208,7 @@ def verify(
             autocompletion=values("tiny"),
         ),
     ] = None,
+    adapter: Adapters = None,
     backend: Annotated[
         Optional[str],
         typer.Option(
@@ -231,9 +235,9 @@ def verify(
     from runtimes.backends.engines.backend import engine_problems
     from runtimes.bundle.bundle import Bundle
 
-    if weights is None and (backend or precision):
+    if weights is None and (backend or precision or adapter):
         raise UserError(
-            "--backend and --precision select what --weights audits; pass --weights CHECKPOINT too."
+            "--backend, --precision and --adapter belong to --weights; pass --weights CHECKPOINT too."
         )
     opened = Bundle.open(bundle)
     problems = opened.problems() + engine_problems(opened)
@@ -246,7 +250,7 @@ def verify(
         raise UserError(
             f"The bundle {bundle} is damaged or does not fit this machine: {'; '.join(problems)}."
         )
-    result = _audit(opened, weights, backend, precision) if weights else None
+    result = _audit(opened, weights, adapter or (), backend, precision) if weights else None
     if as_json:
         display.print_json({**report, **({"audit": result.to_dict()} if result else {})})
     else:
@@ -257,13 +261,16 @@ def verify(
         raise typer.Exit(result.exit_code)
 
 
-def _audit(bundle: Bundle, checkpoint: str, backend: str | None, precision: str | None) -> Audit:
+def _audit(
+    bundle: Bundle, checkpoint: str, adapters: Sequence[str], backend: str | None, precision: str | None
+) -> Audit:
     """Compare the files of a bundle with a checkpoint, with a progress bar."""
     from dsvl_export.audit import audit
     from dsvl_export.cli import display
     from reference.checkpoint.checkpoint import open_checkpoint
+    from reference.checkpoint.lora_adapter import parse_adapters
 
-    source, done = open_checkpoint(checkpoint), 0
+    source, done = open_checkpoint(checkpoint, adapters=parse_adapters(adapters)), 0
     with display.step_bar("audit") as on_step:
 
         def on_bytes(part: str, count: int) -> None:
@@ -301,6 +308,11 @@ def run_and_record(
     if report:
         name = f"parity-{result.backend}-{result.precision}"
         _announce(write_report(opened, result, report, name, opened.folder / "goldens" / "images"))
+    elif opened.downloaded:
+        say(
+            "The bundle is in the cache of the hub; pass --report FOLDER to keep the report.",
+            stream=sys.stderr,
+        )
     else:
         try:
             _announce(record_verdict(opened, result))

@@ -30,7 +30,21 @@ OptionalCheckpoint = Annotated[
         autocompletion=values("tiny"),
     ),
 ]
-BundleFolder = Annotated[Path, typer.Argument(help="Bundle folder, made by 'export'.", metavar="BUNDLE")]
+Adapters = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER[=WEIGHT]",
+        help="LoRA adapter in PEFT's layout to merge into the checkpoint's weights, repeatable. WEIGHT"
+        " multiplies its change.",
+    ),
+]
+BundleFolder = Annotated[
+    Path,
+    typer.Argument(
+        help="Bundle folder, made by 'export', or the Hugging Face hub id of a bundle.", metavar="BUNDLE"
+    ),
+]
 Backend = Annotated[
     Optional[str],
     typer.Option(

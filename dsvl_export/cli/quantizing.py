@@ -9,7 +9,7 @@ import typer
 
 from dsvl_export.cli.app import command
 from dsvl_export.cli.completion import complete_precisions, values
-from dsvl_export.cli.options import Checkpoint, Json, Ray
+from dsvl_export.cli.options import Adapters, Checkpoint, Json, Ray
 from dsvl_export.cli.terminal import say
 from runtimes.errors import UserError
 from runtimes.installation import install_command
@@ -34,6 +34,7 @@ Scales = Annotated[
 def calibrate(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the scale table.")],
+    adapter: Adapters = None,
     data: Data = "bundled",
     samples: Samples = 128,
     seed: Seed = 0,
@@ -93,11 +94,12 @@ def calibrate(
     from dsvl_export.quantization.calibrate import CalibrationOptions
     from dsvl_export.quantization.calibrate import calibrate as run_calibrate
     from reference.checkpoint.checkpoint import open_checkpoint
+    from reference.checkpoint.lora_adapter import parse_adapters
 
     options = CalibrationOptions(
         data, samples, seed, _part(part), method, percentile, rows, tune, smooth, gptq
     )
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, adapters=parse_adapters(adapter or ()))
     with ray_cluster(ray) as spread, display.step_bar("calibrate") as on_step:
         result = run_calibrate(source, output.expanduser(), options, merge or (), on_step, spread)
     for image in result.skipped:
@@ -137,6 +139,7 @@ def _part(text: str) -> tuple[int, int]:
 def sensitivity(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for sensitivity.json and a plot.")],
+    adapter: Adapters = None,
     data: Data = "bundled",
     samples: Samples = 32,
     seed: Seed = 0,
@@ -160,8 +163,9 @@ def sensitivity(
     from dsvl_export.cluster.ray_cluster import ray_cluster
     from dsvl_export.quantization.search import sensitivity as run_sensitivity
     from reference.checkpoint.checkpoint import open_checkpoint
+    from reference.checkpoint.lora_adapter import parse_adapters
 
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, adapters=parse_adapters(adapter or ()))
     with ray_cluster(ray) as spread, display.step_bar("sensitivity") as on_step:
         result, plot_file = run_sensitivity(
             source, output.expanduser(), data, samples, seed, candidate, scales, on_step, spread
@@ -188,6 +192,7 @@ def plan_precision(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="YAML file for the plan.")],
+    adapter: Adapters = None,
     data: Data = "bundled",
     samples: Samples = 128,
     seed: Seed = 0,
@@ -208,8 +213,9 @@ def plan_precision(
     from dsvl_export.cli.display_quantizing import front_table
     from dsvl_export.quantization.search import find_plan
     from reference.checkpoint.checkpoint import open_checkpoint
+    from reference.checkpoint.lora_adapter import parse_adapters
 
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, adapters=parse_adapters(adapter or ()))
     with display.step_bar("plan-precision") as on_step:
         result = find_plan(
             source,

@@ -21,6 +21,7 @@ from dsvl_export.targets.options import (
     TensorRTOptions,
 )
 from dsvl_export.targets.targets import find_target
+from reference.checkpoint.lora_adapter import AdapterChoice
 from runtimes.bundle.yaml_files import read_yaml
 from runtimes.errors import UserError
 
@@ -39,6 +40,8 @@ class ExportConfig:
 
     Args:
         checkpoint: ``tiny``, a checkpoint folder, or a hub id.
+        adapters: folders of LoRA adapters that are merged into the weights, in this order;
+            ``FOLDER=WEIGHT`` multiplies the adapter's change.
         backend: name of the backend; None selects the target's first, or ``onnxruntime``.
         precisions: names, recipes, or YAML files of precision plans; each becomes a set of
             artifacts. Empty selects fp32, or the backend's first if it does not support fp32.
@@ -56,6 +59,7 @@ class ExportConfig:
     """
 
     checkpoint: str
+    adapters: tuple[str, ...] = ()
     backend: str | None = None
     precisions: tuple[str, ...] = ()
     target: str | None = None
@@ -89,6 +93,7 @@ class ExportConfig:
         return replace(
             config,
             checkpoint=_resolve_checkpoint(config.checkpoint, folder) if checkpoint is None else checkpoint,
+            adapters=tuple(str(AdapterChoice.parse(text, folder)) for text in config.adapters),
             precisions=tuple(_resolve_precision(precision, folder) for precision in config.precisions),
             scales=str(folder / Path(config.scales).expanduser()) if config.scales else None,
         )

@@ -26,6 +26,7 @@ from dsvl_export.exporter.staging import Staging
 from dsvl_export.targets.options import ExecuTorchOptions, OnnxRuntimeOptions, TensorRTOptions
 from reference.checkpoint.chat_template import describe_template_difference
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from reference.checkpoint.lora_adapter import parse_adapters
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import PrecisionOverflowError, UserError
@@ -51,6 +52,7 @@ def export(
     capabilities: Sequence[int] = (),
     delegate: str | None = None,
     prefill: bool = True,
+    adapters: Sequence[str] = (),
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
 
@@ -70,6 +72,7 @@ def export(
         capabilities: compute capabilities that TensorRT-RTX builds engines for.
         delegate: what ExecuTorch runs the encoders on.
         prefill: add ONNX Runtime's second decoder for prompts.
+        adapters: LoRA adapters to merge, each ``FOLDER`` or ``FOLDER=WEIGHT``.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
@@ -77,6 +80,7 @@ def export(
     """
     config = ExportConfig(
         checkpoint=str(checkpoint),
+        adapters=tuple(adapters),
         backend=backend,
         precisions=tuple(precisions),
         target=target,
@@ -111,7 +115,7 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
     for one, other in combinations(plans, 2):
         if one.name == other.name and one != other:
             raise UserError(f"Two precision plans are called {one.name!r}; rename one of the files.")
-    source = open_checkpoint(config.checkpoint)
+    source = open_checkpoint(config.checkpoint, adapters=parse_adapters(config.adapters))
     longest = source.config.decoder.max_positions
     if config.capacity is not None and not 1 <= config.capacity <= longest:
         raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {config.capacity}.")

@@ -52,6 +52,7 @@ def build_manifest(
             "name": checkpoint_name(source, staging),
             "sha256": source.digest,
             "layout": source.config.layout,
+            **({"origin": source.origin} if source.origin else {}),
         },
         preprocessing=preprocessing,
         prompt=prompt,
@@ -72,7 +73,7 @@ def build_manifest(
 
 def checkpoint_name(source: Checkpoint, staging: Staging) -> str:
     """Return the name of the checkpoint's folder at the bundle's first export, for listings."""
-    return staging.previous.checkpoint["name"] if staging.previous else source.folder.name
+    return staging.previous.checkpoint["name"] if staging.previous else source.name
 
 
 def config_folder(backend: str, precision: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsvl_export.cluster.ray_cluster import Spread
 from dsvl_export.parity_check.audit import judge_audit
@@ -36,6 +37,9 @@ from runtimes.goldens.texts import TextGoldens
 from runtimes.pipeline import Pipeline
 from runtimes.session import Execution, SessionOptions
 
+if TYPE_CHECKING:
+    from reference.checkpoint.checkpoint import Checkpoint
+
 OnStep = Callable[[str, int, int], None]
 
 
@@ -61,6 +65,7 @@ def parity(
     task: list[TaskItem] | None = None,
     taps: bool = False,
     live: str | None = None,
+    adapters: Sequence[str] = (),
     tolerances: dict[str, Tolerance] | None = None,
     threads: int | None = None,
     device: str | None = None,
@@ -80,6 +85,7 @@ def parity(
             those of the bundle's own fp32 artifacts.
         taps: compare layer by layer in every component, not only in those whose stage failed.
         live: a checkpoint to compute the reference from, instead of the recorded goldens.
+        adapters: LoRA adapters to merge into ``live``, as in ``ExportConfig``.
         tolerances: from ``load_tolerances``; None is the shipped table.
         threads: number of CPU threads; None is the backend's choice.
         device: device to run on; None is the backend's own, or one that can simulate it here.
@@ -108,12 +114,13 @@ def parity(
     device = result.execution.device
     pipeline = Pipeline.open(bundle, backend, precision, threads=threads, device=device)
     checkpoint = bundle.manifest.checkpoint["sha256"]
+    source = _open_source(bundle, live, adapters) if live else None
     table = tolerances or shipped
     base = tolerance_of_base(table, bundle, precision, tolerance)
     with ExitStack() as stack:
-        if live:
+        if source:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            recorded = _record_live(bundle, live, precision, folder, on_step)
+            recorded = _record_live(bundle, source, precision, folder, on_step)
         else:
             recorded = Recorded(
                 Goldens.of_bundle(bundle),
@@ -132,11 +139,11 @@ def parity(
         capacity = bundle.manifest.default_capacity
         judge_long_context(pipeline.chain, recorded.long, pipeline.max_capacity, capacity, bound, result)
         on_step("entry points", 0, 1)
-        judge_entry_points(bundle, pipeline.chain, goldens, checkpoint, result, quantization_error, live)
+        judge_entry_points(bundle, pipeline.chain, goldens, checkpoint, result, quantization_error, source)
         if base is not table["fp32"]:
             result.advise_on_overflow()
         if task:
-            baseline = _baseline(bundle, task, live, result, threads, on_step)
+            baseline = _baseline(bundle, task, source, result, threads, on_step)
             if spread:
                 model = (str(bundle.folder), backend, precision, threads, device)
                 score = score_on_cluster(model, task, "task", on_step, spread)
@@ -171,10 +178,28 @@ def weakest(executions: Iterable[Execution]) -> Execution:
     return min(executions, key=lambda execution: order.index(execution.kind))
 
 
-def _record_live(bundle: Bundle, live: str, precision: str, folder: Path, on_step: OnStep) -> Recorded:
+def _open_source(bundle: Bundle, live: str, adapters: Sequence[str]) -> Checkpoint:
+    """Open the checkpoint that a bundle was exported from.
+
+    Raises:
+        UserError: it is another checkpoint.
+    """
+    # Deferred: imports torch.
+    from reference.checkpoint.checkpoint import open_checkpoint
+    from reference.checkpoint.lora_adapter import parse_adapters
+
+    source = open_checkpoint(live, adapters=parse_adapters(adapters))
+    if source.digest != bundle.manifest.checkpoint["sha256"]:
+        merged = f" with the adapters {', '.join(adapters)}" if adapters else ""
+        raise UserError(f"{live}{merged} is not the checkpoint that {bundle.folder} was exported from.")
+    return source
+
+
+def _record_live(
+    bundle: Bundle, source: Checkpoint, precision: str, folder: Path, on_step: OnStep
+) -> Recorded:
     """Compute goldens, token embeddings and quantization errors from the checkpoint."""
     from dsvl_export.compilers.precisions import planned_weights
-    from reference.checkpoint.checkpoint import open_checkpoint
     from reference.goldens.record import (
         record_reference_goldens,
         record_reference_long_golden,
@@ -182,9 +207,6 @@ def _record_live(bundle: Bundle, live: str, precision: str, folder: Path, on_ste
     )
     from reference.session import write_token_embedding
 
-    source = open_checkpoint(live)
-    if source.digest != bundle.manifest.checkpoint["sha256"]:
-        raise UserError(f"{live} is not the checkpoint that {bundle.folder} was exported from.")
     table = folder / "token_embedding.safetensors"
     write_token_embedding(source, table)
     record_reference_goldens(source, table, folder / "goldens", partial(on_step, "reference"))
@@ -202,18 +224,16 @@ def _record_live(bundle: Bundle, live: str, precision: str, folder: Path, on_ste
 def _baseline(
     bundle: Bundle,
     task: list[TaskItem],
-    live: str | None,
+    source: Checkpoint | None,
     result: ParityResult,
     threads: int | None,
     on_step: OnStep,
 ) -> tuple[str, TaskScore] | None:
     """Return what gives the fp32 answers that the task is compared with, and their score."""
-    if live:
-        # Deferred: imports torch.
-        from reference.checkpoint.checkpoint import open_checkpoint
-        from reference.session import reference_chain
+    if source:
+        from reference.session import reference_chain  # deferred: imports torch
 
-        chain = reference_chain(open_checkpoint(live), bundle.path(bundle.manifest.token_embedding))
+        chain = reference_chain(source, bundle.path(bundle.manifest.token_embedding))
         manifest = bundle.manifest
         pipeline = Pipeline(chain, manifest.prompt.system_prompt, manifest.default_capacity)
         return "the torch reference", score_with_progress(pipeline, task, "task by the reference", on_step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from runtimes.chain import Chain
 from runtimes.goldens.golden import Golden
 from runtimes.preprocess import to_pixel_values
 from runtimes.session import EntryPoints
+
+if TYPE_CHECKING:
+    from reference.checkpoint.checkpoint import Checkpoint
 
 STAGE = "entry_points"
 FLOATS = ("fp32", "fp16", "bf16")
@@ -59,7 +62,7 @@ def judge_entry_points(
     checkpoint: str,
     result: ParityResult,
     quantization_error: QuantizationError,
-    live: str | None = None,
+    source: Checkpoint | None = None,
 ) -> None:
     """Fill in the stage ``entry_points``, on the first golden; each failure names its entry point.
 
@@ -72,14 +75,14 @@ def judge_entry_points(
         checkpoint: SHA-256 of the checkpoint that the goldens were recorded from.
         result: the result to fill in.
         quantization_error: error of the reference itself at this precision.
-        live: as in ``parity``.
+        source: the checkpoint of ``parity --live``; None judges by what was recorded.
 
     Raises:
         UserError: a golden or the bundle is damaged.
     """
     stage = result.stage(STAGE)
     stage.passed()
-    for fault in settings_faults(bundle, live):
+    for fault in settings_faults(bundle, source):
         stage.fail(fault)
     module = load_backend(result.backend)
     open_entry_points: Callable[[Chain, int], EntryPoints] = getattr(

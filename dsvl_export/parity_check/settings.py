@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import read_json
 from runtimes.goldens.golden import SETTINGS
 
+if TYPE_CHECKING:
+    from reference.checkpoint.checkpoint import Checkpoint
 
-def settings_faults(bundle: Bundle, live: str | None) -> Iterator[str]:
+
+def settings_faults(bundle: Bundle, source: Checkpoint | None) -> Iterator[str]:
     """Describe each setting in the manifest that differs from the reference's.
 
     The stage ``text`` covers the prompt format.
 
     Args:
         bundle: the bundle whose manifest is judged.
-        live: the checkpoint to read the settings from; None reads the settings that were recorded
+        source: the checkpoint to read the settings from; None reads the settings that were recorded
             with the goldens, which bundles of dsvl-export 0.4 do not have.
 
     Yields:
         A sentence for each setting that differs.
     """
     path = f"goldens/{SETTINGS}"
-    if live:
-        # Deferred: imports torch.
-        from reference.checkpoint.checkpoint import open_checkpoint
-        from reference.checkpoint.specs import reference_settings
+    if source:
+        from reference.checkpoint.specs import reference_settings  # deferred: imports torch
 
-        expected = json.loads(json.dumps(reference_settings(open_checkpoint(live))))
+        expected = json.loads(json.dumps(reference_settings(source)))
     elif path in bundle.manifest.files:
         bundle.check([path])
         expected = read_json(bundle.path(path))

@@ -35,6 +35,7 @@ from calibration.sensitivity import (
 from dsvl_export.cluster.ray_cluster import Spread
 from dsvl_export.quantization.calibrate import open_checkpoint_on_worker, temporary_token_embedding
 from reference.checkpoint.checkpoint import Checkpoint
+from reference.checkpoint.lora_adapter import AdapterChoice
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS
 from runtimes.errors import UserError
 
@@ -107,7 +108,7 @@ def sensitivity(
     ) -> Iterator[tuple[int, SensitivityRow]]:
         assert spread
         scales_folder = str(scales.expanduser()) if scales else None
-        shared = (str(source.folder), source.digest, tuple(selected), scales_folder)
+        shared = (str(source.folder), source.choices, source.digest, tuple(selected), scales_folder)
         return spread(measure_row, [(*shared, layer, precision) for layer, precision in todo])
 
     with temporary_token_embedding(source) as embedding:
@@ -124,6 +125,7 @@ def sensitivity(
 
 def measure_row(
     folder: str,
+    adapters: tuple[AdapterChoice, ...],
     digest: str,
     samples: tuple[Sample, ...],
     scales: str | None,
@@ -131,14 +133,18 @@ def measure_row(
     precision: LayerPrecision,
 ) -> SensitivityRow:
     """Measure one layer in one precision, in a worker of the cluster."""
-    return _open_trials(folder, digest, samples, scales).measure(layer, precision)
+    return _open_trials(folder, adapters, digest, samples, scales).measure(layer, precision)
 
 
 @cache
 def _open_trials(
-    folder: str, digest: str, samples: tuple[Sample, ...], scales: str | None
+    folder: str,
+    adapters: tuple[AdapterChoice, ...],
+    digest: str,
+    samples: tuple[Sample, ...],
+    scales: str | None,
 ) -> SensitivityMeter:
-    source, embedding = open_checkpoint_on_worker(folder, digest)
+    source, embedding = open_checkpoint_on_worker(folder, adapters, digest)
     table = ScaleTable.load(Path(scales)) if scales else None
     return SensitivityMeter(source, embedding, samples, table, "fp32")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from reference.checkpoint.layouts import (
     canonical_names,
     parameter_sources,
 )
+from reference.checkpoint.lora_adapter import AdapterChoice, base_model
+from reference.checkpoint.lora_merge import Adapters
 from reference.checkpoint.settings import Settings
 from reference.checkpoint.tensor_files import (
     ADAPTER_CONFIG,
@@ -38,12 +41,14 @@ from reference.model.constants import materialize_constants
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.tiny import TINY
 from runtimes.bundle.files import read_json, sha256_of_files, sha256_of_text, write_json
-from runtimes.errors import UserError, first_line
-from runtimes.installation import install_command
+from runtimes.errors import UserError
+from runtimes.hub import HubId, download
 from runtimes.text.prompt import BOS, EOS, PAD
 
 STREAMING_THRESHOLD = 2 << 30  # bytes of fp32 weights
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+# Patterns of files to download: a checkpoint's are in its main folder.
+SETTINGS_PATTERNS, SUBFOLDERS = ("*.json", "*.jinja"), ("*/*",)
 SETTINGS_FILES = (
     "config.json",
     "generation_config.json",
@@ -63,12 +68,16 @@ _QUANTIZED_NAMES = re.compile(
 class Checkpoint:
     """A DeepSeek-VL checkpoint folder: its config, its files and its tensors, loaded on demand.
 
-    ``preprocessor`` has the image processor's settings; None if no file has them.
+    ``preprocessor`` has the image processor's settings; None if no file has them. ``choices`` are
+    the LoRA adapters that are merged into the weights, in this order. ``origin`` is
+    ``ORG/NAME@COMMIT`` if the folder was downloaded from the hub.
     """
 
     folder: Path
     config: ModelConfig
     preprocessor: Settings | None
+    choices: tuple[AdapterChoice, ...] = ()
+    origin: str = ""
 
     @cached_property
     def _files(self) -> TensorFiles:
@@ -77,6 +86,21 @@ class Checkpoint:
     @cached_property
     def _shapes(self) -> dict[str, Shape]:
         return parameter_shapes(self.config)
+
+    @property
+    def name(self) -> str:
+        """Name of the folder or hub repository, with the names of the adapters."""
+        base = self.origin.partition("@")[0].rpartition("/")[2] or self.folder.name
+        return "+".join([base, *(choice.folder.name for choice in self.choices)])
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """Adapters that ``load`` merges.
+
+        Raises:
+            UserError: one cannot be read, or does not fit this model.
+        """
+        return Adapters.open(self.choices, self.config, self._shapes)
 
     def check(self) -> None:
         """Check that the files hold exactly the config's tensors, as floats of the right shapes.
@@ -153,7 +177,8 @@ class Checkpoint:
     def load(self, parameter: str) -> Tensor:
         """Load one parameter in the checkpoint's dtype, but float64 as float32.
 
-        The reference computes in float32, and no runtime reads float64.
+        The reference computes in float32, and no runtime reads float64. A parameter that an adapter
+        changes is float32 as well.
 
         Args:
             parameter: a name of ``DeepSeekVL.named_parameters()``.
@@ -161,7 +186,7 @@ class Checkpoint:
         parts = [self._files.load(name) for name in self._stored(parameter)]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
-        return tensor.reshape(self._shapes[parameter])
+        return self.adapters.merge(parameter, tensor.reshape(self._shapes[parameter]))
 
     def embedding_bytes(self) -> int | None:
         """Return the bytes of the token embedding as ``load`` returns it; None without weights."""
@@ -169,6 +194,8 @@ class Checkpoint:
             return None
         (name,) = self._stored("token_embedding.weight")
         stored = self._files.stored[name]
+        if "token_embedding.weight" in self.adapters:
+            return 4 * prod(stored.shape)
         return stored.nbytes // 2 if stored.dtype == "float64" else stored.nbytes
 
     def load_model(
@@ -219,7 +246,8 @@ class Checkpoint:
         )  # fmt: skip
         settings = [self.folder / name for name in names if (self.folder / name).exists()]
         hashes = sha256_of_files([*settings, *self.tokenizer_files, *self._files.files], on_step)
-        cached["digest"] = sha256_of_text("\n".join(f"{file.name} {hash_}" for file, hash_ in hashes.items()))
+        lines = [f"{file.name} {hash_}" for file, hash_ in hashes.items()]
+        cached["digest"] = sha256_of_text("\n".join([*lines, *self.adapters.identity()]))
         return str(cached["digest"])
 
     @property
@@ -280,59 +308,59 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def resolve_checkpoint(checkpoint: str, weights: bool = True) -> Path:
-    """Return the folder of a checkpoint; a Hugging Face Hub id is downloaded first.
+def resolve_checkpoint(checkpoint: str, weights: bool = True) -> tuple[Path, str]:
+    """Find the folder of a checkpoint; a Hugging Face Hub id is downloaded first.
 
     Args:
-        checkpoint: ``tiny``, a local folder, or a hub id.
+        checkpoint: ``tiny``, a local folder, or a hub id, with a revision or without.
         weights: whether to download the weights too, not the settings alone.
+
+    Returns:
+        The folder, and ``ORG/NAME@COMMIT`` of a hub id; empty for others.
 
     Raises:
         UserError: there is no such folder, and it cannot be downloaded.
     """
     if checkpoint == "tiny":
-        return TINY
+        return TINY, ""
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
-        return folder
+        return folder, ""
     if folder.exists():
         raise UserError(f"{checkpoint} is a file; give the folder that holds config.json.")
-    if checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
+    hub_id = HubId.parse(checkpoint)
+    if hub_id is None:
         raise UserError(f"The folder {checkpoint} does not exist.")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise UserError(
-            f"The folder {checkpoint} does not exist; to download it as a hub id,"
-            f" run: {install_command('huggingface_hub')}."
-        ) from error
-    try:
-        patterns = ["*.json", "*.safetensors", "*.bin"] if weights else ["*.json"]
-        return Path(snapshot_download(checkpoint, allow_patterns=patterns))
-    except Exception as error:  # network, authorization and hub errors share no base class
-        raise UserError(
-            f"The folder {checkpoint} does not exist, and its download from the hub failed:"
-            f" {first_line(error)}."
-        ) from error
+    snapshot = download(hub_id, [*SETTINGS_PATTERNS, *["*.safetensors"] * weights], SUBFOLDERS)
+    if weights and not any((snapshot.folder / name).exists() for name in WEIGHT_FILES):
+        snapshot = download(hub_id, [*SETTINGS_PATTERNS, "*.bin"], SUBFOLDERS)
+    return snapshot.folder, f"{hub_id.repository}@{snapshot.commit}"
 
 
-def open_checkpoint(checkpoint: str, weights: bool = True) -> Checkpoint:
+def open_checkpoint(
+    checkpoint: str, weights: bool = True, adapters: Sequence[AdapterChoice] = ()
+) -> Checkpoint:
     """Open a checkpoint: read its config and check its tensors.
 
     Args:
         checkpoint: as in ``resolve_checkpoint``.
         weights: False reads the config alone; then the folder needs no weights.
+        adapters: LoRA adapters to merge into the weights, in this order.
 
     Raises:
-        UserError: the checkpoint is missing, incomplete, or not a DeepSeek-VL model.
+        UserError: the checkpoint is missing, incomplete, or not a DeepSeek-VL model, or an adapter
+            does not fit it.
     """
-    folder = resolve_checkpoint(checkpoint, weights)
+    folder, origin = resolve_checkpoint(checkpoint, weights)
     file = folder / "config.json"
     adapter = next((name for name in ADAPTER_FILES if (folder / name).exists()), None)
     if not file.exists() and (folder / ADAPTER_CONFIG).exists():
         adapter = ADAPTER_CONFIG
-    if adapter:
-        raise UserError(f"{folder} holds a LoRA adapter ({adapter}); {MERGE_ADAPTER_HINT}.")
+    if adapter and not adapters:
+        raise UserError(
+            f"{folder} holds a LoRA adapter ({adapter}); run: dsvl-export export"
+            f" {base_model(folder)} --adapter {folder}."
+        )
     if not file.exists():
         raise UserError(f"{folder} has no config.json, so it is not a checkpoint folder.")
     for name in SETTINGS_FILES:
@@ -340,9 +368,10 @@ def open_checkpoint(checkpoint: str, weights: bool = True) -> Checkpoint:
             check_file_signature(folder / name)
     preprocessor = read_image_processor(folder)
     config = parse_config(read_json(file), str(file), preprocessor)
-    opened = Checkpoint(folder, config, preprocessor)
+    opened = Checkpoint(folder, config, preprocessor, tuple(adapters), origin)
     if weights:
         opened.check()
+    opened.adapters  # noqa: B018 - refused here rather than later
     return opened
 
 

@@ -60,13 +60,17 @@ class _TensorFile(Protocol):
 class TensorFiles:
     """The weight files of a checkpoint folder; ``stored`` has dtype and shape of each tensor."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, main: Path | None = None) -> None:
         """Find and open the files.
+
+        Args:
+            folder: the folder with the weights.
+            main: the file of all tensors; None finds it, or the index of the shards.
 
         Raises:
             UserError: a file is missing, cut short, or not a file of tensors.
         """
-        main = _find_weight_file(folder)
+        main = main or _find_weight_file(folder)
         index = _read_index(main) if main.suffix == ".json" else {}
         self.files = list(dict.fromkeys(index.values())) if index else [main]
         self.stored: dict[str, StoredTensor] = {}

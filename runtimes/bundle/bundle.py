@@ -8,6 +8,7 @@ from pathlib import Path
 from runtimes.bundle.files import read_json, sha256_of_file
 from runtimes.bundle.manifest import MANIFEST, Artifact, Manifest, stays_inside
 from runtimes.errors import UserError
+from runtimes.hub import HubId, download
 
 
 class Bundle:
@@ -19,21 +20,31 @@ class Bundle:
     Args:
         folder: The bundle's folder.
         manifest: Its manifest.
+        downloaded: Whether the folder is in the cache of the Hugging Face Hub, where nothing is
+            written.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, downloaded: bool = False) -> None:
         """Store the arguments; ``open`` reads the manifest."""
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self.downloaded = folder, manifest, downloaded
         self._intact: set[str] = set()  # files whose size and hash were checked
 
     @classmethod
     def open(cls, folder: str | Path) -> Bundle:
         """Open a bundle and read its manifest.
 
+        Args:
+            folder: the bundle's folder, or a Hugging Face Hub id, which is downloaded first.
+
         Raises:
-            UserError: The folder is not a bundle, or its manifest is malformed.
+            UserError: The folder is not a bundle, or its manifest is malformed, or the download
+                failed.
         """
+        hub_id = HubId.parse(folder)
         folder = Path(folder).expanduser()
+        downloaded = not folder.exists() and hub_id is not None
+        if hub_id and downloaded:
+            folder = download(hub_id).folder
         if not folder.is_dir():
             raise UserError(f"There is no bundle folder {folder}.")
         file = folder / MANIFEST
@@ -44,7 +55,7 @@ class Bundle:
                 else "it is not a bundle"
             )
             raise UserError(f"{folder} has no {MANIFEST}: {hint}.")
-        return cls(folder, Manifest.from_dict(read_json(file), str(file)))
+        return cls(folder, Manifest.from_dict(read_json(file), str(file)), downloaded)
 
     def path(self, relative: str) -> Path:
         """Return the absolute path of a file or folder of the bundle, for reading.

@@ -1,0 +1,70 @@
+"""Uploading a bundle to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsvl_export.publish.model_card import CARD, CardOptions, model_card
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
+from runtimes.errors import UserError
+from runtimes.hub import HubId, hub_errors
+
+
+def push(
+    bundle: Bundle,
+    hub_id: HubId,
+    options: CardOptions,
+    *,
+    private: bool = False,
+    message: str = "Upload with dsvl-export",
+) -> str:
+    """Check a bundle's files against their hashes and upload them with a model card.
+
+    The files that the manifest names, the manifest and the parity reports are uploaded in one
+    commit, so that the hub never shows half a bundle. The card replaces the repository's README.md.
+
+    Args:
+        bundle: the bundle.
+        hub_id: the repository, which is created if it is missing; its revision must be a branch.
+        options: base model and licence for the card.
+        private: whether a new repository is private.
+        message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: the bundle is damaged, a package is missing, or the hub refuses the upload.
+    """
+    bundle.check(sorted(bundle.manifest.files))
+    reports = [Path(verdict["report"]) for verdict in bundle.manifest.parity.values()]
+    reports += [report.with_suffix(".html") for report in reports]
+    there = [str(report) for report in reports if (bundle.folder / report).is_file()]
+    names = [*bundle.manifest.files, MANIFEST, *there]
+    card = model_card(bundle, hub_id.repository, options)
+    with hub_errors(hub_id):
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        api = HfApi(library_name="dsvl-export")
+        api.create_repo(hub_id.repository, private=private, exist_ok=True)
+        files = [CommitOperationAdd(name, bundle.folder / name) for name in names]
+        commit = api.create_commit(
+            hub_id.repository,
+            [CommitOperationAdd(CARD, card.encode()), *files],
+            commit_message=message,
+            revision=hub_id.revision,
+        )
+    return str(commit.commit_url)
+
+
+def parse_repository(text: str) -> HubId:
+    """Read the name of a repository.
+
+    Raises:
+        UserError: the text is not ``ORG/NAME`` or ``ORG/NAME@BRANCH``.
+    """
+    hub_id = HubId.parse(text)
+    if hub_id is None:
+        raise UserError(f"{text!r} is not the name of a repository; give ORG/NAME.")
+    return hub_id

@@ -1,0 +1,83 @@
+"""Publishing a bundle: the model card, and an upload to a stand-in of the hub that can be downloaded again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dsvl_export.publish.model_card import CardOptions, model_card
+from dsvl_export.publish.push import parse_repository
+from runtimes.bundle.bundle import Bundle
+from runtimes.errors import UserError
+from tests.hub_server import running_hub
+
+PUSH = """
+import sys
+from dsvl_export.publish.model_card import CardOptions
+from dsvl_export.publish.push import parse_repository, push
+from runtimes.bundle.bundle import Bundle
+print(push(Bundle.open(sys.argv[1]), parse_repository(sys.argv[2]), CardOptions("deepseek-ai/deepseek-vl-1.3b-chat")))
+"""
+PULL = """
+import sys
+from runtimes.bundle.bundle import Bundle
+from runtimes.hub import HubId, download
+bundle = Bundle.open(download(HubId.parse(sys.argv[1])).folder)
+bundle.check(sorted(bundle.manifest.files))
+print(bundle.folder)
+"""
+
+
+def run_in(environment: dict[str, str], code: str, *arguments: str) -> str:
+    """In a process of its own, since ``huggingface_hub`` reads its environment when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_a_pushed_bundle_comes_back(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with running_hub() as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "token"}
+        address = run_in(
+            {**settings, "HF_HOME": str(tmp_path / "a")}, PUSH, str(tiny_bundle.folder), "org/made"
+        )
+        repository = hub.repositories["org/made"]
+        assert address == f"{hub.url}/org/made/commit/{repository.refs['main']}"
+        assert len(repository.commits) == 2  # one is the empty repository's
+        folder = Path(run_in({**settings, "HF_HOME": str(tmp_path / "b")}, PULL, "org/made"))
+    names = {*tiny_bundle.manifest.files, "manifest.json", "README.md", ".gitattributes"}
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert there == names
+    assert (folder / "README.md").read_text() == model_card(
+        tiny_bundle, "org/made", CardOptions("deepseek-ai/deepseek-vl-1.3b-chat")
+    )
+
+
+def test_the_card(tiny_bundle: Bundle) -> None:
+    card = model_card(tiny_bundle, "org/made", CardOptions("a/b", "mit"))
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "dsvl-export", "pipeline_tag": "image-text-to-text", "tags": ["deepseek-vl", "dsvl-export"],
+        "base_model": "a/b", "base_model_relation": "quantized", "license": "mit",
+    }  # fmt: skip
+    assert "| onnxruntime | fp16 |" in body
+    assert "dsvl-export run org/made --backend onnxruntime --precision fp32" in body
+    assert tiny_bundle.manifest.checkpoint["sha256"] in body
+    front = model_card(tiny_bundle, "org/made", CardOptions()).split("---\n")[1]
+    assert yaml.safe_load(front)["license_name"] == "deepseek"
+
+
+@pytest.mark.parametrize("text", ["made", "a/b/c", "", "/tmp/x", "org/"])
+def test_names_of_repositories(text: str) -> None:
+    with pytest.raises(UserError, match="is not the name of a repository; give ORG/NAME"):
+        parse_repository(text)
