@@ -28,7 +28,7 @@ PRIVATE = {
     "executorch.extension.pybindings.portable_lib._load_program": "runtimes/backends/executorch.py",
     "executorch.extension.pybindings.portable_lib._threadpool_get_thread_count": "runtimes/backends/executorch.py",
     "executorch.extension.pybindings.portable_lib._unsafe_reset_threadpool": "runtimes/backends/executorch.py",
-    "torch._check": "dsvl_export/compilers/executorch_program/forms.py",
+    "torch._check": "dsvl_export/compilers/executorch_program/xnnpack_operators.py",
     "torch._int_mm": "dsvl_export/targets/targets.py",
     "torch._subclasses.fake_tensor.FakeTensorMode": "reference/trace.py",
     "torch.ao.quantization.fx._decomposed": "calibration/quantized_program.py",
