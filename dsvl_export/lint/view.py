@@ -37,7 +37,14 @@ class GraphView:
         # Dims that this package's compilers make static when they build.
         self.set_when_built = {"capacity"} if model.producer_name == PRODUCER else set()
         self.nodes: list[NodeProto] = list(model.graph.node)
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        # PyTorch's older exporter writes constants as nodes.
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer} | {
+            node.output[0]: attribute.t
+            for node in self.nodes
+            if node.op_type == "Constant"
+            for attribute in node.attribute
+            if attribute.name == "value"
+        }
         self.inputs = {value.name: value for value in model.graph.input if value.name not in self.constants}
         self.outputs = {value.name for value in model.graph.output}
         self.readers: dict[str, list[tuple[NodeProto, int]]] = {}

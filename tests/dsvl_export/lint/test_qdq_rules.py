@@ -57,6 +57,20 @@ def test_a_good_file_has_no_problems(tmp_path: Path) -> None:
     )
 
 
+def test_constants_can_be_nodes(tmp_path: Path) -> None:
+    """As PyTorch's exporter by tracing writes them."""
+    file = model(tmp_path)
+    loaded = onnx.load(str(file))
+    nodes = [
+        helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in loaded.graph.initializer
+    ]
+    del loaded.graph.initializer[:]
+    for node in reversed(nodes):
+        loaded.graph.node.insert(0, node)
+    onnx.save(loaded, str(file))
+    assert quantization_problems(file) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -36,7 +36,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Staging, "open", begin)
     source = open_checkpoint("tiny")
-    monkeypatch.setattr("dsvl_export.exporter.export.open_checkpoint", lambda name: source)
+    monkeypatch.setattr("dsvl_export.exporter.export.open_checkpoint", lambda name, **_: source)
 
 
 def accepted(check: Callable[[], object]) -> bool:
