@@ -18,7 +18,6 @@ from calibration.quantized_program import trace_with_plan
 from dsvl_export.audit import Audit, AuditedPart, audit
 from dsvl_export.audit.onnx_file import compare_onnx
 from dsvl_export.audit.reconverted import compare_reconverted
-from dsvl_export.compilers.onnx import writer
 from dsvl_export.compilers.onnx.builder import Graph
 from dsvl_export.compilers.onnx.dialect_ort import OrtDialect
 from dsvl_export.compilers.onnx.lower import lower
@@ -74,7 +73,7 @@ def test_an_export_audits_what_it_has_written(
         file.write_bytes(content)
         return written
 
-    monkeypatch.setattr(writer, "write_model", write)
+    monkeypatch.setattr("dsvl_export.compilers.onnxruntime.write_model", write)
     with pytest.raises(UserError, match="differ from the checkpoint .* run the same command again"):
         export("tiny", tmp_path / "bundle")
     assert not (tmp_path / "bundle" / MANIFEST).exists()
