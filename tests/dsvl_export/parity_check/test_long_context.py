@@ -92,7 +92,7 @@ def test_a_lost_row_of_rope_fails(
     assert failed(result) == {"long_context"}
     detail = result.stage("long_context").detail
     assert detail.startswith("keys of decoder layer 0: error")
-    assert f"at position {position} " in detail
+    assert f"at position {position}, bound" in detail
     assert result.exit_code == 1
 
 
