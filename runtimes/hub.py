@@ -110,7 +110,7 @@ def _sentence(hub_id: HubId, error: Exception) -> str:
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
         place = f"{hub_id} is not complete in its cache ({constants.HF_HUB_CACHE})"
-        if constants.is_offline_mode():
+        if constants.HF_HUB_OFFLINE:
             return f"HF_HUB_OFFLINE is set, so that the hub is not asked, and {place}."
         return (
             f"The hub ({constants.ENDPOINT}) cannot be reached, and {place}; check the network and run the"

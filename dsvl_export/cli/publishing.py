@@ -27,8 +27,8 @@ def push(
     license: Annotated[
         Optional[str],
         typer.Option(
-            help="Licence identifier of the hub, such as mit, for the model card. Default: DeepSeek's model"
-            " licence.",
+            help="License identifier of the hub, such as mit, for the model card. Default: DeepSeek's model"
+            " license.",
         ),
     ] = None,
     private: Annotated[bool, typer.Option(help="Make a new repository private.")] = False,
@@ -38,7 +38,8 @@ def push(
     """Publish a bundle on the Hugging Face Hub, with a model card.
 
     All files are checked against their hashes and uploaded in one commit. Log in with HF_TOKEN or
-    'hf auth login'. The bundle's configs are published too; they name the checkpoint as you did.
+    'hf auth login'. Configs and parity reports are published too; they name folders of your
+    machine.
 
     Example: dsvl-export push my-bundle my-org/deepseek-vl-7b-jetson --base-model
     deepseek-ai/deepseek-vl-7b-chat

@@ -117,6 +117,7 @@ class ArtifactStages:
             **self._job.inputs(stage_code.ARTIFACTS),
             **self._job.plan_inputs(plan.name),
             **self._job.compiler.settings(self._job.options),
+            **({"audited": True} if self._job.config.goldens else {}),
         }
 
     def _artifact_bytes(self, plan: PrecisionPlan, components: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from dsvl_export.compilers.precisions import precision_folder
 from dsvl_export.exporter.config import ExportConfig, is_plan_file
 from dsvl_export.exporter.job import ExportJob
 from dsvl_export.exporter.manifest import config_folder
+from reference.checkpoint.lora_adapter import parse_adapters
 from reference.trace import PRECISION_DTYPES
 
 CONFIG_FILE = "export.yaml"
@@ -40,7 +41,7 @@ def bundled_config(job: ExportJob, plan: PrecisionPlan, precision: str) -> Expor
     """Return the config that makes one precision of a bundle again.
 
     It names the bundle's copies of a plan and of given scales, and has the capacity that was used.
-    The checkpoint is named as the user did.
+    Folders of the checkpoint and of adapters are absolute.
 
     Args:
         job: the export.
@@ -51,10 +52,21 @@ def bundled_config(job: ExportJob, plan: PrecisionPlan, precision: str) -> Expor
     given_scales = job.scales is not None and plan.name not in PRECISION_DTYPES
     return replace(
         job.config,
+        checkpoint=_absolute(job.config.checkpoint),
+        adapters=tuple(
+            str(replace(choice, folder=Path(_absolute(str(choice.folder)))))
+            for choice in parse_adapters(job.config.adapters)
+        ),
         precisions=(f"{folder}/{plan.name}.yaml" if is_plan_file(precision) else precision,),
         scales=folder if given_scales else None,
         capacity=job.options.capacity,
     )
+
+
+def _absolute(name: str) -> str:
+    """Return a folder as an absolute path; ``tiny`` and hub ids stay as they are."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if name != "tiny" and folder.is_dir() else name
 
 
 def _write_config(config: ExportConfig, folder: Path) -> dict[str, Any]:

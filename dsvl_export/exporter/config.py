@@ -40,8 +40,6 @@ class ExportConfig:
 
     Args:
         checkpoint: ``tiny``, a checkpoint folder, or a hub id.
-        adapters: folders of LoRA adapters that are merged into the weights, in this order;
-            ``FOLDER=WEIGHT`` multiplies the adapter's change.
         backend: name of the backend; None selects the target's first, or ``onnxruntime``.
         precisions: names, recipes, or YAML files of precision plans; each becomes a set of
             artifacts. Empty selects fp32, or the backend's first if it does not support fp32.
@@ -51,6 +49,8 @@ class ExportConfig:
             number of positions if that is smaller.
         scales: folder of a scale table that ``calibrate`` made; None calibrates on the bundled
             images if a precision needs scales.
+        adapters: folders or hub ids of LoRA adapters that are merged into the weights, in this
+            order; ``FOLDER=WEIGHT`` multiplies the adapter's change.
         goldens: record the reference's outputs, which ``parity`` compares with, and compare the
             written files with the checkpoint.
         onnxruntime: options of ONNX Runtime.
@@ -59,12 +59,12 @@ class ExportConfig:
     """
 
     checkpoint: str
-    adapters: tuple[str, ...] = ()
     backend: str | None = None
     precisions: tuple[str, ...] = ()
     target: str | None = None
     capacity: int | None = None
     scales: str | None = None
+    adapters: tuple[str, ...] = ()
     goldens: bool = True
     onnxruntime: OnnxRuntimeOptions = field(default_factory=OnnxRuntimeOptions)
     tensorrt: TensorRTOptions = field(default_factory=TensorRTOptions)

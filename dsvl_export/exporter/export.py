@@ -41,8 +41,8 @@ def _silent(progress: ExportProgress) -> None:
 def export(
     checkpoint: str | Path,
     output: str | Path,
-    backend: str = "onnxruntime",
-    precisions: Sequence[str] = ("fp32",),
+    backend: str | None = None,
+    precisions: Sequence[str] = (),
     goldens: bool = True,
     report: Report = _silent,
     scales: str | Path | None = None,

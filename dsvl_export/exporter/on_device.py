@@ -164,7 +164,8 @@ def _build(
         build_engine(device.trt, file, contract, settings, temporary)
         done = replace(item, engine=engine, files=tuple(dict.fromkeys((*item.files, engine.file))))
         stage = item.stage
-        staging.attach(stage, temporary, {"artifacts": [asdict(done)]})
+        depends = (staging.result(stage) or {}).get("rests_on", {})
+        staging.attach(stage, temporary, {"artifacts": [asdict(done)], "rests_on": depends})
     finally:
         temporary.unlink(missing_ok=True)
     _publish(bundle, staging, item, done)

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 # The fp32 reference, the goldens' format, and what both take from the runtime.
 REFERENCE = (
-    "reference",
+    "reference/checkpoint",
+    "reference/goldens",
+    "reference/model",
+    "reference/session.py",
+    "reference/taps.py",
+    "reference/trace.py",
     "runtimes/bundle",
     "runtimes/cache.py",
     "runtimes/chain.py",

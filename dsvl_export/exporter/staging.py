@@ -82,11 +82,17 @@ class Staging:
         """Return the bundle in the folder, also if an interruption has moved its manifest away.
 
         Raises:
-            UserError: there is no bundle.
+            UserError: there is no bundle, or it was downloaded from the hub.
         """
         file = manifest_file(self.folder)
         if file.name == MANIFEST:
-            return Bundle.open(self.folder)
+            bundle = Bundle.open(self.folder)
+            if bundle.downloaded:
+                raise UserError(
+                    f"{self.folder} is in the cache of the hub, where nothing is written; run: hf download"
+                    f" {self.folder} --local-dir FOLDER, and give that folder."
+                )
+            return bundle
         return Bundle(self.folder, Manifest.from_dict(read_json(file), str(file)))
 
     def _recorded(self) -> dict[str, Any]:

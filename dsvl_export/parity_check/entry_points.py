@@ -19,6 +19,7 @@ from dsvl_export.parity_check.result import ParityResult
 from dsvl_export.parity_check.settings import settings_faults
 from dsvl_export.parity_check.stages import STEPS, Goldens
 from dsvl_export.version import __version__
+from runtimes.backends.capabilities import ProvidesEntryPoints
 from runtimes.backends.executorch_tokenizer import describe_differences, tokenizer_differences
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
@@ -84,12 +85,11 @@ def judge_entry_points(
     stage.passed()
     for fault in settings_faults(bundle, source):
         stage.fail(fault)
-    module = load_backend(result.backend)
-    open_entry_points: Callable[[Chain, int], EntryPoints] = getattr(
-        module, "entry_points", lambda *_: EntryPoints()
-    )
-    artifact = bundle.artifact("decoder", result.backend, result.precision)
-    points = open_entry_points(chain, artifact.capacity or bundle.manifest.default_capacity)
+    backend = load_backend(result.backend)
+    capacity = bundle.artifact("decoder", result.backend, result.precision).capacity
+    points = EntryPoints()
+    if isinstance(backend, ProvidesEntryPoints):
+        points = backend.entry_points(chain, capacity or bundle.manifest.default_capacity)
     golden, index = goldens.load(0, checkpoint), goldens.numbers[0]
 
     def judge(

@@ -77,6 +77,8 @@ def take_from_debug_build(
 
 def debug_folder(bundle: Bundle) -> tempfile.TemporaryDirectory[str]:
     """Return a temporary folder; inside a writable bundle, to link weights instead of copying."""
+    if bundle.downloaded:
+        return tempfile.TemporaryDirectory()
     try:
         return tempfile.TemporaryDirectory(prefix=DEBUG_PREFIX, dir=bundle.folder)
     except OSError:

@@ -7,10 +7,11 @@ from typing import Any
 
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import read_json
+from runtimes.errors import UserError
 from runtimes.units import size
 
 CARD = "README.md"
-# Released DeepSeek-VL and Janus weights, and what is derived from them, are under this licence.
+# Released DeepSeek-VL and Janus weights, and what is derived from them, are under this license.
 LICENSE_NAME = "deepseek"
 LICENSE_LINK = "https://github.com/deepseek-ai/DeepSeek-LLM/blob/HEAD/LICENSE-MODEL"
 STAGES = ("prefill_logits", "teacher_forced_logits")
@@ -36,16 +37,18 @@ def model_card(bundle: Bundle, repository: str, options: CardOptions) -> str:
     Args:
         bundle: the bundle that is published.
         repository: the hub id under which it is published, for the commands in the card.
-        options: base model and licence.
+        options: base model and license.
 
     Raises:
-        UserError: a report of the bundle cannot be read.
+        UserError: the bundle holds no artifacts, or a report of it cannot be read.
     """
     manifest = bundle.manifest
     checkpoint, decoder = manifest.checkpoint, manifest.model["decoder"]
     total = sum(entry.bytes for entry in manifest.files.values())
+    if not bundle.choices():
+        raise UserError(f"The bundle {bundle.folder} holds no artifacts; export it first.")
     backend, precision = bundle.choices()[0]
-    install = EXTRAS.get(backend, backend)
+    extra = EXTRAS.get(backend, backend)
     vision = "SigLIP and SAM" if manifest.model["vision"]["sam"] else "SigLIP"
     lines = [
         "---",
@@ -54,7 +57,7 @@ def model_card(bundle: Bundle, repository: str, options: CardOptions) -> str:
         "",
         f"# {repository.partition('/')[2]}",
         "",
-        f"`{_code(checkpoint['name'])}`, exported with [dsvl-export]: {vision}, a decoder of"
+        f"`{_code(checkpoint['name'])}`, exported with dsvl-export: {vision}, a decoder of"
         f" {decoder['layers']} layers × {decoder['width']}, {size(total)} in {len(manifest.files)} files."
         f" SHA-256 of the checkpoint: `{checkpoint['sha256']}`.",
         "",
@@ -67,15 +70,14 @@ def model_card(bundle: Bundle, repository: str, options: CardOptions) -> str:
         "",
         "## Run",
         "",
+        f"Install `dsvl-export` with the extras `{extra}` and `hub`.",
+        "",
         "```",
-        f"pip install 'dsvl-export[{install}]' huggingface_hub",
         f"dsvl-export run {repository} --backend {backend} --precision {precision} --image photo.jpg"
         ' --prompt "Describe the picture."',
         f"dsvl-export serve {repository} --backend {backend} --precision {precision}",
         f"dsvl-export parity {repository} --backend {backend} --precision {precision}",
         "```",
-        "",
-        "[dsvl-export]: https://pypi.org/project/dsvl-export/",
         "",
     ]
     return "\n".join(lines)
@@ -88,14 +90,14 @@ def _front_matter(options: CardOptions) -> list[str]:
         "tags: [deepseek-vl, dsvl-export]",
     ]
     if options.base_model:
-        rows += [f"base_model: {options.base_model}", "base_model_relation: quantized"]
+        rows.append(f"base_model: {options.base_model}")
     if options.license:
         return [*rows, f"license: {options.license}"]
     return [*rows, "license: other", f"license_name: {LICENSE_NAME}", f"license_link: {LICENSE_LINK}"]
 
 
 def _table(bundle: Bundle) -> list[str]:
-    """One row for each backend and precision."""
+    """Return a Markdown table with one row for each backend and precision."""
     headings = ("backend", "precision", "target", "size", "parity", "prefill logits", "teacher-forced logits")
     rows = [headings, ("---",) * len(headings)]
     for backend, precision in bundle.choices():
@@ -118,16 +120,27 @@ def _table(bundle: Bundle) -> list[str]:
 
 
 def _errors(bundle: Bundle, verdict: dict[str, Any]) -> dict[str, str]:
-    """Stage → its largest relative error, as the report has it."""
+    """Return the largest relative error of each stage, from the report of a verdict.
+
+    Raises:
+        UserError: the report cannot be read.
+    """
     file = bundle.folder / str(verdict.get("report", ""))
     if not verdict or not file.is_file():
         return {}
-    stages = read_json(file).get("stages", [])
-    return {
-        stage["stage"]: f"{stage['errors']['relative_rms']:.1e}"
-        for stage in stages
-        if isinstance(stage, dict) and stage.get("errors")
-    }
+    try:
+        return {
+            str(stage["name"]): _error(stage["errors"]["relative_rms"])
+            for stage in read_json(file).get("stages", [])  # reports of 0.4 have no key of this name
+            if stage["errors"]
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is not a parity report; run parity again.") from error
+
+
+def _error(value: float | None) -> str:
+    """Return an error as text; None stands for NaN in reports."""
+    return "NaN" if value is None else f"{value:.1e}"
 
 
 def _cell(text: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dsvl_export.parity_check.report.record import REPORTS
 from dsvl_export.publish.model_card import CARD, CardOptions, model_card
 from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.locks import refuse_link
 from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 from runtimes.hub import HubId, hub_errors
@@ -27,7 +29,7 @@ def push(
     Args:
         bundle: the bundle.
         hub_id: the repository, which is created if it is missing; its revision must be a branch.
-        options: base model and licence for the card.
+        options: base model and license for the card.
         private: whether a new repository is private.
         message: of the commit.
 
@@ -37,11 +39,7 @@ def push(
     Raises:
         UserError: the bundle is damaged, a package is missing, or the hub refuses the upload.
     """
-    bundle.check(sorted(bundle.manifest.files))
-    reports = [Path(verdict["report"]) for verdict in bundle.manifest.parity.values()]
-    reports += [report.with_suffix(".html") for report in reports]
-    there = [str(report) for report in reports if (bundle.folder / report).is_file()]
-    names = [*bundle.manifest.files, MANIFEST, *there]
+    names = files_to_publish(bundle)
     card = model_card(bundle, hub_id.repository, options)
     with hub_errors(hub_id):
         from huggingface_hub import CommitOperationAdd, HfApi
@@ -58,6 +56,25 @@ def push(
     return str(commit.commit_url)
 
 
+def files_to_publish(bundle: Bundle) -> list[str]:
+    """Check a bundle's files, and return the paths of those to upload, relative to its folder.
+
+    Raises:
+        UserError: a file is damaged, or the folder of the reports is a link.
+    """
+    bundle.check(sorted(bundle.manifest.files))
+    refuse_link(bundle.folder, REPORTS)
+    reports = [Path(verdict["report"]) for verdict in bundle.manifest.parity.values()]
+    reports += [report.with_suffix(".html") for report in reports]
+    there = [str(report) for report in reports if _is_own_file(bundle.folder / report)]
+    return [*bundle.manifest.files, MANIFEST, *there]
+
+
+def _is_own_file(file: Path) -> bool:
+    """Return whether a report is a file of the bundle; it has no hash, so no link is followed."""
+    return file.is_file() and not file.is_symlink()
+
+
 def parse_repository(text: str) -> HubId:
     """Read the name of a repository.
 
@@ -66,5 +83,5 @@ def parse_repository(text: str) -> HubId:
     """
     hub_id = HubId.parse(text)
     if hub_id is None:
-        raise UserError(f"{text!r} is not the name of a repository; give ORG/NAME.")
+        raise UserError(f"{text!r} is not the name of a repository; give ORG/NAME or ORG/NAME@BRANCH.")
     return hub_id

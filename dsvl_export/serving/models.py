@@ -9,6 +9,7 @@ from time import monotonic
 
 from dsvl_export.parity_check.against_reference import execution
 from dsvl_export.serving.errors import RequestError, unavailable
+from runtimes.backends.capabilities import DeclaresConcurrency
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
 from runtimes.cache import cache_bytes
@@ -212,7 +213,8 @@ class Models:
             raise UserError(
                 f"The decoder answers at most {max_batch} requests at a time; pass --slots {max_batch}."
             )
-        concurrent = getattr(load_backend(backend), "CONCURRENT", False)
+        module = load_backend(backend)
+        concurrent = isinstance(module, DeclaresConcurrency) and module.CONCURRENT
         scheduler = Scheduler(pipeline.chain, pipeline.capacity, slots, options.queue, concurrent=concurrent)
         log.info("opened %s with %d slots of %d tokens", name, slots, pipeline.capacity)
         return Model(name, pipeline, scheduler, slots * slot_bytes)

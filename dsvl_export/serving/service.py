@@ -11,11 +11,10 @@ from dsvl_export.serving.errors import RequestError, quoted, unavailable
 from dsvl_export.serving.images import ImageLimits
 from dsvl_export.serving.protocol import Conversation
 from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import TOKENIZER
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.scheduler import Step
 from runtimes.text.tokenizer import Tokenizer
-
-TOKENIZER = "tokenizer/tokenizer.json"
 
 
 @dataclass(frozen=True)

@@ -358,8 +358,8 @@ def open_checkpoint(
         adapter = ADAPTER_CONFIG
     if adapter and not adapters:
         raise UserError(
-            f"{folder} holds a LoRA adapter ({adapter}); run: dsvl-export export"
-            f" {base_model(folder)} --adapter {folder}."
+            f"{folder} holds a LoRA adapter ({adapter}); export its base model with it: dsvl-export export"
+            f" {base_model(folder)} --adapter {folder} --output BUNDLE."
         )
     if not file.exists():
         raise UserError(f"{folder} has no config.json, so it is not a checkpoint folder.")

@@ -44,7 +44,7 @@ class AdapterChoice:
     """An adapter that the user names: its folder and the factor of its change.
 
     Args:
-        folder: holds ``adapter_config.json`` and the tensors.
+        folder: holds ``adapter_config.json`` and the tensors; or a hub id.
         weight: multiplies the change to each weight; None is 1 and was not asked for.
     """
 
@@ -75,7 +75,7 @@ class AdapterChoice:
 
     def __str__(self) -> str:
         """Return the form that ``parse`` reads."""
-        return str(self.folder) if self.weight is None else f"{self.folder}={self.weight:g}"
+        return str(self.folder) if self.weight is None else f"{self.folder}={self.weight!r}"
 
 
 def parse_adapters(texts: Iterable[str]) -> tuple[AdapterChoice, ...]:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from runtimes.errors import UserError, first_line
 from runtimes.session import Backend
 
 BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.runtimes"
+
+
+if TYPE_CHECKING:  # mypy compares the modules with the protocols
+    from runtimes.backends import coreai, coreml, executorch, onnxruntime, tensorrt, tensorrt_rtx
+    from runtimes.backends.capabilities import DeclaresConcurrency, ProvidesEntryPoints
+
+    _backends: tuple[Backend, ...] = (coreai, coreml, executorch, onnxruntime, tensorrt, tensorrt_rtx)
+    _provide_entry_points: tuple[ProvidesEntryPoints, ...] = (coreai, coreml, executorch, onnxruntime)
+    _declare_concurrency: tuple[DeclaresConcurrency, ...] = (onnxruntime,)
 
 
 def backend_names() -> list[str]:

@@ -86,5 +86,5 @@ def test_the_config_keeps_the_adapter(adapted: Bundle, adapter: Path, tmp_path: 
 
 def test_a_folder_that_is_an_adapter_names_the_command(adapter: Path, tmp_path: Path, run) -> None:
     done = run("export", str(adapter), "--output", str(tmp_path / "b"))
-    assert refused(done, f"run: dsvl-export export CHECKPOINT --adapter {adapter}.")
+    assert refused(done, f"dsvl-export export CHECKPOINT --adapter {adapter} --output BUNDLE.")
     assert not (tmp_path / "b").exists()

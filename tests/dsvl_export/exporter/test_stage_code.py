@@ -34,6 +34,7 @@ WITHOUT_INFLUENCE = {
     "dsvl_export.cluster.ray_cluster",  # where samples are run
     "dsvl_export.targets.machine",
     "dsvl_export.version",  # in the inputs of every stage
+    "reference.tiny",  # the place of the checkpoint `tiny`, whose files are hashed
     "runtimes.hub",  # brings the same files
     "runtimes.installation",  # texts of errors
     "runtimes.memory",  # how many samples are run at once

@@ -286,7 +286,7 @@ def test_divergence_that_cannot_be_localized_says_why(
     bundle = rehash(bundle_copy, path)
     (localization,) = parity(bundle, precision="fp32").localizations
     assert localization.first is None
-    assert "does not say where its taps are; export it again" in localization.note
+    assert "does not list its taps; export it again" in localization.note
     tensors = load_file(bundle_copy / "goldens/00.safetensors")
     with safe_open(bundle_copy / "goldens/00.safetensors", "np") as handle:
         metadata = handle.metadata()

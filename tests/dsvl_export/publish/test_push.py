@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dsvl_export.parity_check import parity
+from dsvl_export.parity_check.report.record import record_verdict
 from dsvl_export.publish.model_card import CardOptions, model_card
-from dsvl_export.publish.push import parse_repository
+from dsvl_export.publish.push import files_to_publish, parse_repository
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
 from tests.hub_server import running_hub
@@ -68,13 +71,45 @@ def test_the_card(tiny_bundle: Bundle) -> None:
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "dsvl-export", "pipeline_tag": "image-text-to-text", "tags": ["deepseek-vl", "dsvl-export"],
-        "base_model": "a/b", "base_model_relation": "quantized", "license": "mit",
+        "base_model": "a/b", "license": "mit",
     }  # fmt: skip
     assert "| onnxruntime | fp16 |" in body
     assert "dsvl-export run org/made --backend onnxruntime --precision fp32" in body
     assert tiny_bundle.manifest.checkpoint["sha256"] in body
     front = model_card(tiny_bundle, "org/made", CardOptions()).split("---\n")[1]
     assert yaml.safe_load(front)["license_name"] == "deepseek"
+
+
+def test_the_figures_of_a_verdict(bundle_copy: Path) -> None:
+    opened = Bundle.open(bundle_copy)
+    result = parity(opened, precision="fp32")
+    report = record_verdict(opened, result)
+    opened = Bundle.open(bundle_copy)
+    (row,) = [
+        line for line in model_card(opened, "org/made", CardOptions()).splitlines() if "| fp32 |" in line
+    ]
+    errors = [result.stage(name).errors for name in ("prefill_logits", "teacher_forced_logits")]
+    figures = " | ".join(f"{each.relative_rms:.1e}" for each in errors if each)
+    assert "passed (ran on" in row
+    assert row.endswith(f"| {figures} |")
+    document = json.loads(report.with_suffix(".json").read_text())
+    for broken in ({"stages": [{"name": "prefill_logits"}]}, {"stages": 3}):
+        report.with_suffix(".json").write_text(json.dumps({**document, **broken}))
+        with pytest.raises(UserError, match="is not a parity report; run parity again"):
+            model_card(opened, "org/made", CardOptions())
+
+
+def test_links_among_the_reports_are_not_published(bundle_copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    opened = Bundle.open(bundle_copy)
+    report = record_verdict(opened, parity(opened, precision="fp32")).with_suffix(".json")
+    report.unlink()
+    report.symlink_to(tmp_path / "secret")
+    assert f"reports/{report.name}" not in files_to_publish(Bundle.open(bundle_copy))
+    (bundle_copy / "reports").rename(tmp_path / "elsewhere")
+    (bundle_copy / "reports").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link"):
+        files_to_publish(Bundle.open(bundle_copy))
 
 
 @pytest.mark.parametrize("text", ["made", "a/b/c", "", "/tmp/x", "org/"])

@@ -192,7 +192,7 @@ def test_a_replica_killed_under_load(
             assert text
             assert right.startswith(text)
             broken += 1
-    lost = [record for record in caplog.records if "lost" in record.getMessage()]
+    lost = [record for record in caplog.records if "died" in record.getMessage()]
     assert len(lost) > broken  # requests that had not begun were on it as well
     assert victim not in replicas(len(others) + 1, NAME)
     assert post(url, messages=ask("Hello.")).status_code == 200

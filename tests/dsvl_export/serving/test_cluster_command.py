@@ -80,7 +80,7 @@ def test_replicas_that_cannot_start(
     two_nodes: Any, bundle_copy: Path, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve = ("serve", str(bundle_copy), "--port", "0", "--ray", two_nodes.address)
-    assert refused(run(*serve, "--replicas", "3"), "room for 2 replicas of 1 CPUs, not for 3.")
+    assert refused(run(*serve, "--replicas", "3"), "room for 2 replicas with 1 CPUs, not for 3.")
     assert refused(
         run(*serve, "--threads", "2"), "A replica needs 2 CPUs, but no machine of the cluster has that."
     )
