@@ -108,7 +108,8 @@ def _sentence(hub_id: HubId, error: Exception) -> str:
             f"The disk is full ({constants.HF_HUB_CACHE}); free some space and run the same command again:"
             " the download resumes."
         )
-    if isinstance(error, errors.LocalEntryNotFoundError):
+    unreachable = type(error).__name__ in ("ConnectError", "ConnectTimeout", "ReadTimeout")
+    if unreachable or isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         place = f"{hub_id} is not complete in its cache ({constants.HF_HUB_CACHE})"
         if constants.HF_HUB_OFFLINE:
             return f"HF_HUB_OFFLINE is set, so that the hub is not asked, and {place}."

@@ -76,7 +76,7 @@ def audit(
         UserError: the checkpoint is another one, or a plan or its scales are damaged.
     """
     if source.digest != bundle.manifest.checkpoint["sha256"]:
-        raise UserError(f"{source.folder} is not the checkpoint that {bundle.folder} was exported from.")
+        raise UserError(f"{source.label} is not the checkpoint that {bundle.folder} was exported from.")
     result = Audit(str(source.folder))
     result.parts += [
         _audit_manifest(bundle, source),

@@ -119,6 +119,8 @@ def _describe_error(error: Exception, command: str, debug: bool) -> tuple[str, i
             return f"This command needs {package}; run: {install_command(package)}.", USER_ERROR
         reason = f"The package {package} cannot be loaded ({first_line(error)})"
         return f"{reason}; install it again: {install_command(package)}.", USER_ERROR
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # Path.expanduser
+        return "A path names the home folder (~) of a user that does not exist.", USER_ERROR
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         return f"{error.filename or 'A file'} cannot be used: {reason}.", USER_ERROR

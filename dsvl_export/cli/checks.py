@@ -90,6 +90,8 @@ def parity(
     from runtimes.backends.engines.trust import trust_engines
     from runtimes.bundle.bundle import Bundle
 
+    if adapter and not live:
+        raise UserError("--adapter belongs to --live; pass --live CHECKPOINT too.")
     opened = Bundle.open(bundle)
     if trust_engine:
         trust_engines(opened)

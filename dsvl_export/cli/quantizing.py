@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -124,7 +125,12 @@ def calibrate(
             " with GPTQ."
         )
     precision = f"--precision {tune or 'int8'} --scales {output}"
-    say(f"Next: dsvl-export export {checkpoint} {precision} --output BUNDLE")
+    say(f"Next: dsvl-export export {checkpoint} {_adapter_options(adapter)}{precision} --output BUNDLE")
+
+
+def _adapter_options(adapters: Sequence[str] | None) -> str:
+    """Return the options that name the adapters, with a space after each, for a command to copy."""
+    return "".join(f"--adapter {adapter} " for adapter in adapters or ())
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -178,7 +184,8 @@ def sensitivity(
     display.out.print(sensitivity_table(result))
     plot = "" if plot_file else f"; for a plot: {install_command('matplotlib')}"
     say(f"Wrote {output}{plot}.")
-    say(f"Next: dsvl-export plan-precision {checkpoint} {output} --budget kl=0.02 --output plan.yaml")
+    named = f"{checkpoint} {output} {_adapter_options(adapter)}"
+    say(f"Next: dsvl-export plan-precision {named}--budget kl=0.02 --output plan.yaml")
 
 
 @command("plan-precision")
@@ -233,4 +240,5 @@ def plan_precision(
         display.print_json(result.to_dict())
         return
     display.out.print(front_table(result))
-    say(f"Wrote {output}. Next: dsvl-export export {checkpoint} --precision {output} --output BUNDLE")
+    named = f"{checkpoint} {_adapter_options(adapter)}--precision {output}"
+    say(f"Wrote {output}. Next: dsvl-export export {named} --output BUNDLE")

@@ -62,11 +62,11 @@ def check_weights(weights: QuantizedWeights, remedy: str) -> None:
         largest = float(torch.maximum(high, -low))
         if not torch.isfinite(low + high):
             raise UserError(
-                f"The tensor {name} of {source.folder} holds NaN or infinity; are the checkpoint's weights"
-                " sound?"
+                f"The tensor {name} of {source.label} holds NaN or infinity; check the weights, or download"
+                " them again."
             )
         if not torch.isfinite(torch.tensor(largest).to(dtype)):
             raise PrecisionOverflowError(
-                f"{plan.name} cannot hold the tensor {name} of {source.folder}: its largest magnitude is"
+                f"{plan.name} cannot hold the tensor {name} of {source.label}: its largest magnitude is"
                 f" {largest:.4g}, and {plan.base} ends at {torch.finfo(dtype).max:.5g}; {remedy}."
             )

@@ -31,6 +31,7 @@ from reference.checkpoint.settings import Settings
 from reference.checkpoint.tensor_files import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
+    FLOAT_DTYPES,
     MERGE_ADAPTER_HINT,
     WEIGHT_FILES,
     TensorFiles,
@@ -46,7 +47,6 @@ from runtimes.hub import HubId, download
 from runtimes.text.prompt import BOS, EOS, PAD
 
 STREAMING_THRESHOLD = 2 << 30  # bytes of fp32 weights
-FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Patterns of files to download: a checkpoint's are in its main folder.
 SETTINGS_PATTERNS, SUBFOLDERS = ("*.json", "*.jinja"), ("*/*",)
 SETTINGS_FILES = (
@@ -86,6 +86,12 @@ class Checkpoint:
     @cached_property
     def _shapes(self) -> dict[str, Shape]:
         return parameter_shapes(self.config)
+
+    @property
+    def label(self) -> str:
+        """The folder, and the adapters that are merged, for messages."""
+        adapters = ", ".join(map(str, self.choices))
+        return f"{self.folder} with the adapters {adapters}" if adapters else str(self.folder)
 
     @property
     def name(self) -> str:

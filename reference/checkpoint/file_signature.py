@@ -19,6 +19,8 @@ def check_file_signature(file: Path) -> None:
     Raises:
         UserError: the file cannot be read, or is not what its name says.
     """
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is not a regular file.")
     try:
         with file.open("rb") as handle:
             start = handle.read(128)

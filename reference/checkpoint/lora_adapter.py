@@ -17,7 +17,13 @@ from torch import Tensor
 from reference.checkpoint.layouts import Shape
 from reference.checkpoint.lora_targets import Slice, Targets
 from reference.checkpoint.settings import Settings
-from reference.checkpoint.tensor_files import ADAPTER_CONFIG, ADAPTER_FILES, TensorFiles, join_names
+from reference.checkpoint.tensor_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    FLOAT_DTYPES,
+    TensorFiles,
+    join_names,
+)
 from reference.model.config import ModelConfig
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
@@ -36,6 +42,9 @@ _LORA = re.compile(
     r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
     r"(\.(?!weight$|bias$)[^.]+)?(\.(?P<kind>weight|bias))?$"
 )
+# Patterns of an adapter are untrusted: repeated groups can take exponential time.
+MAX_PATTERN, MAX_REPEATS = 300, 3
+_SLOW_PATTERN = re.compile(r"\)[*+{]")
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+\.|\.base_layer\.")
 
 
@@ -141,7 +150,10 @@ class Adapter:
         Raises:
             UserError: it holds NaN or infinity.
         """
-        tensor = self._files.load(name).float()
+        tensor = self._files.load(name)
+        if tensor.is_meta:
+            raise UserError(f"The tensor {name} of the adapter {self.folder} has no values.")
+        tensor = tensor.float()
         if not tensor.isfinite().all():
             raise UserError(f"The tensor {name} of the adapter {self.folder} holds NaN or infinity.")
         return tensor
@@ -155,9 +167,15 @@ class Adapter:
                 continue
             if match := _LORA.match(plain):
                 part = match["part"] + (".bias" if match["kind"] == "bias" else "")
-                modules.setdefault(match["module"], {})[part] = name
+                table, key = modules.setdefault(match["module"], {}), part
             else:
-                replacements[_SAVED.sub(".", plain)] = name
+                table, key = replacements, _SAVED.sub(".", plain)
+            if key in table:
+                raise UserError(
+                    f"The adapter {self.folder} has {table[key]} and {name}, which are the same tensor."
+                )
+            table[key] = name
+        self._check_dtypes()
         unknown = [
             name
             for module, parts in modules.items()
@@ -177,10 +195,25 @@ class Adapter:
             changes += self._lora_changes(module, parts, targets)
         if not changes:
             raise UserError(f"The adapter {self.folder} holds no tensors.")
+        targets_of_lora = [change.target for change in changes if not change.replacement]
+        if len(set(targets_of_lora)) < len(targets_of_lora):
+            raise UserError(f"The adapter {self.folder} changes a layer under two names; save it again.")
         return changes
+
+    def _check_dtypes(self) -> None:
+        """Refuse tensors that are not floats: they are quantized or damaged."""
+        odd = [name for name, stored in self._files.stored.items() if stored.dtype not in FLOAT_DTYPES]
+        if odd:
+            raise UserError(
+                f"The adapter {self.folder} has tensors of other types than floats: {join_names(odd)}; save"
+                " it in float32, float16 or bfloat16."
+            )
 
     def _lora_changes(self, module: str, parts: Mapping[str, str], targets: Targets) -> list[Change]:
         embedding = "embedding_A" in parts
+        known = {f"{'embedding_' * embedding}{part}" for part in "AB"} | {"magnitude_vector", "B.bias"}
+        if unknown := [name for part, name in parts.items() if part not in known]:
+            raise UserError(f"The adapter {self.folder} has unknown tensors: {join_names(unknown)}.")
         down, up = (parts.get("embedding_" * embedding + part) for part in "AB")
         if down is None or up is None:
             raise UserError(f"The adapter {self.folder} has only one of the two LoRA matrices of {module}.")
@@ -269,10 +302,15 @@ def base_model(folder: Path) -> str:
 def _pattern(patterns: Settings, module: str) -> str | None:
     """Return the first key that matches the end of a module's name, as PEFT does."""
     for key in patterns.values:
+        repeats = len(re.findall(r"[*+{]", key))
+        if len(key) > MAX_PATTERN or repeats > MAX_REPEATS or _SLOW_PATTERN.search(key):
+            raise UserError(
+                f"{patterns.file}: {patterns.path.rstrip('.')} has a pattern that is too complex."
+            )
         try:
             if re.match(rf"(.*\.)?({key})$", module):
                 return key
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{patterns.file}: {patterns.path}{key} is not a pattern: {error}.") from error
     return None
 

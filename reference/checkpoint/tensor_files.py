@@ -26,6 +26,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 MERGE_ADAPTER_HINT = (

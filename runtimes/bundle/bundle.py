@@ -46,7 +46,8 @@ class Bundle:
         if hub_id and downloaded:
             folder = download(hub_id).folder
         if not folder.is_dir():
-            raise UserError(f"There is no bundle folder {folder}.")
+            missing = f"{hub_id} is not a bundle" if downloaded else f"There is no bundle folder {folder}"
+            raise UserError(f"{missing}.")
         file = folder / MANIFEST
         if not file.exists():
             hint = (

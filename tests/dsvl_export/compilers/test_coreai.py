@@ -127,5 +127,5 @@ def test_taps_that_cannot_be_had_are_said(bundle: Bundle) -> None:
     result = parity(bundle, "coreai", "fp32", taps=True)
     assert result.passed
     assert all(
-        "Core AI's assets cannot be given taps" in localization.note for localization in result.localizations
+        "Core AI assets cannot have taps" in localization.note for localization in result.localizations
     )

@@ -85,6 +85,25 @@ def nan(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors[f"{LAYER}.lora_B.weight"][0, 0] = float("nan")
 
 
+def twice(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[f"{LAYER}.lora_A.other.weight"] = tensors[f"{LAYER}.lora_A.weight"].clone()
+
+
+def under_both_layouts(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        other = name.replace("model.language_model.model.", "model.model.language_model.")
+        tensors[other] = tensors[name].clone()
+
+
+def of_integers(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name] = tensors[name].to(torch.int8)
+
+
+def another_part(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors[f"{LAYER}.lora_A.bias"] = torch.zeros(2)
+
+
 def setting(**changes: Any) -> Edit:
     return lambda settings, tensors: settings.update(changes)
 
@@ -103,6 +122,12 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "PiSSA": (setting(init_lora_weights="pissa_niter_16"), "base model's weights were changed when the training began"),
     "activated": (setting(alora_invocation_tokens=[3]), "which cannot be merged"),
     "a pattern": (setting(rank_pattern={"q_proj(": 2}), "is not a pattern"),
+    "a slow pattern": (setting(rank_pattern={"(([a-z_.0-9])+)+!": 2}), "rank_pattern has a pattern that is too complex; name the modules"),
+    "a huge pattern": (setting(rank_pattern={"a{99999999999}": 2}), "is not a pattern"),
+    "a tensor twice": (twice, "which are the same tensor"),
+    "under both layouts' names": (under_both_layouts, "changes a layer under two names"),
+    "integers": (of_integers, "has tensors of other types than floats"),
+    "another part": (another_part, "has unknown tensors: .*lora_A.bias"),
 }  # fmt: skip
 
 

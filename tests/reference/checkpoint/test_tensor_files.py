@@ -143,12 +143,12 @@ def test_other_formats_are_named(tiny_copy: Path) -> None:
     ):
         open_checkpoint(str(tiny_copy))
     (tiny_copy / "consolidated.safetensors").rename(tiny_copy / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="holds a LoRA adapter .*; dsvl-export export CHECKPOINT --adapter "):
+    with pytest.raises(UserError, match="holds a LoRA adapter .*: dsvl-export export CHECKPOINT --adapter "):
         open_checkpoint(str(tiny_copy))
     for name in ("config.json", "adapter_model.safetensors"):  # as PEFT saves it
         (tiny_copy / name).unlink()
     (tiny_copy / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a LoRA adapter .*; dsvl-export export CHECKPOINT --adapter "):
+    with pytest.raises(UserError, match="holds a LoRA adapter .*: dsvl-export export CHECKPOINT --adapter "):
         open_checkpoint(str(tiny_copy))
 
 
