@@ -304,9 +304,8 @@ def _pattern(patterns: Settings, module: str) -> str | None:
     for key in patterns.values:
         repeats = len(re.findall(r"[*+{]", key))
         if len(key) > MAX_PATTERN or repeats > MAX_REPEATS or _SLOW_PATTERN.search(key):
-            raise UserError(
-                f"{patterns.file}: {patterns.path.rstrip('.')} has a pattern that is too complex."
-            )
+            where = f"{patterns.file}: {patterns.path.rstrip('.')}"
+            raise UserError(f"{where} has a pattern that is too complex; name the modules.")
         try:
             if re.match(rf"(.*\.)?({key})$", module):
                 return key
