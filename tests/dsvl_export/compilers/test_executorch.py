@@ -58,6 +58,13 @@ def program_of(bundle: Bundle, precision: str) -> Path:
     return bundle.path(bundle.artifact("decoder", "executorch", precision).files[0])
 
 
+@pytest.mark.full
+def test_8_bit_weights_and_activations_pass_parity(tmp_path: Path) -> None:
+    """Of all precisions the one in which most of the error is values that round to the other side."""
+    result = parity(export("tiny", tmp_path / "bundle", "executorch", ["8da8w"]))
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_passes_parity(bundle: Bundle, precision: str) -> None:
     result = parity(bundle, "executorch", precision, task=load_task(HELDOUT)[::4])
