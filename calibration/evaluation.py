@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from calibration.data import Sample
-from calibration.statistics import format_sample_prompt
+from calibration.statistics import ANSWER_TOKENS, format_sample_prompt
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.session import reference_chain
@@ -22,8 +22,6 @@ from runtimes.chain import Chain
 from runtimes.goldens.golden import greedy_decode, teacher_forced_logits
 from runtimes.goldens.metrics import kl_divergence
 from runtimes.images import ImageSource
-
-ANSWER_TOKENS = 32
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from runtimes.decode_call import UNLIMITED, validated_call
 from runtimes.embedding import TokenEmbedding
 from runtimes.text.tokenizer import Tokenizer
 
-PREFILL_CHUNK = 2048  # tokens; a model that streams its weights reads all of them in every call
+REFERENCE_CHUNK = 2048  # tokens; a model that streams its weights reads all of them in every call
 
 
 class TorchComponent:
@@ -125,7 +125,7 @@ def reference_chain(
         TorchComponent(model.vision_encoder, contract("vision_encoder"), taps("vision_encoder")),
         TorchComponent(model.adaptor, contract("adaptor"), taps("adaptor")),
         TorchDecoder(model.decoder, contract("decoder"), taps("decoder")),
-        PREFILL_CHUNK,
+        REFERENCE_CHUNK,
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dsvl_export.exporter.export import export
 from runtimes.bundle.files import sha256_of_file
-from runtimes.bundle.locks import STAGING
+from runtimes.bundle.manifest import STAGING
 
 # Backend → what is exported. Core AI's own writer makes other bytes each time.
 PRECISIONS = {

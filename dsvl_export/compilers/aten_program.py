@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from dsvl_export.compilers.lowering import Constant, LoadParameter, ProgramLowering, fake_tensor
+from calibration.quantized_weights import LoadParameter
+from dsvl_export.compilers.lowering import Constant, ProgramLowering, fake_tensor
 from reference.model.operators import cached_attention
 from reference.trace import TracedComponent
 from runtimes.bundle.contracts import TensorSpec

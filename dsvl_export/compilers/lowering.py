@@ -21,10 +21,10 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from calibration.quantized_program import map_row_chunks  # with it, the operators are registered
+from calibration.quantized_weights import LoadParameter
 from reference.trace import TracedComponent
 from runtimes.bundle.contracts import TensorSpec
 
-LoadParameter = Callable[[str], Tensor]
 aten, qd = torch.ops.aten, torch.ops.quantized_decomposed
 # Operators on a weight, its scales and zero points ``[out, ...]`` that are computed in parts.
 BY_ROWS = {qd.quantize_per_channel.default, qd.quantize_per_channel_group.default}

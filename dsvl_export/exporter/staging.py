@@ -18,8 +18,8 @@ from runtimes.bundle.files import (
     sha256_of_text,
     write_json,
 )
-from runtimes.bundle.locks import PREVIOUS, STAGING, FileLock, manifest_file, manifest_lock, refuse_link
-from runtimes.bundle.manifest import DEBUG_PREFIX, MANIFEST, FileEntry, Manifest, stays_inside
+from runtimes.bundle.locks import PREVIOUS, FileLock, manifest_file, manifest_lock, refuse_link
+from runtimes.bundle.manifest import DEBUG_PREFIX, MANIFEST, STAGING, FileEntry, Manifest, stays_inside
 from runtimes.errors import UserError
 
 # A bundle that lost its record keeps these: nothing else writes plans, scales and configs again.

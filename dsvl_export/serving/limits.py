@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dsvl_export.serving.errors import RequestError, quoted
 
 MAX_HEADERS, MAX_HEADER_BYTES = 64, 16_384
-MAX_LARGEST_HELD = 8  # bodies of the maximum size in memory at a time
+MAX_LARGEST_BODIES = 8  # bodies of the maximum size in memory at a time
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -104,7 +104,7 @@ class RequestLimits:
             part = message.get("body", b"")
             if held[0] + len(part) > self._max_bytes:
                 raise self._too_large()
-            if self._held + len(part) > MAX_LARGEST_HELD * self._max_bytes:
+            if self._held + len(part) > MAX_LARGEST_BODIES * self._max_bytes:
                 raise RequestError(
                     503, "Too many large requests are being answered; try again in a moment.",
                     "server_error", headers={"Retry-After": "1"},

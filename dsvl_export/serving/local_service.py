@@ -33,7 +33,7 @@ from runtimes.text.prompt import format_chat
 
 DECODED_AT_ONCE = 2  # images that are decoded at a time
 DOWNLOADED_AT_ONCE = 8  # images that are downloaded at a time
-MAX_LARGEST_HELD = 8  # requests of the maximum size whose image files are in memory at a time
+MAX_LARGEST_REQUESTS = 8  # requests of the maximum size whose image files are in memory at a time
 MAX_TOKEN_CHARACTERS = 128  # of one token; a longer prompt is refused before it is tokenized
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class LocalAnswerStream(AnswerStream):
             raise RequestError(
                 400, f"The images of the request have more than {max_bytes} bytes.", param="messages"
             )
-        if service.held + size > MAX_LARGEST_HELD * max_bytes:
+        if service.held + size > MAX_LARGEST_REQUESTS * max_bytes:
             raise unavailable("Too many large images are waiting; try again in a moment.")
         self._held += size
         service.held += size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from reference.checkpoint.config_file import parse_config
@@ -41,10 +39,9 @@ from reference.model.config import ModelConfig
 from reference.model.constants import materialize_constants
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.tiny import TINY
-from runtimes.bundle.files import read_json, sha256_of_files, sha256_of_text, write_json
+from runtimes.bundle.files import read_json, sha256_of_files, sha256_of_text
 from runtimes.errors import UserError
 from runtimes.hub import HubId, download
-from runtimes.text.prompt import BOS, EOS, PAD
 
 STREAMING_THRESHOLD = 2 << 30  # bytes of fp32 weights
 # Patterns of files to download: a checkpoint's are in its main folder.
@@ -106,14 +103,14 @@ class Checkpoint:
         Raises:
             UserError: one cannot be read, or does not fit this model.
         """
-        return Adapters.open(self.choices, self.config, self._shapes)
+        return Adapters(self.choices, self.config, self._shapes)
 
     def check(self) -> None:
         """Check that the files hold exactly the config's tensors, as floats of the right shapes.
 
         Raises:
             UserError: a tensor is missing, unexpected, wrongly shaped, stored twice, or not a
-                float; the message names up to ten of each kind.
+                float (the message names up to ten of each kind), or an adapter does not fit.
         """
         self._refuse_adapted_or_quantized()
         stored = {name: self._files.stored[names[0]] for name, names in self._stored_names.items()}
@@ -146,6 +143,7 @@ class Checkpoint:
                 f" (such as {not_float[0]}), expected {', '.join(FLOAT_DTYPES)};"
                 " export the unquantized checkpoint."
             )
+        self.adapters.check()
 
     def _refuse_adapted_or_quantized(self) -> None:
         """Raise UserError if tensor names show a LoRA adapter or a quantizer."""
@@ -377,40 +375,4 @@ def open_checkpoint(
     opened = Checkpoint(folder, config, preprocessor, tuple(adapters), origin)
     if weights:
         opened.check()
-    opened.adapters  # noqa: B018 - refused here rather than later
     return opened
-
-
-def write_original_checkpoint(
-    model: DeepSeekVL, raw_config: Mapping[str, Any], tokenizer: Tokenizer, folder: Path
-) -> None:
-    """Write a checkpoint in the original layout, with float16 weights.
-
-    Args:
-        model: the weights.
-        raw_config: content of ``config.json``.
-        tokenizer: becomes ``tokenizer.json``.
-        folder: made if it does not exist.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    table = parameter_sources(model.config, parameter_shapes(model.config))
-    state = {
-        table[name].names[0]: parameter.detach().to(torch.float16).contiguous()
-        for name, parameter in model.named_parameters()
-    }
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "config.json", raw_config)
-    write_json(
-        folder / "tokenizer_config.json",
-        {"add_bos_token": True, "add_eos_token": False, "bos_token": BOS, "eos_token": EOS,
-         "pad_token": PAD, "tokenizer_class": "LlamaTokenizer"},
-    )  # fmt: skip
-    norm = model.config.vision.high_norm or model.config.vision.low_norm
-    write_json(
-        folder / "preprocessor_config.json",
-        {"image_size": model.config.vision.image_size, "min_size": 14, "do_normalize": False,
-         "image_mean": list(norm.mean) if norm else None, "image_std": list(norm.std) if norm else None,
-         "rescale_factor": 1 / 255, "image_processor_type": "VLMImageProcessor"},
-    )  # fmt: skip

@@ -6,8 +6,6 @@ Formulas: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353 (a magnitude per output
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,40 +17,30 @@ from runtimes.bundle.files import sha256_of_file
 from runtimes.errors import UserError
 
 
-@dataclass(frozen=True)
 class Adapters:
-    """The adapters that are merged into a checkpoint, in the order in which they were named."""
+    """The adapters that are merged into a checkpoint, in the order in which they were named.
 
-    adapters: tuple[Adapter, ...]
-    _changes: dict[str, list[tuple[Adapter, Change]]] = field(init=False, repr=False)
+    Args:
+        choices: the adapters.
+        config: of the base model.
+        shapes: parameter name → shape, as in ``DeepSeekVL.named_parameters()``.
 
-    def __post_init__(self) -> None:
-        """Group the changes by parameter."""
-        changes: dict[str, list[tuple[Adapter, Change]]] = {}
+    Raises:
+        UserError: one cannot be read or does not fit.
+    """
+
+    def __init__(
+        self, choices: Sequence[AdapterChoice], config: ModelConfig, shapes: Mapping[str, Shape]
+    ) -> None:
+        """Read the adapters and group their changes by parameter."""
+        self.adapters = [Adapter(choice, config, shapes) for choice in choices]
+        self._changes: dict[str, list[tuple[Adapter, Change]]] = {}
         for adapter in self.adapters:
             for change in adapter.changes:
-                changes.setdefault(change.target.parameter, []).append((adapter, change))
-        object.__setattr__(self, "_changes", changes)
-        self._check_together()
-
-    @classmethod
-    def open(
-        cls, choices: Sequence[AdapterChoice], config: ModelConfig, shapes: Mapping[str, Shape]
-    ) -> Adapters:
-        """Read adapters for a model.
-
-        Raises:
-            UserError: one cannot be read or does not fit, or two cannot be merged together.
-        """
-        return cls(tuple(Adapter(choice, config, shapes) for choice in choices))
-
-    @property
-    def files(self) -> list[Path]:
-        """The files of all of them."""
-        return [file for adapter in self.adapters for file in adapter.files]
+                self._changes.setdefault(change.target.parameter, []).append((adapter, change))
 
     def identity(self) -> list[str]:
-        """What tells these adapters from others: SHA-256 of their files, and their weights."""
+        """Return the SHA-256 of all files, each with the weight of its adapter."""
         return [
             f"{sha256_of_file(file)} {1.0 if adapter.weight is None else adapter.weight}"
             for adapter in self.adapters
@@ -64,7 +52,7 @@ class Adapters:
         return parameter in self._changes
 
     def merge(self, parameter: str, tensor: Tensor) -> Tensor:
-        """The parameter with all changes.
+        """Return a parameter with all changes.
 
         Args:
             parameter: its name, as in ``DeepSeekVL.named_parameters()``.
@@ -87,8 +75,8 @@ class Adapters:
                 merged[rows] = _apply(adapter, change, base[rows], merged[rows])
         return merged
 
-    def _check_together(self) -> None:
-        """Refuse what has no defined result.
+    def check(self) -> None:
+        """Check that the adapters can be merged together.
 
         Raises:
             UserError: two adapters change a tensor that one replaces, or scale one layer

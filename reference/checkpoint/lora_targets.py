@@ -29,7 +29,7 @@ class Slice:
     shape: Shape
 
     def rows(self, size: int) -> slice:
-        """Of a parameter with so many rows."""
+        """Return the rows, of a parameter with ``size`` rows."""
         part = size // self.count
         return slice(self.index * part, (self.index + 1) * part)
 
@@ -72,7 +72,7 @@ class Targets:
         return [replace(target, parameter=parameter) for parameter in sorted(self._tied)]
 
     def unused(self, name: str) -> bool:
-        """Whether a tensor belongs to what no model here uses, such as SigLIP's pooling head."""
+        """Return whether no model here uses a tensor, such as those of SigLIP's pooling head."""
         names = (canonical_names(config, [name]) for config, _ in self._tables)
         return any(UNUSED_TENSORS.fullmatch(canonical) for (canonical,) in names)
 

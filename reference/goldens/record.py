@@ -22,12 +22,10 @@ from reference.session import reference_chain
 from reference.tiny import HELDOUT
 from reference.trace import component_contract
 from runtimes.bundle.files import write_json
-from runtimes.cache import cache_bytes
 from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.goldens.golden import GREEDY_TOKENS
 from runtimes.goldens.long_context import (
-    CACHE_BYTES,
     MIN_PROJECTIONS,
     LongGolden,
     logit_rows,
@@ -90,7 +88,7 @@ def record_reference_long_golden(source: Checkpoint, embedding_file: Path, capac
         UserError: the model computes NaN or infinity.
     """
     chain = reference_chain(source, embedding_file)
-    length = long_golden_length(chain, capacity, source.config.decoder.max_positions)
+    length = long_golden_length(chain.decoder.contract, capacity, source.config.decoder.max_positions)
     golden = record_long_golden(chain, long_golden_tokens(chain, length), source.digest, capacity)
     if layer := golden.first_nonfinite_part():
         raise UserError(
@@ -115,7 +113,7 @@ def long_golden_tokens(chain: Chain, length: int) -> np.ndarray:
 def long_golden_bytes(config: ModelConfig, capacity: int) -> int:
     """Estimate the largest long-context golden in bytes, its header left out."""
     decoder = component_contract(config, "decoder", "fp32")
-    length = min(capacity, config.decoder.max_positions, CACHE_BYTES // cache_bytes(decoder.states, 1, 1))
+    length = long_golden_length(decoder, capacity, config.decoder.max_positions)
     rows, heads = len(logit_rows(length)), config.decoder.kv_heads
     keys = config.decoder.layers * heads * -(-MIN_PROJECTIONS // heads) * length
     return 8 * (length + rows) + 4 * (rows * config.decoder.vocab_size + keys)

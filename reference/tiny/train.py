@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from reference.checkpoint.checkpoint import write_original_checkpoint
 from reference.checkpoint.config_file import parse_config
+from reference.checkpoint.write_original import write_original_checkpoint
 from reference.model.deepseek_vl import DeepSeekVL
 from reference.tiny.batches import (
     DENSE_HEADS,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from runtimes.bundle.files import read_json, sha256_of_file
-from runtimes.bundle.manifest import MANIFEST, Artifact, Manifest, stays_inside
+from runtimes.bundle.manifest import MANIFEST, STAGING, Artifact, Manifest, stays_inside
 from runtimes.errors import UserError
 from runtimes.hub import HubId, download
 
@@ -52,7 +52,7 @@ class Bundle:
         if not file.exists():
             hint = (
                 "the export was interrupted; run it again"
-                if (folder / ".staging").exists()
+                if (folder / STAGING).exists()
                 else "it is not a bundle"
             )
             raise UserError(f"{folder} has no {MANIFEST}: {hint}.")

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from runtimes.bundle.manifest import MANIFEST
+from runtimes.bundle.manifest import MANIFEST, STAGING
 from runtimes.errors import UserError
 
-STAGING = ".staging"  # folder of an unfinished export
 PREVIOUS = "previous.json"  # in it: the bundle's manifest while an export changes the bundle
 
 

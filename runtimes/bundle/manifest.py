@@ -19,6 +19,7 @@ from runtimes.text.tokenizer import PromptSpec
 SCHEMA_VERSION = 1
 SCHEMA = Path(__file__).parent / "manifest.schema.json"
 MANIFEST = "manifest.json"
+STAGING = ".staging"  # folder of an unfinished export
 TOKENIZER = "tokenizer/tokenizer.json"  # a copy of the checkpoint's
 DEBUG_PREFIX = ".debug-"  # of folders for debug builds, which parity deletes when it ends
 # Files that a parity verdict depends on, besides the artifacts.

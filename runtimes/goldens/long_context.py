@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from runtimes.bundle.contracts import Contract
 from runtimes.bundle.tensor_files import save_tensors
 from runtimes.cache import KVCache, cache_bytes
 from runtimes.chain import Chain
@@ -22,7 +23,7 @@ from runtimes.goldens.taps import hashed_numbers
 
 LONG_GOLDEN = "long.safetensors"
 MIN_PROJECTIONS = 16  # smallest number per layer and position
-CACHE_BYTES = 8 << 30  # of the fp32 KV cache: 8738 tokens of the 7B, 16384 of the 1.3B
+MAX_CACHE_BYTES = 8 << 30  # of the fp32 KV cache: 8738 tokens of the 7B, 16384 of the 1.3B
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ class LongGolden:
         return "" if np.isfinite(self.logits).all() else f"decoder.layers.{len(self.keys) - 1}"
 
 
-def long_golden_length(chain: Chain, capacity: int, max_positions: int) -> int:
-    """Return the length of a bundle's long golden: its capacity, limited by ``CACHE_BYTES``."""
-    return min(capacity, max_positions, CACHE_BYTES // cache_bytes(chain.decoder.contract.states, 1, 1))
+def long_golden_length(decoder: Contract, capacity: int, max_positions: int) -> int:
+    """Return the length of a bundle's long golden: its capacity, limited by ``MAX_CACHE_BYTES``."""
+    return min(capacity, max_positions, MAX_CACHE_BYTES // cache_bytes(decoder.states, 1, 1))
 
 
 def logit_rows(length: int) -> np.ndarray:

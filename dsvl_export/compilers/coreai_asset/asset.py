@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from calibration.quantized_weights import LoadParameter
 from dsvl_export.compilers.aten_program import fixed_program
 from dsvl_export.compilers.coreai_asset.lower import BOUNDARIES, TABLE, coreai_torch
-from dsvl_export.compilers.lowering import LoadParameter
 from reference.trace import TracedComponent
 from runtimes.backends.coreai import CHUNK, PREFILL, SIZES, SUFFIX
 from runtimes.backends.static_shape import DECODE, MAIN

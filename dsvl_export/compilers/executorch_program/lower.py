@@ -13,9 +13,10 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 
 import calibration.quantized_program  # noqa: F401 -- registers the operators
+from calibration.quantized_weights import LoadParameter
 from dsvl_export.compilers.aten_program import AtenLowering, Lower
 from dsvl_export.compilers.executorch_program import xnnpack_operators as xnnpack
-from dsvl_export.compilers.lowering import Constant, LoadParameter, arguments, aten, fake_tensor
+from dsvl_export.compilers.lowering import Constant, arguments, aten, fake_tensor
 from reference.trace import TracedComponent
 from runtimes.backends.executorch import largest_chunk
 from runtimes.bundle.contracts import TensorSpec

@@ -18,9 +18,9 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 from torch.fx import Node
 
+from calibration.quantized_weights import LoadParameter
 from dsvl_export.compilers.lowering import (
     Constant,
-    LoadParameter,
     ProgramLowering,
     arguments,
     fake_tensor,

@@ -16,7 +16,7 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, Placeholder, get_new_symbol, types
 from coremltools.converters.mil.mil.program import StateTensorPlaceholder
 
-from dsvl_export.compilers.lowering import LoadParameter
+from calibration.quantized_weights import LoadParameter
 from dsvl_export.compilers.mil.context import MIL_TYPES, Weights
 from dsvl_export.compilers.mil.lower import lower
 from reference.taps import tap_nodes

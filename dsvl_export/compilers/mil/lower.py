@@ -10,8 +10,8 @@ import torch
 from coremltools.converters.mil import Builder as mb
 from torch.fx import Node
 
+from calibration.quantized_weights import LoadParameter
 from dsvl_export.compilers.lowering import (
-    LoadParameter,
     arguments,
     aten,
     fake_tensor,

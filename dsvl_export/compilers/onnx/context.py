@@ -11,9 +11,9 @@ import torch
 from torch.fx import Node
 
 import calibration.quantized_program  # noqa: F401 -- registers the float8 operators
+from calibration.quantized_weights import LoadParameter
 from dsvl_export.compilers.lowering import (
     Constant,
-    LoadParameter,
     ProgramLowering,
     QuantizedWeight,
     arguments,

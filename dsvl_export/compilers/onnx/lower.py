@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from calibration.quantized_weights import LoadParameter
 from dsvl_export.compilers.lowering import (
-    LoadParameter,
     QuantizedWeight,
     arguments,
     aten,

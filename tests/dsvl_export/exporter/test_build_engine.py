@@ -17,6 +17,7 @@ from dsvl_export.compilers.engines.network import ParsedNetwork, attention_of
 from dsvl_export.exporter import on_device
 from dsvl_export.exporter.export import export
 from dsvl_export.exporter.on_device import Device, build_engines
+from dsvl_export.exporter.staging import Staging
 from dsvl_export.parity_check import parity
 from runtimes.backends.engines import backend, session
 from runtimes.backends.engines.cuda import Gpu
@@ -365,6 +366,20 @@ def test_a_build_that_was_cut_off_goes_on(
     assert bundle.problems() == []
     engine = bundle.artifact("decoder", "tensorrt", "fp16").engine
     assert engine and engine.capacity == 64
+
+
+def test_an_interrupted_export_comes_first(copy_of_trt11: Path, device: Device) -> None:
+    """Its old manifest, which names files that were replaced, is not published again."""
+    staging = Staging(copy_of_trt11)
+    staging.open()
+    staging.forget("token_embedding")
+    staging.close()
+    with pytest.raises(
+        UserError, match=r"was interrupted \(token_embedding/.* has changed\); run it again, then"
+    ):
+        build_engines(copy_of_trt11, SETTINGS, "fp16", device)
+    assert not (copy_of_trt11 / "manifest.json").exists()
+    assert (copy_of_trt11 / ".staging/previous.json").exists()
 
 
 def test_other_options_build_again_and_another_driver_does_not(

@@ -13,10 +13,10 @@ from reference.checkpoint.checkpoint import (
     open_checkpoint,
     parameter_shapes,
     resolve_checkpoint,
-    write_original_checkpoint,
 )
 from reference.checkpoint.layouts import parameter_sources
 from reference.checkpoint.specs import prompt_spec
+from reference.checkpoint.write_original import write_original_checkpoint
 from runtimes.errors import UserError
 from tests.conftest import OraclePair
 from tests.oracles.models import save_oracle
