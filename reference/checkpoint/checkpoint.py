@@ -55,7 +55,7 @@ SETTINGS_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-_ADAPTER_NAMES = re.compile(r"^base_model\.model\.|(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
+_ADAPTER_NAMES = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
 _QUANTIZED_NAMES = re.compile(
     r"\.(qweight|qzeros|g_idx|scales|weight_packed|weight_scale(_inv)?|SCB|absmax|quant_map|quant_state\..*)$"
 )

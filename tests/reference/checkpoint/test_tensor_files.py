@@ -197,10 +197,6 @@ def cast(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]
         ),
         (cast(torch.float8_e4m3fn), "are stored as float8_e4m3fn"),
         (cast(torch.complex64), "are stored as C64"),
-        (
-            lambda state: {f"base_model.model.{name}": tensor for name, tensor in state.items()},
-            "LoRA adapter",
-        ),
         (lambda state: {**state, "model.q_proj.lora_A.weight": torch.zeros(1)}, "1 tensors .* LoRA adapter"),
         (
             lambda state: {**state, "model.q_proj.qweight": torch.zeros(1)},
