@@ -42,8 +42,8 @@ def parameter_sources(config: ModelConfig, shapes: dict[str, Shape]) -> dict[str
     return {name: rename(config, name, shape) for name, shape in shapes.items()}
 
 
-# Names that wrapper modules add inside the names of a state dict: torch.compile, FSDP and activation
-# checkpointing.
+# Names that wrapper modules add inside the names of a state dict: torch.compile, FSDP and
+# activation checkpointing.
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What comes before the first part of the model: DistributedDataParallel's and DeepSpeed's
 # ``module.``, Lightning's ``_forward_module.``, PEFT's ``base_model.model.``, or any other name

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.image_processor import parse_preprocessing
@@ -49,6 +53,7 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
     tokenizer = read_tokenizer(file)
     settings_file = checkpoint.folder / "tokenizer_config.json"
     settings = read_json(settings_file, huge_integers=True) if settings_file.exists() else {}
+    _check_added_tokens(checkpoint.folder, tokenizer, settings)
 
     def token_id(name: str) -> int:
         number = tokenizer.token_to_id(name)
@@ -65,6 +70,33 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
         image_token_id=token_id(IMAGE_PLACEHOLDER),
         image_tokens=checkpoint.config.vision.image_tokens,
     )
+
+
+def _check_added_tokens(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Check that ``tokenizer.json`` has the tokens that other files of the tokenizer add.
+
+    transformers adds them when it reads the folder, and writes them to ``tokenizer.json`` when it
+    saves a tokenizer. Without them, their ids in an answer have no text.
+
+    Raises:
+        UserError: a token is missing, or has another id.
+    """
+    added: dict[str, Any] = {}
+    if (folder / "added_tokens.json").exists():
+        added = dict(read_json(folder / "added_tokens.json", huge_integers=True))
+    decoder = settings.get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        added[_token_text(token, "")] = int(number) if str(number).isdecimal() else number
+    missing = {
+        name: number for name, number in added.items() if name and tokenizer.token_to_id(name) != number
+    }
+    if missing:
+        name, number = next(iter(missing.items()))
+        raise UserError(
+            f"{folder / 'tokenizer.json'} lacks {len(missing)} of the tokens that added_tokens.json or"
+            f" tokenizer_config.json adds, such as {name!r} with the id {number}; save the tokenizer again"
+            " with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
 
 
 def _eos_ids(checkpoint: Checkpoint, tokenizer_eos: int) -> tuple[int, ...]:
