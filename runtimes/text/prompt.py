@@ -1,14 +1,17 @@
-"""DeepSeek-VL's prompt format: the ``deepseek`` conversation template of the original code.
+"""The prompt format: a conversation and a chat template become a prompt.
+
+The default template is the ``deepseek`` conversation template of the original code of DeepSeek-VL.
 
 A conversation becomes a ``PromptText``: text that records which of its parts are control tokens.
 The content of a user's message, the system prompt or an earlier answer is always text, even if it
-spells a control token. The words ``User:`` and ``Assistant:`` are plain text in this format, so a
-message can contain them; it cannot contain the end-of-sentence token that separates an answer from
-the next message.
+spells a control token. The words ``User:`` and ``Assistant:`` are plain text in the default format,
+so a message can contain them; it cannot contain the end-of-sentence token that separates an answer
+from the next message.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -36,19 +39,28 @@ class Control(Enum):
     EOS = EOS
 
 
+@dataclass(frozen=True)
+class TemplateToken:
+    """A control token that a chat template names, such as ``<|User|>``."""
+
+    value: str  # its spelling
+
+
 IMAGE: Literal[Control.IMAGE] = Control.IMAGE  # the part of a message at the position of an image
 Part = Union[str, Literal[Control.IMAGE]]
-Piece = Union[str, Control]
+Piece = Union[str, Control, TemplateToken]
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
     """Texts between the messages of a conversation, as stored in a bundle's manifest.
 
-    Each message is ``{role}{content}{role_end}``; an end that equals the end-of-sentence token is
-    that token, not text. A message without content is ``{role}`` without trailing white space.
+    Each message is ``{role}{content}{role_end}``. Where one of these texts spells the
+    end-of-sentence token or one of ``control_tokens``, it is that token, not text. A message
+    without content is ``{role}`` without trailing white space.
 
     Args:
+        system: start of the system prompt.
         system_end: end of the system prompt.
         user: start of a user's message.
         user_end: end of a user's message.
@@ -58,8 +70,12 @@ class ChatTemplate:
         later_system_end: end of a system message that follows other messages.
         answer: end of a prompt, which the model continues.
         text_separator: separator of consecutive text parts of one message.
+        before_image: text between an image and the part before it in a message.
+        after_image: text between an image and the part after it in a message.
+        control_tokens: added tokens of the tokenizer that these texts spell, such as ``<|User|>``.
     """
 
+    system: str = ""
     system_end: str = "\n\n"
     user: str = "User: "
     user_end: str = "\n\n"
@@ -69,6 +85,30 @@ class ChatTemplate:
     later_system_end: str = EOS
     answer: str = "Assistant:"
     text_separator: str = " "
+    before_image: str = ""
+    after_image: str = ""
+    control_tokens: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ChatTemplate:
+        """Read the validated object of a manifest; earlier releases have fewer keys."""
+        return cls(**{**raw, "control_tokens": tuple(raw.get("control_tokens", ()))})
+
+    def pieces(self, text: str) -> list[Piece]:
+        """Split one of the template's own texts into texts and control tokens."""
+        names = sorted((EOS, *self.control_tokens), key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        return [
+            part if place % 2 == 0 else Control.EOS if part == EOS else TemplateToken(part)
+            for place, part in enumerate(parts)
+            if part
+        ]
+
+    def between(self, before: Part, after: Part) -> str:
+        """Return the text between two consecutive parts of a message."""
+        if before is not IMAGE and after is not IMAGE:
+            return self.text_separator
+        return (self.after_image if before is IMAGE else "") + (self.before_image if after is IMAGE else "")
 
     def role(self, role: str) -> tuple[str, str]:
         """Return the start and end of a message of ``role``."""
@@ -94,7 +134,7 @@ class PromptText(str):
     def __new__(cls, pieces: Iterable[Piece]) -> PromptText:
         """Join the pieces."""
         pieces = tuple(pieces)
-        text = super().__new__(cls, "".join(p.value if isinstance(p, Control) else p for p in pieces))
+        text = super().__new__(cls, "".join(p if isinstance(p, str) else p.value for p in pieces))
         text.pieces = pieces
         return text
 
@@ -112,10 +152,13 @@ class Message:
         content: a text, or a sequence of texts and ``IMAGE`` parts. Texts are never read as control
             tokens; ``place_images`` defines when ``<image_placeholder>`` in a user's text is an
             image.
+        inline_images: whether the text places its images with ``<image_placeholder>``; then the
+            template adds no text before or after an image.
     """
 
     role: Literal["user", "assistant", "system"]
     content: Union[str, Sequence[Part]]
+    inline_images: bool = False
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Message:
@@ -205,7 +248,8 @@ def place_images(messages: Sequence[Message], images: int) -> list[Message]:
         if isinstance(content, str) and IMAGE_PLACEHOLDER in content:
             before, *texts = content.split(IMAGE_PLACEHOLDER)
             parts = [before, *(part for text in texts for part in (IMAGE, text))]
-            result[place] = replace(result[place], content=tuple(part for part in parts if part))
+            content = tuple(part for part in parts if part)
+            result[place] = replace(result[place], content=content, inline_images=True)
     return result
 
 
@@ -214,19 +258,22 @@ def format_chat(
 ) -> PromptText:
     r"""Format a conversation; after a last user message, it ends with an open ``Assistant:``.
 
-    The format is ``{system}\n\nUser: {text}\n\nAssistant: {text}<EOS>User: ...`` without BOS.
-    System messages at the beginning replace ``system``; later ones become
+    The default format is ``{system}\n\nUser: {text}\n\nAssistant: {text}<EOS>User: ...``, without
+    BOS. System messages at the beginning replace ``system``; later ones become
     ``System: {text}<EOS>``, as in the chat template of transformers' conversion script. Leading
     white space is removed, since the original processor strips its prompts.
     """
     leading = list(takewhile(lambda message: message.role == "system", messages))
     if leading:
         system = "\n\n".join(_text_of(message, template) for message in leading)
-    pieces: list[Piece] = [f"{system}{template.system_end}".lstrip()] if system else []
+    pieces: list[Piece] = []
+    if system.strip():
+        start, end = template.pieces(template.system), template.pieces(template.system_end)
+        pieces = [*start, system if start else system.lstrip(), *end]
     for message in messages[len(leading) :]:
         pieces += _render(message, template)
     if messages and messages[-1].role == "user":
-        pieces.append(template.answer)
+        pieces += template.pieces(template.answer)
     return PromptText(pieces)
 
 
@@ -234,8 +281,8 @@ def _render(message: Message, template: ChatTemplate) -> list[Piece]:
     start, end = template.role(message.role)
     content = _content(message, template)
     if not any(content):  # an empty message has no separator after it, as in the original
-        return [start.rstrip()]
-    return [start, *content, Control.EOS if end == EOS else end]
+        return template.pieces(start.rstrip())
+    return [*template.pieces(start), *content, *template.pieces(end)]
 
 
 def _content(message: Message, template: ChatTemplate) -> list[Piece]:
@@ -247,8 +294,8 @@ def _content(message: Message, template: ChatTemplate) -> list[Piece]:
         parts[-1] = parts[-1].rstrip()
     pieces: list[Piece] = []
     for place, part in enumerate(parts):
-        if place and isinstance(part, str) and isinstance(parts[place - 1], str):
-            pieces.append(template.text_separator)
+        if place and not message.inline_images:
+            pieces.append(template.between(parts[place - 1], part))
         pieces.append(part)
     return pieces
 

@@ -2,9 +2,10 @@
 // ${precision}; every name and size below is that of this bundle. Needs ${minimum}.
 //
 // Tokenize with the bundle's tokenizer/tokenizer.json (swift-transformers reads it), put BOS (${bos}) first, and
-// write the image token (${image_token}) ${image_tokens} times where an image goes. Image preprocessing: pad to a
-// square with RGB (${background}), resize to ${side} x ${side} (bicubic, antialiased), pass it as it is; the
-// package scales the pixels. goldens/ holds the squares and the tensors that the reference made of them.
+// write the image token (${image_token}) ${image_tokens} times where an image goes${image_ends}.
+// Image preprocessing: pad to a square with RGB (${background}), resize to ${side} x ${side} (bicubic,
+// antialiased), pass it as it is; the package scales the pixels. goldens/ holds the squares and the tensors that
+// the reference made of them.
 
 import CoreML
 import CoreVideo
