@@ -12,7 +12,7 @@ from dsvl_export.cli.app import command
 from dsvl_export.cli.checks import exit_with_verdict, run_and_record
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets, values
 from dsvl_export.cli.memory import warn_of_memory
-from dsvl_export.cli.options import Adapters, BundleFolder, Json, OptionalCheckpoint
+from dsvl_export.cli.options import Adapters, BundleFolder, ChatTemplate, Json, OptionalCheckpoint
 from dsvl_export.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def export(
     ],
     checkpoint: OptionalCheckpoint = None,
     adapter: Adapters = None,
+    chat_template: ChatTemplate = None,
     config: Annotated[
         Optional[Path],
         typer.Option(
@@ -173,6 +174,7 @@ def export(
     settings = settings.override(
         {
             "adapters": tuple(adapter or ()),
+            "chat_template": chat_template,
             "backend": backend,
             "precisions": tuple(precision or ()),
             "target": target,
@@ -245,6 +247,8 @@ def export(
         say(f"Wrote {bundle.folder} ({size(total)}).")
         if difference := bundle.manifest.prompt.template_difference:
             say(f"Warning: {difference}")
+        if bundle.manifest.prompt.template.exact:
+            say("The prompt is the checkpoint's own chat template, which differs from the built-in one.")
         if needs := _needs(bundle, backend, precisions):
             say(needs)
         say(f"Next: {_next_step(bundle, backend)}")

@@ -73,7 +73,8 @@ class Checkpoint:
 
     ``preprocessor`` has the image processor's settings; None if no file has them. ``choices`` are
     the LoRA adapters that are merged into the weights, in this order. ``origin`` is
-    ``ORG/NAME@COMMIT`` if the folder was downloaded from the hub.
+    ``ORG/NAME@COMMIT`` if the folder was downloaded from the hub. ``built_in_prompt`` ignores the
+    checkpoint's own chat template.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class Checkpoint:
     preprocessor: Settings | None
     choices: tuple[AdapterChoice, ...] = ()
     origin: str = ""
+    built_in_prompt: bool = False
 
     @cached_property
     def _files(self) -> TensorFiles:
@@ -259,6 +261,7 @@ class Checkpoint:
             return str(cached["digest"])
         names = (
             "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+            "chat_template.jinja", "chat_template.json",
         )  # fmt: skip
         settings = [self.folder / name for name in names if (self.folder / name).exists()]
         hashes = sha256_of_files([*settings, *self.tokenizer_files, *self._files.files], on_step)
@@ -357,7 +360,10 @@ def resolve_checkpoint(checkpoint: str, weights: bool = True) -> tuple[Path, str
 
 
 def open_checkpoint(
-    checkpoint: str, weights: bool = True, adapters: Sequence[AdapterChoice] = ()
+    checkpoint: str,
+    weights: bool = True,
+    adapters: Sequence[AdapterChoice] = (),
+    built_in_prompt: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint: read its config and check its tensors.
 
@@ -365,6 +371,7 @@ def open_checkpoint(
         checkpoint: as in ``resolve_checkpoint``.
         weights: False reads the config alone; then the folder needs no weights.
         adapters: LoRA adapters to merge into the weights, in this order.
+        built_in_prompt: ignore the checkpoint's own chat template.
 
     Raises:
         UserError: the checkpoint is missing, incomplete, or not a DeepSeek-VL model, or an adapter
@@ -389,8 +396,8 @@ def open_checkpoint(
     preprocessor = read_image_processor(folder)
     config = parse_config(read_json(file), str(file), preprocessor)
     if not weights:
-        return Checkpoint(folder, config, preprocessor, tuple(adapters), origin)
+        return Checkpoint(folder, config, preprocessor, tuple(adapters), origin, built_in_prompt)
     config = config_of_weights(config, TensorFiles(folder))
-    opened = Checkpoint(folder, config, preprocessor, tuple(adapters), origin)
+    opened = Checkpoint(folder, config, preprocessor, tuple(adapters), origin, built_in_prompt)
     opened.check()
     return opened

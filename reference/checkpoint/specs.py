@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from reference.checkpoint.chat_template import choose_prompt
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.image_processor import parse_preprocessing
 from reference.checkpoint.settings import Settings
@@ -44,10 +45,11 @@ def reference_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
-    """Build the prompt format from the special tokens of the checkpoint's tokenizer.
+    """Build the prompt format from the checkpoint's special tokens and its own chat template.
 
     Raises:
-        UserError: the tokenizer has no such token, or ``eos_token_id`` is not a list of token ids.
+        UserError: the tokenizer has no such token, ``eos_token_id`` is not a list of token ids, or
+            the chat template cannot be used.
     """
     file = checkpoint.tokenizer_files[0]
     tokenizer = read_tokenizer(file)
@@ -63,13 +65,14 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
             raise UserError(f"{file} gives {name!r} the id {number}, outside the model's vocabulary.")
         return int(number)
 
-    return PromptSpec(
+    built_in = PromptSpec(
         system_prompt=SYSTEM_PROMPT,
         bos_id=token_id(_token_text(settings.get("bos_token"), BOS)),
         eos_ids=_eos_ids(checkpoint, token_id(_token_text(settings.get("eos_token"), EOS))),
         image_token_id=token_id(IMAGE_PLACEHOLDER),
         image_tokens=checkpoint.config.vision.image_tokens,
     )
+    return choose_prompt(checkpoint, built_in)
 
 
 def _check_added_tokens(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
