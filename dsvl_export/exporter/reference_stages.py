@@ -14,6 +14,7 @@ from dsvl_export.exporter import stage_code
 from dsvl_export.exporter.job import ExportJob
 from dsvl_export.exporter.manifest import TOKEN_EMBEDDING
 from dsvl_export.exporter.stages import GOLDENS, TOKEN_EMBEDDING_STAGE, Stage, StageProgress
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.layers import INPUTS as LAYER_INPUTS
 from dsvl_export.parity_check.layers import outputs_file, record_inputs, record_outputs
 from dsvl_export.parity_check.long_context import planned_file
@@ -22,7 +23,6 @@ from dsvl_export.parity_check.quantization_error import (
     measure_quantization_error,
     quantization_error_file,
 )
-from dsvl_export.parity_check.stages import Goldens
 from reference.checkpoint.specs import reference_settings
 from reference.goldens.layers import layer_golden_bytes
 from reference.goldens.record import (

@@ -14,10 +14,11 @@ import numpy as np
 
 from dsvl_export.compilers.mil.listing import FILE, render_listing
 from dsvl_export.compilers.protocol import App
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.quantization_error import QuantizationError
 from dsvl_export.parity_check.result import ParityResult
 from dsvl_export.parity_check.settings import settings_faults
-from dsvl_export.parity_check.stages import STEPS, Goldens
+from dsvl_export.parity_check.stage_tensors import STEPS
 from dsvl_export.version import __version__
 from runtimes.backends.capabilities import ProvidesEntryPoints
 from runtimes.backends.executorch_tokenizer import describe_differences, tokenizer_differences

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from dsvl_export.compilers.registry import load_compiler
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.quantization_error import QuantizationError
 from dsvl_export.parity_check.result import Localization, ParityResult, TapError
-from dsvl_export.parity_check.stages import Goldens
 from dsvl_export.parity_check.tolerances import Tolerance
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.metrics import top1_tie_error
-from dsvl_export.parity_check.stages import STEPS, Goldens, vision_tensors
+from dsvl_export.parity_check.stage_tensors import STEPS, vision_tensors
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import parse_json, read_json
 from runtimes.chain import Chain

@@ -15,7 +15,8 @@ import pytest
 from dsvl_export.audit import audit
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
-from dsvl_export.parity_check.stages import STEPS, Goldens, stage_tensors
+from dsvl_export.parity_check.goldens import Goldens
+from dsvl_export.parity_check.stage_tensors import STEPS, stage_tensors
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from reference.tiny.pictures import draw_scene

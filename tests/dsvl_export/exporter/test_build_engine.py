@@ -14,9 +14,9 @@ import pytest
 
 from dsvl_export.compilers.engines.build import EngineSettings, configure, profiles
 from dsvl_export.compilers.engines.network import ParsedNetwork, attention_of
-from dsvl_export.exporter import on_device
+from dsvl_export.exporter import build_engines as engines_module
+from dsvl_export.exporter.build_engines import Device, build_engines
 from dsvl_export.exporter.export import export
-from dsvl_export.exporter.on_device import Device, build_engines
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.parity_check import parity
 from runtimes.backends.engines import backend, session
@@ -139,7 +139,7 @@ def test_an_unknown_capability(trt: ModuleType, rtx: Bundle, tmp_path: Path) -> 
     file = rtx.path(rtx.artifact("adaptor", "tensorrt_rtx", "fp16").files[0])
     contract = rtx.manifest.contracts["fp16"]["adaptor"]
     with pytest.raises(UserError, match=r"builds no engines for SM 87; it supports 75, 80, 86, 89, 120"):
-        on_device.build_engine(
+        engines_module.build_engine(
             trt, file, contract, EngineSettings(64, compute_capabilities=(87,)), tmp_path / "e"
         )
 
@@ -150,7 +150,9 @@ def test_a_damaged_file_is_a_sentence(trt: ModuleType, rtx: Bundle, tmp_path: Pa
     onnx.save(model, str(tmp_path / "adaptor.onnx"))
     contract = rtx.manifest.contracts["fp16"]["adaptor"]
     with pytest.raises(UserError, match=r"TensorRT cannot import .*adaptor\.onnx"):
-        on_device.build_engine(trt, tmp_path / "adaptor.onnx", contract, EngineSettings(64), tmp_path / "e")
+        engines_module.build_engine(
+            trt, tmp_path / "adaptor.onnx", contract, EngineSettings(64), tmp_path / "e"
+        )
 
 
 # Building on a device. TensorRT-RTX plays TensorRT, for SM 89, and builds for real.
@@ -210,7 +212,7 @@ def test_a_later_export_keeps_the_engines(copy_of_trt11: Path, device: Device) -
 def test_an_interrupted_build_goes_on(
     copy_of_trt11: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build, calls = on_device.build_engine, []
+    build, calls = engines_module.build_engine, []
 
     def interrupted(trt: ModuleType, file: Path, *rest: object) -> None:
         calls.append(file.stem)
@@ -218,7 +220,7 @@ def test_an_interrupted_build_goes_on(
             raise KeyboardInterrupt
         build(trt, file, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(on_device, "build_engine", interrupted)
+    monkeypatch.setattr(engines_module, "build_engine", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_engines(copy_of_trt11, SETTINGS, "fp16", device)
     assert Bundle.open(copy_of_trt11).problems() == []
@@ -249,8 +251,8 @@ def test_what_cannot_be_built(
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match="is damaged: tensorrt/fp16/adaptor/adaptor.onnx has"):
         build_engines(copy_of_trt11, SETTINGS, "fp16", device)
-    monkeypatch.setattr(on_device, "import_library", lambda name: device.trt)
-    monkeypatch.setattr(on_device, "import_cuda", lambda: FakeCuda(gpus=0))
+    monkeypatch.setattr(engines_module, "import_library", lambda name: device.trt)
+    monkeypatch.setattr(engines_module, "import_cuda", lambda: FakeCuda(gpus=0))
     with pytest.raises(
         UserError,
         match=r"built on the GPU that runs them, and none can be used here \(CUDA failed in .*InsufficientDriver",
@@ -289,7 +291,7 @@ def test_the_whole_way_on_a_fake_gpu(
     cuda = FakeCuda(name="Orin", sm=(8, 7))
     contracts = Bundle.open(folder).manifest.contracts["fp16"]
     trt = FakeTensorRT(cuda, contracts, version="10.3.0")
-    for module in (on_device, session, backend):
+    for module in (engines_module, session, backend):
         monkeypatch.setattr(module, "import_cuda", lambda: cuda)
         monkeypatch.setattr(module, "import_library", lambda name: trt)
 
@@ -298,7 +300,7 @@ def test_the_whole_way_on_a_fake_gpu(
     ) -> None:
         engine.write_bytes(fake_plan(file, contract.component, settings.capacity))
 
-    monkeypatch.setattr(on_device, "build_engine", build)
+    monkeypatch.setattr(engines_module, "build_engine", build)
     with pytest.raises(UserError, match=r"The engine .* does not exist; run: dsvl-export build-engine"):
         Pipeline.open(folder, "tensorrt", "fp16")
     build_engines(folder, EngineSettings(900), "fp16")
@@ -332,11 +334,11 @@ for name in ("torch", "transformers", "onnxruntime"):
     sys.modules[name] = None  # an import of it fails
 from types import SimpleNamespace
 from dsvl_export import cli
-from dsvl_export.exporter import on_device
+from dsvl_export.exporter import build_engines as engines_module
 from runtimes.backends.engines.cuda import Gpu
-device = on_device.Device(SimpleNamespace(__version__="11.4.1"), Gpu("L4", 89, "CUDA 13.0", "x86_64"))
-on_device.Device.here = classmethod(lambda cls: device)
-on_device.build_engine = lambda trt, file, contract, settings, engine: engine.write_bytes(b"plan")
+device = engines_module.Device(SimpleNamespace(__version__="11.4.1"), Gpu("L4", 89, "CUDA 13.0", "x86_64"))
+engines_module.Device.here = classmethod(lambda cls: device)
+engines_module.build_engine = lambda trt, file, contract, settings, engine: engine.write_bytes(b"plan")
 sys.argv = ["dsvl-export", "build-engine", sys.argv[1], "--precision", "fp16"]
 cli.main()
 """
@@ -393,7 +395,7 @@ def test_other_options_build_again_and_another_driver_does_not(
         built.append(contract.component)
         engine.write_bytes(b"plan")
 
-    monkeypatch.setattr(on_device, "build_engine", build)
+    monkeypatch.setattr(engines_module, "build_engine", build)
     build_engines(copy_of_trt11, SETTINGS, "fp16", device)
     build_engines(copy_of_trt11, SETTINGS, "fp16", replace(device, gpu=replace(L4, driver="CUDA 13.1")))
     assert len(built) == 3

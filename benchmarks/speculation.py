@@ -1,6 +1,6 @@
 """Drafts by prompt lookup at full shape: tokens per second with and without, on what they help and harm.
 
-    python benchmarks/drafts.py BUNDLE [--backend onnxruntime] [--precision int4]
+    python benchmarks/speculation.py BUNDLE [--backend onnxruntime] [--precision int4]
 
 Precisions that quantize activations make no drafts. The decoder computes every step in earnest; what it says
 is replaced by a script, since weights are random:
