@@ -10,7 +10,7 @@ from types import ModuleType
 from packaging.version import Version
 
 from dsvl_export.compilers.engines.build import EngineSettings, build_engine
-from dsvl_export.exporter.staging import Staging
+from dsvl_export.exporter.staging import Staging, dependencies
 from dsvl_export.lint import Release, refuse
 from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu, import_cuda
 from runtimes.backends.engines.library import import_library
@@ -188,8 +188,8 @@ def _build(
         build_engine(device.trt, file, contract, settings, temporary)
         done = replace(item, engine=engine, files=tuple(dict.fromkeys((*item.files, engine.file))))
         stage = item.stage
-        depends = (staging.result(stage) or {}).get("rests_on", {})
-        staging.attach(stage, temporary, {"artifacts": [asdict(done)], "rests_on": depends})
+        depends = dependencies(staging.result(stage) or {})
+        staging.attach(stage, temporary, {"artifacts": [asdict(done)], "depends_on": depends})
     finally:
         temporary.unlink(missing_ok=True)
     _publish(bundle, staging, item, done)

@@ -21,6 +21,7 @@ from dsvl_export.parity_check.long_context import planned_file
 from dsvl_export.parity_check.quantization_error import (
     measure_long_golden,
     measure_quantization_error,
+    old_quantization_error_file,
     quantization_error_file,
 )
 from reference.checkpoint.specs import reference_settings
@@ -157,12 +158,13 @@ class ReferenceStages:
     def _measure_error(
         self, precision: str, remedy: str, folder: Path, progress: StageProgress
     ) -> dict[str, Any]:
+        self._job.staging.forget(_folder(old_quantization_error_file(precision)))
         error = measure_quantization_error(
             self._job.weights(precision),
             self._embedding,
             Goldens.recorded_into(self._folder / GOLDENS),
             progress.step,
-            folder / f"noise{JOURNAL}",
+            folder / f"quantization_error{JOURNAL}",
             remedy,
         )
         write_json(folder / Path(quantization_error_file(precision)).name, error)

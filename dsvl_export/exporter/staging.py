@@ -324,6 +324,12 @@ class Staging:
                 (self.folder / MANIFEST).replace(self._previous_file)
 
 
+def dependencies(result: dict[str, Any]) -> dict[str, str]:
+    """Return the hashes of the plan and the scales that a stage's artifacts were made from."""
+    depends_on: dict[str, str] = result.get("depends_on", result.get("rests_on", {}))  # the second until 0.4
+    return depends_on
+
+
 def _key(inputs: Any) -> str:
     return sha256_of_text(json.dumps(inputs, sort_keys=True))
 

@@ -74,7 +74,12 @@ def _sum(first: Errors, second: Errors) -> Errors:
 
 
 def quantization_error_file(precision: str) -> str:
-    """Return the path of the recorded errors in a bundle, which the format of bundles fixes."""
+    """Return the path of the recorded errors in a bundle."""
+    return f"quantization_error/{precision}/quantization_error.json"
+
+
+def old_quantization_error_file(precision: str) -> str:
+    """Return the path of the recorded errors in a bundle of dsvl-export 0.4."""
     return f"noise/{precision}/noise.json"
 
 
@@ -84,8 +89,9 @@ def read_quantization_error(bundle: Bundle, precision: str) -> QuantizationError
     Raises:
         UserError: the file is damaged.
     """
-    path = quantization_error_file(precision)
-    if path not in bundle.manifest.files:
+    files = (quantization_error_file(precision), old_quantization_error_file(precision))
+    path = next((file for file in files if file in bundle.manifest.files), None)
+    if path is None:
         return QuantizationError()
     bundle.check([path])
     raw = read_json(bundle.path(path))

@@ -12,15 +12,16 @@ from types import ModuleType, SimpleNamespace
 import onnx
 import pytest
 
-from dsvl_export.compilers.engines.build import EngineSettings, configure, profiles
+from dsvl_export.compilers.engines.build import EngineSettings, build_engine, configure, profiles
 from dsvl_export.compilers.engines.network import ParsedNetwork, attention_of
 from dsvl_export.exporter import build_engines as engines_module
 from dsvl_export.exporter.build_engines import Device, build_engines
 from dsvl_export.exporter.export import export
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.parity_check import parity
-from runtimes.backends.engines import backend, session
+from runtimes.backends.engines import backend, load
 from runtimes.backends.engines.cuda import Gpu
+from runtimes.backends.engines.library import get_logger
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError
@@ -69,6 +70,8 @@ def test_profiles() -> None:
 
 class Recorder:
     """A builder's config and an enumeration of anything, which remember."""
+
+    calls: list[tuple[str, object]]
 
     def __init__(self) -> None:
         self.__dict__["calls"] = []
@@ -119,7 +122,7 @@ def test_what_the_builder_is_told(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_one_of_the_real_library(trt: ModuleType) -> None:
-    config = trt.Builder(session.get_logger(trt)).create_builder_config()
+    config = trt.Builder(get_logger(trt)).create_builder_config()
     for name in (
         "set_memory_pool_limit",
         "set_flag",
@@ -139,9 +142,7 @@ def test_an_unknown_capability(trt: ModuleType, rtx: Bundle, tmp_path: Path) -> 
     file = rtx.path(rtx.artifact("adaptor", "tensorrt_rtx", "fp16").files[0])
     contract = rtx.manifest.contracts["fp16"]["adaptor"]
     with pytest.raises(UserError, match=r"builds no engines for SM 87; it supports 75, 80, 86, 89, 120"):
-        engines_module.build_engine(
-            trt, file, contract, EngineSettings(64, compute_capabilities=(87,)), tmp_path / "e"
-        )
+        build_engine(trt, file, contract, EngineSettings(64, compute_capabilities=(87,)), tmp_path / "e")
 
 
 def test_a_damaged_file_is_a_sentence(trt: ModuleType, rtx: Bundle, tmp_path: Path) -> None:
@@ -150,9 +151,7 @@ def test_a_damaged_file_is_a_sentence(trt: ModuleType, rtx: Bundle, tmp_path: Pa
     onnx.save(model, str(tmp_path / "adaptor.onnx"))
     contract = rtx.manifest.contracts["fp16"]["adaptor"]
     with pytest.raises(UserError, match=r"TensorRT cannot import .*adaptor\.onnx"):
-        engines_module.build_engine(
-            trt, tmp_path / "adaptor.onnx", contract, EngineSettings(64), tmp_path / "e"
-        )
+        build_engine(trt, tmp_path / "adaptor.onnx", contract, EngineSettings(64), tmp_path / "e")
 
 
 # Building on a device. TensorRT-RTX plays TensorRT, for SM 89, and builds for real.
@@ -212,7 +211,7 @@ def test_a_later_export_keeps_the_engines(copy_of_trt11: Path, device: Device) -
 def test_an_interrupted_build_goes_on(
     copy_of_trt11: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build, calls = engines_module.build_engine, []
+    build, calls = build_engine, []
 
     def interrupted(trt: ModuleType, file: Path, *rest: object) -> None:
         calls.append(file.stem)
@@ -291,7 +290,7 @@ def test_the_whole_way_on_a_fake_gpu(
     cuda = FakeCuda(name="Orin", sm=(8, 7))
     contracts = Bundle.open(folder).manifest.contracts["fp16"]
     trt = FakeTensorRT(cuda, contracts, version="10.3.0")
-    for module in (engines_module, session, backend):
+    for module in (engines_module, load, backend):
         monkeypatch.setattr(module, "import_cuda", lambda: cuda)
         monkeypatch.setattr(module, "import_library", lambda name: trt)
 

@@ -87,8 +87,8 @@ def test_activations_beyond_half_precision(tiny_copy: Path, tmp_path: Path, run)
     assert Bundle.open(tmp_path / "b").choices() == [("onnxruntime", "fp32")]  # it stays a bundle
     blind = export(tiny_copy, tmp_path / "blind", precisions=["fp16"], goldens=False)
     done = run("parity", export(tiny_copy, blind.folder, precisions=["fp32"]).folder, "--precision", "fp16")
-    assert done.code == 1  # its noise was not measured
-    assert "noise/fp16/noise.json" not in Bundle.open(blind.folder).manifest.files
+    assert done.code == 1  # its quantization error was not measured
+    assert "quantization_error/fp16/quantization_error.json" not in Bundle.open(blind.folder).manifest.files
     report = json.loads((blind.folder / "reports/parity-onnxruntime-fp16.json").read_text())
     (detail,) = [stage["detail"] for stage in report["stages"] if stage["name"] == "prefill_logits"]
     assert detail.startswith(
