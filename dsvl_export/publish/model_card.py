@@ -24,7 +24,7 @@ class CardOptions:
 
     Args:
         base_model: hub id of the model that was exported; None leaves it out.
-        license: an identifier of the hub, such as ``mit``; None is DeepSeek's model licence.
+        license: an identifier of the hub, such as ``mit``; None is DeepSeek's model license.
     """
 
     base_model: str | None = None
