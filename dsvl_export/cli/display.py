@@ -155,7 +155,7 @@ def print_audit(result: Audit, console: Console = out) -> None:
 
 
 def _widened(stage: StageResult, result: ParityResult) -> str:
-    """Say why a bound is wider than the usual one of the precision."""
+    """Return why a bound is wider than the usual one of the precision."""
     errors = stage.errors
     if (
         errors is None

@@ -103,11 +103,11 @@ def finished_artifacts(staging: Staging) -> tuple[Artifact, ...]:
 def complete_artifacts(staging: Staging) -> tuple[Artifact, ...]:
     """Return the artifacts of the backends and precisions that have all components."""
     artifacts = finished_artifacts(staging)
-    there = {(item.backend, item.precision, item.component) for item in artifacts}
+    finished = {(item.backend, item.precision, item.component) for item in artifacts}
     return tuple(
         item
         for item in artifacts
-        if all((item.backend, item.precision, component) in there for component in TRACED_COMPONENTS)
+        if all((item.backend, item.precision, component) in finished for component in TRACED_COMPONENTS)
     )
 
 

@@ -114,7 +114,10 @@ def judge_entry_points(
     for name, file in points.tokenizers.items():
         different, _ = tokenizer_differences(file, bundle.path(TOKENIZER), thorough=False)
         if different:
-            stage.fail(f"{name} tokenizes {describe_differences(different)} otherwise than the checkpoint's")
+            stage.fail(
+                f"{name} tokenizes {describe_differences(different)} differently from the tokenizer of the"
+                " checkpoint"
+            )
     for fault in _listing_faults(bundle, result):
         stage.fail(fault)
 

@@ -62,14 +62,14 @@ class Goldens:
             UserError: no golden fits.
         """
         sizes = [golden_token_count(file) for file in self.files]
-        kept = [index for index, size in enumerate(sizes) if longest is None or size <= longest]
-        if not kept:
+        indices = [index for index, size in enumerate(sizes) if longest is None or size <= longest]
+        if not indices:
             raise UserError(
                 f"No golden fits into the decoder's KV cache of {longest} tokens; the shortest needs"
                 f" {min(sizes)}. Export again with at least that --capacity."
             )
-        numbers = tuple(self.numbers[index] for index in kept)
-        return replace(self, files=tuple(self.files[index] for index in kept), numbers=numbers)
+        numbers = tuple(self.numbers[index] for index in indices)
+        return replace(self, files=tuple(self.files[index] for index in indices), numbers=numbers)
 
     def images(self, golden: Golden) -> list[Path]:
         """Return the image files of a golden."""

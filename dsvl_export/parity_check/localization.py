@@ -123,7 +123,7 @@ def localize(
 
 
 def _note(component: str, result: ParityResult) -> str:
-    """Say what it means that no tap lies beyond its bound."""
+    """Explain why no tap lies beyond its bound although a stage failed."""
     beyond = sorted(
         {stage.errors.golden for name in STAGES_OF[component]
          if (stage := result.stage(name)).state == "failed" and stage.errors}

@@ -88,17 +88,17 @@ def build_functions(
     component = traced.contract.component
     if component == "decoder":
         chunk = min(CHUNK, capacity)
-        each: dict[str, dict[str, Size]] = {
+        function_sizes: dict[str, dict[str, Size]] = {
             EXTEND: {"sequence": (1, chunk), "rows": (1, chunk)},
             DECODE: {"sequence": 1, "rows": 1},
             PREFILL: {"sequence": chunk, "rows": 1},
         }
-        each = {name: {**sizes, "capacity": capacity} for name, sizes in each.items()}
-        return {name: _build(traced, load, weights, sizes) for name, sizes in each.items()}
-    found = {MAIN: _build(traced, load, weights, {})}
+        function_sizes = {name: {**sizes, "capacity": capacity} for name, sizes in function_sizes.items()}
+        return {name: _build(traced, load, weights, sizes) for name, sizes in function_sizes.items()}
+    functions = {MAIN: _build(traced, load, weights, {})}
     if component == "vision_encoder" and preprocessing:
-        found[IMAGE] = _build(traced, load, weights, {}, preprocessing)
-    return found
+        functions[IMAGE] = _build(traced, load, weights, {}, preprocessing)
+    return functions
 
 
 def _build(

@@ -78,11 +78,11 @@ class Trt11Dialect(StandardDialect):
 
         Positions are consecutive in a row.
         """
-        known = context.scratch
-        if "start" not in known:
+        scratch = context.scratch
+        if "start" not in scratch:
             zero = context.graph.constant(np.array(0, np.int64), "first")
-            known["start"] = context.graph.node("Gather", [positions, zero], "start", {"axis": 1})
-        return known["start"]
+            scratch["start"] = context.graph.node("Gather", [positions, zero], "start", {"axis": 1})
+        return scratch["start"]
 
 
 def _fused(source: Node) -> bool:

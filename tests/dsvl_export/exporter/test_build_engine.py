@@ -241,7 +241,7 @@ def test_what_cannot_be_built(
         build_engines(copy_of_trt11, precision="int3", device=device)
     with pytest.raises(
         UserError,
-        match=r"exported for TensorRT 10\.3, here is 11\.4\.1; export it again with --tensorrt 11\.4",
+        match=r"exported for TensorRT 10\.3, but this machine has 11\.4\.1; export it again with --tensorrt 11\.4",
     ):
         build_engines(trt10_bundle.folder, device=device)
     with pytest.raises(UserError, match="capacity must lie between 1 and the model's 1024, got 4096"):

@@ -316,7 +316,7 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_disk_that_is_too_small_is_refused_before_any_work(small_disk: Path) -> None:
     recorder = Recorder()
-    with pytest.raises(UserError, match=r"takes 11\.\d MB in .*/b, \d\.\d MB are free there"):
+    with pytest.raises(UserError, match=r"takes 11\.\d MB in .*/b, but only \d\.\d MB are free there"):
         export("tiny", small_disk / "b", goldens=False, report=recorder)
     assert not recorder.states
     assert list(small_disk.iterdir()) == []

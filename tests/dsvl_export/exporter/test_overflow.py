@@ -46,7 +46,7 @@ def test_weights_beyond_half_precision(
     done = run("export", tiny_copy, "--precision", "fp16", "--output", tmp_path / "b", "--no-goldens")
     assert done.code == 1
     assert f"fp16 cannot hold the tensor {parameter}" in done.err
-    assert "its largest magnitude is 9.984e+04, and fp16 ends at 65504" in done.err
+    assert "its largest magnitude is 9.984e+04, but fp16 holds at most 65504" in done.err
     assert "export with --precision fp32" in done.err
     assert not (tmp_path / "b").exists()
     with pytest.raises(
