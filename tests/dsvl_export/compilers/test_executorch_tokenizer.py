@@ -126,7 +126,7 @@ def test_what_cannot_be_equal_is_not_written(tmp_path: Path) -> None:
     """A prefix that only the first text of a prompt gets: the runner is given the texts one by one."""
     file = tmp_path / "runner.json"
     said = write_runner_tokenizer(file, metaspace(tmp_path, "first"))
-    assert said.startswith("none: it reads") and IMAGE_PLACEHOLDER[:10] in said
+    assert said.startswith("none: it tokenizes") and IMAGE_PLACEHOLDER[:10] in said
     assert not file.exists()
     raw = json.loads(tiny_tokenizer().read_text())
     raw["pre_tokenizer"] = {"type": "UnicodeScripts"}
