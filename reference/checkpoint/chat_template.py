@@ -12,12 +12,11 @@ import json
 import subprocess
 import sys
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from reference.checkpoint.checkpoint import Checkpoint
-from runtimes.bundle.files import read_json
-from runtimes.errors import UserError
+from reference.checkpoint.text_files import find_chat_template, read_text_files
+from reference.families.registry import family_of
 from runtimes.text.prompt import EOS, Message, format_chat
 from runtimes.text.tokenizer import PromptSpec, Tokenizer
 
@@ -84,7 +83,7 @@ def describe_template_difference(checkpoint: Checkpoint, spec: PromptSpec) -> st
     Returns:
         The sentence; empty if there is no difference, or no chat template.
     """
-    named_template = _find_template(checkpoint.folder)
+    named_template = find_chat_template(checkpoint.folder)
     if named_template is None:
         return ""
     name, template = named_template
@@ -93,6 +92,7 @@ def describe_template_difference(checkpoint: Checkpoint, spec: PromptSpec) -> st
     tokenizer = Tokenizer(checkpoint.tokenizer_files[0], spec)
     bos, eos = tokenizer.pieces([spec.bos_id, spec.eos_id])
     values = {"bos_token": bos, "eos_token": eos}
+    prefix = family_of(checkpoint.config).prompt_format(read_text_files(checkpoint)).template_prefix
     differences: list[str] = []
     errors: list[str] = []
     for conversations in (CONVERSATIONS, PLAIN_TEXT_CONVERSATIONS):
@@ -100,7 +100,7 @@ def describe_template_difference(checkpoint: Checkpoint, spec: PromptSpec) -> st
         if isinstance(rendered, str):
             errors.append(f"it cannot be evaluated ({rendered})")
             continue
-        texts = [text.removeprefix(bos).replace(eos, EOS).strip() for text in rendered]
+        texts = [f"{prefix}{text.removeprefix(bos).replace(eos, EOS).strip()}" for text in rendered]
         described = [
             _describe_first_difference(text, conversation, spec)
             for text, conversation in zip(texts, conversations, strict=True)
@@ -110,25 +110,6 @@ def describe_template_difference(checkpoint: Checkpoint, spec: PromptSpec) -> st
         differences += filter(None, described)
     reason = [*differences, *errors][0]
     return f"The chat template in {name} differs from the built-in prompt, which is used: {reason}."
-
-
-def _find_template(folder: Path) -> tuple[str, str] | None:
-    """Find the template as transformers does; returns the file name and the template."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        try:
-            return file.name, file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read as UTF-8 text: {error}.") from error
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        file = folder / name
-        template = read_json(file, huge_integers=True).get("chat_template") if file.exists() else None
-        if isinstance(template, list):  # several named templates
-            by_name = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-            template = by_name.get("default")
-        if isinstance(template, str):
-            return name, template
-    return None
 
 
 def _render_conversations(template: str, conversations: list[Any], values: dict[str, str]) -> list[str] | str:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from reference.checkpoint.layouts import Shape
 from reference.checkpoint.lora_targets import Slice, Targets
-from reference.checkpoint.settings import Settings
 from reference.checkpoint.tensor_files import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
@@ -25,6 +24,7 @@ from reference.checkpoint.tensor_files import (
     join_names,
 )
 from reference.model.config import ModelConfig
+from reference.settings import Settings
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
 from runtimes.hub import HubId, download
