@@ -245,6 +245,8 @@ def export(
             display.print_parity(result)
         total = sum(entry.bytes for entry in bundle.manifest.files.values())
         say(f"Wrote {bundle.folder} ({size(total)}).")
+        for remark in bundle.manifest.checkpoint.get("remarks", []):
+            say(f"Note: {remark}")
         if difference := bundle.manifest.prompt.template_difference:
             say(f"Warning: {difference}")
         if bundle.manifest.prompt.template.exact:

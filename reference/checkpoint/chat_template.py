@@ -27,6 +27,7 @@ from reference.checkpoint.derived_template import (
     probes,
     sample_conversations,
 )
+from reference.checkpoint.text_files import find_chat_template
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
 from runtimes.text.control_tokens import is_control_token
@@ -130,6 +131,7 @@ class _Source:
         values: special tokens by the names that transformers passes.
         tokenizer: ``tokenizer.json``.
         adds_bos: whether the tokenizer itself puts BOS before a text.
+        prefix: what the model's processor writes before the text of the template.
     """
 
     name: str
@@ -137,6 +139,7 @@ class _Source:
     values: tuple[tuple[str, str], ...]
     tokenizer: Path
     adds_bos: bool
+    prefix: str
 
 
 def wants_built_in(choice: str | None) -> bool:
@@ -150,18 +153,19 @@ def wants_built_in(choice: str | None) -> bool:
     return choice == "built-in"
 
 
-def choose_prompt(checkpoint: Checkpoint, built_in: PromptSpec) -> PromptSpec:
+def choose_prompt(checkpoint: Checkpoint, built_in: PromptSpec, prefix: str = "") -> PromptSpec:
     """Return the prompt format of a checkpoint: its own chat template, if that differs.
 
     Args:
         checkpoint: its folder may hold a chat template; ``built_in_prompt`` chooses the built-in
             format, and the difference is only noted.
         built_in: the built-in prompt format with the checkpoint's special tokens.
+        prefix: what the model's processor writes before the text of the template.
 
     Raises:
         UserError: the template cannot be rendered, or cannot be written as texts between messages.
     """
-    named_template = _find_template(checkpoint.folder)
+    named_template = find_chat_template(checkpoint.folder)
     if named_template is None:
         return built_in
     name, template = named_template
@@ -179,6 +183,7 @@ def choose_prompt(checkpoint: Checkpoint, built_in: PromptSpec) -> PromptSpec:
         _special_tokens(checkpoint.folder, file, built_in),
         file,
         _adds_bos(checkpoint, built_in),
+        prefix,
     )
     try:
         difference = _difference_from_built_in(source, built_in)
@@ -195,25 +200,6 @@ def choose_prompt(checkpoint: Checkpoint, built_in: PromptSpec) -> PromptSpec:
             f"The chat template in {name} differs from the built-in prompt, which is used: {difference}."
         )
     return replace(built_in, template_difference=difference)
-
-
-def _find_template(folder: Path) -> tuple[str, str] | None:
-    """Find the template as transformers does; returns the file name and the template."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        try:
-            return file.name, file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read as UTF-8 text: {error}.") from error
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        file = folder / name
-        template = read_json(file, huge_integers=True).get("chat_template") if file.exists() else None
-        if isinstance(template, list):  # several named templates
-            by_name = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-            template = by_name.get("default")
-        if isinstance(template, str):
-            return name, template
-    return None
 
 
 def _special_tokens(folder: Path, file: Path, spec: PromptSpec) -> tuple[tuple[str, str], ...]:
@@ -256,7 +242,7 @@ def _difference_from_built_in(source: _Source, spec: PromptSpec) -> str:
                 raise
             errors.append(str(error))
             continue
-        texts = [text.removeprefix(bos).replace(eos, EOS).strip() for text in rendered]
+        texts = [f"{source.prefix}{text.removeprefix(bos).replace(eos, EOS).strip()}" for text in rendered]
         built_in = [
             str(format_chat([*map(Message.from_dict, messages)], spec.system_prompt, spec.template))
             for messages in conversations
@@ -287,7 +273,8 @@ def _own_prompt(source: _Source, built_in: PromptSpec) -> PromptSpec:
     for lists in (True, False):
         requests = probes(lists)
         try:
-            rows = dict(zip(requests, _render(source, list(requests.values())), strict=True))
+            rendered = _render(source, list(requests.values()), bos)
+            rows = dict(zip(requests, rendered, strict=True))
             derived = derive_template(rows, lists, bos, list(names))
             texts = derived.template.texts()
             template = replace(
@@ -305,7 +292,7 @@ def _own_prompt(source: _Source, built_in: PromptSpec) -> PromptSpec:
                 template=template,
             )
             conversations = sample_conversations(spec.template, lists)
-            rendered = _render(source, [(messages, True) for messages in conversations])
+            rendered = _render(source, [(messages, True) for messages in conversations], bos)
             check_template(rendered, conversations, Tokenizer(source.tokenizer, spec), bos)
             return spec
         except CannotDeriveError as error:
@@ -313,8 +300,13 @@ def _own_prompt(source: _Source, built_in: PromptSpec) -> PromptSpec:
     raise max(errors, key=lambda error: error.rank)
 
 
-def _render(source: _Source, requests: list[tuple[Any, bool]]) -> list[Rendering]:
+def _render(source: _Source, requests: list[tuple[Any, bool]], bos: str | None = None) -> list[Rendering]:
     """Render conversations, each with or without the start of an answer.
+
+    Args:
+        source: the template.
+        requests: the conversations.
+        bos: put the processor's prefix after this, or at the start; None leaves it out.
 
     Raises:
         CannotDeriveError: the template is not valid, or exceeds a limit.
@@ -341,4 +333,12 @@ def _render(source: _Source, requests: list[tuple[Any, bool]]) -> list[Rendering
         raise CannotDeriveError(f"its process ended with exit code {process.returncode}", 3) from None
     if "error" in answer:
         raise CannotDeriveError(f"it cannot be evaluated ({answer['error']})", 3)
-    return [Rendering(row.get("text"), row.get("error", "")) for row in answer["rows"]]
+    texts = [row.get("text") for row in answer["rows"]]
+    if bos is not None:
+        texts = [text and _with_prefix(text, source.prefix, bos) for text in texts]
+    return [Rendering(text, row.get("error", "")) for text, row in zip(texts, answer["rows"], strict=True)]
+
+
+def _with_prefix(text: str, prefix: str, bos: str) -> str:
+    start = bos if text.startswith(bos) else ""
+    return f"{start}{prefix}{text[len(start) :]}"

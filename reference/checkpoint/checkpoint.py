@@ -23,15 +23,15 @@ from reference.checkpoint.folder_content import (
 )
 from reference.checkpoint.image_processor import read_image_processor
 from reference.checkpoint.layouts import (
-    UNUSED_TENSORS,
     ParameterSource,
     Shape,
     canonical_names,
+    is_skipped,
+    is_unused,
     parameter_sources,
 )
 from reference.checkpoint.lora_adapter import AdapterChoice, base_model
 from reference.checkpoint.lora_merge import Adapters
-from reference.checkpoint.settings import Settings
 from reference.checkpoint.stored_config import config_of_weights
 from reference.checkpoint.tensor_files import (
     ADAPTER_FILES,
@@ -42,6 +42,7 @@ from reference.checkpoint.tensor_files import (
 from reference.model.config import ModelConfig
 from reference.model.constants import materialize_constants
 from reference.model.deepseek_vl import DeepSeekVL
+from reference.settings import Settings
 from reference.tiny import TINY
 from runtimes.bundle.files import read_json, sha256_of_files, sha256_of_text
 from runtimes.errors import UserError
@@ -69,7 +70,7 @@ _QUANTIZED_NAMES = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A DeepSeek-VL checkpoint folder: its config, its files and its tensors, loaded on demand.
+    """A checkpoint folder: its config, its files and its tensors, loaded on demand.
 
     ``preprocessor`` has the image processor's settings; None if no file has them. ``choices`` are
     the LoRA adapters that are merged into the weights, in this order. ``origin`` is
@@ -131,7 +132,7 @@ class Checkpoint:
             "unexpected": sorted(
                 self._stored_names[name][0]
                 for name in stored.keys() - expected.keys()
-                if not UNUSED_TENSORS.fullmatch(name)
+                if not is_unused(self.config, name)
             ),
             "wrongly shaped": [
                 f"{self._stored_names[name][0]} is {list(stored[name].shape)}, expected {list(shape)}"
@@ -171,6 +172,11 @@ class Checkpoint:
                 f"{len(quantized)} tensors in {self.folder} come from a quantizer (such as {quantized[0]});"
                 " export the unquantized checkpoint."
             )
+
+    def skipped_tensors(self) -> dict[str, int]:
+        """Return the bytes of each tensor of parts that answers do not need, by its name."""
+        stored = self._files.stored
+        return {name: stored[name].nbytes for name in sorted(stored) if is_skipped(self.config, name)}
 
     @cached_property
     def _stored_names(self) -> dict[str, list[str]]:
@@ -374,7 +380,7 @@ def open_checkpoint(
         built_in_prompt: ignore the checkpoint's own chat template.
 
     Raises:
-        UserError: the checkpoint is missing, incomplete, or not a DeepSeek-VL model, or an adapter
+        UserError: the checkpoint is missing, incomplete, or of no supported family, or an adapter
             does not fit it.
     """
     folder, origin = resolve_checkpoint(checkpoint, weights)

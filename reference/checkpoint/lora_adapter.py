@@ -23,9 +23,9 @@ from reference.checkpoint.folder_content import (
 )
 from reference.checkpoint.layouts import Shape
 from reference.checkpoint.lora_targets import EMBEDDING, HEAD, Slice, Targets
-from reference.checkpoint.settings import Settings
 from reference.checkpoint.tensor_files import ADAPTER_FILES, FLOAT_DTYPES, TensorFiles
 from reference.model.config import ModelConfig
+from reference.settings import Settings
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
 from runtimes.hub import HubId, download

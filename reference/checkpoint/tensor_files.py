@@ -23,7 +23,7 @@ from reference.checkpoint.folder_content import (
 )
 from reference.checkpoint.layouts import Shape
 from reference.checkpoint.legacy_bin import LegacyFile, LegacyTensor
-from reference.checkpoint.settings import format_value
+from reference.settings import format_value
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError, first_line
 

@@ -255,8 +255,13 @@ def expand_images(ids: Sequence[int], spec: PromptSpec, images: int) -> np.ndarr
         ids ``[S]`` int64.
 
     Raises:
-        UserError: the number of placeholders differs from the number of images.
+        UserError: the number of placeholders differs from the number of images, or the prompt ends
+            with the token that asks a model for an image.
     """
+    if len(ids) and ids[-1] in spec.image_start_ids:
+        raise UserError(
+            "The prompt ends with the token that starts an image, but only text can be generated; remove it."
+        )
     tokens = np.asarray(ids, dtype=np.int64)
     placeholders = tokens == spec.image_token_id
     if int(placeholders.sum()) != images:

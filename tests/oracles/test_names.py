@@ -50,6 +50,8 @@ LOADED_BY_BOTH: dict[str, Rename] = {
     "head inside the model": rule((r"^lm_head\.", "model.lm_head.")),
     "model twice": rule((r"^model\.", "model.model.")),
 }
+# Names of SigLIP's history, which transformers does not accept for Janus.
+LOADED_BY_SIGLIP = ("nested", "nested without model", "SigLIP without model")
 LOADED_BY_OURS: dict[str, Rename] = {
     "language model nested, bare": rule(BARE, LANGUAGE),
     "head in the language model": rule((r"^lm_head\.", "language_model.lm_head.")),
@@ -78,6 +80,9 @@ def assert_loaded(pair: OraclePair, folder: Path) -> None:
 @pytest.mark.parametrize("naming", LOADED_BY_BOTH)
 def test_names_that_transformers_loads(pair: OraclePair, tmp_path: Path, naming: str) -> None:
     renamed(pair, tmp_path, LOADED_BY_BOTH[naming])
+    if pair.oracle.config.model_type == "janus" and naming in LOADED_BY_SIGLIP:
+        assert_loaded(pair, tmp_path)
+        return
     theirs, info = transformers.AutoModelForImageTextToText.from_pretrained(
         tmp_path, output_loading_info=True
     )

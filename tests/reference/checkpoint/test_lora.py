@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
+from reference.checkpoint.config_file import parse_config
 from reference.checkpoint.lora_adapter import AdapterChoice
+from reference.checkpoint.lora_targets import Targets
+from reference.checkpoint.released import RELEASED_CONFIGS
 from runtimes.errors import UserError
 
 LAYER = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
@@ -46,6 +50,16 @@ def edited(folder: Path, edit: Edit) -> None:
 
 def opened(*folders: Path | str) -> Checkpoint:
     return open_checkpoint("tiny", adapters=[AdapterChoice.parse(str(folder)) for folder in folders])
+
+
+def test_an_aligner_that_only_the_original_layout_has() -> None:
+    """Three layers: transformers' DeepSeek-VL has no name for the third one."""
+    raw = copy.deepcopy(RELEASED_CONFIGS["1.3b"])
+    raw["aligner_config"]["params"]["depth"] = 3
+    config = parse_config(raw, "config.json")
+    targets = Targets(config, parameter_shapes(config))
+    assert targets["aligner.layers.4.weight"].parameter == "adaptor.layers.4.weight"
+    assert targets["model.aligner.linear2.weight"].parameter == "adaptor.layers.2.weight"
 
 
 def test_the_change(tmp_path: Path) -> None:
