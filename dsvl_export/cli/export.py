@@ -249,8 +249,6 @@ def export(
             say(f"Note: {remark}")
         if difference := bundle.manifest.prompt.template_difference:
             say(f"Warning: {difference}")
-        if bundle.manifest.prompt.template.exact:
-            say("The prompt is the checkpoint's own chat template, which differs from the built-in one.")
         if needs := _needs(bundle, backend, precisions):
             say(needs)
         say(f"Next: {_next_step(bundle, backend)}")

@@ -111,6 +111,8 @@ def remarks(checkpoint: Checkpoint) -> list[str]:
     """Return sentences about choices of the reader that users should know."""
     family = family_of(checkpoint.config)
     sentences = [family.prompt_format(read_text_files(checkpoint)).remark]
+    if prompt_spec(checkpoint).template.exact:
+        sentences = ["The prompt is the checkpoint's own chat template, which differs from the built-in one."]
     if skipped := checkpoint.skipped_tensors():
         sentences.append(
             f"{len(skipped)} tensors ({size(sum(skipped.values()))}) that answers do not need were skipped,"
