@@ -190,7 +190,7 @@ def export(
     backend = str(settings.backend)
     compiler = load_compiler(backend)
     plans = [plan_for(compiler, name) for name in settings.precisions]
-    precisions = [plan.name for plan in plans]
+    precisions = list(dict.fromkeys(plan.name for plan in plans))
     device_name = find_target(settings.target).name if settings.target else None
     defects = {str(row): None for name in precisions for row in warnings_for(backend, name, device_name)}
     for text in defects:
