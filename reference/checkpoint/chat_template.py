@@ -132,6 +132,7 @@ class _Source:
         tokenizer: ``tokenizer.json``.
         adds_bos: whether the tokenizer itself puts BOS before a text.
         prefix: what the model's processor writes before the text of the template.
+        vocabulary: number of tokens that the model has.
     """
 
     name: str
@@ -140,6 +141,7 @@ class _Source:
     tokenizer: Path
     adds_bos: bool
     prefix: str
+    vocabulary: int
 
 
 def wants_built_in(choice: str | None) -> bool:
@@ -184,6 +186,7 @@ def choose_prompt(checkpoint: Checkpoint, built_in: PromptSpec, prefix: str = ""
         file,
         _adds_bos(checkpoint, built_in),
         prefix,
+        checkpoint.config.decoder.vocab_size,
     )
     try:
         difference = _difference_from_built_in(source, built_in)
@@ -282,6 +285,11 @@ def _own_prompt(source: _Source, built_in: PromptSpec) -> PromptSpec:
                 derived.template,
                 control_tokens=tuple(name for name in sorted(names) if any(name in text for text in texts)),
             )
+            for name in template.control_tokens:
+                if names[name] >= source.vocabulary:
+                    raise CannotDeriveError(
+                        f"its token {name!r} has the id {names[name]}, outside the model's vocabulary"
+                    )
             ends = [
                 names[name] for name in template.control_tokens if template.assistant_end.startswith(name)
             ]
@@ -292,12 +300,13 @@ def _own_prompt(source: _Source, built_in: PromptSpec) -> PromptSpec:
                 add_bos=derived.begins_with_bos or source.adds_bos,
                 template=template,
             )
-            conversations = sample_conversations(spec.template, lists)
-            rendered = _render(source, [(messages, True) for messages in conversations], bos)
-            check_template(rendered, conversations, Tokenizer(source.tokenizer, spec), bos)
-            return spec
         except CannotDeriveError as error:
             errors.append(error)
+            continue
+        conversations = sample_conversations(spec.template, lists)
+        rendered = _render(source, [(messages, True) for messages in conversations], bos)
+        check_template(rendered, conversations, Tokenizer(source.tokenizer, spec), bos)
+        return spec
     raise max(errors, key=lambda error: error.rank)
 
 

@@ -87,6 +87,7 @@ def probes(lists: bool) -> dict[str, tuple[list[dict[str, Any]], bool]]:
     return {
         "question": ([user], True),
         "without answer": ([user], False),
+        "two questions": ([user, again], True),
         "turns": ([user, answer, again], True),
         "answered": ([user, answer], False),
         "system": ([system, user], True),
@@ -95,6 +96,7 @@ def probes(lists: bool) -> dict[str, tuple[list[dict[str, Any]], bool]]:
         "padded system": (padded, True),
         "texts": ([_message("user", (USER, AGAIN), lists)], True),
         "image first": ([_message("user", (None, USER), lists)], True),
+        "padded image": ([_message("user", (None, f"{PAD}{USER}{PAD}"), lists)], True),
         "image last": ([_message("user", (USER, None), lists)], True),
     }
 
@@ -130,21 +132,28 @@ def derive_template(
     before, opening = _cut(question.removeprefix(bos), USER)
     _, between, rest = _cut(turns, USER, ANSWER)
     next_user, _ = _cut(rest, AGAIN)
-    closed = _cut_or_none(rows["without answer"], USER)
-    if closed and between.startswith(closed[1]) and opening.startswith(closed[1]):
-        user_end = closed[1]
+    closed, answered = (
+        parts[1] if (parts := _cut_or_none(rows[name], marker)) else ""
+        for name, marker in (("without answer", USER), ("answered", ANSWER))
+    )
+    # What precedes the first question, and also the ones after a question and after an answer.
+    questions = _cut_or_none(rows["two questions"], USER, AGAIN)
+    start = _common_end([before, next_user, questions[1] if questions else next_user])
+    if not closed and questions:
+        closed = _outside_tokens(questions[1], len(questions[1]) - len(start), tokens)
+    if closed and between.startswith(closed) and opening.startswith(closed):
+        user_end = closed
     else:
         user_end = _outside_tokens(between, len(_common(between, opening)), tokens)
-    answered = _cut_or_none(rows["answered"], ANSWER)
-    if answered and next_user.startswith(answered[1]):
-        assistant_end = answered[1]
-    else:  # what precedes the first question also precedes the others
-        same = len(_common(next_user[::-1], before[::-1]))
-        assistant_end = _outside_tokens(next_user, len(next_user) - same, tokens)
+    if answered and next_user.startswith(answered):
+        assistant_end = answered
+    else:
+        assistant_end = _outside_tokens(next_user, len(next_user) - len(start), tokens)
     user = next_user[len(assistant_end) :]
 
     first_user: str | None = None
-    no_system, system, system_end, system_messages = before, "", "", "none"
+    no_system, system, system_end = before, "", ""
+    system_messages: Literal["anywhere", "first", "none"] = "none"
     with_system = _cut_or_none(rows["system"], SYSTEM, USER)
     if with_system:
         system, system_end, _ = with_system
@@ -179,8 +188,9 @@ def derive_template(
             no_system="" if default.strip() and first_user is None else no_system,
             first_user=first_user,
             stripped_roles=stripped,
-            joined_system="user" in stripped and f"{PAD}{USER}" in (rows["padded system"].text or ""),
-            system_messages=_places(system_messages),
+            stripped_parts=lists and "user" in stripped and not _keeps_space(rows["padded image"], USER),
+            joined_system="user" in stripped and _keeps_space(rows["padded system"], USER),
+            system_messages=system_messages,
             exact=True,
             text_separator=separator,
             before_image=before_image,
@@ -192,16 +202,17 @@ def derive_template(
     )
 
 
-def _places(text: str) -> Literal["anywhere", "first", "none"]:
-    return "anywhere" if text == "anywhere" else "first" if text == "first" else "none"
-
-
 def _later_system(row: Rendering, assistant_end: str, user: str) -> tuple[str, str] | None:
     """Return the texts around a system message after other messages; None if there is no such."""
     parts = _cut_or_none(row, ANSWER, SYSTEM, AGAIN)
     if parts is None or not parts[1].startswith(assistant_end) or not parts[2].endswith(user):
         return None
     return parts[1][len(assistant_end) :], parts[2][: len(parts[2]) - len(user)]
+
+
+def _keeps_space(row: Rendering, marker: str) -> bool:
+    """Whether the white space before a padded marker is there."""
+    return f"{PAD}{marker}" in (row.text or "")
 
 
 def _stripped_roles(rows: Mapping[str, Rendering]) -> tuple[str, ...]:
@@ -219,6 +230,8 @@ def _part_texts(rows: Mapping[str, Rendering]) -> tuple[str, str, str, str]:
     first, last = (rows[name].require() for name in ("image first", "image last"))
     if IMAGE_PLACEHOLDER not in first:
         raise CannotDeriveError(f"it writes no {IMAGE_PLACEHOLDER} where an image is")
+    if last.find(IMAGE_PLACEHOLDER) < last.find(USER):
+        raise CannotDeriveError("it moves the images of a message before its texts")
     _, after, _ = _cut(first, IMAGE_PLACEHOLDER, USER)
     _, before, end = _cut(last, USER, IMAGE_PLACEHOLDER)
     return separator, before, after, end
@@ -248,6 +261,14 @@ def _common(one: str, other: str) -> str:
     """Return the common start of two texts."""
     pairs = zip(one, other, strict=False)
     return "".join(left for left, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _common_end(texts: Sequence[str]) -> str:
+    """Return the common end of texts."""
+    end = texts[0]
+    for text in texts[1:]:
+        end = _common(end[::-1], text[::-1])[::-1]
+    return end
 
 
 def _outside_tokens(text: str, size: int, tokens: Sequence[str]) -> str:

@@ -78,6 +78,7 @@ class ChatTemplate:
         first_user: start of a user's message after the system prompt or ``no_system``; None is
             ``user``.
         stripped_roles: roles whose messages lose the white space at their ends.
+        stripped_parts: each text of their messages loses it, also beside an image.
         joined_system: white space at the start of the first user's message stays after a system
             prompt.
         system_messages: where a conversation may have system messages; elsewhere they are refused.
@@ -103,6 +104,7 @@ class ChatTemplate:
     no_system: str = ""
     first_user: Optional[str] = None
     stripped_roles: tuple[str, ...] = tuple(ROLES)
+    stripped_parts: bool = False
     joined_system: bool = False
     system_messages: Literal["anywhere", "first", "none"] = "anywhere"
     exact: bool = False
@@ -328,7 +330,9 @@ def _render(message: Message, template: ChatTemplate, first: bool, after_system:
 def _content(message: Message, template: ChatTemplate, keeps_start: bool = False) -> list[Piece]:
     """Return texts and images of a message, without the white space that the template removes."""
     parts = list(message.parts)
-    if message.role in template.stripped_roles:
+    if message.role in template.stripped_roles and template.stripped_parts:
+        parts = [part if part is IMAGE else part.strip() for part in parts]
+    elif message.role in template.stripped_roles:
         if parts and isinstance(parts[0], str) and not keeps_start:
             parts[0] = parts[0].lstrip()
         if parts and isinstance(parts[-1], str):

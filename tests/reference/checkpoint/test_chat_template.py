@@ -19,7 +19,7 @@ from reference.checkpoint.checkpoint import open_checkpoint
 from reference.checkpoint.specs import prompt_spec
 from reference.tiny import TINY
 from runtimes.errors import UserError
-from runtimes.text.prompt import IMAGE, IMAGE_PLACEHOLDER, SYSTEM_PROMPT, TEMPLATE, Message, format_chat
+from runtimes.text.prompt import EOS, IMAGE, IMAGE_PLACEHOLDER, SYSTEM_PROMPT, TEMPLATE, Message, format_chat
 from runtimes.text.tokenizer import PromptSpec, Tokenizer
 
 TEMPLATES = Path(__file__).parents[2] / "data" / "chat_templates"
@@ -56,9 +56,13 @@ ADDED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "llama2": (SENTENCES, {"bos_token": "<s>", "eos_token": "</s>"}),
     "gemma": (TURNS, {}),
     "gemma3_list": (TURNS, {}),
+    "janus": (("<|User|>", "<|Assistant|>"), {}),
     "deepseek_llm": ((), {}),
     "llamafactory": ((), {}),
 }
+
+
+PARTS = ("gemma3_list", "janus")  # templates that take the content of a message as a list of parts
 
 
 def checkpoint_with(folder: Path, template: str, name: str = "chat_template.jinja", added: str = "") -> Path:
@@ -122,6 +126,18 @@ def conversation(generator: random.Random, spec: PromptSpec) -> list[dict[str, s
     return messages
 
 
+def as_parts(message: dict[str, str]) -> dict[str, Any]:
+    """The message with a list of parts, images first."""
+    images, text = (
+        message["content"].count(IMAGE_PLACEHOLDER),
+        message["content"].replace(IMAGE_PLACEHOLDER, ""),
+    )
+    return {
+        "role": message["role"],
+        "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}],
+    }
+
+
 def placed(message: dict[str, str]) -> Message:
     """With an image part for each placeholder."""
     images, text = (
@@ -146,7 +162,8 @@ def test_ids_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
     generator = random.Random(name)
     for _ in range(60):
         messages = conversation(generator, spec)
-        text = str(theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        rows = [as_parts(message) if name in PARTS else message for message in messages]
+        text = str(theirs.apply_chat_template(rows, tokenize=False, add_generation_prompt=True))
         expected = theirs(text.removeprefix(theirs.bos_token), add_special_tokens=False)["input_ids"]
         prompt = format_chat([*map(placed, messages)], spec.system_prompt, spec.template)
         assert prompt == text.removeprefix(theirs.bos_token)
@@ -168,6 +185,33 @@ def test_what_a_template_gives(tmp_path: Path) -> None:
     )
     assert (ids.count(start), ids.count(end)) == (2, 1)  # of the user's message and the answer
     assert PromptSpec.from_dict(json.loads(json.dumps(spec.settings()))) == spec
+
+
+def test_the_texts_of_each_role(tmp_path: Path) -> None:
+    """Also of a template that leaves out the end of the last message, and with two questions in a row."""
+    folder = checkpoint_with(tmp_path, (TEMPLATES / "janus.jinja").read_text(), added="janus")
+    found = spec_of(folder).template
+    assert (found.user, found.user_end) == ("<|User|>: ", "\n\n")
+    assert (found.assistant, found.assistant_end) == ("<|Assistant|>: ", EOS)
+    assert (found.before_image, found.after_image, found.answer) == ("\n", "\n", "<|Assistant|>:")
+    questions = [Message("user", "a"), Message("user", "b")]
+    assert format_chat(questions, "", found) == "<|User|>: a\n\n<|User|>: b\n\n<|Assistant|>:"
+
+
+def test_tokens_without_rows_in_the_embedding(tmp_path: Path) -> None:
+    """A tokenizer that got tokens, with a model whose vocabulary was not resized."""
+    template = (TEMPLATES / "chatml.jinja").read_text()
+    folder = checkpoint_with(tmp_path, template, added="chatml")
+    tokenizer = tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<{number}>" for number in range(8)])
+    tokenizer.add_special_tokens(list(CHATML))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").unlink()
+    shutil.copyfile(TINY / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"its token '<\|im_end\|>' has the id 51\d, outside the model's vocabulary; use"
+    ):
+        spec_of(folder)
 
 
 def test_system_messages_that_a_template_does_not_have(tmp_path: Path) -> None:
@@ -193,6 +237,11 @@ REFUSED = {
     "images left out": (
         "{% for m in messages %}{{ m.role }}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
         "it writes no <image_placeholder> where an image is",
+    ),
+    "images moved": (
+        "{% for m in messages %}{% for p in m.content %}{% if p.type == 'image' %}<image_placeholder>{% endif %}{% endfor %}"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
+        "it moves the images of a message before its texts",
     ),
     "nothing": ("{{ messages[0].nothing.at_all }}", r"cannot be evaluated \(UndefinedError"),
     "syntax": ("{% for", r"cannot be evaluated \(TemplateSyntaxError"),
