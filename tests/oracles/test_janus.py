@@ -154,6 +154,8 @@ def test_the_family_is_told_by_sections_about_generation() -> None:
     for key in [key for key in raw if key.startswith("gen_")]:
         del raw[key]
     assert parse_config(raw, "config.json").family == "deepseek_vl"
+    other = {"model_type": "deepseek_vl", "gen_vision_config": {}, "text_config": {"hidden_size": 64}}
+    assert parse_config(other, "config.json").family == "deepseek_vl"
 
 
 @pytest.mark.parametrize(
