@@ -11,7 +11,7 @@ import typer
 from dsvl_export.cli.app import command
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets, values
 from dsvl_export.cli.memory import warn_of_memory
-from dsvl_export.cli.options import Adapters, Json, OptionalCheckpoint
+from dsvl_export.cli.options import Adapters, ChatTemplate, Json, OptionalCheckpoint
 from dsvl_export.cli.parity import exit_with_verdict, run_and_record
 from dsvl_export.cli.terminal import say
 
@@ -35,6 +35,7 @@ def export(
     ],
     checkpoint: OptionalCheckpoint = None,
     adapter: Adapters = None,
+    chat_template: ChatTemplate = None,
     config: Annotated[
         Optional[Path],
         typer.Option(
@@ -173,6 +174,7 @@ def export(
     settings = settings.override(
         {
             "adapters": tuple(adapter or ()),
+            "chat_template": chat_template,
             "backend": backend,
             "precisions": tuple(precision or ()),
             "target": target,
@@ -247,6 +249,8 @@ def export(
             say(f"Note: {remark}")
         if difference := bundle.manifest.prompt.template_difference:
             say(f"Warning: {difference}")
+        if bundle.manifest.prompt.template.exact:
+            say("The prompt is the checkpoint's own chat template, which differs from the built-in one.")
         if needs := _needs(bundle, backend, precisions):
             say(needs)
         say(f"Next: {_next_step(bundle, backend)}")

@@ -48,10 +48,15 @@ def parameter_sources(config: ModelConfig, shapes: dict[str, Shape]) -> dict[str
     return {name: source(config, name, shape) for name, shape in shapes.items()}
 
 
-# Prefixes that wrapper modules add to the names of a state dict: torch.compile, FSDP, activation
-# checkpointing, DistributedDataParallel and Lightning.
-_WRAPPERS = re.compile(
-    r"^(?:module\.|_forward_module\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+# Names that wrapper modules add inside the names of a state dict: torch.compile, FSDP and
+# activation checkpointing.
+_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What comes before the first part of the model: DistributedDataParallel's and DeepSpeed's
+# ``module.``, Lightning's ``_forward_module.``, PEFT's ``base_model.model.``, or any other name
+# under which a trainer holds the model.
+_OUTER_NAMES = re.compile(
+    r"^(?:[^.]+\.)*?(?=(?:vision_model|high_res_vision_(?:model|neck|proj|alpha)|aligner|language_model"
+    r"|lm_head)(?:\.|$))"
 )
 
 
@@ -59,13 +64,13 @@ def canonical_names(config: ModelConfig, stored: Iterable[str]) -> dict[str, lis
     """Map names as in ``parameter_sources`` to the names under which a checkpoint stores them.
 
     Accepts all that transformers 5.23 accepts (``conversion_mapping.py`` and ``rename_source_key``
-    in ``core_model_loading.py``) and a little more: names with or without ``model.``; SigLIP nested
-    as in all files of transformers before 5.6; the language model nested or not; the head at any
-    level.
+    in ``core_model_loading.py``) and more: names with or without ``model.`` or what a trainer
+    writes before it; SigLIP nested as in all files of transformers before 5.6; the language model
+    nested or not; the head at any level.
     """
     table: dict[str, list[str]] = {}
     for name in stored:
-        base = re.sub(r"^(model\.)+", "", _WRAPPERS.sub("", name))
+        base = re.sub(r"^(model\.)+", "", _OUTER_NAMES.sub("", _WRAPPERS.sub("", name), count=1))
         base = re.sub(r"^(vision_model\.)+", "vision_model.", base)
         base = re.sub(r"^(?:language_model\.)?(?:model\.)*lm_head\.", "lm_head.", base)
         base = re.sub(r"^language_model\.(model\.)+", "language_model.", base)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
+from reference.checkpoint.chat_template import choose_prompt
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.image_processor import parse_preprocessing
 from reference.checkpoint.text_files import read_text_files
@@ -42,15 +47,17 @@ def reference_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
-    """Build the prompt format from the family and the special tokens of the checkpoint's tokenizer.
+    """Build the prompt format from the family, the checkpoint's tokenizer and its chat template.
 
     Raises:
-        UserError: the tokenizer has no such token, or ``eos_token_id`` is not a list of token ids.
+        UserError: the tokenizer has no such token, ``eos_token_id`` is not a list of token ids, or
+            the chat template cannot be used.
     """
     file = checkpoint.tokenizer_files[0]
     files = read_text_files(checkpoint)
     prompt = family_of(checkpoint.config).prompt_format(files)
     settings = files.tokenizer_settings.values
+    _check_added_tokens(checkpoint.folder, files.tokenizer, settings)
 
     def token_id(name: str) -> int:
         number = files.tokenizer.token_to_id(name)
@@ -60,7 +67,7 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
             raise UserError(f"{file} gives {name!r} the id {number}, outside the model's vocabulary.")
         return int(number)
 
-    return PromptSpec(
+    built_in = PromptSpec(
         system_prompt=prompt.system_prompt,
         bos_id=token_id(_token_text(settings.get("bos_token"), BOS)),
         eos_ids=_eos_ids(checkpoint, token_id(_token_text(settings.get("eos_token"), EOS))),
@@ -70,6 +77,34 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
         image_end_ids=tuple(map(token_id, prompt.image_end)),
         template=prompt.template,
     )
+    return choose_prompt(checkpoint, built_in, prompt.template_prefix)
+
+
+def _check_added_tokens(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Check that ``tokenizer.json`` has the tokens that other files of the tokenizer add.
+
+    transformers adds them when it reads the folder, and writes them to ``tokenizer.json`` when it
+    saves a tokenizer. Without them, their ids in an answer have no text.
+
+    Raises:
+        UserError: a token is missing, or has another id.
+    """
+    added: dict[str, Any] = {}
+    if (folder / "added_tokens.json").exists():
+        added = dict(read_json(folder / "added_tokens.json", huge_integers=True))
+    decoder = settings.get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        added[_token_text(token, "")] = int(number) if str(number).isdecimal() else number
+    missing = {
+        name: number for name, number in added.items() if name and tokenizer.token_to_id(name) != number
+    }
+    if missing:
+        name, number = next(iter(missing.items()))
+        raise UserError(
+            f"{folder / 'tokenizer.json'} lacks {len(missing)} of the tokens that added_tokens.json or"
+            f" tokenizer_config.json adds, such as {name!r} with the id {number}; save the tokenizer again"
+            " with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
 
 
 def remarks(checkpoint: Checkpoint) -> list[str]:

@@ -81,7 +81,9 @@ def record_reference_texts(source: Checkpoint) -> TextGoldens:
     prompts = golden_raw_prompts()
     answers = golden_answers([tokenizer.encode(text) for text in prompts], tokenizer.spec.eos_id)
     vocab_size = source.config.decoder.vocab_size
-    return record_texts(tokenizer, golden_conversations(), prompts, answers, vocab_size)
+    supports = tokenizer.spec.template.supports
+    conversations = [item for item in golden_conversations() if supports(item.messages)]
+    return record_texts(tokenizer, conversations, prompts, answers, vocab_size)
 
 
 def record_reference_long_golden(source: Checkpoint, embedding_file: Path, capacity: int) -> LongGolden:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import takewhile
-from typing import Any, Literal, Union
+from typing import Any, Literal, Optional, Union
 
 from runtimes.errors import UserError
 
@@ -73,6 +73,17 @@ class ChatTemplate:
         before_image: text between an image and the part before it in a message.
         after_image: text between an image and the part after it in a message.
         control_tokens: added tokens of the tokenizer that these texts spell, such as ``<|User|>``.
+        around_images: the texts before and after an image are also at the ends of a message.
+        no_system: text in place of the system prompt of a conversation that has none.
+        first_user: start of a user's message after the system prompt or ``no_system``; None is
+            ``user``.
+        stripped_roles: roles whose messages lose the white space at their ends.
+        joined_system: white space at the start of the first user's message stays after a system
+            prompt.
+        system_messages: where a conversation may have system messages; elsewhere they are refused.
+        exact: messages without content keep both texts around them, white space at the start of a
+            prompt stays, and of several system messages only the first is the system prompt. This
+            is how templates in Jinja work.
     """
 
     system: str = ""
@@ -88,18 +99,38 @@ class ChatTemplate:
     before_image: str = ""
     after_image: str = ""
     control_tokens: tuple[str, ...] = ()
+    around_images: bool = False
+    no_system: str = ""
+    first_user: Optional[str] = None
+    stripped_roles: tuple[str, ...] = tuple(ROLES)
+    joined_system: bool = False
+    system_messages: Literal["anywhere", "first", "none"] = "anywhere"
+    exact: bool = False
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ChatTemplate:
         """Read the validated object of a manifest; earlier releases have fewer keys."""
-        return cls(**{**raw, "control_tokens": tuple(raw.get("control_tokens", ()))})
+        lists = {key: tuple(raw[key]) for key in ("control_tokens", "stripped_roles") if key in raw}
+        return cls(**{**raw, **lists})
+
+    def texts(self) -> list[str]:
+        """Return all texts of the template."""
+        return [text for text in vars(self).values() if isinstance(text, str)]
+
+    def supports(self, messages: Sequence[Message]) -> bool:
+        """Whether the template has a place for every system message of a conversation."""
+        places = [place for place, message in enumerate(messages) if message.role == "system"]
+        return self.system_messages == "anywhere" or all(
+            place == 0 and self.system_messages == "first" for place in places
+        )
 
     def pieces(self, text: str) -> list[Piece]:
         """Split one of the template's own texts into texts and control tokens."""
         names = sorted((EOS, *self.control_tokens), key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        ends = {EOS}.difference(self.control_tokens)
         return [
-            part if place % 2 == 0 else Control.EOS if part == EOS else TemplateToken(part)
+            part if place % 2 == 0 else Control.EOS if part in ends else TemplateToken(part)
             for place, part in enumerate(parts)
             if part
         ]
@@ -186,9 +217,8 @@ class Message:
 
     @classmethod
     def from_parts(cls, role: Literal["user", "assistant", "system"], parts: Sequence[Part]) -> Message:
-        """Create a message of several parts; if all are texts, join them like the chat template."""
-        texts = [part for part in parts if isinstance(part, str)]
-        return cls(role, TEMPLATE.text_separator.join(texts) if len(texts) == len(parts) else tuple(parts))
+        """Create a message of several parts; texts are joined like the chat template."""
+        return cls(role, parts[0] if len(parts) == 1 and isinstance(parts[0], str) else tuple(parts))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -263,40 +293,54 @@ def format_chat(
     ``System: {text}<EOS>``, as in the chat template of transformers' conversion script. Leading
     white space is removed, since the original processor strips its prompts.
     """
+    if not template.supports(messages):
+        where = "other than the first" if template.system_messages == "first" else ""
+        raise UserError(
+            f"The chat template of this model has no system messages{' ' * bool(where)}{where};"
+            " put the text into a user message."
+        )
     leading = list(takewhile(lambda message: message.role == "system", messages))
+    if template.exact:
+        leading = leading[:1]
     if leading:
         system = "\n\n".join(_text_of(message, template) for message in leading)
-    pieces: list[Piece] = []
-    if system.strip():
+    pieces: list[Piece] = template.pieces(template.no_system)
+    if system.strip() or (template.exact and leading):
         start, end = template.pieces(template.system), template.pieces(template.system_end)
-        pieces = [*start, system if start else system.lstrip(), *end]
-    for message in messages[len(leading) :]:
-        pieces += _render(message, template)
+        pieces = [*start, system if start or template.exact else system.lstrip(), *end]
+    for place, message in enumerate(messages[len(leading) :]):
+        pieces += _render(message, template, place == 0, bool(leading))
     if messages and messages[-1].role == "user":
         pieces += template.pieces(template.answer)
-    return PromptText(pieces)
+    return PromptText(piece for piece in pieces if piece != "")
 
 
-def _render(message: Message, template: ChatTemplate) -> list[Piece]:
+def _render(message: Message, template: ChatTemplate, first: bool, after_system: bool) -> list[Piece]:
     start, end = template.role(message.role)
-    content = _content(message, template)
-    if not any(content):  # an empty message has no separator after it, as in the original
-        return template.pieces(start.rstrip())
+    if first and message.role == "user" and template.first_user is not None:
+        start = template.first_user
+    content = _content(message, template, first and after_system and template.joined_system)
+    if not any(content) and not template.exact:
+        return template.pieces(start.rstrip())  # no separator after it, as in the original
     return [*template.pieces(start), *content, *template.pieces(end)]
 
 
-def _content(message: Message, template: ChatTemplate) -> list[Piece]:
-    """Return texts and images of a message, without white space at its start and end."""
+def _content(message: Message, template: ChatTemplate, keeps_start: bool = False) -> list[Piece]:
+    """Return texts and images of a message, without the white space that the template removes."""
     parts = list(message.parts)
-    if parts and isinstance(parts[0], str):
-        parts[0] = parts[0].lstrip()
-    if parts and isinstance(parts[-1], str):
-        parts[-1] = parts[-1].rstrip()
+    if message.role in template.stripped_roles:
+        if parts and isinstance(parts[0], str) and not keeps_start:
+            parts[0] = parts[0].lstrip()
+        if parts and isinstance(parts[-1], str):
+            parts[-1] = parts[-1].rstrip()
     pieces: list[Piece] = []
     for place, part in enumerate(parts):
         if place and not message.inline_images:
             pieces.append(template.between(parts[place - 1], part))
         pieces.append(part)
+    if template.around_images and parts and not message.inline_images:
+        before, after = parts[0] is IMAGE, parts[-1] is IMAGE
+        return [template.before_image * before, *pieces, template.after_image * after]
     return pieces
 
 

@@ -42,7 +42,7 @@ class PromptSpec:
 
     Args:
         system_prompt: the system prompt of conversations without one of their own.
-        bos_id: the first token of every prompt.
+        bos_id: the first token of every prompt, unless ``add_bos`` is false.
         eos_ids: tokens that end an answer; the first also ends an assistant's message in a prompt.
         image_token_id: the token of an image placeholder.
         image_tokens: number of image tokens that each image placeholder expands to.
@@ -51,6 +51,7 @@ class PromptSpec:
         template: texts between the messages.
         template_difference: how the checkpoint's own chat template differs from ``template``, as a
             sentence; empty if it does not differ or does not exist.
+        add_bos: whether a prompt begins with ``bos_id``.
     """
 
     system_prompt: str
@@ -62,11 +63,17 @@ class PromptSpec:
     image_end_ids: tuple[int, ...] = ()
     template: ChatTemplate = field(default_factory=ChatTemplate)
     template_difference: str = field(default="", compare=False)
+    add_bos: bool = True
 
     @property
     def eos_id(self) -> int:
         """The token that ends an assistant's message in a prompt."""
         return self.eos_ids[0]
+
+    @property
+    def keeps_built_in(self) -> bool:
+        """Whether the user chose the built-in format though the checkpoint's template differs."""
+        return bool(self.template_difference)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that affect token ids or texts, in the form of the manifest."""
@@ -129,7 +136,7 @@ class Tokenizer:
             tokens = self._call(lambda: self._plain_tokenizer().encode(pieces))
         else:
             tokens = self._call(lambda: self._tokenizer.encode(prompt, add_special_tokens=False).ids)
-        return [self.spec.bos_id, *tokens]
+        return [self.spec.bos_id, *tokens] if self.spec.add_bos else tokens
 
     @cached_property
     def _control_ids(self) -> dict[Control | TemplateToken, int]:

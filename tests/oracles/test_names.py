@@ -57,6 +57,9 @@ LOADED_BY_OURS: dict[str, Rename] = {
     "head in the language model": rule((r"^lm_head\.", "language_model.lm_head.")),
     "head in the model's language model": rule((r"^lm_head\.", "model.language_model.lm_head.")),
     "DistributedDataParallel": rule((r"^", "module.")),
+    "DeepSpeed and torch.compile": rule((r"^", "_orig_mod.module.")),
+    "merged by PEFT": rule((r"^", "base_model.model.")),
+    "held by a trainer": rule((r"^", "policy.actor_module.")),
     "torch.compile": rule((r"^", "_orig_mod.")),
     "torch.compile inside": rule((r"^model\.", "model._orig_mod.")),
     "FSDP": rule((r"\.layers\.(\d+)\.", r".layers.\1._fsdp_wrapped_module."), (r"^", "module.")),
@@ -102,6 +105,7 @@ def test_names_that_ours_loads_as_well(pair: OraclePair, tmp_path: Path, naming:
     [
         rule((r"^", "model.")),
         rule((r"^", "module.")),
+        rule((r"^", "base_model.model.")),
         rule((r"^language_model\.model\.", "language_model.")),
         rule((r"^language_model\.model\.", "model.language_model.model.model.")),
         rule((r"^language_model\.lm_head\.", "lm_head.")),

@@ -77,7 +77,8 @@ def test_system_messages() -> None:
 def test_parts_are_joined_as_transformers_template_does() -> None:
     parts = Message("user", (" a ", " b", IMAGE, "c", IMAGE, "d "))
     assert format_chat([parts], "") == (f"User: a   b{IMAGE_PLACEHOLDER}c{IMAGE_PLACEHOLDER}d\n\nAssistant:")
-    assert Message.from_parts("user", ["a", "b"]) == user("a b")
+    assert format_chat([Message.from_parts("user", ["a", "b"])]) == format_chat([user("a b")])
+    assert Message.from_parts("user", ["a"]) == user("a")
     raw = {"role": "User", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}
     assert Message.from_dict(raw) == Message("user", (IMAGE, "x"))
 
