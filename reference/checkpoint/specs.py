@@ -107,10 +107,15 @@ def _check_added_tokens(folder: Path, tokenizer: Tokenizer, settings: Mapping[st
         )
 
 
-def remarks(checkpoint: Checkpoint) -> list[str]:
-    """Return sentences about choices of the reader that users should know."""
-    family = family_of(checkpoint.config)
-    sentences = [family.prompt_format(read_text_files(checkpoint)).remark]
+def remarks(checkpoint: Checkpoint, prompt: PromptSpec) -> list[str]:
+    """Return sentences about choices of the reader that users should know.
+
+    Args:
+        checkpoint: its family may have chosen a prompt format.
+        prompt: the prompt format that is used; it may be the checkpoint's chat template instead.
+    """
+    chosen = family_of(checkpoint.config).prompt_format(read_text_files(checkpoint))
+    sentences = [chosen.remark] if chosen.template == prompt.template else []
     if skipped := checkpoint.skipped_tensors():
         sentences.append(
             f"{len(skipped)} tensors ({size(sum(skipped.values()))}) that answers do not need were skipped,"

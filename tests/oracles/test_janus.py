@@ -22,7 +22,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
-from reference.checkpoint.chat_template import describe_template_difference
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.checkpoint.config_file import parse_config
 from reference.checkpoint.lora_targets import Targets
@@ -118,8 +117,10 @@ def test_tensors_of_image_generation_are_counted(janus_pair: OraclePair, origina
         expected = {name: 4 * tensor.numel() for name, tensor in state.items() if name.startswith(names)}
         assert len(expected) > 100
         assert pair.checkpoint.skipped_tensors() == expected
-        assert remarks(pair.checkpoint)[1].startswith(f"{len(expected)} tensors (")
-    assert "which is not supported" in remarks(original.checkpoint)[1]
+        assert remarks(pair.checkpoint, prompt_spec(pair.checkpoint))[1].startswith(
+            f"{len(expected)} tensors ("
+        )
+    assert "which is not supported" in remarks(original.checkpoint, prompt_spec(original.checkpoint))[1]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -268,9 +269,9 @@ def test_ids_are_those_of_transformers_processor(spoken: Checkpoint, images: int
 
 def test_its_template_does_not_differ(spoken: Checkpoint, roles: tuple[str, str]) -> None:
     """The processor writes the system prompt before the text of its template."""
-    assert describe_template_difference(spoken, prompt_spec(spoken)) == ""
-    assert f"the roles {roles[0]} and {roles[1]}" in remarks(spoken)[0]
-    assert remarks(spoken)[0].endswith("since the chat template has them.")
+    assert prompt_spec(spoken).template_difference == ""
+    assert f"the roles {roles[0]} and {roles[1]}" in remarks(spoken, prompt_spec(spoken))[0]
+    assert remarks(spoken, prompt_spec(spoken))[0].endswith("since the chat template has them.")
 
 
 def test_pixels_are_those_of_transformers_processor(spoken: Checkpoint) -> None:
@@ -368,7 +369,7 @@ def test_which_roles_are_chosen(
         (folder / "chat_template.jinja").write_text(template(*ROLES[chat_template]))
     checkpoint = open_checkpoint(str(folder))
     assert prompt_spec(checkpoint).template.user == f"{ROLES[chosen][0]}: "
-    sentence = remarks(checkpoint)[0]
+    sentence = remarks(checkpoint, prompt_spec(checkpoint))[0]
     assert sentence.startswith(f"The prompt has the roles {' and '.join(ROLES[chosen])} of Janus-")
     assert ("Janus-Pro" in sentence) == (chosen == "tokens")
     assert re.search(reason, sentence)
