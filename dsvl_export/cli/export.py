@@ -190,7 +190,7 @@ def export(
     backend = str(settings.backend)
     compiler = load_compiler(backend)
     plans = [plan_for(compiler, name) for name in settings.precisions]
-    precisions = [plan.name for plan in plans]
+    precisions = list(dict.fromkeys(plan.name for plan in plans))
     device_name = find_target(settings.target).name if settings.target else None
     defects = {str(row): None for name in precisions for row in warnings_for(backend, name, device_name)}
     for text in defects:
@@ -249,8 +249,6 @@ def export(
             say(f"Note: {remark}")
         if difference := bundle.manifest.prompt.template_difference:
             say(f"Warning: {difference}")
-        if bundle.manifest.prompt.template.exact:
-            say("The prompt is the checkpoint's own chat template, which differs from the built-in one.")
         if needs := _needs(bundle, backend, precisions):
             say(needs)
         say(f"Next: {_next_step(bundle, backend)}")

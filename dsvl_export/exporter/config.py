@@ -132,9 +132,12 @@ class ExportConfig:
         """Return the config with its backend and precisions filled in.
 
         Raises:
-            UserError: there is no such target or backend, or the backend's libraries are not
-                installed.
+            UserError: a value is empty, there is no such target or backend, or the backend's
+                libraries are not installed.
         """
+        for name, value in self.to_dict().items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                raise UserError(f"The export's {name} is empty; give a value, or leave it out.")
         device = find_target(self.target) if self.target else None
         backend = self.backend or (next(iter(device.backends)) if device else DEFAULT_BACKEND)
         supported = load_compiler(backend).PRECISIONS

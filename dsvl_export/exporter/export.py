@@ -13,6 +13,7 @@ from calibration.precision_plan import PrecisionPlan
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
 from dsvl_export.compilers.precisions import check_request, plan_for
+from dsvl_export.compilers.protocol import Compiler
 from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.exporter.artifact_stages import ArtifactStages
 from dsvl_export.exporter.bundled_config import write_configs
@@ -114,7 +115,7 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
     config = config.with_defaults()
     backend = str(config.backend)
     compiler = load_compiler(backend)
-    plans = tuple(plan_for(compiler, precision) for precision in config.precisions)
+    config, plans = _distinct_plans(config, compiler)
     for one, other in combinations(plans, 2):
         if one.name == other.name and one != other:
             raise UserError(f"Two precision plans are called {one.name!r}; rename one of the files.")
@@ -152,6 +153,18 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
     finally:
         staging.close()
     return Bundle.open(staging.folder)
+
+
+def _distinct_plans(
+    config: ExportConfig, compiler: Compiler
+) -> tuple[ExportConfig, tuple[PrecisionPlan, ...]]:
+    """Return the config without precisions that have the plan of another, and the plans."""
+    plans: dict[str, PrecisionPlan] = {}
+    for precision in config.precisions:
+        plan = plan_for(compiler, precision)
+        if plan not in plans.values():
+            plans[precision] = plan
+    return replace(config, precisions=tuple(plans)), tuple(plans.values())
 
 
 def _run(job: ExportJob) -> None:

@@ -224,6 +224,7 @@ def _adds_bos(checkpoint: Checkpoint, spec: PromptSpec) -> bool:
     return read_tokenizer(checkpoint.tokenizer_files[0]).encode("a").ids[:1] == [spec.bos_id]
 
 
+@lru_cache(maxsize=8)
 def _difference_from_built_in(source: _Source, spec: PromptSpec) -> str:
     """Describe in a clause how the template differs from the built-in prompt; empty if equal.
 

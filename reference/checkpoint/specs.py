@@ -114,8 +114,9 @@ def remarks(checkpoint: Checkpoint, prompt: PromptSpec) -> list[str]:
         checkpoint: its family may have chosen a prompt format.
         prompt: the prompt format that is used; it may be the checkpoint's chat template instead.
     """
-    chosen = family_of(checkpoint.config).prompt_format(read_text_files(checkpoint))
-    sentences = [chosen.remark] if chosen.template == prompt.template else []
+    sentences = [family_of(checkpoint.config).prompt_format(read_text_files(checkpoint)).remark]
+    if prompt.template.exact:
+        sentences = ["The prompt is the checkpoint's own chat template, which differs from the built-in one."]
     if skipped := checkpoint.skipped_tensors():
         sentences.append(
             f"{len(skipped)} tensors ({size(sum(skipped.values()))}) that answers do not need were skipped,"
