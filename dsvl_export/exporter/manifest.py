@@ -54,7 +54,7 @@ def build_manifest(
             "sha256": source.digest,
             "layout": source.config.layout,
             **({"origin": source.origin} if source.origin else {}),
-            **({"remarks": sentences} if (sentences := remarks(source)) else {}),
+            **({"remarks": sentences} if (sentences := remarks(source, prompt)) else {}),
         },
         preprocessing=preprocessing,
         prompt=prompt,

@@ -107,11 +107,15 @@ def _check_added_tokens(folder: Path, tokenizer: Tokenizer, settings: Mapping[st
         )
 
 
-def remarks(checkpoint: Checkpoint) -> list[str]:
-    """Return sentences about choices of the reader that users should know."""
-    family = family_of(checkpoint.config)
-    sentences = [family.prompt_format(read_text_files(checkpoint)).remark]
-    if prompt_spec(checkpoint).template.exact:
+def remarks(checkpoint: Checkpoint, prompt: PromptSpec) -> list[str]:
+    """Return sentences about choices of the reader that users should know.
+
+    Args:
+        checkpoint: its family may have chosen a prompt format.
+        prompt: the prompt format that is used; it may be the checkpoint's chat template instead.
+    """
+    sentences = [family_of(checkpoint.config).prompt_format(read_text_files(checkpoint)).remark]
+    if prompt.template.exact:
         sentences = ["The prompt is the checkpoint's own chat template, which differs from the built-in one."]
     if skipped := checkpoint.skipped_tensors():
         sentences.append(

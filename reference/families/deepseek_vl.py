@@ -41,7 +41,7 @@ SKIPPED_TENSORS: re.Pattern[str] | None = None
 
 def recognizes(raw: Mapping[str, Any]) -> bool:
     """Return whether a config is of this family; see ``Family``."""
-    return not generates_images(raw)
+    return raw["model_type"] != "multi_modality" or not generates_images(raw)
 
 
 def parse_config(raw: Settings, preprocessor: Settings | None) -> ModelConfig:

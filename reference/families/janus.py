@@ -20,13 +20,7 @@ from typing import Any
 from reference.families.family import PromptFormat, TextFiles
 from reference.families.limits import MAX_IMAGE_SIZE, MAX_VISION_LAYERS
 from reference.families.llama import parse_llama
-from reference.families.names import (
-    ParameterSource,
-    Rule,
-    Shape,
-    original_source,
-    transformers_source,
-)
+from reference.families.names import ParameterSource, Rule, Shape, original_source, transformers_source
 from reference.families.original_layout import generates_images, siglip_from_original, tower_normalization
 from reference.model.config import (
     GELU_APPROXIMATIONS,
@@ -93,12 +87,12 @@ def prompt_format(files: TextFiles) -> PromptFormat:
     from_transformers = files.layout == "transformers" and bool(processor.values)
     speaks = not from_transformers or processor.nullable_flag("use_default_system_prompt", False)
     return PromptFormat(
-        SYSTEM_PROMPT if speaks else "",
-        template,
-        (start,),
-        (end,),
-        f"{SYSTEM_PROMPT}{template.system_end}" if speaks else "",
-        f"The prompt has the roles {template.user.strip(': ')} and {template.answer.strip(': ')} of"
+        system_prompt=SYSTEM_PROMPT if speaks else "",
+        template=template,
+        image_start=(start,),
+        image_end=(end,),
+        template_prefix=f"{SYSTEM_PROMPT}{template.system_end}" if speaks else "",
+        remark=f"The prompt has the roles {template.user.strip(': ')} and {template.answer.strip(': ')} of"
         f" {'Janus-Pro' if template.user == TOKENS.user else 'Janus-1.3B'}, since {reason}.",
     )
 
@@ -150,10 +144,10 @@ def _parse_original(raw: Settings) -> ModelConfig:
     return ModelConfig(
         vision=VisionConfig(siglip, low_norm=tower_normalization(params)),
         adaptor=AdaptorConfig(
-            siglip.width,
-            None,
-            projector.integer("n_embed"),
-            projector.integer("depth", 1, high=MAX_VISION_LAYERS),
+            low_width=siglip.width,
+            high_width=None,
+            width=projector.integer("n_embed"),
+            depth=projector.integer("depth", 1, high=MAX_VISION_LAYERS),
         ),
         decoder=parse_llama(language),
         layout="original",
@@ -183,11 +177,11 @@ def _parse_transformers(raw: Settings) -> ModelConfig:
     return ModelConfig(
         vision=VisionConfig(siglip),
         adaptor=AdaptorConfig(
-            width,
-            None,
-            vision.integer("projection_dim", 2048),
-            vision.integer("depth", 2, high=MAX_VISION_LAYERS),
-            activation,
+            low_width=width,
+            high_width=None,
+            width=vision.integer("projection_dim", 2048),
+            depth=vision.integer("depth", 2, high=MAX_VISION_LAYERS),
+            activation=activation,
         ),
         decoder=parse_llama(raw.section("text_config", optional=True)),
         layout="transformers",

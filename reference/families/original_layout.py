@@ -11,7 +11,7 @@ from reference.families.limits import MAX_IMAGE_SIZE, MAX_STD, MAX_VISION_LAYERS
 from reference.model.config import GELU_APPROXIMATIONS, NormalizationConfig, SamConfig, SiglipConfig
 from reference.settings import Settings
 
-# Sections about image generation, which Janus and JanusFlow have and DeepSeek-VL has not.
+# Sections about image generation, which Janus and JanusFlow have and DeepSeek-VL does not.
 GENERATION_SECTIONS = re.compile(r"gen_\w+_config|vision_gen_\w+_config")
 
 

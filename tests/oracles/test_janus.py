@@ -117,8 +117,10 @@ def test_tensors_of_image_generation_are_counted(janus_pair: OraclePair, origina
         expected = {name: 4 * tensor.numel() for name, tensor in state.items() if name.startswith(names)}
         assert len(expected) > 100
         assert pair.checkpoint.skipped_tensors() == expected
-        assert remarks(pair.checkpoint)[1].startswith(f"{len(expected)} tensors (")
-    assert "which is not supported" in remarks(original.checkpoint)[1]
+        assert remarks(pair.checkpoint, prompt_spec(pair.checkpoint))[1].startswith(
+            f"{len(expected)} tensors ("
+        )
+    assert "which is not supported" in remarks(original.checkpoint, prompt_spec(original.checkpoint))[1]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -153,6 +155,8 @@ def test_the_family_is_told_by_sections_about_generation() -> None:
     for key in [key for key in raw if key.startswith("gen_")]:
         del raw[key]
     assert parse_config(raw, "config.json").family == "deepseek_vl"
+    other = {"model_type": "deepseek_vl", "gen_vision_config": {}, "text_config": {"hidden_size": 64}}
+    assert parse_config(other, "config.json").family == "deepseek_vl"
 
 
 @pytest.mark.parametrize(
@@ -265,9 +269,10 @@ def test_ids_are_those_of_transformers_processor(spoken: Checkpoint, images: int
 
 def test_its_template_does_not_differ(spoken: Checkpoint, roles: tuple[str, str]) -> None:
     """The processor writes the system prompt before the text of its template."""
-    assert not prompt_spec(spoken).template_difference and not prompt_spec(spoken).template.exact
-    assert f"the roles {roles[0]} and {roles[1]}" in remarks(spoken)[0]
-    assert remarks(spoken)[0].endswith("since the chat template has them.")
+    spec = prompt_spec(spoken)
+    assert not spec.template_difference and not spec.template.exact
+    assert f"the roles {roles[0]} and {roles[1]}" in remarks(spoken, spec)[0]
+    assert remarks(spoken, spec)[0].endswith("since the chat template has them.")
 
 
 def test_pixels_are_those_of_transformers_processor(spoken: Checkpoint) -> None:
@@ -365,7 +370,7 @@ def test_which_roles_are_chosen(
         (folder / "chat_template.jinja").write_text(template(*ROLES[chat_template]))
     checkpoint = open_checkpoint(str(folder))
     assert prompt_spec(checkpoint).template.user == f"{ROLES[chosen][0]}: "
-    sentence = remarks(checkpoint)[0]
+    sentence = remarks(checkpoint, prompt_spec(checkpoint))[0]
     assert sentence.startswith(f"The prompt has the roles {' and '.join(ROLES[chosen])} of Janus-")
     assert ("Janus-Pro" in sentence) == (chosen == "tokens")
     assert re.search(reason, sentence)

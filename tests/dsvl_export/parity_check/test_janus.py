@@ -14,6 +14,7 @@ import pytest
 from dsvl_export.cli import display
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
+from dsvl_export.publish.model_card import CardOptions, model_card
 from reference.checkpoint.checkpoint import open_checkpoint
 from runtimes.bundle.bundle import Bundle
 from runtimes.generation.sampling import GenerationOptions
@@ -110,6 +111,7 @@ def test_a_bundle_says_what_was_chosen_and_skipped(
         display.out.print(table)
     assert "roles <|User|> and <|Assistant|>" in " ".join(capsys.readouterr().out.split())
     assert manifest.model["family"] == "janus"
+    assert "tags: [janus, dsvl-export]" in model_card(original_bundle, "o/n", CardOptions())
     assert len(manifest.prompt.image_start_ids) == len(manifest.prompt.image_end_ids) == 1
 
 
