@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from reference.checkpoint.chat_template import choose_prompt
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.image_processor import parse_preprocessing
-from reference.checkpoint.text_files import read_text_files
+from reference.checkpoint.text_files import find_chat_template, read_text_files
 from reference.families.registry import family_of
 from reference.settings import Settings
 from runtimes.bundle.files import read_json
@@ -122,7 +122,21 @@ def remarks(checkpoint: Checkpoint, prompt: PromptSpec) -> list[str]:
             f"{len(skipped)} tensors ({size(sum(skipped.values()))}) that answers do not need were skipped,"
             " such as those of image generation, which is not supported."
         )
-    return [sentence for sentence in sentences if sentence]
+    return [sentence for sentence in (*sentences, *_adapter_templates(checkpoint)) if sentence]
+
+
+def _adapter_templates(checkpoint: Checkpoint) -> list[str]:
+    """Return a sentence for each adapter with another chat template than the checkpoint."""
+    own = find_chat_template(checkpoint.folder)
+    sentences = []
+    for adapter in checkpoint.adapters.adapters:
+        template = find_chat_template(adapter.folder)
+        if template and (own is None or template[1] != own[1]):
+            sentences.append(
+                f"The adapter {adapter.folder} has a chat template of its own ({template[0]}), which is not"
+                " used; if it was trained with it, copy it and the adapter's tokenizer to the base model."
+            )
+    return sentences
 
 
 def _eos_ids(checkpoint: Checkpoint, tokenizer_eos: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import reference.checkpoint.chat_template
 from reference.checkpoint.checkpoint import open_checkpoint
-from reference.checkpoint.specs import prompt_spec
+from reference.checkpoint.lora_adapter import AdapterChoice
+from reference.checkpoint.specs import prompt_spec, remarks
 from reference.tiny import TINY
 from runtimes.errors import UserError
 from runtimes.text.prompt import EOS, IMAGE, IMAGE_PLACEHOLDER, SYSTEM_PROMPT, TEMPLATE, Message, format_chat
 from runtimes.text.tokenizer import PromptSpec, Tokenizer
+from tests.reference.checkpoint.test_lora import write_adapter
 
 TEMPLATES = Path(__file__).parents[2] / "data" / "chat_templates"
 # DeepSeek-VL's format, by transformers' rules: parts, stripped ends, a space between texts, named other roles.
@@ -212,6 +215,15 @@ def test_tokens_without_rows_in_the_embedding(tmp_path: Path) -> None:
         UserError, match=r"its token '<\|im_end\|>' has the id 51\d, outside the model's vocabulary; use"
     ):
         spec_of(folder)
+
+
+def test_the_template_of_an_adapter_is_remarked_on(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    source = open_checkpoint("tiny", adapters=[AdapterChoice(adapter)])
+    assert remarks(source, prompt_spec(source)) == []
+    (adapter / "chat_template.jinja").write_text(SAME)
+    (sentence,) = remarks(source, prompt_spec(source))
+    assert re.match("The adapter .* has a chat template of its own .*, which is not used; if it", sentence)
 
 
 def test_system_messages_that_a_template_does_not_have(tmp_path: Path) -> None:
