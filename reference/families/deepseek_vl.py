@@ -12,7 +12,7 @@ from typing import Any
 
 from reference.families.family import PromptFormat, TextFiles
 from reference.families.limits import MAX_IMAGE_SIZE, MAX_STD, MAX_VISION_LAYERS, MIN_STD
-from reference.families.llama import parse_llama
+from reference.families.llama import parse_llama, parse_tied_head
 from reference.families.names import ParameterSource, Rule, Shape, original_source, transformers_source
 from reference.families.original_layout import (
     generates_images,
@@ -122,7 +122,7 @@ def _parse_original(raw: Settings) -> ModelConfig:
         ),
         decoder=parse_llama(language),
         layout="original",
-        tied_head=language.flag("tie_word_embeddings", False),
+        tied_head=parse_tied_head(raw, language, False),
     )
 
 
@@ -154,7 +154,7 @@ def _parse_transformers(raw: Settings, preprocessor: Settings | None) -> ModelCo
         ),
         decoder=decoder,
         layout="transformers",
-        tied_head=raw.flag("tie_word_embeddings", True),
+        tied_head=parse_tied_head(raw, raw.section("text_config", optional=True), True),
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from reference.families.family import PromptFormat, TextFiles
 from reference.families.limits import MAX_IMAGE_SIZE, MAX_VISION_LAYERS
-from reference.families.llama import parse_llama
+from reference.families.llama import parse_llama, parse_tied_head
 from reference.families.names import ParameterSource, Rule, Shape, original_source, transformers_source
 from reference.families.original_layout import generates_images, siglip_from_original, tower_normalization
 from reference.model.config import (
@@ -151,7 +151,7 @@ def _parse_original(raw: Settings) -> ModelConfig:
         ),
         decoder=parse_llama(language),
         layout="original",
-        tied_head=language.flag("tie_word_embeddings", False),
+        tied_head=parse_tied_head(raw, language, False),
         family=NAME,
     )
 
@@ -185,7 +185,7 @@ def _parse_transformers(raw: Settings) -> ModelConfig:
         ),
         decoder=parse_llama(raw.section("text_config", optional=True)),
         layout="transformers",
-        tied_head=raw.flag("tie_word_embeddings", True),
+        tied_head=parse_tied_head(raw, raw.section("text_config", optional=True), True),
         family=NAME,
     )
 

@@ -70,6 +70,21 @@ def parse_llama(raw: Settings) -> DecoderConfig:
     )
 
 
+def parse_tied_head(raw: Settings, language: Settings, default: bool) -> bool:
+    """Return whether the head shares the embedding's tensor: a flag at one of the levels says so.
+
+    A head that is stored and differs from the embedding is not tied in spite of the flags
+    (``reference.checkpoint.stored_config``).
+
+    Args:
+        raw: the whole config.
+        language: the part of the decoder.
+        default: of the flag at the top level.
+    """
+    key = "tie_word_embeddings"
+    return raw.flag(key, default) or language.nullable_flag(key, False)
+
+
 def _rope_theta(raw: Settings) -> float:
     """Return the base of RoPE, which transformers 5 keeps in ``rope_parameters``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
+from reference.tiny import TINY
 from runtimes.errors import UserError
 from tests.oracles.models import VOCABULARY, save_oracle, siglip_oracle
 
@@ -96,7 +98,8 @@ def test_an_embedding_and_a_head_of_different_sizes(tmp_path: Path) -> None:
         (None, True, (EMBEDDING, HEAD), True),
         (True, None, (EMBEDDING,), True),  # transformers' default at the top level
         (False, True, (EMBEDDING,), True),
-        (True, False, (EMBEDDING, HEAD), False),
+        (True, False, (EMBEDDING, HEAD), True),
+        (False, False, (EMBEDDING, HEAD), False),
     ],
 )
 def test_tied_embeddings(
@@ -114,6 +117,36 @@ def test_tied_embeddings(
     assert checkpoint.config.tied_head == tied
     assert torch.equal(checkpoint.load("token_embedding.weight"), checkpoint.load("decoder.head.weight"))
     assert_same_logits(tmp_path)
+
+
+def test_a_flag_that_only_the_decoder_has(tmp_path: Path) -> None:
+    """Without a head, at the top level false: transformers would make up a head."""
+    oracle = siglip_oracle()
+    save_oracle(oracle, tmp_path)
+    edit_config(tmp_path, text={"tie_word_embeddings": True}, tie_word_embeddings=False)
+    edit_weights(tmp_path, **{HEAD: None})
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert torch.equal(
+        checkpoint.load("decoder.head.weight"), oracle.model.language_model.embed_tokens.weight
+    )
+
+
+@pytest.mark.parametrize("level", ["top", "language_config"])
+def test_tied_embeddings_of_the_original_layout(tmp_path: Path, level: str) -> None:
+    for file in [*TINY.glob("*.json"), TINY / "model.safetensors"]:
+        shutil.copyfile(file, tmp_path / file.name)
+    state = load_file(tmp_path / "model.safetensors")
+    head = state.pop("language_model.lm_head.weight")
+    save_file(state, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config if level == "top" else config["language_config"])["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    table = state["language_model.model.embed_tokens.weight"]
+    assert torch.equal(open_checkpoint(str(tmp_path)).load("decoder.head.weight"), table)
+    save_file({**state, "language_model.lm_head.weight": head}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert not checkpoint.config.tied_head
+    assert torch.equal(checkpoint.load("decoder.head.weight"), head)
 
 
 def test_a_head_that_was_untied(tmp_path: Path) -> None:
