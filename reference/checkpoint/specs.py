@@ -14,7 +14,6 @@ from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.image_processor import parse_preprocessing
 from reference.checkpoint.text_files import find_chat_template, read_text_files
 from reference.families.registry import family_of
-from reference.settings import Settings
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
 from runtimes.preprocess import PreprocessSpec
@@ -29,10 +28,16 @@ def preprocess_spec(checkpoint: Checkpoint) -> PreprocessSpec:
     """Build the preprocessing of one image from the image processor's settings and the config.
 
     Raises:
-        UserError: a setting is not supported, or does not match the model.
+        UserError: no file has the settings, one is not supported, or does not match the model.
     """
-    settings = checkpoint.preprocessor or Settings({}, str(checkpoint.folder))
-    return parse_preprocessing(settings, checkpoint.config)
+    if checkpoint.preprocessor is None:
+        others = sorted(file.name for file in checkpoint.folder.glob("*processor*.json"))
+        remedy = f"; it has {', '.join(others)}, which does not say it" if others else ""
+        raise UserError(
+            f"{checkpoint.folder} has no preprocessor_config.json, which says how images are resized and"
+            f" normalized{remedy}; copy it from the base model."
+        )
+    return parse_preprocessing(checkpoint.preprocessor, checkpoint.config)
 
 
 def reference_settings(checkpoint: Checkpoint) -> dict[str, Any]:

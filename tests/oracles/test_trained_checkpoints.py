@@ -259,6 +259,20 @@ def test_files_of_the_training(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize("other", ["", "video_preprocessor_config.json", "processor_config.json"])
+def test_settings_of_images_that_are_missing(tmp_path: Path, other: str) -> None:
+    """A trainer that saved the weights only: nothing says how the model's images were normalized."""
+    save_oracle(siglip_oracle(), tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    if other:
+        (tmp_path / other).write_text("{}")
+    sentence = f"; it has {other}, which does not say it" if other else ""
+    with pytest.raises(
+        UserError, match=f"says how images are resized and normalized{sentence}; copy it from the"
+    ):
+        preprocess_spec(open_checkpoint(str(tmp_path)))
+
+
 def test_empty_tensors_of_deepspeed(tmp_path: Path) -> None:
     save_oracle(siglip_oracle(), tmp_path)
     edit_weights(tmp_path, **{HEAD: torch.zeros(0)})
