@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
@@ -159,7 +159,7 @@ class Pipeline:
         messages: Sequence[AnyMessage] | str,
         images: Sequence[ImageSource] = (),
         options: GenerationOptions = GREEDY,
-    ) -> Iterator[tuple[str, Answer]]:
+    ) -> Generator[tuple[str, Answer]]:
         """Answer like ``chat``, as a stream.
 
         Yields:
@@ -199,7 +199,7 @@ class Pipeline:
 
     def stream(
         self, prompt: str, images: Sequence[ImageSource] = (), options: GenerationOptions = GREEDY
-    ) -> Iterator[tuple[str, Answer]]:
+    ) -> Generator[tuple[str, Answer]]:
         """Continue a raw prompt like ``generate``, as a stream.
 
         Yields:

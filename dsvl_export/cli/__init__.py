@@ -1,15 +1,20 @@
 """The command line: ``dsvl-export COMMAND``."""
 
 from dsvl_export.cli import (
-    bundles,
-    checks,
-    engines,
+    bench,
+    build_engine,
+    chat,
+    demo,
+    export,
+    inspect_bundle,
+    lint,
+    parity,
     planning,
-    publishing,
-    quantizing,
-    running,
-    serving,
-    speed,
+    push,
+    quantization,
+    run,
+    serve,
+    verify,
 )
 from dsvl_export.cli.app import app, main, sort_commands
 
@@ -17,14 +22,19 @@ sort_commands()
 
 __all__ = [
     "app",
-    "bundles",
-    "checks",
-    "engines",
+    "bench",
+    "build_engine",
+    "chat",
+    "demo",
+    "export",
+    "inspect_bundle",
+    "lint",
     "main",
+    "parity",
     "planning",
-    "publishing",
-    "quantizing",
-    "running",
-    "serving",
-    "speed",
+    "push",
+    "quantization",
+    "run",
+    "serve",
+    "verify",
 ]
