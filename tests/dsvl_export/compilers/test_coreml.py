@@ -100,7 +100,8 @@ def test_the_logits_of_half_precision(bundle: Bundle) -> None:
 
 def test_the_fixed_functions_of_the_neural_engine_pass_parity(short: Path) -> None:
     result = parity(short, "coreml", "fp16", device="ane")
-    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+    assert not [stage for stage in result.stages if stage.state == "failed"]
+    assert result.stage("greedy_tokens").state == "passed"
 
 
 @variants_by_precision({"siglip": ("int8", "palette4"), "hybrid": ("fp16", "int4")})
