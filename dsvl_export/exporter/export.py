@@ -14,6 +14,7 @@ from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
 from dsvl_export.compilers.precisions import check_request, plan_for
 from dsvl_export.compilers.registry import load_compiler
+from dsvl_export.exporter.adapters import NamedAdapter, parse_named, refuse_backend
 from dsvl_export.exporter.artifact_stages import ArtifactStages
 from dsvl_export.exporter.bundled_config import write_configs
 from dsvl_export.exporter.config import ExportConfig
@@ -53,6 +54,8 @@ def export(
     delegate: str | None = None,
     prefill: bool = True,
     adapters: Sequence[str] = (),
+    switchable: bool = False,
+    switchable_adapters: Sequence[str] = (),
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
 
@@ -73,6 +76,8 @@ def export(
         delegate: what ExecuTorch runs the encoders on.
         prefill: add ONNX Runtime's second decoder for prompts.
         adapters: LoRA adapters to merge, each ``FOLDER`` or ``FOLDER=WEIGHT``.
+        switchable: add a decoder for adapters that are switched at run time.
+        switchable_adapters: such adapters, each ``NAME=FOLDER`` or ``NAME=FOLDER=WEIGHT``.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
@@ -81,13 +86,14 @@ def export(
     config = ExportConfig(
         checkpoint=str(checkpoint),
         adapters=tuple(adapters),
+        switchable_adapters=tuple(switchable_adapters),
         backend=backend,
         precisions=tuple(precisions),
         target=target,
         capacity=capacity,
         scales=str(scales) if scales else None,
         goldens=goldens,
-        onnxruntime=OnnxRuntimeOptions(prefill),
+        onnxruntime=OnnxRuntimeOptions(prefill, switchable),
         tensorrt=TensorRTOptions(tensorrt, tuple(capabilities)),
         executorch=ExecuTorchOptions(delegate),
     )
@@ -120,6 +126,14 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
     if config.capacity is not None and not 1 <= config.capacity <= longest:
         raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {config.capacity}.")
     options = config.compile_options(capacity=min(longest, MAX_DEFAULT_CAPACITY))
+    if options.onnxruntime.switchable:
+        refuse_backend(backend)
+    switchable = [
+        NamedAdapter.open(named, source.config) for named in parse_named(config.switchable_adapters)
+    ]
+    for adapter in switchable:
+        for plan in plans:
+            adapter.check_range(source.config, Path(output).expanduser(), plan.name, plan.base)
     check_request(backend, compiler, plans, source.config, options)
     scales = ScaleTable.load(Path(config.scales).expanduser()) if config.scales else None
     if scales:
@@ -135,7 +149,9 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
         _check_same_checkpoint(staging, source, report)
         if config.capacity is None and staging.previous:
             options = replace(options, capacity=staging.previous.default_capacity)
-        job = ExportJob(config, source, compiler, options, plans, scales, prompt, staging, report)
+        job = ExportJob(
+            config, source, compiler, options, plans, scales, prompt, staging, report, tuple(switchable)
+        )
         _run(job)
     except (OSError, SafetensorError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "there is no memory left"
@@ -187,6 +203,10 @@ def _list_stages(job: ExportJob, artifacts: ArtifactStages) -> list[Stage]:
             remedy = overflow_remedy(job.backend, job.compiler, plan)
             stages += reference.quantization_errors(plan.name, remedy)
         stages += artifacts.artifacts(plan)
+        stages += [
+            adapter.stage(job.staging, job.source.config, job.backend, plan.name, plan.base)
+            for adapter in job.switchable
+        ]
         stages += artifacts.listing(plan)
     if job.has_goldens:
         exported = {plan.name for plan in job.plans}

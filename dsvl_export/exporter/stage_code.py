@@ -53,3 +53,8 @@ ARTIFACTS = (
     "dsvl_export/targets",
     "runtimes/backends",
 )
+ADAPTERS = (
+    *REFERENCE,
+    "calibration",
+    "runtimes/backends/onnxruntime_adapters.py",
+)
