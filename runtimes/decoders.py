@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from threading import Lock
 
 from runtimes.backends.capabilities import AdaptableDecoder, SwitchesAdapters
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.contracts import Contract
 from runtimes.bundle.manifest import SwitchableAdapter
 from runtimes.errors import UserError
 from runtimes.session import DecoderSession, SessionOptions
@@ -49,23 +51,23 @@ class Decoders:
             return self._sessions[adapter]
 
     def _open_base(self) -> DecoderSession:
-        bundle = self._bundle
-        file = bundle.path(bundle.artifact("decoder", self._backend, self._precision).files[0])
-        contract = bundle.manifest.contracts[self._precision]["decoder"]
-        return load_backend(self._backend).open_decoder(file, contract, self._options)
+        return load_backend(self._backend).open_decoder(*self._decoder())
 
     def _open_adapter(self, name: str) -> DecoderSession:
-        bundle = self._bundle
-        entry = find_adapter(bundle, self._backend, self._precision, name)
+        entry = find_adapter(self._bundle, self._backend, self._precision, name)
         if self._verify:
-            bundle.check([entry.file])
+            self._bundle.check([entry.file])
         if self._adaptable is None:
             module = load_backend(self._backend)
-            assert isinstance(module, SwitchesAdapters)
-            file = bundle.path(bundle.artifact("decoder", self._backend, self._precision).files[0])
-            contract = bundle.manifest.contracts[self._precision]["decoder"]
-            self._adaptable = module.open_adaptable_decoder(file, contract, self._options)
-        return self._adaptable.with_adapter(bundle.path(entry.file))
+            assert isinstance(module, SwitchesAdapters)  # ``find_adapter`` checked it
+            self._adaptable = module.open_adaptable_decoder(*self._decoder())
+        return self._adaptable.with_adapter(self._bundle.path(entry.file))
+
+    def _decoder(self) -> tuple[Path, Contract, SessionOptions]:
+        """Return what a backend opens: the main file, its contract, and the options."""
+        artifact = self._bundle.artifact("decoder", self._backend, self._precision)
+        contract = self._bundle.manifest.contracts[self._precision]["decoder"]
+        return self._bundle.path(artifact.files[0]), contract, self._options
 
 
 def find_adapter(bundle: Bundle, backend: str, precision: str, name: str) -> SwitchableAdapter:

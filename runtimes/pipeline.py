@@ -125,10 +125,8 @@ class Pipeline:
             state = module.execution(artifact, device)
             if state.kind == "not run":
                 raise UserError(f"{backend} {precision} of {bundle.folder} cannot run here: {state.by}.")
-        contracts, decoders = (
-            manifest.contracts[precision],
-            Decoders(bundle, backend, precision, options, verify),
-        )
+        contracts = manifest.contracts[precision]
+        decoders = Decoders(bundle, backend, precision, options, verify)
         files = {name: bundle.path(artifact.files[0]) for name, artifact in artifacts.items()}
         chain = Chain(
             Tokenizer(bundle.path("tokenizer/tokenizer.json"), manifest.prompt),
