@@ -120,7 +120,7 @@ async def throughput(url: str, asked: list[Question], clients: int, requests: in
 
 
 def compare(bundle: Path, turns: int) -> None:
-    print("| answers | drafts | 1 client, tokens/s | 8 clients | ratio |\n|---|---|---|---|---|")
+    print("| answers | speculation | 1 client, tokens/s | 8 clients | ratio |\n|---|---|---|---|---|")
     for longest, drafts in ((None, True), (LONG, True), (LONG, False)):
         asked = questions(bundle, longest)
         if longest is None:
@@ -141,7 +141,7 @@ def compare(bundle: Path, turns: int) -> None:
 
 
 def alone(bundle: Path, turns: int) -> None:
-    """The scheduler without HTTP: answers of ``LONG`` tokens without drafts, one and eight at a time."""
+    """The scheduler without HTTP: answers of ``LONG`` tokens without speculation, one and eight at a time."""
     pipeline = Pipeline.open(bundle, threads=1)
     scheduler = Scheduler(pipeline.chain, pipeline.capacity, 8)
     pictures = sorted((HELDOUT.parent / "images").glob("*.png"))[:8]

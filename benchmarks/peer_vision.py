@@ -7,8 +7,8 @@ Prints one JSON list of seconds.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 
@@ -59,16 +59,22 @@ def in_torch(model: torch.nn.Module, side: int, form: str, precision: str) -> Ca
 
 
 def main() -> None:
-    tower, form, repeats = sys.argv[1:]
-    library, _, precision = form.partition("-")
-    model, side = model_of(tower)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tower", choices=("siglip", "sam"))
+    parser.add_argument("form", help="eager, compile, openvino-fp32 or openvino-bf16")
+    parser.add_argument("repeats", type=int)
+    given = parser.parse_args()
+    library, _, precision = given.form.partition("-")
+    model, side = model_of(given.tower)
     if library == "openvino":
         run = in_openvino(model, side, precision)
     else:
         run = in_torch(model, side, library, precision)
     run()
     seconds = []
-    for _ in range(int(repeats)):
+    for _ in range(given.repeats):
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)

@@ -37,13 +37,13 @@ def find_amax(statistics: TensorStatistics, method: str, percentile: float = PER
     if method == "percentile":
         reached = np.cumsum(counts) >= percentile / 100 * counts.sum()
         return float(upper[np.argmax(reached)])
-    centres = (lower + upper) / 2
+    centers = (lower + upper) / 2
     thresholds = statistics.amax * np.geomspace(1 / 16, 1, MSE_THRESHOLDS)
-    errors = [_squared_error(centres, counts, float(threshold)) for threshold in thresholds]
+    errors = [_squared_error(centers, counts, float(threshold)) for threshold in thresholds]
     return float(thresholds[int(np.argmin(errors))])
 
 
-def _squared_error(centres: Array, counts: Array, threshold: float) -> float:
+def _squared_error(centers: Array, counts: Array, threshold: float) -> float:
     scale = threshold / INT8_LEVELS
-    rounded = np.minimum(np.round(centres / scale), INT8_LEVELS) * scale
-    return float(np.sum(counts * np.square(centres - rounded)))
+    rounded = np.minimum(np.round(centers / scale), INT8_LEVELS) * scale
+    return float(np.sum(counts * np.square(centers - rounded)))

@@ -136,7 +136,7 @@ class Chain:
             prefill_chunk: tokens per decoder call in prefill; bounds the memory.
             max_cached_images: number of images whose embeddings are kept, by content.
             exact_rows: whether logits of a multi-token call equal those of single-token calls
-                except for float rounding; otherwise no drafts are made.
+                except for float rounding; otherwise there are no speculative tokens.
         """
         self.tokenizer, self.preprocessing, self.embedding = tokenizer, preprocessing, embedding
         self.vision_encoder, self.adaptor, self.decoder = vision_encoder, adaptor, decoder

@@ -86,7 +86,7 @@ def hub_errors(hub_id: HubId) -> Iterator[None]:
         raise UserError(
             f"The hub's {hub_id} needs huggingface_hub; run: {install_command('huggingface_hub')}."
         ) from error
-    except Exception as error:  # network, authorisation and hub errors share no base class
+    except Exception as error:  # network, authorization and hub errors share no base class
         raise UserError(_sentence(hub_id, error)) from error
 
 

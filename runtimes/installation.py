@@ -44,7 +44,7 @@ def install_command(module: str) -> str:
     """Return the command that installs a module.
 
     Args:
-        module: Dotted name; one that is not in ``PACKAGES`` counts as the name of its package.
+        module: dotted name; one that is not in ``PACKAGES`` counts as the name of its package.
     """
     top = module.partition(".")[0]
     if top in ON_JETSON and on_jetson():

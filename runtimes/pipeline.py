@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
@@ -187,7 +187,7 @@ class Pipeline:
         messages: Sequence[AnyMessage] | str,
         images: Sequence[ImageSource] = (),
         options: GenerationOptions = GREEDY,
-    ) -> Iterator[tuple[str, Answer]]:
+    ) -> Generator[tuple[str, Answer]]:
         """Answer like ``chat``, as a stream.
 
         Yields:
@@ -227,7 +227,7 @@ class Pipeline:
 
     def stream(
         self, prompt: str, images: Sequence[ImageSource] = (), options: GenerationOptions = GREEDY
-    ) -> Iterator[tuple[str, Answer]]:
+    ) -> Generator[tuple[str, Answer]]:
         """Continue a raw prompt like ``generate``, as a stream.
 
         Yields:

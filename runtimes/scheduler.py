@@ -6,19 +6,19 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from time import perf_counter
-from typing import Any, TypeVar, Union
+from typing import TypeVar
 
 import numpy as np
 
 from runtimes.chain import Chain, Key, Prompt
-from runtimes.errors import UserError
-from runtimes.generation.decoding import Answer, SpeculativeSequence, decode_step
-from runtimes.generation.sampling import GenerationOptions, TokenLogprobs
+from runtimes.generation.decoding import SpeculativeSequence, decode_step
+from runtimes.generation.sampling import GenerationOptions
+from runtimes.job import BusyError, ClosedError, DeadlineError, Deliver, Job, Step
 
 CHUNK = 128  # tokens of a prompt that are prefilled between two decode steps of the others
 SWEEP_SECONDS = 0.2  # between two checks of deadlines while only images are encoded
@@ -26,72 +26,6 @@ MIN_COPY_TOKENS = 64  # a shorter prefix is computed again instead of copied
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-
-
-class BusyError(UserError):
-    """The queue is full; no other request is accepted now."""
-
-
-class ClosedError(UserError):
-    """The scheduler is closing; no more requests are accepted."""
-
-
-class DeadlineError(UserError):
-    """A request reached its deadline before its answer was complete."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of an answer.
-
-    Args:
-        text: the new text.
-        logprobs: entries of the new tokens, if requested.
-        answer: the complete answer, in the last step only.
-    """
-
-    text: str
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    answer: Answer | None = None
-
-
-Deliver = Callable[[Union[Step, Exception]], None]
-
-
-class Job:
-    """One request, from submission to its last step."""
-
-    def __init__(
-        self,
-        prompt: Prompt,
-        options: GenerationOptions,
-        deliver: Deliver,
-        seconds: float | None,
-        every_step: bool,
-        chain: Chain,
-    ) -> None:
-        """Create a job; see ``Scheduler.submit`` for the arguments."""
-        self.chain = chain
-        self.prompt, self.options, self.deliver, self.every_step = prompt, options, deliver, every_step
-        self.started = perf_counter()
-        self.deadline = None if seconds is None else self.started + seconds
-        self.cancelled = False
-        self.row = -1
-        self.prefill: Iterator[None] | None = None
-        self.encoding: Future[Any] | None = None  # an image in the second thread
-        self.sequence: SpeculativeSequence | None = None  # after prefill
-
-    @property
-    def is_encoding(self) -> bool:
-        """Whether an image is being decoded or encoded in the second thread."""
-        return self.encoding is not None and not self.encoding.done()
-
-    def cancel(self) -> None:
-        """Cancel the request; any thread may call this.
-
-        Nothing is delivered after the cancellation took effect.
-        """
-        self.cancelled = True
 
 
 class Scheduler:
@@ -176,7 +110,7 @@ class Scheduler:
                 must have the same object.
 
         Returns:
-            the job, which can be cancelled.
+            the job, which can be canceled.
 
         Raises:
             UserError: the prompt exceeds the capacity.
@@ -257,12 +191,12 @@ class Scheduler:
         return jobs
 
     def _drop_expired(self) -> None:
-        """End requests that were cancelled or have reached their deadline."""
+        """End requests that were canceled or have reached their deadline."""
         now = perf_counter()
         with self._changed:
             jobs = [*self._jobs.values(), *self._waiting]
         for job in jobs:
-            if job.cancelled:
+            if job.canceled:
                 self._end(job)
             elif job.deadline is not None and now > job.deadline:
                 spent = now - job.started
@@ -417,7 +351,7 @@ class Scheduler:
             self._deliver(job, last)
 
     def _deliver(self, job: Job, step: Step | Exception) -> None:
-        if not job.cancelled:
+        if not job.canceled:
             try:
                 job.deliver(step)
             except Exception:  # the receiver is gone

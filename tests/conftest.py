@@ -16,8 +16,8 @@ from calibration.precision_plan import PrecisionPlan
 from calibration.quantized_program import trace_with_plan
 from dsvl_export.compilers.precisions import plan_for
 from dsvl_export.compilers.registry import load_compiler
+from dsvl_export.exporter.build_engines import Device, build_engines
 from dsvl_export.exporter.export import export
-from dsvl_export.exporter.on_device import Device, build_engines
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.model.config import ModelConfig
 from reference.model.deepseek_vl import DeepSeekVL

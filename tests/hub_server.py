@@ -124,12 +124,12 @@ class _Handler(BaseHTTPRequestHandler):
             ]  # fmt: skip
             self._json({"transfer": "basic", "objects": objects})
         elif len(parts) > 4 and parts[4] == "preupload":
-            files = [
+            modes = [
                 {"path": item["path"], "shouldIgnore": False, "oid": None,
                  "uploadMode": "lfs" if item["path"].endswith((".onnx", ".data", ".safetensors", ".bin")) else "regular"}
                 for item in json.loads(body)["files"]
             ]  # fmt: skip
-            self._json({"files": files})
+            self._json({"files": modes})
         elif len(parts) > 4 and parts[4] == "commit":
             repository = self.server.repositories["/".join(parts[2:4])]
             files = dict(repository.commits[repository.refs[parts[5]]])

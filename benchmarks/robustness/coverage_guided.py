@@ -1,4 +1,4 @@
-"""Readers of untrusted files under atheris, which mutates inputs towards code that they have not reached.
+"""Readers of untrusted files under atheris, which mutates inputs toward code that they have not reached.
 
     pip install atheris
     python benchmarks/robustness/coverage_guided.py manifest --seconds 600

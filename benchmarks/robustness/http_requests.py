@@ -6,7 +6,7 @@ The server runs in a process of its own, on a bundle of the tiny checkpoint. A t
 mutated as bytes (heads, chunks, pipelines, truncations), a third in the JSON of their bodies, a third in
 their images and URLs. The same seed sends the same requests. Exit code 1 says that one was answered with
 500 or not in the form of the protocol, that one was not answered within 20 seconds, that the server ended,
-logged a traceback or does not answer well afterwards, or that its memory grows.
+logged a traceback or does not answer well afterward, or that its memory grows.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ async def attack(url: str, requests: int, seed: int, memory: Callable[[], float]
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
     last = await send(url, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", whole=True)
     if not last.startswith(b"HTTP/1.1 200"):
-        seen.faults.append(f"afterwards: {last!r}")
+        seen.faults.append(f"afterward: {last!r}")
     return seen
 
 

@@ -161,12 +161,12 @@ def _audit_token_embedding(
     for start in range(0, shape[0], ROWS):
         rows = expected[start : start + ROWS].contiguous()
         actual = np.ascontiguousarray(table.rows[start : start + ROWS]).view(np.uint8).reshape(-1)
-        wanted = rows.view(torch.uint8).numpy().reshape(-1)
+        expected_row = rows.view(torch.uint8).numpy().reshape(-1)
         name = f"token_embedding, rows {start} to {start + len(rows) - 1}"
-        difference = compare_values(name, actual, wanted, kind, tuple(rows.shape))
+        difference = compare_values(name, actual, expected_row, kind, tuple(rows.shape))
         if difference:
             part.add(difference)
-        on_bytes(len(wanted))
+        on_bytes(len(expected_row))
     return part
 
 

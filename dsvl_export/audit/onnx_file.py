@@ -85,12 +85,12 @@ def _compare_graphs(expected: onnx.ModelProto, actual: onnx.ModelProto, file: st
     if bare.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True):
         return
     before = len(part.differences) + part.more
-    wanted = {node.name: node for node in expected.graph.node}
+    expected_nodes = {node.name: node for node in expected.graph.node}
     names = Counter(node.name for node in bare.graph.node)
-    for name in names.keys() - wanted.keys():
+    for name in names.keys() - expected_nodes.keys():
         part.add(Difference(name, "is a node that the graph does not have"))
     nodes = {node.name: node for node in bare.graph.node}
-    for name, node in wanted.items():
+    for name, node in expected_nodes.items():
         if name not in nodes:
             part.add(Difference(name, f"the node {node.op_type} is missing"))
         elif names[name] > 1:

@@ -61,17 +61,17 @@ def compare_values(
     if dtype.name in ("int4", "uint4"):
         unpacked = [_unpack(values, dtype.name) for values in (actual, expected)]
         total = int(np.prod(shape, dtype=np.int64))
-        stored, wanted = (values[:total] for values in unpacked)
-        if np.array_equal(stored, wanted):
+        stored, expected_values = (values[:total] for values in unpacked)
+        if np.array_equal(stored, expected_values):
             return Difference(name, "has a padding that is not zero")
-        changed = stored != wanted
+        changed = stored != expected_values
     else:
-        stored, wanted = actual.view(dtype), expected.view(dtype)
+        stored, expected_values = actual.view(dtype), expected.view(dtype)
         bits = np.dtype(f"u{dtype.itemsize}")
         changed = actual.view(bits) != expected.view(bits)
     first = int(changed.argmax())
     where = tuple(int(axis) for axis in np.unravel_index(first, shape)) if shape else ()
-    detail = f"{_text(stored[first])} at {list(where)}, expected {_text(wanted[first])}"
+    detail = f"{_text(stored[first])} at {list(where)}, expected {_text(expected_values[first])}"
     return Difference(name, detail, where, int(changed.sum()), int(changed.size))
 
 

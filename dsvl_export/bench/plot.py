@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from dsvl_export.bench.bench import BenchResult
 
-COLOURS = ("#9aa5b1", "#2f6f9f", "#6fb1a0", "#d98c3f")  # of the stages, in order
+COLORS = ("#9aa5b1", "#2f6f9f", "#6fb1a0", "#d98c3f")  # of the stages, in order
 
 
 def bench_plot(result: BenchResult) -> str:
@@ -19,9 +19,9 @@ def bench_plot(result: BenchResult) -> str:
         figure = Figure(figsize=(8.4, 5.4), layout="constrained")
         stages, decoding = figure.subplots(2, 1, height_ratios=(1, 3))
         start = 0.0
-        for (name, timing), colour in zip(result.stages.items(), COLOURS, strict=True):
+        for (name, timing), color in zip(result.stages.items(), COLORS, strict=True):
             label = f"{name.replace('_', ' ')} {timing.median:.3g} s"
-            stages.barh(0, timing.median, left=start, color=colour, label=label)
+            stages.barh(0, timing.median, left=start, color=color, label=label)
             start += timing.median
         stages.set_yticks([])
         stages.set_xlabel("seconds to the first token")
@@ -32,7 +32,7 @@ def bench_plot(result: BenchResult) -> str:
             [row.tokens_per_second - 1 / row.step.high for row in result.decoding],
             [1 / row.step.low - row.tokens_per_second for row in result.decoding],
         ]
-        decoding.errorbar(contexts, rates, spread, fmt="-o", capsize=4, color=COLOURS[1], label="measured")
+        decoding.errorbar(contexts, rates, spread, fmt="-o", capsize=4, color=COLORS[1], label="measured")
         if all(row.bound for row in result.decoding):
             bounds = [row.bound for row in result.decoding]
             decoding.plot(contexts, bounds, "--", color="#555555", label="memory-bandwidth bound")
@@ -42,7 +42,7 @@ def bench_plot(result: BenchResult) -> str:
                 result.predicted["context"],
                 predicted,
                 "D",
-                color=COLOURS[3],
+                color=COLORS[3],
                 label="prediction of plan, at most",
             )
         decoding.set_ylim(bottom=0)

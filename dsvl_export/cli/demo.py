@@ -1,23 +1,17 @@
-"""``dsvl-export demo``: export, run and check the bundled tiny model."""
+"""The command ``demo``: export, run and check the bundled tiny model."""
 
 from __future__ import annotations
 
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from dsvl_export.cli import display
+import typer
+
+from dsvl_export.cli.app import command
+from dsvl_export.cli.options import Json
 from dsvl_export.cli.terminal import without_controls
-from dsvl_export.exporter.export import export
-from dsvl_export.exporter.stages import ExportProgress
-from dsvl_export.parity_check import ParityResult, parity
-from dsvl_export.parity_check.report.document import make_document
-from dsvl_export.parity_check.report.record import record_verdict
-from reference.tiny import HELDOUT
-from runtimes.goldens.task import load_task
-from runtimes.pipeline import Pipeline
-from runtimes.text.prompt import Message
 
 IMAGES = 3
 QUESTIONS = (
@@ -28,6 +22,18 @@ QUESTIONS = (
 )
 
 
+@command("demo")
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the bundle and the images.")
+    ] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """Export the bundled tiny model, ask it about images, and run the parity check."""
+    if not run_demo(output, as_json):
+        raise typer.Exit(1)
+
+
 def run_demo(output: Path, as_json: bool) -> bool:
     """Export the tiny model, ask it about images, run the parity check; return whether that passed.
 
@@ -35,6 +41,17 @@ def run_demo(output: Path, as_json: bool) -> bool:
         output: folder for the bundle and the images.
         as_json: print the steps on stderr and one JSON document (answers, verdicts) on stdout.
     """
+    from dsvl_export.cli import display
+    from dsvl_export.exporter.export import export
+    from dsvl_export.exporter.stages import ExportProgress
+    from dsvl_export.parity_check import ParityResult, parity
+    from dsvl_export.parity_check.report.document import make_document
+    from dsvl_export.parity_check.report.record import record_verdict
+    from reference.tiny import HELDOUT
+    from runtimes.goldens.task import load_task
+    from runtimes.pipeline import Pipeline
+    from runtimes.text.prompt import Message
+
     output = output.expanduser()
     console = display.err if as_json else display.out
 
@@ -96,6 +113,9 @@ def run_demo(output: Path, as_json: bool) -> bool:
 
 def _write_images(folder: Path) -> list[Path]:
     """Copy held-out images with three-digit numbers into a folder."""
+    from reference.tiny import HELDOUT
+    from runtimes.goldens.task import load_task
+
     folder.mkdir(parents=True, exist_ok=True)
     items = load_task(HELDOUT)
     sources = [item.images[0] for item in items if item.kind == "number_3" and len(item.images) == 1]

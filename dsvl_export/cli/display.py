@@ -118,7 +118,7 @@ def step_bar(label: str) -> Iterator[Callable[[str, int, int], None]]:
         yield on_step
 
 
-COLOURS = {"passed": "green", "failed": "red"}  # all other states are yellow
+COLORS = {"passed": "green", "failed": "red"}  # all other states are yellow
 
 
 def print_parity(result: ParityResult, console: Console = out) -> None:
@@ -131,9 +131,9 @@ def print_parity(result: ParityResult, console: Console = out) -> None:
 
 def parity_table(result: ParityResult) -> Table:
     """Return the table of stages with their errors and bounds."""
-    colour = COLOURS.get(result.verdict, "yellow")
+    color = COLORS.get(result.verdict, "yellow")
     pair = escape(f"{result.backend} {result.precision}")
-    title = f"{pair} on {result.goldens} goldens: [{colour}]{result.verdict}[/]"
+    title = f"{pair} on {result.goldens} goldens: [{color}]{result.verdict}[/]"
     table = Table(title=f"Parity of {title} ({escape(str(result.execution))})")
     table.caption = f"compared with {escape(result.reference)}"
     if result.overridden:
@@ -151,7 +151,7 @@ def parity_table(result: ParityResult) -> Table:
             numbers = [f"{result.task.exact_match:.1%} exact", "", "", ""]
         else:
             numbers = ["", "equal" if stage.name in ("text", "greedy_tokens") else "", "", ""]
-        state = f"[{COLOURS.get(stage.state, 'yellow')}]{stage.state}[/]"
+        state = f"[{COLORS.get(stage.state, 'yellow')}]{stage.state}[/]"
         remarks = [remark for remark in (stage.detail, _widened(stage, result)) if remark]
         table.add_row(
             stage.name, *numbers, ": ".join([state, *([escape("; ".join(remarks))] if remarks else [])])
@@ -161,12 +161,12 @@ def parity_table(result: ParityResult) -> Table:
 
 def print_audit(result: Audit, console: Console = out) -> None:
     """Print the parts of a bundle, then their differences or why they were not audited."""
-    colour = COLOURS.get(result.verdict, "yellow")
-    table = Table(title=f"Audit against {escape(result.checkpoint)}: [{colour}]{result.verdict}[/]")
+    color = COLORS.get(result.verdict, "yellow")
+    table = Table(title=f"Audit against {escape(result.checkpoint)}: [{color}]{result.verdict}[/]")
     for heading in ("part", "compared", "verdict"):
         table.add_column(heading)
     for part in result.parts:
-        state = f"[{COLOURS.get(part.state, 'yellow')}]{part.state}[/]"
+        state = f"[{COLORS.get(part.state, 'yellow')}]{part.state}[/]"
         table.add_row(escape(part.name), part.compared, state)
     console.print(table)
     for part in result.parts:
@@ -179,7 +179,7 @@ def print_audit(result: Audit, console: Console = out) -> None:
 
 
 def _widened(stage: StageResult, result: ParityResult) -> str:
-    """Say why a bound is wider than the usual one of the precision."""
+    """Return why a bound is wider than the usual one of the precision."""
     errors = stage.errors
     if (
         errors is None

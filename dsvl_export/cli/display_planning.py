@@ -136,7 +136,7 @@ def _rate(per_second: float) -> str:
 
 
 def _fit(plan: Plan, nearest: str | None) -> str:
-    """Say whether the plan fits, or what would."""
+    """Return whether the plan fits and, if it does not, what would fit."""
     if plan.fits:
         return f"[green]yes[/], up to a context of {plan.largest_context}"
     if plan.weight_bytes + plan.runtime_bytes > plan.usable_bytes:

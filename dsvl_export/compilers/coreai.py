@@ -72,7 +72,7 @@ def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> NoReturn:
-    """Refuse: Core AI assets cannot have taps.
+    """Raise UserError: Core AI assets cannot have taps.
 
     Raises:
         UserError: always.

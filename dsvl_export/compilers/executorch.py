@@ -44,7 +44,7 @@ def find_delegate(options: CompileOptions) -> str:
     """
     delegate = options.executorch.delegate or DIALECT
     if delegate not in DELEGATES:
-        raise UserError(f"ExecuTorch has no delegate {delegate!r} here; it has {', '.join(DELEGATES)}.")
+        raise UserError(f"There is no ExecuTorch delegate {delegate!r}; use one of {', '.join(DELEGATES)}.")
     return delegate
 
 
@@ -113,7 +113,7 @@ def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> NoReturn:
-    """Refuse: ExecuTorch programs cannot have taps.
+    """Raise UserError: ExecuTorch programs cannot have taps.
 
     Raises:
         UserError: always.

@@ -283,7 +283,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def without_weights(name: str) -> Tensor:
-    """Serve as ``load`` where only sizes are needed.
+    """Return placeholders for scales, for lowerings that need only sizes.
 
     Scales of activations are 1, because equal scales decide which nodes are shared.
 
@@ -292,7 +292,7 @@ def without_weights(name: str) -> Tensor:
     """
     if name.endswith("input_scale"):
         return torch.tensor(1.0)
-    raise AssertionError(f"only sizes are wanted, but the weight {name} was asked for")
+    raise AssertionError(f"the weight {name} was requested where only sizes are computed")
 
 
 def parameter_bytes(traced: TracedComponent) -> int:

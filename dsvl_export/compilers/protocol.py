@@ -1,4 +1,4 @@
-"""The protocol that every compiler keeps, and the capabilities that only some compilers have.
+"""The protocol that every compiler implements, and the capabilities that only some compilers have.
 
 A capability is a protocol of its own. Callers ask for it with ``isinstance``, which works for the
 modules of this package and for whatever object a third party registers.
@@ -109,7 +109,7 @@ class Compiler(Protocol):
     RECIPE_BASE: str
 
     def settings(self, options: CompileOptions) -> dict[str, Any]:
-        """Give the options that the artifacts depend on, as JSON values.
+        """Return the options that the artifacts depend on, as JSON values.
 
         If a value changes, the artifacts are compiled again.
 
@@ -192,7 +192,7 @@ class CompilesProgram(Protocol):
 
 @runtime_checkable
 class DeclaresOptions(Protocol):
-    """A compiler that says which of the options in ``registry.FLAGS`` it takes; others are refused.
+    """A compiler that declares the options of ``registry.FLAGS`` that it takes; others are refused.
 
     A compiler without this capability takes all options.
     """

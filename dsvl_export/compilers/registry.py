@@ -86,7 +86,7 @@ def load_compiler(name: str, debug_build: bool = False) -> Compiler:
     for entry in entry_points(group=GROUP):
         if entry.name == name:
             return cast(Compiler, load_entry(entry))
-    raise UserError(f"There is no backend {name!r}; there are {', '.join(compiler_names())}.")
+    raise UserError(f"There is no backend {name!r}; use one of {', '.join(compiler_names())}.")
 
 
 def check_options(backend: str, compiler: Compiler, options: CompileOptions) -> None:

@@ -184,7 +184,7 @@ class ArtifactStages:
         ]
         return {
             "artifacts": list(map(asdict, artifacts)),
-            "rests_on": job.plan_inputs(plan.name),
+            "depends_on": job.plan_inputs(plan.name),
             "audited": audited,
         }
 

@@ -237,7 +237,6 @@ def _check_same_checkpoint(staging: Staging, source: Checkpoint, report: Report)
         digests.append(staging.previous.checkpoint["sha256"])
     if digests and set(digests) != {identify(source, report)}:
         raise UserError(
-            f"{staging.folder} holds a bundle of another checkpoint than {source.label}, or of other"
-            " adapters, or of dsvl-export 0.4, which did not count generation_config.json; give another"
-            " folder."
+            f"{staging.folder} holds a bundle of another checkpoint than {source.label}, of other adapters,"
+            " or of dsvl-export 0.4, which did not hash generation_config.json; pass another folder."
         )

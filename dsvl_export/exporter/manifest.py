@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsvl_export.compilers.precisions import bundled_plan, precision_folder
-from dsvl_export.exporter.staging import Staging
+from dsvl_export.exporter.staging import Staging, dependencies
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.trace import TRACED_COMPONENTS, component_contract
 from runtimes.backends.onnxruntime_adapters import adapted_file
@@ -97,7 +97,7 @@ def finished_artifacts(staging: Staging) -> tuple[Artifact, ...]:
     files, rows = staging.files(), []
     for result in staging.results():
         for row in result.get("artifacts", [result["artifact"]] if "artifact" in result else []):  # until 0.4
-            if result.get("rests_on", {}) not in ({}, plan_hashes(staging, row["precision"])):
+            if dependencies(result) not in ({}, plan_hashes(staging, row["precision"])):
                 continue
             if result.get("audited"):  # as a whole, when it was written; hashed since
                 row = {**row, "audited": {path: files[path].sha256 for path in row["files"]}}
@@ -128,11 +128,11 @@ def takes_adapters(artifact: Artifact) -> bool:
 def complete_artifacts(staging: Staging) -> tuple[Artifact, ...]:
     """Return the artifacts of the backends and precisions that have all components."""
     artifacts = finished_artifacts(staging)
-    there = {(item.backend, item.precision, item.component) for item in artifacts}
+    finished = {(item.backend, item.precision, item.component) for item in artifacts}
     return tuple(
         item
         for item in artifacts
-        if all((item.backend, item.precision, component) in there for component in TRACED_COMPONENTS)
+        if all((item.backend, item.precision, component) in finished for component in TRACED_COMPONENTS)
     )
 
 

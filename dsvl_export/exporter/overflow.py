@@ -68,5 +68,5 @@ def check_weights(weights: QuantizedWeights, remedy: str) -> None:
         if not torch.isfinite(torch.tensor(largest).to(dtype)):
             raise PrecisionOverflowError(
                 f"{plan.name} cannot hold the tensor {name} of {source.label}: its largest magnitude is"
-                f" {largest:.4g}, and {plan.base} ends at {torch.finfo(dtype).max:.5g}; {remedy}."
+                f" {largest:.4g}, but {plan.base} holds at most {torch.finfo(dtype).max:.5g}; {remedy}."
             )

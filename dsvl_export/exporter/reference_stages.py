@@ -14,15 +14,16 @@ from dsvl_export.exporter import stage_code
 from dsvl_export.exporter.job import ExportJob
 from dsvl_export.exporter.manifest import TOKEN_EMBEDDING
 from dsvl_export.exporter.stages import GOLDENS, TOKEN_EMBEDDING_STAGE, Stage, StageProgress
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.layers import INPUTS as LAYER_INPUTS
 from dsvl_export.parity_check.layers import outputs_file, record_inputs, record_outputs
 from dsvl_export.parity_check.long_context import planned_file
 from dsvl_export.parity_check.quantization_error import (
     measure_long_golden,
     measure_quantization_error,
+    old_quantization_error_file,
     quantization_error_file,
 )
-from dsvl_export.parity_check.stages import Goldens
 from reference.checkpoint.specs import reference_settings
 from reference.goldens.layers import layer_golden_bytes
 from reference.goldens.record import (
@@ -157,12 +158,13 @@ class ReferenceStages:
     def _measure_error(
         self, precision: str, remedy: str, folder: Path, progress: StageProgress
     ) -> dict[str, Any]:
+        self._job.staging.forget(_folder(old_quantization_error_file(precision)))
         error = measure_quantization_error(
             self._job.weights(precision),
             self._embedding,
             Goldens.recorded_into(self._folder / GOLDENS),
             progress.step,
-            folder / f"noise{JOURNAL}",
+            folder / f"quantization_error{JOURNAL}",
             remedy,
         )
         write_json(folder / Path(quantization_error_file(precision)).name, error)

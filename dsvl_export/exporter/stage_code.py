@@ -37,9 +37,10 @@ CALIBRATION = (
 QUANTIZATION_ERROR = (
     *RECORDING,
     "calibration",
+    "dsvl_export/parity_check/goldens.py",
     "dsvl_export/parity_check/metrics.py",
     "dsvl_export/parity_check/quantization_error.py",
-    "dsvl_export/parity_check/stages.py",
+    "dsvl_export/parity_check/stage_tensors.py",
 )
 LAYERS = (*QUANTIZATION_ERROR, "dsvl_export/parity_check/layers.py")
 ARTIFACTS = (

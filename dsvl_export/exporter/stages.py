@@ -108,16 +108,16 @@ class StageRunner:
             UserError: the disk is too small.
         """
         self._staging.forget_all_but({*KEPT, *(stage.name for stage in stages)})
-        needed = taken = 0  # old files stay until the new ones are there
+        needed = written = 0  # old files stay until the new ones are there
         for stage in stages:
             if stage.bytes:
                 new, old = self._staging.remaining_bytes(stage.name, stage.inputs, stage.bytes)
-                needed, taken = max(needed, taken + new), taken + new - old
+                needed, written = max(needed, written + new), written + new - old
         free = shutil.disk_usage(self._staging.folder).free
         if needed > free:
             raise UserError(
                 f"The export takes {size_of(needed)} in {self._staging.folder},"
-                f" {size_of(free)} are free there."
+                f" but only {size_of(free)} are free there."
             )
 
     def run(self, stages: Sequence[Stage]) -> None:

@@ -38,7 +38,7 @@ class Staging:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Nothing is created or read before ``open``."""
+        """Keep the folder; nothing is created or read before ``open``."""
         self.folder = folder
         self.previous: Manifest | None = None  # of the bundle that is extended
         self._work = folder / STAGING
@@ -206,15 +206,15 @@ class Staging:
                 from earlier ones; called only if the stage was run before.
             size: returns the bytes of all files of the stage; called only if some are missing.
         """
-        known, temporary = self._stages.get(name), self._folder_of(name)
-        current = inputs() if known or temporary.is_dir() else None
+        finished, temporary = self._stages.get(name), self._folder_of(name)
+        current = inputs() if finished or temporary.is_dir() else None
         key = _key(current) if current is not None else ""
-        if known and known["key"] == key:
+        if finished and finished["key"] == key:
             return 0, 0
         if not _is_of(temporary, key):
             shutil.rmtree(temporary, ignore_errors=True)
         written = sum(file.stat().st_size for file in _kept(temporary) if file.exists())
-        old = sum(entry["bytes"] for entry in known["files"].values()) if known else 0
+        old = sum(entry["bytes"] for entry in finished["files"].values()) if finished else 0
         return max(size() - written, 0), old
 
     def forget_all_but(self, names: Iterable[str]) -> None:
@@ -274,10 +274,10 @@ class Staging:
 
     def files(self) -> dict[str, FileEntry]:
         """Return the entries of all files of all finished stages."""
-        found: dict[str, FileEntry] = {}
+        entries: dict[str, FileEntry] = {}
         for stage in self._stages.values():
-            found |= {path: FileEntry(**entry) for path, entry in stage["files"].items()}
-        return dict(sorted(found.items()))
+            entries |= {path: FileEntry(**entry) for path, entry in stage["files"].items()}
+        return dict(sorted(entries.items()))
 
     def result(self, name: str) -> dict[str, Any] | None:
         """Return the result of a finished stage; None if it is not finished."""
@@ -356,6 +356,12 @@ class Staging:
         with manifest_lock(self.folder):
             if (self.folder / MANIFEST).exists():
                 (self.folder / MANIFEST).replace(self._previous_file)
+
+
+def dependencies(result: dict[str, Any]) -> dict[str, str]:
+    """Return the hashes of the plan and the scales that a stage's artifacts were made from."""
+    depends_on: dict[str, str] = result.get("depends_on", result.get("rests_on", {}))  # the second until 0.4
+    return depends_on
 
 
 def _key(inputs: Any) -> str:

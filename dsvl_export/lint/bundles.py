@@ -50,16 +50,16 @@ def lint_path(
     if not path.is_dir():
         return {path: lint(path, release)}
     bundle = Bundle.open(path)
-    given = bool(tensorrt or target or sm)
-    found = {
-        bundle.path(file): _of_file(bundle, item, file, release, given)
+    is_chosen = bool(tensorrt or target or sm)
+    findings = {
+        bundle.path(file): _of_file(bundle, item, file, release, is_chosen)
         for item in bundle.manifest.artifacts
         for file in item.files
         if file.endswith(".onnx") or file == item.files[0]
     }
-    if not found:
+    if not findings:
         raise UserError(f"The bundle {path} has no artifacts to check.")
-    return found
+    return findings
 
 
 def summarize_findings(found: Mapping[Path, Sequence[Finding]]) -> str:
@@ -70,28 +70,28 @@ def summarize_findings(found: Mapping[Path, Sequence[Finding]]) -> str:
     if not checked:
         return f"Nothing was checked: none of {len(found)} files is for TensorRT."
     if broken:
-        said = f"{broken} of {len(checked)} files break a rule"
+        summary = f"{broken} of {len(checked)} files break a rule"
     else:
-        said = f"{'' if missing else 'All '}{len(checked)} files keep the rules"
-    return f"{said}, {missing} more were not checked." if missing else f"{said}."
+        summary = f"{'' if missing else 'All '}{len(checked)} files keep the rules"
+    return f"{summary}, {missing} more were not checked." if missing else f"{summary}."
 
 
-def _of_file(bundle: Bundle, item: Artifact, name: str, release: Release, given: bool) -> list[Finding]:
+def _of_file(bundle: Bundle, item: Artifact, name: str, release: Release, is_chosen: bool) -> list[Finding]:
     file = bundle.path(name)
     if not item.dialect.startswith("trt"):
-        if item.dialect == ORT and not given:
+        if item.dialect == ORT and not is_chosen:
             return list(quantization_findings(GraphView(file)))
         return [_not_checked(item)]
-    if given:
+    if is_chosen:
         return lint(file, release)
     if item.backend == "tensorrt_rtx":
         return lint(file, Release.tensorrt_rtx(min(item.engine.sm) if item.engine else None))
-    known = load_targets().get(item.target)
+    device = load_targets().get(item.target)
     return lint(
         file,
         Release(
-            CompileOptions(known, tensorrt=TensorRTOptions(item.tools.get("for"))).tensorrt_version(),
-            known.sm if known else None,
+            CompileOptions(device, tensorrt=TensorRTOptions(item.tools.get("for"))).tensorrt_version(),
+            device.sm if device else None,
         ),
     )
 

@@ -124,12 +124,12 @@ def _scale(
 
 def _channels(view: GraphView, node: NodeProto, axis: int) -> Iterator[Finding]:
     for reader, place in view.readers.get(node.output[0], []):
-        wanted = CHANNEL_AXIS.get(reader.op_type)
-        if place == 1 and wanted is not None and axis != wanted:
+        expected = CHANNEL_AXIS.get(reader.op_type)
+        if place == 1 and expected is not None and axis != expected:
             yield Finding(
                 node.name,
                 "scale-axis",
                 "unusual",
-                f"its scales are along axis {axis}, {reader.op_type} needs axis {wanted}",
+                f"its scales are along axis {axis}, {reader.op_type} needs axis {expected}",
                 "scale output channels",
             )

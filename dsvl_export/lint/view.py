@@ -80,11 +80,11 @@ class GraphView:
         """Return sizes, names or None for each dim, or None if the rank is unknown."""
         if name in self.constants:
             return tuple(self.constants[name].dims)
-        found = self._values.get(name)
-        if found is None or not found.HasField("shape"):
+        value = self._values.get(name)
+        if value is None or not value.HasField("shape"):
             return None
         return tuple(
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in found.shape.dim
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in value.shape.dim
         )
 
     def array(self, name: str) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dsvl_export.parity_check.against_reference import OnStep, execution, silent, weakest
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.localization import (
     components_to_localize,
     localize,
@@ -20,7 +21,6 @@ from dsvl_export.parity_check.long_context import LongGoldens, bundled_long_gold
 from dsvl_export.parity_check.quantization_error import read_quantization_error
 from dsvl_export.parity_check.result import Localization, ParityResult
 from dsvl_export.parity_check.run_stages import run_stages
-from dsvl_export.parity_check.stages import Goldens
 from dsvl_export.parity_check.task import judge_task, score_with_progress
 from dsvl_export.parity_check.text import bundled_texts, judge_text
 from dsvl_export.parity_check.tolerances import Tolerance, load_tolerances, tolerance_for, tolerance_of_base

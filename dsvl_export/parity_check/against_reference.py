@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dsvl_export.cluster.ray_cluster import Spread
 from dsvl_export.parity_check.audit import judge_audit
 from dsvl_export.parity_check.entry_points import judge_entry_points
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.layers import judge_layers
 from dsvl_export.parity_check.localization import components_to_localize, localize
 from dsvl_export.parity_check.long_context import LongGoldens, bundled_long_goldens, judge_long_context
@@ -24,7 +25,6 @@ from dsvl_export.parity_check.quantization_error import (
 )
 from dsvl_export.parity_check.result import ParityResult
 from dsvl_export.parity_check.run_stages import run_stages
-from dsvl_export.parity_check.stages import Goldens
 from dsvl_export.parity_check.task import judge_task, score_on_cluster, score_with_progress
 from dsvl_export.parity_check.text import bundled_texts, judge_text
 from dsvl_export.parity_check.tolerances import Tolerance, load_tolerances, tolerance_for, tolerance_of_base

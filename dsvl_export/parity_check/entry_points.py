@@ -14,10 +14,11 @@ import numpy as np
 
 from dsvl_export.compilers.mil.listing import FILE, render_listing
 from dsvl_export.compilers.protocol import App
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.quantization_error import QuantizationError
 from dsvl_export.parity_check.result import ParityResult
 from dsvl_export.parity_check.settings import settings_faults
-from dsvl_export.parity_check.stages import STEPS, Goldens
+from dsvl_export.parity_check.stage_tensors import STEPS
 from dsvl_export.version import __version__
 from runtimes.backends.capabilities import ProvidesEntryPoints
 from runtimes.backends.executorch_tokenizer import describe_differences, tokenizer_differences
@@ -113,7 +114,10 @@ def judge_entry_points(
     for name, file in points.tokenizers.items():
         different, _ = tokenizer_differences(file, bundle.path(TOKENIZER), thorough=False)
         if different:
-            stage.fail(f"{name} tokenizes {describe_differences(different)} otherwise than the checkpoint's")
+            stage.fail(
+                f"{name} tokenizes {describe_differences(different)} differently from the tokenizer of the"
+                " checkpoint"
+            )
     for fault in _listing_faults(bundle, result):
         stage.fail(fault)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from dsvl_export.compilers.registry import load_compiler
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.quantization_error import QuantizationError
 from dsvl_export.parity_check.result import Localization, ParityResult, TapError
-from dsvl_export.parity_check.stages import Goldens
 from dsvl_export.parity_check.tolerances import Tolerance
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
@@ -123,7 +123,7 @@ def localize(
 
 
 def _note(component: str, result: ParityResult) -> str:
-    """Say what it means that no tap lies beyond its bound."""
+    """Explain why no tap lies beyond its bound although a stage failed."""
     beyond = sorted(
         {stage.errors.golden for name in STAGES_OF[component]
          if (stage := result.stage(name)).state == "failed" and stage.errors}

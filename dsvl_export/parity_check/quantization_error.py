@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.metrics import top1_tie_error
-from dsvl_export.parity_check.stages import STEPS, Goldens, vision_tensors
+from dsvl_export.parity_check.stage_tensors import STEPS, vision_tensors
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import parse_json, read_json
 from runtimes.chain import Chain
@@ -73,7 +74,12 @@ def _sum(first: Errors, second: Errors) -> Errors:
 
 
 def quantization_error_file(precision: str) -> str:
-    """Return the path of the recorded errors in a bundle, which the format of bundles fixes."""
+    """Return the path of the recorded errors in a bundle."""
+    return f"quantization_error/{precision}/quantization_error.json"
+
+
+def old_quantization_error_file(precision: str) -> str:
+    """Return the path of the recorded errors in a bundle of dsvl-export 0.4."""
     return f"noise/{precision}/noise.json"
 
 
@@ -83,8 +89,9 @@ def read_quantization_error(bundle: Bundle, precision: str) -> QuantizationError
     Raises:
         UserError: the file is damaged.
     """
-    path = quantization_error_file(precision)
-    if path not in bundle.manifest.files:
+    files = (quantization_error_file(precision), old_quantization_error_file(precision))
+    path = next((file for file in files if file in bundle.manifest.files), None)
+    if path is None:
         return QuantizationError()
     bundle.check([path])
     raw = read_json(bundle.path(path))

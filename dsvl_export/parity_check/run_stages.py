@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 from PIL.Image import Image
 
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.metrics import tie_margin
 from dsvl_export.parity_check.quantization_error import CHAIN, QuantizationError
 from dsvl_export.parity_check.result import ParityResult, TokenComparison
-from dsvl_export.parity_check.stages import STEPS, Goldens, stage_tensors
+from dsvl_export.parity_check.stage_tensors import STEPS, stage_tensors
 from runtimes.chain import Chain
 from runtimes.goldens.golden import Golden, greedy_decode
 from runtimes.images import load_image

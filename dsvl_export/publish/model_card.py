@@ -20,11 +20,11 @@ EXTRAS = {"tensorrt_rtx": "tensorrt-rtx"}  # where an extra is not called like i
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a manifest does not say.
+    """Fields of the model card that a manifest does not have.
 
     Args:
         base_model: hub id of the model that was exported; None leaves it out.
-        license: an identifier of the hub, such as ``mit``; None is DeepSeek's model licence.
+        license: an identifier of the hub, such as ``mit``; None is DeepSeek's model license.
     """
 
     base_model: str | None = None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from calibration.sensitivity import Sensitivity
 
 STYLE = {"svg.hashsalt": "dsvl-export", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-COLOURS = ("#2f5fd0", "#b4541f", "#1d7a4b", "#7a3ea8", "#555555")
+COLORS = ("#2f5fd0", "#b4541f", "#1d7a4b", "#7a3ea8", "#555555")
 LEAST_KL = 1e-9  # drawn for a divergence of zero on a logarithmic axis
 
 
@@ -23,15 +23,15 @@ def draw_sensitivity(sensitivity: Sensitivity, file: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(8.0, 0.13 * len(layers)), 4.6), layout="constrained")
         axes = figure.subplots()
-        for colour, precision in zip(
-            COLOURS, sorted({row.precision for row in sensitivity.rows}), strict=False
+        for color, precision in zip(
+            COLORS, sorted({row.precision for row in sensitivity.rows}), strict=False
         ):
             rows = {
                 row.layer: max(row.kl, LEAST_KL) for row in sensitivity.rows if row.precision == precision
             }
             places = [place for place, layer in enumerate(layers) if layer in rows]
             values = [rows[layers[place]] for place in places]
-            axes.plot(places, values, "-o", color=colour, markersize=3.5, linewidth=1, label=precision)
+            axes.plot(places, values, "-o", color=color, markersize=3.5, linewidth=1, label=precision)
         axes.set_yscale("log")
         axes.set_ylabel("KL divergence, nats per token")
         step = max(1, len(layers) // 80)
@@ -50,19 +50,19 @@ def draw_front(
         axes = figure.subplots()
         size = [point.bytes / 1e6 for point in front]
         cost = [max(point.cost.kl, LEAST_KL) for point in front]
-        axes.plot(size, cost, "-o", color=COLOURS[0], markersize=4, label="plans, measured on held-out data")
+        axes.plot(size, cost, "-o", color=COLORS[0], markersize=4, label="plans, measured on held-out data")
         for index, point in enumerate(uniform):
             place = (point.bytes / 1e6, max(point.cost.kl, LEAST_KL))
-            axes.plot(*place, "s", color=COLOURS[1])
+            axes.plot(*place, "s", color=COLORS[1])
             axes.annotate(
                 point.plan.name,
                 place,
                 (7, 5 - 14 * (index % 2)),
                 textcoords="offset points",
-                color=COLOURS[1],
+                color=COLORS[1],
             )
         place = (chosen.bytes / 1e6, max(chosen.cost.kl, LEAST_KL))
-        axes.plot(*place, "o", color=COLOURS[2], markersize=10, label=f"chosen for {budget}")
+        axes.plot(*place, "o", color=COLORS[2], markersize=10, label=f"chosen for {budget}")
         axes.set_yscale("log")
         axes.set_xlabel("weights of linear layers and convolutions, MB")
         axes.set_ylabel("KL divergence, nats per token")

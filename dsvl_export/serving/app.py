@@ -27,7 +27,7 @@ from dsvl_export.serving.protocol import Conversation, parse_conversation, read_
 from dsvl_export.serving.service import AnswerStream, ModelRequest, ServeOptions, Service
 from dsvl_export.version import __version__
 from runtimes.errors import UserError
-from runtimes.scheduler import Step
+from runtimes.job import Step
 
 CHAT, GUARDED = "/v1/chat/completions", ("/v1/", "/metrics")
 BODY_SECONDS = 30

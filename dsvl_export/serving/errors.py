@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtimes.errors import UserError
-from runtimes.scheduler import BusyError, ClosedError, DeadlineError
+from runtimes.job import BusyError, ClosedError, DeadlineError
 
 INTERNAL = "The server failed at this request; its log has the reason."
 

@@ -35,7 +35,7 @@ from dsvl_export.serving.service import (
 from dsvl_export.serving.text import TextEncoder
 from runtimes.bundle.bundle import Bundle
 from runtimes.chain import Chain, EncodedImage, Prompt
-from runtimes.scheduler import BusyError, DeadlineError, Job, Step
+from runtimes.job import BusyError, DeadlineError, Job, Step
 from runtimes.text.prompt import format_chat
 
 DECODED_AT_ONCE = 2  # images that are decoded at a time

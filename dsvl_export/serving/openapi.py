@@ -32,7 +32,7 @@ def openapi_document(names: Sequence[str], token: bool) -> Schema:
             "/healthz": {
                 "get": _operation(
                     "Health: 503 if the server cannot answer requests", "application/json", _ref("Health"),
-                    {"503": _response("Not able to answer", "application/json", _ref("Unavailable"))},
+                    {"503": _response("Cannot answer requests", "application/json", _ref("Unavailable"))},
                 )
             },
             "/metrics": {

@@ -30,7 +30,7 @@ from dsvl_export.serving.service import (
 )
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError, first_line
-from runtimes.scheduler import BusyError, DeadlineError, Step
+from runtimes.job import BusyError, DeadlineError, Step
 from runtimes.text.tokenizer import Tokenizer
 
 DEPLOYMENT = "replica"

@@ -13,7 +13,7 @@ from dsvl_export.serving.protocol import Conversation
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import TOKENIZER
 from runtimes.generation.sampling import GenerationOptions
-from runtimes.scheduler import Step
+from runtimes.job import Step
 from runtimes.text.tokenizer import Tokenizer
 
 
@@ -26,7 +26,7 @@ class ServeOptions:
         local: whether requests must name this machine as their host.
         max_new_tokens: maximum length of an answer, if the request does not set one.
         drafts: use speculative decoding for an answer that is generated alone.
-        seconds: time after which a request is cancelled.
+        seconds: time after which a request is canceled.
         max_body_bytes: maximum size of a request.
         images: limits of the images of a request.
         origins: origins of other web pages that can send requests, such as ``https://host:port``;
@@ -48,7 +48,7 @@ class ModelRequest:
     """A request to a model.
 
     ``stream`` asks for every step of the answer, otherwise only the last one is sent. The request
-    is cancelled after ``seconds``.
+    is canceled after ``seconds``.
     """
 
     model: str

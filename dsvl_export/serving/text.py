@@ -95,7 +95,7 @@ class TextEncoder:
             return await asyncio.get_running_loop().run_in_executor(
                 self._short_texts, self._tokenizer.encode, text
             )
-        # If the request is cancelled, the task still finishes, so that the process stays usable.
+        # If the request is canceled, the task still finishes, so that the process stays usable.
         task = asyncio.create_task(self._encode_long(text))
         self._running.add(task)
         task.add_done_callback(self._forget_task)

@@ -32,7 +32,7 @@ MULTIPART_MESSAGES = [
 MULTITURN_MESSAGES: list[dict[str, Any]] = [
     *IMAGE_MESSAGES,
     {"role": "assistant", "content": [{"type": "text", "text": "A circle."}]},
-    {"role": "user", "content": [{"type": "text", "text": "Which colour?"}]},
+    {"role": "user", "content": [{"type": "text", "text": "Which color?"}]},
 ]
 LATE_SYSTEM_MESSAGES = [
     *MULTITURN_MESSAGES[:2],

@@ -268,7 +268,7 @@ class Checkpoint:
 
 
 def _stream_weights(model: DeepSeekVL, load: Callable[[str], Tensor]) -> None:
-    """Add hooks that load a module's own parameters before it runs and free them afterwards.
+    """Add hooks that load a module's own parameters before it runs and free them afterward.
 
     Buffers are reused by the next module with the same shapes: allocating memory takes longer than
     reading the weights.

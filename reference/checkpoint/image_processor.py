@@ -74,7 +74,7 @@ def parse_preprocessing(settings: Settings, config: ModelConfig) -> PreprocessSp
 
 
 def _check_class(settings: Settings, config: ModelConfig) -> None:
-    """Refuse another processor class: it may do other steps, such as a centre crop."""
+    """Refuse another processor class: it may do other steps, such as a center crop."""
     if settings.values.get("image_processor_type") is None:
         return
     own = "DeepseekVLHybridImageProcessor" if config.vision.hybrid else "DeepseekVLImageProcessor"

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from reference.tiny.pictures import CANVAS, COLOURS, COLUMNS, SHAPES, Scene, draw_scene
+from reference.tiny.pictures import CANVAS, COLORS, COLUMNS, SHAPES, Scene, draw_scene
 from reference.tiny.questions import Question, image_preamble, make_chat
 from runtimes.text.prompt import BOS, EOS, IMAGE_PLACEHOLDER, PAD, SYSTEM_PROMPT, Message, format_chat
 
@@ -20,7 +20,7 @@ OBJECT_NAMES = [str(digit) for digit in range(10)] + list(SHAPES)
 # Classes of the dense heads; 0 means background.
 DENSE_HEADS = {
     "name": len(OBJECT_NAMES) + 1,
-    "colour": len(COLOURS) + 1,
+    "colour": len(COLORS) + 1,
     "order": len(COLUMNS) + 1,
     "row": GRID,
     "column": GRID,
@@ -52,16 +52,16 @@ def dense_targets(scene: Scene) -> np.ndarray:
     """
     cell = CANVAS / GRID
     targets = np.zeros((len(DENSE_HEADS), GRID, GRID), dtype=np.int64)
-    centres = (np.arange(GRID) + 0.5) * cell
+    centers = (np.arange(GRID) + 0.5) * cell
     for item in scene.digits + scene.shapes:
         x0, y0, x1, y1 = item.box
-        columns = (centres >= x0 - 2) & (centres <= x1 + 2)
-        rows = (centres >= y0 - 2) & (centres <= y1 + 2)
+        columns = (centers >= x0 - 2) & (centers <= x1 + 2)
+        rows = (centers >= y0 - 2) & (centers <= y1 + 2)
         covered = rows[:, None] & columns[None, :]
         middle = min(int((y0 + y1) / 2 / cell), GRID - 1), min(int((x0 + x1) / 2 / cell), GRID - 1)
         covered[middle] = True
         targets[0][covered] = OBJECT_NAMES.index(item.name) + 1
-        targets[1][covered] = list(COLOURS).index(item.colour) + 1
+        targets[1][covered] = list(COLORS).index(item.color) + 1
         targets[2][middle] = item.order + 1
     targets[3], targets[4] = np.indices((GRID, GRID))
     return targets.reshape(len(DENSE_HEADS), -1)

@@ -29,7 +29,7 @@ def plot_curve(log: Path, output: Path) -> None:
     for stage in sorted({row["stage"] for row in rows}):
         part = [row for row in rows if row["stage"] == stage]
         steps = start + np.array([row["step"] for row in part])
-        for key, colour, label in (
+        for key, color, label in (
             ("name", "tab:blue", "digit or shape of an image token's cell (adaptor)"),
             ("token_accuracy", "tab:red", "answer tokens (decoder)"),
         ):
@@ -37,7 +37,7 @@ def plot_curve(log: Path, output: Path) -> None:
                 values = np.array([row[key] for row in part])
                 window = min(SMOOTHING_WINDOW, len(values))
                 smooth = np.convolve(values, np.ones(window) / window, "valid")
-                axes.plot(steps[window - 1 :], smooth, color=colour, label=label)
+                axes.plot(steps[window - 1 :], smooth, color=color, label=label)
         axes.axvline(start, color="0.8", zorder=0)
         axes.text(start + 20, 0.02, f"stage {stage}", color="0.4")
         start = int(steps[-1])

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 CANVAS = 128  # drawing units; pictures have 1.25 to 3 pixels per unit
-COLOURS = {
+COLORS = {
     "red": (214, 40, 40),
     "green": (34, 150, 60),
     "blue": (40, 80, 220),
@@ -40,10 +40,10 @@ STRIPES, HELD_OUT_STRIPES = 12, (3, 8)
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A digit or a shape: name, colour, box in canvas units, and its order from left to right."""
+    """A digit or a shape: name, color, box in canvas units, and its order from left to right."""
 
     name: str
-    colour: str
+    color: str
     box: tuple[float, float, float, float]
     order: int  # digits: 0 to 2 within the number; shapes: column
 
@@ -53,7 +53,7 @@ class Scene:
     """The content of a picture: a number and shapes."""
 
     number: str
-    number_colour: str
+    number_color: str
     number_half: str
     shapes: tuple[SceneObject, ...]
     digits: tuple[SceneObject, ...]
@@ -75,9 +75,9 @@ def draw_scene(seed: Sequence[int], held_out: bool = False) -> tuple[Image.Image
     image = Image.new("RGB", (side, side), tuple(int(v) for v in background))
     pen = ImageDraw.Draw(image)
     half = int(rng.integers(2))
-    number, colour, digits = _draw_number(pen, rng, scale, half, held_out)
+    number, color, digits = _draw_number(pen, rng, scale, half, held_out)
     shapes = _draw_shapes(pen, rng, scale, 1 - half, held_out)
-    return image, Scene(number, colour, HALVES[half], tuple(shapes), tuple(digits))
+    return image, Scene(number, color, HALVES[half], tuple(shapes), tuple(digits))
 
 
 def _offset(rng: np.random.Generator, room: float, held_out: bool) -> float:
@@ -87,9 +87,9 @@ def _offset(rng: np.random.Generator, room: float, held_out: bool) -> float:
     return float((stripe + rng.random()) / STRIPES * room)
 
 
-def _colour(rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
-    name = str(rng.choice(list(COLOURS)))
-    red, green, blue = np.clip(np.array(COLOURS[name]) + rng.integers(-14, 15, size=3), 0, 255)
+def _color(rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
+    name = str(rng.choice(list(COLORS)))
+    red, green, blue = np.clip(np.array(COLORS[name]) + rng.integers(-14, 15, size=3), 0, 255)
     return name, (int(red), int(green), int(blue))
 
 
@@ -112,7 +112,7 @@ def _draw_number(
     count = int(rng.integers(1, 4))
     first = rng.integers(1 if count > 1 else 0, 10)
     number = "".join(str(d) for d in [first, *rng.integers(0, 10, size=count - 1)])
-    name, rgb = _colour(rng)
+    name, rgb = _color(rng)
     font = _font(
         str(rng.choice(HELD_OUT_FONTS if held_out else TRAIN_FONTS)),
         round(float(rng.uniform(32, 50)) * scale),
@@ -141,7 +141,7 @@ def _draw_shapes(
     width, height = CANVAS / 3, CANVAS / 2
     shapes = []
     for column in columns:
-        kind, (name, rgb) = str(rng.choice(SHAPES)), _colour(rng)
+        kind, (name, rgb) = str(rng.choice(SHAPES)), _color(rng)
         radius = float(rng.uniform(10, 18))
         x = column * width + radius + 1 + _offset(rng, width - 2 * radius - 2, held_out)
         y = half * height + radius + 2 + _offset(rng, height - 2 * radius - 4, held_out)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reference.tiny.pictures import COLOURS, COLUMNS, SHAPES, Scene, SceneObject
+from reference.tiny.pictures import COLORS, COLUMNS, SHAPES, Scene, SceneObject
 
 TRAINED_KINDS = (
     "number_1", "number_2", "number_3", "number_colour", "number_half", "count_all",
@@ -52,8 +52,8 @@ def _unique_shape(rng: np.random.Generator, scene: Scene) -> SceneObject | None:
 
 def describe_scene(scene: Scene) -> str:
     """Describe a complete scene in one sentence, shapes from left to right."""
-    shapes = ", ".join(f"a {shape.colour} {shape.name}" for shape in scene.shapes)
-    return f"The {scene.number_colour} number {scene.number} at the {scene.number_half}, and {shapes}."
+    shapes = ", ".join(f"a {shape.color} {shape.name}" for shape in scene.shapes)
+    return f"The {scene.number_color} number {scene.number} at the {scene.number_half}, and {shapes}."
 
 
 def make_question(rng: np.random.Generator, kind: str, scene: Scene, picture: str) -> Question | None:
@@ -71,21 +71,21 @@ def make_question(rng: np.random.Generator, kind: str, scene: Scene, picture: st
             return None
         return Question(kind, _phrase(rng, "number", **words), scene.number)
     if kind == "number_colour":
-        answer = scene.number_colour
+        answer = scene.number_color
     elif kind == "number_half":
         answer = scene.number_half
     elif kind == "count_all":
         answer = str(len(scene.shapes))
     elif kind == "count_colour":
-        present = [shape.colour for shape in scene.shapes]
-        words["colour"] = str(rng.choice(present if rng.random() < 0.7 else list(COLOURS)))
+        present = [shape.color for shape in scene.shapes]
+        words["colour"] = str(rng.choice(present if rng.random() < 0.7 else list(COLORS)))
         answer = str(present.count(words["colour"]))
     elif kind in ("shape_colour", "shape_column"):
         shape = _unique_shape(rng, scene)
         if shape is None:
             return None
         words["shape"] = shape.name
-        answer = shape.colour if kind == "shape_colour" else COLUMNS[shape.order]
+        answer = shape.color if kind == "shape_colour" else COLUMNS[shape.order]
     elif kind == "shape_at":
         shape = scene.shapes[rng.integers(len(scene.shapes))]
         words["column"] = COLUMNS[shape.order]
@@ -98,18 +98,18 @@ def make_question(rng: np.random.Generator, kind: str, scene: Scene, picture: st
 
 
 def _choose_existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str, str]:
-    """Choose a colour, a shape and the answer, half yes and half no.
+    """Choose a color, a shape and the answer, half yes and half no.
 
-    For a no, either the colour or the shape usually occurs in the scene.
+    For a no, either the color or the shape usually occurs in the scene.
     """
     shape = scene.shapes[rng.integers(len(scene.shapes))]
-    present = {(item.colour, item.name) for item in scene.shapes}
+    present = {(item.color, item.name) for item in scene.shapes}
     if rng.random() < 0.5:
-        return shape.colour, shape.name, "yes"
-    near = [(colour, shape.name) for colour in COLOURS] + [(shape.colour, name) for name in SHAPES]
+        return shape.color, shape.name, "yes"
+    near = [(color, shape.name) for color in COLORS] + [(shape.color, name) for name in SHAPES]
     absent = [pair for pair in near if pair not in present]
-    colour, name = absent[rng.integers(len(absent))]
-    return colour, name, "no"
+    color, name = absent[rng.integers(len(absent))]
+    return color, name, "no"
 
 
 def make_chat(rng: np.random.Generator, scenes: list[Scene], turns: int) -> list[Question]:

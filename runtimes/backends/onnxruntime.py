@@ -32,7 +32,7 @@ CPU, CUDA = "cpu", "cuda"  # kinds of memory
 # Dialects; integer matmuls with a scale per token have kernels only on a CPU.
 ORT, ORT_TOKENS = "ort", "ort_tokens"
 CONCURRENT = True  # sessions may run at the same time in different threads
-PREFILL_FROM = 32  # calls of at least this many tokens use the prefill graph; drafts are shorter
+PREFILL_FROM = 32  # shortest call that uses the prefill graph; calls with speculative tokens are shorter
 
 
 def _import() -> Any:

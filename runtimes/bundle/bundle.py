@@ -25,9 +25,9 @@ class Bundle:
     such a link is read only if it has the size and the SHA-256 in the manifest.
 
     Args:
-        folder: The bundle's folder.
-        manifest: Its manifest.
-        downloaded: Whether the folder is in the cache of the Hugging Face Hub, where nothing is
+        folder: the bundle's folder.
+        manifest: its manifest.
+        downloaded: whether the folder is in the cache of the Hugging Face Hub, where nothing is
             written.
     """
 
@@ -44,7 +44,7 @@ class Bundle:
             folder: the bundle's folder, or a Hugging Face Hub id, which is downloaded first.
 
         Raises:
-            UserError: The folder is not a bundle, or its manifest is malformed, or the download
+            UserError: the folder is not a bundle, or its manifest is malformed, or the download
                 failed.
         """
         hub_id = HubId.parse(folder)
@@ -71,7 +71,7 @@ class Bundle:
         Links are not resolved: libraries look for the other files of an artifact beside the link.
 
         Raises:
-            UserError: The path leads outside the bundle, to a file without the manifest's hash.
+            UserError: the path leads outside the bundle, to a file without the manifest's hash.
         """
         if not stays_inside(relative):
             raise UserError(f"{relative} leads outside the bundle {self.folder}.")
@@ -88,7 +88,7 @@ class Bundle:
         """Return one sentence for each file that is missing or has a wrong size or hash.
 
         Args:
-            paths: The files to check; None checks all.
+            paths: the files to check; None checks all.
         """
         problems = []
         for path in sorted(self.manifest.files if paths is None else set(paths)):
@@ -109,7 +109,7 @@ class Bundle:
         """Check files against the manifest.
 
         Raises:
-            UserError: A file is missing or has a wrong size or hash.
+            UserError: a file is missing or has a wrong size or hash.
         """
         problems = self.problems(paths)
         if problems:
@@ -134,7 +134,7 @@ class Bundle:
         """Return the first pair that matches, as in ``matching``.
 
         Raises:
-            UserError: No pair matches; the message lists the bundle's pairs.
+            UserError: no pair matches; the message lists the bundle's pairs.
         """
         matches = self.matching(backend, precision)
         if matches:
@@ -147,7 +147,7 @@ class Bundle:
         """Return the artifact of a component.
 
         Raises:
-            UserError: The bundle does not have it.
+            UserError: the bundle does not have it.
         """
         for item in self.manifest.artifacts:
             if (item.component, item.backend, item.precision) == (component, backend, precision):

@@ -32,7 +32,7 @@ class TensorSpec:
         """Check the dtype and shape of an array; named dimensions accept any size.
 
         Raises:
-            ValueError: The array has another dtype or shape.
+            ValueError: the array has another dtype or shape.
         """
         fits = len(array.shape) == len(self.shape) and all(
             isinstance(dim, str) or dim == size for dim, size in zip(self.shape, array.shape, strict=True)
@@ -94,13 +94,13 @@ def check_contracts(model: Mapping[str, Any], contracts: Mapping[str, Contract])
     """Compare the contracts of a precision with the model's sizes.
 
     Args:
-        model: The config in a manifest: ``vision``, ``decoder``.
-        contracts: Component → contract.
+        model: the config in a manifest: ``vision``, ``decoder``.
+        contracts: component → contract.
 
     Raises:
-        ValueError: A tensor has another shape or dtype than the model's sizes require.
-        KeyError: A size or a component is missing.
-        TypeError: A size is not a number.
+        ValueError: a tensor has another shape or dtype than the model's sizes require.
+        KeyError: a size or a component is missing.
+        TypeError: a size is not a number.
     """
     vision, decoder = model["vision"], model["decoder"]
     siglip, sam = vision["siglip"], vision["sam"]

@@ -27,11 +27,11 @@ def read_json(file: Path, huge_integers: bool = False) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Args:
-        file: The file.
-        huge_integers: As in ``parse_json``.
+        file: the file.
+        huge_integers: as in ``parse_json``.
 
     Raises:
-        UserError: The file is missing, too large or not JSON by the rules of ``parse_json``, or its
+        UserError: the file is missing, too large or not JSON by the rules of ``parse_json``, or its
             value is not an object.
     """
     value = parse_json(read_bytes(file), str(file), huge_integers)
@@ -47,13 +47,13 @@ def parse_json(content: bytes | str, where: str, huge_integers: bool = False) ->
     more than ``MAX_NESTING`` levels, half a surrogate pair, and a byte order mark.
 
     Args:
-        content: The text.
-        where: Name of the text, for errors, as its file.
-        huge_integers: Accept integers of up to 40 digits: transformers writes 10^30 as the
+        content: the text.
+        where: name of the text, for errors, as its file.
+        huge_integers: accept integers of up to 40 digits: transformers writes 10^30 as the
             ``model_max_length`` of a tokenizer without one.
 
     Raises:
-        UserError: The text is refused; the message has the reason.
+        UserError: the text is refused; the message has the reason.
     """
     try:
         if isinstance(content, bytes):
@@ -124,7 +124,7 @@ def read_bytes(file: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """Return the content of a regular file of a bounded size.
 
     Raises:
-        UserError: The file is missing, is not a regular file, has more than ``limit`` bytes, or
+        UserError: the file is missing, is not a regular file, has more than ``limit`` bytes, or
             cannot be read.
     """
     try:
@@ -148,11 +148,11 @@ def read_json_lines(file: Path, what: str) -> Iterator[tuple[int, Any]]:
     order mark is skipped.
 
     Args:
-        file: The file.
-        what: The file's purpose, for errors, as in ``task file``.
+        file: the file.
+        what: the file's purpose, for errors, as in ``task file``.
 
     Raises:
-        UserError: The file cannot be read, or a line is not JSON; the message has its number.
+        UserError: the file cannot be read, or a line is not JSON; the message has its number.
     """
     try:
         with file.open("rb") as handle:

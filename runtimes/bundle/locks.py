@@ -26,7 +26,7 @@ class FileLock:
     that finished folders do not contain lock files.
 
     Args:
-        file: The lock file.
+        file: the lock file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -44,13 +44,13 @@ class FileLock:
         """Take the lock; the file's folder is created if it is missing.
 
         Args:
-            wait: Wait until another holder releases the lock.
+            wait: wait until another holder releases the lock.
 
         Returns:
             False where another holder has the lock and ``wait`` is False.
 
         Raises:
-            UserError: The file is a link, its file system does not support locks, or its folder
+            UserError: the file is a link, its file system does not support locks, or its folder
                 cannot be created.
         """
         while True:
@@ -116,11 +116,11 @@ def locked(file: Path, busy: str | None = None) -> Iterator[None]:
     """Hold the lock of a file.
 
     Args:
-        file: The lock file.
-        busy: Error message where another process holds the lock; None waits for it.
+        file: the lock file.
+        busy: error message where another process holds the lock; None waits for it.
 
     Raises:
-        UserError: Another process holds the lock, or as in ``FileLock.acquire``.
+        UserError: another process holds the lock, or as in ``FileLock.acquire``.
     """
     lock = FileLock(file)
     if not lock.acquire(wait=busy is None):
@@ -142,7 +142,7 @@ def manifest_lock(folder: Path) -> Iterator[None]:
     """Hold the lock for reading, changing and writing a bundle's manifest; wait for other holders.
 
     Raises:
-        UserError: The folder of the lock is a link.
+        UserError: the folder of the lock is a link.
     """
     refuse_link(folder, STAGING)
     with locked(folder / STAGING / "manifest.lock"):
@@ -153,7 +153,7 @@ def refuse_link(folder: Path, relative: str) -> None:
     """Check that no part of the path ``relative`` inside ``folder`` is a link.
 
     Raises:
-        UserError: A part is a link, so files would be written elsewhere.
+        UserError: a part is a link, so files would be written elsewhere.
     """
     for part in (relative, *map(str, PurePosixPath(relative).parents)):
         if (folder / part).is_symlink() and part != ".":

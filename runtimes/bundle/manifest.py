@@ -23,7 +23,16 @@ STAGING = ".staging"  # folder of an unfinished export
 TOKENIZER = "tokenizer/tokenizer.json"  # a copy of the checkpoint's
 DEBUG_PREFIX = ".debug-"  # of folders for debug builds, which parity deletes when it ends
 # Files that a parity verdict depends on, besides the artifacts.
-JUDGED_WITH = ("goldens/", "layers/", "long/", "noise/", "precisions/", "tokenizer/", "token_embedding/")
+JUDGED_WITH = (
+    "goldens/",
+    "layers/",
+    "long/",
+    "noise/",  # until 0.4, for quantization_error/
+    "precisions/",
+    "quantization_error/",
+    "token_embedding/",
+    "tokenizer/",
+)
 
 
 @dataclass(frozen=True)
@@ -39,15 +48,15 @@ class Engine:
     """A TensorRT engine of an artifact.
 
     Args:
-        file: Path in the bundle.
-        sm: Compute capabilities that it runs on.
+        file: path in the bundle.
+        sm: compute capabilities that it runs on.
         gpu: GPU of the machine that built it; empty where the build needed none.
-        driver: Driver of that machine.
-        tensorrt: Version of the library that built it.
-        capacity: Tokens of the KV cache.
-        max_batch: Most rows that decode together.
-        options: Further build options, as ``version-compatible``.
-        platform: Platform of the machine that built it, as ``aarch64``; empty where any will do.
+        driver: driver of that machine.
+        tensorrt: version of the library that built it.
+        capacity: tokens of the KV cache.
+        max_batch: most rows that decode together.
+        options: further build options, as ``version-compatible``.
+        platform: platform of the machine that built it, as ``aarch64``; empty where any will do.
     """
 
     file: str
@@ -67,19 +76,19 @@ class Artifact:
 
     Args:
         component: ``vision_encoder``, ``adaptor`` or ``decoder``.
-        backend: Name of the backend.
-        precision: Name of the precision.
-        target: Name of the target, as in ``targets.yaml``.
-        dialect: Dialect of the operators in its files.
-        files: Paths in the bundle, the main file first.
-        tools: Names and versions of the libraries that made it.
-        engine: Its TensorRT engine, if one was built.
-        base: Precision of the layers that are not quantized.
-        capacity: Tokens of a decoder's KV cache, where compilation fixed them.
-        activation_bytes: Planned size of its intermediate tensors, for one image or a chunk of a
+        backend: name of the backend.
+        precision: name of the precision.
+        target: name of the target, as in ``targets.yaml``.
+        dialect: dialect of the operators in its files.
+        files: paths in the bundle, the main file first.
+        tools: names and versions of the libraries that made it.
+        engine: its TensorRT engine, if one was built.
+        base: precision of the layers that are not quantized.
+        capacity: tokens of a decoder's KV cache, where compilation fixed them.
+        activation_bytes: planned size of its intermediate tensors, for one image or a chunk of a
             prompt; 0 where it is not known.
-        activation_bytes_per_token: Their growth per token of the KV cache's capacity.
-        quantizes_activations: Whether activations or the KV cache are quantized; None in manifests
+        activation_bytes_per_token: their growth per token of the KV cache's capacity.
+        quantizes_activations: whether activations or the KV cache are quantized; None in manifests
             of dsvl-export 0.4.
         audited: SHA-256 of each file that the export read back and compared with the checkpoint and
             the precision plan; empty where it did not.
@@ -186,11 +195,11 @@ class Manifest:
         """Check a JSON object and build the manifest from it.
 
         Args:
-            raw: The JSON object.
-            where: Name of its file, for errors.
+            raw: the JSON object.
+            where: name of its file, for errors.
 
         Raises:
-            UserError: A key is missing or malformed, a path leads outside the bundle, or the schema
+            UserError: a key is missing or malformed, a path leads outside the bundle, or the schema
                 version is unknown.
         """
         if raw.get("schema_version") != SCHEMA_VERSION:

@@ -17,8 +17,8 @@ def save_tensors(tensors: Mapping[str, np.ndarray], file: Path, texts: Mapping[s
     The library writes the metadata in random order; this function sorts them.
 
     Raises:
-        OSError: The file cannot be written.
-        SafetensorError: The library refuses a tensor.
+        OSError: the file cannot be written.
+        SafetensorError: the library refuses a tensor.
     """
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
     try:

@@ -68,11 +68,11 @@ def read_yaml(file: Path, what: str) -> Any:
     """Return the value of a YAML file.
 
     Args:
-        file: The file.
-        what: The file's purpose, for errors, as in ``precision plan``.
+        file: the file.
+        what: the file's purpose, for errors, as in ``precision plan``.
 
     Raises:
-        UserError: The file cannot be read, is too large, or is not YAML of plain values. Aliases,
+        UserError: the file cannot be read, is too large, or is not YAML of plain values. Aliases,
             tags, infinity, NaN, duplicate keys and more than ``MAX_NESTING`` levels are refused.
     """
     content = read_bytes(file, MAX_YAML_BYTES)

@@ -94,22 +94,22 @@ class SequenceDecoder:
             return self.finish("length")
         return self._release(len(self._held) - self._stop_prefix())
 
-    def accept_draft(self, rows: np.ndarray, draft: Sequence[int], deviation: float) -> str:
-        """Sample a token from each of ``rows [K, V]`` until one differs from ``draft [K - 1]``.
+    def accept_speculative(self, rows: np.ndarray, proposed: Sequence[int], deviation: float) -> str:
+        """Sample a token from each of ``rows [K, V]`` until one differs from ``proposed [K - 1]``.
 
         Stops before the first row for which logits of a single-token call could give another
         token.
 
         Args:
-            rows: logits of a call that decoded the last token and the draft.
-            draft: the speculative tokens.
+            rows: logits of a call that decoded the last token and the proposed ones.
+            proposed: the speculative tokens.
             deviation: largest difference between ``rows`` and the logits of single-token calls.
 
         Returns:
             the text that is now certain.
         """
         text = ""
-        for row, speculative in zip(rows, [*draft, None], strict=True):
+        for row, speculative in zip(rows, [*proposed, None], strict=True):
             token = self._sampler.pick_if_certain(row, self._seen, deviation)
             if token is None:
                 break
@@ -153,10 +153,11 @@ class SpeculativeSequence:
     """One sequence while it is decoded, with speculative tokens where they save time.
 
     Speculation never changes the answer: a row of a multi-token call is used only if the choice of
-    its token is certain for the logits of a single-token call as well. The first draft is only a
-    measurement: the last token is decoded again by itself, which gives the deviation between the
-    two kinds of calls. A row whose choice is not certain is also decoded again. If the deviation
-    is too large, or activations are quantized (``Chain.exact_rows``), no drafts are made.
+    its token is certain for the logits of a single-token call as well. The first speculative tokens
+    are only a measurement: the last token is decoded again by itself, which gives the deviation
+    between the two kinds of calls. A row whose choice is not certain is also decoded again. If the
+    deviation is too large, or activations are quantized (``Chain.exact_rows``), no tokens are
+    proposed.
 
     Between two calls, the cache holds the prompt and all tokens of the answer but the last.
     """
@@ -176,14 +177,14 @@ class SpeculativeSequence:
         self._started = started
         # top_k and top_p select by rank, and rounding may change the rank: no choice is certain.
         certain = options.temperature == 0 or not (options.top_k or options.top_p < 1)
-        drafts = options.drafts and certain and chain.exact_rows
-        max_draft = chain.decoder.max_logit_rows - 1 if drafts else 0
-        self._lookup = PromptLookup(prompt, max_draft, chain.tokenizer.spec.image_token_id)
-        self._draft: list[int] = []
-        self._accepted = 0  # tokens of the last draft
+        speculate = options.drafts and certain and chain.exact_rows
+        max_size = chain.decoder.max_logit_rows - 1 if speculate else 0
+        self._lookup = PromptLookup(prompt, max_size, chain.tokenizer.spec.image_token_id)
+        self._proposed: list[int] = []  # speculative tokens of the last call
+        self._accepted = 0  # how many of them were accepted
         self._lookup_length = 0  # tokens of the answer that the lookup has
         self._deviation: float | None = None  # of multi-token calls, once measured
-        self._uncertain: np.ndarray | None = None  # [V] logits of a draft to be decoded again
+        self._uncertain: np.ndarray | None = None  # [V] logits of a token to be decoded again
 
     @property
     def answer(self) -> Answer:
@@ -195,21 +196,21 @@ class SpeculativeSequence:
         """Whether the answer is complete."""
         return self._decoder.finished
 
-    def input_tokens(self, cache: KVCache, drafts: bool = True) -> list[int]:
-        """Return the tokens to decode next: the last one and, where it pays, a draft.
+    def input_tokens(self, cache: KVCache, speculate: bool = True) -> list[int]:
+        """Return the tokens to decode next: the last one and, if they save time, speculative ones.
 
         Args:
             cache: the KV cache of this sequence.
-            drafts: whether a draft is allowed.
+            speculate: whether speculative tokens are allowed.
         """
         answer = self.answer
         self._lookup.extend(answer.tokens[self._lookup_length :])
         self._lookup_length = len(answer.tokens)
-        self._draft = []
-        if drafts and self._uncertain is None:
+        self._proposed = []
+        if speculate and self._uncertain is None:
             free = min(cache.capacity - cache.length, self._decoder.remaining_tokens) - 1
-            self._draft = self._lookup.draft(free)
-        return [answer.tokens[-1], *self._draft]
+            self._proposed = self._lookup.propose(free)
+        return [answer.tokens[-1], *self._proposed]
 
     def accept_logits(self, rows: np.ndarray, cache: KVCache, seconds: float | None = None) -> str:
         """Sample from the logits of ``input_tokens`` or of the prompt; return the new text.
@@ -217,11 +218,11 @@ class SpeculativeSequence:
         Args:
             rows: logits ``[K, V]``.
             cache: the KV cache of this sequence; rejected tokens are rewound.
-            seconds: duration of the call, by which the lookup judges its drafts.
+            seconds: duration of the call, from which follows whether speculation saves time.
         """
         answer = self.answer
-        if self._draft:
-            text, measuring = self._verify_draft(rows, cache), self._deviation is None
+        if self._proposed:
+            text, measuring = self._verify(rows, cache), self._deviation is None
         else:
             text, measuring = self._decoder.append_token(rows[0]), False
             if self._uncertain is not None:
@@ -231,22 +232,22 @@ class SpeculativeSequence:
         answer.seconds = perf_counter() - self._started
         answer.first_token_seconds = answer.first_token_seconds or answer.seconds
         if seconds is not None and not measuring:
-            self._lookup.record_call(len(self._draft), self._accepted, seconds)
+            self._lookup.record_call(len(self._proposed), self._accepted, seconds)
         return text
 
-    def _verify_draft(self, rows: np.ndarray, cache: KVCache) -> str:
-        """Accept what is certain of a draft's ``rows [K, V]``, and rewind the cache by the rest."""
+    def _verify(self, rows: np.ndarray, cache: KVCache) -> str:
+        """Accept what is certain of ``rows [K, V]``, and rewind the cache by the rest."""
         answer, before, text = self.answer, len(self.answer.tokens), ""
         if self._deviation is not None:
             deviation = max(SAFETY_FACTOR * self._deviation, MIN_DEVIATION)
-            text = self._decoder.accept_draft(rows, self._draft, deviation)
+            text = self._decoder.accept_speculative(rows, self._proposed, deviation)
         new = answer.tokens[before:]
         cache.rewind(len(rows) - len(new))
-        pairs = zip(new, self._draft, strict=False)
+        pairs = zip(new, self._proposed, strict=False)
         self._accepted = sum(token == speculative for token, speculative in pairs)
-        answer.drafted_tokens += len(self._draft)
+        answer.drafted_tokens += len(self._proposed)
         answer.accepted_tokens += self._accepted
-        if not self.finished and new == self._draft[: len(new)]:
+        if not self.finished and new == self._proposed[: len(new)]:
             self._uncertain = rows[len(new)]
         return text
 
@@ -264,8 +265,8 @@ def decode_step(
 ) -> tuple[list[np.ndarray], float | None]:
     """Decode the last token of the sequences in some rows of a cache, in one call.
 
-    A single sequence is decoded with a draft, more than one without drafts. The idle rows between
-    the active ones are decoded too and then rewound. An idle row that is full loses its last token.
+    Only a single sequence is decoded with speculative tokens. The idle rows between the active ones
+    are decoded too and then rewound. An idle row that is full loses its last token.
 
     Args:
         chain: the components that decode.
@@ -285,7 +286,7 @@ def decode_step(
     tokens = np.zeros((span.batch, 1), np.int64)
     idle = np.ones(span.batch, bool)
     for row, sequence in active.items():
-        tokens[row - first] = sequence.input_tokens(cache.row(row), drafts=False)
+        tokens[row - first] = sequence.input_tokens(cache.row(row), speculate=False)
         idle[row - first] = False
     span.lengths[idle] = np.minimum(span.lengths[idle], span.capacity - 1)
     kept = span.lengths.copy()

@@ -28,7 +28,7 @@ class GenerationOptions:
         ignore_eos: continue after the end-of-sentence token, to measure speed.
         logprobs: report the log probability of each token and of this many most likely
             alternatives; None reports nothing.
-        drafts: use speculative tokens, drafted from repeated text and verified several per call.
+        drafts: use speculative tokens, proposed from repeated text and verified several per call.
             A token is accepted only if the rounding of such a call cannot change it, so the answer
             stays the same.
 

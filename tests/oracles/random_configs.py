@@ -23,7 +23,7 @@ from tests.oracles.models import IMAGE_TOKEN_ID, randomize, save_oracle
 
 LIMIT = 3e-5  # of the largest value; fp32 rounding
 VARIANTS = ("siglip", "hybrid")
-CLASSES = {
+CLASSES: dict[str, tuple[Any, Any]] = {
     "siglip": (transformers.DeepseekVLConfig, transformers.DeepseekVLForConditionalGeneration),
     "hybrid": (transformers.DeepseekVLHybridConfig, transformers.DeepseekVLHybridForConditionalGeneration),
 }

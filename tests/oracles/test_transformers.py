@@ -37,7 +37,7 @@ def image(pair: OraclePair, count: int = 2) -> Tensor:
 
 
 def oracle_inputs(pair: OraclePair, pixels: Tensor) -> dict[str, Tensor]:
-    """What transformers wants: two normalised images for the hybrid, resized as the original does."""
+    """What transformers wants: two normalized images for the hybrid, resized as the original does."""
     if not pair.model.config.vision.hybrid:
         return {"pixel_values": pixels}
     side = pair.model.config.vision.siglip.image_size

@@ -115,7 +115,7 @@ def test_taps_do_not_depend_on_how_a_chain_reads(
         assert np.array_equal(taps, found[1][name])
 
 
-def test_samples_favour_no_axis() -> None:
+def test_samples_favor_no_axis() -> None:
     """A wrong channel, row or plane of a large tensor is hit about as often as its share."""
     shape = (40, 60, 300)
     for axis in range(3):

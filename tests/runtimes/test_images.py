@@ -58,14 +58,14 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
-    """A PNG file; Pillow cannot write 16 bits per channel in colour."""
+def png(width: int, height: int, depth: int, color: int, rows: bytes) -> bytes:
+    """A PNG file; Pillow cannot write 16 bits per channel in color."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(name + content))
         return struct.pack(">I", len(content)) + name + content + check
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
 
@@ -126,14 +126,14 @@ def test_pillow_images_and_arrays_are_bounded_before_they_are_decoded(
 
 
 def test_the_first_frame_is_taken() -> None:
-    frames = [Image.new("RGB", (20, 10), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    frames = [Image.new("RGB", (20, 10), color) for color in ((255, 0, 0), (0, 255, 0))]
     for kind in ("GIF", "PNG", "TIFF", "WEBP"):
         options = {"lossless": True} if kind == "WEBP" else {}
         found = load_image(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
         assert found.getpixel((5, 5)) == (255, 0, 0), kind
 
 
-def test_transparent_palettes_keep_their_colours() -> None:
+def test_transparent_palettes_keep_their_colors() -> None:
     image = Image.new("P", (4, 1))
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putdata([0, 1, 0, 1])
@@ -156,10 +156,10 @@ def test_whatever_a_decoder_raises_is_one_sentence(error: Exception, monkeypatch
 @pytest.mark.parametrize("most", [255, 4095])
 def test_dark_sixteen_bit_files_are_warned_of(most: int) -> None:
     values = np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)
-    grey = encoded(Image.fromarray(values), "PNG")
+    gray = encoded(Image.fromarray(values), "PNG")
     big_endian = np.repeat(values[..., None], 3, 2).astype(">u2").reshape(8, -1)
-    colour = png(8, 8, 16, 2, b"".join(b"\0" + row.tobytes() for row in big_endian))
-    for content in (grey, colour, encoded(Image.fromarray(values), "TIFF")):
+    color = png(8, 8, 16, 2, b"".join(b"\0" + row.tobytes() for row in big_endian))
+    for content in (gray, color, encoded(Image.fromarray(values), "TIFF")):
         with pytest.warns(ImageWarning, match="lowest 12 or fewer"):
             found = load_image(content)
         assert np.array_equal(np.asarray(found)[..., 0], values >> 8)

@@ -39,16 +39,16 @@ def test_exif_orientation_is_applied(rgb: Image.Image) -> None:
     assert np.array_equal(np.asarray(turned), np.asarray(rgb))
 
 
-def test_palette_grey_cmyk_and_alpha(rgb: Image.Image) -> None:
+def test_palette_gray_cmyk_and_alpha(rgb: Image.Image) -> None:
     palette = load_image(encoded(rgb.quantize(8), "PNG"))
     assert np.abs(np.asarray(palette).astype(int) - np.asarray(rgb)).max() < 8
-    grey = np.asarray(load_image(encoded(rgb.convert("L"), "PNG")))
-    assert (grey[..., 0] == grey[..., 1]).all()
+    gray = np.asarray(load_image(encoded(rgb.convert("L"), "PNG")))
+    assert (gray[..., 0] == gray[..., 1]).all()
     cmyk = load_image(encoded(rgb.convert("CMYK"), "TIFF"))
     assert np.abs(np.asarray(cmyk).astype(int) - np.asarray(rgb)).max() < 8
     transparent = rgb.convert("RGBA")
     transparent.putalpha(0)
-    # The original converts with Pillow, which drops alpha and keeps the colours below it.
+    # The original converts with Pillow, which drops alpha and keeps the colors below it.
     assert np.array_equal(np.asarray(load_image(encoded(transparent, "PNG"))), np.asarray(rgb))
 
 
@@ -74,7 +74,7 @@ def test_extreme_sizes(width: int, height: int, content: tuple[int, int]) -> Non
     assert preprocess(image, SPEC).dtype == np.float32
 
 
-def test_normalisation_is_the_specs() -> None:
+def test_normalization_is_the_specs() -> None:
     spec = PreprocessSpec(8, 1, (0.1, 0.2, 0.3), (0.5, 0.25, 2.0), (0, 0, 0), 1 / 255, True)
     pixels = preprocess(np.full((8, 8, 3), 51, np.uint8), spec)
     assert np.allclose(pixels[:, 0, 0], [0.2, 0.0, -0.05], atol=1e-7)

@@ -16,9 +16,10 @@ from runtimes.chain import EncodedImage, Prompt
 from runtimes.errors import UserError
 from runtimes.generation.decoding import Answer
 from runtimes.generation.sampling import GenerationOptions
+from runtimes.job import BusyError, ClosedError, DeadlineError, Job, Step
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import PreprocessSpec, preprocess
-from runtimes.scheduler import BusyError, ClosedError, DeadlineError, Job, Scheduler, Step
+from runtimes.scheduler import Scheduler
 from runtimes.text.prompt import Message
 from tests.runtimes.gate import Gate
 
@@ -191,7 +192,7 @@ def test_a_row_that_is_being_written_lends_its_beginning(
     assert other.steps[-1].answer.tokens == pipeline.chat(QUESTIONS[1], [pictures[0]], LONG).tokens  # type: ignore[union-attr]
 
 
-def test_cancelled_requests_free_their_rows(pipeline: Pipeline, start: Start, pictures: list[Path]) -> None:
+def test_canceled_requests_free_their_rows(pipeline: Pipeline, start: Start, pictures: list[Path]) -> None:
     scheduler = start(slots=1)
     gate = Gate(scheduler)
     jobs = [Client(scheduler, prompt(pipeline, DESCRIBE, picture)) for picture in pictures[:3]]
@@ -203,7 +204,7 @@ def test_cancelled_requests_free_their_rows(pipeline: Pipeline, start: Start, pi
     assert not jobs[1].steps
     for step in scheduler.stream(prompt(pipeline, DESCRIBE, pictures[0]), LONG):
         assert step
-        break  # leaving is cancelling
+        break  # leaving is canceling
     assert ask(scheduler, prompt(pipeline, DESCRIBE, pictures[1])).finish_reason == "eos"
 
 

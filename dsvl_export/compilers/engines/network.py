@@ -47,7 +47,7 @@ class ParsedNetwork:
             self.builder = trt.Builder(self.logger)
         except TypeError as error:  # how the bindings say that TensorRT gave none
             raise UserError(
-                f"TensorRT cannot start here: {self.logger.errors()}; is the GPU free?"
+                f"TensorRT cannot start here: {self.logger.errors()}; check that the GPU is free."
             ) from error
         strong = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         self.network = self.builder.create_network(1 << int(strong))

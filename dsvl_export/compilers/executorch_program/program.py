@@ -88,18 +88,18 @@ class Embedding(nn.Module):
 
 def build_methods(parts: Parts, app: App) -> dict[str, Method]:
     """Build the methods of a program, by name."""
-    made = {component: build_method(*part, app.capacity) for component, part in parts.items()}
-    encoder, adaptor = made["vision_encoder"], made["adaptor"]
+    methods = {component: build_method(*part, app.capacity) for component, part in parts.items()}
+    encoder, adaptor = methods["vision_encoder"], methods["adaptor"]
     (pixels,) = encoder.examples
     folded = FoldedEncoder(encoder.module, adaptor.module, pixels.dtype)
-    made["vision_encoder"] = Method(folded, (pixels.float(),), encoder.dynamic)
+    methods["vision_encoder"] = Method(folded, (pixels.float(),), encoder.dynamic)
     sequence = Dim("sequence", min=1, max=largest_chunk(app.capacity))
     tokens = torch.zeros(1, min(5, app.capacity), dtype=torch.int64)
     embeds = app.contracts["decoder"].inputs[0]
     quantized = any(node.target in BOUNDARIES for node in parts["decoder"][0].program.graph.nodes)
     embedding = Embedding(app.embedding, getattr(torch, embeds.dtype), quantized)
     return {
-        **{METHODS[component]: made[component] for component in parts},
+        **{METHODS[component]: methods[component] for component in parts},
         TOKEN_EMBEDDING: Method(embedding, (tokens,), ({1: sequence},)),
     }
 
@@ -144,7 +144,7 @@ def _write(file: Path, parts: Parts, app: App, delegate: str) -> dict[str, int]:
     for name in encoders if delegate != DIALECT else ():  # what XNNPACK leaves, ExecuTorch runs
         if left := _left(graphs[name]):
             raise UserError(
-                f"ExecuTorch's delegate {delegate} does not take {', '.join(left)} of the {name}; use the"
+                f"ExecuTorch's delegate {delegate} does not support {', '.join(left)} of the {name}; use the"
                 " delegate xnnpack."
             )
     program = edge.to_executorch(

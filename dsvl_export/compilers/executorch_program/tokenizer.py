@@ -41,7 +41,7 @@ def write_runner_tokenizer(file: Path, original: Path) -> str:
         different, compared = tokenizer_differences(file, original)
         if not different:
             return f"equal on {compared} texts"
-        reason = f"it reads {len(different)} texts otherwise, as {describe_differences(different)}"
+        reason = f"it tokenizes {len(different)} texts differently: {describe_differences(different)}"
     except UserError as error:
         reason = str(error).rstrip(".")
     file.unlink(missing_ok=True)

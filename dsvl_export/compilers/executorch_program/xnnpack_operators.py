@@ -56,8 +56,8 @@ def rms_norm(x: Tensor, weight: Tensor, mean: Tensor, eps: Tensor) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, eps: Tensor) -> Tensor:
     """Compute LayerNorm (arXiv 1607.06450), in float32 inside; arguments as for ``rms_norm``."""
     wide = x.float()
-    centred = wide - F.linear(wide, mean)
-    return (centred * torch.rsqrt(F.linear(centred * centred, mean, eps))).to(x.dtype) * weight + bias
+    centered = wide - F.linear(wide, mean)
+    return (centered * torch.rsqrt(F.linear(centered * centered, mean, eps))).to(x.dtype) * weight + bias
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

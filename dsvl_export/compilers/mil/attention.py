@@ -99,13 +99,13 @@ def _angles(context: MilLowering, table: Node, positions: Var, capacity: int) ->
     constant, dtype = context.constant(table), numpy_dtype(fake_tensor(table).dtype)
     key = f"rows of {constant.name}"
     if key not in context.scratch:
-        known = context.add_constant(
+        table_constant = context.add_constant(
             f"{constant.name}_table",
             dtype,
             (capacity, int(fake_tensor(table).shape[1])),
             lambda: to_numpy(constant.load())[:capacity],
         )
-        rows = context.op("gather", x=known, indices=positions, axis=0)
+        rows = context.op("gather", x=table_constant, indices=positions, axis=0)
         context.scratch[key] = context.op("expand_dims", x=rows, axes=[1])
     return context.scratch[key]
 

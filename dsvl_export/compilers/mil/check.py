@@ -22,17 +22,17 @@ def check_package(folder: Path, contract: Contract) -> None:
     package = Package(folder)
     for name in package.function_names:
         function = Function(package, name, {})
-        wanted = {spec.name: spec for spec in contract.inputs}
+        inputs = {spec.name: spec for spec in contract.inputs}
         if name == IMAGE:
-            wanted = {IMAGE: contract.inputs[0]}
-        for given, specs, what in (
-            (function.inputs, wanted, "inputs"),
+            inputs = {IMAGE: contract.inputs[0]}
+        for declared, specs, kind in (
+            (function.inputs, inputs, "inputs"),
             (function.states, {spec.name: spec for spec in contract.states}, "states"),
             (function.outputs, {spec.name: spec for spec in contract.outputs}, "outputs"),
         ):
-            found = {key: item.dtype for key, item in given.items()}
+            dtypes = {key: item.dtype for key, item in declared.items()}
             expected = {key: ARRAY_NAMES[spec.dtype] for key, spec in specs.items()}
-            if found != expected:
+            if dtypes != expected:
                 raise ValueError(
-                    f"{name} of {folder.name} has the {what} {found}, the contract says {expected}"
+                    f"{name} of {folder.name} has the {kind} {dtypes}, the contract says {expected}"
                 )

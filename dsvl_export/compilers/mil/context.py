@@ -107,12 +107,12 @@ class MilLowering(ProgramLowering):
         contract = self.traced.contract
         nodes = {node.name: node for node in self.traced.program.graph.nodes if node.op == "placeholder"}
         names = self.traced.program.graph_signature.user_inputs
-        found = {}
+        sizes = {}
         for spec, name in zip(contract.inputs + contract.states, names, strict=True):
             for dim, size in zip(spec.shape, fake_tensor(nodes[str(name)]).shape, strict=True):
                 if dim in self._sizes:
-                    found[size.node.expr] = self._sizes[str(dim)]
-        return found
+                    sizes[size.node.expr] = self._sizes[str(dim)]
+        return sizes
 
     def full_shape(self, source: Node) -> list[int]:
         """Return the shape of a node, with -1 for a flexible dim."""

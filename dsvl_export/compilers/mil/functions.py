@@ -88,17 +88,17 @@ def build_functions(
     component = traced.contract.component
     if component == "decoder":
         chunk = min(CHUNK, capacity)
-        each: dict[str, dict[str, Size]] = {
+        function_sizes: dict[str, dict[str, Size]] = {
             EXTEND: {"sequence": (1, chunk), "rows": (1, chunk)},
             DECODE: {"sequence": 1, "rows": 1},
             PREFILL: {"sequence": chunk, "rows": 1},
         }
-        each = {name: {**sizes, "capacity": capacity} for name, sizes in each.items()}
-        return {name: _build(traced, load, weights, sizes) for name, sizes in each.items()}
-    found = {MAIN: _build(traced, load, weights, {})}
+        function_sizes = {name: {**sizes, "capacity": capacity} for name, sizes in function_sizes.items()}
+        return {name: _build(traced, load, weights, sizes) for name, sizes in function_sizes.items()}
+    functions = {MAIN: _build(traced, load, weights, {})}
     if component == "vision_encoder" and preprocessing:
-        found[IMAGE] = _build(traced, load, weights, {}, preprocessing)
-    return found
+        functions[IMAGE] = _build(traced, load, weights, {}, preprocessing)
+    return functions
 
 
 def _build(
@@ -133,14 +133,14 @@ def _build(
     with Function(placeholders, opset_version=TARGET) as function:
         given = dict(function.inputs)
         if preprocessing:
-            given = {contract.inputs[0].name: _normalised(given.pop("image"), preprocessing)}
+            given = {contract.inputs[0].name: _normalized(given.pop("image"), preprocessing)}
         lowering = lower(traced, load, weights, given, fixed)
         function.set_outputs(lowering.outputs)
     taps = {tap: lowering.value(node).name for tap, node in tap_nodes(traced.program, traced.taps).items()}
     return BuiltFunction(function, inputs, tuple(map(feature, contract.outputs)), states, taps)
 
 
-def _normalised(image: Any, spec: PreprocessSpec) -> Any:
+def _normalized(image: Any, spec: PreprocessSpec) -> Any:
     """Normalize pixels from 0 to 255 as the preprocessing does.
 
     The mean is subtracted first: half precision represents most pixels less the mean exactly, and
@@ -149,5 +149,5 @@ def _normalised(image: Any, spec: PreprocessSpec) -> Any:
     mean, std = (np.array(values, np.float64).reshape(1, 3, 1, 1) for values in (spec.mean, spec.std))
     if not spec.do_normalize:
         return mb.mul(x=image, y=np.float16(spec.rescale_factor))
-    centred = mb.sub(x=image, y=(mean / spec.rescale_factor).astype(np.float16))
-    return mb.mul(x=centred, y=(spec.rescale_factor / std).astype(np.float16))
+    centered = mb.sub(x=image, y=(mean / spec.rescale_factor).astype(np.float16))
+    return mb.mul(x=centered, y=(spec.rescale_factor / std).astype(np.float16))

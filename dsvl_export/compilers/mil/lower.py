@@ -118,7 +118,7 @@ def _slice(context: MilLowering, node: Node) -> Var:
 
 
 def _pad(context: MilLowering, node: Node) -> Var:
-    """PyTorch pads from the last axis backwards; MIL lists the two sides of each axis, in order."""
+    """PyTorch pads from the last axis backward; MIL lists the two sides of each axis, in order."""
     x, amounts = arguments(node)[:2]
     sides: list[int] = []
     for last in range(len(amounts), 0, -2):

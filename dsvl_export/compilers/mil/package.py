@@ -91,7 +91,7 @@ def write_package(
     about.shortDescription = f"DeepSeek-VL: {traced.contract.component.replace('_', ' ')}"
     about.author = f"dsvl-export {__version__}"
     about.versionString = __version__
-    about.license = "The weights are under the licence of their checkpoint."
+    about.license = "The weights are under the license of their checkpoint."
     taps = {name: built.taps for name, built in functions.items()}
     about.userDefined["com.github.apple.coremltools.version"] = coremltools.__version__
     about.userDefined[TAPS] = json.dumps(taps)

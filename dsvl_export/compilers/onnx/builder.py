@@ -133,14 +133,14 @@ class Graph:
 
     def prune(self) -> None:
         """Remove nodes and initializers that no output and no tap depends on."""
-        wanted = {value.name for value in self.outputs} | set(self.taps.values())
+        needed_names = {value.name for value in self.outputs} | set(self.taps.values())
         live = []
         for node in reversed(self.nodes):
-            if wanted.intersection(node.output):
-                wanted.update(node.input)
+            if needed_names.intersection(node.output):
+                needed_names.update(node.input)
                 live.append(node)
         self.nodes = live[::-1]
-        self.initializers = {name: item for name, item in self.initializers.items() if name in wanted}
+        self.initializers = {name: item for name, item in self.initializers.items() if name in needed_names}
 
 
 def element_type(dtype: np.dtype[Any] | str) -> int:

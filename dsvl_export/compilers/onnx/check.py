@@ -50,15 +50,16 @@ def check_contract(
     optional = {item.name for item in graph.initializer}
     required = [value for value in graph.input if value.name not in optional]
     states = tuple(state_output(state) for state in contract.states)
-    for what, values, specs in (
+    for kind, values, specs in (
         ("inputs", required, contract.inputs + contract.states),
         ("outputs", graph.output, contract.outputs + states),
     ):
-        found = [_describe(value) for value in values]
+        described = [_describe(value) for value in values]
         expected = [(spec.name, element_type(spec.dtype), spec.shape) for spec in specs]
-        if found != expected:
+        if described != expected:
             raise ValueError(
-                f"the {what} of {contract.component} break its contract: found {found}, expected {expected}"
+                f"the {kind} of {contract.component} break its contract: found {described},"
+                f" expected {expected}"
             )
     used = {name for node in graph.node for name in node.input}
     unused = [value.name for value in graph.input if value.name not in used]

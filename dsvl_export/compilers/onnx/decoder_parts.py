@@ -41,20 +41,20 @@ def rotation_table(context: Lowering, table: Node, cache: Node) -> str:
 
 def cache_slots(context: Lowering, cache: str) -> str:
     """Add the numbers ``[C]`` of the cache's slots."""
-    graph, known = context.graph, context.scratch
-    if "slots" not in known:
+    graph, scratch = context.graph, context.scratch
+    if "slots" not in scratch:
         shape = graph.node("Shape", [cache], "cache_shape")
         axis = graph.constant(np.array(2, np.int64), "axis")
         capacity = graph.node("Gather", [shape, axis], "capacity_of_cache", {"axis": 0})
         first, step = (graph.constant(np.array(number, np.int64), "number") for number in (0, 1))
-        known["slots"] = graph.node("Range", [first, capacity, step], "slots")
-    return known["slots"]
+        scratch["slots"] = graph.node("Range", [first, capacity, step], "slots")
+    return scratch["slots"]
 
 
 def visible_slots(context: Lowering, positions: str, cache: str) -> str:
     """Build the bool mask ``[B, 1, S, C]`` of slots up to each token's own, once for all layers."""
-    graph, known = context.graph, context.scratch
-    if "visible" not in known:
+    graph, scratch = context.graph, context.scratch
+    if "visible" not in scratch:
         down = graph.node("Unsqueeze", [positions, graph.ints(1, 3)], "positions_down")
-        known["visible"] = graph.node("LessOrEqual", [cache_slots(context, cache), down], "visible")
-    return known["visible"]
+        scratch["visible"] = graph.node("LessOrEqual", [cache_slots(context, cache), down], "visible")
+    return scratch["visible"]

@@ -203,16 +203,16 @@ class OrtDialect(StandardDialect):
 
         Both are int32. Positions are consecutive in a row; the last is that length minus one.
         """
-        graph, known = context.graph, context.scratch
-        if "lengths" not in known:
+        graph, scratch = context.graph, context.scratch
+        if "lengths" not in scratch:
             int32 = {"to": element_type(np.dtype(np.int32))}
             last = graph.node("Gather", [positions, graph.constant(np.array(-1, np.int64), "last")],
                               "lengths/last", {"axis": 1})  # fmt: skip
-            known["lengths"] = graph.node("Cast", [last], "lengths/each", int32)
-            longest = graph.node("ReduceMax", [known["lengths"]], "lengths/longest", {"keepdims": 0})
+            scratch["lengths"] = graph.node("Cast", [last], "lengths/each", int32)
+            longest = graph.node("ReduceMax", [scratch["lengths"]], "lengths/longest", {"keepdims": 0})
             one = graph.constant(np.array(1, np.int32), "one")
-            known["total"] = graph.node("Add", [longest, one], "lengths/total")
-        return known["lengths"], known["total"]
+            scratch["total"] = graph.node("Add", [longest, one], "lengths/total")
+        return scratch["lengths"], scratch["total"]
 
 
 class OrtPrefillDialect(OrtDialect):

@@ -48,7 +48,7 @@ class StandardDialect:
         return context.emit(node, "MatMul", [x, dequantize_weight(context, weight, 1)])
 
     def dynamic_linear(self, context: Lowering, node: Node, x: str, weight: QuantizedWeight) -> str:
-        """Refuse: the ONNX standard has no efficient form.
+        """Raise NotImplementedError: the ONNX standard has no efficient form.
 
         Raises:
             NotImplementedError: always.
@@ -143,12 +143,12 @@ def _scores(context: Lowering, query: str, keys: str, source: Node, name: str, g
 
 def _apart(context: Lowering, weights: str, keys: Sequence[str], name: str) -> list[str]:
     """Split weights of two blocks where the first block's keys end."""
-    graph, known = context.graph, context.scratch
-    if "first_block" not in known:
+    graph, scratch = context.graph, context.scratch
+    if "first_block" not in scratch:
         shape = graph.node("Shape", [keys[0]], "first_block_shape")
-        known["first_block"] = graph.node("Gather", [shape, graph.ints(2)], "first_block", {"axis": 0})
+        scratch["first_block"] = graph.node("Gather", [shape, graph.ints(2)], "first_block", {"axis": 0})
     end = graph.ints(np.iinfo(np.int64).max)
-    bounds = ((graph.ints(0), known["first_block"]), (known["first_block"], end))
+    bounds = ((graph.ints(0), scratch["first_block"]), (scratch["first_block"], end))
     return [
         graph.node("Slice", [weights, start, stop, graph.ints(-1)], f"{name}_weights")
         for start, stop in bounds

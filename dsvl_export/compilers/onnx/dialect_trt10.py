@@ -72,11 +72,11 @@ class Trt10Dialect(StandardDialect):
 
     def _angles(self, context: Lowering, table: Node, cache: Node, positions: str) -> str:
         """Gather rows ``[B, 1, S, Dh / 2]`` of a RoPE table, once for all layers."""
-        graph, known, source = context.graph, context.scratch, rotation_table(context, table, cache)
-        if source not in known:
+        graph, scratch, source = context.graph, context.scratch, rotation_table(context, table, cache)
+        if source not in scratch:
             rows = graph.node("Gather", [source, positions], f"{source}_rows", {"axis": 0})
-            known[source] = graph.node("Unsqueeze", [rows, graph.ints(1)], f"{source}_of_heads")
-        return known[source]
+            scratch[source] = graph.node("Unsqueeze", [rows, graph.ints(1)], f"{source}_of_heads")
+        return scratch[source]
 
     def _rotate(self, context: Lowering, x: str, angles: list[str], name: str) -> str:
         """Apply RoPE in LLaMA's half-split form to ``[B, H, S, Dh]``."""
@@ -92,11 +92,11 @@ class Trt10Dialect(StandardDialect):
 
     def _masks(self, context: Lowering, positions: str, cache: str) -> tuple[str, str]:
         """Build the masks of cache slots ``[B, 1, 1, C]`` and new tokens ``[B, 1, S, S]``."""
-        graph, known = context.graph, context.scratch
-        if "mask_new" not in known:
+        graph, scratch = context.graph, context.scratch
+        if "mask_new" not in scratch:
             across = graph.node("Unsqueeze", [positions, graph.ints(1, 2)], "positions_across")
             down = graph.node("Unsqueeze", [positions, graph.ints(1, 3)], "positions_down")
-            known["mask_new"] = graph.node("LessOrEqual", [across, down], "mask_new")
+            scratch["mask_new"] = graph.node("LessOrEqual", [across, down], "mask_new")
             first = graph.node("Slice", [down, *(graph.ints(v) for v in (0, 1, 2))], "positions_first")
-            known["mask_past"] = graph.node("Less", [cache_slots(context, cache), first], "mask_past")
-        return known["mask_past"], known["mask_new"]
+            scratch["mask_past"] = graph.node("Less", [cache_slots(context, cache), first], "mask_past")
+        return scratch["mask_past"], scratch["mask_new"]

@@ -78,18 +78,18 @@ class Trt11Dialect(StandardDialect):
 
         Positions are consecutive in a row.
         """
-        known = context.scratch
-        if "start" not in known:
+        scratch = context.scratch
+        if "start" not in scratch:
             zero = context.graph.constant(np.array(0, np.int64), "first")
-            known["start"] = context.graph.node("Gather", [positions, zero], "start", {"axis": 1})
-        return known["start"]
+            scratch["start"] = context.graph.node("Gather", [positions, zero], "start", {"axis": 1})
+        return scratch["start"]
 
 
 def _fused(source: Node) -> bool:
     """Return whether TensorRT has a fused kernel for ``[..., Dh]``, also between quantized layers.
 
     Observed with TensorRT-RTX 1.7.1: half precision, and head sizes in multiples of 16 up to 256;
-    smaller ones build unless their neighbours are INT8.
+    smaller ones build unless their neighbors are INT8.
     """
     head_dim, dtype = int(fake_tensor(source).shape[-1]), numpy_dtype(fake_tensor(source).dtype)
     return dtype != np.float32 and head_dim % 16 == 0 and head_dim <= MAX_HEAD_SIZE

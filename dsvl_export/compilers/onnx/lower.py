@@ -106,7 +106,7 @@ def _layer_norm(context: Lowering, node: Node) -> str:
     def emit(x: str, *parameters: str) -> str:
         return context.emit(node, "LayerNormalization", [x, *parameters], {"axis": -1, "epsilon": epsilon})
 
-    return _normalised(context, node, x, [weight, bias], emit)
+    return _normalized(context, node, x, [weight, bias], emit)
 
 
 def _rms_norm(context: Lowering, node: Node) -> str:
@@ -115,10 +115,10 @@ def _rms_norm(context: Lowering, node: Node) -> str:
     def emit(x: str, weight: str) -> str:
         return context.dialect.rms_norm(context, x, weight, epsilon, context.name(node))
 
-    return _normalised(context, node, x, [weight], emit)
+    return _normalized(context, node, x, [weight], emit)
 
 
-def _normalised(
+def _normalized(
     context: Lowering, node: Node, x: Node, parameters: list[Node], emit: Callable[..., str]
 ) -> str:
     """Lower a norm, in float32 if the dialect requires it.
@@ -186,7 +186,7 @@ def _slice(context: Lowering, node: Node) -> str:
 
 
 def _pad(context: Lowering, node: Node) -> str:
-    """PyTorch pads from the last axis backwards; ONNX lists all begins, then all ends."""
+    """PyTorch pads from the last axis backward; ONNX lists all begins, then all ends."""
     x, amounts = arguments(node)[:2]
     rank = fake_tensor(x).dim()
     begins, ends = [0] * rank, [0] * rank

@@ -61,18 +61,18 @@ def widen_to_int8(weight: QuantizedWeight) -> QuantizedWeight:
     The added rounding error is about a fourteenth of that of 4 bits if the groups of a row are
     alike (RMS, normal weights), and larger if one group is an outlier.
     """
-    known: list[Tensor] = []  # the scale, once it was needed; the weight itself is not kept
+    scales: list[Tensor] = []  # the scale, once it was needed; the weight itself is not kept
 
     def values() -> Tensor:
         groups = weight.codes.load().float().unflatten(1, (-1, weight.group))
         return groups.mul_(weight.scale.load().float()[:, :, None]).flatten(1)
 
     def scale_of(wide: Tensor) -> Tensor:
-        if not known:
+        if not scales:
             low, high = wide.aminmax(dim=1)
             largest = torch.maximum(-low, high) / LARGEST
-            known.append(torch.where(largest > 0, largest, torch.ones_like(largest)))
-        return known[0]
+            scales.append(torch.where(largest > 0, largest, torch.ones_like(largest)))
+        return scales[0]
 
     def codes() -> Tensor:
         wide = values()
@@ -81,7 +81,7 @@ def widen_to_int8(weight: QuantizedWeight) -> QuantizedWeight:
     return replace(
         weight,
         codes=Constant(f"{weight.codes.name}_in_8_bits", codes),
-        scale=Constant(f"{weight.scale.name}_in_8_bits", lambda: known[0] if known else scale_of(values())),
+        scale=Constant(f"{weight.scale.name}_in_8_bits", lambda: scales[0] if scales else scale_of(values())),
         bits=8,
         dtype=np.dtype(np.int8),
         group=None,

@@ -103,12 +103,12 @@ def write_model(
 
 def _written(data: Path, journal: Path) -> dict[Key, int]:
     """Read the offsets of completed tensors of an interrupted call; cuts off what follows."""
-    found: dict[Key, int] = {}
+    offsets: dict[Key, int] = {}
     end = lines = 0
     if data.exists() and journal.exists():
-        kept = journal.read_bytes().split(b"\n")
+        rows = journal.read_bytes().split(b"\n")
         with data.open("r+b") as handle:
-            for line in kept:
+            for line in rows:
                 try:
                     (name, dtype, shape), offset, size, check = parse_json(line, "a line of the journal")
                 except (UserError, TypeError, ValueError):  # an incomplete line
@@ -118,26 +118,26 @@ def _written(data: Path, journal: Path) -> dict[Key, int]:
                 handle.seek(offset)
                 if zlib.crc32(handle.read(size)) != check:
                     break
-                found[name, dtype, tuple(shape)] = offset
+                offsets[name, dtype, tuple(shape)] = offset
                 end, lines = offset + size, lines + 1
             handle.truncate(end)
-        journal.write_bytes(b"".join(line + b"\n" for line in kept[:lines]))
+        journal.write_bytes(b"".join(line + b"\n" for line in rows[:lines]))
     else:
         journal.unlink(missing_ok=True)
-    return found
+    return offsets
 
 
 def weight_bytes(graphs: Sequence[Graph], external_above: int = EXTERNAL_ABOVE) -> int:
     """Compute the bytes of the weights of graphs in one folder, which share external data."""
-    inside, beside = 0, dict[Key, int]()
+    internal, external = 0, dict[Key, int]()
     for graph in graphs:
         items = list(graph.initializers.values())
         total = sum(item.nbytes for item in items)
         if total <= external_above:
-            inside += total
+            internal += total
         else:
-            beside |= {item.key: item.nbytes for item in items}
-    return inside + sum(beside.values())
+            external |= {item.key: item.nbytes for item in items}
+    return internal + sum(external.values())
 
 
 def _values(item: Initializer) -> np.ndarray:

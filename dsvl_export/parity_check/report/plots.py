@@ -1,4 +1,4 @@
-"""Plots of a report as inline SVG in the colours of the page, light or dark."""
+"""Plots of a report as inline SVG in the colors of the page, light or dark."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Placeholder colours: savefig writes them, and _svg replaces them by the variables of the page.
+# Placeholder colors: savefig writes them, and _svg replaces them by the variables of the page.
 INK, MUTED, LINE, ACCENT, GOOD, BAD, RANGE = (f"#0{digit}0{digit}0{digit}" for digit in "1234567")
 VARIABLES = {
     INK: "--ink", MUTED: "--muted", LINE: "--line", ACCENT: "--accent", GOOD: "--good", BAD: "--bad",
@@ -35,9 +35,9 @@ def stage_plot(stages: list[dict[str, Any]]) -> str:
         for place, stage in enumerate(reversed(rows)):
             errors = stage["errors"]
             shown = _shown(errors["relative_rms"])
-            colour = GOOD if stage["state"] == "passed" else BAD
+            color = GOOD if stage["state"] == "passed" else BAD
             axes.plot([SMALLEST, shown], [place, place], color=LINE, linewidth=1, zorder=1)
-            axes.plot(shown, place, "o", color=colour, markersize=8, zorder=3)
+            axes.plot(shown, place, "o", color=color, markersize=8, zorder=3)
             axes.plot(errors["bound"], place, "|", color=INK, markersize=18, markeredgewidth=1.6, zorder=2)
             if errors["quantization_error"]:
                 axes.plot(errors["quantization_error"], place, "D", color=MUTED, markersize=5, zorder=2)
@@ -118,8 +118,8 @@ def _svg(figure: Figure, label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ((?:\d+ )?[\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
     return re.sub(
         r'<svg [^>]*viewBox="([^"]*)"[^>]*>',
         rf'<svg role="img" aria-label="{label}" viewBox="\1">',

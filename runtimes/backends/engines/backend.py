@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from runtimes.backends import onnxruntime
 from runtimes.backends.engines.cuda import Cuda, Gpu, import_cuda
 from runtimes.backends.engines.library import import_library
+from runtimes.backends.engines.load import GPU, load_engine
 from runtimes.backends.engines.machine import engine_mismatch
-from runtimes.backends.engines.session import GPU, EngineComponent, EngineDecoder, load_engine
+from runtimes.backends.engines.session import EngineComponent, EngineDecoder
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError
 from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions

@@ -33,7 +33,7 @@ class WeightFile:
     """A weight file, mapped into memory.
 
     Raises:
-        UserError: The file cannot be read or is not a weight file.
+        UserError: the file cannot be read or is not a weight file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -50,11 +50,11 @@ class WeightFile:
         """Return data type, offset and size in bytes of the weight whose record is at ``offset``.
 
         Args:
-            offset: Byte of the record in the file.
-            shape: Shape that the package declares for the weight.
+            offset: byte of the record in the file.
+            shape: shape that the package declares for the weight.
 
         Raises:
-            UserError: There is no record, the weight has another size, or the file is too short.
+            UserError: there is no record, the weight has another size, or the file is too short.
         """
         if offset < HEADER or offset + RECORD.itemsize > len(self._bytes):
             raise UserError(f"The weights {self._file} are too short for a weight at byte {offset}.")
@@ -78,7 +78,7 @@ class WeightFile:
         """Return the values of the weight whose record is at ``offset``.
 
         Raises:
-            UserError: As in ``check``.
+            UserError: as in ``check``.
         """
         kind, begin, size = self.check(offset, shape)
         bits, dtype = KINDS[kind]

@@ -5,69 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from runtimes.backends.mil.operators import EXACT, OPERATORS
-from runtimes.backends.mil.package import Package, identifier, messages
+from runtimes.backends.mil.package import Package, identifier
+from runtimes.backends.mil.tensor_type import FLOATS, TensorType, read_immediate
 from runtimes.backends.mil.threads import blas_threads, check_threads
 from runtimes.backends.static_shape import DECODE
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError, first_line
 from runtimes.memory import available_memory
-
-FLOATS = ("FLOAT16", "FLOAT32")
-# MIL's data type → the numpy dtype in which the interpreter stores values of this type.
-NUMPY_TYPES = {"FLOAT16": np.float32, "FLOAT32": np.float32, "INT32": np.int32, "INT8": np.int8,
-               "UINT8": np.uint8, "BOOL": np.bool_}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorType:
-    """The declared type of a value: its dtype, and its sizes (None where flexible)."""
-
-    dtype: str
-    shape: tuple[int | None, ...]
-
-    @classmethod
-    def from_proto(cls, proto: Any) -> TensorType:
-        """Read the type from a ``ValueType`` message, of a tensor or of a state."""
-        names = import_module(messages().__name__.replace("Model_pb2", "MIL_pb2")).DataType
-        tensor = proto.stateType.wrappedType.tensorType if proto.HasField("stateType") else proto.tensorType
-        sizes = tuple(
-            int(dim.constant.size) if dim.WhichOneof("dimension") == "constant" else None
-            for dim in tensor.dimensions
-        )
-        return cls(names.Name(tensor.dataType), sizes)
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether a shape has the declared sizes; a flexible size accepts any."""
-        return len(shape) == len(self.shape) and all(
-            declared in (None, size) for declared, size in zip(self.shape, shape, strict=True)
-        )
-
-    def cast(self, value: Any, exact: bool, name: str) -> np.ndarray:
-        """Return a value in this type, as the interpreter stores it.
-
-        Args:
-            value: An array or a number.
-            exact: The value has no more precision than this type, so it is not rounded.
-            name: Name of the value, for the error.
-
-        Raises:
-            ValueError: The value does not have the declared shape.
-        """
-        array = np.asarray(value)
-        if not self.fits(array.shape):
-            raise ValueError(
-                f"{name} is declared as {self.dtype}{list(self.shape)}, but is {list(array.shape)}"
-            )
-        if self.dtype == "FLOAT16" and not exact:
-            with np.errstate(over="ignore"):
-                array = array.astype(np.float16)
-        return array.astype(NUMPY_TYPES.get(self.dtype, array.dtype), copy=False)
 
 
 @dataclass(frozen=True)
@@ -75,11 +24,11 @@ class Step:
     """One operator of a function, ready to run.
 
     Args:
-        kind: Operator type, as ``linear``.
-        name: Name of the operator in the package.
-        inputs: Parameter → ``Ref``, constant, or a list of these.
-        outputs: Names and types of the outputs.
-        last_uses: Names of the values that no later operator reads.
+        kind: operator type, as ``linear``.
+        name: name of the operator in the package.
+        inputs: parameter → ``Ref``, constant, or a list of these.
+        outputs: names and types of the outputs.
+        last_uses: names of the values that no later operator reads.
     """
 
     kind: str
@@ -102,13 +51,13 @@ class Function:
     Each weight is read at its first use.
 
     Args:
-        package: The package.
-        name: Name of the function.
-        dense: Weights that functions of the package have read and decompressed, by their offsets in
+        package: the package.
+        name: name of the function.
+        dense: weights that functions of the package have read and decompressed, by their offsets in
             the weight file; the functions of a package share it.
 
     Raises:
-        UserError: The function has an unknown operator, or reads a value that nothing computes.
+        UserError: the function has an unknown operator, or reads a value that nothing computes.
     """
 
     def __init__(self, package: Package, name: str, dense: MutableMapping[Any, Any]) -> None:
@@ -170,7 +119,7 @@ class Function:
         """Return the loader of a constant; the record of one in the weight file is checked now."""
         declared = TensorType.from_proto(value.type)
         if value.WhichOneof("value") == "immediateValue":
-            return partial(_immediate, value, declared)
+            return partial(read_immediate, value, declared)
         offset, shape = int(value.blobFileValue.offset), tuple(int(size or 0) for size in declared.shape)
         self.package.weights.check(offset, shape)
 
@@ -213,7 +162,7 @@ class Function:
         """Return the outputs by name and update the states in place.
 
         Raises:
-            UserError: An input or a state does not fit, or an operator cannot be computed.
+            UserError: an input or a state does not fit, or an operator cannot be computed.
         """
         values = self._run(inputs, states or {}, {}, {})
         return {name: values[name] for name in self.outputs}
@@ -227,7 +176,7 @@ class Function:
         """Return the computed values of variables whose readers get ``replacements`` instead.
 
         Raises:
-            UserError: As in ``run``, or the function does not compute one of the variables.
+            UserError: as in ``run``, or the function does not compute one of the variables.
         """
         computed: dict[str, np.ndarray] = {}
         self._run(inputs, states, replacements, computed)
@@ -295,12 +244,12 @@ class InterpretedAsset:
     """A package whose functions the interpreter runs; they share decompressed weights.
 
     Args:
-        package: The package to run.
-        contract: Contract of its component.
-        threads: The most CPU threads of a call; None leaves numpy's default.
+        package: the package to run.
+        contract: contract of its component.
+        threads: the most CPU threads of a call; None leaves numpy's default.
 
     Raises:
-        UserError: The weights do not fit into memory in float32, or ``threads`` is given and
+        UserError: the weights do not fit into memory in float32, or ``threads`` is given and
             threadpoolctl is not installed.
     """
 
@@ -385,21 +334,3 @@ def _references(inputs: Mapping[str, Any]) -> Iterator[str]:
 
 def _text(value: Any) -> str:
     return str(value.immediateValue.tensor.strings.values[0])
-
-
-def _immediate(value: Any, declared: TensorType) -> Any:
-    """Return a constant of the protobuf: a string, a number, or an array."""
-    tensor = value.immediateValue.tensor
-    kind = tensor.WhichOneof("value")
-    if kind == "strings":
-        texts = list(tensor.strings.values)
-        return texts[0] if not declared.shape else texts
-    if kind == "bytes":
-        stored = {"FLOAT16": np.float16, "INT8": np.int8, "UINT8": np.uint8}[declared.dtype]
-        raw = np.frombuffer(tensor.bytes.values, stored)
-    else:
-        raw = np.array(getattr(tensor, kind).values)
-    array: np.ndarray = raw.astype(NUMPY_TYPES[declared.dtype]).reshape(
-        [int(size or 0) for size in declared.shape]
-    )
-    return array if declared.shape else array.item() if declared.dtype == "BOOL" else array[()]

@@ -19,9 +19,9 @@ class NativeAsset:
     """A package in Core ML; each function is loaded at its first call.
 
     Args:
-        package: The package to run.
-        contract: Contract of its component.
-        device: A key of ``UNITS``.
+        package: the package to run.
+        contract: contract of its component.
+        device: a key of ``UNITS``.
     """
 
     def __init__(self, package: Package, contract: Contract, device: str) -> None:

@@ -56,7 +56,7 @@ class Package:
     """A ``.mlpackage`` with an ML program.
 
     Raises:
-        UserError: The folder is not such a package, or the package is damaged.
+        UserError: the folder is not such a package, or the package is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,7 +94,7 @@ class Package:
         """Return the protobuf of a function.
 
         Raises:
-            UserError: The package has no function of that name.
+            UserError: the package has no function of that name.
         """
         functions = self.model.mlProgram.functions
         if name not in functions:
@@ -119,7 +119,7 @@ class Package:
         """Return the number of tokens that a decoder's states hold.
 
         Raises:
-            UserError: The package has no states.
+            UserError: the package has no states.
         """
         for state in self.description(EXTEND).state:
             shape = state.type.stateType.arrayType.shape  # [B, H, capacity, Dh]
@@ -131,7 +131,7 @@ class Package:
         """Check the lengths of a function's flexible inputs.
 
         Raises:
-            UserError: A length is outside the range that the package declares.
+            UserError: a length is outside the range that the package declares.
         """
         for feature in self.description(name).input:
             ranges = feature.type.multiArrayType.shapeRange.sizeRanges
@@ -157,7 +157,7 @@ def package_folder(file: Path) -> Path:
     """Return the package that contains a file.
 
     Raises:
-        UserError: No parent folder of the file is a package.
+        UserError: no parent folder of the file is a package.
     """
     for folder in file.parents:
         if folder.suffix == SUFFIX:
@@ -175,7 +175,7 @@ def check_manifest(folder: Path) -> None:
     """Check that the package's own manifest refers to its specification.
 
     Raises:
-        UserError: The manifest is malformed or names another file.
+        UserError: the manifest is malformed or names another file.
     """
     raw = read_json(folder / "Manifest.json")
     try:

@@ -16,7 +16,7 @@ _LIMITED = Lock()  # the number of threads belongs to the process, so limited ca
 
 @contextmanager
 def blas_threads(threads: int | None) -> Iterator[None]:
-    """Limit the threads of numpy's BLAS while the context is open, and restore them afterwards.
+    """Limit the threads of numpy's BLAS while the context is open, and restore them afterward.
 
     Args:
         threads: the most threads; None changes nothing.

@@ -57,7 +57,7 @@ def test_help_lists_the_commands_in_panels_with_the_most_used_first(run) -> None
     ],
 )
 def test_options_of_long_commands_are_in_panels(command: str, panels: set[str]) -> None:
-    group = typer.main.get_command(app)
+    group = typer.main.get_group(app)
     options = group.commands[command].params
     assert {panel for option in options if (panel := option.rich_help_panel)} == panels
 

@@ -62,7 +62,7 @@ def test_texts_of_a_manifest_are_shown_as_they_are(run, bundle_copy: Path) -> No
     assert refused(run("run", bundle_copy, "--prompt", "x", "--image", EVIL), SHOWN)
 
 
-def test_tables_keep_their_own_colours() -> None:
+def test_tables_keep_their_own_colors() -> None:
     written = io.StringIO()
     console = display.SafeConsole(file=written, force_terminal=True, color_system="standard", highlight=False)
     console.print("[red]\x1b[2J[/]")

@@ -1,4 +1,4 @@
-"""Core ML packages: written, executed from the saved files, checked by parity, and refused where they are bad."""
+"""Core ML packages: written, executed from the saved files, checked by parity, and refused if damaged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsvl_export.audit import audit
 from dsvl_export.exporter.export import export
 from dsvl_export.parity_check import parity
-from dsvl_export.parity_check.stages import STEPS, Goldens, stage_tensors
-from reference.checkpoint.checkpoint import open_checkpoint
+from dsvl_export.parity_check.goldens import Goldens
+from dsvl_export.parity_check.stage_tensors import STEPS, stage_tensors
 from reference.tiny import HELDOUT
 from reference.tiny.pictures import draw_scene
 from runtimes.backends.mil.interpreter import Function, InterpretedAsset
@@ -43,63 +42,31 @@ from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
 from runtimes.preprocess import PreprocessSpec, preprocess
 from runtimes.session import SessionOptions
-from tests.conftest import OraclePair, programs_untouched
-from tests.dsvl_export.compilers.package_faults import (
-    FAULTS,
-    FUNCTION_FAULTS,
-    Edit,
-    Opened,
-    PackageFault,
-    plant,
-    weight,
+from tests.conftest import OraclePair
+from tests.dsvl_export.compilers.coreml_bundles import (
+    PRECISIONS,
+    copy_with_goldens,
+    export_all_precisions,
+    package,
 )
-from tests.dsvl_export.parity_check.faults import rehash
+from tests.dsvl_export.compilers.package_faults import Opened
 from tests.grids import variants_by_precision
 from tests.shared import shared_bundle
 
 coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed here")
-PRECISIONS = ("fp16", "int8", "int8-weights", "int4", "palette4")
 PROOF = "simulated by the MIL interpreter on the saved package"
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny in every precision that Core ML has; tests must not change it."""
-
-    def make(folder: Path) -> None:
-        with programs_untouched(open_checkpoint("tiny").config, "coreml", PRECISIONS):
-            export("tiny", folder, "coreml", PRECISIONS, capacity=1024)
-
-    yield from shared_bundle(tmp_path_factory, "coreml", make)
+    yield from shared_bundle(tmp_path_factory, "coreml", export_all_precisions)
 
 
 @pytest.fixture
 def short(bundle: Bundle, tmp_path: Path) -> Path:
     """A copy to spoil, with four goldens."""
     return copy_with_goldens(bundle, tmp_path / "bundle", 4)
-
-
-@pytest.fixture
-def shortest(bundle: Bundle, tmp_path: Path) -> Path:
-    """A copy to spoil, with one golden, which shows every fault here."""
-    return copy_with_goldens(bundle, tmp_path / "bundle", 1)
-
-
-def copy_with_goldens(bundle: Bundle, folder: Path, count: int) -> Path:
-    """A copy of a bundle with its first goldens and without the long one, which takes the interpreter long."""
-    shutil.copytree(bundle.folder, folder)
-    goldens = [
-        path for path in bundle.manifest.files if path.startswith("goldens/") and path.endswith("tensors")
-    ]
-    left_out = sorted(goldens)[count:]
-    files = {path: entry for path, entry in bundle.manifest.files.items() if path not in left_out}
-    write_json(folder / MANIFEST, replace(bundle.manifest, files=files).to_dict())
-    return folder
-
-
-def package(bundle: Bundle, precision: str, component: str) -> Path:
-    artifact = bundle.artifact(component, "coreml", precision)
-    return bundle.path(artifact.files[0]).parents[2]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -251,75 +218,6 @@ def test_it_answers_on_linux(bundle: Bundle, pictures: list[Path]) -> None:
     assert greedy == fixed.text != ""
 
 
-HIDDEN = [fault for fault in FAULTS if fault.hidden]
-SEEN = [fault for fault in FAULTS if not fault.hidden]
-
-
-@pytest.mark.parametrize("fault", HIDDEN, ids=[fault.name for fault in HIDDEN])
-def test_planted_faults_within_the_error_of_a_precision_are_named_by_the_audit(
-    shortest: Path, fault: PackageFault
-) -> None:
-    spoiled = plant(shortest, fault.precision, fault.component, fault.edit)
-    assert parity(spoiled, "coreml", fault.precision).verdict == "not judged"  # also with all goldens
-    result = audit(spoiled, open_checkpoint("tiny"), "coreml", fault.precision)
-    assert result.verdict == "failed"
-    different = [part.name for part in result.parts if part.differences]
-    assert different == [f"coreml/{fault.precision}/{fault.component}"]
-
-
-@pytest.mark.parametrize("fault", SEEN, ids=[fault.name for fault in SEEN])
-def test_planted_faults_are_caught(shortest: Path, fault: PackageFault) -> None:
-    spoiled = plant(shortest, fault.precision, fault.component, fault.edit)
-    try:
-        result = parity(spoiled, "coreml", fault.precision)
-    except UserError as error:
-        assert ".mlpackage" in str(error) and "is damaged" not in str(error)
-    else:
-        assert result.verdict == "failed"
-
-
-def test_a_fault_is_located_in_its_layer(shortest: Path) -> None:
-    """Two rows of a projection are swapped; each layer is handed what was recorded."""
-    spoiled = plant(shortest, "fp16", "decoder", weight("layers__2__mlp__up_proj__weight", "<f2", swap_rows))
-    stage = parity(spoiled, "coreml", "fp16").stage("layers")
-    assert stage.state == "failed"
-    assert stage.detail.startswith("decoder: layers.2 is wrong on its recorded input")
-
-
-def swap_rows(values: np.ndarray) -> None:
-    values[[3, 17]] = values[[17, 3]]
-
-
-@pytest.mark.parametrize(("function", "component", "edit", "device"), FUNCTION_FAULTS)
-def test_faults_of_functions_that_apps_call_are_caught(
-    shortest: Path, function: str, component: str, edit: Edit, device: str | None
-) -> None:
-    """The function that an app on another device calls, or that takes an image itself."""
-    result = parity(plant(shortest, "fp16", component, edit, function), "coreml", "fp16", device=device)
-    failed = {stage.name for stage in result.stages if stage.state == "failed"}
-    assert failed - {"layers"} == {"entry_points"}  # the function extend is judged by its layers as well
-    assert result.stage("entry_points").detail.startswith(f"function {function} of the ")
-
-
-def test_a_listing_with_other_token_ids_is_caught(shortest: Path) -> None:
-    path = "coreml/fp16/listing/DeepSeekVL.swift"
-    text = (shortest / path).read_text()
-    spec = Bundle.open(shortest).manifest.prompt
-    assert f"[{spec.eos_id}].contains" in text
-    (shortest / path).write_text(text.replace(f"[{spec.eos_id}].contains", f"[{spec.eos_id + 1}].contains"))
-    result = parity(rehash(shortest, path), "coreml", "fp16")
-    assert [stage.name for stage in result.stages if stage.state == "failed"] == ["entry_points"]
-    assert "of the listing DeepSeekVL.swift is" in result.stage("entry_points").detail
-
-
-@pytest.mark.parametrize("precision", sorted({fault.precision for fault in FAULTS}))
-def test_no_stage_of_the_unspoiled_copy_fails(shortest: Path, precision: str) -> None:
-    """What the tests above rest on; without the long golden there is no verdict."""
-    result = parity(Bundle.open(shortest), "coreml", precision)
-    assert result.verdict == "not judged"
-    assert not [stage.name for stage in result.stages if stage.state == "failed"]
-
-
 def test_goldens_that_do_not_fit_are_left_out(short: Path) -> None:
     """A KV cache for less than a golden needs is judged by the others; for none of them, it is said."""
 
@@ -333,10 +231,6 @@ def test_goldens_that_do_not_fit_are_left_out(short: Path) -> None:
     assert [each.golden for each in result.tokens] == [0, 2, 3]
     with pytest.raises(UserError, match="cache of 100 tokens; the shortest needs 156"):
         parity(with_capacity(100), "coreml", "fp16")
-
-
-def test_there_are_twenty_faults() -> None:
-    assert len(FAULTS) >= 20
 
 
 def open_decoder(folder: Path) -> StaticShapeDecoder:

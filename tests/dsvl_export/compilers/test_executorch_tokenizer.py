@@ -126,7 +126,7 @@ def test_what_cannot_be_equal_is_not_written(tmp_path: Path) -> None:
     """A prefix that only the first text of a prompt gets: the runner is given the texts one by one."""
     file = tmp_path / "runner.json"
     said = write_runner_tokenizer(file, metaspace(tmp_path, "first"))
-    assert said.startswith("none: it reads") and IMAGE_PLACEHOLDER[:10] in said
+    assert said.startswith("none: it tokenizes") and IMAGE_PLACEHOLDER[:10] in said
     assert not file.exists()
     raw = json.loads(tiny_tokenizer().read_text())
     raw["pre_tokenizer"] = {"type": "UnicodeScripts"}
@@ -146,14 +146,14 @@ def test_export_says_that_there_is_no_file(
     raw = json.loads((folder / MANIFEST).read_text())
     for artifact in raw["artifacts"]:
         if artifact["precision"] == "fp32":
-            artifact["tools"][RUNNER_TOKENIZER] = "none: it reads 3 texts otherwise, as 'a [b] c'"
+            artifact["tools"][RUNNER_TOKENIZER] = "none: it tokenizes 3 texts differently: 'a [b] c'"
     (folder / MANIFEST).write_text(json.dumps(raw))
     monkeypatch.setattr("dsvl_export.exporter.export.export_bundle", lambda *_: Bundle.open(folder))
     options = ["--backend", "executorch", "--precision", "fp32", "--precision", "8da4w", "--no-parity"]
     app(["export", "tiny", *options, "--output", str(folder)], standalone_mode=False)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("No tokenizer for ExecuTorch's runner") == 1
-    assert "runner (fp32): it reads 3 texts otherwise, as 'a [b] c'. Apps must pass" in said
+    assert "runner (fp32): it tokenizes 3 texts differently: 'a [b] c'. Apps must pass" in said
 
 
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:

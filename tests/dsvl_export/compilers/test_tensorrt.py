@@ -12,8 +12,7 @@ from types import ModuleType
 import onnx
 import pytest
 
-from dsvl_export.compilers.engines.build import EngineSettings
-from dsvl_export.exporter import on_device
+from dsvl_export.compilers.engines.build import EngineSettings, build_engine
 from dsvl_export.exporter.export import export
 from dsvl_export.lint.bundles import lint_path
 from dsvl_export.parity_check import parity
@@ -109,7 +108,7 @@ def test_tensorrt_rtx_builds_the_files_for_jetpack_6_too(
         file = jetson.path(jetson.artifact(component, "tensorrt", precision).files[0])
         contract = jetson.manifest.contracts[precision][component]
         settings = EngineSettings(512, compute_capabilities=(86,))
-        on_device.build_engine(trt, file, contract, settings, tmp_path / "engine")
+        build_engine(trt, file, contract, settings, tmp_path / "engine")
         assert (tmp_path / "engine").stat().st_size > 50_000
 
 

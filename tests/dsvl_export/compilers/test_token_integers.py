@@ -75,7 +75,7 @@ def test_prompts_and_tokens_have_graphs_of_their_own(bundle: Bundle) -> None:
     assert sum(node.op_type == "QuantizeLinear" for node in prompts.graph.node) == 4 * layers
 
 
-def test_a_prompt_runs_in_its_graph_and_drafts_do_not(bundle: Bundle) -> None:
+def test_a_prompt_runs_in_its_graph_and_speculative_tokens_do_not(bundle: Bundle) -> None:
     """Long calls give what the graph for prompts gives, short ones what the other gives, in one cache."""
     contract = bundle.manifest.contracts[PRECISION]["decoder"]
     file, prompts = graphs(bundle)

@@ -12,15 +12,16 @@ from types import ModuleType, SimpleNamespace
 import onnx
 import pytest
 
-from dsvl_export.compilers.engines.build import EngineSettings, configure, profiles
+from dsvl_export.compilers.engines.build import EngineSettings, build_engine, configure, profiles
 from dsvl_export.compilers.engines.network import ParsedNetwork, attention_of
-from dsvl_export.exporter import on_device
+from dsvl_export.exporter import build_engines as engines_module
+from dsvl_export.exporter.build_engines import Device, build_engines
 from dsvl_export.exporter.export import export
-from dsvl_export.exporter.on_device import Device, build_engines
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.parity_check import parity
-from runtimes.backends.engines import backend, session
+from runtimes.backends.engines import backend, load
 from runtimes.backends.engines.cuda import Gpu
+from runtimes.backends.engines.library import get_logger
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract
 from runtimes.errors import UserError
@@ -69,6 +70,8 @@ def test_profiles() -> None:
 
 class Recorder:
     """A builder's config and an enumeration of anything, which remember."""
+
+    calls: list[tuple[str, object]]
 
     def __init__(self) -> None:
         self.__dict__["calls"] = []
@@ -119,7 +122,7 @@ def test_what_the_builder_is_told(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_one_of_the_real_library(trt: ModuleType) -> None:
-    config = trt.Builder(session.get_logger(trt)).create_builder_config()
+    config = trt.Builder(get_logger(trt)).create_builder_config()
     for name in (
         "set_memory_pool_limit",
         "set_flag",
@@ -139,9 +142,7 @@ def test_an_unknown_capability(trt: ModuleType, rtx: Bundle, tmp_path: Path) -> 
     file = rtx.path(rtx.artifact("adaptor", "tensorrt_rtx", "fp16").files[0])
     contract = rtx.manifest.contracts["fp16"]["adaptor"]
     with pytest.raises(UserError, match=r"builds no engines for SM 87; it supports 75, 80, 86, 89, 120"):
-        on_device.build_engine(
-            trt, file, contract, EngineSettings(64, compute_capabilities=(87,)), tmp_path / "e"
-        )
+        build_engine(trt, file, contract, EngineSettings(64, compute_capabilities=(87,)), tmp_path / "e")
 
 
 def test_a_damaged_file_is_a_sentence(trt: ModuleType, rtx: Bundle, tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_a_damaged_file_is_a_sentence(trt: ModuleType, rtx: Bundle, tmp_path: Pa
     onnx.save(model, str(tmp_path / "adaptor.onnx"))
     contract = rtx.manifest.contracts["fp16"]["adaptor"]
     with pytest.raises(UserError, match=r"TensorRT cannot import .*adaptor\.onnx"):
-        on_device.build_engine(trt, tmp_path / "adaptor.onnx", contract, EngineSettings(64), tmp_path / "e")
+        build_engine(trt, tmp_path / "adaptor.onnx", contract, EngineSettings(64), tmp_path / "e")
 
 
 # Building on a device. TensorRT-RTX plays TensorRT, for SM 89, and builds for real.
@@ -210,7 +211,7 @@ def test_a_later_export_keeps_the_engines(copy_of_trt11: Path, device: Device) -
 def test_an_interrupted_build_goes_on(
     copy_of_trt11: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build, calls = on_device.build_engine, []
+    build, calls = build_engine, []
 
     def interrupted(trt: ModuleType, file: Path, *rest: object) -> None:
         calls.append(file.stem)
@@ -218,7 +219,7 @@ def test_an_interrupted_build_goes_on(
             raise KeyboardInterrupt
         build(trt, file, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(on_device, "build_engine", interrupted)
+    monkeypatch.setattr(engines_module, "build_engine", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_engines(copy_of_trt11, SETTINGS, "fp16", device)
     assert Bundle.open(copy_of_trt11).problems() == []
@@ -240,7 +241,7 @@ def test_what_cannot_be_built(
         build_engines(copy_of_trt11, precision="int3", device=device)
     with pytest.raises(
         UserError,
-        match=r"exported for TensorRT 10\.3, here is 11\.4\.1; export it again with --tensorrt 11\.4",
+        match=r"exported for TensorRT 10\.3, but this machine has 11\.4\.1; export it again with --tensorrt 11\.4",
     ):
         build_engines(trt10_bundle.folder, device=device)
     with pytest.raises(UserError, match="capacity must lie between 1 and the model's 1024, got 4096"):
@@ -249,8 +250,8 @@ def test_what_cannot_be_built(
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match="is damaged: tensorrt/fp16/adaptor/adaptor.onnx has"):
         build_engines(copy_of_trt11, SETTINGS, "fp16", device)
-    monkeypatch.setattr(on_device, "import_library", lambda name: device.trt)
-    monkeypatch.setattr(on_device, "import_cuda", lambda: FakeCuda(gpus=0))
+    monkeypatch.setattr(engines_module, "import_library", lambda name: device.trt)
+    monkeypatch.setattr(engines_module, "import_cuda", lambda: FakeCuda(gpus=0))
     with pytest.raises(
         UserError,
         match=r"built on the GPU that runs them, and none can be used here \(CUDA failed in .*InsufficientDriver",
@@ -289,7 +290,7 @@ def test_the_whole_way_on_a_fake_gpu(
     cuda = FakeCuda(name="Orin", sm=(8, 7))
     contracts = Bundle.open(folder).manifest.contracts["fp16"]
     trt = FakeTensorRT(cuda, contracts, version="10.3.0")
-    for module in (on_device, session, backend):
+    for module in (engines_module, load, backend):
         monkeypatch.setattr(module, "import_cuda", lambda: cuda)
         monkeypatch.setattr(module, "import_library", lambda name: trt)
 
@@ -298,7 +299,7 @@ def test_the_whole_way_on_a_fake_gpu(
     ) -> None:
         engine.write_bytes(fake_plan(file, contract.component, settings.capacity))
 
-    monkeypatch.setattr(on_device, "build_engine", build)
+    monkeypatch.setattr(engines_module, "build_engine", build)
     with pytest.raises(UserError, match=r"The engine .* does not exist; run: dsvl-export build-engine"):
         Pipeline.open(folder, "tensorrt", "fp16")
     build_engines(folder, EngineSettings(900), "fp16")
@@ -332,11 +333,11 @@ for name in ("torch", "transformers", "onnxruntime"):
     sys.modules[name] = None  # an import of it fails
 from types import SimpleNamespace
 from dsvl_export import cli
-from dsvl_export.exporter import on_device
+from dsvl_export.exporter import build_engines as engines_module
 from runtimes.backends.engines.cuda import Gpu
-device = on_device.Device(SimpleNamespace(__version__="11.4.1"), Gpu("L4", 89, "CUDA 13.0", "x86_64"))
-on_device.Device.here = classmethod(lambda cls: device)
-on_device.build_engine = lambda trt, file, contract, settings, engine: engine.write_bytes(b"plan")
+device = engines_module.Device(SimpleNamespace(__version__="11.4.1"), Gpu("L4", 89, "CUDA 13.0", "x86_64"))
+engines_module.Device.here = classmethod(lambda cls: device)
+engines_module.build_engine = lambda trt, file, contract, settings, engine: engine.write_bytes(b"plan")
 sys.argv = ["dsvl-export", "build-engine", sys.argv[1], "--precision", "fp16"]
 cli.main()
 """
@@ -393,7 +394,7 @@ def test_other_options_build_again_and_another_driver_does_not(
         built.append(contract.component)
         engine.write_bytes(b"plan")
 
-    monkeypatch.setattr(on_device, "build_engine", build)
+    monkeypatch.setattr(engines_module, "build_engine", build)
     build_engines(copy_of_trt11, SETTINGS, "fp16", device)
     build_engines(copy_of_trt11, SETTINGS, "fp16", replace(device, gpu=replace(L4, driver="CUDA 13.1")))
     assert len(built) == 3

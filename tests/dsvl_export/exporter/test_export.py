@@ -316,7 +316,7 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_disk_that_is_too_small_is_refused_before_any_work(small_disk: Path) -> None:
     recorder = Recorder()
-    with pytest.raises(UserError, match=r"takes 11\.\d MB in .*/b, \d\.\d MB are free there"):
+    with pytest.raises(UserError, match=r"takes 11\.\d MB in .*/b, but only \d\.\d MB are free there"):
         export("tiny", small_disk / "b", goldens=False, report=recorder)
     assert not recorder.states
     assert list(small_disk.iterdir()) == []
@@ -364,15 +364,15 @@ def test_checkpoints_do_not_mix(bundle_copy: Path, tiny_copy: Path) -> None:
     shutil.rmtree(tiny_copy)
 
 
-def test_noise_follows_the_goldens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantization_errors_follow_the_goldens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is measured for every half precision that the bundle has, whenever it has goldens."""
     from reference.goldens import record as goldens
 
-    noise = tmp_path / "b/noise/fp16/noise.json"
+    file = tmp_path / "b/quantization_error/fp16/quantization_error.json"
     export("tiny", tmp_path / "b", precisions=["fp16"], goldens=False)
-    assert not noise.exists()
+    assert not file.exists()
     export("tiny", tmp_path / "b", precisions=["fp32"])
-    first = json.loads(noise.read_text())
+    first = json.loads(file.read_text())
     assert len(first["goldens"]) == 10
     assert parity(tmp_path / "b", precision="fp16").passed
     requests = goldens.golden_requests
@@ -380,6 +380,6 @@ def test_noise_follows_the_goldens(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("dsvl_export.exporter.job.__version__", "0.0.1")
     export("tiny", tmp_path / "b", precisions=["fp32"])
     # The goldens are decoded together, so their order shows in the last bits.
-    for found, expected in zip(json.loads(noise.read_text())["goldens"], first["goldens"][::-1], strict=True):
+    for found, expected in zip(json.loads(file.read_text())["goldens"], first["goldens"][::-1], strict=True):
         assert found == pytest.approx(expected, rel=0.01)
     assert parity(tmp_path / "b", precision="fp16").passed

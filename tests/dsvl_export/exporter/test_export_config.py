@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from dsvl_export import ExportConfig, UserError, export, export_bundle
 from dsvl_export.cli import app
+from dsvl_export.exporter.staging import dependencies
+from dsvl_export.parity_check.quantization_error import read_quantization_error
 from dsvl_export.targets.options import ExecuTorchOptions, OnnxRuntimeOptions, TensorRTOptions
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import read_json, write_json
@@ -223,3 +225,30 @@ def test_bundles_of_0_4_have_no_config_and_can_be_extended(bundle_copy: Path) ->
     bundle = export("tiny", bundle_copy, precisions=["fp16"])
     kept = [path for path in bundle.manifest.files if path.startswith("configs/")]
     assert kept == ["configs/onnxruntime/fp16/export.yaml"]
+
+
+def test_bundles_of_0_4_keep_their_quantization_errors_until_they_are_measured_again(
+    bundle_copy: Path,
+) -> None:
+    old, new = "noise/fp16/noise.json", "quantization_error/fp16/quantization_error.json"
+    errors = read_quantization_error(Bundle.open(bundle_copy), "fp16")
+    (bundle_copy / old).parent.mkdir(parents=True)
+    (bundle_copy / new).rename(bundle_copy / old)
+    for name in (MANIFEST, ".staging/stages.json"):
+        text = (bundle_copy / name).read_text()
+        text = text.replace(new, old).replace("quantization_error/fp16", "noise/fp16")
+        (bundle_copy / name).write_text(text.replace('"depends_on"', '"rests_on"'))
+    bundle = Bundle.open(bundle_copy)
+    assert (new in bundle.manifest.files, bundle.problems()) == (False, [])
+    assert errors.goldens
+    assert read_quantization_error(bundle, "fp16") == errors
+    bundle = export("tiny", bundle_copy, precisions=["fp16"])
+    assert (old in bundle.manifest.files, bundle.problems()) == (False, [])
+    assert not (bundle_copy / "noise/fp16").exists()
+    assert read_quantization_error(bundle, "fp16") == errors
+
+
+def test_artifacts_of_0_4_state_what_they_depend_on() -> None:
+    assert dependencies({"rests_on": {"int8.yaml": "1"}}) == {"int8.yaml": "1"}
+    assert dependencies({"depends_on": {"int8.yaml": "2"}}) == {"int8.yaml": "2"}
+    assert dependencies({}) == {}

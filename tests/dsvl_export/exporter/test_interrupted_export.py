@@ -17,11 +17,12 @@ from dsvl_export import export, parity
 from dsvl_export.compilers.onnx import writer
 from dsvl_export.compilers.onnx.builder import Initializer
 from dsvl_export.exporter.stages import ExportProgress
-from dsvl_export.parity_check import quantization_error as noise
+from dsvl_export.parity_check import quantization_error, stage_tensors
 from dsvl_export.quantization.calibrate import SAMPLES
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import UserError
 from runtimes.goldens import recording
+from runtimes.goldens.golden import greedy_decode
 
 
 def newest(folder: Path, ending: str) -> Path:
@@ -221,7 +222,7 @@ def test_halves_of_other_inputs_make_room(tmp_path: Path, monkeypatch: pytest.Mo
 def test_goldens_go_on_at_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One request per group: those that are recorded are not computed again, and progress never falls."""
     decoded: list[int] = []
-    plain = recording.greedy_decode
+    plain = greedy_decode
 
     def greedy(*arguments: Any) -> Any:
         if len(decoded) == 4:
@@ -239,8 +240,8 @@ def test_goldens_go_on_at_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(recording, "greedy_decode", greedy)
     with pytest.raises(KeyboardInterrupt):
         export("tiny", tmp_path / "b")
-    spoilt, stray, *_ = sorted((tmp_path / "b/.staging/goldens").glob("*.safetensors"))
-    spoilt.write_bytes(spoilt.read_bytes()[:-400] + bytes(400))  # zeros, as a power cut leaves them
+    spoiled, stray, *_ = sorted((tmp_path / "b/.staging/goldens").glob("*.safetensors"))
+    spoiled.write_bytes(spoiled.read_bytes()[:-400] + bytes(400))  # zeros, as a power cut leaves them
     stray.rename(stray.with_name("99.safetensors"))
     Path(f"{stray}.journal").rename(stray.with_name("99.safetensors.journal"))
     monkeypatch.setattr(recording, "greedy_decode", lambda *arguments: decoded.append(1) or plain(*arguments))
@@ -287,9 +288,11 @@ def test_calibration_inside_an_export_goes_on(tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "b/.staging").iterdir()} == {"stages.json"}
 
 
-def test_noise_goes_on_at_the_golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quantization_error_resumes_at_the_golden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured: list[int] = []
-    plain = noise.vision_tensors
+    plain = stage_tensors.vision_tensors
 
     def vision_tensors(*arguments: Any) -> Any:
         measured.append(1)
@@ -298,13 +301,13 @@ def test_noise_goes_on_at_the_golden(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return plain(*arguments)
 
     whole = export("tiny", tmp_path / "whole", precisions=["fp16"])
-    monkeypatch.setattr(noise, "vision_tensors", vision_tensors)
+    monkeypatch.setattr(quantization_error, "vision_tensors", vision_tensors)
     with pytest.raises(KeyboardInterrupt):
         export("tiny", tmp_path / "b", precisions=["fp16"])
     (journal,) = (tmp_path / "b/.staging").rglob("*.journal")
     journal.write_text(journal.read_text()[:-9])  # half of the fourth line
     made = export("tiny", tmp_path / "b", precisions=["fp16"])
     assert len(measured) == 5 + 7
-    name = "noise/fp16/noise.json"
+    name = "quantization_error/fp16/quantization_error.json"
     assert (made.folder / name).read_text() == (whole.folder / name).read_text()
     assert not any("journal" in path for path in made.manifest.files)

@@ -46,7 +46,7 @@ def test_weights_beyond_half_precision(
     done = run("export", tiny_copy, "--precision", "fp16", "--output", tmp_path / "b", "--no-goldens")
     assert done.code == 1
     assert f"fp16 cannot hold the tensor {parameter}" in done.err
-    assert "its largest magnitude is 9.984e+04, and fp16 ends at 65504" in done.err
+    assert "its largest magnitude is 9.984e+04, but fp16 holds at most 65504" in done.err
     assert "export with --precision fp32" in done.err
     assert not (tmp_path / "b").exists()
     with pytest.raises(
@@ -87,8 +87,8 @@ def test_activations_beyond_half_precision(tiny_copy: Path, tmp_path: Path, run)
     assert Bundle.open(tmp_path / "b").choices() == [("onnxruntime", "fp32")]  # it stays a bundle
     blind = export(tiny_copy, tmp_path / "blind", precisions=["fp16"], goldens=False)
     done = run("parity", export(tiny_copy, blind.folder, precisions=["fp32"]).folder, "--precision", "fp16")
-    assert done.code == 1  # its noise was not measured
-    assert "noise/fp16/noise.json" not in Bundle.open(blind.folder).manifest.files
+    assert done.code == 1  # its quantization error was not measured
+    assert "quantization_error/fp16/quantization_error.json" not in Bundle.open(blind.folder).manifest.files
     report = json.loads((blind.folder / "reports/parity-onnxruntime-fp16.json").read_text())
     (detail,) = [stage["detail"] for stage in report["stages"] if stage["name"] == "prefill_logits"]
     assert detail.startswith(

@@ -70,7 +70,7 @@ def changed_by(root: Path, path: str) -> set[str]:
 @pytest.mark.parametrize(
     "path",
     [
-        "dsvl_export/cli/bundles.py",
+        "dsvl_export/cli/export.py",
         "dsvl_export/cli/display.py",
         "dsvl_export/exporter/config.py",
         "dsvl_export/exporter/stages.py",

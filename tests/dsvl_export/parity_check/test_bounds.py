@@ -167,12 +167,12 @@ def test_large_channels_count_relative_to_themselves() -> None:
     "content", ["{}", '{"goldens": [1], "taps": {}}', '{"goldens": [], "taps": []}',
                 '{"goldens": [{"adaptor": "x"}], "taps": {}}', '{"goldens": [{"adaptor": -1}], "taps": {}}'],
 )  # fmt: skip
-def test_noise_that_cannot_be_read(bundle_copy: Path, content: str) -> None:
-    (bundle_copy / "noise/fp16/noise.json").write_text(content)
+def test_damaged_quantization_errors(bundle_copy: Path, content: str) -> None:
+    (bundle_copy / "quantization_error/fp16/quantization_error.json").write_text(content)
     with pytest.raises(
         UserError, match="is not a readable file of quantization errors; export the bundle again"
     ):
-        parity(rehash(bundle_copy, "noise/fp16/noise.json"), precision="fp16")
+        parity(rehash(bundle_copy, "quantization_error/fp16/quantization_error.json"), precision="fp16")
 
 
 def test_overridden_tolerances_leave_a_mark(bundle_copy: Path) -> None:

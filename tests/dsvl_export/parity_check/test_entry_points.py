@@ -14,10 +14,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dsvl_export.parity_check.entry_points import judge_entry_points
+from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.quantization_error import QuantizationError
 from dsvl_export.parity_check.result import ParityResult, StageResult
 from dsvl_export.parity_check.settings import settings_faults
-from dsvl_export.parity_check.stages import Goldens
 from dsvl_export.parity_check.text import bundled_texts
 from dsvl_export.parity_check.tolerances import load_tolerances
 from reference.tiny import HELDOUT

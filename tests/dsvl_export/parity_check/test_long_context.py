@@ -60,7 +60,7 @@ def few_goldens(quantized_bundle: Bundle, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def spoilt(few_goldens: Path, tmp_path: Path) -> Path:
+def spoiled(few_goldens: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(few_goldens, tmp_path / "bundle"))
 
 
@@ -85,10 +85,10 @@ def test_an_artifact_computes_what_its_plan_computes(few_goldens: Path) -> None:
     [("fp32", 389, ("cos", "sin")), ("fp16", 1023, ("sin",)), ("int8", 790, ("cos",))],
 )
 def test_a_lost_row_of_rope_fails(
-    spoilt: Path, precision: str, position: int, tables: tuple[str, ...]
+    spoiled: Path, precision: str, position: int, tables: tuple[str, ...]
 ) -> None:
     edit = rope_without(position, *tables)
-    result = parity(plant(spoilt, precision, "decoder", edit), precision=precision)
+    result = parity(plant(spoiled, precision, "decoder", edit), precision=precision)
     assert failed(result) == {"long_context"}
     detail = result.stage("long_context").detail
     assert detail.startswith("keys of decoder layer 0: error")
@@ -102,10 +102,10 @@ def test_a_lost_row_of_rope_fails(
      ("int8", (2,), "keys of decoder layer 3"), ("fp32", (3,), "logits")],
 )  # fmt: skip
 def test_an_attention_window_fails(
-    spoilt: Path, precision: str, layers: tuple[int, ...], tensor: str
+    spoiled: Path, precision: str, layers: tuple[int, ...], tensor: str
 ) -> None:
     """Also in a single layer of int8, whose own error is larger than what the window changes."""
-    result = parity(plant(spoilt, precision, "decoder", windows(400, *layers)), precision=precision)
+    result = parity(plant(spoiled, precision, "decoder", windows(400, *layers)), precision=precision)
     assert failed(result) == {"long_context"}
     assert result.stage("long_context").detail.startswith(tensor)
 
@@ -126,16 +126,16 @@ def test_a_short_cache_is_judged_to_its_end(few_goldens: Path, monkeypatch: pyte
     assert (stage.state, stage.detail) == ("passed", "judged up to position 300 of 1024")
 
 
-def test_bundles_are_compared_there_too(few_goldens: Path, spoilt: Path) -> None:
+def test_bundles_are_compared_there_too(few_goldens: Path, spoiled: Path) -> None:
     bundle = Bundle.open(few_goldens)
     assert compare(bundle, bundle, ("onnxruntime", "fp32"), ("onnxruntime", "int8")).passed
-    other = plant(spoilt, "fp16", "decoder", rope_without(790, "cos", "sin"))
+    other = plant(spoiled, "fp16", "decoder", rope_without(790, "cos", "sin"))
     result = compare(bundle, other, ("onnxruntime", "fp32"), ("onnxruntime", "fp16"))
     assert failed(result) == {"long_context"}
 
 
-def test_an_older_bundle_is_not_passed(spoilt: Path) -> None:
-    bundle = Bundle.open(spoilt)
+def test_an_older_bundle_is_not_passed(spoiled: Path) -> None:
+    bundle = Bundle.open(spoiled)
     for path in ("goldens/text.json", f"goldens/{LONG_GOLDEN}", f"long/fp16/{LONG_GOLDEN}"):
         del bundle.manifest.files[path]
     result = parity(bundle, precision="fp16")
@@ -155,12 +155,12 @@ def test_an_older_bundle_is_not_passed(spoilt: Path) -> None:
     ],
 )
 def test_a_long_golden_of_something_else(
-    spoilt: Path, change: Callable[[LongGolden], LongGolden], message: str
+    spoiled: Path, change: Callable[[LongGolden], LongGolden], message: str
 ) -> None:
     path = f"long/fp16/{LONG_GOLDEN}"
-    change(LongGolden.load(spoilt / path)).save(spoilt / path)
+    change(LongGolden.load(spoiled / path)).save(spoiled / path)
     with pytest.raises(UserError, match=message):
-        parity(rehash(spoilt, path), precision="fp16")
+        parity(rehash(spoiled, path), precision="fp16")
 
 
 def test_it_follows_the_capacity(bundle_copy: Path) -> None:
@@ -178,7 +178,7 @@ def test_it_follows_the_capacity(bundle_copy: Path) -> None:
         capacity=200,
         report=lambda progress: states.update({progress.stage: progress.state}),
     )
-    assert (states["noise/fp16"], states["long/fp16"]) == ("reused", "finished")
+    assert (states["quantization_error/fp16"], states["long/fp16"]) == ("reused", "finished")
     assert len(LongGolden.load(file).tokens) == 200
     assert LongGolden.load(bundle_copy / "long/fp16" / LONG_GOLDEN).capacity == 200
     assert parity(bundle_copy, precision="fp16").passed

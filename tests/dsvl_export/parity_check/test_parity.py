@@ -78,7 +78,7 @@ def test_one_zeroed_row_fails_its_own_rung(
 
 def test_changed_goldens_are_noticed(bundle_copy: Path) -> None:
     path = "goldens/03.safetensors"
-    (bundle_copy / path).write_bytes(b"spoilt" + (bundle_copy / path).read_bytes()[6:])
+    (bundle_copy / path).write_bytes(b"broken" + (bundle_copy / path).read_bytes()[6:])
     with pytest.raises(UserError, match=r"goldens/03.safetensors has a wrong SHA-256"):
         parity(bundle_copy)
     with pytest.raises(UserError, match="is not a readable golden"):
@@ -198,8 +198,7 @@ def test_task_without_recorded_answers(tiny_bundle: Bundle, tmp_path: Path) -> N
 def fake_backend(execution: Execution) -> ModuleType:
     """ONNX Runtime under another name, which says of itself what a backend on other hardware would."""
     module = ModuleType("fake")
-    module.__dict__.update(vars(onnxruntime))
-    module.execution = lambda artifact, device=None: execution
+    module.__dict__.update(vars(onnxruntime), execution=lambda artifact, device=None: execution)
     return module
 
 
@@ -260,15 +259,15 @@ def test_compare_two_precisions_and_two_models(tiny_bundle: Bundle, bundle_copy:
     same = compare(tiny_bundle, Bundle.open(bundle_copy), FP16, FP16)
     assert same.stages[2].errors
     assert same.stages[2].errors.relative_rms == 0
-    spoilt = plant(
+    spoiled = plant(
         bundle_copy, "fp32", "decoder", weight("layers.2.mlp.down_proj.weight_transposed", scaled(2))
     )
-    worse = compare(tiny_bundle, spoilt, FP32, FP32, task=load_task(HELDOUT)[:10])
+    worse = compare(tiny_bundle, spoiled, FP32, FP32, task=load_task(HELDOUT)[:10])
     assert worse.exit_code == 1
     assert worse.localizations[0].first == "layers.2"
     assert worse.task
     assert worse.task.baseline == f"{tiny_bundle.folder} onnxruntime fp32"
-    other = Bundle(spoilt.folder, replace(spoilt.manifest, model={**spoilt.manifest.model, "decoder": {}}))
+    other = Bundle(spoiled.folder, replace(spoiled.manifest, model={**spoiled.manifest.model, "decoder": {}}))
     with pytest.raises(UserError, match="cannot be compared: their model differs"):
         compare(tiny_bundle, other, FP32, FP32)
 

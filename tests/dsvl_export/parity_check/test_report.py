@@ -78,7 +78,7 @@ def test_the_page_stands_alone(pages: dict[str, Path]) -> None:
     for word in ("stages", "greedy tokens", "tolerances of fp16", "error by depth", "mlperf"):
         assert word in text.lower()
     assert text.count("<svg") == 4  # the stages, and the taps of three components
-    assert not re.findall(r"#(0\d)\1\1", text)  # every placeholder colour became a variable
+    assert not re.findall(r"#(0\d)\1\1", text)  # every placeholder color became a variable
 
 
 def test_plots_can_be_told_apart(pages: dict[str, Path]) -> None:

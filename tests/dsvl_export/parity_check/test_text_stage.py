@@ -90,7 +90,7 @@ def test_another_tokenizer_fails(tiny_bundle: Bundle, tmp_path: Path, edit: Call
     assert "tokenizer.json differs from the checkpoint's" in result.stage("text").detail
 
 
-def test_behaviour_alone_is_seen_too(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_behavior_alone_is_seen_too(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same file: another version of the library would show as texts and tokens."""
     decode = LibraryTokenizer.decode
     assert judged(tiny_bundle).state == "passed"

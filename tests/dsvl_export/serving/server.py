@@ -21,7 +21,7 @@ import uvicorn
 from PIL import Image
 from starlette.types import ASGIApp
 
-from dsvl_export.cli.serving import _listen
+from dsvl_export.cli.serve import _listen
 from dsvl_export.serving.app import create_app
 from dsvl_export.serving.connection import BoundedProtocol
 from dsvl_export.serving.local_service import LocalService

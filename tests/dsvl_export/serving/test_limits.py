@@ -268,13 +268,13 @@ def test_clients_that_go_away_free_their_slots(
             if not waits:
                 assert opened.recv(1000).startswith(b"HTTP/1.1 200 OK")
         until = time.monotonic() + 10
-        while not taken[0].cancelled and time.monotonic() < until:
+        while not taken[0].canceled and time.monotonic() < until:
             time.sleep(0.001)
         if gate:
             gate.open.set()
         served.rests()
         job = taken.pop()
-        assert job.cancelled
+        assert job.canceled
         assert (job.sequence is None) == waits
         assert waits or len(job.sequence.answer.tokens) < 400
 

@@ -32,7 +32,7 @@ PICTURE = Image.fromarray(
 
 
 def test_specs_of_both_variants(siglip_pair: OraclePair, hybrid_pair: OraclePair) -> None:
-    """Only the hybrid normalises inside its tower."""
+    """Only the hybrid normalizes inside its tower."""
     low, high = preprocess_spec(siglip_pair.checkpoint), preprocess_spec(hybrid_pair.checkpoint)
     assert (low.image_size, low.do_normalize, low.background) == (30, True, (127, 127, 127))
     assert (high.image_size, high.do_normalize, high.background) == (112, False, (122, 116, 104))
@@ -104,7 +104,7 @@ def test_settings_are_followed(siglip_pair: OraclePair, tmp_path: Path, changes:
 def test_settings_of_the_hybrid_are_followed(
     hybrid_pair: OraclePair, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """The large image, whose normalisation is inside our tower."""
+    """The large image, whose normalization is inside our tower."""
     save_oracle(hybrid_pair.oracle, tmp_path)
     edit(tmp_path, **changes)
     theirs = DeepseekVLHybridImageProcessorPil.from_pretrained(tmp_path)(PICTURE, return_tensors="np")

@@ -106,8 +106,8 @@ def test_held_out_pictures_differ_in_fonts_and_places() -> None:
 
 
 def test_scenes_say_what_is_drawn() -> None:
-    """The colour in the middle of every shape is its colour; boxes lie inside the picture."""
-    from reference.tiny.pictures import COLOURS
+    """The color in the middle of every shape is its color; boxes lie inside the picture."""
+    from reference.tiny.pictures import COLORS
 
     for seed in range(60):
         image, scene = draw_scene((seed, 77))
@@ -118,8 +118,8 @@ def test_scenes_say_what_is_drawn() -> None:
             assert 0 <= x0 < x1 <= CANVAS
             assert 0 <= y0 < y1 <= CANVAS
             middle = pixels[round((y0 + y1) / 2 * scale), round((x0 + x1) / 2 * scale)]
-            nearest = min(COLOURS, key=lambda name: np.abs(middle - COLOURS[name]).sum())
-            assert nearest == shape.colour
+            nearest = min(COLORS, key=lambda name: np.abs(middle - COLORS[name]).sum())
+            assert nearest == shape.color
         for digit in scene.digits:
             assert 0 <= digit.box[0] < digit.box[2] <= CANVAS + 3
             assert (digit.box[1] < CANVAS / 2) == (scene.number_half == "top")
@@ -138,7 +138,7 @@ def test_answers_follow_from_the_scene() -> None:
                 named = [
                     shape
                     for shape in scene.shapes
-                    if shape.colour in question.text and shape.name in question.text
+                    if shape.color in question.text and shape.name in question.text
                 ]
                 assert question.answer == ("yes" if named else "no")
             elif question.kind.startswith("number_") and question.kind[-1].isdigit():

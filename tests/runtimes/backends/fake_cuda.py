@@ -2,7 +2,7 @@
 
 Device memory is memory of the host whose bounds are checked at every access; streams run at once, graphs
 when they are launched; an engine runs its ONNX file in ONNX Runtime, from and to the addresses it was given.
-What they cannot show is TensorRT's own behaviour; the tests marked ``gpu`` do.
+What they cannot show is TensorRT's own behavior; the tests marked ``gpu`` do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import onnxruntime
 
 from dsvl_export.compilers.engines.build import EngineSettings, profiles
 from runtimes.backends.engines.cuda import Cuda, Stream
-from runtimes.backends.engines.session import LoadedEngine
+from runtimes.backends.engines.load import LoadedEngine
 from runtimes.bundle.contracts import Contract, updated_state
 
 OK, OUT_OF_MEMORY, NO_DRIVER = 0, 2, 35

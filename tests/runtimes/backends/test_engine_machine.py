@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from runtimes.backends.engines import backend, session
+from runtimes.backends.engines import backend, load
 from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu
 from runtimes.backends.engines.machine import engine_mismatch
 from runtimes.backends.engines.trust import trust_engine
@@ -33,7 +33,7 @@ def cuda() -> FakeCuda:
 
 def use(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda, trt: FakeTensorRT) -> None:
     """A machine with this GPU and this TensorRT."""
-    for module in (session, backend):
+    for module in (load, backend):
         monkeypatch.setattr(module, "import_cuda", lambda: cuda)
         monkeypatch.setattr(module, "import_library", lambda name: trt)
 

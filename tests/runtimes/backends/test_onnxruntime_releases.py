@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,11 +47,11 @@ def test_releases_are_compared_by_number() -> None:
 
 
 def test_the_sentence_has_both_releases_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime_releases.sys, "version_info", (3, 11, 7))
+    monkeypatch.setattr(sys, "version_info", (3, 11, 7))
     monkeypatch.setattr(onnxruntime_releases, "installed_package", lambda: "onnxruntime-gpu")
     needs = "it needs ONNX Runtime 1.27 or later, but 1.23.2 is installed; run: pip install 'onnxruntime-gpu>=1.27'"
     assert upgrade_message("1.27", "1.23.2") == needs
-    monkeypatch.setattr(onnxruntime_releases.sys, "version_info", (3, 10, 12))
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12))
     assert upgrade_message("1.27", "1.23.2") == f"{needs} under Python 3.11 or later"
 
 

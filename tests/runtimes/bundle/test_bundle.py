@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from dsvl_export.parity_check import parity
-from dsvl_export.parity_check.stages import Goldens
+from dsvl_export.parity_check.goldens import Goldens
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import MANIFEST
 from runtimes.bundle.tensor_files import save_tensors

@@ -16,76 +16,76 @@ from runtimes.bundle.manifest import Artifact
 from runtimes.cache import KVCache
 from runtimes.generation.decoding import SpeculativeSequence
 from runtimes.generation.sampling import GenerationOptions
-from runtimes.generation.speculation import FIRST_DRAFT, MAX_DRAFT, SUSPENSION, PromptLookup
+from runtimes.generation.speculation import FIRST_SIZE, MAX_SIZE, SUSPENSION, PromptLookup
 from runtimes.pipeline import Pipeline
 
 IMAGE = 1
 DOCUMENT = list(range(10, 60))
 
 
-def lookup_with_plain_steps(tokens: list[int], max_draft: int = MAX_DRAFT) -> PromptLookup:
-    lookup = PromptLookup(tokens, max_draft, IMAGE)
+def lookup_with_plain_steps(tokens: list[int], max_size: int = MAX_SIZE) -> PromptLookup:
+    lookup = PromptLookup(tokens, max_size, IMAGE)
     for _ in range(2):
         lookup.record_call(0, 0, 1.0)
     return lookup
 
 
-def test_a_draft_is_what_followed_the_same_three_tokens() -> None:
+def test_the_tokens_that_followed_the_same_three_tokens_are_proposed() -> None:
     lookup = lookup_with_plain_steps([*DOCUMENT, 3, 20, 21, 22])
-    assert lookup.draft(100) == [23, 24]
-    assert lookup.draft(1) == [23]
-    assert lookup.draft(0) == lookup.draft(-1) == []
+    assert lookup.propose(100) == [23, 24]
+    assert lookup.propose(1) == [23]
+    assert lookup.propose(0) == lookup.propose(-1) == []
     lookup.extend([99])
-    assert lookup.draft(100) == []
+    assert lookup.propose(100) == []
 
 
 def test_the_newest_of_two_occurrences_counts() -> None:
-    assert lookup_with_plain_steps([5, 6, 7, 8, 5, 6, 7, 9, 2, 5, 6, 7]).draft(1) == [9]
+    assert lookup_with_plain_steps([5, 6, 7, 8, 5, 6, 7, 9, 2, 5, 6, 7]).propose(1) == [9]
 
 
-def test_no_draft_before_a_plain_step_was_timed() -> None:
-    lookup = PromptLookup([5, 6, 7, 8, 5, 6, 7], MAX_DRAFT, IMAGE)
+def test_nothing_is_proposed_before_a_plain_step_was_timed() -> None:
+    lookup = PromptLookup([5, 6, 7, 8, 5, 6, 7], MAX_SIZE, IMAGE)
     for _ in range(2):  # the first may be cold
-        assert lookup.draft(4) == []
+        assert lookup.propose(4) == []
         lookup.record_call(0, 0, 1.0)
-    assert lookup.draft(1) == [8]
+    assert lookup.propose(1) == [8]
 
 
-def test_image_tokens_and_what_a_backend_cannot_judge_are_not_drafted() -> None:
-    assert lookup_with_plain_steps([5, 6, 7, 8, IMAGE, 9, 5, 6, 7]).draft(4) == [8]
-    assert lookup_with_plain_steps([5, 6, 7, 8, 9, 5, 6, 7], max_draft=0).draft(4) == []
+def test_image_tokens_and_what_a_backend_cannot_judge_are_not_proposed() -> None:
+    assert lookup_with_plain_steps([5, 6, 7, 8, IMAGE, 9, 5, 6, 7]).propose(4) == [8]
+    assert lookup_with_plain_steps([5, 6, 7, 8, 9, 5, 6, 7], max_size=0).propose(4) == []
 
 
-def test_drafts_grow_while_they_come_true() -> None:
+def test_more_tokens_are_proposed_while_they_are_accepted() -> None:
     lookup = lookup_with_plain_steps([*DOCUMENT, 3, 10, 11, 12])
     sizes = []
     for _ in range(4):
-        draft = lookup.draft(100)
-        sizes.append(len(draft))
-        lookup.extend(draft)
-        lookup.record_call(len(draft), len(draft), 1.5)
-    assert sizes == [FIRST_DRAFT, 2 * FIRST_DRAFT, 4 * FIRST_DRAFT, MAX_DRAFT]
-    lookup.record_call(MAX_DRAFT, 3, 1.5)
-    assert len(lookup.draft(100)) == FIRST_DRAFT
+        proposed = lookup.propose(100)
+        sizes.append(len(proposed))
+        lookup.extend(proposed)
+        lookup.record_call(len(proposed), len(proposed), 1.5)
+    assert sizes == [FIRST_SIZE, 2 * FIRST_SIZE, 4 * FIRST_SIZE, MAX_SIZE]
+    lookup.record_call(MAX_SIZE, 3, 1.5)
+    assert len(lookup.propose(100)) == FIRST_SIZE
 
 
 @pytest.mark.parametrize("first", [1.0, 3.0, 50.0])
-def test_drafts_that_lose_time_pause_longer_and_longer(first: float) -> None:
-    """Every draft is wrong and makes a step twice as long; however long the first step took."""
-    lookup = PromptLookup([7] * 4, MAX_DRAFT, IMAGE)
-    seconds, tokens, drafted = 0.0, 1500, []
+def test_speculation_that_loses_time_is_suspended_longer_and_longer(first: float) -> None:
+    """Every proposal is wrong and makes a step twice as long; however long the first step took."""
+    lookup = PromptLookup([7] * 4, MAX_SIZE, IMAGE)
+    seconds, tokens, places = 0.0, 1500, []
     lookup.record_call(0, 0, first)
     for place in range(tokens):
-        draft = lookup.draft(100)
-        cost = 2.0 if draft else 1.0
-        drafted += [place] if draft else []
+        proposed = lookup.propose(100)
+        cost = 2.0 if proposed else 1.0
+        places += [place] if proposed else []
         seconds += cost
-        lookup.record_call(len(draft), 0, cost)
+        lookup.record_call(len(proposed), 0, cost)
         lookup.extend([7])
     assert tokens / seconds > 0.98
-    pauses = [later - earlier for earlier, later in pairwise(drafted) if later - earlier > 1]
-    assert pauses == sorted(pauses)
-    assert pauses[0] >= SUSPENSION
+    suspensions = [later - earlier for earlier, later in pairwise(places) if later - earlier > 1]
+    assert suspensions == sorted(suspensions)
+    assert suspensions[0] >= SUSPENSION
 
 
 class Parrot:
@@ -133,22 +133,22 @@ def test_copying_takes_few_calls_and_gives_the_same(
         pipeline.reset()
         options = GenerationOptions(max_new_tokens=len(document) + 1, drafts=drafts)
         answers[drafts] = (pipeline.generate(text, options=options), parrot.calls)
-    (plain, plain_calls), (drafted, calls) = answers[False], answers[True]
-    assert drafted.tokens == plain.tokens
-    assert (drafted.text, drafted.finish_reason) == (plain.text, plain.finish_reason)
+    (plain, plain_calls), (speculated, calls) = answers[False], answers[True]
+    assert speculated.tokens == plain.tokens
+    assert (speculated.text, speculated.finish_reason) == (plain.text, plain.finish_reason)
     assert calls < plain_calls / 2
-    # One call measures how far its logits deviate; the token that ends the answer was drafted too.
-    assert drafted.accepted_tokens - (plain_calls - calls) in (1, 2)
+    # One call measures how far its logits deviate; the token that ends the answer was proposed too.
+    assert speculated.accepted_tokens - (plain_calls - calls) in (1, 2)
     assert plain.drafted_tokens == plain.accepted_tokens == 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_drafts_change_no_token(
+def test_speculation_changes_no_token(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    """Of the real model, greedy and sampled, made to repeat itself; the cache is right after drafts too.
+    """Of the real model, greedy and sampled, made to repeat itself; the cache is right after speculation too.
 
-    On a clock by which every call takes as long, so that the same drafts are made each time.
+    On a clock by which every call takes as long, so that the same tokens are proposed each time.
     """
     monkeypatch.setattr("runtimes.generation.decoding.perf_counter", partial(next, count()))
     pipeline = Pipeline.open(tiny_bundle, precision="fp32")
@@ -169,10 +169,10 @@ def test_drafts_change_no_token(
     assert drafted > accepted > 0
 
 
-def test_the_last_answer_of_a_batch_is_decoded_with_drafts(
+def test_the_last_answer_of_a_batch_is_decoded_with_speculation(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others end at once; its tokens are those without drafts."""
+    """The others end at once; its tokens are those without speculation."""
     monkeypatch.setattr("runtimes.generation.decoding.perf_counter", partial(next, count()))
     pipeline = Pipeline.open(tiny_bundle, precision="fp32")
     prompts = ["The circle is red. The square is red. The", "A circle.", "The circle is red."]
@@ -240,7 +240,7 @@ def test_neither_rounding_nor_the_clock_changes_an_answer(
 @pytest.mark.parametrize(
     "options", [GenerationOptions(60, 1.0, top_p=0.9), GenerationOptions(60, 1.0, top_k=5)]
 )
-def test_no_drafts_where_no_choice_is_certain(tiny_bundle: Bundle, options: GenerationOptions) -> None:
+def test_no_speculation_where_no_choice_is_certain(tiny_bundle: Bundle, options: GenerationOptions) -> None:
     """The order of top_k and top_p follows the rounding; quantized activations jump by whole steps."""
     pipeline = Pipeline.open(tiny_bundle, precision="fp32")
     pipeline.chain.decoder = Wobbly(pipeline)
@@ -249,7 +249,7 @@ def test_no_drafts_where_no_choice_is_certain(tiny_bundle: Bundle, options: Gene
     assert pipeline.generate("a", options=GenerationOptions(60, ignore_eos=True)).drafted_tokens == 0
 
 
-def test_precisions_that_make_drafts() -> None:
+def test_precisions_that_have_speculation() -> None:
     def artifact(precision: str, quantizes: bool | None) -> Artifact:
         return Artifact("decoder", "onnxruntime", precision, "cpu", "ort", ("x",), {},
                         quantizes_activations=quantizes)  # fmt: skip
@@ -259,17 +259,17 @@ def test_precisions_that_make_drafts() -> None:
 
 
 @pytest.mark.parametrize("ending", ["eos", "stop"])
-def test_an_answer_that_ends_inside_a_draft(
+def test_an_answer_that_ends_inside_the_proposed_tokens(
     tiny_bundle: Bundle, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    """The same question again and again: drafts reach past the end, and the next turn knows nothing of that."""
-    inside: list[int] = []  # tokens of a draft that ended an answer
+    """The same question again and again: proposed tokens reach past the end, and the next turn knows nothing of that."""
+    inside: list[int] = []  # proposed tokens of the call that ended an answer
     take = SpeculativeSequence.accept_logits
 
     def watched(self: SpeculativeSequence, *given: Any) -> str:
-        draft, text = self._draft, take(self, *given)
+        proposed, text = self._proposed, take(self, *given)
         if self.finished and self.answer.finish_reason == ending:
-            inside.append(len(draft))
+            inside.append(len(proposed))
         return text
 
     monkeypatch.setattr(SpeculativeSequence, "accept_logits", watched)

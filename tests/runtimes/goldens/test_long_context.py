@@ -70,6 +70,6 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
         replace(golden(), **change).save(file)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=r"long.safetensors is not a readable long golden"):
             LongGolden.load(file)
-    file.write_bytes(b"spoilt")
+    file.write_bytes(b"broken")
     with pytest.raises(UserError, match="export the bundle again"):
         LongGolden.load(file)

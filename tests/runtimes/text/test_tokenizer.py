@@ -81,9 +81,9 @@ def test_sampling_follows_the_distribution() -> None:
     nucleus = shares(GenerationOptions(temperature=1.0, top_p=0.79))
     assert nucleus[2:].sum() == 0
     assert shares(GenerationOptions(temperature=1.0, top_p=0.81))[2] > 0
-    penalised = shares(GenerationOptions(temperature=1.0, repetition_penalty=3.0), seen=(0,))
+    penalized = shares(GenerationOptions(temperature=1.0, repetition_penalty=3.0), seen=(0,))
     weights = np.array([0.125, 0.3, 0.15, 0.05])
-    assert np.abs(penalised - weights / weights.sum()).max() < 0.032
+    assert np.abs(penalized - weights / weights.sum()).max() < 0.032
 
 
 def test_the_likeliest_of_many() -> None:

@@ -1,4 +1,4 @@
-"""The commands ``export``, ``inspect`` and ``demo``."""
+"""The command ``export``, which writes a bundle."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from dsvl_export.cli.app import command
-from dsvl_export.cli.checks import exit_with_verdict, run_and_record
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets, values
 from dsvl_export.cli.memory import warn_of_memory
-from dsvl_export.cli.options import Adapters, BundleFolder, Json, OptionalCheckpoint
+from dsvl_export.cli.options import Adapters, Json, OptionalCheckpoint
+from dsvl_export.cli.parity import exit_with_verdict, run_and_record
 from dsvl_export.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -289,31 +289,3 @@ def _run_parity(backend: str, precision: str, bundle: Bundle, on_step: OnStep) -
 
     warn_of_memory(bundle, backend, precision)
     return parity(bundle, backend, precision, on_step=on_step)
-
-
-@command("inspect")
-def inspect(bundle: BundleFolder, as_json: Json = False) -> None:
-    """Show the contents of a bundle: model, artifacts, sizes, contracts and parity verdicts."""
-    from dsvl_export.cli import display
-    from runtimes.bundle.bundle import Bundle
-
-    opened = Bundle.open(bundle)
-    if as_json:
-        display.print_json(opened.manifest.to_dict())
-    else:
-        for table in display.bundle_tables(opened):
-            display.out.print(table)
-
-
-@command("demo")
-def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the bundle and the images.")
-    ] = Path("demo"),
-    as_json: Json = False,
-) -> None:
-    """Export the bundled tiny model, ask it about images, and run the parity check."""
-    from dsvl_export.cli.demo import run_demo
-
-    if not run_demo(output, as_json):
-        raise typer.Exit(1)

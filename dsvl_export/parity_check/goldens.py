@@ -1,11 +1,7 @@
-"""Goldens, and the tensors of the stages that are compared with them.
-
-Each stage is given the reference's own input, so that errors of the stages do not add up.
-"""
+"""The goldens that a bundle is compared with: a folder of recorded inputs and outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,12 +16,9 @@ from runtimes.goldens.golden import (
     golden_token_count,
     is_golden,
     load_golden,
-    teacher_forced_logits,
 )
-from runtimes.preprocess import to_pixel_values
 
 IMAGES = "goldens/images/"
-STEPS = 8  # single decode steps per golden whose logits are judged
 
 
 @dataclass(frozen=True)
@@ -69,14 +62,14 @@ class Goldens:
             UserError: no golden fits.
         """
         sizes = [golden_token_count(file) for file in self.files]
-        kept = [index for index, size in enumerate(sizes) if longest is None or size <= longest]
-        if not kept:
+        indices = [index for index, size in enumerate(sizes) if longest is None or size <= longest]
+        if not indices:
             raise UserError(
                 f"No golden fits into the decoder's KV cache of {longest} tokens; the shortest needs"
                 f" {min(sizes)}. Export again with at least that --capacity."
             )
-        numbers = tuple(self.numbers[index] for index in kept)
-        return replace(self, files=tuple(self.files[index] for index in kept), numbers=numbers)
+        numbers = tuple(self.numbers[index] for index in indices)
+        return replace(self, files=tuple(self.files[index] for index in indices), numbers=numbers)
 
     def images(self, golden: Golden) -> list[Path]:
         """Return the image files of a golden."""
@@ -134,48 +127,3 @@ class Goldens:
             raise UserError(
                 f"The golden {self.files[index]} does not fit the bundle's contracts; export it again."
             )
-
-
-@dataclass(frozen=True)
-class StageTensor:
-    """One tensor of one stage, as the artifact and as the reference compute it."""
-
-    stage: str
-    name: str
-    actual: np.ndarray
-    expected: np.ndarray
-
-
-def stage_tensors(chain: Chain, golden: Golden, steps: int = 0) -> Iterator[StageTensor]:
-    """Yield the tensors of all stages of one golden, from vision encoder to teacher-forced logits.
-
-    Args:
-        chain: the components to run.
-        golden: inputs, and outputs of the reference.
-        steps: number of tokens that are also decoded one by one; a decode step may use another
-            kernel, program or profile than a prefill.
-    """
-    yield from vision_tensors(chain, golden)
-    embeds = chain.merge(golden.prompt_tokens, golden.image_embeds)
-    cache = chain.decoder.new_cache(1, len(embeds) + steps)
-    logits = chain.prefill(embeds, cache)[None]
-    yield StageTensor("prefill_logits", "logits", logits, golden.logits[:1])
-    if steps:
-        rows = [chain.decode(np.array([[token]]), cache)[0, 0] for token in golden.greedy_tokens[:steps]]
-        yield StageTensor(
-            "teacher_forced_logits", "step_logits", np.stack(rows), golden.logits[1 : steps + 1]
-        )
-    logits = teacher_forced_logits(chain, embeds, golden.greedy_tokens.tolist())
-    yield StageTensor("teacher_forced_logits", "logits", logits, golden.logits)
-
-
-def vision_tensors(chain: Chain, golden: Golden) -> Iterator[StageTensor]:
-    """Yield the vision features and the image embeddings of one golden."""
-    pixels = np.stack([to_pixel_values(square, chain.preprocessing) for square in golden.squares])
-    features = chain.encode_pixels(pixels)
-    for name, expected in golden.features.items():
-        yield StageTensor("vision_encoder", name, features[name], expected)
-    inputs = {
-        item.name: golden.features[item.name].astype(item.dtype) for item in chain.adaptor.contract.inputs
-    }
-    yield StageTensor("adaptor", "image_embeds", chain.adapt(inputs), golden.image_embeds)

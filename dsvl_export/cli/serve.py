@@ -96,7 +96,7 @@ def serve(
     drafts: Drafts = True,
     timeout: Annotated[
         float,
-        typer.Option(min=1, help="Seconds after which a request is cancelled.", rich_help_panel=LIMITS),
+        typer.Option(min=1, help="Seconds after which a request is canceled.", rich_help_panel=LIMITS),
     ] = 300,
     max_body: Annotated[
         int, typer.Option(min=1, help="Maximum size of a request, in MB.", rich_help_panel=LIMITS)

@@ -1,14 +1,14 @@
-"""Drafts by prompt lookup at full shape: tokens per second with and without, on what they help and harm.
+"""Speculation by prompt lookup at full shape: tokens per second with and without it, by kind of text.
 
-    python benchmarks/drafts.py BUNDLE [--backend onnxruntime] [--precision int4]
+    python benchmarks/speculation.py BUNDLE [--backend onnxruntime] [--precision int4]
 
-Precisions that quantize activations make no drafts. The decoder computes every step in earnest; what it says
-is replaced by a script, since weights are random:
+Precisions that quantize activations have no speculation. The decoder computes every step; a script replaces
+its choice of tokens, since the weights are random:
 
     copy       the answer repeats 200 tokens of the prompt
     quotes     stretches of 12 tokens from the prompt between 12 new ones
-    new        nothing that was there before
-    misleading every 4th token ends three that were there, and is followed by another token than there
+    new        only tokens that the prompt lacks
+    misleading three tokens of the prompt, then a token that does not follow them there
 """
 
 from __future__ import annotations
@@ -81,22 +81,26 @@ def main() -> None:
     plain = [word for word in range(min(words, 4000)) if word not in (spec.eos_id, spec.image_token_id)]
     order = np.random.default_rng(0).permutation(plain).tolist()
     prompt, fresh = order[:PROMPT], order[PROMPT:]
-    print("| | tokens/s without | with drafts | ratio | drafted | accepted |\n|---|---|---|---|---|---|")
+    print(
+        "| | tokens/s without | with speculation | ratio | proposed | accepted |\n|---|---|---|---|---|---|"
+    )
     for name, script in scripts(prompt, fresh).items():
         rates: dict[bool, list[float]] = {False: [], True: []}
         answer = None
         for _ in range(given.turns):
-            for drafts in (False, True):
+            for speculate in (False, True):
                 chain.decoder = Scripted(decoder, PROMPT, script)
                 cache = chain.decoder.new_cache(1, pipeline.capacity)
                 logits = chain.prefill(chain.embed_tokens(prompt), cache)
-                sequence = SpeculativeSequence(chain, prompt, GenerationOptions(ANSWER, drafts=drafts), 0.0)
+                sequence = SpeculativeSequence(
+                    chain, prompt, GenerationOptions(ANSWER, drafts=speculate), 0.0
+                )
                 for _ in generate(chain, [logits], cache, [sequence]):
                     pass
                 answer = sequence.answer
                 if answer.tokens != script:
                     raise SystemExit(f"{name}: the answer is not the script")
-                rates[drafts].append(answer.tokens_per_second)
+                rates[speculate].append(answer.tokens_per_second)
         assert answer
         ratios = [new / old for old, new in zip(rates[False], rates[True], strict=True)]
         columns = (spread(rates[False]), spread(rates[True]), spread(ratios))

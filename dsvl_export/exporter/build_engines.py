@@ -10,7 +10,7 @@ from types import ModuleType
 from packaging.version import Version
 
 from dsvl_export.compilers.engines.build import EngineSettings, build_engine
-from dsvl_export.exporter.staging import Staging
+from dsvl_export.exporter.staging import Staging, dependencies
 from dsvl_export.lint import Release, refuse
 from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu, import_cuda
 from runtimes.backends.engines.library import import_library
@@ -109,17 +109,17 @@ def _artifacts(bundle: Bundle, precision: str | None, version: Version) -> list[
     """Return the artifacts to build, after a check of their hashes and of the TensorRT version."""
     pairs = bundle.matching(BACKEND, precision)
     if not pairs:
-        asked = f" in {precision}" if precision else ""
+        of_precision = f" in {precision}" if precision else ""
         raise UserError(
-            f"The bundle {bundle.folder} holds no ONNX for TensorRT{asked};"
+            f"The bundle {bundle.folder} holds no ONNX for TensorRT{of_precision};"
             " export it with --backend tensorrt."
         )
-    found = [item for item in bundle.manifest.artifacts if (item.backend, item.precision) in pairs]
-    for item in found:
+    artifacts = [item for item in bundle.manifest.artifacts if (item.backend, item.precision) in pairs]
+    for item in artifacts:
         _check_version(item, version)
-    engines = {item.engine.file for item in found if item.engine}
-    bundle.check([path for item in found for path in item.files if path not in engines])
-    return found
+    engines = {item.engine.file for item in artifacts if item.engine}
+    bundle.check([path for item in artifacts for path in item.files if path not in engines])
+    return artifacts
 
 
 def longest_golden(bundle: Bundle) -> int:
@@ -132,8 +132,8 @@ def _check_version(item: Artifact, version: Version) -> None:
     if Release(version).dialect != item.dialect:
         wanted = item.tools.get("for", "another version")
         raise UserError(
-            f"The {item.component} in {item.precision} was exported for TensorRT {wanted}, here is {version};"
-            f" export it again with --tensorrt {version.major}.{version.minor}."
+            f"The {item.component} in {item.precision} was exported for TensorRT {wanted}, but this machine"
+            f" has {version}; export it again with --tensorrt {version.major}.{version.minor}."
         )
 
 
@@ -156,33 +156,33 @@ def _build(
         options=settings.options,
     )
     # The driver may change under an engine.
-    known = replace(item.engine, driver=engine.driver) if item.engine else None
-    if known == engine and not bundle.problems([engine.file]):
+    current = replace(item.engine, driver=engine.driver) if item.engine else None
+    if current == engine and not bundle.problems([engine.file]):
         return item
     refuse(file, Release(device.version, device.gpu.sm))
     contract = bundle.manifest.contracts[item.precision][item.component]
     temporary = staging.work / Path(engine.file).name
     try:
         build_engine(device.trt, file, contract, settings, temporary)
-        done = replace(item, engine=engine, files=tuple(dict.fromkeys((*item.files, engine.file))))
+        new = replace(item, engine=engine, files=tuple(dict.fromkeys((*item.files, engine.file))))
         stage = item.stage
-        depends = (staging.result(stage) or {}).get("rests_on", {})
-        staging.attach(stage, temporary, {"artifacts": [asdict(done)], "rests_on": depends})
+        depends = dependencies(staging.result(stage) or {})
+        staging.attach(stage, temporary, {"artifacts": [asdict(new)], "depends_on": depends})
     finally:
         temporary.unlink(missing_ok=True)
-    _publish(bundle, staging, item, done)
-    return done
+    _publish(bundle, staging, item, new)
+    return new
 
 
 def _publish(bundle: Bundle, staging: Staging, old: Artifact, new: Artifact) -> None:
     """Write the manifest with an artifact replaced, and without the old one's parity verdict."""
-    known = (old.component, old.backend, old.precision)
+    replaced = (old.component, old.backend, old.precision)
     entry = staging.files()[new.files[-1]]
 
     def make(now: Manifest | None) -> Manifest:
         manifest = now or bundle.manifest
         artifacts = tuple(
-            new if (item.component, item.backend, item.precision) == known else item
+            new if (item.component, item.backend, item.precision) == replaced else item
             for item in manifest.artifacts
         )
         pair = f"{new.backend}/{new.precision}"

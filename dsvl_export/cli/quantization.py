@@ -165,7 +165,7 @@ def sensitivity(
     If the run is interrupted, run the same command again: it resumes.
     """
     from dsvl_export.cli import display
-    from dsvl_export.cli.display_quantizing import sensitivity_table
+    from dsvl_export.cli.display_quantization import sensitivity_table
     from dsvl_export.cluster.ray_cluster import ray_cluster
     from dsvl_export.quantization.search import sensitivity as run_sensitivity
     from reference.checkpoint.checkpoint import open_checkpoint
@@ -217,7 +217,7 @@ def plan_precision(
     Example: dsvl-export plan-precision tiny measured --budget accuracy=0.99 --output plan.yaml
     """
     from dsvl_export.cli import display
-    from dsvl_export.cli.display_quantizing import front_table
+    from dsvl_export.cli.display_quantization import front_table
     from dsvl_export.quantization.search import find_plan
     from reference.checkpoint.checkpoint import open_checkpoint
     from reference.checkpoint.lora_adapter import parse_adapters

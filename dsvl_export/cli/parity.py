@@ -1,9 +1,9 @@
-"""Commands that check bundles: ``parity``, ``compare`` and ``verify``."""
+"""The commands ``parity`` and ``compare``, which run the parity check."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -32,7 +32,6 @@ from dsvl_export.cli.terminal import say
 from runtimes.errors import UserError
 
 if TYPE_CHECKING:
-    from dsvl_export.audit import Audit
     from dsvl_export.parity_check import ParityResult
     from dsvl_export.parity_check.against_reference import OnStep
     from runtimes.bundle.bundle import Bundle
@@ -196,93 +195,6 @@ def compare(
     else:
         display.print_parity(result)
     exit_with_verdict([result])
-
-
-@command("verify")
-def verify(
-    bundle: BundleFolder,
-    weights: Annotated[
-        Optional[str],
-        typer.Option(
-            metavar="CHECKPOINT",
-            help="Also compare every weight, constant and setting in the files with the values computed from"
-            " this checkpoint and the precision plans. Needs PyTorch.",
-            autocompletion=values("tiny"),
-        ),
-    ] = None,
-    adapter: Adapters = None,
-    backend: Annotated[
-        Optional[str],
-        typer.Option(
-            help="With --weights: audit only this backend. Default: all.", autocompletion=bundle_backends()
-        ),
-    ] = None,
-    precision: Annotated[
-        Optional[str],
-        typer.Option(
-            help="With --weights: audit only this precision. Default: all.",
-            autocompletion=bundle_precisions(),
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Check the size and SHA-256 of every file of a bundle, and that its engines fit this GPU.
-
-    With --weights, the content is checked too. Exit code 1: a file differs from the checkpoint; 3:
-    a file could not be audited.
-
-    Example: dsvl-export verify tiny-bundle --weights tiny
-    """
-    from dsvl_export.cli import display
-    from runtimes.backends.engines.backend import engine_problems
-    from runtimes.bundle.bundle import Bundle
-
-    if weights is None and (backend or precision or adapter):
-        raise UserError(
-            "--backend, --precision and --adapter belong to --weights; pass --weights CHECKPOINT too."
-        )
-    opened = Bundle.open(bundle)
-    problems = opened.problems() + engine_problems(opened)
-    report: dict[str, Any] = {
-        "bundle": str(bundle), "files": len(opened.manifest.files), "problems": problems,
-    }  # fmt: skip
-    if problems:
-        if as_json:
-            display.print_json(report)
-        raise UserError(
-            f"The bundle {bundle} is damaged or does not fit this machine: {'; '.join(problems)}."
-        )
-    result = _audit(opened, weights, adapter or (), backend, precision) if weights else None
-    if as_json:
-        display.print_json({**report, **({"audit": result.to_dict()} if result else {})})
-    else:
-        say(f"All {len(opened.manifest.files)} files of {bundle} are unchanged since the export.")
-        if result:
-            display.print_audit(result)
-    if result and result.exit_code:
-        raise typer.Exit(result.exit_code)
-
-
-def _audit(
-    bundle: Bundle, checkpoint: str, adapters: Sequence[str], backend: str | None, precision: str | None
-) -> Audit:
-    """Compare the files of a bundle with a checkpoint, with a progress bar."""
-    from dsvl_export.audit import audit
-    from dsvl_export.cli import display
-    from reference.checkpoint.checkpoint import open_checkpoint
-    from reference.checkpoint.lora_adapter import parse_adapters
-
-    source, done = open_checkpoint(checkpoint, adapters=parse_adapters(adapters)), 0
-    with display.step_bar("audit") as on_step:
-
-        def on_bytes(part: str, count: int) -> None:
-            nonlocal done
-            done += count
-            on_step(part, min(done, total), total)
-
-        total = sum(entry.bytes for entry in bundle.manifest.files.values())
-        on_step("hash of the checkpoint", 0, total)
-        return audit(bundle, source, backend, precision, on_bytes)
 
 
 def run_and_record(

@@ -1,4 +1,4 @@
-"""Commands for TensorRT: ``lint`` and ``build-engine``."""
+"""The command ``build-engine``, which builds TensorRT engines on the machine that runs them."""
 
 from __future__ import annotations
 
@@ -9,60 +9,8 @@ from typing import Annotated, Optional
 import typer
 
 from dsvl_export.cli.app import command
-from dsvl_export.cli.completion import complete_targets
 from dsvl_export.cli.options import BundleFolder, Json, Precision
 from dsvl_export.cli.terminal import say
-
-
-@command("lint")
-def lint(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle, or any ONNX file.")],
-    tensorrt: Annotated[
-        Optional[str],
-        typer.Option(
-            metavar="VERSION", help="Version of TensorRT, for example 10.3. Default: the bundle's, or 11.4."
-        ),
-    ] = None,
-    target: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Target device, one of those that 'targets' lists; sets the TensorRT version and the GPU.",
-            autocompletion=complete_targets,
-        ),
-    ] = None,
-    sm: Annotated[
-        Optional[int], typer.Option(help="Compute capability, for example 87. Default: the target's.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Find what TensorRT refuses in ONNX files before a build: node, rule and fix.
-
-    Files of a bundle that are for other runtimes are listed as not checked. Without --target,
-    --tensorrt and --sm, files for ONNX Runtime are checked with the quantization rules.
-
-    Exit code 1: TensorRT would refuse or misinterpret a node; 3: no file could be checked.
-
-    Example: dsvl-export lint model.onnx --target jetson-orin
-    """
-    from dsvl_export.cli import display
-    from dsvl_export.lint.bundles import lint_path, summarize_findings
-
-    results = lint_path(path, tensorrt, target, sm)
-    if as_json:
-        display.print_json(
-            {str(file): [vars(finding) for finding in findings] for file, findings in results.items()}
-        )
-    else:
-        for file, findings in results.items():
-            for finding in findings:
-                word = "" if finding.harmful else f"{finding.effect}: "
-                say(f"{file}: {word}{finding}")
-        print(summarize_findings(results))
-    checked = [findings for findings in results.values() if all(finding.checked for finding in findings)]
-    if any(finding.harmful for findings in checked for finding in findings):
-        raise typer.Exit(1)
-    if not checked:
-        raise typer.Exit(3)
 
 
 @command("build-engine")
@@ -117,7 +65,7 @@ def build_engine(
     """
     from dsvl_export.cli import display
     from dsvl_export.compilers.engines.build import EngineSettings
-    from dsvl_export.exporter.on_device import build_engines, longest_golden
+    from dsvl_export.exporter.build_engines import build_engines, longest_golden
     from dsvl_export.exporter.staging import Staging
     from runtimes.bundle.bundle import Bundle
     from runtimes.units import size

@@ -1,4 +1,4 @@
-"""The commands ``run`` and ``chat``, which answer with a bundle."""
+"""The command ``run``, which answers one question with a bundle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from dsvl_export.cli.options import (
     Drafts,
     Images,
     Json,
-    JsonLines,
     MaxNewTokens,
     Penalty,
     Precision,
@@ -122,36 +121,3 @@ def run(
         f"[dim]{len(answer.tokens)} tokens ({answer.finish_reason}), first after"
         f" {answer.first_token_seconds:.2f} s, then {answer.tokens_per_second:.1f} per second[/]"
     )
-
-
-@command("chat")
-def chat(
-    bundle: BundleFolder,
-    image: Images = None,
-    backend: Backend = None,
-    precision: Precision = None,
-    adapter: Adapter = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    drafts: Drafts = True,
-    device: Device = None,
-    threads: Threads = None,
-    capacity: Capacity = None,
-    verify: Verify = True,
-    trust_engine: TrustEngine = False,
-    as_json: JsonLines = False,
-) -> None:
-    """Chat about images; each turn computes only what is new.
-
-    In the chat, /image FILE adds an image to the next message, /reset starts a new conversation,
-    and /quit (or Ctrl-D) ends the chat.
-    """
-    from dsvl_export.cli.conversation import converse
-    from runtimes.generation.sampling import GenerationOptions
-
-    options = GenerationOptions(max_new_tokens, temperature, seed=seed, drafts=drafts)
-    pipeline = open_pipeline(
-        bundle, backend, precision, threads, device, capacity, verify, trust_engine, adapter
-    )
-    converse(pipeline, image or [], options, as_json)
