@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("size", choices=sorted(RELEASED_CONFIGS))
+    parser.add_argument("size", choices=("1.3b", "7b"))
     parser.add_argument("folder", type=Path)
     for name in ("--layers", "--vision-layers", "--vocabulary"):
         parser.add_argument(name, type=int)

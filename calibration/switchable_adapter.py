@@ -14,8 +14,8 @@ import torch
 
 from calibration.quantized_weights import FoldedFactors
 from calibration.scale_table import TABLE_FILE, ScaleTable
+from reference.checkpoint.folder_content import join_names
 from reference.checkpoint.lora_adapter import Adapter, AdapterChoice, Change
-from reference.checkpoint.tensor_files import join_names
 from reference.model.config import ModelConfig
 from reference.trace import PRECISION_DTYPES
 from runtimes.errors import UserError

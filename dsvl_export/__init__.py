@@ -1,4 +1,4 @@
-"""Export DeepSeek-VL to ONNX Runtime, TensorRT, Core ML, Core AI and ExecuTorch, and prove parity.
+"""Export DeepSeek-VL and Janus to edge and datacenter runtimes, and prove parity.
 
 ``from dsvl_export import Pipeline, export, parity``; nothing heavy is imported before it is used.
 """

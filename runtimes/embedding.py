@@ -45,8 +45,19 @@ class TokenEmbedding:
             ) from error
 
     def lookup(self, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Look up the embeddings ``[..., D]`` of token ids ``[...]``, as ``dtype``."""
-        rows = np.asarray(self.rows[ids])
+        """Look up the embeddings ``[..., D]`` of token ids ``[...]``, as ``dtype``.
+
+        Raises:
+            UserError: the table has no row of an id: a tokenizer can have more tokens than its
+                model.
+        """
+        try:
+            rows = np.asarray(self.rows[ids])
+        except IndexError as error:
+            raise UserError(
+                f"The prompt has the token {int(ids.max())}, which the model with its vocabulary of"
+                f" {len(self.rows)} tokens does not have; change the prompt."
+            ) from error
         if self.dtype == "BF16":
             rows = (rows.astype(np.uint32) << 16).view(np.float32)
         return rows.astype(dtype)

@@ -28,7 +28,7 @@ from tests.adapters import MODULES, write_decoder_adapter
 from tests.calibration.calibrated import random_calibrated, tiny_calibrated
 from tests.dsvl_export.cli.command_line import optimum
 from tests.fixtures import bundle_copy, pictures, state_folder, tiny_copy
-from tests.oracles.models import hybrid_oracle, save_oracle, siglip_oracle
+from tests.oracles.models import hybrid_oracle, janus_oracle, save_oracle, siglip_oracle
 from tests.shared import made_once, shared_bundle
 
 torch.manual_seed(0)
@@ -92,7 +92,20 @@ def hybrid_pair(tmp_path_factory: pytest.TempPathFactory) -> OraclePair:
     return _pair(hybrid_oracle(), tmp_path_factory.mktemp("hybrid"))
 
 
-@pytest.fixture(scope="session", params=["siglip", "hybrid"])
+@pytest.fixture(scope="session")
+def janus_pair(tmp_path_factory: pytest.TempPathFactory) -> OraclePair:
+    """Janus's architecture, small, in transformers' layout."""
+    return _pair(janus_oracle(), tmp_path_factory.mktemp("janus"))
+
+
+VARIANTS = (
+    "siglip",
+    "hybrid",
+    pytest.param("janus", marks=pytest.mark.full),
+)  # Janus's oracles are in every run
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
 def pair(request: pytest.FixtureRequest) -> OraclePair:
     return request.getfixturevalue(f"{request.param}_pair")
 

@@ -46,6 +46,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
         self.cut: int | None = None
         self.large: dict[str, bytes] = {}  # uploaded objects by SHA-256
+        self.refuses_commits = False
 
     @property
     def url(self) -> str:
@@ -130,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for item in json.loads(body)["files"]
             ]  # fmt: skip
             self._json({"files": modes})
+        elif len(parts) > 4 and parts[4] == "commit" and self.server.refuses_commits:
+            self._error(403, "")
         elif len(parts) > 4 and parts[4] == "commit":
             repository = self.server.repositories["/".join(parts[2:4])]
             files = dict(repository.commits[repository.refs[parts[5]]])

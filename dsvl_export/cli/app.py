@@ -20,7 +20,7 @@ from runtimes.errors import UserError, first_line
 from runtimes.installation import PACKAGES, install_command
 
 app = typer.Typer(
-    help="Export DeepSeek-VL to its target devices, run it there, and check it against PyTorch.",
+    help="Export DeepSeek-VL and Janus to target devices, run them there, and check them against PyTorch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

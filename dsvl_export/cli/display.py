@@ -221,6 +221,8 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
     }
     for key, value in rows.items():
         model.add_row(key, escape(value))
+    for remark in checkpoint.get("remarks", []):
+        model.add_row("note", escape(remark))
     artifacts = Table(title="Artifacts")
     for heading in ("backend", "precision", "component", "size", "audit", "parity"):
         artifacts.add_column(heading)

@@ -11,7 +11,7 @@ import typer
 from dsvl_export.cli.app import command
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets, values
 from dsvl_export.cli.memory import warn_of_memory
-from dsvl_export.cli.options import Adapters, Json, OptionalCheckpoint
+from dsvl_export.cli.options import Adapters, ChatTemplate, Json, OptionalCheckpoint
 from dsvl_export.cli.parity import exit_with_verdict, run_and_record
 from dsvl_export.cli.terminal import say
 
@@ -35,6 +35,7 @@ def export(
     ],
     checkpoint: OptionalCheckpoint = None,
     adapter: Adapters = None,
+    chat_template: ChatTemplate = None,
     config: Annotated[
         Optional[Path],
         typer.Option(
@@ -190,6 +191,7 @@ def export(
     settings = settings.override(
         {
             "adapters": tuple(adapter or ()),
+            "chat_template": chat_template,
             "backend": backend,
             "precisions": tuple(precision or ()),
             "target": target,
@@ -207,7 +209,7 @@ def export(
     backend = str(settings.backend)
     compiler = load_compiler(backend)
     plans = [plan_for(compiler, name) for name in settings.precisions]
-    precisions = [plan.name for plan in plans]
+    precisions = list(dict.fromkeys(plan.name for plan in plans))
     device_name = find_target(settings.target).name if settings.target else None
     defects = {str(row): None for name in precisions for row in warnings_for(backend, name, device_name)}
     for text in defects:
@@ -254,6 +256,8 @@ def export(
             display.print_parity(result)
         total = sum(entry.bytes for entry in bundle.manifest.files.values())
         say(f"Wrote {bundle.folder} ({size(total)}).")
+        for remark in bundle.manifest.checkpoint.get("remarks", []):
+            say(f"Note: {remark}")
         if difference := bundle.manifest.prompt.template_difference:
             say(f"Warning: {difference}")
         if needs := _needs(bundle, backend, precisions):

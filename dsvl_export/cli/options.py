@@ -47,6 +47,16 @@ Adapter = Annotated[
         autocompletion=bundle_adapters,
     ),
 ]
+ChatTemplate = Annotated[
+    Optional[str],
+    typer.Option(
+        "--chat-template",
+        metavar="CHOICE",
+        help="checkpoint: the checkpoint's own chat template, if it has one. built-in: the built-in prompt."
+        " Default: checkpoint.",
+        autocompletion=values("checkpoint", "built-in"),
+    ),
+]
 BundleFolder = Annotated[
     Path,
     typer.Argument(

@@ -10,7 +10,7 @@ import typer
 
 from dsvl_export.cli.app import command
 from dsvl_export.cli.completion import complete_precisions, values
-from dsvl_export.cli.options import Adapters, Checkpoint, Json, Ray
+from dsvl_export.cli.options import Adapters, ChatTemplate, Checkpoint, Json, Ray
 from dsvl_export.cli.terminal import say
 from runtimes.errors import UserError
 from runtimes.installation import install_command
@@ -36,6 +36,7 @@ def calibrate(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the scale table.")],
     adapter: Adapters = None,
+    chat_template: ChatTemplate = None,
     data: Data = "bundled",
     samples: Samples = 128,
     seed: Seed = 0,
@@ -94,13 +95,18 @@ def calibrate(
     from dsvl_export.cluster.ray_cluster import ray_cluster
     from dsvl_export.quantization.calibrate import CalibrationOptions
     from dsvl_export.quantization.calibrate import calibrate as run_calibrate
+    from reference.checkpoint.chat_template import wants_built_in
     from reference.checkpoint.checkpoint import open_checkpoint
     from reference.checkpoint.lora_adapter import parse_adapters
 
     options = CalibrationOptions(
         data, samples, seed, _part(part), method, percentile, rows, tune, smooth, gptq
     )
-    source = open_checkpoint(checkpoint, adapters=parse_adapters(adapter or ()))
+    source = open_checkpoint(
+        checkpoint,
+        adapters=parse_adapters(adapter or ()),
+        built_in_prompt=wants_built_in(chat_template),
+    )
     with ray_cluster(ray) as spread, display.step_bar("calibrate") as on_step:
         result = run_calibrate(source, output.expanduser(), options, merge or (), on_step, spread)
     for image in result.skipped:
@@ -125,12 +131,14 @@ def calibrate(
             " with GPTQ."
         )
     precision = f"--precision {tune or 'int8'} --scales {output}"
-    say(f"Next: dsvl-export export {checkpoint} {_adapter_options(adapter)}{precision} --output BUNDLE")
+    named = _checkpoint_options(adapter, chat_template)
+    say(f"Next: dsvl-export export {checkpoint} {named}{precision} --output BUNDLE")
 
 
-def _adapter_options(adapters: Sequence[str] | None) -> str:
-    """Return the options that name the adapters, with a space after each, for a command to copy."""
-    return "".join(f"--adapter {adapter} " for adapter in adapters or ())
+def _checkpoint_options(adapters: Sequence[str] | None, chat_template: str | None) -> str:
+    """Return the options of the checkpoint, with a space after each, for a command to copy."""
+    options = [f"--adapter {adapter} " for adapter in adapters or ()]
+    return "".join([*options, *([f"--chat-template {chat_template} "] if chat_template else [])])
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -146,6 +154,7 @@ def sensitivity(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for sensitivity.json and a plot.")],
     adapter: Adapters = None,
+    chat_template: ChatTemplate = None,
     data: Data = "bundled",
     samples: Samples = 32,
     seed: Seed = 0,
@@ -168,10 +177,15 @@ def sensitivity(
     from dsvl_export.cli.display_quantization import sensitivity_table
     from dsvl_export.cluster.ray_cluster import ray_cluster
     from dsvl_export.quantization.search import sensitivity as run_sensitivity
+    from reference.checkpoint.chat_template import wants_built_in
     from reference.checkpoint.checkpoint import open_checkpoint
     from reference.checkpoint.lora_adapter import parse_adapters
 
-    source = open_checkpoint(checkpoint, adapters=parse_adapters(adapter or ()))
+    source = open_checkpoint(
+        checkpoint,
+        adapters=parse_adapters(adapter or ()),
+        built_in_prompt=wants_built_in(chat_template),
+    )
     with ray_cluster(ray) as spread, display.step_bar("sensitivity") as on_step:
         result, plot_file = run_sensitivity(
             source, output.expanduser(), data, samples, seed, candidate, scales, on_step, spread
@@ -184,7 +198,7 @@ def sensitivity(
     display.out.print(sensitivity_table(result))
     plot = "" if plot_file else f"; for a plot: {install_command('matplotlib')}"
     say(f"Wrote {output}{plot}.")
-    named = f"{checkpoint} {output} {_adapter_options(adapter)}"
+    named = f"{checkpoint} {output} {_checkpoint_options(adapter, chat_template)}"
     say(f"Next: dsvl-export plan-precision {named}--budget kl=0.02 --output plan.yaml")
 
 
@@ -200,6 +214,7 @@ def plan_precision(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="YAML file for the plan.")],
     adapter: Adapters = None,
+    chat_template: ChatTemplate = None,
     data: Data = "bundled",
     samples: Samples = 128,
     seed: Seed = 0,
@@ -219,10 +234,15 @@ def plan_precision(
     from dsvl_export.cli import display
     from dsvl_export.cli.display_quantization import front_table
     from dsvl_export.quantization.search import find_plan
+    from reference.checkpoint.chat_template import wants_built_in
     from reference.checkpoint.checkpoint import open_checkpoint
     from reference.checkpoint.lora_adapter import parse_adapters
 
-    source = open_checkpoint(checkpoint, adapters=parse_adapters(adapter or ()))
+    source = open_checkpoint(
+        checkpoint,
+        adapters=parse_adapters(adapter or ()),
+        built_in_prompt=wants_built_in(chat_template),
+    )
     with display.step_bar("plan-precision") as on_step:
         result = find_plan(
             source,
@@ -240,5 +260,5 @@ def plan_precision(
         display.print_json(result.to_dict())
         return
     display.out.print(front_table(result))
-    named = f"{checkpoint} {_adapter_options(adapter)}--precision {output}"
+    named = f"{checkpoint} {_checkpoint_options(adapter, chat_template)}--precision {output}"
     say(f"Wrote {output}. Next: dsvl-export export {named} --output BUNDLE")

@@ -92,7 +92,12 @@ def _audit(
     from reference.checkpoint.checkpoint import open_checkpoint
     from reference.checkpoint.lora_adapter import parse_adapters
 
-    source, done = open_checkpoint(checkpoint, adapters=parse_adapters(adapters)), 0
+    source = open_checkpoint(
+        checkpoint,
+        adapters=parse_adapters(adapters),
+        built_in_prompt=bundle.manifest.prompt.keeps_built_in,
+    )
+    done = 0
     with display.step_bar("audit") as on_step:
 
         def on_bytes(part: str, count: int) -> None:

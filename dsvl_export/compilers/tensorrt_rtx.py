@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import tensorrt_rtx
 
-from dsvl_export.compilers.engines.build import EngineSettings, build_engine
+from dsvl_export.compilers.engines.build import EngineSettings, build_engine, check_capabilities
 from dsvl_export.compilers.onnx.debug import debug_build
 from dsvl_export.compilers.onnx.layers import run_layers
 from dsvl_export.compilers.onnx.release import needed_release
@@ -46,8 +46,13 @@ __all__ = [
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
-    """See ``Compiler.settings``."""
+    """See ``Compiler.settings``.
+
+    Raises:
+        UserError: TensorRT-RTX builds no engines for one of the capabilities.
+    """
     sm = options.target.sm if options.target else None
+    check_capabilities(tensorrt_rtx, options.tensorrt.capabilities)
     return {
         "capabilities": options.tensorrt.capabilities or ((sm,) if sm else CAPABILITIES),
         "capacity": options.capacity,

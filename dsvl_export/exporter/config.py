@@ -22,6 +22,7 @@ from dsvl_export.targets.options import (
     TensorRTOptions,
 )
 from dsvl_export.targets.targets import find_target
+from reference.checkpoint.chat_template import CHAT_TEMPLATES
 from reference.checkpoint.lora_adapter import AdapterChoice
 from runtimes.bundle.yaml_files import read_yaml
 from runtimes.errors import UserError
@@ -54,6 +55,8 @@ class ExportConfig:
             order; ``FOLDER=WEIGHT`` multiplies the adapter's change.
         switchable_adapters: LoRA adapters that stay beside the weights and are selected at run time
             by their names: ``NAME=FOLDER`` or ``NAME=FOLDER=WEIGHT``.
+        chat_template: ``checkpoint`` for the checkpoint's own chat template, if it has one, or
+            ``built-in`` for the built-in prompt; None is ``checkpoint``.
         goldens: record the reference's outputs, which ``parity`` compares with, and compare the
             written files with the checkpoint.
         onnxruntime: options of ONNX Runtime.
@@ -69,6 +72,7 @@ class ExportConfig:
     scales: str | None = None
     adapters: tuple[str, ...] = ()
     switchable_adapters: tuple[str, ...] = ()
+    chat_template: str | None = None
     goldens: bool = True
     onnxruntime: OnnxRuntimeOptions = field(default_factory=OnnxRuntimeOptions)
     tensorrt: TensorRTOptions = field(default_factory=TensorRTOptions)
@@ -133,14 +137,18 @@ class ExportConfig:
         """Return the config with its backend and precisions filled in.
 
         Raises:
-            UserError: there is no such target or backend, or the backend's libraries are not
-                installed.
+            UserError: a value is empty, there is no such target or backend, or the backend's
+                libraries are not installed.
         """
+        for name, value in self.to_dict().items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                raise UserError(f"The export's {name} is empty; give a value, or leave it out.")
         device = find_target(self.target) if self.target else None
         backend = self.backend or (next(iter(device.backends)) if device else DEFAULT_BACKEND)
         supported = load_compiler(backend).PRECISIONS
         default = "fp32" if "fp32" in supported else supported[0]
-        return replace(self, backend=backend, precisions=self.precisions or (default,))
+        precisions = tuple(dict.fromkeys(self.precisions)) or (default,)
+        return replace(self, backend=backend, precisions=precisions)
 
     def compile_options(self, capacity: int) -> CompileOptions:
         """Return the options for the compiler.
@@ -228,10 +236,14 @@ def _value(hint: Any, raw: Any, file: Path, key: str) -> Any:
         return _parse(hint, raw, file, f"{key}.")  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
+        if isinstance(raw, list) and "" in raw:
+            raise UserError(f"{file}: the key {key!r} has an empty item; remove it.")
         if isinstance(raw, list) and all(type(value) is item for value in raw):
             return tuple(raw)
         raise UserError(f"{file}: the key {key!r} must be a list, each item {TYPE_NAMES[item]}, got {raw!r}.")
     choices = get_args(hint) or (hint,)
+    if raw == "":
+        raise UserError(f"{file}: the key {key!r} is empty; give it a value or remove it.")
     if type(raw) in choices:
         return raw
     expected = TYPE_NAMES[next(choice for choice in choices if choice is not NoneType)]
@@ -252,6 +264,7 @@ def _check_values(config: ExportConfig, file: Path) -> None:
             raise UserError(f"{file}: the key 'tensorrt.capabilities' must hold positive numbers, got {sm}.")
     for key, value, choices in (
         ("backend", config.backend, compiler_names()),
+        ("chat_template", config.chat_template, CHAT_TEMPLATES),
         ("executorch.delegate", config.executorch.delegate, DELEGATES),
     ):
         if value is not None and value not in choices:

@@ -13,6 +13,7 @@ from calibration.precision_plan import PrecisionPlan
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
 from dsvl_export.compilers.precisions import check_request, plan_for
+from dsvl_export.compilers.protocol import Compiler
 from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.exporter.adapters import NamedAdapter, parse_named, refuse_backend
 from dsvl_export.exporter.artifact_stages import ArtifactStages
@@ -25,7 +26,7 @@ from dsvl_export.exporter.reference_stages import ReferenceStages
 from dsvl_export.exporter.stages import ExportProgress, Report, Stage, StageRunner
 from dsvl_export.exporter.staging import Staging
 from dsvl_export.targets.options import ExecuTorchOptions, OnnxRuntimeOptions, TensorRTOptions
-from reference.checkpoint.chat_template import describe_template_difference
+from reference.checkpoint.chat_template import wants_built_in
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.checkpoint.lora_adapter import parse_adapters
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
@@ -56,6 +57,7 @@ def export(
     adapters: Sequence[str] = (),
     switchable: bool = False,
     switchable_adapters: Sequence[str] = (),
+    chat_template: str | None = None,
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
 
@@ -78,6 +80,7 @@ def export(
         adapters: LoRA adapters to merge, each ``FOLDER`` or ``FOLDER=WEIGHT``.
         switchable: add a decoder for adapters that are switched at run time.
         switchable_adapters: such adapters, each ``NAME=FOLDER`` or ``NAME=FOLDER=WEIGHT``.
+        chat_template: ``checkpoint`` or ``built-in``.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
@@ -87,6 +90,7 @@ def export(
         checkpoint=str(checkpoint),
         adapters=tuple(adapters),
         switchable_adapters=tuple(switchable_adapters),
+        chat_template=chat_template,
         backend=backend,
         precisions=tuple(precisions),
         target=target,
@@ -117,11 +121,15 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
     config = config.with_defaults()
     backend = str(config.backend)
     compiler = load_compiler(backend)
-    plans = tuple(plan_for(compiler, precision) for precision in config.precisions)
+    config, plans = _distinct_plans(config, compiler)
     for one, other in combinations(plans, 2):
         if one.name == other.name and one != other:
             raise UserError(f"Two precision plans are called {one.name!r}; rename one of the files.")
-    source = open_checkpoint(config.checkpoint, adapters=parse_adapters(config.adapters))
+    source = open_checkpoint(
+        config.checkpoint,
+        adapters=parse_adapters(config.adapters),
+        built_in_prompt=wants_built_in(config.chat_template),
+    )
     longest = source.config.decoder.max_positions
     if config.capacity is not None and not 1 <= config.capacity <= longest:
         raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {config.capacity}.")
@@ -141,7 +149,6 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
         for plan in plans:
             QuantizedWeights(source, plan, scales).check()
     prompt = prompt_spec(source)
-    prompt = replace(prompt, template_difference=describe_template_difference(source, prompt))
     options = replace(options, preprocessing=preprocess_spec(source))
     staging = Staging(Path(output).expanduser())
     try:
@@ -162,6 +169,18 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
     finally:
         staging.close()
     return Bundle.open(staging.folder)
+
+
+def _distinct_plans(
+    config: ExportConfig, compiler: Compiler
+) -> tuple[ExportConfig, tuple[PrecisionPlan, ...]]:
+    """Return the config without precisions that have the plan of another, and the plans."""
+    plans: dict[str, PrecisionPlan] = {}
+    for precision in config.precisions:
+        plan = plan_for(compiler, precision)
+        if plan not in plans.values():
+            plans[precision] = plan
+    return replace(config, precisions=tuple(plans)), tuple(plans.values())
 
 
 def _run(job: ExportJob) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from dsvl_export.exporter.staging import Staging
 from dsvl_export.targets.options import CompileOptions
 from dsvl_export.version import __version__, code_digest
 from reference.checkpoint.checkpoint import Checkpoint
+from runtimes.bundle.files import sha256_of_text
 from runtimes.text.tokenizer import PromptSpec
 
 
@@ -66,7 +68,13 @@ class ExportJob:
             code: one of the lists of ``stage_code``.
         """
         checkpoint = identify(self.source, self.report)
-        return {"checkpoint": checkpoint, "version": __version__, "code": code_digest(code)}
+        prompt = sha256_of_text(json.dumps(self.prompt.settings(), sort_keys=True))
+        return {
+            "checkpoint": checkpoint,
+            "prompt": prompt,
+            "version": __version__,
+            "code": code_digest(code),
+        }
 
     def plan_inputs(self, precision: str) -> dict[str, str]:
         """Return the hashes of a precision's plan and scales in the bundle."""

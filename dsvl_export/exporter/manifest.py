@@ -8,6 +8,7 @@ from typing import Any
 from dsvl_export.compilers.precisions import bundled_plan, precision_folder
 from dsvl_export.exporter.staging import Staging, dependencies
 from reference.checkpoint.checkpoint import Checkpoint
+from reference.checkpoint.specs import remarks
 from reference.trace import TRACED_COMPONENTS, component_contract
 from runtimes.backends.onnxruntime_adapters import adapted_file
 from runtimes.bundle.files import sha256_of_file
@@ -57,6 +58,7 @@ def build_manifest(
             "sha256": source.digest,
             "layout": source.config.layout,
             **({"origin": source.origin} if source.origin else {}),
+            **({"remarks": sentences} if (sentences := remarks(source, prompt)) else {}),
         },
         preprocessing=preprocessing,
         prompt=prompt,

@@ -10,9 +10,11 @@ from __future__ import annotations
 # The fp32 reference, the goldens' format, and what both take from the runtime.
 REFERENCE = (
     "reference/checkpoint",
+    "reference/families",
     "reference/goldens",
     "reference/model",
     "reference/session.py",
+    "reference/settings.py",
     "reference/taps.py",
     "reference/trace.py",
     "runtimes/bundle",

@@ -188,7 +188,9 @@ def _open_source(bundle: Bundle, live: str, adapters: Sequence[str]) -> Checkpoi
     from reference.checkpoint.checkpoint import open_checkpoint
     from reference.checkpoint.lora_adapter import parse_adapters
 
-    source = open_checkpoint(live, adapters=parse_adapters(adapters))
+    source = open_checkpoint(
+        live, adapters=parse_adapters(adapters), built_in_prompt=bundle.manifest.prompt.keeps_built_in
+    )
     if source.digest != bundle.manifest.checkpoint["sha256"]:
         merged = f" with the adapters {', '.join(adapters)}" if adapters else ""
         raise UserError(f"{live}{merged} is not the checkpoint that {bundle.folder} was exported from.")

@@ -52,7 +52,7 @@ def model_card(bundle: Bundle, repository: str, options: CardOptions) -> str:
     vision = "SigLIP and SAM" if manifest.model["vision"]["sam"] else "SigLIP"
     lines = [
         "---",
-        *_front_matter(options),
+        *_front_matter(options, manifest.model.get("family", "deepseek_vl").replace("_", "-")),
         "---",
         "",
         f"# {repository.partition('/')[2]}",
@@ -83,11 +83,11 @@ def model_card(bundle: Bundle, repository: str, options: CardOptions) -> str:
     return "\n".join(lines)
 
 
-def _front_matter(options: CardOptions) -> list[str]:
+def _front_matter(options: CardOptions, family: str) -> list[str]:
     rows = [
         "library_name: dsvl-export",
         "pipeline_tag: image-text-to-text",
-        "tags: [deepseek-vl, dsvl-export]",
+        f"tags: [{family}, dsvl-export]",
     ]
     if options.base_model:
         rows.append(f"base_model: {options.base_model}")

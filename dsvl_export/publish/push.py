@@ -45,14 +45,24 @@ def push(
         from huggingface_hub import CommitOperationAdd, HfApi
 
         api = HfApi(library_name="dsvl-export")
+        existed = api.repo_exists(hub_id.repository)
         api.create_repo(hub_id.repository, private=private, exist_ok=True)
         files = [CommitOperationAdd(name, bundle.folder / name) for name in names]
-        commit = api.create_commit(
-            hub_id.repository,
-            [CommitOperationAdd(CARD, card.encode()), *files],
-            commit_message=message,
-            revision=hub_id.revision,
-        )
+    try:
+        with hub_errors(hub_id):
+            commit = api.create_commit(
+                hub_id.repository,
+                [CommitOperationAdd(CARD, card.encode()), *files],
+                commit_message=message,
+                revision=hub_id.revision,
+            )
+    except UserError as error:
+        if existed:
+            raise
+        raise UserError(
+            f"{error} The repository {hub_id.repository} was created and is empty: run the same command"
+            " again, or delete it on the hub's page."
+        ) from error
     return str(commit.commit_url)
 
 

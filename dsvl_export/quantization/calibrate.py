@@ -163,7 +163,10 @@ def _collect_spread(
     missing = [sample for digest, sample in by_digest.items() if digest not in done]
     groups = [missing[start : start + ANSWER_BATCH] for start in range(0, len(missing), ANSWER_BATCH)]
     on_sample(len(statistics.samples), len(samples))
-    parts = [(str(source.folder), source.choices, source.digest, group, keep) for group in groups]
+    parts = [
+        (str(source.folder), source.choices, source.digest, source.built_in_prompt, group, keep)
+        for group in groups
+    ]
     for _, part in spread(collect_part, parts):
         statistics.merge(part)
         statistics.save(folder / STATISTICS_FILE)
@@ -174,24 +177,29 @@ def _collect_spread(
 
 
 def collect_part(
-    folder: str, adapters: tuple[AdapterChoice, ...], digest: str, samples: Sequence[Sample], keep: int
+    folder: str,
+    adapters: tuple[AdapterChoice, ...],
+    digest: str,
+    built_in_prompt: bool,
+    samples: Sequence[Sample],
+    keep: int,
 ) -> Statistics:
     """Collect statistics of some samples, in a worker of the cluster."""
-    source, embedding = open_checkpoint_on_worker(folder, adapters, digest)
+    source, embedding = open_checkpoint_on_worker(folder, adapters, digest, built_in_prompt)
     with tempfile.TemporaryDirectory() as scratch:
         return collect_statistics(source, embedding, samples, Path(scratch), keep)
 
 
 @cache
 def open_checkpoint_on_worker(
-    folder: str, adapters: tuple[AdapterChoice, ...], digest: str
+    folder: str, adapters: tuple[AdapterChoice, ...], digest: str, built_in_prompt: bool
 ) -> tuple[Checkpoint, Path]:
     """Open a checkpoint and write its token table; both are kept for later calls in the worker.
 
     Raises:
         UserError: the checkpoint is missing on this machine, or is another one.
     """
-    source = open_checkpoint(folder, adapters=adapters)
+    source = open_checkpoint(folder, adapters=adapters, built_in_prompt=built_in_prompt)
     if source.digest != digest:
         raise UserError(f"{folder} is another checkpoint on one of the machines; copy the same one to all.")
     return source, _WORKER_FILES.enter_context(temporary_token_embedding(source))

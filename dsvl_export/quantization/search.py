@@ -108,7 +108,14 @@ def sensitivity(
     ) -> Iterator[tuple[int, SensitivityRow]]:
         assert spread
         scales_folder = str(scales.expanduser()) if scales else None
-        shared = (str(source.folder), source.choices, source.digest, tuple(selected), scales_folder)
+        shared = (
+            str(source.folder),
+            source.choices,
+            source.digest,
+            source.built_in_prompt,
+            tuple(selected),
+            scales_folder,
+        )
         return spread(measure_row, [(*shared, layer, precision) for layer, precision in todo])
 
     with temporary_token_embedding(source) as embedding:
@@ -127,13 +134,14 @@ def measure_row(
     folder: str,
     adapters: tuple[AdapterChoice, ...],
     digest: str,
+    built_in_prompt: bool,
     samples: tuple[Sample, ...],
     scales: str | None,
     layer: LayerSpec,
     precision: LayerPrecision,
 ) -> SensitivityRow:
     """Measure one layer in one precision, in a worker of the cluster."""
-    return _open_trials(folder, adapters, digest, samples, scales).measure(layer, precision)
+    return _open_trials(folder, adapters, digest, built_in_prompt, samples, scales).measure(layer, precision)
 
 
 @cache
@@ -141,10 +149,11 @@ def _open_trials(
     folder: str,
     adapters: tuple[AdapterChoice, ...],
     digest: str,
+    built_in_prompt: bool,
     samples: tuple[Sample, ...],
     scales: str | None,
 ) -> SensitivityMeter:
-    source, embedding = open_checkpoint_on_worker(folder, adapters, digest)
+    source, embedding = open_checkpoint_on_worker(folder, adapters, digest, built_in_prompt)
     table = ScaleTable.load(Path(scales)) if scales else None
     return SensitivityMeter(source, embedding, samples, table, "fp32")
 

@@ -15,29 +15,34 @@ from torch import Tensor, nn
 
 from reference.checkpoint.config_file import parse_config
 from reference.checkpoint.file_signature import check_file_signature
+from reference.checkpoint.folder_content import (
+    ADAPTER_CONFIG,
+    has_weights,
+    join_names,
+    subfolder_hint,
+)
 from reference.checkpoint.image_processor import read_image_processor
 from reference.checkpoint.layouts import (
-    UNUSED_TENSORS,
     ParameterSource,
     Shape,
     canonical_names,
+    is_skipped,
+    is_unused,
     parameter_sources,
 )
 from reference.checkpoint.lora_adapter import AdapterChoice, base_model
 from reference.checkpoint.lora_merge import Adapters
-from reference.checkpoint.settings import Settings
+from reference.checkpoint.stored_config import config_of_weights
 from reference.checkpoint.tensor_files import (
-    ADAPTER_CONFIG,
     ADAPTER_FILES,
     FLOAT_DTYPES,
     MERGE_ADAPTER_HINT,
-    WEIGHT_FILES,
     TensorFiles,
-    join_names,
 )
 from reference.model.config import ModelConfig
 from reference.model.constants import materialize_constants
 from reference.model.deepseek_vl import DeepSeekVL
+from reference.settings import Settings
 from reference.tiny import TINY
 from runtimes.bundle.files import read_json, sha256_of_files, sha256_of_text
 from runtimes.errors import UserError
@@ -55,7 +60,9 @@ SETTINGS_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-_ADAPTER_NAMES = re.compile(r"^base_model\.model\.|(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
+# Files of tokenizers that transformers can convert to a tokenizer.json.
+SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+_ADAPTER_NAMES = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save)(\.|$)")
 _QUANTIZED_NAMES = re.compile(
     r"\.(qweight|qzeros|g_idx|scales|weight_packed|weight_scale(_inv)?|SCB|absmax|quant_map|quant_state\..*)$"
 )
@@ -63,11 +70,12 @@ _QUANTIZED_NAMES = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A DeepSeek-VL checkpoint folder: its config, its files and its tensors, loaded on demand.
+    """A checkpoint folder: its config, its files and its tensors, loaded on demand.
 
     ``preprocessor`` has the image processor's settings; None if no file has them. ``choices`` are
     the LoRA adapters that are merged into the weights, in this order. ``origin`` is
-    ``ORG/NAME@COMMIT`` if the folder was downloaded from the hub.
+    ``ORG/NAME@COMMIT`` if the folder was downloaded from the hub. ``built_in_prompt`` ignores the
+    checkpoint's own chat template.
     """
 
     folder: Path
@@ -75,6 +83,7 @@ class Checkpoint:
     preprocessor: Settings | None
     choices: tuple[AdapterChoice, ...] = ()
     origin: str = ""
+    built_in_prompt: bool = False
 
     @cached_property
     def _files(self) -> TensorFiles:
@@ -115,16 +124,15 @@ class Checkpoint:
         self._refuse_adapted_or_quantized()
         stored = {name: self._files.stored[names[0]] for name, names in self._stored_names.items()}
         expected = {tensor: source.shape for source in self._sources.values() for tensor in source.names}
-        allowed = expected.keys() | ({_head_name(self.config)} if self.config.tied_head else set())
         duplicates = [
-            names for name, names in self._stored_names.items() if name in allowed and len(names) > 1
+            names for name, names in self._stored_names.items() if name in expected and len(names) > 1
         ]
         problems = {
             "missing": sorted(expected.keys() - stored.keys()),
             "unexpected": sorted(
                 self._stored_names[name][0]
-                for name in stored.keys() - allowed
-                if not UNUSED_TENSORS.fullmatch(name)
+                for name in stored.keys() - expected.keys()
+                if not is_unused(self.config, name)
             ),
             "wrongly shaped": [
                 f"{self._stored_names[name][0]} is {list(stored[name].shape)}, expected {list(shape)}"
@@ -135,7 +143,11 @@ class Checkpoint:
         }
         parts = [f"{len(rows)} {label}: {join_names(rows)}" for label, rows in problems.items() if rows]
         if parts:
-            raise UserError(f"The weights in {self.folder} do not match its config: {'; '.join(parts)}.")
+            empty = any(0 in tensor.shape for tensor in stored.values())
+            hint = " DeepSpeed saved empty tensors; collect them with zero_to_fp32.py." if empty else ""
+            raise UserError(
+                f"The weights in {self.folder} do not match its config: {'; '.join(parts)}.{hint}"
+            )
         not_float = [name for name in sorted(expected) if stored[name].dtype not in FLOAT_DTYPES]
         if not_float:
             raise UserError(
@@ -161,6 +173,11 @@ class Checkpoint:
                 " export the unquantized checkpoint."
             )
 
+    def skipped_tensors(self) -> dict[str, int]:
+        """Return the bytes of each tensor of parts that answers do not need, by its name."""
+        stored = self._files.stored
+        return {name: stored[name].nbytes for name in sorted(stored) if is_skipped(self.config, name)}
+
     @cached_property
     def _stored_names(self) -> dict[str, list[str]]:
         """Tensor name as in ``parameter_sources`` → its names in the files."""
@@ -168,10 +185,13 @@ class Checkpoint:
 
     @cached_property
     def _sources(self) -> dict[str, ParameterSource]:
-        """Sources by parameter; a tied head that is not stored is read from the embedding."""
+        """Sources by parameter; of a tied embedding and head, one may be read from the other."""
         table = parameter_sources(self.config, self._shapes)
-        if self.config.tied_head and table["decoder.head.weight"].names[0] not in self._stored_names:
-            table["decoder.head.weight"] = table["token_embedding.weight"]
+        if self.config.tied_head:
+            head, embedding = "decoder.head.weight", "token_embedding.weight"
+            for name, twin in ((head, embedding), (embedding, head)):
+                if table[name].names[0] not in self._stored_names:
+                    table[name] = table[twin]
         return table
 
     def _stored(self, parameter: str) -> list[str]:
@@ -194,7 +214,7 @@ class Checkpoint:
 
     def embedding_bytes(self) -> int | None:
         """Return the bytes of the token embedding as ``load`` returns it; None without weights."""
-        if not any((self.folder / name).exists() for name in WEIGHT_FILES):
+        if not has_weights(self.folder):
             return None
         (name,) = self._stored("token_embedding.weight")
         stored = self._files.stored[name]
@@ -247,6 +267,7 @@ class Checkpoint:
             return str(cached["digest"])
         names = (
             "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+            "chat_template.jinja", "chat_template.json",
         )  # fmt: skip
         settings = [self.folder / name for name in names if (self.folder / name).exists()]
         hashes = sha256_of_files([*settings, *self.tokenizer_files, *self._files.files], on_step)
@@ -262,7 +283,14 @@ class Checkpoint:
             UserError: there is no ``tokenizer.json``.
         """
         if not (self.folder / "tokenizer.json").exists():
-            raise UserError(f"{self.folder} has no tokenizer.json, which the runtime needs; download it too.")
+            slow = next((name for name in SLOW_TOKENIZER_FILES if (self.folder / name).exists()), None)
+            remedy = (
+                f"it has {slow}, from which transformers makes one:"
+                " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                if slow
+                else "download it too"
+            )
+            raise UserError(f"{self.folder} has no tokenizer.json, which the runtime needs; {remedy}.")
         names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
         return [self.folder / name for name in names if (self.folder / name).exists()]
 
@@ -301,10 +329,6 @@ def _stream_weights(model: DeepSeekVL, load: Callable[[str], Tensor]) -> None:
         add_hooks(module, f"{path}." if path else "")
 
 
-def _head_name(config: ModelConfig) -> str:
-    return "lm_head.weight" if config.layout == "transformers" else "language_model.lm_head.weight"
-
-
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Return the shape of every parameter; a model on the meta device takes no memory."""
     with torch.device("meta"):
@@ -336,13 +360,16 @@ def resolve_checkpoint(checkpoint: str, weights: bool = True) -> tuple[Path, str
     if hub_id is None:
         raise UserError(f"The folder {checkpoint} does not exist.")
     snapshot = download(hub_id, [*SETTINGS_PATTERNS, *["*.safetensors"] * weights], SUBFOLDERS)
-    if weights and not any((snapshot.folder / name).exists() for name in WEIGHT_FILES):
+    if weights and not has_weights(snapshot.folder):
         snapshot = download(hub_id, [*SETTINGS_PATTERNS, "*.bin"], SUBFOLDERS)
     return snapshot.folder, f"{hub_id.repository}@{snapshot.commit}"
 
 
 def open_checkpoint(
-    checkpoint: str, weights: bool = True, adapters: Sequence[AdapterChoice] = ()
+    checkpoint: str,
+    weights: bool = True,
+    adapters: Sequence[AdapterChoice] = (),
+    built_in_prompt: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint: read its config and check its tensors.
 
@@ -350,9 +377,10 @@ def open_checkpoint(
         checkpoint: as in ``resolve_checkpoint``.
         weights: False reads the config alone; then the folder needs no weights.
         adapters: LoRA adapters to merge into the weights, in this order.
+        built_in_prompt: ignore the checkpoint's own chat template.
 
     Raises:
-        UserError: the checkpoint is missing, incomplete, or not a DeepSeek-VL model, or an adapter
+        UserError: the checkpoint is missing, incomplete, or of no supported family, or an adapter
             does not fit it.
     """
     folder, origin = resolve_checkpoint(checkpoint, weights)
@@ -366,13 +394,16 @@ def open_checkpoint(
             f" {base_model(folder)} --adapter {folder} --output BUNDLE."
         )
     if not file.exists():
-        raise UserError(f"{folder} has no config.json, so it is not a checkpoint folder.")
+        hint = subfolder_hint(folder)
+        raise UserError(f"{folder} has no config.json, so it is not a checkpoint folder{hint}.")
     for name in SETTINGS_FILES:
         if (folder / name).exists():
             check_file_signature(folder / name)
     preprocessor = read_image_processor(folder)
     config = parse_config(read_json(file), str(file), preprocessor)
-    opened = Checkpoint(folder, config, preprocessor, tuple(adapters), origin)
-    if weights:
-        opened.check()
+    if not weights:
+        return Checkpoint(folder, config, preprocessor, tuple(adapters), origin, built_in_prompt)
+    config = config_of_weights(config, TensorFiles(folder))
+    opened = Checkpoint(folder, config, preprocessor, tuple(adapters), origin, built_in_prompt)
+    opened.check()
     return opened

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reference.checkpoint.config_file import MAX_STD, MIN_STD
-from reference.checkpoint.settings import Settings
+from reference.families.limits import MAX_STD, MIN_STD
+from reference.families.registry import family_of
 from reference.model.config import CLIP_MEAN, CLIP_STD, HALF_RGB, ModelConfig
+from reference.settings import Settings
 from runtimes.bundle.files import read_json
 from runtimes.preprocess import RESAMPLING, PreprocessSpec
 
@@ -77,11 +78,7 @@ def _check_class(settings: Settings, config: ModelConfig) -> None:
     """Refuse another processor class: it may do other steps, such as a center crop."""
     if settings.values.get("image_processor_type") is None:
         return
-    own = "DeepseekVLHybridImageProcessor" if config.vision.hybrid else "DeepseekVLImageProcessor"
-    classes = [f"{own}{suffix}" for suffix in ("", "Fast", "Pil")]
-    if config.layout == "original":
-        classes.insert(0, "VLMImageProcessor")
-    settings.choice("image_processor_type", classes)
+    settings.choice("image_processor_type", family_of(config).image_processors(config))
 
 
 def _check_steps(settings: Settings, two_images: bool) -> bool:

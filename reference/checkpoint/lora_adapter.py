@@ -14,17 +14,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from reference.checkpoint.layouts import Shape
-from reference.checkpoint.lora_targets import Slice, Targets
-from reference.checkpoint.settings import Settings
-from reference.checkpoint.tensor_files import (
+from reference.checkpoint.folder_content import (
     ADAPTER_CONFIG,
-    ADAPTER_FILES,
-    FLOAT_DTYPES,
-    TensorFiles,
+    WEIGHT_FILES,
     join_names,
+    subfolder_hint,
+    trainer_shards_hint,
 )
+from reference.checkpoint.layouts import Shape
+from reference.checkpoint.lora_targets import EMBEDDING, HEAD, Slice, Targets
+from reference.checkpoint.tensor_files import ADAPTER_FILES, FLOAT_DTYPES, TensorFiles
 from reference.model.config import ModelConfig
+from reference.settings import Settings
 from runtimes.bundle.files import read_json, sha256_of_file
 from runtimes.errors import UserError
 from runtimes.hub import HubId, download
@@ -270,16 +271,25 @@ class Adapter:
         return rank, alpha / (math.sqrt(rank) if root else rank)
 
     def _check_shapes(self) -> None:
-        problems = []
+        problems = {}
         for change in self.changes:
             for name, expected in self._expected_shapes(change).items():
                 found = self._files.stored[name].shape
                 if found != expected:
-                    problems.append(f"{name} is {list(found)}, expected {list(expected)}")
+                    problems[name] = (change, f"{name} is {list(found)}, expected {list(expected)}")
         if problems:
+            vocabulary = all(change.target.parameter in (EMBEDDING, HEAD) for change, _ in problems.values())
+            cause, remedy = "was made for another model", ""
+            if vocabulary:
+                cause = "was trained with another vocabulary"
+                remedy = (
+                    "; resize the base model's vocabulary in transformers, save it with the adapter's"
+                    " tokenizer, and export that with the adapter"
+                )
+            shapes = join_names(text for _, text in problems.values())
             raise UserError(
-                f"The adapter {self.folder} was made for another model: {len(problems)} tensors have other"
-                f" shapes: {join_names(problems)}."
+                f"The adapter {self.folder} {cause}: {len(problems)} tensors have other shapes:"
+                f" {shapes}{remedy}."
             )
 
     def _expected_shapes(self, change: Change) -> dict[str, Shape]:
@@ -344,14 +354,15 @@ def _resolve(folder: Path) -> Path:
     hub_id = HubId.parse(folder)
     if hub_id is None:
         raise UserError(f"There is no folder {folder}; give the folder of the adapter.")
-    return download(hub_id, [ADAPTER_CONFIG, *ADAPTER_FILES]).folder
+    return download(hub_id, [ADAPTER_CONFIG, *ADAPTER_FILES, "adapter_model-*-of-*"]).folder
 
 
 def _read_settings(folder: Path) -> Settings:
     """``adapter_config.json``, with what cannot be merged refused."""
     file = folder / ADAPTER_CONFIG
     if not file.exists():
-        raise UserError(f"{folder} has no {ADAPTER_CONFIG}, so it is not an adapter in PEFT's layout.")
+        hint = subfolder_hint(folder, adapters=True)
+        raise UserError(f"{folder} has no {ADAPTER_CONFIG}, so it is not an adapter in PEFT's layout{hint}.")
     settings = Settings(read_json(file), str(file))
     kind = settings.text("peft_type", "LORA")
     if kind.upper() != "LORA":
@@ -374,7 +385,11 @@ def _read_settings(folder: Path) -> Settings:
 
 
 def _tensor_files(folder: Path) -> TensorFiles:
-    for name in ADAPTER_FILES:
+    """Open the weights; some trainers write those of the adapter under the names of a model's."""
+    for name in (*ADAPTER_FILES, *WEIGHT_FILES):
         if (folder / name).exists():
             return TensorFiles(folder, folder / name)
-    raise UserError(f"{folder} holds no weights of an adapter: expected one of {', '.join(ADAPTER_FILES)}.")
+    raise UserError(
+        f"{folder} holds no weights of an adapter: expected one of {', '.join(ADAPTER_FILES)}"
+        f"{trainer_shards_hint(folder)}."
+    )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from reference.checkpoint.layouts import UNUSED_TENSORS, Shape, canonical_names, parameter_sources
+from reference.checkpoint.layouts import ParameterSource, Shape, canonical_names, is_unused, parameter_sources
 from reference.model.config import Layout, ModelConfig
 
 EMBEDDING, HEAD = "token_embedding.weight", "decoder.head.weight"
@@ -34,6 +35,16 @@ class Slice:
         return slice(self.index * part, (self.index + 1) * part)
 
 
+def _known_sources(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, ParameterSource]:
+    """Return the sources of the parameters that the config's layout has names for."""
+    found: dict[str, ParameterSource] = {}
+    for parameter, shape in shapes.items():
+        # transformers' DeepSeek-VL has no aligner of three layers.
+        with suppress(KeyError):
+            found |= parameter_sources(config, {parameter: shape})
+    return found
+
+
 class Targets:
     """Parameters by the tensor names of both checkpoint layouts.
 
@@ -48,7 +59,7 @@ class Targets:
         for layout in sorted(LAYOUTS, key=lambda layout: layout != config.layout):
             table: dict[str, Slice] = {}
             layout_config = replace(config, layout=layout)
-            for parameter, source in parameter_sources(layout_config, dict(shapes)).items():
+            for parameter, source in _known_sources(layout_config, shapes).items():
                 for index, name in enumerate(source.names):
                     table[name] = Slice(parameter, index, len(source.names), source.shape)
             self._tables.append((layout_config, table))
@@ -73,8 +84,11 @@ class Targets:
 
     def unused(self, name: str) -> bool:
         """Return whether no model here uses a tensor, such as those of SigLIP's pooling head."""
-        names = (canonical_names(config, [name]) for config, _ in self._tables)
-        return any(UNUSED_TENSORS.fullmatch(canonical) for (canonical,) in names)
+        return any(
+            is_unused(config, canonical)
+            for config, _ in self._tables
+            for canonical in canonical_names(config, [name])
+        )
 
     def _find(self, name: str) -> Slice | None:
         for config, table in self._tables:

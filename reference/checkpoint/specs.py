@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
+from reference.checkpoint.chat_template import choose_prompt
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.image_processor import parse_preprocessing
-from reference.checkpoint.settings import Settings
+from reference.checkpoint.text_files import read_text_files
+from reference.families.registry import family_of
+from reference.settings import Settings
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
 from runtimes.preprocess import PreprocessSpec
-from runtimes.text.prompt import BOS, EOS, IMAGE_PLACEHOLDER, SYSTEM_PROMPT
+from runtimes.text.prompt import BOS, EOS, IMAGE_PLACEHOLDER
 from runtimes.text.tokenizer import PromptSpec
-from runtimes.text.tokenizer_file import read_tokenizer
+from runtimes.units import size
 
 TEXT_CONFIGS = ("text_config", "language_config")  # keys of config.json in the two layouts
 
@@ -40,31 +47,82 @@ def reference_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
-    """Build the prompt format from the special tokens of the checkpoint's tokenizer.
+    """Build the prompt format from the family, the checkpoint's tokenizer and its chat template.
 
     Raises:
-        UserError: the tokenizer has no such token, or ``eos_token_id`` is not a list of token ids.
+        UserError: the tokenizer has no such token, ``eos_token_id`` is not a list of token ids, or
+            the chat template cannot be used.
     """
     file = checkpoint.tokenizer_files[0]
-    tokenizer = read_tokenizer(file)
-    settings_file = checkpoint.folder / "tokenizer_config.json"
-    settings = read_json(settings_file, huge_integers=True) if settings_file.exists() else {}
+    files = read_text_files(checkpoint)
+    prompt = family_of(checkpoint.config).prompt_format(files)
+    settings = files.tokenizer_settings.values
+    _check_added_tokens(checkpoint.folder, files.tokenizer, settings)
 
     def token_id(name: str) -> int:
-        number = tokenizer.token_to_id(name)
+        number = files.tokenizer.token_to_id(name)
         if number is None:
             raise UserError(f"{file} has no token {name!r}, which the prompt format needs.")
         if number >= checkpoint.config.decoder.vocab_size:
             raise UserError(f"{file} gives {name!r} the id {number}, outside the model's vocabulary.")
         return int(number)
 
-    return PromptSpec(
-        system_prompt=SYSTEM_PROMPT,
+    built_in = PromptSpec(
+        system_prompt=prompt.system_prompt,
         bos_id=token_id(_token_text(settings.get("bos_token"), BOS)),
         eos_ids=_eos_ids(checkpoint, token_id(_token_text(settings.get("eos_token"), EOS))),
         image_token_id=token_id(IMAGE_PLACEHOLDER),
-        image_tokens=checkpoint.config.vision.image_tokens,
+        image_tokens=files.image_tokens,
+        image_start_ids=tuple(map(token_id, prompt.image_start)),
+        image_end_ids=tuple(map(token_id, prompt.image_end)),
+        template=prompt.template,
     )
+    return choose_prompt(checkpoint, built_in, prompt.template_prefix)
+
+
+def _check_added_tokens(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Check that ``tokenizer.json`` has the tokens that other files of the tokenizer add.
+
+    transformers adds them when it reads the folder, and writes them to ``tokenizer.json`` when it
+    saves a tokenizer. Without them, their ids in an answer have no text.
+
+    Raises:
+        UserError: a token is missing, or has another id.
+    """
+    added: dict[str, Any] = {}
+    if (folder / "added_tokens.json").exists():
+        added = dict(read_json(folder / "added_tokens.json", huge_integers=True))
+    decoder = settings.get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        added[_token_text(token, "")] = int(number) if str(number).isdecimal() else number
+    missing = {
+        name: number for name, number in added.items() if name and tokenizer.token_to_id(name) != number
+    }
+    if missing:
+        name, number = next(iter(missing.items()))
+        raise UserError(
+            f"{folder / 'tokenizer.json'} lacks {len(missing)} of the tokens that added_tokens.json or"
+            f" tokenizer_config.json adds, such as {name!r} with the id {number}; save the tokenizer again"
+            " with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
+
+
+def remarks(checkpoint: Checkpoint, prompt: PromptSpec) -> list[str]:
+    """Return sentences about choices of the reader that users should know.
+
+    Args:
+        checkpoint: its family may have chosen a prompt format.
+        prompt: the prompt format that is used; it may be the checkpoint's chat template instead.
+    """
+    sentences = [family_of(checkpoint.config).prompt_format(read_text_files(checkpoint)).remark]
+    if prompt.template.exact:
+        sentences = ["The prompt is the checkpoint's own chat template, which differs from the built-in one."]
+    if skipped := checkpoint.skipped_tensors():
+        sentences.append(
+            f"{len(skipped)} tensors ({size(sum(skipped.values()))}) that answers do not need were skipped,"
+            " such as those of image generation, which is not supported."
+        )
+    return [sentence for sentence in sentences if sentence]
 
 
 def _eos_ids(checkpoint: Checkpoint, tokenizer_eos: int) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,21 +13,27 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reference.checkpoint.file_signature import check_file_signature
+from reference.checkpoint.folder_content import (
+    SHARD,
+    WEIGHT_FILES,
+    join_names,
+    other_files_hint,
+    subfolder_hint,
+    trainer_shards_hint,
+)
 from reference.checkpoint.layouts import Shape
 from reference.checkpoint.legacy_bin import LegacyFile, LegacyTensor
-from reference.checkpoint.settings import format_value
+from reference.settings import format_value
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError, first_line
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES = (
+    "adapter_model.safetensors",
+    "adapter_model.safetensors.index.json",
+    "adapter_model.bin",
+    "adapter_model.bin.index.json",
+)
 MERGE_ADAPTER_HINT = (
     "merge the adapter into its base model first (in PEFT: merge_and_unload) and save the result"
 )
@@ -72,15 +77,24 @@ class TensorFiles:
             UserError: a file is missing, cut short, or not a file of tensors.
         """
         main = main or _find_weight_file(folder)
-        index = _read_index(main) if main.suffix == ".json" else {}
-        self.files = list(dict.fromkeys(index.values())) if index else [main]
+        index = _read_index(main) if main and main.suffix == ".json" else {}
+        self.files = list(dict.fromkeys(index.values())) or ([main] if main else _find_shards(folder))
         self.stored: dict[str, StoredTensor] = {}
         self._file_of: dict[str, _TensorFile] = {}
         for file in self.files:
             if not file.exists():
-                raise UserError(f"The weight shard {file} is missing; download it again.")
+                raise UserError(
+                    f"The weight shard {file} is missing; download it again{_other_weights(main)}."
+                )
             opened = _open_tensor_file(file)
             table = opened.table()
+            if not index and (double := sorted(table.keys() & self.stored.keys())):
+                raise UserError(f"{join_names(double)} are in two of the shards in {folder}; remove one.")
+            table = {
+                name: stored
+                for name, stored in table.items()
+                if name not in self.stored or index.get(name) == file
+            }
             self.stored |= table
             self._file_of |= dict.fromkeys(table, opened)
         absent = sorted(index.keys() - self.stored.keys())
@@ -95,31 +109,39 @@ class TensorFiles:
         return self._file_of[name].load(name)
 
 
-def join_names(names: Iterable[str], limit: int = 10) -> str:
-    """Join the first names with commas and count the rest; control characters are escaped."""
-    names = [name if name.isprintable() else repr(name) for name in names]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{', '.join(names[:limit])}{more}"
-
-
-def _find_weight_file(folder: Path) -> Path:
+def _find_weight_file(folder: Path) -> Path | None:
     """Find the weight file, or the index of the shards."""
-    for name in WEIGHT_FILES:
-        if (folder / name).exists():
-            return folder / name
-    others = sorted(
-        file.name for file in folder.iterdir()
-        if file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
-    )  # fmt: skip
-    shard = next((name for name in others if re.search(r"-\d+-of-\d+\.(safetensors|bin)$", name)), None)
-    if shard:
-        stem, suffix = re.sub(r"-\d+-of-\d+\.", ".", shard).rsplit(".", 1)
+    return next((folder / name for name in WEIGHT_FILES if (folder / name).exists()), None)
+
+
+def _find_shards(folder: Path) -> list[Path]:
+    """Find the shards of a folder without an index; ``-00001-of-00003`` says how many there are."""
+    sets: dict[tuple[str, str, int], dict[int, Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if match := SHARD.fullmatch(file.name):
+            key = (match["stem"], match["suffix"], int(match["count"]))
+            sets.setdefault(key, {})[int(match["number"])] = file
+    complete = [shards for (_, _, count), shards in sets.items() if set(shards) == {*range(1, count + 1)}]
+    if len(complete) == 1:
+        return list(complete[0].values())
+    if sets:
+        (stem, suffix, count), shards = next(iter(sets.items()))
         raise UserError(
-            f"{folder} holds weight shards, but the index {stem}.{suffix}.index.json of its shards is"
-            " missing; download it again."
+            f"{folder} holds {len(shards)} of {count} weight shards {stem}-*{suffix}, and the index"
+            f" {stem}{suffix}.index.json of its shards is missing; download both again."
         )
-    unsupported = f"; it has {join_names(others, 5)}, which are not supported" if others else ""
-    raise UserError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}{unsupported}.")
+    raise UserError(
+        f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}"
+        f"{trainer_shards_hint(folder) or subfolder_hint(folder) or other_files_hint(folder)}."
+    )
+
+
+def _other_weights(index: Path | None) -> str:
+    """Return a clause about another weight file beside an index whose shards are missing."""
+    others = [
+        name for name in WEIGHT_FILES if index and (index.parent / name).exists() and name != index.name
+    ]
+    return f", or delete {index} if {others[0]} holds the weights" if others else ""
 
 
 def _read_index(file: Path) -> dict[str, Path]:

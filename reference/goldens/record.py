@@ -35,7 +35,14 @@ from runtimes.goldens.long_context import (
 from runtimes.goldens.recording import GoldenRequest, record_goldens
 from runtimes.goldens.taps import SAMPLES, TAPPED_COMPONENTS, hashed_numbers, record_all_taps
 from runtimes.goldens.texts import TEXT_GOLDENS, TextGoldens, record_texts
-from runtimes.text.prompt import IMAGE_PLACEHOLDER, Message, format_chat, place_images
+from runtimes.text.prompt import (
+    IMAGE_PLACEHOLDER,
+    TEMPLATE,
+    ChatTemplate,
+    Message,
+    format_chat,
+    place_images,
+)
 from runtimes.text.tokenizer import Tokenizer
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png")  # public domain (NASA), CC0
@@ -61,7 +68,8 @@ def record_reference_goldens(
     write_json(folder / TEXT_GOLDENS, record_reference_texts(source).to_dict())
     model = source.load_model()
     chain, tapped = (reference_chain(source, embedding_file, model, tapped) for tapped in (False, True))
-    requests = golden_requests(chain.tokenizer.spec.system_prompt)
+    spec = chain.tokenizer.spec
+    requests = golden_requests(spec.system_prompt, spec.template)
     positions = source.config.decoder.max_positions
     tap = partial(record_all_taps, tapped)
     record_goldens(chain, requests, folder, source.digest, positions, on_step, tap, on_saved)
@@ -73,7 +81,9 @@ def record_reference_texts(source: Checkpoint) -> TextGoldens:
     prompts = golden_raw_prompts()
     answers = golden_answers([tokenizer.encode(text) for text in prompts], tokenizer.spec.eos_id)
     vocab_size = source.config.decoder.vocab_size
-    return record_texts(tokenizer, golden_conversations(), prompts, answers, vocab_size)
+    supports = tokenizer.spec.template.supports
+    conversations = [item for item in golden_conversations() if supports(item.messages)]
+    return record_texts(tokenizer, conversations, prompts, answers, vocab_size)
 
 
 def record_reference_long_golden(source: Checkpoint, embedding_file: Path, capacity: int) -> LongGolden:
@@ -135,12 +145,13 @@ def goldens_bytes(config: ModelConfig) -> int:
     return 4 * values + (4 * image_values + pixels) * sum(len(request.images) for request in requests)
 
 
-def golden_requests(system_prompt: str) -> list[GoldenRequest]:
+def golden_requests(system_prompt: str, template: ChatTemplate = TEMPLATE) -> list[GoldenRequest]:
     """Return eight requests about ten held-out pictures of ``tiny``, and two about photographs."""
     questions = [*_rendered_questions(8), *_photograph_questions()]
     return [
         GoldenRequest(
-            format_chat(place_images([Message("user", question)], len(images)), system_prompt), images
+            format_chat(place_images([Message("user", question)], len(images)), system_prompt, template),
+            images,
         )
         for question, images in questions
     ]

@@ -1,4 +1,4 @@
-"""Config of a DeepSeek-VL model; ``reference.checkpoint.config_file`` parses it."""
+"""Config of a model; ``reference.checkpoint.config_file`` parses it."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class SiglipConfig:
     mlp_width: int = 4096
     activation: str = "gelu"
     norm_eps: float = 1e-6
+    qkv_bias: bool = True
 
     @property
     def grid(self) -> int:
@@ -114,6 +115,7 @@ class AdaptorConfig:
     high_width: int | None
     width: int
     depth: int = 2
+    activation: str = "gelu"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Config of a DeepSeek-VL: vision tower, adaptor, decoder and checkpoint layout.
+    """Config of a model: vision tower, adaptor, decoder, checkpoint layout and family.
 
     Raises:
         ValueError: the sizes are inconsistent or above the limits of this module.
@@ -145,10 +147,23 @@ class ModelConfig:
     decoder: DecoderConfig
     layout: Layout = "original"
     tied_head: bool = False
+    family: str = "deepseek_vl"  # a module of ``reference.families``
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested dictionaries, as a manifest stores them."""
-        return asdict(self)
+        """Return nested dictionaries, as a manifest stores them.
+
+        Keys that earlier releases do not have are left out where they have their defaults, so that
+        bundles of these releases still compare as equal.
+        """
+        raw = asdict(self)
+        for part, key, default in (
+            (raw, "family", "deepseek_vl"),
+            (raw["vision"]["siglip"], "qkv_bias", True),
+            (raw["adaptor"], "activation", "gelu"),
+        ):
+            if part[key] == default:
+                del part[key]
+        return raw
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -176,6 +191,7 @@ class ModelConfig:
                 DecoderConfig(**raw["decoder"]),
                 raw["layout"],
                 raw["tied_head"],
+                raw.get("family", "deepseek_vl"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
@@ -195,16 +211,14 @@ def _check_sizes(config: ModelConfig) -> None:
         for part, spec in parts.items()
         if spec
         for key, value in vars(spec).items()
-        if isinstance(value, int)
+        if isinstance(value, int) and not isinstance(value, bool)
     }
     for name, value in sizes.items():
         if value < (0 if name == "SAM's window_size" else 1):
             raise ValueError(f"{name} is {value}, it must be at least 1")
-    for tower in (low, high):
-        if tower and tower.activation not in GELU_APPROXIMATIONS:
-            raise ValueError(
-                f"activation {tower.activation!r} is not one of {', '.join(GELU_APPROXIMATIONS)}"
-            )
+    for part in (low, high, config.adaptor):
+        if part and part.activation not in GELU_APPROXIMATIONS:
+            raise ValueError(f"activation {part.activation!r} is not one of {', '.join(GELU_APPROXIMATIONS)}")
     checks: list[tuple[bool, str]] = [
         (low.image_size % low.patch_size == 0, "SigLIP's patch_size must divide its image_size"),
         (low.grid <= MAX_GRID, f"SigLIP's grid of {low.grid} patches is larger than {MAX_GRID}"),

@@ -11,7 +11,7 @@ from reference.model.vision import Adaptor, VisionEncoder
 
 
 class DeepSeekVL(nn.Module):
-    """DeepSeek-VL (arXiv 2403.05525): four components, named as in the contracts."""
+    """DeepSeek-VL (arXiv 2403.05525) or Janus: four components, named as in the contracts."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Create the components."""

@@ -1,4 +1,4 @@
-"""SigLIP vision transformer (arXiv 2303.15343) as in DeepSeek-VL: all patch tokens, no pooling."""
+"""SigLIP vision transformer (arXiv 2303.15343): all patch tokens, no pooling."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Bidirectional multi-head attention with one fused QKV projection."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
         """Create the projections."""
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Block(nn.Module):
         """Create the sublayers."""
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.attn = Attention(config.width, config.heads)
+        self.attn = Attention(config.width, config.heads, config.qkv_bias)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config.width, config.mlp_width, config.activation)
 

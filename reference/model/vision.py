@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from reference.model.config import AdaptorConfig, NormalizationConfig, VisionConfig
+from reference.model.config import GELU_APPROXIMATIONS, AdaptorConfig, NormalizationConfig, VisionConfig
 from reference.model.constants import ConstantModule
 from reference.model.resize import bilinear_matrix, resize
 from reference.model.sam import SamEncoder
@@ -92,7 +92,8 @@ class Adaptor(nn.Module):
         else:
             layers = [nn.Linear(config.low_width, config.width)]
         for _ in range(1, config.depth):
-            layers += [nn.GELU(), nn.Linear(config.width, config.width)]
+            gelu = nn.GELU(approximate=GELU_APPROXIMATIONS[config.activation])
+            layers += [gelu, nn.Linear(config.width, config.width)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, *features: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ class Manifest:
     """The content of ``manifest.json``; the JSON schema is ``manifest.schema.json``."""
 
     model: dict[str, Any]
-    checkpoint: dict[str, str]
+    checkpoint: dict[str, Any]
     preprocessing: PreprocessSpec
     prompt: PromptSpec
     token_embedding: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,4 +83,33 @@ def read_yaml(file: Path, what: str) -> Any:
         raise UserError(f"The {what} {file} is not UTF-8 text.") from error
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         # PyYAML's own constructors raise other errors, as ValueError for the date 2001-99-99.
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise UserError(f"{file} is not valid YAML: {_describe(error)}.") from error
+
+
+# What the parser calls the problem, as patterns, and what the user has to change.
+_PROBLEMS = (
+    (
+        "mapping values are not allowed",
+        "there is a second ':' in the value; put the value in quotes, or correct the indentation",
+    ),
+    ("could not find expected ':'", "the key has no ':' after it"),
+    (r"found character '\\t'", "the indentation has a tab; use spaces"),
+    ("found character '(.)' that cannot start", r"text that starts with \1 must be in quotes"),
+    ("expected ',' or ('.'), but got", r"a ',' or the closing \1 is missing"),
+    ("found unexpected end of stream", "a quote is not closed"),
+    ("expected <block end>", "the indentation differs from that of the lines before"),
+    ("expected the node content|did not find expected", "a value or a closing bracket is missing"),
+    ("expected '?<document start>|but found another document", "there is more than one document or value"),
+    ("unacceptable character", "it has a control character; remove it"),
+)
+
+
+def _describe(error: Exception) -> str:
+    """Describe in a clause what a user has to change, with the line if it is known."""
+    problem = " ".join(str(getattr(error, "problem", None) or error).split())
+    for pattern, description in _PROBLEMS:
+        if match := re.search(pattern, problem):
+            problem = match.expand(description)
+            break
+    mark = getattr(error, "problem_mark", None)
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem

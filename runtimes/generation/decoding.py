@@ -86,9 +86,7 @@ class SequenceDecoder:
         if token in self._eos_ids and not self._options.ignore_eos:
             return self.finish("eos")
         self._held += self._stream.push(token)
-        stops = [at for at in map(self._held.find, self._options.stop) if at >= 0]
-        if stops:
-            self._held = self._held[: min(stops)]
+        if self._cut_at_stop():
             return self.finish("stop")
         if len(answer.tokens) >= self._options.max_new_tokens:
             return self.finish("length")
@@ -120,10 +118,19 @@ class SequenceDecoder:
 
     def finish(self, reason: str) -> str:
         """End the answer and return the text that was held back."""
-        self.answer.finish_reason = reason
         if reason != "stop":
+            # A token can be text followed by a part of a character, so the rest may hold a stop.
             self._held += self._stream.flush()
+            reason = "stop" if self._cut_at_stop() else reason
+        self.answer.finish_reason = reason
         return self._release(len(self._held))
+
+    def _cut_at_stop(self) -> bool:
+        """Remove the first stop string in the held text and what follows it, if there is one."""
+        stops = [at for at in map(self._held.find, self._options.stop) if at >= 0]
+        if stops:
+            self._held = self._held[: min(stops)]
+        return bool(stops)
 
     def _release(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]

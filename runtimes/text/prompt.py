@@ -1,19 +1,22 @@
-"""DeepSeek-VL's prompt format: the ``deepseek`` conversation template of the original code.
+"""The prompt format: a conversation and a chat template become a prompt.
+
+The default template is the ``deepseek`` conversation template of the original code of DeepSeek-VL.
 
 A conversation becomes a ``PromptText``: text that records which of its parts are control tokens.
 The content of a user's message, the system prompt or an earlier answer is always text, even if it
-spells a control token. The words ``User:`` and ``Assistant:`` are plain text in this format, so a
-message can contain them; it cannot contain the end-of-sentence token that separates an answer from
-the next message.
+spells a control token. The words ``User:`` and ``Assistant:`` are plain text in the default format,
+so a message can contain them; it cannot contain the end-of-sentence token that separates an answer
+from the next message.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import takewhile
-from typing import Any, Literal, Union
+from typing import Any, Literal, Optional, Union
 
 from runtimes.errors import UserError
 
@@ -36,19 +39,28 @@ class Control(Enum):
     EOS = EOS
 
 
+@dataclass(frozen=True)
+class TemplateToken:
+    """A control token that a chat template names, such as ``<|User|>``."""
+
+    value: str  # its spelling
+
+
 IMAGE: Literal[Control.IMAGE] = Control.IMAGE  # the part of a message at the position of an image
 Part = Union[str, Literal[Control.IMAGE]]
-Piece = Union[str, Control]
+Piece = Union[str, Control, TemplateToken]
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
     """Texts between the messages of a conversation, as stored in a bundle's manifest.
 
-    Each message is ``{role}{content}{role_end}``; an end that equals the end-of-sentence token is
-    that token, not text. A message without content is ``{role}`` without trailing white space.
+    Each message is ``{role}{content}{role_end}``. Where one of these texts spells the
+    end-of-sentence token or one of ``control_tokens``, it is that token, not text. A message
+    without content is ``{role}`` without trailing white space.
 
     Args:
+        system: start of the system prompt.
         system_end: end of the system prompt.
         user: start of a user's message.
         user_end: end of a user's message.
@@ -58,8 +70,24 @@ class ChatTemplate:
         later_system_end: end of a system message that follows other messages.
         answer: end of a prompt, which the model continues.
         text_separator: separator of consecutive text parts of one message.
+        before_image: text between an image and the part before it in a message.
+        after_image: text between an image and the part after it in a message.
+        control_tokens: added tokens of the tokenizer that these texts spell, such as ``<|User|>``.
+        around_images: the texts before and after an image are also at the ends of a message.
+        no_system: text in place of the system prompt of a conversation that has none.
+        first_user: start of a user's message after the system prompt or ``no_system``; None is
+            ``user``.
+        stripped_roles: roles whose messages lose the white space at their ends.
+        stripped_parts: each text of their messages loses it, also beside an image.
+        joined_system: white space at the start of the first user's message stays after a system
+            prompt.
+        system_messages: where a conversation may have system messages; elsewhere they are refused.
+        exact: messages without content keep both texts around them, white space at the start of a
+            prompt stays, and of several system messages only the first is the system prompt. This
+            is how templates in Jinja work.
     """
 
+    system: str = ""
     system_end: str = "\n\n"
     user: str = "User: "
     user_end: str = "\n\n"
@@ -69,6 +97,51 @@ class ChatTemplate:
     later_system_end: str = EOS
     answer: str = "Assistant:"
     text_separator: str = " "
+    before_image: str = ""
+    after_image: str = ""
+    control_tokens: tuple[str, ...] = ()
+    around_images: bool = False
+    no_system: str = ""
+    first_user: Optional[str] = None
+    stripped_roles: tuple[str, ...] = tuple(ROLES)
+    stripped_parts: bool = False
+    joined_system: bool = False
+    system_messages: Literal["anywhere", "first", "none"] = "anywhere"
+    exact: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ChatTemplate:
+        """Read the validated object of a manifest; earlier releases have fewer keys."""
+        lists = {key: tuple(raw[key]) for key in ("control_tokens", "stripped_roles") if key in raw}
+        return cls(**{**raw, **lists})
+
+    def texts(self) -> list[str]:
+        """Return all texts of the template."""
+        return [text for text in vars(self).values() if isinstance(text, str)]
+
+    def supports(self, messages: Sequence[Message]) -> bool:
+        """Whether the template has a place for every system message of a conversation."""
+        places = [place for place, message in enumerate(messages) if message.role == "system"]
+        return self.system_messages == "anywhere" or all(
+            place == 0 and self.system_messages == "first" for place in places
+        )
+
+    def pieces(self, text: str) -> list[Piece]:
+        """Split one of the template's own texts into texts and control tokens."""
+        names = sorted((EOS, *self.control_tokens), key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        ends = {EOS}.difference(self.control_tokens)
+        return [
+            part if place % 2 == 0 else Control.EOS if part in ends else TemplateToken(part)
+            for place, part in enumerate(parts)
+            if part
+        ]
+
+    def between(self, before: Part, after: Part) -> str:
+        """Return the text between two consecutive parts of a message."""
+        if before is not IMAGE and after is not IMAGE:
+            return self.text_separator
+        return (self.after_image if before is IMAGE else "") + (self.before_image if after is IMAGE else "")
 
     def role(self, role: str) -> tuple[str, str]:
         """Return the start and end of a message of ``role``."""
@@ -94,7 +167,7 @@ class PromptText(str):
     def __new__(cls, pieces: Iterable[Piece]) -> PromptText:
         """Join the pieces."""
         pieces = tuple(pieces)
-        text = super().__new__(cls, "".join(p.value if isinstance(p, Control) else p for p in pieces))
+        text = super().__new__(cls, "".join(p if isinstance(p, str) else p.value for p in pieces))
         text.pieces = pieces
         return text
 
@@ -112,10 +185,13 @@ class Message:
         content: a text, or a sequence of texts and ``IMAGE`` parts. Texts are never read as control
             tokens; ``place_images`` defines when ``<image_placeholder>`` in a user's text is an
             image.
+        inline_images: whether the text places its images with ``<image_placeholder>``; then the
+            template adds no text before or after an image.
     """
 
     role: Literal["user", "assistant", "system"]
     content: Union[str, Sequence[Part]]
+    inline_images: bool = False
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Message:
@@ -143,9 +219,8 @@ class Message:
 
     @classmethod
     def from_parts(cls, role: Literal["user", "assistant", "system"], parts: Sequence[Part]) -> Message:
-        """Create a message of several parts; if all are texts, join them like the chat template."""
-        texts = [part for part in parts if isinstance(part, str)]
-        return cls(role, TEMPLATE.text_separator.join(texts) if len(texts) == len(parts) else tuple(parts))
+        """Create a message of several parts; texts are joined like the chat template."""
+        return cls(role, parts[0] if len(parts) == 1 and isinstance(parts[0], str) else tuple(parts))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -205,7 +280,8 @@ def place_images(messages: Sequence[Message], images: int) -> list[Message]:
         if isinstance(content, str) and IMAGE_PLACEHOLDER in content:
             before, *texts = content.split(IMAGE_PLACEHOLDER)
             parts = [before, *(part for text in texts for part in (IMAGE, text))]
-            result[place] = replace(result[place], content=tuple(part for part in parts if part))
+            content = tuple(part for part in parts if part)
+            result[place] = replace(result[place], content=content, inline_images=True)
     return result
 
 
@@ -214,42 +290,61 @@ def format_chat(
 ) -> PromptText:
     r"""Format a conversation; after a last user message, it ends with an open ``Assistant:``.
 
-    The format is ``{system}\n\nUser: {text}\n\nAssistant: {text}<EOS>User: ...`` without BOS.
-    System messages at the beginning replace ``system``; later ones become
+    The default format is ``{system}\n\nUser: {text}\n\nAssistant: {text}<EOS>User: ...``, without
+    BOS. System messages at the beginning replace ``system``; later ones become
     ``System: {text}<EOS>``, as in the chat template of transformers' conversion script. Leading
     white space is removed, since the original processor strips its prompts.
     """
+    if not template.supports(messages):
+        where = "other than the first" if template.system_messages == "first" else ""
+        raise UserError(
+            f"The chat template of this model has no system messages{' ' * bool(where)}{where};"
+            " put the text into a user message."
+        )
     leading = list(takewhile(lambda message: message.role == "system", messages))
+    if template.exact:
+        leading = leading[:1]
     if leading:
         system = "\n\n".join(_text_of(message, template) for message in leading)
-    pieces: list[Piece] = [f"{system}{template.system_end}".lstrip()] if system else []
-    for message in messages[len(leading) :]:
-        pieces += _render(message, template)
+    pieces: list[Piece] = template.pieces(template.no_system)
+    if system.strip() or (template.exact and leading):
+        start, end = template.pieces(template.system), template.pieces(template.system_end)
+        pieces = [*start, system if start or template.exact else system.lstrip(), *end]
+    for place, message in enumerate(messages[len(leading) :]):
+        pieces += _render(message, template, place == 0, bool(leading))
     if messages and messages[-1].role == "user":
-        pieces.append(template.answer)
-    return PromptText(pieces)
+        pieces += template.pieces(template.answer)
+    return PromptText(piece for piece in pieces if piece != "")
 
 
-def _render(message: Message, template: ChatTemplate) -> list[Piece]:
+def _render(message: Message, template: ChatTemplate, first: bool, after_system: bool) -> list[Piece]:
     start, end = template.role(message.role)
-    content = _content(message, template)
-    if not any(content):  # an empty message has no separator after it, as in the original
-        return [start.rstrip()]
-    return [start, *content, Control.EOS if end == EOS else end]
+    if first and message.role == "user" and template.first_user is not None:
+        start = template.first_user
+    content = _content(message, template, first and after_system and template.joined_system)
+    if not any(content) and not template.exact:
+        return template.pieces(start.rstrip())  # no separator after it, as in the original
+    return [*template.pieces(start), *content, *template.pieces(end)]
 
 
-def _content(message: Message, template: ChatTemplate) -> list[Piece]:
-    """Return texts and images of a message, without white space at its start and end."""
+def _content(message: Message, template: ChatTemplate, keeps_start: bool = False) -> list[Piece]:
+    """Return texts and images of a message, without the white space that the template removes."""
     parts = list(message.parts)
-    if parts and isinstance(parts[0], str):
-        parts[0] = parts[0].lstrip()
-    if parts and isinstance(parts[-1], str):
-        parts[-1] = parts[-1].rstrip()
+    if message.role in template.stripped_roles and template.stripped_parts:
+        parts = [part if part is IMAGE else part.strip() for part in parts]
+    elif message.role in template.stripped_roles:
+        if parts and isinstance(parts[0], str) and not keeps_start:
+            parts[0] = parts[0].lstrip()
+        if parts and isinstance(parts[-1], str):
+            parts[-1] = parts[-1].rstrip()
     pieces: list[Piece] = []
     for place, part in enumerate(parts):
-        if place and isinstance(part, str) and isinstance(parts[place - 1], str):
-            pieces.append(template.text_separator)
+        if place and not message.inline_images:
+            pieces.append(template.between(parts[place - 1], part))
         pieces.append(part)
+    if template.around_images and parts and not message.inline_images:
+        before, after = parts[0] is IMAGE, parts[-1] is IMAGE
+        return [template.before_image * before, *pieces, template.after_image * after]
     return pieces
 
 

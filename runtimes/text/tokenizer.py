@@ -17,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 
 from runtimes.errors import UserError
 from runtimes.text.control_tokens import PlainTokenizer
-from runtimes.text.prompt import IMAGE_PLACEHOLDER, ChatTemplate, Control, PromptText
+from runtimes.text.prompt import IMAGE_PLACEHOLDER, ChatTemplate, Control, PromptText, TemplateToken
 from runtimes.text.tokenizer_file import is_library_failure, read_tokenizer
 
 T = TypeVar("T")
@@ -42,13 +42,16 @@ class PromptSpec:
 
     Args:
         system_prompt: the system prompt of conversations without one of their own.
-        bos_id: the first token of every prompt.
+        bos_id: the first token of every prompt, unless ``add_bos`` is false.
         eos_ids: tokens that end an answer; the first also ends an assistant's message in a prompt.
         image_token_id: the token of an image placeholder.
-        image_tokens: number of tokens that each image placeholder expands to.
+        image_tokens: number of image tokens that each image placeholder expands to.
+        image_start_ids: tokens before the image tokens of each image.
+        image_end_ids: tokens after them.
         template: texts between the messages.
         template_difference: how the checkpoint's own chat template differs from ``template``, as a
             sentence; empty if it does not differ or does not exist.
+        add_bos: whether a prompt begins with ``bos_id``.
     """
 
     system_prompt: str
@@ -56,13 +59,21 @@ class PromptSpec:
     eos_ids: tuple[int, ...]
     image_token_id: int
     image_tokens: int
+    image_start_ids: tuple[int, ...] = ()
+    image_end_ids: tuple[int, ...] = ()
     template: ChatTemplate = field(default_factory=ChatTemplate)
     template_difference: str = field(default="", compare=False)
+    add_bos: bool = True
 
     @property
     def eos_id(self) -> int:
         """The token that ends an assistant's message in a prompt."""
         return self.eos_ids[0]
+
+    @property
+    def keeps_built_in(self) -> bool:
+        """Whether the user chose the built-in format though the checkpoint's template differs."""
+        return bool(self.template_difference)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that affect token ids or texts, in the form of the manifest."""
@@ -76,8 +87,11 @@ class PromptSpec:
         values = dict(raw)
         eos_ids = tuple(values.pop("eos_ids", ())) or (values["eos_id"],)
         values.pop("eos_id", None)
-        template = ChatTemplate(**values.pop("template", {}))
-        return cls(eos_ids=eos_ids, template=template, **values)
+        template = ChatTemplate.from_dict(values.pop("template", {}))
+        start_ids, end_ids = (tuple(values.pop(f"image_{end}_ids", ())) for end in ("start", "end"))
+        return cls(
+            eos_ids=eos_ids, template=template, image_start_ids=start_ids, image_end_ids=end_ids, **values
+        )
 
 
 class Tokenizer:
@@ -117,18 +131,39 @@ class Tokenizer:
                 f" {MAX_SPACE_RUN} are allowed; shorten them."
             )
         if isinstance(prompt, PromptText):
-            ids = {Control.EOS: self.spec.eos_id, Control.IMAGE: self.spec.image_token_id}
-            pieces = [ids[piece] if isinstance(piece, Control) else piece for piece in prompt.pieces]
+            ids = self._control_ids
+            pieces = [piece if isinstance(piece, str) else ids[piece] for piece in prompt.pieces]
             tokens = self._call(lambda: self._plain_tokenizer().encode(pieces))
         else:
             tokens = self._call(lambda: self._tokenizer.encode(prompt, add_special_tokens=False).ids)
-        return [self.spec.bos_id, *tokens]
+        return [self.spec.bos_id, *tokens] if self.spec.add_bos else tokens
+
+    @cached_property
+    def _control_ids(self) -> dict[Control | TemplateToken, int]:
+        """Ids of the control tokens that prompts place.
+
+        Raises:
+            UserError: the tokenizer lacks one of the template's.
+        """
+        ids: dict[Control | TemplateToken, int] = {
+            Control.EOS: self.spec.eos_id,
+            Control.IMAGE: self.spec.image_token_id,
+        }
+        for name in self.spec.template.control_tokens:
+            number = self._tokenizer.token_to_id(name)
+            if number is None:
+                raise UserError(
+                    f"The tokenizer {self.file} has no token {name!r}, which the prompt's template needs;"
+                    " export the bundle again."
+                )
+            ids[TemplateToken(name)] = int(number)
+        return ids
 
     def _plain_tokenizer(self) -> PlainTokenizer:
         """Return the plain tokenizer, built on first use (half a second with 100,000 tokens)."""
         with self._lock:
             if self._plain is None:
-                placed = {self.spec.bos_id, self.spec.eos_id, self.spec.image_token_id}
+                placed = {self.spec.bos_id, *self._control_ids.values()}
                 self._plain = PlainTokenizer(json.loads(self._tokenizer.to_str()), self._tokenizer, placed)
             return self._plain
 
@@ -214,14 +249,19 @@ class TokenStream:
 
 
 def expand_images(ids: Sequence[int], spec: PromptSpec, images: int) -> np.ndarray:
-    """Repeat every image placeholder once per image token.
+    """Repeat every image placeholder once per image token, between the tokens around an image.
 
     Returns:
         ids ``[S]`` int64.
 
     Raises:
-        UserError: the number of placeholders differs from the number of images.
+        UserError: the number of placeholders differs from the number of images, or the prompt ends
+            with the token that asks a model for an image.
     """
+    if len(ids) and ids[-1] in spec.image_start_ids:
+        raise UserError(
+            "The prompt ends with the token that starts an image, but only text can be generated; remove it."
+        )
     tokens = np.asarray(ids, dtype=np.int64)
     placeholders = tokens == spec.image_token_id
     if int(placeholders.sum()) != images:
@@ -229,4 +269,8 @@ def expand_images(ids: Sequence[int], spec: PromptSpec, images: int) -> np.ndarr
             f"The prompt has {int(placeholders.sum())} {IMAGE_PLACEHOLDER} but {images} images were passed;"
             " pass one image per placeholder."
         )
-    return np.repeat(tokens, np.where(placeholders, spec.image_tokens, 1))
+    image = (*spec.image_start_ids, *[spec.image_token_id] * spec.image_tokens, *spec.image_end_ids)
+    texts = np.split(tokens, np.flatnonzero(placeholders))
+    return np.concatenate([texts[0], *(part for text in texts[1:] for part in (image, text[1:]))]).astype(
+        np.int64
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -17,6 +18,9 @@ from runtimes.text.prompt import IMAGE_PLACEHOLDER
 VOCABULARY = 521
 # Tokenizers are tiny's: its ids lie below the vocabulary of every model here.
 IMAGE_TOKEN_ID = tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json")).token_to_id(IMAGE_PLACEHOLDER)
+
+
+JANUS_TOKENS = ("<begin_of_image>", "<end_of_image>", "<|User|>", "<|Assistant|>")
 
 
 def _text(**changes: int) -> dict[str, object]:
@@ -61,6 +65,30 @@ def hybrid_oracle(**text: int) -> transformers.PreTrainedModel:
     return randomize(transformers.DeepseekVLHybridForConditionalGeneration(config))
 
 
+def janus_oracle(
+    vision: Mapping[str, object] | None = None, tied: bool = False, **text: int
+) -> transformers.PreTrainedModel:
+    """``janus``: 30 px, 5×5 tokens, q, k and v without bias, an aligner of three layers with tanh GELU.
+
+    ``vision`` and ``text`` change the tower and the decoder; ``tied`` makes the embedding the head.
+    """
+    config = transformers.JanusConfig(
+        vision_config={
+            "image_size": 30, "patch_size": 6, "hidden_size": 40, "mlp_ratio": 1.7, "num_hidden_layers": 2,
+            "num_attention_heads": 5, "hidden_act": "gelu_pytorch_tanh", "attention_bias": False,
+            "projection_dim": text.get("hidden_size", 96), "depth": 3, **(vision or {}),
+        },
+        vq_config={
+            "embed_dim": 4, "num_embeddings": 12, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 1,
+            "channel_multiplier": [1, 1], "projection_dim": 16, "image_token_embed_dim": 16, "num_hidden_layers": 1,
+        },
+        text_config=_text(**text),
+        image_token_id=IMAGE_TOKEN_ID,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    return randomize(transformers.JanusForConditionalGeneration(config))
+
+
 def randomize(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """Give a model weights large enough that every part matters, norms and biases included."""
     generator = torch.Generator().manual_seed(1)
@@ -72,11 +100,26 @@ def randomize(model: transformers.PreTrainedModel) -> transformers.PreTrainedMod
     return model.eval().requires_grad_(False)
 
 
+def save_janus_texts(folder: Path, tokens: Sequence[str] = JANUS_TOKENS, **processor: object) -> None:
+    """Write a tokenizer with Janus's tokens, and the settings of transformers' processor."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    tokenizer.add_special_tokens([*tokens])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "processor_class": "JanusProcessor",
+        "num_image_tokens": 25,
+        "use_default_system_prompt": True,
+    }
+    (folder / "processor_config.json").write_text(json.dumps(settings | processor))
+
+
 def save_oracle(oracle: transformers.PreTrainedModel, folder: Path, shard: str = "50GB") -> None:
     """Save as transformers does, with tiny's tokenizer and a processor config."""
     oracle.save_pretrained(folder, max_shard_size=shard)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)
+    if oracle.config.model_type == "janus":
+        save_janus_texts(folder)
     vision = oracle.config.vision_config
     processor: dict[str, object] = {"image_mean": HALF_RGB, "image_std": HALF_RGB, "min_size": 14, "rescale_factor": 1 / 255,
                                     "size": {"height": vision.image_size, "width": vision.image_size}}  # fmt: skip

@@ -22,11 +22,13 @@ from runtimes.errors import UserError
 from tests.oracles.models import IMAGE_TOKEN_ID, randomize, save_oracle
 
 LIMIT = 3e-5  # of the largest value; fp32 rounding
-VARIANTS = ("siglip", "hybrid")
+VARIANTS = ("siglip", "hybrid", "janus")
 CLASSES: dict[str, tuple[Any, Any]] = {
     "siglip": (transformers.DeepseekVLConfig, transformers.DeepseekVLForConditionalGeneration),
     "hybrid": (transformers.DeepseekVLHybridConfig, transformers.DeepseekVLHybridForConditionalGeneration),
+    "janus": (transformers.JanusConfig, transformers.JanusForConditionalGeneration),
 }
+MODEL_TYPES = {"siglip": "deepseek_vl", "hybrid": "deepseek_vl_hybrid", "janus": "janus"}
 # Keys that are rarely there, and their values: some of them change nothing, most are not supported.
 RARE_TEXT: dict[str, list[Any]] = {
     "head_dim": [None, 8, 24],
@@ -63,6 +65,19 @@ RARE_VISION: dict[str, list[Any]] = {
     "num_attention_heads": [3, 8],
     "model_type": ["clip_vision_model"],
 }
+RARE_JANUS: dict[str, list[Any]] = {
+    "attention_bias": [True, False],
+    "use_qk_norm": [False, True],
+    "mlp_ratio": [2, 1.3],
+    "depth": [1, 3],
+    "projection_dim": [20],
+    "num_image_tokens": [9],
+    "projection_dropout": [0.1],
+    "hidden_dropout_rate": [0.1],
+    **{key: RARE_VISION[key] for key in ("num_channels", "hidden_act", "num_attention_heads", "model_type")},
+}
+VQ = {"embed_dim": 4, "num_embeddings": 8, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 1,
+      "channel_multiplier": [1], "projection_dim": 8, "image_token_embed_dim": 8, "num_hidden_layers": 1}  # fmt: skip
 RARE_HIGH: dict[str, list[Any]] = {
     "use_rel_pos": [True, False],
     "use_abs_pos": [True, False],
@@ -89,7 +104,7 @@ def random_config(seed: int, variant: str) -> dict[str, Any]:
     heads = rng.choice((2, 4, 8))
     patch = rng.choice((6, 8))
     raw: dict[str, Any] = {
-        "model_type": "deepseek_vl" if variant == "siglip" else "deepseek_vl_hybrid",
+        "model_type": MODEL_TYPES[variant],
         "image_token_id": IMAGE_TOKEN_ID,
         "tie_word_embeddings": rng.random() < 0.3,
         "text_config": {
@@ -117,6 +132,13 @@ def random_config(seed: int, variant: str) -> dict[str, Any]:
             **rare(RARE_VISION),
         },
     }
+    if variant == "janus":
+        vision = raw["vision_config"]
+        for key in ("intermediate_size", "model_type", *RARE_VISION):
+            if key not in ("patch_size", "num_attention_heads"):
+                vision.pop(key, None)
+        vision |= {"projection_dim": raw["text_config"]["hidden_size"], **rare(RARE_JANUS)}
+        raw["vq_config"] = VQ
     if variant == "hybrid":
         layers, patch = rng.randint(2, 4), rng.choice((8, 16))
         raw["high_res_vision_config"] = {
@@ -141,7 +163,7 @@ def compare(raw: dict[str, Any], folder: Path) -> str:
     Raises:
         AssertionError: the numbers differ, or transformers refuses what ours accepts.
     """
-    variant = "hybrid" if raw["model_type"].endswith("hybrid") else "siglip"
+    (variant,) = (name for name, kind in MODEL_TYPES.items() if kind == raw["model_type"])
     config_class, model_class = CLASSES[variant]
     try:
         config = config_class.from_dict(json.loads(json.dumps(raw)))

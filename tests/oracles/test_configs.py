@@ -20,7 +20,7 @@ def test_a_deviation_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Another base of RoPE changes the logits alone."""
     raw = next(raw for raw in (random_config(seed, "siglip") for seed in range(99)) if _plain(raw))
     assert compare(raw, tmp_path / "right") == "equal"
-    monkeypatch.setattr("reference.checkpoint.config_file._rope_theta", lambda raw: 9000.0)
+    monkeypatch.setattr("reference.families.llama._rope_theta", lambda raw: 9000.0)
     with pytest.raises(AssertionError, match="last differ by"):
         compare(raw, tmp_path / "wrong")
 

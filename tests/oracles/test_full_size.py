@@ -13,9 +13,10 @@ import transformers
 
 from reference.checkpoint.checkpoint import parameter_shapes
 from reference.checkpoint.config_file import parse_config
-from reference.checkpoint.layouts import UNUSED_TENSORS, parameter_sources
+from reference.checkpoint.layouts import UNUSED_TENSORS, is_skipped, is_unused, parameter_sources
 from reference.checkpoint.released import RELEASED_CONFIGS, released_config
 from reference.model.config import ModelConfig
+from tests.oracles.original_janus import original_state
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -67,6 +68,31 @@ def test_transformers_names_and_shapes(size: str) -> None:
     }
     ours = parse_config(json.loads(config.to_json_string()), "config.json")
     assert wanted(ours) == expected
+
+
+@pytest.mark.parametrize("size", ["janus-1.3b", "janus-pro-7b"])
+def test_names_and_shapes_of_janus(size: str) -> None:
+    """Both layouts, against transformers' own modules at full size; its parts that generate images are skipped."""
+    raw = RELEASED_CONFIGS[size]
+    width, text = (
+        raw["aligner_config"]["params"]["n_embed"],
+        {"model_type": "llama", **raw["language_config"]},
+    )
+    with torch.device("meta"):
+        config = transformers.JanusConfig(
+            text_config=text, vision_config={"projection_dim": width}, tie_word_embeddings=False
+        )
+        oracle = transformers.JanusForConditionalGeneration(config)
+    ours = parse_config(json.loads(config.to_json_string()), "config.json")
+    tensors = dict(oracle.named_parameters())
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not is_unused(ours, name)}
+    assert wanted(ours) == expected
+    state = original_state(tensors)
+    original = released_config(size)
+    assert wanted(original) == {
+        name: tuple(tensor.shape) for name, tensor in state.items() if not is_unused(original, name)
+    }
+    assert any(is_skipped(original, name) for name in state)
 
 
 @pytest.mark.parametrize("size", ["1.3b", "7b"])

@@ -50,11 +50,16 @@ LOADED_BY_BOTH: dict[str, Rename] = {
     "head inside the model": rule((r"^lm_head\.", "model.lm_head.")),
     "model twice": rule((r"^model\.", "model.model.")),
 }
+# Names of SigLIP's history, which transformers does not accept for Janus.
+LOADED_BY_SIGLIP = ("nested", "nested without model", "SigLIP without model")
 LOADED_BY_OURS: dict[str, Rename] = {
     "language model nested, bare": rule(BARE, LANGUAGE),
     "head in the language model": rule((r"^lm_head\.", "language_model.lm_head.")),
     "head in the model's language model": rule((r"^lm_head\.", "model.language_model.lm_head.")),
     "DistributedDataParallel": rule((r"^", "module.")),
+    "DeepSpeed and torch.compile": rule((r"^", "_orig_mod.module.")),
+    "merged by PEFT": rule((r"^", "base_model.model.")),
+    "held by a trainer": rule((r"^", "policy.actor_module.")),
     "torch.compile": rule((r"^", "_orig_mod.")),
     "torch.compile inside": rule((r"^model\.", "model._orig_mod.")),
     "FSDP": rule((r"\.layers\.(\d+)\.", r".layers.\1._fsdp_wrapped_module."), (r"^", "module.")),
@@ -75,6 +80,9 @@ def assert_loaded(pair: OraclePair, folder: Path) -> None:
 @pytest.mark.parametrize("naming", LOADED_BY_BOTH)
 def test_names_that_transformers_loads(pair: OraclePair, tmp_path: Path, naming: str) -> None:
     renamed(pair, tmp_path, LOADED_BY_BOTH[naming])
+    if pair.oracle.config.model_type == "janus" and naming in LOADED_BY_SIGLIP:
+        assert_loaded(pair, tmp_path)
+        return
     theirs, info = transformers.AutoModelForImageTextToText.from_pretrained(
         tmp_path, output_loading_info=True
     )
@@ -97,6 +105,7 @@ def test_names_that_ours_loads_as_well(pair: OraclePair, tmp_path: Path, naming:
     [
         rule((r"^", "model.")),
         rule((r"^", "module.")),
+        rule((r"^", "base_model.model.")),
         rule((r"^language_model\.model\.", "language_model.")),
         rule((r"^language_model\.model\.", "model.language_model.model.model.")),
         rule((r"^language_model\.lm_head\.", "lm_head.")),

@@ -1,4 +1,4 @@
-"""The real DeepSeek tokenizer: our ids against transformers' processor, and streaming against whole decoding."""
+"""The real DeepSeek tokenizer: ids against transformers' processor, streaming and stop strings against whole texts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 from PIL import Image
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 
+from runtimes.generation.decoding import SequenceDecoder
+from runtimes.generation.sampling import GenerationOptions
 from runtimes.text.prompt import BOS, EOS, IMAGE, IMAGE_PLACEHOLDER, SYSTEM_PROMPT, Message, format_chat
 from runtimes.text.tokenizer import PromptSpec, Tokenizer, expand_images
 from tests.reference.checkpoint.test_chat_template import SAME
@@ -105,17 +108,23 @@ def test_ids_of_conversations(
         assert ours[1:].tolist() == theirs.tolist()
 
 
-@pytest.mark.parametrize("system", ["", "Be brief.", "只用中文回答。"])
+@pytest.mark.parametrize("system", ["", "Be brief.", "只用中文回答。🙂", "  {x}\n\n# 12345  "])
 def test_ids_with_a_system_prompt(
     tokenizer: Tokenizer, processor: transformers.DeepseekVLProcessor, system: str
 ) -> None:
-    template = SAME.replace(f"{SYSTEM_PROMPT}\n\n", f"{system}\n\n" if system else "")
-    message = Message("user", "它是什么颜色的？")
-    text = processor.apply_chat_template(
-        [as_transformers(message)], chat_template=template, add_generation_prompt=True
-    )
-    ids = processor(text=text)["input_ids"][0]
-    assert tokenizer.encode(format_chat([message], system=system))[1:] == ids.tolist()
+    """Conversations of one to three turns with 0 to 3 images each."""
+    start = f"{system.lstrip()}\n\n" if system else ""
+    template = SAME.replace(f"{SYSTEM_PROMPT}\n\n", start)
+    generator = random.Random(system)
+    for images in range(4):
+        messages = conversation(generator, images)
+        text = processor.apply_chat_template(
+            [*map(as_transformers, messages)], chat_template=template, add_generation_prompt=True
+        )
+        pictures = [Image.new("RGB", (40, 30), "red")] * images
+        theirs = processor(text=text, images=pictures or None)["input_ids"][0]
+        ours = expand_images(tokenizer.encode(format_chat(messages, system=system)), tokenizer.spec, images)
+        assert ours[1:].tolist() == theirs.tolist()
 
 
 def random_text(generator: random.Random) -> str:
@@ -155,3 +164,87 @@ def test_streaming_is_whole_decoding(tokenizer: Tokenizer) -> None:
         stream = tokenizer.stream()
         text = "".join(stream.push(token) for token in ids) + stream.flush()
         assert text == tokenizer._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def whole_answer(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...]) -> tuple[str, str]:
+    """The answer and its finish reason by decoding the whole text again after each token."""
+    text = ""
+    for count in range(1, len(ids) + 1):
+        text = tokenizer._tokenizer.decode(ids[:count], skip_special_tokens=True)
+        if count < len(ids):
+            text = text.rstrip("\ufffd")  # bytes of a character that the next tokens complete
+        if starts := [text.index(string) for string in stop if string in text]:
+            return text[: min(starts)].lstrip(), "stop"
+    return text.lstrip(), "length"
+
+
+def stream_answer(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...]) -> tuple[list[str], str]:
+    """The streamed pieces and the finish reason, for a model that gives the tokens ``ids``."""
+    decoder = SequenceDecoder(tokenizer, GenerationOptions(len(ids), stop=stop), [tokenizer.spec.bos_id])
+    logits = np.zeros(IMAGE_ID + 1, np.float32)
+    pieces = []
+    for token in ids:
+        logits[token] = 1
+        pieces.append(decoder.append_token(logits))
+        logits[token] = 0
+        if decoder.finished:
+            break
+    assert decoder.answer.text == "".join(pieces)
+    return pieces, decoder.answer.finish_reason
+
+
+def random_stops(generator: random.Random, text: str) -> tuple[str, ...]:
+    """Parts of a text with any borders, some a prefix of another, and some that it does not hold."""
+    stops = []
+    for _ in range(generator.randint(1, 3)):
+        start = generator.choice([0, generator.randrange(len(text))])
+        stop = text[start : start + generator.randint(1, 8)]
+        stops += [stop, stop + generator.choice(["", "x", "的", text[:1]])]
+    generator.shuffle(stops)
+    return tuple(stops[: generator.randint(1, len(stops))])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stop_strings_across_token_borders(tokenizer: Tokenizer, seed: int) -> None:
+    """Random texts, and random ids whose characters are often incomplete, with random stop strings."""
+    generator = random.Random(seed)
+    reasons = set()
+    for number in range(60):
+        ids = tokenizer.encode("x" + random_text(generator))[1:60]
+        if number % 4 == 0:
+            ids = generator.choices(range(100_000), k=12)
+        stop = random_stops(generator, tokenizer._tokenizer.decode(ids, skip_special_tokens=True))
+        pieces, reason = stream_answer(tokenizer, ids, stop)
+        assert ("".join(pieces), reason) == whole_answer(tokenizer, ids, stop)
+        reasons.add(reason)
+    assert reasons == {"stop", "length"}
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("Hello world", ("lo wo",), "Hel"),  # begins and ends inside a token
+        ("Hello world", ("H",), ""),  # in the very first token
+        ("Hello world", ("ello",), "H"),
+        ("a🙂b", ("🙂",), "a"),  # a character of several tokens
+        ("a👩‍👩‍👧‍👦b", ("\u200d👧",), "a👩‍👩"),
+        ("one two", (" tw", " two"), "one"),  # one is a prefix of another
+        ("one two", (" twofold", " tw"), "one"),
+        ("one two", (" twofold",), "one two"),  # a beginning of one that does not end
+        ("它是红色的。", ("红色的。", "红色的"), "它是"),
+    ],
+)
+def test_the_text_before_a_stop_string(
+    tokenizer: Tokenizer, text: str, stop: tuple[str, ...], expected: str
+) -> None:
+    pieces, reason = stream_answer(tokenizer, tokenizer.encode(text)[1:], stop)
+    assert ("".join(pieces), reason) == (expected, "length" if expected == text else "stop")
+
+
+def test_a_stop_string_before_an_incomplete_character(tokenizer: Tokenizer) -> None:
+    """The token is a space and one byte of two, so its text is only known at the end."""
+    token = tokenizer._tokenizer.token_to_id("ĠÐ")
+    assert tokenizer.token_bytes(token) == b" \xd0"
+    ids = [*tokenizer.encode("yes")[1:], token]
+    assert stream_answer(tokenizer, ids, (" ",)) == (["yes", ""], "stop")
+    assert stream_answer(tokenizer, ids, ("!",)) == (["yes", " \ufffd"], "length")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +165,16 @@ def _shape(spec: TensorSpec, found: Any, ranges: Mapping[str, Range], which: int
     return tuple(
         size if size != -1 else ranges[str(dim)][which] for dim, size in zip(spec.shape, found, strict=True)
     )
+
+
+def check_capabilities(trt: ModuleType, numbers: Sequence[int]) -> None:
+    """Check that TensorRT-RTX builds engines for compute capabilities.
+
+    Raises:
+        UserError: it does not support one.
+    """
+    for number in numbers:
+        _capability(trt, number)
 
 
 def _capability(trt: ModuleType, number: int) -> Any:

@@ -33,11 +33,14 @@ def render_listing(app: App) -> str:
     embeds, positions, rows = (spec.name for spec in decoder.inputs)
     read, size = READS[table.dtype]
     vocabulary, width = table.rows.shape
+    around = [", ".join(map(str, ids)) for ids in (prompt.image_start_ids, prompt.image_end_ids)]
+    bos = f"put BOS ({prompt.bos_id}) first, " if prompt.add_bos else ""
     values: dict[str, Any] = {
         "version": __version__, "model": app.model, "precision": app.precision,
         "minimum": "iOS 18 or macOS 15",
-        "bos": prompt.bos_id, "ends": ", ".join(map(str, prompt.eos_ids)),
+        "bos": bos, "ends": ", ".join(map(str, prompt.eos_ids)),
         "image_token": prompt.image_token_id, "image_tokens": prompt.image_tokens,
+        "image_ends": f", after {around[0]} and before {around[1]}" if all(around) else "",
         "background": ", ".join(map(str, preprocessing.background)),
         "side": preprocessing.image_size, "vocabulary": vocabulary, "width": width,
         "table_dtype": table.dtype,

@@ -88,7 +88,7 @@ def write_package(
     model.mlProgram.CopyFrom(exporter.export())
     _describe(model, functions)
     about = model.description.metadata
-    about.shortDescription = f"DeepSeek-VL: {traced.contract.component.replace('_', ' ')}"
+    about.shortDescription = f"Vision-language model: {traced.contract.component.replace('_', ' ')}"
     about.author = f"dsvl-export {__version__}"
     about.versionString = __version__
     about.license = "The weights are under the license of their checkpoint."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from runtimes.text.prompt import IMAGE_PLACEHOLDER
 from runtimes.units import size
 
 THUMBNAIL = 220  # pixels, longest side
+# The last user message of a prompt, by the roles of DeepSeek-VL and Janus.
+LAST_QUESTION = re.compile(r".*(?:User|<\|User\|>): (.*)\n\n(?:Assistant|<\|Assistant\|>):", re.DOTALL)
 VERDICTS = {"passed": "Passed", "failed": "Failed", "not judged": "Could not be judged"}
 
 
@@ -99,7 +102,8 @@ def _thumbnail(file: Path) -> str | None:
 
 def _question(prompt: str) -> str:
     """Return the last user message of a prompt, without a single leading placeholder."""
-    text = prompt.rpartition("User: ")[2].rpartition("\n\nAssistant:")[0] or prompt
+    last = LAST_QUESTION.fullmatch(prompt)
+    text = last[1] if last else prompt
     if text.count(IMAGE_PLACEHOLDER) == 1:
         text = text.removeprefix(IMAGE_PLACEHOLDER)
     return " ".join(text.replace(IMAGE_PLACEHOLDER, "[image]").split())

@@ -288,7 +288,7 @@ def test_bad_checkpoints(run, tiny_copy: Path, tmp_path: Path) -> None:
     index.unlink()
     weights.write_bytes(content)
     (tiny_copy / "config.json").write_text('{"model_type": "llava"}')
-    assert refused(run(*export), "which is not a DeepSeek-VL model")
+    assert refused(run(*export), "which is not a DeepSeek-VL or Janus model")
     (tiny_copy / "config.json").write_text("{")
     assert refused(run(*export), "is not valid JSON")
     assert not (tmp_path / "b").exists()

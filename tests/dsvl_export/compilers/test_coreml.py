@@ -151,7 +151,7 @@ def test_coremltools_reads_the_packages(bundle: Bundle, tmp_path: Path) -> None:
         assert set(program.functions) == set(Package(folder).function_names)
         spec = model.get_spec()
         about = spec.description.metadata
-        assert about.shortDescription.startswith("DeepSeek-VL") and about.license
+        assert about.shortDescription.startswith("Vision-language model: ") and about.license
         contract = bundle.manifest.contracts["int4-fp16"][component]
         assert Contract.from_dict(json.loads(about.userDefined[CONTRACT])) == contract
         spelled = json.loads(about.userDefined[PREPROCESSING])

@@ -376,7 +376,7 @@ def test_quantization_errors_follow_the_goldens(tmp_path: Path, monkeypatch: pyt
     assert len(first["goldens"]) == 10
     assert parity(tmp_path / "b", precision="fp16").passed
     requests = goldens.golden_requests
-    monkeypatch.setattr("reference.goldens.record.golden_requests", lambda system: requests(system)[::-1])
+    monkeypatch.setattr("reference.goldens.record.golden_requests", lambda *prompt: requests(*prompt)[::-1])
     monkeypatch.setattr("dsvl_export.exporter.job.__version__", "0.0.1")
     export("tiny", tmp_path / "b", precisions=["fp32"])
     # The goldens are decoded together, so their order shows in the last bits.

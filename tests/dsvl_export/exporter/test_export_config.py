@@ -84,6 +84,11 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     ({"executorch": {"delegate": "metal"}}, "must be one of xnnpack, coreml, vulkan, got 'metal'"),
     ({"backend": "quantum"}, "the key 'backend' must be one of coreai, coreml, .*, got 'quantum'"),
     ({"target": "toaster"}, "the key 'target' has a wrong value. There is no target 'toaster'"),
+    ({"target": ""}, "the key 'target' is empty; give it a value or remove it"),
+    ({"checkpoint": ""}, "the key 'checkpoint' is empty"),
+    ({"tensorrt": {"version": ""}}, r"the key 'tensorrt\.version' is empty"),
+    ({"precisions": ["fp16", ""]}, "the key 'precisions' has an empty item; remove it"),
+    ({"chat_template": "own"}, "the key 'chat_template' must be one of checkpoint, built-in, got 'own'"),
     ("- tiny\n", "is not an export config: it must be a mapping of checkpoint, backend"),
     ("checkpoint: [\n", "is not valid YAML"),
     ("backend: coreml\n", "has no key 'checkpoint'; add it"),
@@ -118,6 +123,14 @@ def test_defaults_follow_target_and_backend() -> None:
     apple = ExportConfig("tiny", target="iphone").with_defaults()
     assert (apple.backend, apple.precisions) == ("coreml", ("fp16",))
     assert FULL.override({"backend": "coreml"}).with_defaults().precisions == ("fp16", "int8")
+
+
+def test_empty_and_repeated_values() -> None:
+    for values in ({"target": ""}, {"scales": ""}, {"precisions": ("fp32", "")}, {"adapters": ("",)}):
+        with pytest.raises(UserError, match=f"The export's {next(iter(values))} is empty; give a value"):
+            ExportConfig("tiny").override(values).with_defaults()
+    repeated = ExportConfig("tiny", precisions=("fp16", "fp32", "fp16")).with_defaults()
+    assert repeated.precisions == ("fp16", "fp32")
 
 
 def test_flags_override_the_file_and_the_file_the_defaults(
@@ -252,3 +265,19 @@ def test_artifacts_of_0_4_state_what_they_depend_on() -> None:
     assert dependencies({"rests_on": {"int8.yaml": "1"}}) == {"int8.yaml": "1"}
     assert dependencies({"depends_on": {"int8.yaml": "2"}}) == {"int8.yaml": "2"}
     assert dependencies({}) == {}
+
+
+def test_a_plan_that_is_named_twice_is_exported_once(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(PLAN)
+    names = [str(tmp_path / "own.yaml"), f"{tmp_path}/./own.yaml", "fp32", "fp32"]
+    bundle = export("tiny", tmp_path / "bundle", precisions=names, goldens=False)
+    assert {artifact.precision for artifact in bundle.manifest.artifacts} == {"own", "fp32"}
+    assert len(bundle.manifest.artifacts) == 6
+
+
+def test_a_wrong_capability_is_refused_before_any_work(tmp_path: Path) -> None:
+    """Not when the engine is built, after an hour of other stages."""
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(UserError, match=r"builds no engines for SM 12; it supports 75, 80"):
+        export("tiny", tmp_path / "bundle", "tensorrt_rtx", ["fp16"], capabilities=[89, 12])
+    assert not (tmp_path / "bundle").exists()

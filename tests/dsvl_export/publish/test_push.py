@@ -36,6 +36,16 @@ print(bundle.folder)
 """
 
 
+PUSH_TWICE = f"""
+from runtimes.errors import UserError
+for _ in range(2):
+    try:
+{"".join(f"        {line}{chr(10)}" for line in PUSH.strip().splitlines())}
+    except UserError as error:
+        print(str(error).replace("\\n", " "))
+"""
+
+
 def run_in(environment: dict[str, str], code: str, *arguments: str) -> str:
     """In a process of its own, since ``huggingface_hub`` reads its environment when it is imported."""
     done = subprocess.run(
@@ -64,6 +74,20 @@ def test_a_pushed_bundle_comes_back(tiny_bundle: Bundle, tmp_path: Path) -> None
     assert (folder / "README.md").read_text() == model_card(
         tiny_bundle, "org/made", CardOptions("deepseek-ai/deepseek-vl-1.3b-chat")
     )
+
+
+def test_a_commit_that_fails_leaves_an_empty_repository(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """The message says so, unless the repository was there before."""
+    with running_hub() as hub:
+        hub.refuses_commits = True
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "token"}
+        environment = {**os.environ, **settings, "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", PUSH_TWICE, str(tiny_bundle.folder), "org/made"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert len(hub.repositories["org/made"].commits) == 1
+    first, second = done.stdout.strip().splitlines()
+    assert "The repository org/made was created and is empty: run the same command again, or delete" in first
+    assert "was created" not in second
 
 
 def test_the_card(tiny_bundle: Bundle) -> None:

@@ -168,7 +168,7 @@ def test_the_order_of_a_message() -> None:
         ([a, one, b], ("a", IMAGE, "b"), "1"),
         ([one, a, two], (IMAGE, "a", IMAGE), "12"),
         ([one, two], (IMAGE, IMAGE), "12"),
-        ([a, b], "a b", ""),
+        ([a, b], ("a", "b"), ""),
     ):
         messages = [ChatMessage.model_validate({"role": "user", "content": parts})]
         found = parse_conversation(messages, 16)

@@ -52,7 +52,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def test_configs_that_are_no_deepseek_vl(tiny_copy: Path) -> None:
     edit_config(tiny_copy, model_type="llava")
-    with pytest.raises(UserError, match="model_type 'llava', which is not a DeepSeek-VL model"):
+    with pytest.raises(UserError, match="model_type 'llava', which is not a DeepSeek-VL or Janus model"):
         open_checkpoint(str(tiny_copy))
     (tiny_copy / "config.json").write_text("{not json")
     with pytest.raises(UserError, match="is not valid JSON"):

@@ -17,9 +17,9 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
 
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.checkpoint.image_processor import parse_preprocessing
-from reference.checkpoint.settings import Settings
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from reference.model.config import ModelConfig
+from reference.settings import Settings
 from runtimes.errors import UserError
 from runtimes.preprocess import preprocess
 from tests.conftest import OraclePair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint, parameter_shapes
+from reference.checkpoint.config_file import parse_config
 from reference.checkpoint.lora_adapter import AdapterChoice
+from reference.checkpoint.lora_targets import Targets
+from reference.checkpoint.released import RELEASED_CONFIGS
 from runtimes.errors import UserError
 
 LAYER = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
@@ -48,6 +52,16 @@ def opened(*folders: Path | str) -> Checkpoint:
     return open_checkpoint("tiny", adapters=[AdapterChoice.parse(str(folder)) for folder in folders])
 
 
+def test_an_aligner_that_only_the_original_layout_has() -> None:
+    """Three layers: transformers' DeepSeek-VL has no name for the third one."""
+    raw = copy.deepcopy(RELEASED_CONFIGS["1.3b"])
+    raw["aligner_config"]["params"]["depth"] = 3
+    config = parse_config(raw, "config.json")
+    targets = Targets(config, parameter_shapes(config))
+    assert targets["aligner.layers.4.weight"].parameter == "adaptor.layers.4.weight"
+    assert targets["model.aligner.linear2.weight"].parameter == "adaptor.layers.2.weight"
+
+
 def test_the_change(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a")
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -65,6 +79,10 @@ def test_the_change(tmp_path: Path) -> None:
 
 def other_base(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors[f"{LAYER}.lora_A.weight"] = torch.zeros(2, 77)
+
+
+def other_vocabulary(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["base_model.model.language_model.lm_head.weight"] = torch.zeros(530, 128)
 
 
 def nothing_fits(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -110,6 +128,7 @@ def setting(**changes: Any) -> Edit:
 
 REFUSED: dict[str, tuple[Edit, str]] = {
     "another base": (other_base, r"was made for another model: 1 tensors have other shapes: .*q_proj.lora_A.weight is \[2, 77\]"),
+    "another vocabulary": (other_vocabulary, r"was trained with another vocabulary: .*lm_head.weight is \[530, 128\], .*; resize the base"),
     "nothing fits": (nothing_fits, r"none of its tensors belong to it; 2 do not: .*attention\.q_proj\.lora_A"),
     "a part fits": (a_part_fits, r"only a part of its tensors belong to it; 2 do not: .*layers\.99"),
     "one matrix": (half, "only one of the two LoRA matrices of language_model"),
@@ -152,6 +171,48 @@ def test_no_adapter(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="holds no weights of an adapter"):
         opened(folder)
+
+
+@pytest.mark.parametrize("layout", ["adapter_model.bin", "pytorch_model.bin", "model.safetensors", "index"])
+def test_weights_under_other_names(tmp_path: Path, layout: str) -> None:
+    """As torch.save writes them, under the names of a model's weights, and in shards."""
+    name = "decoder.layers.0.self_attn.q_proj.weight"
+    folder = write_adapter(tmp_path / "a")
+    expected = opened(folder).load(name)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "additional_config.json").write_text('{"lora_dtype": null}')  # of ms-swift
+    (folder / "args.json").write_text("{}")
+    if layout == "index":
+        shards = {key: f"adapter_model-0000{n + 1}-of-00002.safetensors" for n, key in enumerate(tensors)}
+        for key, shard in shards.items():
+            save_file({key: tensors[key]}, folder / shard)
+        index = {"weight_map": shards}
+        (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    elif layout.endswith(".bin"):
+        torch.save({f"module.{key}": tensor for key, tensor in tensors.items()}, folder / layout)
+    else:
+        save_file(tensors, folder / layout)
+    assert torch.equal(opened(folder).load(name), expected)
+
+
+def test_an_adapter_file_with_code(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"x": torch.nn.Linear(2, 2)}, folder / "adapter_model.bin")
+    with pytest.raises(UserError, match="adapter_model.bin cannot be read as plain weights"):
+        opened(folder)
+
+
+def test_an_adapter_in_a_subfolder(tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    for number in (90, 100):
+        write_adapter(tmp_path / "output" / f"checkpoint-{number}")
+    sentence = "the folder .*checkpoint-100 is a LoRA adapter, the last of 2: give that one"
+    with pytest.raises(UserError, match=f"has no adapter_config.json, .*; {sentence}"):
+        opened(tmp_path / "output")
+    with pytest.raises(UserError, match=f"has no config.json, .*; {sentence}"):
+        open_checkpoint(str(tmp_path / "output"))
 
 
 def test_two_that_scale_a_layer_differently(tmp_path: Path) -> None:
