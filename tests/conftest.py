@@ -110,6 +110,16 @@ def pair(request: pytest.FixtureRequest) -> OraclePair:
     return request.getfixturevalue(f"{request.param}_pair")
 
 
+@pytest.fixture(scope="session")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint whose decoder has one layer and one KV head, and sizes that groups of 32 divide."""
+
+    def make(folder: Path) -> None:
+        save_oracle(siglip_oracle(num_key_value_heads=1, num_hidden_layers=1, intermediate_size=128), folder)
+
+    return made_once(tmp_path_factory, "one-layer", make)
+
+
 @contextmanager
 def programs_untouched(config: ModelConfig, backend: str, precisions: Sequence[str]) -> Iterator[None]:
     """Exports of one process share traced programs: one that is made meanwhile leaves them as they were traced."""
@@ -229,15 +239,12 @@ def apple_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
 
 
 @pytest.fixture(scope="session")
-def executorch_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
-    """Tiny for ExecuTorch in float and in XNNPACK's fast precision, by way of optimum's command line.
-
-    Lowering takes a minute, so that ``test_optimum`` shares it. Tests must not change it.
-    """
+def executorch_bundle(one_layer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """A small model for ExecuTorch in float, by way of optimum's command line; tests must not change it."""
 
     def make(folder: Path) -> None:
         done = optimum(
-            "--model", "tiny", "--backend", "executorch", "--precision", "fp32", "--precision", "8da4w",
+            "--model", str(one_layer), "--backend", "executorch", "--precision", "fp32", "--precision", "fp16",
             "--no-parity", "--output", str(folder),
         )  # fmt: skip
         assert done.code == 0, done.err

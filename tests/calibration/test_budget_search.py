@@ -20,7 +20,7 @@ from tests.calibration.calibrated import Calibrated
 
 @pytest.fixture(scope="module")
 def measured(tiny_calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> Sensitivity:
-    samples = load_data("bundled", 128).samples[::8]
+    samples = load_data("bundled", 128).samples[::16]
     folder = tmp_path_factory.mktemp("sensitivity")
     return measure_sensitivity(tiny_calibrated.source, tiny_calibrated.embedding, samples, folder)
 
@@ -28,7 +28,7 @@ def measured(tiny_calibrated: Calibrated, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def search(tiny_calibrated: Calibrated, measured: Sensitivity) -> BudgetSearch:
     source = tiny_calibrated.source
-    held_out = load_data("bundled", 128).samples[4::16]
+    held_out = load_data("bundled", 128).samples[4::32]
     assert not {sample.digest for sample in held_out} & set(measured.samples)
     evaluation = Evaluation(source, tiny_calibrated.embedding, held_out, source.load_model())
     return BudgetSearch(
@@ -48,7 +48,7 @@ def test_every_layer_is_measured_alone(measured: Sensitivity) -> None:
 
 def test_sensitivities_go_on(tiny_calibrated: Calibrated, measured: Sensitivity, tmp_path: Path) -> None:
     """What is known is not measured again; one layer measured anew gives the same."""
-    samples = load_data("bundled", 128).samples[::8]
+    samples = load_data("bundled", 128).samples[::16]
     dropped = measured.rows[40]
     rows = [row for row in measured.rows if row is not dropped]
     replace(measured, rows=rows).save(tmp_path / SENSITIVITY_FILE)
@@ -75,10 +75,11 @@ def test_sensitivities_go_on(tiny_calibrated: Calibrated, measured: Sensitivity,
         Sensitivity.load(tmp_path / "nowhere")
 
 
+@pytest.mark.full
 def test_plans_beat_uniform_ones_of_their_size(tiny_calibrated: Calibrated, measured: Sensitivity) -> None:
     """On the mean over all samples that were not measured: rare answers cost a thousand times more than most."""
     source = tiny_calibrated.source
-    held_out = [sample for index, sample in enumerate(load_data("bundled", 128).samples) if index % 8]
+    held_out = [sample for index, sample in enumerate(load_data("bundled", 128).samples) if index % 16]
     evaluation = Evaluation(source, tiny_calibrated.embedding, held_out, source.load_model())
 
     def measure(plan: PrecisionPlan) -> Cost:

@@ -22,7 +22,11 @@ def judge(bundle: Bundle, backend: str, precision: str) -> None:
 
 @pytest.mark.parametrize("backend", [backend for backend in BUILT_IN if backend != "executorch"])
 def test_every_backend(
-    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    backend: str,
+    one_layer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """optimum's own ``main``: one backend, and ``executorch`` below, in the real process, the others here."""
 
@@ -35,7 +39,7 @@ def test_every_backend(
 
     precision, folder = load_compiler(backend).PRECISIONS[0], str(tmp_path / "bundle")
     done = (optimum if backend == "onnxruntime" else optimum_here)(
-        "--model", "tiny", "--backend", backend, "--precision", precision, "--output", folder,
+        "--model", str(one_layer), "--backend", backend, "--precision", precision, "--output", folder,
         "--capacity", "64", "--no-goldens", "--no-parity", "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -44,7 +48,7 @@ def test_every_backend(
 
 
 def test_executorch(executorch_bundle: Bundle) -> None:
-    judge(executorch_bundle, "executorch", "8da4w")
+    judge(executorch_bundle, "executorch", "fp16")
 
 
 def test_options_are_those_of_our_own_command() -> None:

@@ -13,20 +13,20 @@ from runtimes.bundle.files import sha256_of_file
 EXPORT = """
 import sys
 from dsvl_export.exporter.export import export
-export("tiny", sys.argv[1], "onnxruntime", ["fp32"])
-export("tiny", sys.argv[1], "coreml", ["fp16"])
+for backend, precision in (("onnxruntime", "fp32"), ("coreml", "fp16")):
+    export(sys.argv[1], sys.argv[2], backend, [precision])
 """
 
 
-def test_exports_of_two_processes_are_identical(tmp_path: Path) -> None:
+def test_exports_of_two_processes_are_identical(one_layer: Path, tmp_path: Path) -> None:
     """A new process, and this one, whose hashes have another seed and which has exported much before."""
     with subprocess.Popen(
-        [sys.executable, "-c", EXPORT, str(tmp_path / "new")],
+        [sys.executable, "-c", EXPORT, str(one_layer), str(tmp_path / "new")],
         env={**os.environ, "PYTHONHASHSEED": "1"},
         stderr=subprocess.PIPE,
     ) as process:
-        export("tiny", tmp_path / "here", "onnxruntime", ["fp32"])
-        export("tiny", tmp_path / "here", "coreml", ["fp16"])
+        export(one_layer, tmp_path / "here", "onnxruntime", ["fp32"])
+        export(one_layer, tmp_path / "here", "coreml", ["fp16"])
         _, told = process.communicate()
     assert process.returncode == 0, told.decode()
     one, other = (

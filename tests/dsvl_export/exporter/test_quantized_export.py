@@ -53,7 +53,13 @@ def quantized_copy(quantized: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(quantized.folder, tmp_path / "bundle"))
 
 
-@pytest.mark.parametrize("precision", WANTED)
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param(name, marks=pytest.mark.full) if name in ("int8", "int8-weights", "8da8w") else name
+        for name in WANTED
+    ],
+)
 def test_precisions_pass_parity(quantized: Bundle, precision: str) -> None:
     """All stages, all taps within their bounds, and the accuracy that is asked of the precision."""
     result = parity(quantized, precision=precision, task=load_task(HELDOUT), taps=True)

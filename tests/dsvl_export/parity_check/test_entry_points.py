@@ -108,7 +108,7 @@ def test_what_the_program_says_is_judged(program: Path) -> None:
 
     stage = judged(change_manifest(program, other_capacity), "executorch", "fp32")
     assert stage.state == "failed"
-    assert stage.detail == "method get_max_seq_len says 1024, the bundle says 512"
+    assert stage.detail == "method get_max_seq_len says 300, the bundle says 512"
 
 
 def test_a_row_of_the_token_table_that_no_golden_reads_is_judged(tiny_bundle: Bundle, tmp_path: Path) -> None:

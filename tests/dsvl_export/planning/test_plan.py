@@ -37,6 +37,18 @@ def planner() -> Planner:
     return Planner(source.config, source.embedding_bytes())
 
 
+@pytest.fixture(scope="module")
+def one_layer_planner() -> Planner:
+    """Of a model whose towers and decoder have one layer: each precision is traced in a second."""
+    config = open_checkpoint("tiny").config
+    sam, vision = config.vision.sam, config.vision
+    assert sam
+    vision = replace(
+        vision, siglip=replace(vision.siglip, layers=1), sam=replace(sam, layers=1, global_layers=(0,))
+    )
+    return Planner(replace(config, vision=vision, decoder=replace(config.decoder, layers=1)))
+
+
 def assert_exact(planner: Planner, bundle: Bundle) -> None:
     for backend, precision in bundle.choices():
         plan = planner.plan(measure_target(find_target("cpu")), Request(backend, precision, 200))
@@ -130,7 +142,8 @@ def test_weights_of_a_quantized_program_are_no_activations(planner: Planner) -> 
     assert quantized.activation_bytes(**sizes) == floats.activation_bytes(**sizes)
 
 
-def test_what_rounds_activations_is_bound_by_integers(planner: Planner) -> None:
+def test_what_rounds_activations_is_bound_by_integers(one_layer_planner: Planner) -> None:
+    planner = one_layer_planner
     slow_floats = replace(find_target("cpu"), tops={"fp32": 1e-3, "int8": 1.0}, bandwidth_gbs=1e9)
     seconds = {
         precision: planner.plan(slow_floats, Request("onnxruntime", precision, 512)).first_token_seconds
@@ -211,8 +224,9 @@ def test_contexts_and_prompts_that_cannot_be(planner: Planner) -> None:
         planner.plan(cpu, Request("onnxruntime", "fp32", 200, images=100))
 
 
-def test_what_fits(planner: Planner) -> None:
+def test_what_fits(one_layer_planner: Planner) -> None:
     """A device with just enough memory for some context, and one with too little for the weights."""
+    planner = one_layer_planner
     request = Request("tensorrt", "fp32", 1000)
     l4 = find_target("l4")
     plenty = planner.plan(l4, request)
@@ -293,8 +307,9 @@ def test_a_plan_needs_the_config_alone(tmp_path: Path) -> None:
     assert without.prompt_tokens == 100
 
 
-def test_recipes_and_plans_are_planned(planner: Planner, tmp_path: Path) -> None:
+def test_recipes_and_plans_are_planned(one_layer_planner: Planner, tmp_path: Path) -> None:
     """By the layers that they quantize; a target must support each of their precisions."""
+    planner = one_layer_planner
     (tmp_path / "mine.yaml").write_text(
         "base: fp16\nrules: [{layers: 'decoder.*', precision: int4-g64}, {layers: 'adaptor.*', precision: fp8}]"
     )
