@@ -14,6 +14,7 @@ from calibration.precision_plan import LayerPrecision, LayerSpec, PrecisionPlan,
 from calibration.quantized_program import PALETTE_SIZE, fake_quantize_weight, map_row_chunks
 from calibration.scale_table import QUANTIZED_MAX, ScaleTable
 from reference.checkpoint.checkpoint import Checkpoint
+from reference.model.config import ModelConfig
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS
 from runtimes.errors import UserError
 
@@ -125,23 +126,22 @@ class QuantizedWeights:
         return find_weight_scale(weight, self.plan.precision_of(self._layers[layer]), layer)
 
 
-class FoldedWeights:
-    """A checkpoint's parameters with smoothing factors folded in; exact up to rounding."""
+class FoldedFactors:
+    """Smoothing factors by the layers whose weights they are folded into."""
 
-    def __init__(self, source: Checkpoint, factors: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, config: ModelConfig, factors: Mapping[str, np.ndarray]) -> None:
         """Assign the factors to weights.
 
         Args:
-            source: the checkpoint.
+            config: of the model.
             factors: producer → factors ``[C]``; see ``calibration.folding``.
 
         Raises:
             UserError: the model has no such producer.
         """
-        self._source = source
         self._produced: dict[str, tuple[Folding, Tensor]] = {}
         self._consumed: dict[str, Tensor] = {}
-        for folding in list_foldings(source.config):
+        for folding in list_foldings(config):
             if folding.producer in factors:
                 vector = torch.from_numpy(factors[folding.producer])
                 self._produced[folding.producer] = (folding, vector)
@@ -153,18 +153,34 @@ class FoldedWeights:
                 " does not have; calibrate again."
             )
 
+    def fold_inputs(self, layer: str, weight: Tensor) -> Tensor:
+        """Multiply the input channels ``[..., in]`` of a layer's weight; the result is fp32."""
+        return weight.float() * self._consumed[layer] if layer in self._consumed else weight
+
+    def fold_outputs(self, layer: str, value: Tensor) -> Tensor:
+        """Divide the output channels ``[out, ...]`` of a layer's parameter; the result is fp32."""
+        if layer not in self._produced:
+            return value
+        folding, factors = self._produced[layer]
+        rows = torch.ones(len(value))
+        rows[folding.first : folding.first + len(factors)] = factors
+        return value.float() / rows.reshape(-1, *[1] * (value.dim() - 1))
+
+
+class FoldedWeights:
+    """A checkpoint's parameters with smoothing factors folded in; exact up to rounding."""
+
+    def __init__(self, source: Checkpoint, factors: Mapping[str, np.ndarray]) -> None:
+        """Assign the factors to weights; see ``FoldedFactors``."""
+        self._source, self._factors = source, FoldedFactors(source.config, factors)
+
     def load(self, parameter: str) -> Tensor:
         """Load a parameter as ``Checkpoint.load`` does; folded parameters are fp32."""
         owner, _, kind = parameter.rpartition(".")
         value = self._source.load(parameter)
-        if owner in self._consumed and kind == "weight":
-            value = value.float() * self._consumed[owner]
-        if owner in self._produced:
-            folding, factors = self._produced[owner]
-            rows = torch.ones(len(value))
-            rows[folding.first : folding.first + len(factors)] = factors
-            value = value.float() / rows.reshape(-1, *[1] * (value.dim() - 1))
-        return value
+        if kind == "weight":
+            value = self._factors.fold_inputs(owner, value)
+        return self._factors.fold_outputs(owner, value)
 
 
 def find_weight_scale(weight: Tensor, precision: LayerPrecision, layer: str = "a layer") -> Tensor:

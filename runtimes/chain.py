@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -148,6 +149,12 @@ class Chain:
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = Lock()  # an encoder may run in parallel with the decoder
         self._embeds_dtype = np.dtype(decoder.contract.inputs[0].dtype)
+
+    def with_decoder(self, decoder: DecoderSession) -> Chain:
+        """Return a chain with another decoder; they share the cache of image embeddings."""
+        other = copy.copy(self)
+        other.decoder, other.images_encoded = decoder, 0
+        return other
 
     def encode_pixels(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Encode ``pixels [B, 3, N, N]`` to vision features by name.

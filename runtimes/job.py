@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Union
 
-from runtimes.chain import Prompt
+from runtimes.chain import Chain, Prompt
 from runtimes.errors import UserError
 from runtimes.generation.decoding import Answer, SpeculativeSequence
 from runtimes.generation.sampling import GenerationOptions, TokenLogprobs
@@ -54,8 +54,10 @@ class Job:
         deliver: Deliver,
         seconds: float | None,
         every_step: bool,
+        chain: Chain,
     ) -> None:
         """Create a job; see ``Scheduler.submit`` for the arguments."""
+        self.chain = chain
         self.prompt, self.options, self.deliver, self.every_step = prompt, options, deliver, every_step
         self.started = perf_counter()
         self.deadline = None if seconds is None else self.started + seconds

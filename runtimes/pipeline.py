@@ -14,6 +14,7 @@ from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import Artifact
 from runtimes.cache import KVCache, cache_bytes
 from runtimes.chain import Chain, Key, Prompt
+from runtimes.decoders import Decoders, find_adapter
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 from runtimes.generation.decoding import Answer, SpeculativeSequence, generate
@@ -53,7 +54,12 @@ class Pipeline:
     """
 
     def __init__(
-        self, chain: Chain, system_prompt: str, capacity: int, max_capacity: int | None = None
+        self,
+        chain: Chain,
+        system_prompt: str,
+        capacity: int,
+        max_capacity: int | None = None,
+        decoders: Decoders | None = None,
     ) -> None:
         """Use a chain of open sessions; ``Pipeline.open`` opens those of a bundle.
 
@@ -62,9 +68,10 @@ class Pipeline:
             system_prompt: the system prompt of conversations without one of their own.
             capacity: tokens of the KV cache.
             max_capacity: the capacity that the decoder was compiled for; None if any is possible.
+            decoders: opens decoders for ``with_adapter``.
         """
         self.chain, self.system_prompt, self.capacity = chain, system_prompt, capacity
-        self.max_capacity = max_capacity
+        self.max_capacity, self._decoders = max_capacity, decoders
         self._conversations: list[_Conversation] = []  # of open streams, and the last one
         self._turn = RLock()  # sessions run one call at a time
 
@@ -79,6 +86,7 @@ class Pipeline:
         device: str | None = None,
         capacity: int | None = None,
         verify: bool = True,
+        adapter: str | None = None,
     ) -> Pipeline:
         """Open the components of a bundle.
 
@@ -91,6 +99,7 @@ class Pipeline:
                 the ONNX files that TensorRT engines are built from, in ONNX Runtime.
             capacity: tokens of the KV cache; None is the bundle's default.
             verify: whether to check the SHA-256 of each file that is loaded.
+            adapter: the LoRA adapter of the bundle to answer with; None answers without one.
 
         Raises:
             UserError: the bundle is damaged, does not have the requested artifacts, or its backend
@@ -104,6 +113,8 @@ class Pipeline:
         positions = int(manifest.model["decoder"]["max_positions"])
         if capacity is not None and not 1 <= capacity <= positions:
             raise UserError(f"The capacity must be between 1 and the model's {positions}, got {capacity}.")
+        if adapter is not None:
+            find_adapter(bundle, backend, precision, adapter)
         if verify:
             check_files(bundle, backend, precision)
         for artifact in artifacts.values():
@@ -115,6 +126,7 @@ class Pipeline:
             if state.kind == "not run":
                 raise UserError(f"{backend} {precision} of {bundle.folder} cannot run here: {state.by}.")
         contracts = manifest.contracts[precision]
+        decoders = Decoders(bundle, backend, precision, options, verify)
         files = {name: bundle.path(artifact.files[0]) for name, artifact in artifacts.items()}
         chain = Chain(
             Tokenizer(bundle.path("tokenizer/tokenizer.json"), manifest.prompt),
@@ -122,12 +134,28 @@ class Pipeline:
             TokenEmbedding(bundle.path(manifest.token_embedding)),
             module.open_component(files["vision_encoder"], contracts["vision_encoder"], options),
             module.open_component(files["adaptor"], contracts["adaptor"], options),
-            module.open_decoder(files["decoder"], contracts["decoder"], options),
+            decoders.open(adapter),
             exact_rows=artifacts["decoder"].exact_rows,
         )
         max_capacity = compiled_capacity(artifacts["decoder"], device)
         default = min(manifest.default_capacity, max_capacity or manifest.default_capacity)
-        return cls(chain, manifest.prompt.system_prompt, capacity or default, max_capacity)
+        return cls(chain, manifest.prompt.system_prompt, capacity or default, max_capacity, decoders)
+
+    def with_adapter(self, name: str | None) -> Pipeline:
+        """Return a pipeline that answers with another adapter of the bundle; None is without one.
+
+        Both take turns on the same sessions and share the image embeddings. Each has KV caches of
+        its own, because what they hold depends on the adapter.
+
+        Raises:
+            UserError: there is no such adapter, or it cannot be opened.
+        """
+        if self._decoders is None:
+            raise UserError("This pipeline has no bundle with adapters; use Pipeline.open.")
+        chain = self.chain.with_decoder(self._decoders.open(name))
+        other = Pipeline(chain, self.system_prompt, self.capacity, self.max_capacity, self._decoders)
+        other._turn = self._turn
+        return other
 
     def chat(
         self,

@@ -36,6 +36,9 @@ class Scheduler:
     does not wait for a long answer, and a long prompt does not stop the other answers. A second
     thread decodes image files and, if ``concurrent``, encodes the images. A free row keeps its
     content: a prompt with the same prefix prefills only the rest, also in another row.
+
+    Requests may have different adapters, each with a ``Chain`` of its own. Those of one adapter are
+    decoded in one call, and prefixes are only reused with the same adapter.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Scheduler:
         self._vision, self._concurrent = ThreadPoolExecutor(1, "vision"), concurrent
         self._cache = chain.decoder.new_cache(slots, capacity)
         self._keys: list[list[Key]] = [[] for _ in range(slots)]  # content of each row, by position
+        self._chains = [chain] * slots  # which computed that content
         self._used = [0.0] * slots  # when each row was last freed
         self._waiting: deque[Job] = deque()
         self._jobs: dict[int, Job] = {}  # by row
@@ -91,6 +95,7 @@ class Scheduler:
         deliver: Deliver,
         seconds: float | None = None,
         every_step: bool = True,
+        chain: Chain | None = None,
     ) -> Job:
         """Queue a request.
 
@@ -101,6 +106,8 @@ class Scheduler:
                 ends the request; it must not block.
             seconds: time until the deadline of the request; None is no deadline.
             every_step: whether to deliver every step, or only the last one.
+            chain: the components, with an adapter; None uses those of the scheduler. Equal adapters
+                must have the same object.
 
         Returns:
             the job, which can be canceled.
@@ -111,7 +118,7 @@ class Scheduler:
             ClosedError: the scheduler is closing.
         """
         prompt.check_fits(self.capacity)
-        job = Job(prompt, options, deliver, seconds, every_step)
+        job = Job(prompt, options, deliver, seconds, every_step, chain or self.chain)
         with self._changed:
             if self._closing:
                 raise ClosedError("The server is stopping and accepts no more requests.")
@@ -202,14 +209,17 @@ class Scheduler:
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
-            job.row = self._assign_row(job.prompt)
+            job.row = self._assign_row(job.prompt, job.chain)
             self._jobs[job.row] = job
             job.prefill = self._prefill(job)
             self._prefilling.append(job)
 
-    def _assign_row(self, prompt: Prompt) -> int:
+    def _assign_row(self, prompt: Prompt, chain: Chain) -> int:
         """Return a free row that holds the longest prefix of the prompt that any row has."""
-        shared = [prompt.shared_prefix_length(keys) for keys in self._keys]
+        shared = [
+            prompt.shared_prefix_length(keys) if owner is chain else 0
+            for keys, owner in zip(self._keys, self._chains, strict=True)
+        ]
         lost = [len(keys) - count for keys, count in zip(self._keys, shared, strict=True)]
         free = [row for row in range(self.slots) if row not in self._jobs]
         best = max(range(self.slots), key=shared.__getitem__)
@@ -219,7 +229,7 @@ class Scheduler:
         elif shared[best] >= shared[row] + MIN_COPY_TOKENS:
             self._cache.copy_prefix(best, row, shared[best])
             shared[row] = shared[best]
-        self._keys[row] = prompt.keys[: shared[row]]
+        self._keys[row], self._chains[row] = prompt.keys[: shared[row]], chain
         self._cache.lengths[row] = shared[row]
         return row
 
@@ -232,12 +242,12 @@ class Scheduler:
         while True:
             start = row.length - reused
             part = embeds[None, start : start + self._chunk()]
-            logits = self.chain.decoder.decode(part, np.array([part.shape[1] - 1]), row)[0]
+            logits = job.chain.decoder.decode(part, np.array([part.shape[1] - 1]), row)[0]
             self._keys[job.row] = keys[: row.length]
             if row.length == len(keys):
                 break
             yield
-        job.sequence = SpeculativeSequence(self.chain, job.prompt.tokens, job.options, job.started)
+        job.sequence = SpeculativeSequence(job.chain, job.prompt.tokens, job.options, job.started)
         job.sequence.answer.reused_tokens = reused
         self._accept_logits(job, logits)
 
@@ -285,16 +295,22 @@ class Scheduler:
             self._end(job, error)
 
     def _decode_all(self) -> None:
-        """Run one decode step of every answer."""
-        jobs = {row: job for row, job in sorted(self._jobs.items()) if job.sequence}
-        if not jobs:
-            return
+        """Run one decode step of every answer: one call for each adapter."""
+        by_chain: dict[Chain, dict[int, Job]] = {}
+        for row, job in sorted(self._jobs.items()):
+            if job.sequence:
+                by_chain.setdefault(job.chain, {})[row] = job
+        for chain, jobs in by_chain.items():
+            self._decode(chain, jobs)
+
+    def _decode(self, chain: Chain, jobs: dict[int, Job]) -> None:
+        """Run one decode step of the answers of one adapter, by row."""
         if len(jobs) > 1:  # idle rows that are full may lose a token; see decode_step
             for row in set(range(self.slots)) - jobs.keys():
                 self._keys[row] = self._keys[row][: self.capacity - 1]
         active = {row: job.sequence for row, job in jobs.items() if job.sequence}
         try:
-            logits, seconds = decode_step(self.chain, self._cache, active)
+            logits, seconds = decode_step(chain, self._cache, active)
         except Exception as error:  # of the decoder; no answer can continue
             for job in jobs.values():
                 self._end(job, error)

@@ -24,6 +24,7 @@ from reference.model.deepseek_vl import DeepSeekVL
 from reference.trace import TRACED_COMPONENTS
 from runtimes.backends.engines.backend import find_gpu
 from runtimes.bundle.bundle import Bundle
+from tests.adapters import MODULES, write_decoder_adapter
 from tests.calibration.calibrated import random_calibrated, tiny_calibrated
 from tests.dsvl_export.cli.command_line import optimum
 from tests.fixtures import bundle_copy, pictures, state_folder, tiny_copy
@@ -170,6 +171,37 @@ def random_bundle(pair: OraclePair, tmp_path_factory: pytest.TempPathFactory) ->
         tmp_path_factory,
         f"random-{pair.oracle.config.model_type}",
         lambda folder: export(checkpoint.folder, folder, precisions=("fp32", "fp16")),
+    )
+
+
+@pytest.fixture(scope="session")
+def decoder_adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters for tiny's decoder: on all its layers, and of several ranks on some."""
+
+    def make(folder: Path) -> None:
+        write_decoder_adapter(folder / "all", modules=(*MODULES, "head"))
+        patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 9}}
+        write_decoder_adapter(
+            folder / "some", 3, ("v_proj", "down_proj"), 1.0, 1, use_rslora=True, **patterns
+        )
+
+    folder = made_once(tmp_path_factory, "decoder-adapters", make)
+    return {name: folder / name for name in ("all", "some")}
+
+
+@pytest.fixture(scope="session")
+def switchable_bundle(
+    decoder_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bundle]:
+    """Tiny with both adapters, the second with a weight; tests must not change it."""
+    named = [f"all={decoder_adapters['all']}", f"some={decoder_adapters['some']}=0.5"]
+    precisions = ("fp32", "fp16", "int4", "8da4w-g128")
+    yield from shared_bundle(
+        tmp_path_factory,
+        "switchable",
+        lambda folder: export(
+            "tiny", folder, precisions=precisions, goldens=False, switchable_adapters=named
+        ),
     )
 
 

@@ -36,6 +36,7 @@ from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from reference.trace import component_contract
 from runtimes.backends.onnxruntime import prefill_file
+from runtimes.backends.onnxruntime_adapters import adapted_file
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import TOKENIZER, Artifact
 from runtimes.embedding import TokenEmbedding
@@ -215,12 +216,11 @@ def _audit_pair(
 
 def _options(artifact: Artifact, app: App) -> CompileOptions:
     """Return the options that an artifact was compiled with, as far as they change its content."""
+    main, *files = map(Path, artifact.files)
     return CompileOptions(
         capacity=app.capacity,
         preprocessing=app.preprocessing,
-        onnxruntime=OnnxRuntimeOptions(
-            prefill_file(Path(artifact.files[0])).name in {Path(file).name for file in artifact.files}
-        ),
+        onnxruntime=OnnxRuntimeOptions(prefill_file(main) in files, adapted_file(main) in files),
         tensorrt=TensorRTOptions(artifact.tools.get("for")),
         executorch=ExecuTorchOptions(artifact.dialect if artifact.backend == "executorch" else None),
     )

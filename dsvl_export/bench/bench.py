@@ -117,7 +117,10 @@ class BenchResult:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure; ``tokens`` are decoded at each context in every repeat."""
+    """What to measure; ``tokens`` are decoded at each context in every repeat.
+
+    ``adapter`` is a switchable adapter of the bundle.
+    """
 
     threads: int | None = None
     device: str | None = None
@@ -125,6 +128,7 @@ class BenchOptions:
     contexts: tuple[int, ...] = ()
     tokens: int = 16
     repeats: int = 3
+    adapter: str | None = None
 
 
 def bench(
@@ -154,6 +158,7 @@ def bench(
         device=options.device,
         capacity=room,
         verify=False,  # the files were verified above, outside the measured time
+        adapter=options.adapter,
     )
     opened = perf_counter() - started
     loaded = max(_resident() - before, 0)

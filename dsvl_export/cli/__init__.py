@@ -1,6 +1,7 @@
 """The command line: ``dsvl-export COMMAND``."""
 
 from dsvl_export.cli import (
+    adapters,
     bench,
     build_engine,
     chat,
@@ -21,6 +22,7 @@ from dsvl_export.cli.app import app, main, sort_commands
 sort_commands()
 
 __all__ = [
+    "adapters",
     "app",
     "bench",
     "build_engine",

@@ -34,6 +34,7 @@ PANELS = {
     "Export, run and check": ("export", "run", "parity", "chat", "serve", "inspect", "demo"),
     "Plan a deployment": ("doctor", "targets", "plan"),
     "Verify, compare, measure and publish bundles": ("verify", "compare", "bench", "push"),
+    "Switchable adapters": ("add-adapter", "remove-adapter"),
     "Quantize": ("calibrate", "sensitivity", "plan-precision"),
     "TensorRT": ("lint", "build-engine"),
 }

@@ -9,7 +9,16 @@ import typer
 
 from dsvl_export.cli.app import command
 from dsvl_export.cli.memory import warn_of_memory
-from dsvl_export.cli.options import Backend, BundleFolder, Device, Json, Precision, Threads, TrustEngine
+from dsvl_export.cli.options import (
+    Adapter,
+    Backend,
+    BundleFolder,
+    Device,
+    Json,
+    Precision,
+    Threads,
+    TrustEngine,
+)
 
 
 @command("bench")
@@ -17,6 +26,7 @@ def bench(
     bundle: BundleFolder,
     backend: Backend = None,
     precision: Precision = None,
+    adapter: Adapter = None,
     image: Annotated[
         Optional[Path],
         typer.Option("--image", "-i", help="Image to ask about. Default: random pixels."),
@@ -63,7 +73,7 @@ def bench(
     room = max(contexts or [0]) + tokens
     capacity = room if room > opened.manifest.default_capacity else None
     warn_of_memory(opened, *opened.select(backend, precision), device, capacity)
-    options = BenchOptions(threads, device, image, tuple(contexts or ()), tokens, repeats)
+    options = BenchOptions(threads, device, image, tuple(contexts or ()), tokens, repeats, adapter)
     with display.step_bar("bench") as on_step:
         result = run_bench(bundle, backend, precision, options, on_step)
     if as_json:

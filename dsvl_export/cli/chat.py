@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dsvl_export.cli.app import command
 from dsvl_export.cli.options import (
+    Adapter,
     Backend,
     BundleFolder,
     Capacity,
@@ -28,6 +29,7 @@ def chat(
     image: Images = None,
     backend: Backend = None,
     precision: Precision = None,
+    adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
@@ -48,5 +50,7 @@ def chat(
     from runtimes.generation.sampling import GenerationOptions
 
     options = GenerationOptions(max_new_tokens, temperature, seed=seed, drafts=drafts)
-    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify, trust_engine)
+    pipeline = open_pipeline(
+        bundle, backend, precision, threads, device, capacity, verify, trust_engine, adapter
+    )
     converse(pipeline, image or [], options, as_json)

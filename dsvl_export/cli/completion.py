@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from dsvl_export.targets.targets import Target
-    from runtimes.bundle.manifest import Artifact
+    from runtimes.bundle.manifest import Artifact, Manifest
 
 Complete = Callable[[typer.Context], list[str]]
 
@@ -71,6 +71,12 @@ def bundle_precisions(bundle: str = "bundle", option: str = "backend") -> Comple
     return complete
 
 
+def bundle_adapters(context: typer.Context) -> list[str]:
+    """Complete an adapter of the bundle that the argument names."""
+    manifest = _manifest(context, "bundle")
+    return list(dict.fromkeys(item.name for item in manifest.adapters)) if manifest else []
+
+
 def _target(context: typer.Context) -> Target | None:
     """Return the target that the command line names so far."""
     from dsvl_export.targets.targets import find_target
@@ -84,6 +90,12 @@ def _target(context: typer.Context) -> Target | None:
 
 def _artifacts(context: typer.Context, bundle: str) -> list[Artifact]:
     """Return the artifacts of the bundle that the command line names so far."""
+    manifest = _manifest(context, bundle)
+    return list(manifest.artifacts) if manifest else []
+
+
+def _manifest(context: typer.Context, bundle: str) -> Manifest | None:
+    """Return the manifest of the bundle that the command line names so far."""
     from runtimes.bundle.bundle import Bundle
     from runtimes.errors import UserError
 
@@ -91,6 +103,6 @@ def _artifacts(context: typer.Context, bundle: str) -> list[Artifact]:
     names = [param.name for param in context.command.params if param.param_type_name == "argument"]
     folder = context.params.get(bundle) or dict(zip(names, context.args, strict=False)).get(bundle)
     try:
-        return list(Bundle.open(Path(folder)).manifest.artifacts) if folder else []
+        return Bundle.open(Path(folder)).manifest if folder else None
     except (UserError, OSError):
-        return []
+        return None

@@ -15,6 +15,7 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -25,10 +26,12 @@ from rich.text import Text
 from dsvl_export.cli.terminal import json_text, without_controls
 from dsvl_export.parity_check import ParityResult, StageResult
 from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import Manifest
 from runtimes.units import size
 
 if TYPE_CHECKING:
     from dsvl_export.audit import Audit
+    from dsvl_export.exporter.stages import ExportProgress, Report
 
 
 class SafeConsole(Console):
@@ -80,6 +83,27 @@ def progress_bar() -> Iterator[Progress]:
     )
     with Progress(*columns, console=err, transient=True) as progress:
         yield progress
+
+
+@contextmanager
+def export_progress() -> Iterator[Report]:
+    """Show a progress bar for each stage of an export; yields its ``report``."""
+    with progress_bar() as bars:
+        tasks: dict[str, TaskID] = {}
+        with_bytes: set[str] = set()
+
+        def report(progress: ExportProgress) -> None:
+            name, in_bytes = progress.stage, progress.in_bytes
+            if name not in tasks:
+                tasks[name] = bars.add_task(plain(name), total=None)
+            if in_bytes and name not in with_bytes:  # bytes written before do not count as speed
+                with_bytes.add(name)
+                bars.reset(tasks[name], total=progress.total, completed=progress.done, in_bytes=True)
+            bars.update(tasks[name], completed=progress.done, total=progress.total, in_bytes=in_bytes)
+            if progress.state == "reused":
+                bars.console.print(f"[dim]{escape(progress.stage)}: unchanged, reused[/]")
+
+        yield report
 
 
 @contextmanager
@@ -228,4 +252,17 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
             contracts.add_row(
                 escape(contract.component), f"⟳ and {len(contract.states) - 2} more states", "", "", ""
             )
-    return [model, artifacts, contracts]
+    return [model, artifacts, *([_adapter_table(manifest)] if manifest.adapters else []), contracts]
+
+
+def _adapter_table(manifest: Manifest) -> Table:
+    """Return the table of the switchable adapters."""
+    table = Table(title="Switchable adapters")
+    for heading in ("name", "backend", "precision", "rank", "layers", "size", "origin"):
+        table.add_column(heading)
+    for item in manifest.adapters:
+        weight = size(manifest.files[item.file].bytes)
+        targets = ", ".join(item.targets)
+        cells = (item.name, item.backend, item.precision, str(item.rank), targets, weight, item.origin)
+        table.add_row(*map(escape, cells))
+    return table

@@ -120,6 +120,24 @@ def export(
             rich_help_panel=BACKEND_OPTIONS,
         ),
     ] = None,
+    switchable: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--switchable/--no-switchable",
+            help="With onnxruntime, add a decoder graph for LoRA adapters that are selected at run time; it"
+            " shares the weights. 'add-adapter' adds adapters to the bundle. Default: --no-switchable.",
+            rich_help_panel=BACKEND_OPTIONS,
+        ),
+    ] = None,
+    switchable_adapter: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="NAME=FOLDER[=WEIGHT]",
+            help="With onnxruntime, LoRA adapter that is selected at run time by NAME, repeatable; implies"
+            " --switchable. It may change linear layers of the decoder only.",
+            rich_help_panel=BACKEND_OPTIONS,
+        ),
+    ] = None,
     goldens: Annotated[
         Optional[bool],
         typer.Option(
@@ -150,18 +168,17 @@ def export(
     Example: dsvl-export export --config export.yaml --precision int8 --output my-bundle
     """
     from rich.markup import escape
-    from rich.progress import TaskID
 
     from dsvl_export.cli import display
     from dsvl_export.compilers.precisions import plan_for
     from dsvl_export.compilers.registry import load_compiler
     from dsvl_export.exporter.config import ExportConfig
     from dsvl_export.exporter.export import export_bundle
-    from dsvl_export.exporter.stages import ExportProgress
     from dsvl_export.targets.defects import warnings_for
     from dsvl_export.targets.targets import find_target
     from runtimes.backends.executorch_tokenizer import RUNNER_TOKENIZER
     from runtimes.bundle.bundle import Bundle
+    from runtimes.bundle.manifest import MANIFEST
     from runtimes.errors import UserError
     from runtimes.units import size
 
@@ -182,6 +199,8 @@ def export(
             "scales": str(scales) if scales else None,
             "goldens": goldens,
             "onnxruntime.prefill": prefill,
+            "onnxruntime.switchable": switchable,
+            "switchable_adapters": tuple(switchable_adapter or ()),
             "tensorrt.version": tensorrt,
             "tensorrt.capabilities": tuple(sm or ()),
             "executorch.delegate": delegate,
@@ -201,26 +220,18 @@ def export(
             "[yellow]Calibrating on the bundled images.[/] For better scales, run 'dsvl-export calibrate'"
             " on your own images and pass the result as --scales."
         )
-    with display.progress_bar() as bars:
-        tasks: dict[str, TaskID] = {}
-        with_bytes: set[str] = set()
-
-        def report(progress: ExportProgress) -> None:
-            name, in_bytes = progress.stage, progress.in_bytes
-            if name not in tasks:
-                tasks[name] = bars.add_task(display.plain(name), total=None)
-            if in_bytes and name not in with_bytes:  # bytes written before do not count as speed
-                with_bytes.add(name)
-                bars.reset(tasks[name], total=progress.total, completed=progress.done, in_bytes=True)
-            bars.update(tasks[name], completed=progress.done, total=progress.total, in_bytes=in_bytes)
-            if progress.state == "reused":
-                bars.console.print(f"[dim]{escape(progress.stage)}: unchanged, reused[/]")
-
+    earlier = Bundle.open(output).manifest.adapters if (output / MANIFEST).exists() else ()
+    with display.export_progress() as report:
         try:
             bundle = export_bundle(settings, output, report)
         except KeyboardInterrupt:
             display.err.print("Run the same command again: the export resumes.")
             raise
+    for lost in sorted({item.file for item in earlier} - bundle.manifest.files.keys()):
+        display.err.print(
+            f"[yellow]Removed the adapter {escape(lost)}:[/] the decoder was exported anew; add it again with"
+            " 'dsvl-export add-adapter'."
+        )
     for name in precisions:
         tokenizer = bundle.artifact("decoder", backend, name).tools.get(RUNNER_TOKENIZER, "")
         if tokenizer.startswith("none"):

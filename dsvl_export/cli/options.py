@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from dsvl_export.cli.completion import bundle_backends, bundle_precisions, values
+from dsvl_export.cli.completion import bundle_adapters, bundle_backends, bundle_precisions, values
 
 # Panels of the help.
 GENERATION = "Generation"
@@ -37,6 +37,14 @@ Adapters = Annotated[
         metavar="FOLDER[=WEIGHT]",
         help="LoRA adapter in PEFT's layout to merge into the checkpoint's weights, repeatable. WEIGHT"
         " multiplies its change.",
+    ),
+]
+Adapter = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="NAME",
+        help="Switchable LoRA adapter of the bundle, with onnxruntime. Default: none.",
+        autocompletion=bundle_adapters,
     ),
 ]
 ChatTemplate = Annotated[

@@ -10,6 +10,7 @@ import typer
 from dsvl_export.cli.app import command
 from dsvl_export.cli.memory import warn_of_memory
 from dsvl_export.cli.options import (
+    Adapter,
     Backend,
     BundleFolder,
     Capacity,
@@ -43,6 +44,7 @@ def open_pipeline(
     capacity: int | None,
     verify: bool,
     trust_engine: bool,
+    adapter: str | None = None,
 ) -> Pipeline:
     """Open a bundle to run it, and warn if the machine has too little free memory."""
     from runtimes.backends.engines.trust import trust_engines
@@ -56,8 +58,9 @@ def open_pipeline(
     remedy = "use a smaller precision or --capacity"
     warn_of_memory(bundle, backend, precision, device, capacity, remedy)
     return Pipeline.open(
-        bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify
-    )
+        bundle, backend, precision, threads=threads, device=device, capacity=capacity, verify=verify,
+        adapter=adapter,
+    )  # fmt: skip
 
 
 @command("run")
@@ -75,6 +78,7 @@ def run(
     image: Images = None,
     backend: Backend = None,
     precision: Precision = None,
+    adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -102,7 +106,9 @@ def run(
     options = GenerationOptions(
         max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()), drafts
     )
-    pipeline = open_pipeline(bundle, backend, precision, threads, device, capacity, verify, trust_engine)
+    pipeline = open_pipeline(
+        bundle, backend, precision, threads, device, capacity, verify, trust_engine, adapter
+    )
     answer = Answer()
     for piece, answer in pipeline.stream_chat(prompt, image or [], options):  # noqa: B007
         if not as_json:

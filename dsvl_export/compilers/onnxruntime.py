@@ -12,10 +12,11 @@ import onnxruntime
 from dsvl_export.compilers.onnx import debug, layers
 from dsvl_export.compilers.onnx.check import check_file
 from dsvl_export.compilers.onnx.release import needed_release
-from dsvl_export.compilers.onnx.writer import Places, weight_bytes, write_model
+from dsvl_export.compilers.onnx.writer import EXTERNAL_ABOVE, Places, weight_bytes, write_model
 from dsvl_export.compilers.protocol import Compiled
 from dsvl_export.targets.options import CompileOptions
 from runtimes.backends.onnxruntime import ORT, ORT_TOKENS, prefill_file
+from runtimes.backends.onnxruntime_adapters import adapted_file
 from runtimes.backends.onnxruntime_releases import FEATURES, NEEDED, OLDEST, newest_release, upgrade_message
 from runtimes.errors import UserError, first_line
 
@@ -32,12 +33,13 @@ PRECISIONS: tuple[str, ...] = ("fp32", "fp16")
 LAYER_PRECISIONS: tuple[str, ...] = ("int8", "fp8", "int8-weights", "int4", "8da4w", "8da8w")
 CACHE_PRECISIONS: tuple[str, ...] = ("int8",)
 RECIPE_BASE = "fp32"
-OPTIONS: tuple[str, ...] = ("onnxruntime.prefill",)
+OPTIONS: tuple[str, ...] = ("onnxruntime.prefill", "onnxruntime.switchable")
 
 
 def settings(options: CompileOptions) -> dict[str, Any]:
     """See ``Compiler.settings``."""
-    return {} if options.onnxruntime.prefill else {"prefill": False}
+    prefill, switchable = options.onnxruntime.prefill, options.onnxruntime.switchable
+    return ({} if prefill else {"prefill": False}) | ({"switchable": True} if switchable else {})
 
 
 def check(plans: Sequence[PrecisionPlan], config: ModelConfig, options: CompileOptions) -> None:
@@ -93,7 +95,9 @@ def compile_component(
     """Write ``<component>.onnx``, with ``.data`` beside it above 64 MB of weights.
 
     A decoder with per-token activations gets a second graph for prefill. It has the 4-bit weights
-    in 8 bits and reads all other weights from the first graph's file.
+    in 8 bits and reads all other weights from the first graph's file. A switchable decoder gets
+    its graphs once more with inputs for adapters; all of them read the same weights, which are in
+    ``.data`` whatever their size.
 
     Raises:
         ValueError: the written file breaks the contract or a rule of quantization.
@@ -105,8 +109,9 @@ def compile_component(
     places: Places = {}
     main = folder / f"{traced.contract.component}.onnx"
     by_tokens = TOKENS in _operators(traced)
-    for file, graph in zip((main, prefill_file(main)), graphs(traced, load, options), strict=False):
-        written += write_model(graph, file, on_bytes, places=places)
+    limit = _inline_limit(traced, options)
+    for file, graph in _graphs_by_file(traced, load, options, main).items():
+        written += write_model(graph, file, on_bytes, limit, places)
         check_file(file, traced.contract, tensorrt_rules=not by_tokens)
         _load_once(file)
     tools = {
@@ -122,7 +127,9 @@ def artifact_bytes(traced: TracedComponent, options: CompileOptions) -> int:
     from dsvl_export.compilers.lowering import without_weights  # deferred: imports torch
 
     made = graphs(traced, without_weights, options)
-    return weight_bytes(made) + sum(graph.model().ByteSize() for graph in made)
+    return weight_bytes(made, _inline_limit(traced, options)) + sum(
+        graph.model().ByteSize() for graph in made
+    )
 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
@@ -137,16 +144,38 @@ run_layers = layers.run_layers
 
 
 def graphs(traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions) -> list[Graph]:
-    """Build the component's graph, and its prefill graph if it has one."""
+    """Build the component's graphs, in the order of their files."""
+    return list(_graphs_by_file(traced, load, options, Path("component.onnx")).values())
+
+
+def _graphs_by_file(
+    traced: TracedComponent, load: Callable[[str], Tensor], options: CompileOptions, main: Path
+) -> dict[Path, Graph]:
+    """Build the component's graphs, by their files beside ``main``."""
     # Deferred: imports torch, which a debug build does without.
     from dsvl_export.compilers.onnx.dialect_ort import OrtDialect, OrtPrefillDialect
     from dsvl_export.compilers.onnx.lower import lower
     from dsvl_export.compilers.onnx.quantization import FOUR_BIT, TOKENS
 
-    dialects = [OrtDialect()]
-    if traced.contract.states and options.onnxruntime.prefill and {TOKENS, FOUR_BIT} <= _operators(traced):
-        dialects.append(OrtPrefillDialect())
-    return [lower(traced, load, dialect) for dialect in dialects]
+    states = traced.contract.states
+    with_prefill = states and options.onnxruntime.prefill and {TOKENS, FOUR_BIT} <= _operators(traced)
+    dialects: dict[Path, OrtDialect] = {}
+    for takes_adapters in (False, True) if _is_switchable(traced, options) else (False,):
+        file = adapted_file(main) if takes_adapters else main
+        dialects[file] = OrtDialect(takes_adapters)
+        if with_prefill:
+            dialects[prefill_file(file)] = OrtPrefillDialect(takes_adapters)
+    return {file: lower(traced, load, dialect) for file, dialect in dialects.items()}
+
+
+def _is_switchable(traced: TracedComponent, options: CompileOptions) -> bool:
+    """Return whether a component gets a graph that takes adapters: the decoder can have one."""
+    return options.onnxruntime.switchable and bool(traced.contract.states)
+
+
+def _inline_limit(traced: TracedComponent, options: CompileOptions) -> int:
+    """Return the bytes of weights up to which they are in the graph's file, and not beside it."""
+    return 0 if _is_switchable(traced, options) else EXTERNAL_ABOVE
 
 
 def _operators(traced: TracedComponent) -> set[Any]:

@@ -27,6 +27,7 @@ EXTRAS = {
 # Options of some backends, as paths in ``CompileOptions`` → their names on the command line.
 FLAGS = {
     "onnxruntime.prefill": "--no-prefill",
+    "onnxruntime.switchable": "--switchable",
     "tensorrt.version": "--tensorrt",
     "tensorrt.capabilities": "--sm",
     "executorch.delegate": "--delegate",

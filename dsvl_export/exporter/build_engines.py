@@ -15,8 +15,7 @@ from dsvl_export.lint import Release, refuse
 from runtimes.backends.engines.cuda import Cuda, CudaError, Gpu, import_cuda
 from runtimes.backends.engines.library import import_library
 from runtimes.bundle.bundle import Bundle
-from runtimes.bundle.locks import manifest_file
-from runtimes.bundle.manifest import MANIFEST, Artifact, Engine, Manifest
+from runtimes.bundle.manifest import Artifact, Engine, Manifest
 from runtimes.errors import UserError
 from runtimes.goldens.golden import golden_token_count, is_golden
 
@@ -83,7 +82,8 @@ def build_engines(
     try:
         bundle = staging.bundle()
         staging.open()
-        _refuse_unfinished_export(bundle, staging)
+        engines = {item.engine.file for item in bundle.manifest.artifacts if item.engine}
+        staging.refuse_unfinished_export(bundle, engines.__contains__)
         artifacts = _artifacts(bundle, precision, device.version)
         settings = settings or EngineSettings(bundle.manifest.default_capacity)
         longest = int(bundle.manifest.model["decoder"]["max_positions"])
@@ -103,28 +103,6 @@ def build_engines(
     finally:
         staging.close()
     return built
-
-
-def _refuse_unfinished_export(bundle: Bundle, staging: Staging) -> None:
-    """Check that only an interrupted build has moved the bundle's manifest away, not an export.
-
-    The manifest of an interrupted export names files that the export has replaced.
-
-    Raises:
-        UserError: an export was interrupted.
-    """
-    engines = {item.engine.file for item in bundle.manifest.artifacts if item.engine}
-    files = staging.files()
-    changed = [
-        path
-        for path, entry in bundle.manifest.files.items()
-        if files.get(path) != entry and path not in engines
-    ]
-    if changed and manifest_file(bundle.folder).name != MANIFEST:
-        raise UserError(
-            f"An export into {bundle.folder} was interrupted ({changed[0]} has changed); run it again, then"
-            " build the engines."
-        )
 
 
 def _artifacts(bundle: Bundle, precision: str | None, version: Version) -> list[Artifact]:

@@ -10,10 +10,11 @@ from typing import Any
 
 from calibration.precision_plan import PrecisionPlan
 from dsvl_export.compilers.precisions import precision_folder
+from dsvl_export.exporter.adapters import parse_named
 from dsvl_export.exporter.config import ExportConfig, is_plan_file
 from dsvl_export.exporter.job import ExportJob
 from dsvl_export.exporter.manifest import config_folder
-from reference.checkpoint.lora_adapter import parse_adapters
+from reference.checkpoint.lora_adapter import AdapterChoice, parse_adapters
 from reference.trace import PRECISION_DTYPES
 
 CONFIG_FILE = "export.yaml"
@@ -53,14 +54,20 @@ def bundled_config(job: ExportJob, plan: PrecisionPlan, precision: str) -> Expor
     return replace(
         job.config,
         checkpoint=_absolute(job.config.checkpoint),
-        adapters=tuple(
-            str(replace(choice, folder=Path(_absolute(str(choice.folder)))))
-            for choice in parse_adapters(job.config.adapters)
+        adapters=tuple(str(_absolute_choice(choice)) for choice in parse_adapters(job.config.adapters)),
+        switchable_adapters=tuple(
+            str(replace(named, choice=_absolute_choice(named.choice)))
+            for named in parse_named(job.config.switchable_adapters)
         ),
         precisions=(f"{folder}/{plan.name}.yaml" if is_plan_file(precision) else precision,),
         scales=folder if given_scales else None,
         capacity=job.options.capacity,
     )
+
+
+def _absolute_choice(choice: AdapterChoice) -> AdapterChoice:
+    """Return an adapter with the absolute path of its folder."""
+    return replace(choice, folder=Path(_absolute(str(choice.folder))))
 
 
 def _absolute(name: str) -> str:

@@ -13,6 +13,7 @@ import yaml
 
 from calibration.precision_plan import load_precision
 from dsvl_export.compilers.registry import compiler_names, load_compiler
+from dsvl_export.exporter.adapters import parse_named
 from dsvl_export.targets.options import (
     DELEGATES,
     CompileOptions,
@@ -52,6 +53,8 @@ class ExportConfig:
             images if a precision needs scales.
         adapters: folders or hub ids of LoRA adapters that are merged into the weights, in this
             order; ``FOLDER=WEIGHT`` multiplies the adapter's change.
+        switchable_adapters: LoRA adapters that stay beside the weights and are selected at run time
+            by their names: ``NAME=FOLDER`` or ``NAME=FOLDER=WEIGHT``.
         chat_template: ``checkpoint`` for the checkpoint's own chat template, if it has one, or
             ``built-in`` for the built-in prompt; None is ``checkpoint``.
         goldens: record the reference's outputs, which ``parity`` compares with, and compare the
@@ -68,6 +71,7 @@ class ExportConfig:
     capacity: int | None = None
     scales: str | None = None
     adapters: tuple[str, ...] = ()
+    switchable_adapters: tuple[str, ...] = ()
     chat_template: str | None = None
     goldens: bool = True
     onnxruntime: OnnxRuntimeOptions = field(default_factory=OnnxRuntimeOptions)
@@ -98,6 +102,7 @@ class ExportConfig:
             config,
             checkpoint=_resolve_checkpoint(config.checkpoint, folder) if checkpoint is None else checkpoint,
             adapters=tuple(str(AdapterChoice.parse(text, folder)) for text in config.adapters),
+            switchable_adapters=tuple(map(str, parse_named(config.switchable_adapters, folder))),
             precisions=tuple(_resolve_precision(precision, folder) for precision in config.precisions),
             scales=str(folder / Path(config.scales).expanduser()) if config.scales else None,
         )
@@ -157,7 +162,10 @@ class ExportConfig:
         return CompileOptions(
             target=find_target(self.target) if self.target else None,
             capacity=self.capacity or capacity,
-            onnxruntime=self.onnxruntime,
+            onnxruntime=replace(
+                self.onnxruntime,
+                switchable=self.onnxruntime.switchable or bool(self.switchable_adapters),
+            ),
             tensorrt=self.tensorrt,
             executorch=self.executorch,
         )

@@ -15,6 +15,7 @@ from calibration.scale_table import ScaleTable
 from dsvl_export.compilers.precisions import check_request, plan_for
 from dsvl_export.compilers.protocol import Compiler
 from dsvl_export.compilers.registry import load_compiler
+from dsvl_export.exporter.adapters import NamedAdapter, parse_named, refuse_backend
 from dsvl_export.exporter.artifact_stages import ArtifactStages
 from dsvl_export.exporter.bundled_config import write_configs
 from dsvl_export.exporter.config import ExportConfig
@@ -54,6 +55,8 @@ def export(
     delegate: str | None = None,
     prefill: bool = True,
     adapters: Sequence[str] = (),
+    switchable: bool = False,
+    switchable_adapters: Sequence[str] = (),
     chat_template: str | None = None,
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
@@ -75,6 +78,8 @@ def export(
         delegate: what ExecuTorch runs the encoders on.
         prefill: add ONNX Runtime's second decoder for prompts.
         adapters: LoRA adapters to merge, each ``FOLDER`` or ``FOLDER=WEIGHT``.
+        switchable: add a decoder for adapters that are switched at run time.
+        switchable_adapters: such adapters, each ``NAME=FOLDER`` or ``NAME=FOLDER=WEIGHT``.
         chat_template: ``checkpoint`` or ``built-in``.
 
     Raises:
@@ -84,6 +89,7 @@ def export(
     config = ExportConfig(
         checkpoint=str(checkpoint),
         adapters=tuple(adapters),
+        switchable_adapters=tuple(switchable_adapters),
         chat_template=chat_template,
         backend=backend,
         precisions=tuple(precisions),
@@ -91,7 +97,7 @@ def export(
         capacity=capacity,
         scales=str(scales) if scales else None,
         goldens=goldens,
-        onnxruntime=OnnxRuntimeOptions(prefill),
+        onnxruntime=OnnxRuntimeOptions(prefill, switchable),
         tensorrt=TensorRTOptions(tensorrt, tuple(capabilities)),
         executorch=ExecuTorchOptions(delegate),
     )
@@ -128,6 +134,14 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
     if config.capacity is not None and not 1 <= config.capacity <= longest:
         raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {config.capacity}.")
     options = config.compile_options(capacity=min(longest, MAX_DEFAULT_CAPACITY))
+    if options.onnxruntime.switchable:
+        refuse_backend(backend)
+    switchable = [
+        NamedAdapter.open(named, source.config) for named in parse_named(config.switchable_adapters)
+    ]
+    for adapter in switchable:
+        for plan in plans:
+            adapter.check_range(source.config, Path(output).expanduser(), plan.name, plan.base)
     check_request(backend, compiler, plans, source.config, options)
     scales = ScaleTable.load(Path(config.scales).expanduser()) if config.scales else None
     if scales:
@@ -142,7 +156,9 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
         _check_same_checkpoint(staging, source, report)
         if config.capacity is None and staging.previous:
             options = replace(options, capacity=staging.previous.default_capacity)
-        job = ExportJob(config, source, compiler, options, plans, scales, prompt, staging, report)
+        job = ExportJob(
+            config, source, compiler, options, plans, scales, prompt, staging, report, tuple(switchable)
+        )
         _run(job)
     except (OSError, SafetensorError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "there is no memory left"
@@ -206,6 +222,10 @@ def _list_stages(job: ExportJob, artifacts: ArtifactStages) -> list[Stage]:
             remedy = overflow_remedy(job.backend, job.compiler, plan)
             stages += reference.quantization_errors(plan.name, remedy)
         stages += artifacts.artifacts(plan)
+        stages += [
+            adapter.stage(job.staging, job.source.config, job.backend, plan.name, plan.base)
+            for adapter in job.switchable
+        ]
         stages += artifacts.listing(plan)
     if job.has_goldens:
         exported = {plan.name for plan in job.plans}

@@ -11,6 +11,7 @@ from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
 from dsvl_export.compilers.precisions import planned_weights
 from dsvl_export.compilers.protocol import Compiler
+from dsvl_export.exporter.adapters import NamedAdapter
 from dsvl_export.exporter.config import ExportConfig
 from dsvl_export.exporter.manifest import finished_artifacts, plan_hashes
 from dsvl_export.exporter.stages import ExportProgress, Report
@@ -36,6 +37,7 @@ class ExportJob:
         prompt: the checkpoint's prompt format.
         staging: the output folder.
         report: is called with progress.
+        switchable: adapters that the bundle keeps beside the weights.
     """
 
     config: ExportConfig
@@ -47,6 +49,7 @@ class ExportJob:
     prompt: PromptSpec
     staging: Staging
     report: Report
+    switchable: tuple[NamedAdapter, ...] = ()
 
     @property
     def backend(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dsvl_export.compilers.precisions import bundled_plan, precision_folder
@@ -10,11 +10,13 @@ from dsvl_export.exporter.staging import Staging, dependencies
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.specs import remarks
 from reference.trace import TRACED_COMPONENTS, component_contract
+from runtimes.backends.onnxruntime_adapters import adapted_file
 from runtimes.bundle.files import sha256_of_file
-from runtimes.bundle.manifest import JUDGED_WITH, Artifact, Manifest
+from runtimes.bundle.manifest import JUDGED_WITH, Artifact, Manifest, SwitchableAdapter
 
 TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
 CONFIGS = "configs"  # folder of the configs that a bundle keeps
+ADAPTERS = "adapters"  # folder of the switchable adapters
 
 
 def build_manifest(
@@ -36,10 +38,12 @@ def build_manifest(
         now: the manifest of the bundle that is extended, with verdicts that ``parity`` recorded
             meanwhile.
     """
-    artifacts = complete_artifacts(staging)
+    artifacts, adapters = complete_artifacts(staging), finished_adapters(staging)
     others = (artifact for artifact in finished_artifacts(staging) if artifact not in artifacts)
     unfinished = {path for artifact in others for path in artifact.files}
     folders = {config_folder(artifact.backend, artifact.precision) for artifact in artifacts}
+    kept = {adapter.file for adapter in adapters}
+    unfinished |= {path for path in staging.files() if path.startswith(f"{ADAPTERS}/") and path not in kept}
     unfinished |= {
         path
         for path in staging.files()
@@ -70,6 +74,7 @@ def build_manifest(
         artifacts=artifacts,
         files={path: entry for path, entry in staging.files().items() if path not in unfinished},
         parity=_kept_verdicts(staging, now),
+        adapters=adapters,
     )
 
 
@@ -100,6 +105,26 @@ def finished_artifacts(staging: Staging) -> tuple[Artifact, ...]:
                 row = {**row, "audited": {path: files[path].sha256 for path in row["files"]}}
             rows.append(row)
     return tuple(map(Artifact.from_dict, rows))
+
+
+def finished_adapters(staging: Staging) -> tuple[SwitchableAdapter, ...]:
+    """Return the adapters whose decoder still takes them and has the same plan and scales."""
+    decoders = {
+        (item.backend, item.precision) for item in complete_artifacts(staging) if takes_adapters(item)
+    }
+    results = [result for result in staging.results() if "adapter" in result]
+    adapters = [
+        SwitchableAdapter.from_dict(result["adapter"])
+        for result in results
+        if result["rests_on"] == plan_hashes(staging, result["adapter"]["precision"])
+    ]
+    return tuple(item for item in adapters if (item.backend, item.precision) in decoders)
+
+
+def takes_adapters(artifact: Artifact) -> bool:
+    """Return whether an artifact is a decoder with a graph for adapters."""
+    main, *files = map(Path, artifact.files)
+    return artifact.component == "decoder" and adapted_file(main) in files
 
 
 def complete_artifacts(staging: Staging) -> tuple[Artifact, ...]:

@@ -56,3 +56,8 @@ ARTIFACTS = (
     "dsvl_export/targets",
     "runtimes/backends",
 )
+ADAPTERS = (
+    *REFERENCE,
+    "calibration",
+    "runtimes/backends/onnxruntime_adapters.py",
+)

@@ -95,6 +95,30 @@ class Staging:
             return bundle
         return Bundle(self.folder, Manifest.from_dict(read_json(file), str(file)))
 
+    def refuse_unfinished_export(self, bundle: Bundle, added: Callable[[str], bool]) -> None:
+        """Check that no interrupted export has moved the bundle's manifest away.
+
+        The manifest of an interrupted export names files that the export has replaced.
+
+        Args:
+            bundle: the bundle in the folder.
+            added: whether a file is one that the caller adds to bundles and that may be missing.
+
+        Raises:
+            UserError: an export was interrupted.
+        """
+        files = self.files()
+        changed = [
+            path
+            for path, entry in bundle.manifest.files.items()
+            if files.get(path) != entry and not added(path)
+        ]
+        if changed and manifest_file(bundle.folder).name != MANIFEST:
+            raise UserError(
+                f"An export into {bundle.folder} was interrupted ({changed[0]} has changed); run it again,"
+                " then run this command."
+            )
+
     def _recorded(self) -> dict[str, Any]:
         """Return the finished stages whose files exist, also of a bundle that lost its record."""
         record: dict[str, Any] = {}
@@ -105,6 +129,16 @@ class Staging:
                 stage = record.setdefault(artifact.stage, unknown)
                 stage["result"]["artifacts"].append(asdict(artifact))
                 stage["files"] |= {path: files[path] for path in artifact.files}
+            for adapter in self.previous.adapters:
+                plan = f"precisions/{adapter.precision}/"
+                depends = {
+                    path.removeprefix(plan): files[path]["sha256"] for path in files if path.startswith(plan)
+                }
+                record[adapter.file.rpartition("/")[0]] = {
+                    "key": "",
+                    "result": {"adapter": asdict(adapter), "rests_on": depends},
+                    "files": {adapter.file: files[adapter.file]},
+                }
             for path in files:
                 if path.startswith(KEPT_FOLDERS):
                     stage = path.rpartition("/")[0]

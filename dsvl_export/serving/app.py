@@ -97,13 +97,14 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> dict[str, Any]:
-        if name not in service.names:
+        found = service.find_model(name)
+        if found is None:
             raise RequestError(
                 404,
                 f"There is no model {quoted(name)}; GET /v1/models lists the models.",
                 code="model_not_found",
             )
-        return describe_model(service, name)
+        return describe_model(service, found)
 
     @app.post(CHAT)
     async def chat(request: Request) -> Response:
@@ -171,12 +172,17 @@ class EventStreamResponse(StreamingResponse):
 
 
 def describe_model(service: Service, name: str) -> dict[str, Any]:
-    """Return a model as OpenAI's list of models has it, with backend and precision."""
-    backend, precision = name.split("/")
+    """Return a model as OpenAI's list of models has it, with backend and precision.
+
+    A model with an adapter has the base model as its ``parent``, as in vLLM.
+    """
+    base = name.partition(":")[0]
+    parent = None if base == name and "/" in name else base if "/" in base else service.default
+    backend, precision = (parent or name).split("/")
     return {
         "id": name, "object": "model", "created": 0, "owned_by": "dsvl-export", "backend": backend,
         "precision": precision, "default": name == service.default,
-        "open": name in service.open_models,
+        "open": name in service.open_models, **({"parent": parent} if parent else {}),
     }  # fmt: skip
 
 

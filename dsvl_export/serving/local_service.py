@@ -15,7 +15,14 @@ from time import perf_counter
 
 from dsvl_export.serving.errors import INTERNAL, RequestError, unavailable
 from dsvl_export.serving.images import ImageLimits, check_image, image_file, is_remote
-from dsvl_export.serving.models import MAX_SLOTS, Model, ModelOptions, Models, runnable_models
+from dsvl_export.serving.models import (
+    MAX_SLOTS,
+    Model,
+    ModelOptions,
+    Models,
+    adapter_model,
+    runnable_models,
+)
 from dsvl_export.serving.protocol import Conversation
 from dsvl_export.serving.service import (
     TOKENIZER,
@@ -51,7 +58,13 @@ class LocalService(Service):
         watch = BundleWatch(bundle)
         self.models = Models(bundle, options)
         (first,) = self.models.open_models
-        names = runnable_models(bundle, options.device)
+        bases = runnable_models(bundle, options.device)
+        adapters = [
+            adapter_model(base, adapter, first.name)
+            for base in bases
+            for adapter in bundle.adapters(*base.split("/"))
+        ]
+        names = bases + adapters
         super().__init__(bundle, watch, first.pipeline.chain.tokenizer, names, first.name)
         self.images = images
         # Requests that are read and not queued yet.
@@ -65,7 +78,7 @@ class LocalService(Service):
     @property
     def open_models(self) -> list[str]:
         """Names of the open models."""
-        return [model.name for model in self.models.open_models]
+        return self.models.open_names
 
     def submit(self, request: ModelRequest) -> LocalAnswerStream:
         """Return the answer to a request; see ``Service.submit``."""
@@ -202,8 +215,10 @@ class LocalAnswerStream(AnswerStream):
             loop.call_soon_threadsafe(steps.put_nowait, step)
 
         assert self._leased
+        _, adapter = self._service.models.locate(self.model)
+        chain = self._leased.chains[adapter]
         self._job = self._leased.scheduler.submit(
-            prompt, self._request.generation, deliver, seconds, self._request.stream
+            prompt, self._request.generation, deliver, seconds, self._request.stream, chain
         )
 
 

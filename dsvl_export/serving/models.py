@@ -13,6 +13,7 @@ from runtimes.backends.capabilities import DeclaresConcurrency
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
 from runtimes.cache import cache_bytes
+from runtimes.chain import Chain
 from runtimes.errors import UserError
 from runtimes.memory import available_memory
 from runtimes.pipeline import Pipeline, check_files, required_memory
@@ -67,11 +68,29 @@ class Model:
         self.name, self.pipeline, self.scheduler = name, pipeline, scheduler
         self.cache_bytes = cache_bytes
         self.leases, self.used = 0, monotonic()
+        self.chains: dict[str | None, Chain] = {None: pipeline.chain}  # by open adapter
+
+    def open_adapter(self, adapter: str | None) -> None:
+        """Open an adapter of the bundle for the requests of the scheduler.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        if adapter not in self.chains:
+            self.chains[adapter] = self.pipeline.with_adapter(adapter).chain
 
 
 def runnable_models(bundle: Bundle, device: str | None) -> list[str]:
     """Return the names of the models of a bundle that this machine can run."""
     return ["/".join(choice) for choice in bundle.choices() if execution(bundle, *choice, device).runnable]
+
+
+def adapter_model(base: str, adapter: str, default: str) -> str:
+    """Return the name of the model that an adapter makes of a base model.
+
+    It is the adapter's own with the default model, and ``BASE:NAME`` with others.
+    """
+    return adapter if base == default else f"{base}:{adapter}"
 
 
 class Models:
@@ -88,27 +107,43 @@ class Models:
         self._checked: dict[str, str | None] = {}  # model → what is wrong with its files
         self._lock = threading.Lock()  # guards the open models and their leases
         self._opening = threading.Lock()  # held while a model is opened
-        first = "/".join(bundle.select(options.backend, options.precision))
-        self._add(first, options.verify)
+        self.default = "/".join(bundle.select(options.backend, options.precision))
+        self._add(self.default, options.verify)
 
     @property
     def open_models(self) -> list[Model]:
         """The models that are open now."""
         return list(self._open.values())
 
-    def lease(self, name: str) -> Model | None:
-        """Return an open model, to be returned with ``release``.
+    @property
+    def open_names(self) -> list[str]:
+        """The names of the open models, those with adapters included."""
+        names = []
+        for model in self.open_models:
+            adapters = [adapter for adapter in list(model.chains) if adapter]
+            names += [model.name, *(adapter_model(model.name, item, self.default) for item in adapters)]
+        return names
 
-        None if it must be opened first.
+    def locate(self, name: str) -> tuple[str, str | None]:
+        """Return the base model, ``<backend>/<precision>``, and the adapter of a model."""
+        base, _, adapter = name.partition(":")
+        return (base, adapter or None) if "/" in base else (self.default, base)
+
+    def lease(self, name: str) -> Model | None:
+        """Return the open base model of a model, to be returned with ``release``.
+
+        None if it or its adapter must be opened first.
         """
+        base, adapter = self.locate(name)
         with self._lock:
-            model = self._open.get(name)
-            if model:
-                model.leases += 1
+            model = self._open.get(base)
+            if model is None or adapter not in model.chains:
+                return None
+            model.leases += 1
             return model
 
     def ensure(self, name: str) -> None:
-        """Open a model if it is not open; slow, and one model at a time.
+        """Open a model and its adapter if they are not open; slow, and one model at a time.
 
         The files are checked before another model is closed. If the model cannot be opened then,
         the closed models are opened again.
@@ -116,22 +151,23 @@ class Models:
         Raises:
             RequestError: the model cannot be opened, or not now.
         """
+        base, adapter = self.locate(name)
         with self._opening:
-            if name in self._open:  # another request has opened it
-                return
             closed: list[str] = []
             try:
-                if self.options.verify:
-                    self._check_files(name)
-                self._make_room(closed)
-                self._add(name, verify=False)
+                if base not in self._open:  # else another request has opened it
+                    if self.options.verify:
+                        self._check_files(base)
+                    self._make_room(closed)
+                    self._add(base, verify=False)
+                self._open[base].open_adapter(adapter)
             except RequestError:  # all other models are in use
                 raise
             except UserError as error:
                 log.exception("%s cannot be opened", name)
                 raise unavailable(str(error)) from error
             finally:
-                if name not in self._open:
+                if base not in self._open:
                     self._reopen(closed)
 
     def _check_files(self, name: str) -> None:

@@ -120,6 +120,7 @@ class BundleWatch:
                 manifest.token_embedding,
                 TOKENIZER,
                 *(path for item in manifest.artifacts for path in item.files),
+                *(item.file for item in manifest.adapters),
             }
         )
         self._stamps = self._stamp()
@@ -161,7 +162,7 @@ class Service(ABC):
             bundle: the bundle that is served.
             watch: notices changes of its files.
             tokenizer: of the bundle.
-            names: names of the models, ``<backend>/<precision>``.
+            names: names of the models, ``<backend>/<precision>``, and of those with adapters.
             default: the model that the name of the bundle's folder stands for.
         """
         self.bundle, self.watch, self.tokenizer = bundle, watch, tokenizer
@@ -200,10 +201,23 @@ class Service(ABC):
         """
         if (reason := self.watch.changed()) is not None:
             raise unavailable(reason)
-        name = self.default if name == self.bundle.folder.name else name
-        if name not in self.names and name != self.default:
+        found = self.find_model(name)
+        if found is None:
             raise RequestError(
                 404, f"There is no model {quoted(name)}; use one of {', '.join(self.names)}.",
                 code="model_not_found", param="model",
             )  # fmt: skip
-        return name
+        return found
+
+    def find_model(self, name: str) -> str | None:
+        """Return the listed name of a model.
+
+        The name of the bundle's folder stands for the default model, and ``BASE:NAME`` for an
+        adapter that is listed as ``NAME``.
+        """
+        if name in self.names:
+            return name
+        if name in (self.default, self.bundle.folder.name):
+            return self.default
+        base, _, adapter = name.partition(":")
+        return adapter if base == self.default and adapter in self.names else None

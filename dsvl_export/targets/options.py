@@ -22,9 +22,11 @@ class OnnxRuntimeOptions:
     Args:
         prefill: add a second decoder graph for prompts, with 8-bit weights, if the decoder has
             4-bit weights and quantizes activations per token.
+        switchable: add a decoder graph that takes LoRA adapters as inputs; it shares the weights.
     """
 
     prefill: bool = True
+    switchable: bool = False
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from reference.checkpoint.lora_targets import EMBEDDING, HEAD, Slice, Targets
 from reference.checkpoint.tensor_files import ADAPTER_FILES, FLOAT_DTYPES, TensorFiles
 from reference.model.config import ModelConfig
 from reference.settings import Settings
-from runtimes.bundle.files import read_json
+from runtimes.bundle.files import read_json, sha256_of_file
 from runtimes.errors import UserError
 from runtimes.hub import HubId, download
 
@@ -145,6 +145,15 @@ class Adapter:
         """The files that make it up, for its identity."""
         return [self.folder / ADAPTER_CONFIG, *self._files.files]
 
+    def identity(self) -> list[str]:
+        """Return the SHA-256 of each file with the adapter's weight."""
+        return [f"{sha256_of_file(file)} {self.factor}" for file in self.files]
+
+    @property
+    def factor(self) -> float:
+        """The weight of the adapter; 1 if none was asked for."""
+        return 1.0 if self.weight is None else self.weight
+
     def load(self, name: str) -> Tensor:
         """A tensor of the adapter in fp32.
 
@@ -242,6 +251,10 @@ class Adapter:
                 raise UserError(f"The adapter {self.folder} has a bias for {module}, which has none.")
             changes.append(Change(targets[f"{module}.bias"], module, scaling, up=bias))
         return changes
+
+    def rank(self, module: str) -> int:
+        """Return the rank of a module's change."""
+        return self._scaling(module)[0]
 
     def _scaling(self, module: str) -> tuple[int, float]:
         """Rank and factor of a module's change."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from reference.checkpoint.layouts import Shape
 from reference.checkpoint.lora_adapter import Adapter, AdapterChoice, Change
 from reference.model.config import ModelConfig
-from runtimes.bundle.files import sha256_of_file
 from runtimes.errors import UserError
 
 
@@ -41,11 +40,7 @@ class Adapters:
 
     def identity(self) -> list[str]:
         """Return the SHA-256 of all files, each with the weight of its adapter."""
-        return [
-            f"{sha256_of_file(file)} {1.0 if adapter.weight is None else adapter.weight}"
-            for adapter in self.adapters
-            for file in adapter.files
-        ]
+        return [line for adapter in self.adapters for line in adapter.identity()]
 
     def __contains__(self, parameter: str) -> bool:
         """Return whether an adapter changes a parameter."""
@@ -109,7 +104,7 @@ def _apply(adapter: Adapter, change: Change, base: Tensor, merged: Tensor) -> Te
         base: the checkpoint's values, whose norm DoRA takes.
         merged: the same with the changes so far.
     """
-    factor = change.scaling * (1.0 if adapter.weight is None else adapter.weight)
+    factor = change.scaling * adapter.factor
     assert change.up
     up = adapter.load(change.up)
     if change.down is None:  # a bias

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from runtimes.session import EntryPoints
+from runtimes.bundle.contracts import Contract
+from runtimes.session import DecoderSession, EntryPoints, SessionOptions
 
 if TYPE_CHECKING:
     from runtimes.chain import Chain
@@ -32,3 +34,32 @@ class DeclaresConcurrency(Protocol):
     """
 
     CONCURRENT: bool
+
+
+class AdaptableDecoder(DecoderSession, Protocol):
+    """Session of a decoder that can add the change of a LoRA adapter."""
+
+    def with_adapter(self, file: Path) -> DecoderSession:
+        """Return a session that adds an adapter's change; it shares the weights.
+
+        The caches of both sessions can be exchanged, but what they hold depends on the adapter.
+
+        Raises:
+            UserError: the file cannot be read, or does not fit the decoder.
+        """
+        ...
+
+
+@runtime_checkable
+class SwitchesAdapters(Protocol):
+    """A backend that applies the adapters of a bundle when it runs."""
+
+    def open_adaptable_decoder(
+        self, file: Path, contract: Contract, options: SessionOptions
+    ) -> AdaptableDecoder:
+        """Open the decoder from its main file, for adapters.
+
+        Raises:
+            UserError: the file cannot be loaded.
+        """
+        ...

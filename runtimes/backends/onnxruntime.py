@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtimes.backends.onnxruntime_adapters import ADAPTED, adapted_file, read_adapter
 from runtimes.backends.onnxruntime_releases import release_for_artifact, upgrade_message
 from runtimes.bundle.contracts import Contract, TensorSpec, appended_state, updated_state
 from runtimes.cache import HostCache, KVCache
@@ -133,7 +134,8 @@ def _providers(device: str) -> list[str]:
 
 def _check_memory(file: Path, contract: Contract) -> None:
     """Raise UserError if the weights exceed the free memory; loading needs at least that."""
-    stored = sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*"))
+    weights = file.with_stem(file.stem.replace(ADAPTED, ""))  # a graph for adapters has no others
+    stored = sum(part.stat().st_size for part in file.parent.glob(f"{weights.name}*"))
     needed = stored * widening("onnxruntime", contract)
     free = available_memory()
     if needed > free:
@@ -165,6 +167,11 @@ def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> Ort
     )
 
 
+def open_adaptable_decoder(file: Path, contract: Contract, options: SessionOptions) -> OrtDecoder:
+    """Open the decoder's graph for adapters; see ``SwitchesAdapters.open_adaptable_decoder``."""
+    return open_decoder(adapted_file(file), contract, options)
+
+
 def entry_points(chain: Chain, capacity: int) -> EntryPoints:
     """Return the main graph of a decoder with a prefill graph: it also runs short prompts."""
     decoder = chain.decoder
@@ -193,18 +200,18 @@ class OrtComponent:
 
 
 class OrtCache(HostCache):
-    """A KV cache in host memory, with the I/O bindings of its sessions."""
+    """A KV cache in host memory, with the I/O bindings of its decoders."""
 
     memory = CPU
 
     def __init__(self, *arguments: Any) -> None:
         """Allocate the memory; see ``HostCache`` for the arguments."""
         super().__init__(*arguments)
-        self.bindings: dict[Any, Any] = {}  # by session
+        self.bindings: dict[Any, Any] = {}  # by decoder and session
 
 
 class OrtDeviceCache(OrtCache):
-    """A KV cache in device memory, with the I/O bindings of its sessions."""
+    """A KV cache in device memory, with the I/O bindings of its decoders."""
 
     def __init__(
         self,
@@ -273,7 +280,12 @@ class OrtDecoder:
     max_logit_rows = max_batch = UNLIMITED
 
     def __init__(
-        self, session: Any, contract: Contract, memory: str = CPU, prefill: Any | None = None
+        self,
+        session: Any,
+        contract: Contract,
+        memory: str = CPU,
+        prefill: Any | None = None,
+        adapter: Mapping[str, Any] | None = None,
     ) -> None:
         """Run one or two ``InferenceSession`` objects under their contract.
 
@@ -283,8 +295,11 @@ class OrtDecoder:
             memory: ONNX Runtime's name of the device.
             prefill: session of the prefill graph, which is faster for many tokens; None if there
                 is none.
+            adapter: tensors of a LoRA adapter in that memory, by their inputs; None computes
+                without one.
         """
         self.contract, self._session, self._memory = contract, session, memory
+        self._adapter = adapter or {}
         self._prefill = prefill or session
         self.tapped: Mapping[str, np.ndarray] = {}
         outputs = {item.name for item in session.get_outputs()}
@@ -298,7 +313,15 @@ class OrtDecoder:
 
     def without_prefill(self) -> OrtDecoder:
         """Return the same decoder without its prefill graph."""
-        return OrtDecoder(self._session, self.contract, self._memory)
+        return OrtDecoder(self._session, self.contract, self._memory, adapter=self._adapter)
+
+    def with_adapter(self, file: Path) -> OrtDecoder:
+        """Return a decoder on the same sessions that adds an adapter's change."""
+        values = read_adapter(file, self._session)
+        if self._memory != CPU:
+            place = _import().OrtValue.ortvalue_from_numpy
+            values = {name: place(value.numpy(), self._memory, 0) for name, value in values.items()}
+        return OrtDecoder(self._session, self.contract, self._memory, self._prefill, values)
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
         """Create an empty cache in the memory of the session."""
@@ -312,9 +335,9 @@ class OrtDecoder:
         with validated_call(self.contract, OrtCache, embeds, logit_rows, cache) as (own, rows, positions):
             batch, length, _ = embeds.shape
             session = self._session if length < PREFILL_FROM else self._prefill
-            if session not in own.bindings:
-                own.bindings[session] = self._bind_states(session, own)
-            binding = own.bindings[session]
+            if (self, session) not in own.bindings:
+                own.bindings[self, session] = self._bind_once(session, own)
+            binding = own.bindings[self, session]
             for spec, array in zip(self.contract.inputs, (embeds, positions, rows), strict=True):
                 _bind(binding.bind_input, spec, array)
             sizes = {"batch": batch, "sequence": length, "rows": len(rows)}
@@ -333,9 +356,11 @@ class OrtDecoder:
         self.tapped = outputs
         return logits
 
-    def _bind_states(self, session: Any, cache: OrtCache) -> Any:
-        """Bind the memory of the cache, which keeps it alive."""
+    def _bind_once(self, session: Any, cache: OrtCache) -> Any:
+        """Bind the adapter, and the memory of the cache, which keeps it alive."""
         binding = session.io_binding()
+        for name, value in self._adapter.items():
+            binding.bind_ortvalue_input(name, value)
         sizes = {"batch": cache.batch, "capacity": cache.capacity}
         for spec, address in zip(self.contract.states, cache.addresses, strict=True):
             shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]

@@ -15,11 +15,12 @@ GROUP = "dsvl_export.runtimes"
 
 if TYPE_CHECKING:  # mypy compares the modules with the protocols
     from runtimes.backends import coreai, coreml, executorch, onnxruntime, tensorrt, tensorrt_rtx
-    from runtimes.backends.capabilities import DeclaresConcurrency, ProvidesEntryPoints
+    from runtimes.backends.capabilities import DeclaresConcurrency, ProvidesEntryPoints, SwitchesAdapters
 
     _backends: tuple[Backend, ...] = (coreai, coreml, executorch, onnxruntime, tensorrt, tensorrt_rtx)
     _provide_entry_points: tuple[ProvidesEntryPoints, ...] = (coreai, coreml, executorch, onnxruntime)
     _declare_concurrency: tuple[DeclaresConcurrency, ...] = (onnxruntime,)
+    _switch_adapters: tuple[SwitchesAdapters, ...] = (onnxruntime,)
 
 
 def backend_names() -> list[str]:

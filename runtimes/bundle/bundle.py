@@ -6,7 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from runtimes.bundle.files import read_json, sha256_of_file
-from runtimes.bundle.manifest import MANIFEST, STAGING, Artifact, Manifest, stays_inside
+from runtimes.bundle.manifest import (
+    MANIFEST,
+    STAGING,
+    Artifact,
+    Manifest,
+    SwitchableAdapter,
+    stays_inside,
+)
 from runtimes.errors import UserError
 from runtimes.hub import HubId, download
 
@@ -146,3 +153,11 @@ class Bundle:
             if (item.component, item.backend, item.precision) == (component, backend, precision):
                 return item
         raise UserError(f"The bundle {self.folder} has no {component} for {backend} {precision}.")
+
+    def adapters(self, backend: str, precision: str) -> dict[str, SwitchableAdapter]:
+        """Return the adapters of a decoder by their names."""
+        return {
+            item.name: item
+            for item in self.manifest.adapters
+            if (item.backend, item.precision) == (backend, precision)
+        }

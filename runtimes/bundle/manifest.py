@@ -139,6 +139,36 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class SwitchableAdapter:
+    """A LoRA adapter that the runtime applies to a decoder of the bundle on demand.
+
+    Args:
+        name: What users select it by.
+        backend: Of the decoder.
+        precision: Of the decoder.
+        file: Path in the bundle.
+        rank: Largest rank of its layers.
+        targets: Names of the layers that it changes, without the number of the layer.
+        digest: SHA-256 of the adapter's own files and its weight.
+        origin: Folder or hub id that it was added from.
+    """
+
+    name: str
+    backend: str
+    precision: str
+    file: str
+    rank: int
+    targets: tuple[str, ...]
+    digest: str
+    origin: str
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> SwitchableAdapter:
+        """Build an adapter from its JSON object, which the schema has checked."""
+        return cls(**{**raw, "targets": tuple(raw["targets"])})
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of ``manifest.json``; the JSON schema is ``manifest.schema.json``."""
 
@@ -152,11 +182,13 @@ class Manifest:
     artifacts: tuple[Artifact, ...]
     files: dict[str, FileEntry]  # path → entry, for every file but the manifest and the reports
     parity: dict[str, Any] = field(default_factory=dict)  # backend/precision → verdict
+    adapters: tuple[SwitchableAdapter, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object."""
-        return asdict(self)
+        """Return the JSON object; without adapters, older releases can read it."""
+        raw = asdict(self)
+        return raw if self.adapters else {key: raw[key] for key in raw if key != "adapters"}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str) -> Manifest:
@@ -193,6 +225,7 @@ class Manifest:
             artifacts=tuple(map(Artifact.from_dict, raw["artifacts"])),
             files={path: FileEntry(**entry) for path, entry in raw["files"].items()},
             parity=raw["parity"],
+            adapters=tuple(map(SwitchableAdapter.from_dict, raw.get("adapters", []))),
         )
         for precision, table in manifest.contracts.items():
             try:
@@ -213,6 +246,9 @@ class Manifest:
             for name in (artifact.backend, artifact.precision, artifact.component):
                 if "/" in name or not stays_inside(name):  # used as names of folders
                     raise UserError(f"{where} has the name {name!r}, which cannot be the name of a file.")
+        keys = [(adapter.name, adapter.backend, adapter.precision) for adapter in manifest.adapters]
+        if len(set(keys)) < len(keys):
+            raise UserError(f"{where} has two adapters of one name; export the bundle again.")
         for path in manifest.paths():
             if not stays_inside(path):
                 raise UserError(f"{where} names {path!r}, which lies outside the bundle.")
@@ -228,6 +264,8 @@ class Manifest:
             yield from artifact.files
             if artifact.engine:
                 yield artifact.engine.file
+        for adapter in self.adapters:
+            yield adapter.file
 
 
 def stays_inside(path: str) -> bool:

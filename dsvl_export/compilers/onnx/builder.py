@@ -102,6 +102,12 @@ class Graph:
             self.initializers[name] = Initializer(name, dtype, tuple(shape), load)
         return name
 
+    def optional_input(self, name: str, dtype: np.dtype[Any], shape: Sequence[int | str]) -> str:
+        """Add an input that may be left out; its named dimensions are 0 then."""
+        self.inputs.append(value_info(name, dtype.name, shape))
+        empty = np.zeros([dim if isinstance(dim, int) else 0 for dim in shape], dtype)
+        return self.initializer(name, dtype, empty.shape, lambda: empty)
+
     def constant(self, array: np.ndarray, hint: str) -> str:
         """Add a small constant, shared by all nodes that need the same values."""
         values = "x".join(str(value) for value in array.flatten().tolist()[:8])

@@ -47,9 +47,11 @@ def check_contract(
         ValueError: a check fails.
     """
     graph = model.graph
+    optional = {item.name for item in graph.initializer}
+    required = [value for value in graph.input if value.name not in optional]
     states = tuple(state_output(state) for state in contract.states)
     for kind, values, specs in (
-        ("inputs", graph.input, contract.inputs + contract.states),
+        ("inputs", required, contract.inputs + contract.states),
         ("outputs", graph.output, contract.outputs + states),
     ):
         described = [_describe(value) for value in values]

@@ -42,10 +42,12 @@ class Dialect(Protocol):
     Attributes:
         opset: the newest opset that the dialect writes.
         float32_norms: whether norms of half precision are computed in float32.
+        takes_adapters: whether linear layers add the change of a LoRA adapter, which is an input.
     """
 
     opset: int
     float32_norms: bool  # whether norms of half precision are cast to float32 and back
+    takes_adapters: bool
 
     def opset_of(self, graph: Graph) -> int:
         """Return the opset that a lowered graph is written in; at most ``opset``."""

@@ -44,6 +44,10 @@ class OrtDialect(StandardDialect):
     buffer; the standard pair TensorScatter and Attention was 1.6 times slower in decode on CPU.
     """
 
+    def __init__(self, takes_adapters: bool = False) -> None:
+        """Write a graph with or without the inputs of LoRA adapters."""
+        self.takes_adapters = takes_adapters
+
     def opset_of(self, graph: Graph) -> int:
         """Return the oldest opset that can express a graph, for older ONNX Runtime releases."""
         operators = {node.op_type for node in graph.nodes}

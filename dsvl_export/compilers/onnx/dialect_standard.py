@@ -19,6 +19,7 @@ class StandardDialect:
 
     opset = 23
     float32_norms = False
+    takes_adapters = False
 
     def opset_of(self, graph: Graph) -> int:
         """Return the dialect's opset."""

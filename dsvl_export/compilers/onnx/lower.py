@@ -21,6 +21,7 @@ from dsvl_export.compilers.lowering import (
     swapped_axes,
     to_numpy,
 )
+from dsvl_export.compilers.onnx.adapters import add_adapter
 from dsvl_export.compilers.onnx.builder import Graph, element_type
 from dsvl_export.compilers.onnx.context import Dialect, Lowering
 from dsvl_export.compilers.onnx.quantization import (
@@ -68,9 +69,9 @@ def _linear(context: Lowering, node: Node) -> str:
             lambda: to_numpy(load().t()),
         )
         out = context.emit(node, "MatMul", [context.value(x), transposed])
-    if bias is None:
-        return out
-    return context.graph.node("Add", [out, context.value(bias)], f"{context.name(node)}_bias")
+    if bias is not None:
+        out = context.graph.node("Add", [out, context.value(bias)], f"{context.name(node)}_bias")
+    return add_adapter(context, node, x, out) if context.dialect.takes_adapters else out
 
 
 def _conv2d(context: Lowering, node: Node) -> str:

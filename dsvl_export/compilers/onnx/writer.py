@@ -94,6 +94,10 @@ def write_model(
                     on_bytes(item.nbytes)
             model.graph.initializer.append(_external(item, places[item.key]))
     file.write_bytes(model.SerializeToString())
+    if not data.stat().st_size:  # other graphs have all tensors
+        data.unlink()
+        journal.unlink()
+        return [file]
     return [file, data]
 
 
@@ -123,13 +127,13 @@ def _written(data: Path, journal: Path) -> dict[Key, int]:
     return offsets
 
 
-def weight_bytes(graphs: Sequence[Graph]) -> int:
+def weight_bytes(graphs: Sequence[Graph], external_above: int = EXTERNAL_ABOVE) -> int:
     """Compute the bytes of the weights of graphs in one folder, which share external data."""
     internal, external = 0, dict[Key, int]()
     for graph in graphs:
         items = list(graph.initializers.values())
         total = sum(item.nbytes for item in items)
-        if total <= EXTERNAL_ABOVE:
+        if total <= external_above:
             internal += total
         else:
             external |= {item.key: item.nbytes for item in items}

@@ -28,6 +28,7 @@ CALLS = {
         ),
         "dsvl_export.planning.workload",
     ),
+    "ADAPTERS": ("calibration.switchable_adapter", "runtimes.backends.onnxruntime_adapters"),
 }
 # Modules that these import, and that change no byte of a file.
 WITHOUT_INFLUENCE = {
@@ -95,6 +96,8 @@ def test_what_no_stage_computes_with_changes_no_digest(tree: Path, path: str) ->
         ("calibration/quantized_weights.py", set(KINDS) - {"REFERENCE", "RECORDING"}),
         ("calibration/recipes/int8.yaml", set(KINDS) - {"REFERENCE", "RECORDING"}),
         ("dsvl_export/quantization/calibrate.py", {"CALIBRATION"}),
+        ("calibration/switchable_adapter.py", set(KINDS) - {"REFERENCE", "RECORDING"}),
+        ("runtimes/backends/onnxruntime_adapters.py", {"ARTIFACTS", "ADAPTERS"}),
         ("dsvl_export/parity_check/quantization_error.py", {"QUANTIZATION_ERROR", "LAYERS"}),
         ("dsvl_export/parity_check/layers.py", {"LAYERS"}),
         ("dsvl_export/compilers/onnx/lower.py", {"ARTIFACTS"}),

@@ -1,0 +1,91 @@
+"""The decoder sessions of a bundle: without an adapter, and with each of its adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Lock
+
+from runtimes.backends.capabilities import AdaptableDecoder, SwitchesAdapters
+from runtimes.backends.registry import load_backend
+from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.contracts import Contract
+from runtimes.bundle.manifest import SwitchableAdapter
+from runtimes.errors import UserError
+from runtimes.session import DecoderSession, SessionOptions
+
+
+class Decoders:
+    """Opens the sessions of one decoder on first use; they stay open.
+
+    The weights are in memory once for answers without an adapter, and once for all adapters
+    together.
+    """
+
+    def __init__(
+        self, bundle: Bundle, backend: str, precision: str, options: SessionOptions, verify: bool = True
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            bundle: the bundle.
+            backend: one of its backends.
+            precision: one of its precisions.
+            options: of the sessions.
+            verify: whether to check the SHA-256 of an adapter's file.
+        """
+        self._bundle, self._backend, self._precision = bundle, backend, precision
+        self._options, self._verify = options, verify
+        self._lock = Lock()
+        self._sessions: dict[str | None, DecoderSession] = {}
+        self._adaptable: AdaptableDecoder | None = None
+
+    def open(self, adapter: str | None) -> DecoderSession:
+        """Return the session with an adapter; None is without one.
+
+        Raises:
+            UserError: there is no such adapter, or the session cannot be opened.
+        """
+        with self._lock:
+            if adapter not in self._sessions:
+                self._sessions[adapter] = self._open_adapter(adapter) if adapter else self._open_base()
+            return self._sessions[adapter]
+
+    def _open_base(self) -> DecoderSession:
+        return load_backend(self._backend).open_decoder(*self._decoder())
+
+    def _open_adapter(self, name: str) -> DecoderSession:
+        entry = find_adapter(self._bundle, self._backend, self._precision, name)
+        if self._verify:
+            self._bundle.check([entry.file])
+        if self._adaptable is None:
+            module = load_backend(self._backend)
+            assert isinstance(module, SwitchesAdapters)  # ``find_adapter`` checked it
+            self._adaptable = module.open_adaptable_decoder(*self._decoder())
+        return self._adaptable.with_adapter(self._bundle.path(entry.file))
+
+    def _decoder(self) -> tuple[Path, Contract, SessionOptions]:
+        """Return what a backend opens: the main file, its contract, and the options."""
+        artifact = self._bundle.artifact("decoder", self._backend, self._precision)
+        contract = self._bundle.manifest.contracts[self._precision]["decoder"]
+        return self._bundle.path(artifact.files[0]), contract, self._options
+
+
+def find_adapter(bundle: Bundle, backend: str, precision: str, name: str) -> SwitchableAdapter:
+    """Return an adapter of a decoder.
+
+    Raises:
+        UserError: the backend cannot switch adapters, or the bundle has no such adapter.
+    """
+    if not isinstance(load_backend(backend), SwitchesAdapters):
+        raise UserError(
+            f"The backend {backend} cannot switch adapters, so {name} cannot be selected; merge it into the"
+            " weights with 'dsvl-export export --adapter'."
+        )
+    known = bundle.adapters(backend, precision)
+    if name not in known:
+        names = f"it has {', '.join(known)}" if known else "it has none"
+        raise UserError(
+            f"The bundle {bundle.folder} has no adapter {name!r} for {backend} {precision}, {names}; add one"
+            f" with 'dsvl-export add-adapter {bundle.folder} NAME=FOLDER'."
+        )
+    return known[name]
