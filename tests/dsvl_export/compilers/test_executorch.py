@@ -270,7 +270,7 @@ def test_a_capacity_that_makes_no_range_of_lengths_is_refused(tmp_path: Path) ->
 
 
 def test_what_other_delegates_do_not_take_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="delegate 'metal' here; it has xnnpack, coreml, vulkan"):
+    with pytest.raises(UserError, match="no ExecuTorch delegate 'metal'; use one of xnnpack, coreml, vulkan"):
         export("tiny", tmp_path / "a", "executorch", delegate="metal")
     with pytest.raises(
         UserError, match="coreml supports only float encoders, 8da8w quantizes vision_encoder."
