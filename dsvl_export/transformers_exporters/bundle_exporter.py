@@ -1,4 +1,4 @@
-"""The backends of this package as export formats of transformers (``transformers.exporters``).
+"""Export a model of transformers into a bundle, and call the bundle like the model.
 
 ``register()`` adds one format per backend, such as ``dsvl-onnxruntime``, to the exporters of
 transformers 5.23 or later. Nothing else imports this module.
