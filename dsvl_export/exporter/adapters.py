@@ -142,7 +142,7 @@ class NamedAdapter:
             file = folder / f"{self.name}{SUFFIX}"
             write_adapter(file, tensors)
             entry = self._entry(backend, precision, f"{name}/{file.name}")
-            return {"adapter": asdict(entry), "rests_on": plan_hashes(staging, precision)}
+            return {"adapter": asdict(entry), "depends_on": plan_hashes(staging, precision)}
 
         return Stage(name, inputs, build, bytes=partial(matrix_bytes, self.adapter, base))
 

@@ -116,7 +116,7 @@ def finished_adapters(staging: Staging) -> tuple[SwitchableAdapter, ...]:
     adapters = [
         SwitchableAdapter.from_dict(result["adapter"])
         for result in results
-        if result["rests_on"] == plan_hashes(staging, result["adapter"]["precision"])
+        if result["depends_on"] == plan_hashes(staging, result["adapter"]["precision"])
     ]
     return tuple(item for item in adapters if (item.backend, item.precision) in decoders)
 

@@ -136,7 +136,7 @@ class Staging:
                 }
                 record[adapter.file.rpartition("/")[0]] = {
                     "key": "",
-                    "result": {"adapter": asdict(adapter), "rests_on": depends},
+                    "result": {"adapter": asdict(adapter), "depends_on": depends},
                     "files": {adapter.file: files[adapter.file]},
                 }
             for path in files:
