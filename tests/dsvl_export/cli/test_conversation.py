@@ -27,11 +27,11 @@ def test_parts_and_system_messages() -> None:
     )
     assert conversation.urls == ("data:,",)
     assert conversation.turns == (
-        Message("system", "Be brief."),
+        Message("system", ("Be", "brief.")),
         Message("user", ("<image_", "placeholder>", IMAGE, "What?")),
         Message("assistant", IMAGE_PLACEHOLDER),
         Message("system", "Be loud."),
-        Message("user", "Here is my note: buy milk What does it say?"),
+        Message("user", ("Here is my note: buy milk", "What does it say?")),
     )
     prompt = format_chat(conversation.turns, "not this one")
     assert prompt.pieces.count(IMAGE) == 1
