@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Lock
 
 from runtimes.backends.capabilities import AdaptableDecoder, SwitchesAdapters
+from runtimes.backends.onnxruntime_adapters import adapted_file
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract
@@ -81,7 +82,8 @@ def find_adapter(bundle: Bundle, backend: str, precision: str, name: str) -> Swi
             f"The backend {backend} cannot switch adapters, so {name} cannot be selected; merge it into the"
             " weights with 'dsvl-export export --adapter'."
         )
-    known = bundle.adapters(backend, precision)
+    main, *files = map(Path, bundle.artifact("decoder", backend, precision).files)
+    known = bundle.adapters(backend, precision) if adapted_file(main) in files else {}
     if name not in known:
         names = f"it has {', '.join(known)}" if known else "it has none"
         raise UserError(

@@ -160,6 +160,8 @@ class Models:
                         self._check_files(base)
                     self._make_room(closed)
                     self._add(base, verify=False)
+                if adapter and self.options.verify and adapter not in self._open[base].chains:
+                    self.bundle.check([self.bundle.adapters(*base.split("/"))[adapter].file])
                 self._open[base].open_adapter(adapter)
             except RequestError:  # all other models are in use
                 raise

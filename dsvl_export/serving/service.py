@@ -215,9 +215,9 @@ class Service(ABC):
         The name of the bundle's folder stands for the default model, and ``BASE:NAME`` for an
         adapter that is listed as ``NAME``.
         """
-        if name in self.names:
-            return name
         if name in (self.default, self.bundle.folder.name):
             return self.default
+        if name in self.names:
+            return name
         base, _, adapter = name.partition(":")
         return adapter if base == self.default and adapter in self.names else None

@@ -199,9 +199,11 @@ class BundleRunner(ModelRunner):
     def _embed_images(self, pixels: Tensor | None, high: Tensor | None) -> np.ndarray:
         """Return the embeddings ``[N, T, D]`` of images in the processor's form."""
         chain, norm = self.pipeline.chain, self._vision["high_norm"]
-        if high is not None and norm is not None:  # our hybrid encoder normalizes by itself
-            mean, std = (torch.tensor(norm[key]).reshape(1, 3, 1, 1) for key in ("mean", "std"))
-            pixels = high.cpu() * std + mean
+        if high is not None:
+            pixels = high.cpu()
+            if norm is not None:  # our hybrid encoder normalizes by itself
+                mean, std = (torch.tensor(norm[key]).reshape(1, 3, 1, 1) for key in ("mean", "std"))
+                pixels = pixels * std + mean
         if pixels is None:
             return np.zeros((0, 1, chain.embedding.rows.shape[1]), np.float32)
         return chain.adapt(chain.encode_pixels(pixels.numpy(force=True)))

@@ -31,7 +31,7 @@ from reference.checkpoint.text_files import find_chat_template
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
 from runtimes.text.control_tokens import is_control_token
-from runtimes.text.prompt import EOS, Message, format_chat
+from runtimes.text.prompt import EOS, IMAGE_PLACEHOLDER, Message, format_chat
 from runtimes.text.tokenizer import PromptSpec, Tokenizer
 from runtimes.text.tokenizer_file import read_tokenizer
 
@@ -69,7 +69,8 @@ PLAIN_TEXT_CONVERSATIONS: list[list[dict[str, Any]]] = [
     for messages in (TEXT_MESSAGES, [*TEXT_MESSAGES, *MULTITURN_MESSAGES[1:]])
 ]
 
-# The environment of transformers' ``_compile_jinja_template``.
+# Filters and tags are those of transformers' ``_compile_jinja_template``. ``strftime_now`` is not
+# defined, since a bundle cannot write the date.
 RENDER_SCRIPT = """
 import json, sys
 try:
@@ -90,8 +91,10 @@ class Generation(Extension):
 def raise_exception(message):
     raise ValueError(message)
 
-def tojson(value, indent=None):
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 def describe(error):
     if isinstance(error, MemoryError):
@@ -258,6 +261,9 @@ def _difference_from_built_in(source: _Source, spec: PromptSpec) -> str:
         ]
         if not described:
             return ""
+        reads_lists = conversations is CONVERSATIONS and "'type'" not in rendered[1]
+        if reads_lists and IMAGE_PLACEHOLDER in rendered[1]:
+            return described[0]  # the template places images, so its form for texts alone does not count
         differences += described
     return [*differences, *errors][0]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reference.checkpoint.folder_content import (
     ADAPTER_CONFIG,
+    TEMPLATE_FILES,
     WEIGHT_FILES,
     join_names,
     subfolder_hint,
@@ -354,7 +355,7 @@ def _resolve(folder: Path) -> Path:
     hub_id = HubId.parse(folder)
     if hub_id is None:
         raise UserError(f"There is no folder {folder}; give the folder of the adapter.")
-    return download(hub_id, [ADAPTER_CONFIG, *ADAPTER_FILES, "adapter_model-*-of-*"]).folder
+    return download(hub_id, [ADAPTER_CONFIG, *ADAPTER_FILES, "adapter_model-*-of-*", *TEMPLATE_FILES]).folder
 
 
 def _read_settings(folder: Path) -> Settings:

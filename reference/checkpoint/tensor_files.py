@@ -121,7 +121,11 @@ def _find_shards(folder: Path) -> list[Path]:
         if match := SHARD.fullmatch(file.name):
             key = (match["stem"], match["suffix"], int(match["count"]))
             sets.setdefault(key, {})[int(match["number"])] = file
-    complete = [shards for (_, _, count), shards in sets.items() if set(shards) == {*range(1, count + 1)}]
+    complete = [
+        shards
+        for (_, _, count), shards in sets.items()
+        if len(shards) == count and min(shards) == 1 and max(shards) == count
+    ]
     if len(complete) == 1:
         return list(complete[0].values())
     if sets:
@@ -203,6 +207,7 @@ class _TorchFile:
     """A ``.bin`` file of either PyTorch format, memory-mapped; pickles with code are refused."""
 
     def __init__(self, file: Path) -> None:
+        self._file = file
         self._legacy: LegacyFile | None = None
         try:
             with file.open("rb") as handle:
@@ -229,6 +234,8 @@ class _TorchFile:
         stored = {}
         for name, tensor in self._content.items():
             dtype, shape = tensor.dtype, tuple(tensor.shape)
+            if getattr(tensor, "is_meta", False):
+                raise UserError(f"The tensor {name} of {self._file} has no values; save the model again.")
             stored[name] = StoredTensor(
                 str(dtype).removeprefix("torch."), shape, dtype.itemsize * prod(shape)
             )

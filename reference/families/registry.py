@@ -38,5 +38,13 @@ def find_family(raw: Mapping[str, Any], where: str) -> Family:
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Return the family of a parsed config."""
+    """Return the family of a config.
+
+    Raises:
+        UserError: this release does not have the family that a manifest names.
+    """
+    if config.family not in FAMILIES:
+        raise UserError(
+            f"The model family {config.family!r} is not supported; this release has {', '.join(FAMILIES)}."
+        )
     return FAMILIES[config.family]

@@ -143,14 +143,14 @@ class SwitchableAdapter:
     """A LoRA adapter that the runtime applies to a decoder of the bundle on demand.
 
     Args:
-        name: What users select it by.
-        backend: Of the decoder.
-        precision: Of the decoder.
-        file: Path in the bundle.
-        rank: Largest rank of its layers.
-        targets: Names of the layers that it changes, without the number of the layer.
+        name: the name by which users select it.
+        backend: of the decoder.
+        precision: of the decoder.
+        file: path in the bundle.
+        rank: largest rank of its layers.
+        targets: names of the layers that it changes, without the number of the layer.
         digest: SHA-256 of the adapter's own files and its weight.
-        origin: Folder or hub id that it was added from.
+        origin: folder or hub id that it was added from.
     """
 
     name: str
@@ -249,6 +249,13 @@ class Manifest:
         keys = [(adapter.name, adapter.backend, adapter.precision) for adapter in manifest.adapters]
         if len(set(keys)) < len(keys):
             raise UserError(f"{where} has two adapters of one name; export the bundle again.")
+        for adapter in manifest.adapters:  # its folder is removed with it
+            folder = f"adapters/{adapter.backend}/{adapter.precision}/{adapter.name}"
+            if adapter.file.rpartition("/")[0] != folder:
+                raise UserError(
+                    f"{where} has the file {adapter.file!r} for the adapter {adapter.name!r}, expected one in"
+                    f" {folder}; export the bundle again."
+                )
         for path in manifest.paths():
             if not stays_inside(path):
                 raise UserError(f"{where} names {path!r}, which lies outside the bundle.")

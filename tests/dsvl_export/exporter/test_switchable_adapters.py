@@ -25,6 +25,8 @@ from reference.checkpoint.checkpoint import open_checkpoint, parameter_shapes
 from reference.checkpoint.lora_adapter import AdapterChoice
 from runtimes.backends import onnxruntime
 from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.files import read_json, write_json
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.pipeline import Pipeline
 from tests.adapters import PREFIX, write_decoder_adapter
 from tests.dsvl_export.cli.command_line import refused
@@ -422,3 +424,22 @@ def test_a_damaged_file_is_refused(changed: Path, run) -> None:
     file.unlink()
     assert refused(run(*ask), "all.onnx_adapter is missing")
     assert run("run", changed, "-p", "Hello", "--adapter", "some", "--max-new-tokens", "2").code == 0
+
+
+@pytest.mark.parametrize("file", ["all.onnx_adapter", "onnxruntime/fp32/decoder/decoder.onnx"])
+def test_files_outside_of_an_adapters_folder_are_refused(
+    switchable_bundle: Bundle, tmp_path: Path, file: str
+) -> None:
+    """``remove-adapter`` removes the folder of an adapter's file."""
+    folder = Path(shutil.copytree(switchable_bundle.folder, tmp_path / "bundle"))
+    raw = read_json(folder / MANIFEST)
+    entry = raw["adapters"][0]
+    raw["files"][file] = raw["files"][entry["file"]]
+    entry["file"] = file
+    write_json(folder / MANIFEST, raw)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(
+        UserError, match=f"the file '{file}' for the adapter 'all', expected one in adapters/"
+    ):
+        remove_adapters(folder, ["all"])
+    assert sorted(folder.rglob("*")) == before

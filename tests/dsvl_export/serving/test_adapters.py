@@ -105,6 +105,19 @@ def test_another_precision(switchable_bundle: Bundle) -> None:
         assert [model.name for model in found.models.open_models] == [MODEL, "onnxruntime/fp16"]
 
 
+def test_a_changed_adapter_of_another_precision(switchable_bundle: Bundle, tmp_path: Path) -> None:
+    """Its hash is checked when it is opened, as that of the default model's adapters."""
+    folder = Path(shutil.copytree(switchable_bundle.folder, tmp_path / "bundle"))
+    file = folder / "adapters/onnxruntime/fp16/all/all.onnx_adapter"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with serving(Bundle.open(folder)) as found:
+        response = found.post({"model": "onnxruntime/fp16:all", "messages": ask(DESCRIBE)})
+        assert response.status_code == 503
+        assert "all.onnx_adapter" in sentence(response)
+
+
 def test_an_adapter_that_cannot_be_opened(switchable_bundle: Bundle, tmp_path: Path) -> None:
     """The other models go on answering."""
     folder = Path(shutil.copytree(switchable_bundle.folder, tmp_path / "bundle"))

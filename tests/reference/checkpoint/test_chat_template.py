@@ -315,3 +315,29 @@ def test_texts_beside_images_and_texts(tmp_path: Path, image: str, around: bool)
     prompt = str(format_chat([Message("user", ("a", "b", IMAGE, IMAGE))], "", found))
     line = "\n" * around
     assert f"a / b{IMAGE_PLACEHOLDER}\n{IMAGE_PLACEHOLDER}{line}\n\nAssistant:" in prompt
+
+
+@pytest.mark.parametrize("image", ["<image_placeholder>\\n", "<img><image_placeholder></img>"])
+def test_images_decide_where_texts_alone_agree(tmp_path: Path, image: str) -> None:
+    """A template that reads both forms, and writes the built-in prompt for texts alone."""
+    changes = {
+        "<image_placeholder>": f'{{{{ "{image}" }}}}',
+        "{%- for part in m.content -%}": "{%- if m.content is string %}{{ m.content }}{% else %}"
+        "{%- for part in m.content -%}",
+        "{%- endfor -%}\n{{ '\\n": "{%- endfor -%}{% endif %}\n{{ '\\n",
+    }
+    template = SAME
+    for old, new in changes.items():
+        assert old in template
+        template = template.replace(old, new)
+    spec = spec_of(checkpoint_with(tmp_path, template))
+    written = str(format_chat([Message("user", (IMAGE, "What?"))], spec.system_prompt, spec.template))
+    assert image.replace("\\n", "\n") in written
+
+
+def test_names_of_templates_of_any_type(tmp_path: Path) -> None:
+    file = checkpoint_with(tmp_path, SAME) / "tokenizer_config.json"
+    (tmp_path / "chat_template.jinja").unlink()
+    named = [{"name": [], "template": "x"}, {"name": "default", "template": SAME}]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": named}))
+    assert spec_of(tmp_path) == spec_of(TINY)
