@@ -56,7 +56,7 @@ class Computed:
         self.error: type[BaseException] = KeyboardInterrupt
         self.stop_when_hashed = False
         self._stage, self._plain = "", writer.stored_bytes
-        patch.setattr(writer.write_model, "__defaults__", (0, None))
+        patch.setattr("dsvl_export.compilers.onnxruntime.EXTERNAL_ABOVE", 0)
         patch.setattr(writer, "stored_bytes", self._bytes)
 
     def export(self, folder: Path) -> Bundle:
@@ -186,7 +186,7 @@ def test_the_disk_is_asked_for_the_rest_alone(tmp_path: Path, monkeypatch: pytes
     made = computed.export(tmp_path / "b")
     artifact = made.artifact("decoder", "onnxruntime", "8da4w")
     decoder = sum(made.manifest.files[file].bytes for file in artifact.files)
-    assert float(figure[1]) * 1e6 == pytest.approx(decoder - written, rel=0.05)
+    assert float(figure[1]) * 1e6 == pytest.approx(decoder - written, rel=0.1)  # tensors begin at pages
 
 
 def test_what_other_inputs_make_anew_needs_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
