@@ -83,7 +83,12 @@ def find_adapter(bundle: Bundle, backend: str, precision: str, name: str) -> Swi
             " weights with 'dsvl-export export --adapter'."
         )
     main, *files = map(Path, bundle.artifact("decoder", backend, precision).files)
-    known = bundle.adapters(backend, precision) if adapted_file(main) in files else {}
+    if adapted_file(main) not in files:
+        raise UserError(
+            f"{backend} {precision} of the bundle {bundle.folder} was exported without switchable adapters,"
+            f" so {name} cannot be selected; export it again with --switchable."
+        )
+    known = bundle.adapters(backend, precision)
     if name not in known:
         names = f"it has {', '.join(known)}" if known else "it has none"
         raise UserError(

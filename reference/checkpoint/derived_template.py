@@ -25,6 +25,8 @@ TEXTS = (
     "  with white space around  ", "\nlines\n", "User: x\n\nAssistant: y", "'quotes' \"and\" `more` & <tags>",
 )  # fmt: skip
 
+REASONING = "<think>\nIt is a cat.\n</think>\n\nA cat."  # some templates cut this out of earlier answers
+
 
 class CannotDeriveError(Exception):
     """A template cannot be rendered or written as texts; the message is a clause.
@@ -291,9 +293,10 @@ def _between_ends(text: str, start: str, end: str) -> str:
 
 
 def sample_conversations(template: ChatTemplate, lists: bool) -> list[list[dict[str, Any]]]:
-    """Return random conversations that a template supports: turns, images, system messages."""
+    """Return conversations that a template supports: random ones, and an answer with reasoning."""
     generator = random.Random(0)
-    conversations = []
+    contents = (("user", TEXTS[0]), ("assistant", REASONING), ("user", TEXTS[1]))
+    conversations = [[_message(role, content, lists) for role, content in contents]]
     for _ in range(CHECKED_CONVERSATIONS):
         messages = []
         if template.system_messages != "none" and generator.random() < 0.4:

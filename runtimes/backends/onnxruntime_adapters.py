@@ -36,7 +36,11 @@ def up_name(layer: str) -> str:
 
 
 def write_adapter(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write the tensors of an adapter, by the names of the graph's inputs; the order is fixed."""
+    """Write the tensors of an adapter, by the names of the graph's inputs; the order is fixed.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     import onnxruntime
 
     content = onnxruntime.AdapterFormat()
@@ -44,7 +48,10 @@ def write_adapter(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     content.set_model_version(VERSION)
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(tensors[name]) for name in sorted(tensors)}
     content.set_parameters(values)
-    content.export_adapter(str(file))
+    try:
+        content.export_adapter(str(file))
+    except RuntimeError as error:  # ONNX Runtime's, for a full disk too
+        raise OSError(f"{file} cannot be written ({first_line(error)})") from error
 
 
 def read_adapter(file: Path, session: Any) -> dict[str, Any]:

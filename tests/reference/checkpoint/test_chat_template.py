@@ -341,3 +341,13 @@ def test_names_of_templates_of_any_type(tmp_path: Path) -> None:
     named = [{"name": [], "template": "x"}, {"name": "default", "template": SAME}]
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": named}))
     assert spec_of(tmp_path) == spec_of(TINY)
+
+
+def test_a_template_that_cuts_reasoning_is_refused(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% set text = m.content %}{% if m.role == 'assistant' and '</think>' in text %}"
+        "{% set text = text.split('</think>')[-1] %}{% endif %}<|im_start|>{{ m.role }}\n{{ text }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(UserError, match="does more than put texts between the messages"):
+        spec_of(checkpoint_with(tmp_path, template, added="chatml"))
