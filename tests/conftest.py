@@ -244,7 +244,7 @@ def executorch_bundle(one_layer: Path, tmp_path_factory: pytest.TempPathFactory)
 
     def make(folder: Path) -> None:
         done = optimum(
-            "--model", str(one_layer), "--backend", "executorch", "--precision", "fp32", "--precision", "fp16",
+            "--model", str(one_layer), "--backend", "executorch", "--precision", "fp32",
             "--no-parity", "--output", str(folder),
         )  # fmt: skip
         assert done.code == 0, done.err

@@ -48,7 +48,7 @@ def test_every_backend(
 
 
 def test_executorch(executorch_bundle: Bundle) -> None:
-    judge(executorch_bundle, "executorch", "fp16")
+    judge(executorch_bundle, "executorch", "fp32")
 
 
 def test_options_are_those_of_our_own_command() -> None:

@@ -67,6 +67,7 @@ def test_calibration_with_a_worker_killed(nodes: Any, tmp_path: Path) -> None:
             assert np.array_equal(array, other.tensors[name].to_tensors()[part]), (name, part)
 
 
+@pytest.mark.full
 def test_sensitivity_and_parity(nodes: Any, tiny_bundle: Bundle, tmp_path: Path) -> None:
     source = open_checkpoint("tiny")
     alone, _ = sensitivity(source, tmp_path / "alone", "bundled", 3, 0, ["int4-g32"], None, lambda *_: None)

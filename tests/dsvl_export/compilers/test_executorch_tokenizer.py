@@ -149,7 +149,7 @@ def test_export_says_that_there_is_no_file(
             artifact["tools"][RUNNER_TOKENIZER] = "none: it tokenizes 3 texts differently: 'a [b] c'"
     (folder / MANIFEST).write_text(json.dumps(raw))
     monkeypatch.setattr("dsvl_export.exporter.export.export_bundle", lambda *_: Bundle.open(folder))
-    options = ["--backend", "executorch", "--precision", "fp32", "--precision", "fp16", "--no-parity"]
+    options = ["--backend", "executorch", "--precision", "fp32", "--no-parity"]
     app(["export", "tiny", *options, "--output", str(folder)], standalone_mode=False)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("No tokenizer for ExecuTorch's runner") == 1
