@@ -6,7 +6,6 @@ from pathlib import Path
 from threading import Lock
 
 from runtimes.backends.capabilities import AdaptableDecoder, SwitchesAdapters
-from runtimes.backends.onnxruntime_adapters import adapted_file
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract
@@ -77,13 +76,13 @@ def find_adapter(bundle: Bundle, backend: str, precision: str, name: str) -> Swi
     Raises:
         UserError: the backend cannot switch adapters, or the bundle has no such adapter.
     """
-    if not isinstance(load_backend(backend), SwitchesAdapters):
+    module = load_backend(backend)
+    if not isinstance(module, SwitchesAdapters):
         raise UserError(
             f"The backend {backend} cannot switch adapters, so {name} cannot be selected; merge it into the"
             " weights with 'dsvl-export export --adapter'."
         )
-    main, *files = map(Path, bundle.artifact("decoder", backend, precision).files)
-    if adapted_file(main) not in files:
+    if not module.is_switchable(bundle.artifact("decoder", backend, precision).files):
         raise UserError(
             f"{backend} {precision} of the bundle {bundle.folder} was exported without switchable adapters,"
             f" so {name} cannot be selected; export it again with --switchable."

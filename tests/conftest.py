@@ -205,6 +205,12 @@ def switchable_bundle(
     )
 
 
+@pytest.fixture
+def switchable_copy(switchable_bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy whose adapters may be changed."""
+    return Path(shutil.copytree(switchable_bundle.folder, tmp_path / "bundle"))
+
+
 @pytest.fixture(scope="session")
 def trt11_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """The tiny checkpoint's ONNX for TensorRT 11; tests must not change it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from dsvl_export.compilers.precisions import bundled_plan, precision_folder
@@ -10,7 +10,8 @@ from dsvl_export.exporter.staging import Staging, dependencies
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.specs import remarks
 from reference.trace import TRACED_COMPONENTS, component_contract
-from runtimes.backends.onnxruntime_adapters import adapted_file
+from runtimes.backends.capabilities import SwitchesAdapters
+from runtimes.backends.registry import load_backend
 from runtimes.bundle.files import sha256_of_file
 from runtimes.bundle.manifest import JUDGED_WITH, Artifact, Manifest, SwitchableAdapter
 
@@ -122,9 +123,11 @@ def finished_adapters(staging: Staging) -> tuple[SwitchableAdapter, ...]:
 
 
 def takes_adapters(artifact: Artifact) -> bool:
-    """Return whether an artifact is a decoder with a graph for adapters."""
-    main, *files = map(Path, artifact.files)
-    return artifact.component == "decoder" and adapted_file(main) in files
+    """Return whether an artifact is a decoder that takes adapters."""
+    if artifact.component != "decoder":
+        return False
+    module = load_backend(artifact.backend)
+    return isinstance(module, SwitchesAdapters) and module.is_switchable(artifact.files)
 
 
 def complete_artifacts(staging: Staging) -> tuple[Artifact, ...]:

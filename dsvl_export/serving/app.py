@@ -24,7 +24,7 @@ from dsvl_export.serving.limits import RequestLimits
 from dsvl_export.serving.metrics import CountRequests, Metrics
 from dsvl_export.serving.openapi import openapi_document
 from dsvl_export.serving.protocol import Conversation, parse_conversation, read_request
-from dsvl_export.serving.service import AnswerStream, ModelRequest, ServeOptions, Service
+from dsvl_export.serving.service import AnswerStream, ModelRequest, ServeOptions, Service, split_model
 from dsvl_export.version import __version__
 from runtimes.errors import UserError
 from runtimes.job import Step
@@ -176,13 +176,12 @@ def describe_model(service: Service, name: str) -> dict[str, Any]:
 
     A model with an adapter has the base model as its ``parent``, as in vLLM.
     """
-    base = name.partition(":")[0]
-    parent = None if base == name and "/" in name else base if "/" in base else service.default
-    backend, precision = (parent or name).split("/")
+    base, adapter = split_model(name, service.default)
+    backend, precision = base.split("/")
     return {
         "id": name, "object": "model", "created": 0, "owned_by": "dsvl-export", "backend": backend,
         "precision": precision, "default": name == service.default,
-        "open": name in service.open_models, **({"parent": parent} if parent else {}),
+        "open": name in service.open_models, **({"parent": base} if adapter else {}),
     }  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from dsvl_export.serving.models import (
     Model,
     ModelOptions,
     Models,
-    adapter_model,
     runnable_models,
 )
 from dsvl_export.serving.protocol import Conversation
@@ -31,6 +30,8 @@ from dsvl_export.serving.service import (
     ModelRequest,
     ModelStatus,
     Service,
+    adapter_model,
+    split_model,
 )
 from dsvl_export.serving.text import TextEncoder
 from runtimes.bundle.bundle import Bundle
@@ -215,7 +216,7 @@ class LocalAnswerStream(AnswerStream):
             loop.call_soon_threadsafe(steps.put_nowait, step)
 
         assert self._leased
-        _, adapter = self._service.models.locate(self.model)
+        _, adapter = split_model(self.model, self._service.default)
         chain = self._leased.chains[adapter]
         self._job = self._leased.scheduler.submit(
             prompt, self._request.generation, deliver, seconds, self._request.stream, chain

@@ -9,6 +9,7 @@ from time import monotonic
 
 from dsvl_export.parity_check.against_reference import execution
 from dsvl_export.serving.errors import RequestError, unavailable
+from dsvl_export.serving.service import adapter_model, split_model
 from runtimes.backends.capabilities import DeclaresConcurrency
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
@@ -85,14 +86,6 @@ def runnable_models(bundle: Bundle, device: str | None) -> list[str]:
     return ["/".join(choice) for choice in bundle.choices() if execution(bundle, *choice, device).runnable]
 
 
-def adapter_model(base: str, adapter: str, default: str) -> str:
-    """Return the name of the model that an adapter makes of a base model.
-
-    It is the adapter's own with the default model, and ``BASE:NAME`` with others.
-    """
-    return adapter if base == default else f"{base}:{adapter}"
-
-
 class Models:
     """The open models of one bundle."""
 
@@ -124,17 +117,12 @@ class Models:
             names += [model.name, *(adapter_model(model.name, item, self.default) for item in adapters)]
         return names
 
-    def locate(self, name: str) -> tuple[str, str | None]:
-        """Return the base model, ``<backend>/<precision>``, and the adapter of a model."""
-        base, _, adapter = name.partition(":")
-        return (base, adapter or None) if "/" in base else (self.default, base)
-
     def lease(self, name: str) -> Model | None:
         """Return the open base model of a model, to be returned with ``release``.
 
         None if it or its adapter must be opened first.
         """
-        base, adapter = self.locate(name)
+        base, adapter = split_model(name, self.default)
         with self._lock:
             model = self._open.get(base)
             if model is None or adapter not in model.chains:
@@ -151,7 +139,7 @@ class Models:
         Raises:
             RequestError: the model cannot be opened, or not now.
         """
-        base, adapter = self.locate(name)
+        base, adapter = split_model(name, self.default)
         with self._opening:
             closed: list[str] = []
             try:

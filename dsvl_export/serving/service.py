@@ -150,6 +150,20 @@ class BundleWatch:
         return stamps
 
 
+def adapter_model(base: str, adapter: str, default: str) -> str:
+    """Return the name of the model that an adapter makes of a base model.
+
+    It is the adapter's own with the default model, and ``BASE:NAME`` with others.
+    """
+    return adapter if base == default else f"{base}:{adapter}"
+
+
+def split_model(name: str, default: str) -> tuple[str, str | None]:
+    """Return the base model, ``<backend>/<precision>``, and the adapter of a model's name."""
+    base, _, adapter = name.partition(":")
+    return (base, adapter or None) if "/" in base else (default, base)
+
+
 class Service(ABC):
     """Answers requests to the models of a bundle."""
 

@@ -73,9 +73,11 @@ PLAIN_TEXT_CONVERSATIONS: list[list[dict[str, Any]]] = [
 # defined, since a bundle cannot write the date.
 RENDER_SCRIPT = """
 import json, sys
+limit, *folders = sys.argv[1:]
+sys.path += folders
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), int(sys.argv[1])))
+    resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
 except (ImportError, ValueError, OSError):
     pass  # a system without this limit
 from jinja2.ext import Extension, loopcontrols
@@ -336,7 +338,7 @@ def _render(source: _Source, requests: list[tuple[Any, bool]], bos: str | None =
     )
     try:
         process = subprocess.run(
-            [sys.executable, "-I", "-c", RENDER_SCRIPT, str(RENDER_MEMORY)],
+            [sys.executable, "-I", "-c", RENDER_SCRIPT, str(RENDER_MEMORY), *_package_folders()],
             input=request,
             capture_output=True,
             text=True,
@@ -353,6 +355,12 @@ def _render(source: _Source, requests: list[tuple[Any, bool]], bos: str | None =
     if bos is not None:
         texts = [text and _with_prefix(text, source.prefix, bos) for text in texts]
     return [Rendering(text, row.get("error", "")) for text, row in zip(texts, answer["rows"], strict=True)]
+
+
+def _package_folders() -> list[str]:
+    """Return where jinja2 and what it needs are; an isolated process does not know all places."""
+    specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    return [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
 
 
 def _with_prefix(text: str, prefix: str, bos: str) -> str:

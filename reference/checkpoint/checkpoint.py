@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reference.checkpoint.config_file import parse_config
 from reference.checkpoint.file_signature import check_file_signature
@@ -23,6 +22,8 @@ from reference.checkpoint.folder_content import (
 )
 from reference.checkpoint.image_processor import read_image_processor
 from reference.checkpoint.layouts import (
+    EMBEDDING,
+    HEAD,
     ParameterSource,
     Shape,
     canonical_names,
@@ -33,6 +34,7 @@ from reference.checkpoint.layouts import (
 from reference.checkpoint.lora_adapter import AdapterChoice, base_model
 from reference.checkpoint.lora_merge import Adapters
 from reference.checkpoint.stored_config import config_of_weights
+from reference.checkpoint.streaming import stream_weights
 from reference.checkpoint.tensor_files import (
     ADAPTER_FILES,
     FLOAT_DTYPES,
@@ -188,8 +190,7 @@ class Checkpoint:
         """Sources by parameter; of a tied embedding and head, one may be read from the other."""
         table = parameter_sources(self.config, self._shapes)
         if self.config.tied_head:
-            head, embedding = "decoder.head.weight", "token_embedding.weight"
-            for name, twin in ((head, embedding), (embedding, head)):
+            for name, twin in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
                 if table[name].names[0] not in self._stored_names:
                     table[name] = table[twin]
         return table
@@ -216,9 +217,9 @@ class Checkpoint:
         """Return the bytes of the token embedding as ``load`` returns it; None without weights."""
         if not has_weights(self.folder):
             return None
-        (name,) = self._stored("token_embedding.weight")
+        (name,) = self._stored(EMBEDDING)
         stored = self._files.stored[name]
-        if "token_embedding.weight" in self.adapters:
+        if EMBEDDING in self.adapters:
             return 4 * prod(stored.shape)
         return stored.nbytes // 2 if stored.dtype == "float64" else stored.nbytes
 
@@ -243,7 +244,7 @@ class Checkpoint:
         prepare(model)
         total = sum(4 * parameter.numel() for parameter in model.parameters())
         if total > STREAMING_THRESHOLD if streamed is None else streamed:
-            _stream_weights(model, load)
+            stream_weights(model, load)
         else:
             model = model.to_empty(device="cpu")
             for name, parameter in model.named_parameters():
@@ -293,40 +294,6 @@ class Checkpoint:
             raise UserError(f"{self.folder} has no tokenizer.json, which the runtime needs; {remedy}.")
         names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
         return [self.folder / name for name in names if (self.folder / name).exists()]
-
-
-def _stream_weights(model: DeepSeekVL, load: Callable[[str], Tensor]) -> None:
-    """Add hooks that load a module's own parameters before it runs and free them afterward.
-
-    Buffers are reused by the next module with the same shapes: allocating memory takes longer than
-    reading the weights.
-    """
-    free_buffers: dict[Shape, list[Tensor]] = {}
-
-    def add_hooks(module: nn.Module, prefix: str) -> None:
-        meta_parameters = dict(module.named_parameters(recurse=False))
-
-        def load_parameters(module: nn.Module, args: Any) -> None:
-            for name, parameter in meta_parameters.items():
-                buffers = free_buffers.get(tuple(parameter.shape))
-                with torch.inference_mode(False):  # an inference tensor is unusable in other modes
-                    buffer = buffers.pop() if buffers else torch.empty_like(parameter, device="cpu")
-                value = buffer.copy_(load(f"{prefix}{name}"))
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
-
-        def free_parameters(module: nn.Module, args: Any, output: Any) -> None:
-            for name, parameter in meta_parameters.items():
-                loaded = getattr(module, name)
-                if loaded is not parameter:  # it still is the meta parameter if loading failed
-                    free_buffers.setdefault(tuple(parameter.shape), []).append(loaded.data)
-                    setattr(module, name, parameter)
-
-        if meta_parameters:
-            module.register_forward_pre_hook(load_parameters)
-            module.register_forward_hook(free_parameters, always_call=True)
-
-    for path, module in model.named_modules():
-        add_hooks(module, f"{path}." if path else "")
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:

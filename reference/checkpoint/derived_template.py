@@ -1,4 +1,4 @@
-"""A chat template in Jinja written as the texts between messages, with a proof by examples.
+"""A chat template in Jinja, written as texts between messages and checked on conversations.
 
 Conversations of unique markers are rendered; what lies between the markers are the fields of a
 ``ChatTemplate``. Then both render many other conversations: a template that does anything else than
@@ -32,8 +32,8 @@ class CannotDeriveError(Exception):
     """A template cannot be rendered or written as texts; the message is a clause.
 
     Attributes:
-        rank: how much the clause tells of two: 0 if messages have another form, 1 if the template
-            fails on one, 2 if it writes something else, 3 if it fails on all messages.
+        rank: of two errors, the higher one is reported: 0 if messages have another form, 1 if the
+            template fails on one, 2 if it writes something else, 3 if it fails on all messages.
     """
 
     def __init__(self, message: str, rank: int = 2) -> None:

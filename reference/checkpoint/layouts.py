@@ -13,6 +13,7 @@ from reference.families.names import ParameterSource, Shape
 from reference.families.registry import family_of
 from reference.model.config import ModelConfig
 
+EMBEDDING, HEAD = "token_embedding.weight", "decoder.head.weight"  # the parameters that can be tied
 # Tensors in published checkpoints that no computation uses: pooling heads and norms of other tower
 # modes, and tables that every loader computes itself.
 UNUSED_TENSORS = re.compile(

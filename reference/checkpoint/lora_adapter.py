@@ -22,8 +22,8 @@ from reference.checkpoint.folder_content import (
     subfolder_hint,
     trainer_shards_hint,
 )
-from reference.checkpoint.layouts import Shape
-from reference.checkpoint.lora_targets import EMBEDDING, HEAD, Slice, Targets
+from reference.checkpoint.layouts import EMBEDDING, HEAD, Shape
+from reference.checkpoint.lora_targets import Slice, Targets
 from reference.checkpoint.tensor_files import ADAPTER_FILES, FLOAT_DTYPES, TensorFiles
 from reference.model.config import ModelConfig
 from reference.settings import Settings

@@ -6,10 +6,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from reference.checkpoint.layouts import ParameterSource, Shape, canonical_names, is_unused, parameter_sources
+from reference.checkpoint.layouts import (
+    EMBEDDING,
+    HEAD,
+    ParameterSource,
+    Shape,
+    canonical_names,
+    is_unused,
+    parameter_sources,
+)
 from reference.model.config import Layout, ModelConfig
 
-EMBEDDING, HEAD = "token_embedding.weight", "decoder.head.weight"
 LAYOUTS: tuple[Layout, ...] = ("original", "transformers")
 
 

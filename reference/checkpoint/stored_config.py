@@ -9,14 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from reference.checkpoint.layouts import canonical_names
+from reference.checkpoint.layouts import EMBEDDING, HEAD, canonical_names, parameter_sources
 from reference.checkpoint.tensor_files import TensorFiles
 from reference.model.config import ModelConfig
-
-_NAMES = {
-    "original": ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
-    "transformers": ("model.language_model.embed_tokens.weight", "lm_head.weight"),
-}
 
 
 def config_of_weights(config: ModelConfig, files: TensorFiles) -> ModelConfig:
@@ -26,7 +21,8 @@ def config_of_weights(config: ModelConfig, files: TensorFiles) -> ModelConfig:
     the decoder's width. A head that differs from the embedding is not tied, as in transformers.
     """
     stored = canonical_names(config, files.stored)
-    names = [stored[name][0] for name in _NAMES[config.layout] if len(stored.get(name, ())) == 1]
+    sources = parameter_sources(config, {EMBEDDING: (), HEAD: ()})
+    names = [rows[0] for source in sources.values() if len(rows := stored.get(source.names[0], [])) == 1]
     shapes = {files.stored[name].shape for name in names}
     if len(shapes) != 1:
         return config

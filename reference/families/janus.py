@@ -42,9 +42,9 @@ SKIPPED_TENSORS: re.Pattern[str] | None = re.compile(
 )
 
 # Roles of Janus-1.3B (``deepseek_old`` in the original) and of Janus-Pro (``deepseek``).
-WORDS = ChatTemplate(before_image="\n", after_image="\n")
+WORD_ROLES = ChatTemplate(before_image="\n", after_image="\n")
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
-TOKENS = replace(WORDS, user=f"{USER}: ", assistant=f"{ASSISTANT}: ", answer=f"{ASSISTANT}:")
+TOKEN_ROLES = replace(WORD_ROLES, user=f"{USER}: ", assistant=f"{ASSISTANT}: ", answer=f"{ASSISTANT}:")
 
 
 def recognizes(raw: Mapping[str, Any]) -> bool:
@@ -82,43 +82,45 @@ def prompt_format(files: TextFiles) -> PromptFormat:
     processor.refuse_unsupported({"add_special_token": (False,)})
     if processor.integer("num_image_tokens", files.image_tokens) != files.image_tokens:
         raise processor.error("num_image_tokens", f"but the vision encoder has {files.image_tokens}")
-    start, end = (_image_token(files, name) for name in ("start", "end"))
+    start, end = (_image_token(files, side) for side in ("start", "end"))
     # transformers' processor writes the system prompt only if its settings say so.
     from_transformers = files.layout == "transformers" and bool(processor.values)
-    speaks = not from_transformers or processor.nullable_flag("use_default_system_prompt", False)
+    has_system_prompt = not from_transformers or processor.nullable_flag("use_default_system_prompt", False)
     return PromptFormat(
-        system_prompt=SYSTEM_PROMPT if speaks else "",
+        system_prompt=SYSTEM_PROMPT if has_system_prompt else "",
         template=template,
         image_start=(start,),
         image_end=(end,),
-        template_prefix=f"{SYSTEM_PROMPT}{template.system_end}" if speaks else "",
+        template_prefix=f"{SYSTEM_PROMPT}{template.system_end}" if has_system_prompt else "",
         remark=f"The prompt has the roles {template.user.strip(': ')} and {template.answer.strip(': ')} of"
-        f" {'Janus-Pro' if template.user == TOKENS.user else 'Janus-1.3B'}, since {reason}.",
+        f" {'Janus-Pro' if template.user == TOKEN_ROLES.user else 'Janus-1.3B'}, since {reason}.",
     )
 
 
 def _choose_template(files: TextFiles) -> tuple[ChatTemplate, str]:
     """Return the template and why it was chosen."""
     has_tokens = all(map(files.has_added_token, (USER, ASSISTANT)))
-    tokens = replace(TOKENS, control_tokens=(USER, ASSISTANT)) if has_tokens else TOKENS
-    old = files.processor.choice("sft_format", ("deepseek", "deepseek_old"), "deepseek") == "deepseek_old"
+    tokens = replace(TOKEN_ROLES, control_tokens=(USER, ASSISTANT)) if has_tokens else TOKEN_ROLES
+    sft_format = files.processor.choice("sft_format", ("deepseek", "deepseek_old"), "deepseek")
     if files.chat_template and f"{USER}:" in files.chat_template:
         return tokens, "the chat template has them"
-    if files.chat_template and WORDS.user in files.chat_template:
-        return WORDS, "the chat template has them"
-    if old:
-        return WORDS, "the processor's sft_format is deepseek_old"
+    if files.chat_template and WORD_ROLES.user in files.chat_template:
+        return WORD_ROLES, "the chat template has them"
+    if sft_format == "deepseek_old":
+        return WORD_ROLES, "the processor's sft_format is deepseek_old"
     if re.search(r"janus-1\.3b", files.name, re.IGNORECASE):
-        return WORDS, "the checkpoint's name says so"
+        return WORD_ROLES, "the checkpoint's name says so"
     if has_tokens:
         return tokens, "the tokenizer has these tokens"
-    return WORDS, f"the tokenizer has no tokens {USER} and {ASSISTANT}"
+    return WORD_ROLES, f"the tokenizer has no tokens {USER} and {ASSISTANT}"
 
 
-def _image_token(files: TextFiles, end: str) -> str:
+def _image_token(files: TextFiles, side: str) -> str:
     """Return the name of the token before (``start``) or after (``end``) an image."""
-    tag = files.processor.text(f"image_{end}_tag", "<begin_of_image>" if end == "start" else "<end_of_image>")
-    key = "boi_token" if end == "start" else "eoi_token"  # transformers' names
+    tag = files.processor.text(
+        f"image_{side}_tag", "<begin_of_image>" if side == "start" else "<end_of_image>"
+    )
+    key = "boi_token" if side == "start" else "eoi_token"  # transformers' names
     settings = files.tokenizer_settings
     extra = settings.values.get("extra_special_tokens")
     for values in (settings.values, extra if isinstance(extra, Mapping) else {}):

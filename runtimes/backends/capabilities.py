@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -53,6 +54,10 @@ class AdaptableDecoder(DecoderSession, Protocol):
 @runtime_checkable
 class SwitchesAdapters(Protocol):
     """A backend that applies the adapters of a bundle when it runs."""
+
+    def is_switchable(self, files: Sequence[str]) -> bool:
+        """Return whether a decoder with these files, the main one first, takes adapters."""
+        ...
 
     def open_adaptable_decoder(
         self, file: Path, contract: Contract, options: SessionOptions

@@ -167,6 +167,11 @@ def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> Ort
     )
 
 
+def is_switchable(files: Sequence[str]) -> bool:
+    """Return whether a decoder has a graph for adapters; see ``SwitchesAdapters.is_switchable``."""
+    return str(adapted_file(Path(files[0]))) in files
+
+
 def open_adaptable_decoder(file: Path, contract: Contract, options: SessionOptions) -> OrtDecoder:
     """Open the decoder's graph for adapters; see ``SwitchesAdapters.open_adaptable_decoder``."""
     return open_decoder(adapted_file(file), contract, options)

@@ -307,7 +307,7 @@ def test_ids_of_the_real_tokenizer(real_folder: Path, images: int) -> None:
     number = theirs.tokenizer.convert_tokens_to_ids
     spec = PromptSpec(
         SYSTEM_PROMPT, 100000, (100001,), real.IMAGE_ID, 25, (number(JANUS_TOKENS[0]),), (number(JANUS_TOKENS[1]),),
-        replace(janus.TOKENS, control_tokens=JANUS_TOKENS[2:]),
+        replace(janus.TOKEN_ROLES, control_tokens=JANUS_TOKENS[2:]),
     )  # fmt: skip
     tokenizer, pictures = (
         Tokenizer(real_folder / "tokenizer.json", spec),

@@ -62,7 +62,7 @@ def test_each_adapter_answers(client: openai.OpenAI, pictures: list[Path], expec
         for adapter in ADAPTERS:
             found = client.chat.completions.create(
                 model=adapter or MODEL, messages=ask(DESCRIBE, pictures[0])
-            )  # type: ignore[arg-type]
+            )
             assert found.choices[0].message.content == expected[adapter, 0]
             assert found.model == (adapter or MODEL)
             assert found.usage and found.usage.prompt_tokens_details
