@@ -88,10 +88,8 @@ def layer_matrices(
         up = change.scaling * adapter.factor * factors.fold_outputs(layer, adapter.load(str(change.up)))
         stored = [matrix.T.to(PRECISION_DTYPES[base]).contiguous() for matrix in (down, up)]
         if not all(bool(torch.isfinite(matrix).all()) for matrix in stored):
-            raise UserError(
-                f"The adapter {adapter.folder} exceeds the range of {base} in {layer}; use a bundle whose"
-                " base is fp32."
-            )
+            remedy = "give it a smaller weight" if base == "fp32" else "use a bundle whose base is fp32"
+            raise UserError(f"The adapter {adapter.folder} exceeds the range of {base} in {layer}; {remedy}.")
         yield layer.removeprefix(DECODER), (stored[0].numpy(), stored[1].numpy())
 
 

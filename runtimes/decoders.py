@@ -56,7 +56,7 @@ class Decoders:
     def _open_adapter(self, name: str) -> DecoderSession:
         entry = find_adapter(self._bundle, self._backend, self._precision, name)
         if self._verify:
-            self._bundle.check([entry.file])
+            check_adapter(self._bundle, entry)
         if self._adaptable is None:
             module = load_backend(self._backend)
             assert isinstance(module, SwitchesAdapters)  # ``find_adapter`` checked it
@@ -68,6 +68,19 @@ class Decoders:
         artifact = self._bundle.artifact("decoder", self._backend, self._precision)
         contract = self._bundle.manifest.contracts[self._precision]["decoder"]
         return self._bundle.path(artifact.files[0]), contract, self._options
+
+
+def check_adapter(bundle: Bundle, entry: SwitchableAdapter) -> None:
+    """Check the file of an adapter against the manifest.
+
+    Raises:
+        UserError: it is missing or has a wrong size or hash.
+    """
+    if problems := bundle.problems([entry.file]):
+        raise UserError(
+            f"The adapter {entry.name} of the bundle {bundle.folder} is damaged: {problems[0]}; add it again"
+            f" with 'dsvl-export add-adapter {bundle.folder} {entry.name}=FOLDER'."
+        )
 
 
 def find_adapter(bundle: Bundle, backend: str, precision: str, name: str) -> SwitchableAdapter:

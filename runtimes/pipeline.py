@@ -92,8 +92,8 @@ class Pipeline:
 
         Args:
             bundle: the bundle or its folder.
-            backend: which of the bundle's backends; None selects the first.
-            precision: which of the bundle's precisions; None selects the first.
+            backend: which of the bundle's backends; None selects the first that has the adapter.
+            precision: which of the bundle's precisions; None selects likewise.
             threads: number of CPU threads; None lets the backend choose.
             device: one of the backend's ``devices()``; None is the backend's default. ``cpu`` runs
                 the ONNX files that TensorRT engines are built from, in ONNX Runtime.
@@ -108,7 +108,7 @@ class Pipeline:
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         manifest = bundle.manifest
-        backend, precision = bundle.select(backend, precision)
+        backend, precision = bundle.select(backend, precision, adapter)
         artifacts = {name: bundle.artifact(name, backend, precision) for name in SESSION_COMPONENTS}
         positions = int(manifest.model["decoder"]["max_positions"])
         if capacity is not None and not 1 <= capacity <= positions:
@@ -355,6 +355,14 @@ def required_memory(bundle: Bundle, backend: str, precision: str, capacity: int 
     cache = cache_bytes(contract.states, 1, tokens)
     active = max(item.activation_bytes + tokens * item.activation_bytes_per_token for item in artifacts)
     return widening(backend, contract) * (weights + active) + cache
+
+
+def decoder_weights(bundle: Bundle, backend: str, precision: str) -> int:
+    """Return the bytes of a decoder's weights while it runs on a CPU."""
+    stored = sum(
+        bundle.manifest.files[file].bytes for file in bundle.artifact("decoder", backend, precision).files
+    )
+    return widening(backend, bundle.manifest.contracts[precision]["decoder"]) * stored
 
 
 def _as_list(images: Sequence[ImageSource] | ImageSource) -> Sequence[ImageSource]:

@@ -144,7 +144,7 @@ def bench(
         UserError: the bundle cannot run here, or a context does not fit into the KV cache.
     """
     bundle = Bundle.open(folder)
-    backend, precision = bundle.select(backend, precision)
+    backend, precision = bundle.select(backend, precision, options.adapter)
     check_files(bundle, backend, precision)
     longest = _longest(bundle, backend, precision, options.device)
     contexts = _contexts(longest, options)

@@ -72,7 +72,7 @@ def bench(
         trust_engines(opened)
     room = max(contexts or [0]) + tokens
     capacity = room if room > opened.manifest.default_capacity else None
-    warn_of_memory(opened, *opened.select(backend, precision), device, capacity)
+    warn_of_memory(opened, *opened.select(backend, precision, adapter), device, capacity)
     options = BenchOptions(threads, device, image, tuple(contexts or ()), tokens, repeats, adapter)
     with display.step_bar("bench") as on_step:
         result = run_bench(bundle, backend, precision, options, on_step)

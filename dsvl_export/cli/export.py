@@ -125,7 +125,8 @@ def export(
         typer.Option(
             "--switchable/--no-switchable",
             help="With onnxruntime, add a decoder graph for LoRA adapters that are selected at run time; it"
-            " shares the weights. 'add-adapter' adds adapters to the bundle. Default: --no-switchable.",
+            " shares the weights. 'add-adapter' adds adapters to the bundle. Default: --no-switchable, or"
+            " --switchable if there are switchable adapters.",
             rich_help_panel=BACKEND_OPTIONS,
         ),
     ] = None,
@@ -174,6 +175,7 @@ def export(
     from dsvl_export.compilers.registry import load_compiler
     from dsvl_export.exporter.config import ExportConfig
     from dsvl_export.exporter.export import export_bundle
+    from dsvl_export.exporter.manifest import takes_adapters
     from dsvl_export.targets.defects import warnings_for
     from dsvl_export.targets.targets import find_target
     from runtimes.backends.executorch_tokenizer import RUNNER_TOKENIZER
@@ -227,11 +229,16 @@ def export(
         except KeyboardInterrupt:
             display.err.print("Run the same command again: the export resumes.")
             raise
-    for lost in sorted({item.file for item in earlier} - bundle.manifest.files.keys()):
-        display.err.print(
-            f"[yellow]Removed the adapter {escape(lost)}:[/] the decoder was exported anew; add it again with"
-            " 'dsvl-export add-adapter'."
-        )
+    for item in earlier:
+        if item.file not in bundle.manifest.files:
+            decoder = bundle.artifact("decoder", item.backend, item.precision)
+            remedy = "add it again with 'dsvl-export add-adapter'"
+            if not takes_adapters(decoder):
+                remedy = "export again with --switchable, then add it again with 'dsvl-export add-adapter'"
+            display.err.print(
+                f"[yellow]Removed the adapter {escape(item.file)}:[/] the decoder was exported anew;"
+                f" {remedy}."
+            )
     for name in precisions:
         tokenizer = bundle.artifact("decoder", backend, name).tools.get(RUNNER_TOKENIZER, "")
         if tokenizer.startswith("none"):

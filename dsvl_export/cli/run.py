@@ -54,7 +54,7 @@ def open_pipeline(
     bundle = Bundle.open(folder)
     if trust_engine:
         trust_engines(bundle)
-    backend, precision = bundle.select(backend, precision)
+    backend, precision = bundle.select(backend, precision, adapter)
     remedy = "use a smaller precision or --capacity"
     warn_of_memory(bundle, backend, precision, device, capacity, remedy)
     return Pipeline.open(

@@ -170,7 +170,7 @@ def _graphs_by_file(
 
 def _is_switchable(traced: TracedComponent, options: CompileOptions) -> bool:
     """Return whether a component gets a graph that takes adapters: the decoder can have one."""
-    return options.onnxruntime.switchable and bool(traced.contract.states)
+    return bool(options.onnxruntime.switchable and traced.contract.states)
 
 
 def _inline_limit(traced: TracedComponent, options: CompileOptions) -> int:

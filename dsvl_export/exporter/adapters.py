@@ -63,14 +63,27 @@ def parse_named(texts: Iterable[str], relative_to: Path = Path()) -> tuple[Named
     """Read the switchable adapters of a command or config.
 
     Raises:
-        UserError: one is malformed, or two have one name.
+        UserError: one is malformed, or two have one name, or names that differ only in case.
     """
     found = tuple(NamedChoice.parse(text, relative_to) for text in texts)
-    names = [item.name for item in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"Two adapters have the name {name!r}; give each its own.")
+    for place, item in enumerate(found):
+        if item.name in (other.name for other in found[:place]):
+            raise UserError(f"Two adapters have the name {item.name!r}; give each its own.")
+        refuse_similar_name(item.name, [other.name for other in found[:place]])
     return found
+
+
+def refuse_similar_name(name: str, others: Iterable[str]) -> None:
+    """Check that no other name differs only in case: some file systems do not tell them apart.
+
+    Raises:
+        UserError: one does.
+    """
+    for other in others:
+        if other != name and other.casefold() == name.casefold():
+            raise UserError(
+                f"The names of the adapters {other!r} and {name!r} differ only in case; use another name."
+            )
 
 
 def check_name(name: str) -> None:
@@ -192,6 +205,8 @@ def add_adapters(
     """
     with _changing(folder) as (bundle, staging):
         decoders = _switchable_decoders(bundle)
+        for choice in named:
+            refuse_similar_name(choice.name, [adapter.name for adapter in bundle.manifest.adapters])
         config = ModelConfig.from_dict(bundle.manifest.model)
         adapters = [NamedAdapter.open(item, config) for item in named]
         for adapter in adapters:
@@ -244,7 +259,7 @@ def _changing(folder: Path) -> Iterator[tuple[Bundle, Staging]]:
         yield bundle, staging
     except OSError as error:
         raise UserError(
-            f"The adapters of {folder} were not changed: {error.strerror or error}; fix this and run the"
+            f"The adapters of {folder} cannot be changed: {error.strerror or error}; fix this and run the"
             " same command again."
         ) from error
     finally:

@@ -137,12 +137,17 @@ class ExportConfig:
         """Return the config with its backend and precisions filled in.
 
         Raises:
-            UserError: a value is empty, there is no such target or backend, or the backend's
-                libraries are not installed.
+            UserError: a value is empty, two values contradict each other, there is no such target
+                or backend, or the backend's libraries are not installed.
         """
         for name, value in self.to_dict().items():
             if value == "" or (isinstance(value, list) and "" in value):
                 raise UserError(f"The export's {name} is empty; give a value, or leave it out.")
+        if self.switchable_adapters and self.onnxruntime.switchable is False:
+            raise UserError(
+                f"The export is not switchable, but has the switchable adapter {self.switchable_adapters[0]};"
+                " leave one of them out."
+            )
         device = find_target(self.target) if self.target else None
         backend = self.backend or (next(iter(device.backends)) if device else DEFAULT_BACKEND)
         supported = load_compiler(backend).PRECISIONS
@@ -164,7 +169,7 @@ class ExportConfig:
             capacity=self.capacity or capacity,
             onnxruntime=replace(
                 self.onnxruntime,
-                switchable=self.onnxruntime.switchable or bool(self.switchable_adapters),
+                switchable=self.onnxruntime.switchable or bool(self.switchable_adapters) or None,
             ),
             tensorrt=self.tensorrt,
             executorch=self.executorch,

@@ -15,7 +15,12 @@ from calibration.scale_table import ScaleTable
 from dsvl_export.compilers.precisions import check_request, plan_for
 from dsvl_export.compilers.protocol import Compiler
 from dsvl_export.compilers.registry import load_compiler
-from dsvl_export.exporter.adapters import NamedAdapter, parse_named, refuse_backend
+from dsvl_export.exporter.adapters import (
+    NamedAdapter,
+    parse_named,
+    refuse_backend,
+    refuse_similar_name,
+)
 from dsvl_export.exporter.artifact_stages import ArtifactStages
 from dsvl_export.exporter.bundled_config import write_configs
 from dsvl_export.exporter.config import ExportConfig
@@ -55,7 +60,7 @@ def export(
     delegate: str | None = None,
     prefill: bool = True,
     adapters: Sequence[str] = (),
-    switchable: bool = False,
+    switchable: bool | None = None,
     switchable_adapters: Sequence[str] = (),
     chat_template: str | None = None,
 ) -> Bundle:
@@ -154,6 +159,9 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
     try:
         staging.open()
         _check_same_checkpoint(staging, source, report)
+        for adapter in switchable:
+            kept = staging.previous.adapters if staging.previous else ()
+            refuse_similar_name(adapter.name, [item.name for item in kept])
         if config.capacity is None and staging.previous:
             options = replace(options, capacity=staging.previous.default_capacity)
         job = ExportJob(

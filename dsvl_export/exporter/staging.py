@@ -107,12 +107,14 @@ class Staging:
         Raises:
             UserError: an export was interrupted.
         """
-        files = self.files()
-        changed = [
-            path
-            for path, entry in bundle.manifest.files.items()
-            if files.get(path) != entry and not added(path)
-        ]
+        recorded = self.files()
+        changed = []
+        for path, entry in bundle.manifest.files.items():
+            file = self.folder / path
+            same_size = file.is_file() and file.stat().st_size == entry.bytes
+            # A bundle that was copied without its record has no entries of some files.
+            if not added(path) and (recorded.get(path, entry) != entry or not same_size):
+                changed.append(path)
         if changed and manifest_file(bundle.folder).name != MANIFEST:
             raise UserError(
                 f"An export into {bundle.folder} was interrupted ({changed[0]} has changed); run it again,"

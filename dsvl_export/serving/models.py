@@ -15,9 +15,10 @@ from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
 from runtimes.cache import cache_bytes
 from runtimes.chain import Chain
+from runtimes.decoders import check_adapter
 from runtimes.errors import UserError
 from runtimes.memory import available_memory
-from runtimes.pipeline import Pipeline, check_files, required_memory
+from runtimes.pipeline import Pipeline, check_files, decoder_weights, required_memory
 from runtimes.scheduler import Scheduler
 from runtimes.units import size
 
@@ -71,14 +72,13 @@ class Model:
         self.leases, self.used = 0, monotonic()
         self.chains: dict[str | None, Chain] = {None: pipeline.chain}  # by open adapter
 
-    def open_adapter(self, adapter: str | None) -> None:
+    def open_adapter(self, adapter: str) -> None:
         """Open an adapter of the bundle for the requests of the scheduler.
 
         Raises:
             UserError: it cannot be opened.
         """
-        if adapter not in self.chains:
-            self.chains[adapter] = self.pipeline.with_adapter(adapter).chain
+        self.chains[adapter] = self.pipeline.with_adapter(adapter).chain
 
 
 def runnable_models(bundle: Bundle, device: str | None) -> list[str]:
@@ -148,9 +148,8 @@ class Models:
                         self._check_files(base)
                     self._make_room(closed)
                     self._add(base, verify=False)
-                if adapter and self.options.verify and adapter not in self._open[base].chains:
-                    self.bundle.check([self.bundle.adapters(*base.split("/"))[adapter].file])
-                self._open[base].open_adapter(adapter)
+                if adapter and adapter not in self._open[base].chains:
+                    self._open_adapter(self._open[base], adapter)
             except RequestError:  # all other models are in use
                 raise
             except UserError as error:
@@ -159,6 +158,28 @@ class Models:
             finally:
                 if base not in self._open:
                     self._reopen(closed)
+
+    def _open_adapter(self, model: Model, adapter: str) -> None:
+        """Open an adapter; the first one loads the decoder's weights once more."""
+        backend, precision = model.name.split("/")
+        if self.options.verify:
+            check_adapter(self.bundle, self.bundle.adapters(backend, precision)[adapter])
+        on_cpu = execution(self.bundle, backend, precision, self.options.device).device == "cpu"
+        if on_cpu and list(model.chains) == [None]:
+            self._check_memory(
+                f"{model.name} with adapters", decoder_weights(self.bundle, backend, precision)
+            )
+        model.open_adapter(adapter)
+
+    def _check_memory(self, name: str, needed: int) -> None:
+        """Check that bytes are free beside the KV caches of the open models, which fill later.
+
+        Raises:
+            UserError: they are not.
+        """
+        free = available_memory() - sum(model.cache_bytes for model in self.open_models)
+        if needed > free:
+            raise UserError(f"{name} needs {size(needed)} of memory, but only {size(free)} are free.")
 
     def _check_files(self, name: str) -> None:
         """Check the files of a model once; ``BundleWatch`` notices later changes."""
@@ -219,13 +240,13 @@ class Models:
         backend, precision = name.split("/")
         device = execution(bundle, backend, precision, options.device).device
         reserved = sum(model.cache_bytes for model in self.open_models)  # caches fill later
-        free = available_memory() - reserved
-        needed = required_memory(bundle, backend, precision, options.capacity)
-        if device == "cpu" and needed > free:
-            message = f"{name} needs {size(needed)} of memory, but only {size(free)} are free."
-            if self._open:
-                raise UserError(message)
-            log.warning("low memory: %s", message)
+        if device == "cpu":
+            try:
+                self._check_memory(name, required_memory(bundle, backend, precision, options.capacity))
+            except UserError as error:
+                if self._open:
+                    raise
+                log.warning("low memory: %s", error)
         pipeline = Pipeline.open(
             bundle, backend, precision, threads=options.threads, device=device,
             capacity=options.capacity, verify=verify,

@@ -123,6 +123,7 @@ class BundleWatch:
                 *(item.file for item in manifest.adapters),
             }
         )
+        self._adapters = {item.file for item in manifest.adapters}
         self._stamps = self._stamp()
 
     @property
@@ -131,11 +132,18 @@ class BundleWatch:
         lines = [f"{path} {self._bundle.manifest.files[path].sha256}\n" for path in self._files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def changed(self) -> str | None:
-        """Return a message that names a changed file, or None."""
+    def changed(self, adapter: str | None = None) -> str | None:
+        """Return a message that names a changed file, or None.
+
+        Args:
+            adapter: file of the adapter that is used; changes of other adapters do not count.
+        """
         stamps = self._stamp()
-        file = next((file for file in self._files if stamps[file] != self._stamps[file]), None)
-        return file and f"{file} of the bundle changed while it was served; start the server again."
+        for file in self._files:
+            used = file == adapter or file not in self._adapters
+            if used and stamps[file] != self._stamps[file]:
+                return f"{file} of the bundle changed while it was served; start the server again."
+        return None
 
     def _stamp(self) -> dict[str, tuple[int, int, int] | None]:
         """Return inode, size and time of each file; None for a missing one."""
@@ -213,9 +221,11 @@ class Service(ABC):
         Raises:
             RequestError: there is no such model, or the bundle has changed.
         """
-        if (reason := self.watch.changed()) is not None:
-            raise unavailable(reason)
         found = self.find_model(name)
+        base, adapter = split_model(found or self.default, self.default)
+        file = self.bundle.adapters(*base.split("/"))[adapter].file if adapter else None
+        if (reason := self.watch.changed(file)) is not None:
+            raise unavailable(reason)
         if found is None:
             raise RequestError(
                 404, f"There is no model {quoted(name)}; use one of {', '.join(self.names)}.",

@@ -27,7 +27,7 @@ from reference.checkpoint.derived_template import (
     probes,
     sample_conversations,
 )
-from reference.checkpoint.text_files import find_chat_template
+from reference.checkpoint.text_files import BUILT_IN_HINT, find_chat_template
 from runtimes.bundle.files import read_json
 from runtimes.errors import UserError
 from runtimes.text.control_tokens import is_control_token
@@ -39,7 +39,6 @@ RENDER_TIMEOUT_SECONDS = 20.0
 RENDER_MEMORY = 1 << 30  # bytes of the process
 MAX_TEMPLATE = 1 << 20  # characters
 CHAT_TEMPLATES = ("checkpoint", "built-in")  # choices of the user
-BUILT_IN_HINT = "use the option --chat-template built-in for the built-in prompt"
 # Conversations in the form that transformers' multimodal templates take.
 TEXT_MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
 IMAGE_MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
@@ -136,7 +135,7 @@ class _Source:
         values: special tokens by the names that transformers passes.
         tokenizer: ``tokenizer.json``.
         adds_bos: whether the tokenizer itself puts BOS before a text.
-        prefix: what the model's processor writes before the text of the template.
+        prefix: what precedes the text of the template in a prompt.
         vocabulary: number of tokens that the model has.
     """
 
@@ -160,19 +159,22 @@ def wants_built_in(choice: str | None) -> bool:
     return choice == "built-in"
 
 
-def choose_prompt(checkpoint: Checkpoint, built_in: PromptSpec, prefix: str = "") -> PromptSpec:
+def choose_prompt(
+    checkpoint: Checkpoint, built_in: PromptSpec, prefix: str = "", processor_prefix: str = ""
+) -> PromptSpec:
     """Return the prompt format of a checkpoint: its own chat template, if that differs.
 
     Args:
         checkpoint: its folder may hold a chat template; ``built_in_prompt`` chooses the built-in
             format, and the difference is only noted.
         built_in: the built-in prompt format with the checkpoint's special tokens.
-        prefix: what the model's processor writes before the text of the template.
+        prefix: what precedes the text of a template that writes the turns of the built-in format.
+        processor_prefix: what the model's processor writes before the text of any template.
 
     Raises:
         UserError: the template cannot be rendered, or cannot be written as texts between messages.
     """
-    named_template = find_chat_template(checkpoint.folder)
+    named_template = find_chat_template(checkpoint.folder, checkpoint.built_in_prompt)
     if named_template is None:
         return built_in
     name, template = named_template
@@ -196,7 +198,7 @@ def choose_prompt(checkpoint: Checkpoint, built_in: PromptSpec, prefix: str = ""
     try:
         difference = _difference_from_built_in(source, built_in)
         if difference and not checkpoint.built_in_prompt:
-            return _own_prompt(source, built_in)
+            return _own_prompt(replace(source, prefix=processor_prefix), built_in)
     except CannotDeriveError as error:
         if not checkpoint.built_in_prompt:
             raise UserError(

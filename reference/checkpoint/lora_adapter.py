@@ -90,8 +90,20 @@ class AdapterChoice:
 
 
 def parse_adapters(texts: Iterable[str]) -> tuple[AdapterChoice, ...]:
-    """Read the adapters of a command or config; see ``AdapterChoice.parse``."""
-    return tuple(map(AdapterChoice.parse, texts))
+    """Read the adapters of a command or config; see ``AdapterChoice.parse``.
+
+    Raises:
+        UserError: one is malformed, or given twice.
+    """
+    choices = tuple(map(AdapterChoice.parse, texts))
+    folders = [choice.folder.resolve() for choice in choices]
+    for choice, folder in zip(choices, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise UserError(
+                f"The adapter {choice.folder} is given twice, so its change would be added twice; give it"
+                " once, with a weight if you want more of it."
+            )
+    return choices
 
 
 @dataclass(frozen=True)

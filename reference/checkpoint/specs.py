@@ -82,7 +82,7 @@ def prompt_spec(checkpoint: Checkpoint) -> PromptSpec:
         image_end_ids=tuple(map(token_id, prompt.image_end)),
         template=prompt.template,
     )
-    return choose_prompt(checkpoint, built_in, prompt.template_prefix)
+    return choose_prompt(checkpoint, built_in, prompt.template_prefix, prompt.processor_prefix)
 
 
 def _check_added_tokens(folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
@@ -132,10 +132,10 @@ def remarks(checkpoint: Checkpoint, prompt: PromptSpec) -> list[str]:
 
 def _adapter_templates(checkpoint: Checkpoint) -> list[str]:
     """Return a sentence for each adapter with another chat template than the checkpoint."""
-    own = find_chat_template(checkpoint.folder)
+    own = find_chat_template(checkpoint.folder, optional=True)
     sentences = []
     for adapter in checkpoint.adapters.adapters:
-        template = find_chat_template(adapter.folder)
+        template = find_chat_template(adapter.folder, optional=True)
         if template and (own is None or template[1] != own[1]):
             sentences.append(
                 f"The adapter {adapter.folder} has a chat template of its own ({template[0]}), which is not"

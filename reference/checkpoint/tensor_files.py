@@ -128,6 +128,9 @@ def _find_shards(folder: Path) -> list[Path]:
     ]
     if len(complete) == 1:
         return list(complete[0].values())
+    if complete:
+        names = join_names([next(iter(shards.values())).name for shards in complete])
+        raise UserError(f"{folder} holds several sets of weight shards ({names}, ...); keep one of them.")
     if sets:
         (stem, suffix, count), shards = next(iter(sets.items()))
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.checkpoint.folder_content import TEMPLATE_FILES
@@ -11,6 +12,8 @@ from reference.settings import Settings
 from runtimes.bundle.files import read_bytes, read_json
 from runtimes.errors import UserError
 from runtimes.text.tokenizer_file import read_tokenizer
+
+BUILT_IN_HINT = "use the option --chat-template built-in for the built-in prompt"
 
 
 def read_text_files(checkpoint: Checkpoint) -> TextFiles:
@@ -25,7 +28,8 @@ def read_text_files(checkpoint: Checkpoint) -> TextFiles:
         file = folder / name
         return Settings(read_json(file, huge_integers=True) if file.exists() else {}, str(file))
 
-    base, template = settings("config.json").values.get("_name_or_path"), find_chat_template(folder)
+    base = settings("config.json").values.get("_name_or_path")
+    template = find_chat_template(folder, checkpoint.built_in_prompt)
     return TextFiles(
         name=" ".join(map(str, (checkpoint.origin, base, folder.resolve().name))),
         layout=checkpoint.config.layout,
@@ -37,8 +41,16 @@ def read_text_files(checkpoint: Checkpoint) -> TextFiles:
     )
 
 
-def find_chat_template(folder: Path) -> tuple[str, str] | None:
-    """Find the template as transformers does; returns the file name and the template."""
+def find_chat_template(folder: Path, optional: bool = False) -> tuple[str, str] | None:
+    """Find the template as transformers does; returns the file name and the template.
+
+    Args:
+        folder: of a checkpoint or an adapter.
+        optional: return None where an error would be raised because no template is the default.
+
+    Raises:
+        UserError: a file cannot be read, or has several templates and none is named ``default``.
+    """
     file = folder / TEMPLATE_FILES[0]
     if file.exists():
         try:
@@ -48,9 +60,23 @@ def find_chat_template(folder: Path) -> tuple[str, str] | None:
     for name in TEMPLATE_FILES[1:]:
         file = folder / name
         template = read_json(file, huge_integers=True).get("chat_template") if file.exists() else None
-        if isinstance(template, list):  # several named templates
-            named = (item for item in template if isinstance(item, dict) and item.get("name") == "default")
-            template = next(named, {}).get("template")
+        if not template:
+            continue
         if isinstance(template, str):
             return name, template
+        if isinstance(default := _named_templates(template).get("default"), str):
+            return name, default
+        if not optional:
+            raise UserError(
+                f"{file} has a chat_template that is neither a template nor several, one of them named"
+                f" 'default'; name one so, or {BUILT_IN_HINT}."
+            )
     return None
+
+
+def _named_templates(templates: Any) -> dict[Any, Any]:
+    """Return several templates by their names, from a mapping or from a list of entries."""
+    if isinstance(templates, dict):
+        return templates
+    entries = templates if isinstance(templates, list) else []
+    return {str(item.get("name")): item.get("template") for item in entries if isinstance(item, dict)}

@@ -51,7 +51,8 @@ class PromptFormat:
         template: texts between the messages.
         image_start: names of the tokens before the image tokens of an image.
         image_end: names of the tokens after them.
-        template_prefix: what the model's processor writes before the text of its chat template.
+        template_prefix: what precedes the text of the model's own chat template in its prompts.
+        processor_prefix: what the model's processor writes before the text of any chat template.
         remark: one sentence about a choice that no file states; empty if there was none.
     """
 
@@ -60,6 +61,7 @@ class PromptFormat:
     image_start: tuple[str, ...] = ()
     image_end: tuple[str, ...] = ()
     template_prefix: str = ""
+    processor_prefix: str = ""
     remark: str = ""
 
 

@@ -84,14 +84,17 @@ def prompt_format(files: TextFiles) -> PromptFormat:
         raise processor.error("num_image_tokens", f"but the vision encoder has {files.image_tokens}")
     start, end = (_image_token(files, side) for side in ("start", "end"))
     # transformers' processor writes the system prompt only if its settings say so.
+    writes_system_prompt = processor.nullable_flag("use_default_system_prompt", False)
     from_transformers = files.layout == "transformers" and bool(processor.values)
-    has_system_prompt = not from_transformers or processor.nullable_flag("use_default_system_prompt", False)
+    has_system_prompt = writes_system_prompt or not from_transformers
+    prefix = f"{SYSTEM_PROMPT}{template.system_end}"
     return PromptFormat(
         system_prompt=SYSTEM_PROMPT if has_system_prompt else "",
         template=template,
         image_start=(start,),
         image_end=(end,),
-        template_prefix=f"{SYSTEM_PROMPT}{template.system_end}" if has_system_prompt else "",
+        template_prefix=prefix if has_system_prompt else "",
+        processor_prefix=prefix if writes_system_prompt else "",
         remark=f"The prompt has the roles {template.user.strip(': ')} and {template.answer.strip(': ')} of"
         f" {'Janus-Pro' if template.user == TOKEN_ROLES.user else 'Janus-1.3B'}, since {reason}.",
     )

@@ -130,15 +130,19 @@ class Bundle:
         matches = exact or [item for item in items if item.precision == f"{precision}-{item.base}"]
         return list(dict.fromkeys((item.backend, item.precision) for item in matches))
 
-    def select(self, backend: str | None, precision: str | None) -> tuple[str, str]:
+    def select(
+        self, backend: str | None, precision: str | None, adapter: str | None = None
+    ) -> tuple[str, str]:
         """Return the first pair that matches, as in ``matching``.
+
+        Of several pairs, the first that has the adapter is taken, if one has it.
 
         Raises:
             UserError: no pair matches; the message lists the bundle's pairs.
         """
         matches = self.matching(backend, precision)
         if matches:
-            return matches[0]
+            return next((pair for pair in matches if adapter in self.adapters(*pair)), matches[0])
         available = ", ".join(f"{name} {kind}" for name, kind in self.choices())
         wanted = " ".join(part for part in (backend, precision) if part)
         raise UserError(f"The bundle {self.folder} holds no {wanted}; it has {available or 'no artifacts'}.")

@@ -407,3 +407,17 @@ def test_the_system_prompt_is_that_of_the_processor(
     if settings is None:
         (tmp_path / "processor_config.json").unlink()
     assert prompt_spec(open_checkpoint(str(tmp_path))).system_prompt == (SYSTEM_PROMPT if speaks else "")
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+def test_the_system_prompt_beside_another_template(
+    original: OraclePair, tmp_path: Path, speaks: bool
+) -> None:
+    """Only a processor that says so writes it before the text of such a template."""
+    save_original(original.oracle, tmp_path)
+    save_janus_texts(tmp_path, use_default_system_prompt=speaks)
+    (tmp_path / "chat_template.jinja").write_text(template("<|User|>", "Answer"))
+    spec = prompt_spec(open_checkpoint(str(tmp_path)))
+    assert spec.template.exact and spec.template.answer == "Answer:"
+    prompt = format_chat([Message("user", "Hello")], spec.system_prompt, spec.template)
+    assert str(prompt) == f"{SYSTEM_PROMPT}\n\n" * speaks + "<|User|>: Hello\n\nAnswer:"

@@ -118,12 +118,47 @@ def test_names_that_are_no_file_names(name: str, decoder_adapters: dict[str, Pat
         (["german"], "as NAME=FOLDER, not 'german'"),
         (["german="], "as NAME=FOLDER, not 'german='"),
         (["a=x", "a=y"], "Two adapters have the name 'a'"),
+        (["German=x", "german=y"], "the adapters 'German' and 'german' differ only in case"),
         (["a=x=nan"], "The weight 'nan' of the adapter x is not a number"),
     ],
 )
 def test_malformed_choices(texts: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         parse_named(texts)
+
+
+def test_a_name_that_differs_from_another_in_case(
+    switchable_copy: Path, decoder_adapters: dict[str, Path], run
+) -> None:
+    """Some file systems do not tell the files apart."""
+    named = f"ALL={decoder_adapters['some']}"
+    sentence = "the adapters 'all' and 'ALL' differ only in case"
+    assert refused(run("add-adapter", switchable_copy, named), sentence)
+    done = run("export", "tiny", "--switchable-adapter", named, "--output", switchable_copy)
+    assert refused(done, sentence)
+    assert Bundle.open(switchable_copy).problems() == []
+
+
+def test_adapters_of_an_export_that_is_not_switchable(
+    decoder_adapters: dict[str, Path], tmp_path: Path, run
+) -> None:
+    named = f"new={decoder_adapters['all']}"
+    done = run("export", "tiny", "--no-switchable", "--switchable-adapter", named, "--output", tmp_path / "b")
+    assert refused(done, f"is not switchable, but has the switchable adapter {named}")
+    (tmp_path / "export.yaml").write_text(
+        f"checkpoint: tiny\nswitchable_adapters: [{named}]\nonnxruntime: {{switchable: false}}\n"
+    )
+    done = run("export", "--config", tmp_path / "export.yaml", "--output", tmp_path / "b")
+    assert refused(done, "is not switchable, but has the switchable adapter")
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_same_adapter_twice(decoder_adapters: dict[str, Path], tmp_path: Path, run) -> None:
+    folder = decoder_adapters["all"]
+    done = run(
+        "export", "tiny", "--adapter", folder, "--adapter", f"{folder}=0.5", "--output", tmp_path / "b"
+    )
+    assert refused(done, f"The adapter {folder} is given twice")
 
 
 @pytest.mark.parametrize("backend", ["coreml", "coreai", "executorch", "tensorrt", "tensorrt_rtx"])
@@ -169,7 +204,9 @@ def test_a_damaged_file_is_refused(switchable_copy: Path, run) -> None:
     file = switchable_copy / "adapters/onnxruntime/fp32/all/all.onnx_adapter"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert refused(run(*ask), "all.onnx_adapter has a wrong SHA-256")
+    assert refused(
+        run(*ask), "all.onnx_adapter has a wrong SHA-256; add it again with 'dsvl-export add-adapter"
+    )
     file.write_bytes(b"no adapter")
     assert refused(run(*ask, "--no-verify"), "is not an adapter that ONNX Runtime can read")
     shutil.copyfile(switchable_copy / "adapters/onnxruntime/fp16/all/all.onnx_adapter", file)

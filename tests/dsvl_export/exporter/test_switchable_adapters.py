@@ -14,7 +14,7 @@ import pytest
 from calibration.quantized_weights import FoldedWeights
 from calibration.scale_table import ScaleTable
 from calibration.switchable_adapter import layer_matrices, open_switchable
-from dsvl_export import export
+from dsvl_export import UserError, export
 from dsvl_export.audit.bundle import audit
 from dsvl_export.exporter.adapters import add_adapters, parse_named, remove_adapters
 from dsvl_export.exporter.config import ExportConfig
@@ -43,7 +43,7 @@ def merged_bundles(
     return {None: tiny_bundle, **merged}
 
 
-def opened(bundle: Bundle, precision: str = "fp32", adapter: str | None = None) -> Pipeline:
+def opened(bundle: Bundle, precision: str | None = "fp32", adapter: str | None = None) -> Pipeline:
     return Pipeline.open(bundle, "onnxruntime", precision, threads=1, adapter=adapter)
 
 
@@ -237,9 +237,40 @@ def test_an_export_that_cannot_keep_them_says_so(switchable_copy: Path, run) -> 
     done = run("export", "tiny", "--output", switchable_copy, "--no-goldens", "--no-parity")
     assert done.code == 0, done.err
     assert "Removed the adapter adapters/onnxruntime/fp32/all/all.onnx_adapter" in done.err
+    assert "export again with --switchable, then add it again" in done.err
     after = Bundle.open(switchable_copy)
     assert {item.precision for item in after.manifest.adapters} == {"fp16", "int4", "8da4w-g128"}
     assert after.problems() == []
+
+
+def test_a_selected_adapter_selects_its_decoder(switchable_copy: Path) -> None:
+    """The first precision was exported anew, without adapters."""
+    export("tiny", switchable_copy, goldens=False)
+    bundle = Bundle.open(switchable_copy)
+    assert bundle.select(None, None) == ("onnxruntime", "fp32")
+    assert bundle.select(None, None, "all") == ("onnxruntime", "fp16")
+    assert opened(bundle, precision=None, adapter="all").chat("Hello").tokens
+    with pytest.raises(UserError, match="fp32 .* was exported without switchable adapters"):
+        opened(bundle, precision="fp32", adapter="all")
+
+
+def test_an_interrupted_change_of_a_copy_goes_on(
+    switchable_copy: Path, decoder_adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle without its record, whose manifest the interruption has moved away."""
+    shutil.rmtree(switchable_copy / ".staging", ignore_errors=True)
+    named = parse_named([f"all={decoder_adapters['some']}"])
+    with monkeypatch.context() as patch:
+        patch.setattr("dsvl_export.exporter.adapters._publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            add_adapters(switchable_copy, named)
+    assert not (switchable_copy / "manifest.json").exists()
+    add_adapters(switchable_copy, named)
+    assert Bundle.open(switchable_copy).problems() == []
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_config_names_them(switchable_bundle: Bundle, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import httpx
 import openai
 import pytest
 
+from dsvl_export.exporter.adapters import remove_adapters
 from runtimes.bundle.bundle import Bundle
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline import Pipeline, decoder_weights
 from tests.dsvl_export.serving.server import DESCRIBE, MODEL, Served, ask, sentence, serving
 
 ADAPTERS = (None, "all", "some")
@@ -128,3 +129,29 @@ def test_an_adapter_that_cannot_be_opened(switchable_bundle: Bundle, tmp_path: P
         assert "all.onnx_adapter has 7 bytes" in sentence(response)
         for name in ("some", MODEL):
             assert found.post({"model": name, "messages": ask(DESCRIBE), "max_tokens": 2}).status_code == 200
+
+
+def test_an_adapter_that_is_removed_while_it_is_served(switchable_copy: Path) -> None:
+    """Its model says so; the other models go on answering."""
+    with serving(Bundle.open(switchable_copy)) as found:
+        remove_adapters(switchable_copy, ["all"])
+        for name, status in (("all", 503), ("some", 200), (MODEL, 200)):
+            response = found.post({"model": name, "messages": ask(DESCRIBE), "max_tokens": 2})
+            assert response.status_code == status, response.text
+        assert "all.onnx_adapter of the bundle changed while it was served" in sentence(
+            found.post({"model": "all", "messages": ask(DESCRIBE)})
+        )
+        assert httpx.get(f"{found.url}/healthz").status_code == 200
+
+
+def test_an_adapter_without_memory_for_it(switchable_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first adapter loads the decoder's weights once more; the KV caches of others fill later."""
+    with serving(switchable_bundle) as found:
+        (model,) = found.models.open_models
+        free = model.cache_bytes + decoder_weights(switchable_bundle, *MODEL.split("/")) - 1
+        monkeypatch.setattr("dsvl_export.serving.models.available_memory", lambda: free)
+        response = found.post({"model": "all", "messages": ask(DESCRIBE)})
+        assert response.status_code == 503
+        assert "fp32 with adapters needs" in sentence(response)
+        monkeypatch.setattr("dsvl_export.serving.models.available_memory", lambda: free + 1)
+        assert found.post({"model": "all", "messages": ask(DESCRIBE), "max_tokens": 2}).status_code == 200

@@ -343,6 +343,27 @@ def test_names_of_templates_of_any_type(tmp_path: Path) -> None:
     assert spec_of(tmp_path) == spec_of(TINY)
 
 
+@pytest.mark.parametrize(
+    ("templates", "found"),
+    [
+        ({"default": SAME, "rag": "x"}, True),
+        ({"rag": "x"}, False),
+        ([{"name": "tool_use", "template": "x"}], False),
+        (["x"], False),
+        (3, False),
+    ],
+)
+def test_several_templates(tmp_path: Path, templates: object, found: bool) -> None:
+    """As in transformers, the one named ``default`` is used."""
+    file = checkpoint_with(tmp_path, SAME) / "tokenizer_config.json"
+    (tmp_path / "chat_template.jinja").unlink()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": templates}))
+    if not found:
+        with pytest.raises(UserError, match="one of them named 'default'; name one so, or use the option"):
+            spec_of(tmp_path)
+    assert spec_of(tmp_path, built_in=not found) == spec_of(TINY)
+
+
 def test_a_template_that_cuts_reasoning_is_refused(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% set text = m.content %}{% if m.role == 'assistant' and '</think>' in text %}"

@@ -137,6 +137,17 @@ def test_an_index_that_lies(pair: OraclePair, tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path))
 
 
+def test_two_sets_of_shards(pair: OraclePair, tmp_path: Path) -> None:
+    save_oracle(pair.oracle, tmp_path, shard="60KB")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    for shard in sorted(tmp_path.glob("model-*.safetensors")):
+        torch.save(load_file(shard), tmp_path / f"pytorch_{shard.stem}.bin")
+    with pytest.raises(
+        UserError, match=r"several sets of weight shards \(model-0.*, pytorch_model-0.*keep one"
+    ):
+        open_checkpoint(str(tmp_path))
+
+
 def test_other_formats_are_named(tiny_copy: Path) -> None:
     (tiny_copy / "model.safetensors").rename(tiny_copy / "consolidated.safetensors")
     with pytest.raises(
