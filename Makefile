@@ -24,7 +24,7 @@ demo: $(VENV)/cpu.installed
 test: style
 	$(PYTEST) --durations=20
 
-# The same, then the further cases of the tests' grids (the marker `full`).
+# The same, then slow tests and the further cases of grids (the marker `full`).
 test-full: test
 	$(PYTEST) -m full
 

@@ -278,6 +278,7 @@ def test_faults_in_core_ml_packages_are_named(apple_bundle: Bundle, tmp_path: Pa
     assert list(found) == [f"coreml/fp16/{fault.component}"]
 
 
+@pytest.mark.full
 def test_apples_formats_pass_and_their_weights_are_compared(apple_bundle: Bundle, tmp_path: Path) -> None:
     assert audited(apple_bundle, "coreml").verdict == "passed"
     copy = Path(shutil.copytree(apple_bundle.folder, tmp_path / "bundle"))
@@ -325,6 +326,7 @@ def test_what_cannot_be_told_is_not_passed(
     assert part.state == "passed"
 
 
+@pytest.mark.full
 def test_engines_are_not_passed(rtx: Bundle) -> None:
     result = audited(rtx, "tensorrt_rtx", "fp16")
     assert result.exit_code == 3

@@ -213,6 +213,7 @@ def test_export_command(run, tmp_path: Path) -> None:
     assert again.err.count("unchanged, reused") == 7
 
 
+@pytest.mark.full
 def test_demo_ends_with_what_to_try_next(run, tmp_path: Path) -> None:
     """The story, which goes to stderr where stdout has the document for machines."""
     done = run("demo", "--output", tmp_path / "demo", "--json")

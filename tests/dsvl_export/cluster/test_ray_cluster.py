@@ -86,6 +86,7 @@ def test_sensitivity_and_parity(nodes: Any, tiny_bundle: Bundle, tmp_path: Path)
     assert again.passed
 
 
+@pytest.mark.full
 def test_an_interrupted_run_goes_on(nodes: Any, tmp_path: Path) -> None:
     """Groups that were merged are not run again."""
     source, options = open_checkpoint("tiny"), CalibrationOptions(samples=24, rows=0)

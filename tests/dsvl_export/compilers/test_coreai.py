@@ -28,24 +28,26 @@ from tests.shared import shared_bundle
 
 pytest.importorskip("coreai_torch", reason="coreai-torch is not installed here")
 # In fp32, in which the runtime is fast on a CPU; benchmarks/apple_packages.py does the same in fp16.
-PRECISIONS = ("fp32", "int4-fp32")
-NAMES = {"int4-fp32": "int4"}
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
-    """Tiny in several precisions; tests must not change it."""
+    """Tiny in float; tests must not change it."""
 
     def make(folder: Path) -> None:
-        with programs_untouched(open_checkpoint("tiny").config, "coreai", PRECISIONS):
-            export("tiny", folder, "coreai", PRECISIONS, capacity=1024)
+        with programs_untouched(open_checkpoint("tiny").config, "coreai", ["fp32"]):
+            export("tiny", folder, "coreai", ["fp32"], capacity=1024)
 
     yield from shared_bundle(tmp_path_factory, "coreai", make)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_passes_parity(bundle: Bundle, precision: str) -> None:
-    result = parity(bundle, "coreai", NAMES.get(precision, precision), task=load_task(HELDOUT)[::24])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int4", marks=pytest.mark.full)])
+def test_every_precision_passes_parity(bundle: Bundle, precision: str, tmp_path: Path) -> None:
+    if precision != "fp32":
+        folder = shutil.copytree(bundle.folder, tmp_path / "bundle")
+        with programs_untouched(open_checkpoint("tiny").config, "coreai", ["int4-fp32"]):
+            bundle = export("tiny", folder, "coreai", ["int4-fp32"])
+    result = parity(bundle, "coreai", precision, task=load_task(HELDOUT)[::24])
     assert result.execution.kind == "ran"
     assert "Apple's runtime" in str(result.execution)
     assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
@@ -65,6 +67,7 @@ def test_random_checkpoints_of_both_variants(pair: OraclePair, tmp_path: Path) -
     )
 
 
+@pytest.mark.full
 def test_half_precision_converts_and_runs(one_layer: Path, tmp_path: Path) -> None:
     """A few tokens: the runtime multiplies halves one by one on a CPU, and adds them up in half precision."""
     bounds = {"fp32": 1e-9, "fp16": 2e-2, "int8-fp16": 0.3, "int4-fp16": 0.5, "palette4-fp16": 0.5}

@@ -71,7 +71,7 @@ def short(bundle: Bundle, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "precision",
-    [name if name in ("fp16", "int4") else pytest.param(name, marks=pytest.mark.full) for name in PRECISIONS],
+    [name if name == "fp16" else pytest.param(name, marks=pytest.mark.full) for name in PRECISIONS],
 )
 def test_every_precision_passes_parity(bundle: Bundle, precision: str) -> None:
     backend, name = bundle.select("coreml", precision)
@@ -104,7 +104,7 @@ def test_the_fixed_functions_of_the_neural_engine_pass_parity(short: Path) -> No
     assert result.stage("greedy_tokens").state == "passed"
 
 
-@variants_by_precision({"siglip": ("int8", "palette4"), "hybrid": ("fp16", "int4")})
+@variants_by_precision({"siglip": ("int8",), "hybrid": ("fp16",)}, "palette4", "int4")
 def test_random_checkpoints_of_both_variants(pair: OraclePair, precision: str, tmp_path: Path) -> None:
     """Grouped queries and both vision towers; groups that divide their small widths."""
     if precision in ("int4", "palette4"):

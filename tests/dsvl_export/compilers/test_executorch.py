@@ -60,6 +60,7 @@ def test_8_bit_weights_and_activations_pass_parity(tmp_path: Path) -> None:
     assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
 
+@pytest.mark.full
 def test_tiny_passes_parity(bundle: Bundle) -> None:
     result = parity(bundle, "executorch", PRECISION, task=load_task(HELDOUT)[::8])
     assert result.execution.kind == "ran" and "XNNPACK" in str(result.execution)
@@ -80,6 +81,7 @@ def test_random_checkpoints_of_both_variants(pair: OraclePair, tmp_path: Path) -
     assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
 
+@pytest.mark.full
 def test_one_program_has_all_components(bundle: Bundle) -> None:
     artifacts = [bundle.artifact(component, "executorch", PRECISION) for component in METHODS]
     assert len({item.files for item in artifacts}) == 1
@@ -89,6 +91,7 @@ def test_one_program_has_all_components(bundle: Bundle) -> None:
     assert artifacts[0].tools["partitions"] == cut
 
 
+@pytest.mark.full
 def test_a_large_method_leaves_the_cache_alone(bundle: Bundle) -> None:
     """The methods of a program share one memory: unless told, the vision encoder's lies over the KV cache."""
     import torch
@@ -107,6 +110,7 @@ def test_a_large_method_leaves_the_cache_alone(bundle: Bundle) -> None:
     assert np.array_equal(decoder.call([token, torch.tensor([9])])[0].numpy(), expected)
 
 
+@pytest.mark.full
 def test_the_stock_runner_gives_the_same_tokens(bundle: Bundle) -> None:
     """ExecuTorch's own MultimodalRunner, which apps have in C++, Swift and Kotlin, on the same files.
 
@@ -148,6 +152,7 @@ def test_the_stock_runner_gives_the_same_tokens(bundle: Bundle) -> None:
             assert "".join(found).removesuffix(EOS).strip() == answer.text.strip()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["tiny", *STEPS])
 def test_the_stock_runner_reads_texts_as_they_are_meant(bundle: Bundle, name: str, tmp_path: Path) -> None:
     """The tokenizer inside of the runner, too, and not only the package of the same library."""
@@ -173,6 +178,7 @@ def test_the_stock_runner_reads_texts_as_they_are_meant(bundle: Bundle, name: st
     assert read == [len(exact.encode(text, add_special_tokens=False).ids) for text in TEXTS]
 
 
+@pytest.mark.full
 def test_caches_take_turns(bundle: Bundle) -> None:
     """A program has one KV cache; two conversations that alternate, in two pipelines, are as good as alone."""
     backend, file = load_backend("executorch"), program_of(bundle)
@@ -194,6 +200,7 @@ def test_caches_take_turns(bundle: Bundle) -> None:
             assert np.array_equal(decoder.decode(row[:, [step]], last, cache), expected[step])
 
 
+@pytest.mark.full
 def test_bad_files_get_a_sentence(bundle: Bundle, tmp_path: Path) -> None:
     source = program_of(bundle)
     contract = bundle.manifest.contracts[PRECISION]["decoder"]
@@ -219,6 +226,7 @@ def test_bad_files_get_a_sentence(bundle: Bundle, tmp_path: Path) -> None:
         load_program(source, 4096)
 
 
+@pytest.mark.full
 def test_bad_calls_get_a_sentence(bundle: Bundle) -> None:
     contract = bundle.manifest.contracts[PRECISION]["decoder"]
     decoder = load_backend("executorch").open_decoder(program_of(bundle), contract, SessionOptions())
@@ -232,7 +240,8 @@ def test_bad_calls_get_a_sentence(bundle: Bundle) -> None:
     assert decoder.decode(np.zeros((1, 1, 128), np.float32), last, cache).shape == (1, 1, 512)
 
 
-@pytest.mark.parametrize("delegate", ["coreml", pytest.param("vulkan", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("delegate", ["coreml", "vulkan"])
 def test_encoders_for_other_delegates_are_built(delegate: str, one_layer: Path, tmp_path: Path) -> None:
     """On an iPhone or an Android GPU they would run; here the whole encoder is shown to be taken."""
     made = export(
@@ -287,6 +296,7 @@ def test_precisions_that_xnnpack_lacks_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.full
 def test_a_bundle_is_extended_without_its_record(bundle: Bundle, tmp_path: Path) -> None:
     """What shares a file is read back from the manifest, and kept."""
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "copy"))

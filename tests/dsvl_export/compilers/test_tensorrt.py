@@ -28,12 +28,12 @@ from runtimes.pipeline import Pipeline
 from tests.conftest import OraclePair
 from tests.grids import variants_by_precision
 
-PRECISIONS = ("fp16", "int8", "fp8", "int4")
+MORE_PRECISIONS = [pytest.param(name, marks=pytest.mark.full) for name in ("fp8", "int4")]
 NAMES = {"fp16": "fp16", "int8": "int8-fp16", "fp8": "fp8-fp16", "int4": "int4-fp16"}
 PROOF = f"built by TensorRT-RTX on CPU, numerics by ONNX Runtime {version('onnxruntime')} on the same file"
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["fp16", "int8", *MORE_PRECISIONS])
 def test_engines_and_parity_on_the_same_files(rtx: Bundle, precision: str) -> None:
     """Engines of every component, and all stages, taps and held-out questions on the ONNX they were built from."""
     backend_name, name = rtx.select("tensorrt_rtx", precision)
@@ -60,7 +60,7 @@ def test_the_report_says_how_it_is_known(rtx: Bundle, tmp_path: Path) -> None:
     assert Bundle.open(copy.folder).manifest.parity["tensorrt_rtx/fp16"]["execution"] == PROOF
 
 
-@variants_by_precision({"siglip": ("fp16", "int4"), "hybrid": ("int8", "fp8")})
+@variants_by_precision({"siglip": ("int4",), "hybrid": ("fp16",)}, "int8", "fp8")
 def test_random_checkpoints_build_and_pass_parity(
     trt: ModuleType, pair: OraclePair, precision: str, tmp_path: Path
 ) -> None:
@@ -78,7 +78,9 @@ def test_random_checkpoints_build_and_pass_parity(
     assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-int4"])
+@pytest.mark.parametrize(
+    "precision", ["int8", *(pytest.param(name, marks=pytest.mark.full) for name in ("fp16", "int8-int4"))]
+)
 def test_jetpack_6_passes_parity(jetson: Bundle, precision: str) -> None:
     """Primitives of opset 20 (21 with 4-bit weights), for TensorRT 10.3 on SM 87."""
     result = parity(jetson, *jetson.select("tensorrt", precision), task=load_task(HELDOUT)[::4], taps=True)
@@ -203,6 +205,7 @@ def test_a_newer_dialect_is_named_by_the_linter(rtx: Bundle, run) -> None:
     assert "TensorScatter needs TensorRT 10.15, this is 10.3; export for TensorRT 10.3" in done.out
 
 
+@pytest.mark.full
 def test_bfloat16_is_built_and_nothing_is_claimed_of_its_numbers(trt: ModuleType, tmp_path: Path) -> None:
     """ONNX Runtime has no kernels for it on a CPU, so parity does not judge."""
     bundle = export(

@@ -54,15 +54,16 @@ def quantized_copy(quantized: Bundle, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "precision",
+    ("fixture", "precision"),
     [
-        pytest.param(name, marks=pytest.mark.full) if name in ("int8", "int8-weights", "8da8w") else name
-        for name in WANTED
+        ("quantized_bundle", "8da4w-g128"),
+        *(pytest.param("quantized", name, marks=pytest.mark.full) for name in WANTED if name != "8da4w-g128"),
     ],
 )
-def test_precisions_pass_parity(quantized: Bundle, precision: str) -> None:
+def test_precisions_pass_parity(request: pytest.FixtureRequest, fixture: str, precision: str) -> None:
     """All stages, all taps within their bounds, and the accuracy that is asked of the precision."""
-    result = parity(quantized, precision=precision, task=load_task(HELDOUT), taps=True)
+    bundle = request.getfixturevalue(fixture)
+    result = parity(bundle, precision=precision, task=load_task(HELDOUT), taps=True)
     assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
     assert result.task
     assert result.task.accuracy_ratio
@@ -73,6 +74,7 @@ def test_precisions_pass_parity(quantized: Bundle, precision: str) -> None:
     assert 1e-4 < logits.relative_rms < 0.5  # it is quantized, and it is no noise
 
 
+@pytest.mark.full
 def test_a_file_needs_the_release_that_the_table_gives_its_precision(quantized: Bundle) -> None:
     """``doctor`` names precisions, ``run`` reads what the export found in the files."""
     for precision in WANTED:
@@ -90,6 +92,7 @@ def test_a_file_needs_the_release_that_the_table_gives_its_precision(quantized: 
             assert opset.version == (23 if keeps_norm else 21), (precision, item.component)
 
 
+@pytest.mark.full
 def test_bytes(quantized: Bundle) -> None:
     """A quarter and less of fp32, and what plan says."""
     source = open_checkpoint("tiny")
@@ -112,6 +115,7 @@ def test_bytes(quantized: Bundle) -> None:
     assert {state.dtype for state in states} == {"int8"}
 
 
+@pytest.mark.full
 def test_a_fault_in_quantized_weights_is_found_in_its_layer(quantized_copy: Path) -> None:
     """One scale twice as large in the file."""
     from tests.dsvl_export.parity_check.test_parity import rehash
@@ -227,7 +231,7 @@ def test_requests_that_cannot_be(tmp_path: Path, hybrid_pair: OraclePair) -> Non
     assert not (tmp_path / "b2").exists()
 
 
-@variants_by_precision({"siglip": ("int8", "kv-int8"), "hybrid": ("fp8", "int8-weights")})
+@variants_by_precision({"siglip": ("kv-int8",), "hybrid": ("int8-weights",)}, "int8", "fp8")
 def test_random_models_pass_parity(pair: OraclePair, precision: str, tmp_path: Path) -> None:
     bundle = export(pair.checkpoint.folder, tmp_path / "b", precisions=[precision])
     result = parity(bundle, taps=True)

@@ -224,6 +224,7 @@ def test_contexts_and_prompts_that_cannot_be(planner: Planner) -> None:
         planner.plan(cpu, Request("onnxruntime", "fp32", 200, images=100))
 
 
+@pytest.mark.full
 def test_what_fits(one_layer_planner: Planner) -> None:
     """A device with just enough memory for some context, and one with too little for the weights."""
     planner = one_layer_planner

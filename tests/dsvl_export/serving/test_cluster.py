@@ -227,6 +227,7 @@ def test_a_request_that_ends_replicas(
     assert not service.running.total()
 
 
+@pytest.mark.full
 def test_a_machine_that_is_lost(
     url: str, service: ClusterService, nodes: Any, alone: Pipeline, pictures: list[Path]
 ) -> None:

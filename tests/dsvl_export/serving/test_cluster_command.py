@@ -55,6 +55,7 @@ def test_the_command(tiny_bundle: Bundle, two_nodes: Any, run) -> None:
     replicas(0)
 
 
+@pytest.mark.full
 def test_a_server_that_was_killed(tiny_bundle: Bundle, two_nodes: Any) -> None:
     """It leaves its replicas; the next one at its address replaces them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -76,6 +77,7 @@ def test_a_server_that_was_killed(tiny_bundle: Bundle, two_nodes: Any) -> None:
     replicas(0)
 
 
+@pytest.mark.full
 def test_replicas_that_cannot_start(
     two_nodes: Any, bundle_copy: Path, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +102,7 @@ def test_replicas_that_cannot_start(
     replicas(0)
 
 
+@pytest.mark.full
 def test_a_cluster_that_ends(tiny_bundle: Bundle, two_nodes: Any) -> None:
     """While it is served: refused in a sentence, and closed without another word."""
     from ray import serve

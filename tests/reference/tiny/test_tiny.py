@@ -36,6 +36,7 @@ def scores(tiny_bundle: Bundle, items: list[TaskItem]) -> dict[str, TaskScore]:
     }
 
 
+@pytest.mark.full
 def test_exact_match(scores: dict[str, TaskScore]) -> None:
     fp32 = scores["fp32"]
     assert fp32.questions.total() == QUESTION_COUNT == 500
@@ -43,10 +44,12 @@ def test_exact_match(scores: dict[str, TaskScore]) -> None:
     assert min(fp32.by_kind().values()) >= 0.90, fp32.by_kind()
 
 
+@pytest.mark.full
 def test_half_precision_costs_nothing(scores: dict[str, TaskScore]) -> None:
     assert abs(scores["fp16"].accuracy - scores["fp32"].accuracy) <= 0.005
 
 
+@pytest.mark.full
 def test_the_readme_states_the_measured_figures(scores: dict[str, TaskScore]) -> None:
     readme = (TINY / "README.md").read_text()
     fp32 = scores["fp32"]

@@ -13,6 +13,7 @@ from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import train
 
 
+@pytest.mark.full
 def test_both_stages_learn_and_write_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = train.STAGES
     stages = (replace(first, steps=40, batch=4), replace(second, steps=40, batch=8))
