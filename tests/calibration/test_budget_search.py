@@ -36,6 +36,7 @@ def search(tiny_calibrated: Calibrated, measured: Sensitivity) -> BudgetSearch:
     )
 
 
+@pytest.mark.full
 def test_every_layer_is_measured_alone(measured: Sensitivity) -> None:
     linear = [row for row in measured.rows if row.precision == "int4-g32"]
     assert len(measured.rows) == 68 + 2 * len(linear)
@@ -46,6 +47,7 @@ def test_every_layer_is_measured_alone(measured: Sensitivity) -> None:
     assert all(0 <= row.kept <= 1 for row in measured.rows)
 
 
+@pytest.mark.full
 def test_sensitivities_go_on(tiny_calibrated: Calibrated, measured: Sensitivity, tmp_path: Path) -> None:
     """What is known is not measured again; one layer measured anew gives the same."""
     samples = load_data("bundled", 128).samples[::16]
@@ -99,6 +101,7 @@ def test_plans_beat_uniform_ones_of_their_size(tiny_calibrated: Calibrated, meas
         assert found.cost.kl < uniform.kl, name
 
 
+@pytest.mark.full
 def test_budgets_are_kept(search: BudgetSearch) -> None:
     for text in ("kl=0.0001", "accuracy=1", "bytes=3M"):
         budget = Budget.parse(text)

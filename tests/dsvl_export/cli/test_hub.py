@@ -61,6 +61,7 @@ def test_a_checkpoint_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.full
 def test_a_bundle_of_the_hub(hub: Hub, tiny_bundle: Bundle, tmp_path: Path) -> None:
     pushed = command(hub, tmp_path, "push", str(tiny_bundle.folder), "org/made", "--license", "mit")
     assert pushed.code == 0, pushed.err

@@ -20,7 +20,14 @@ def judge(bundle: Bundle, backend: str, precision: str) -> None:
     assert not bundle.problems(list(bundle.manifest.files))
 
 
-@pytest.mark.parametrize("backend", [backend for backend in BUILT_IN if backend != "executorch"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        backend if backend == "onnxruntime" else pytest.param(backend, marks=pytest.mark.full)
+        for backend in BUILT_IN
+        if backend != "executorch"
+    ],
+)
 def test_every_backend(
     backend: str,
     one_layer: Path,

@@ -48,6 +48,7 @@ def kill_a_worker(seen: list[int]) -> threading.Thread:
     return thread
 
 
+@pytest.mark.full
 def test_calibration_with_a_worker_killed(nodes: Any, tmp_path: Path) -> None:
     """Nothing is lost and nothing changes: statistics and scales are those of one machine, bit for bit."""
     source, options = open_checkpoint("tiny"), CalibrationOptions(samples=24, rows=64)

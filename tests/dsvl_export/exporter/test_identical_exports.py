@@ -18,6 +18,7 @@ for backend, precision in (("onnxruntime", "fp32"), ("coreml", "fp16")):
 """
 
 
+@pytest.mark.full
 def test_exports_of_two_processes_are_identical(one_layer: Path, tmp_path: Path) -> None:
     """A new process, and this one, whose hashes have another seed and which has exported much before."""
     with subprocess.Popen(

@@ -143,6 +143,7 @@ def test_a_fault_in_quantized_weights_is_found_in_its_layer(quantized_copy: Path
         ]
 
 
+@pytest.mark.full
 def test_a_plan_of_ones_own(tmp_path: Path, tiny_bundle: Bundle) -> None:
     """A YAML file as precision, with scales tuned for it; noise and verdict follow."""
     (tmp_path / "mixed.yaml").write_text(

@@ -152,6 +152,7 @@ def test_what_rounds_activations_is_bound_by_integers(one_layer_planner: Planner
     assert seconds["int4"] == pytest.approx(1000 * seconds["8da4w"], rel=0.01)
 
 
+@pytest.mark.full
 def test_released_sizes_are_what_is_known_of_them() -> None:
     """1.3B: 2.9 GB of fp16 decoder; 7B: 13 GB; int4 takes a bit more than a quarter."""
     for size, gigabytes in (("1.3b", 2.89), ("7b", 12.99)):

@@ -158,6 +158,7 @@ def test_clients_that_go_away(url: str, service: ClusterService, handle: Any) ->
         assert time.monotonic() < until, "a replica goes on"
 
 
+@pytest.mark.full
 def test_a_replica_killed_under_load(
     url: str,
     service: ClusterService,
