@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dsvl_export.exporter.export import export
 from runtimes.bundle.files import sha256_of_file
 
