@@ -19,6 +19,7 @@ PACKAGES = {
     "ml_dtypes": "ml-dtypes",
     "onnx": "onnx",
     "onnxruntime": "'dsvl-export[onnxruntime]'",
+    "openvino": "'dsvl-export[openvino]'",
     "prometheus_client": "'dsvl-export[serve]'",
     "ray": "'dsvl-export[ray]'",
     "tensorrt": "'dsvl-export[tensorrt]'",

@@ -17,7 +17,7 @@ FILES = {
     2: ("memory.max", "memory.current", ("active_file", "inactive_file")),
 }
 # Backends whose CPU kernels compute halves in fp32; tensorrt and tensorrt_rtx by their ONNX files.
-WIDENED = ("coreml", "onnxruntime", "tensorrt", "tensorrt_rtx")
+WIDENED = ("coreml", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
 
 def available_memory() -> int:

@@ -259,6 +259,16 @@ def executorch_bundle(one_layer: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def openvino_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """Tiny for OpenVINO in some precisions; tests must not change it."""
+
+    def make(folder: Path) -> None:
+        export("tiny", folder, "openvino", ("fp32", "bf16", "int4"))
+
+    yield from shared_bundle(tmp_path_factory, "openvino", make)
+
+
+@pytest.fixture(scope="session")
 def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Tiny with engines of TensorRT for this machine's GPU, in the dialect of this machine's TensorRT."""
     pytest.importorskip("tensorrt", reason="TensorRT is not installed here")

@@ -47,8 +47,8 @@ def export(
     backend: Annotated[
         Optional[str],
         typer.Option(
-            help="onnxruntime, tensorrt, tensorrt_rtx, coreml, coreai or executorch. Default: the first"
-            " backend of the target, or onnxruntime.",
+            help="onnxruntime, openvino, tensorrt, tensorrt_rtx, coreml, coreai or executorch. Default: the"
+            " first backend of the target, or onnxruntime.",
             autocompletion=complete_backends,
         ),
     ] = None,

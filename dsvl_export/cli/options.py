@@ -78,9 +78,9 @@ Precision = Annotated[
 Device = Annotated[
     Optional[str],
     typer.Option(
-        help="cpu, cuda or tensorrt (with onnxruntime); gpu, ane (fixed-length functions only) or cpu (with"
-        " coreml). cpu also runs the ONNX files of the TensorRT backends in ONNX Runtime. Default: the"
-        " backend's own.",
+        help="cpu, cuda or tensorrt (with onnxruntime); cpu or gpu (with openvino); gpu, ane (fixed-length"
+        " functions only) or cpu (with coreml). cpu also runs the ONNX files of the TensorRT backends in ONNX"
+        " Runtime. Default: the backend's own.",
         rich_help_panel=RUNTIME,
         autocompletion=values("cpu", "cuda", "tensorrt", "gpu", "ane"),
     ),

@@ -13,7 +13,7 @@ from runtimes.backends.registry import load_entry
 from runtimes.errors import UserError
 from runtimes.installation import install_command
 
-BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
+BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.compilers"
 # The extras that an export needs. ``tensorrt`` builds engines with the device's own TensorRT.
 EXTRAS = {
@@ -21,6 +21,7 @@ EXTRAS = {
     "coreml": "coreml",
     "executorch": "executorch",
     "onnxruntime": "export,onnxruntime",
+    "openvino": "export,openvino",
     "tensorrt": "export",
     "tensorrt_rtx": "export,tensorrt-rtx",
 }
@@ -34,7 +35,15 @@ FLAGS = {
 }
 
 if TYPE_CHECKING:  # mypy compares the modules with the protocols
-    from dsvl_export.compilers import coreai, coreml, executorch, onnxruntime, tensorrt, tensorrt_rtx
+    from dsvl_export.compilers import (
+        coreai,
+        coreml,
+        executorch,
+        onnxruntime,
+        openvino,
+        tensorrt,
+        tensorrt_rtx,
+    )
     from dsvl_export.compilers.protocol import (
         BuildsGraphs,
         ChecksPlans,
@@ -44,17 +53,19 @@ if TYPE_CHECKING:  # mypy compares the modules with the protocols
         WritesListing,
     )
 
-    _compilers: tuple[Compiler, ...] = (coreai, coreml, executorch, onnxruntime, tensorrt, tensorrt_rtx)
+    _compilers: tuple[Compiler, ...] = (
+        coreai, coreml, executorch, onnxruntime, openvino, tensorrt, tensorrt_rtx,
+    )  # fmt: skip
     _declare_options: tuple[DeclaresOptions, ...] = (
-        coreai, coreml, executorch, onnxruntime, tensorrt, tensorrt_rtx,
+        coreai, coreml, executorch, onnxruntime, openvino, tensorrt, tensorrt_rtx,
     )  # fmt: skip
     _compile_components: tuple[CompilesComponents, ...] = (
-        coreai, coreml, onnxruntime, tensorrt, tensorrt_rtx,
+        coreai, coreml, onnxruntime, openvino, tensorrt, tensorrt_rtx,
     )  # fmt: skip
     _compile_programs: tuple[CompilesProgram, ...] = (executorch,)
     _check_plans: tuple[ChecksPlans, ...] = (executorch, onnxruntime)
     _build_graphs: tuple[BuildsGraphs, ...] = (onnxruntime, tensorrt, tensorrt_rtx)
-    _run_layers: tuple[RunsLayers, ...] = (coreml, onnxruntime, tensorrt, tensorrt_rtx)
+    _run_layers: tuple[RunsLayers, ...] = (coreml, onnxruntime, openvino, tensorrt, tensorrt_rtx)
     _write_listings: tuple[WritesListing, ...] = (coreml,)
 
 

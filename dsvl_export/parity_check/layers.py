@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 STAGE = "layers"
 OUTPUTS, COMPONENTS = "outputs", "components"  # tables of the files: of layers, and of components
 INPUTS = "layers/inputs/inputs.safetensors"
-ARTIFACTS = (".onnx", Path(SPECIFICATION).name)  # endings of files that hold a program
+ARTIFACTS = (".onnx", ".xml", Path(SPECIFICATION).name)  # endings of files that hold a program
 
 
 def outputs_file(precision: str) -> str:
@@ -150,7 +150,11 @@ def _layer_compiler(result: ParityResult) -> tuple[RunsLayers | None, str]:
         compiler = load_compiler(result.backend)
     except UserError as error:
         return None, str(error).rstrip(".")
-    simulated = result.execution.kind == "simulated" or result.backend in ("onnxruntime", "coreml")
+    simulated = result.execution.kind == "simulated" or result.backend in (
+        "onnxruntime",
+        "coreml",
+        "openvino",
+    )
     if not isinstance(compiler, RunsLayers) or not simulated:
         return None, f"layers of {result.backend} cannot be run one by one here"
     return compiler, ""

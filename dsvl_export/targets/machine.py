@@ -20,7 +20,8 @@ from runtimes.memory import available_memory
 PACKAGES = (
     "torch", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx",
     "cuda-python", "cuda-bindings",
-    "coremltools", "coreai-core", "coreai-torch", "executorch", "optimum", "optimum-onnx", "transformers",
+    "openvino", "coremltools", "coreai-core", "coreai-torch", "executorch", "optimum", "optimum-onnx",
+    "transformers",
     "numpy", "pillow", "tokenizers", "safetensors",
 )  # fmt: skip
 CPUINFO = Path("/proc/cpuinfo")

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any, cast
 from runtimes.errors import UserError, first_line
 from runtimes.session import Backend
 
-BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
+BUILT_IN = ("coreai", "coreml", "executorch", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 GROUP = "dsvl_export.runtimes"
 
 
 if TYPE_CHECKING:  # mypy compares the modules with the protocols
-    from runtimes.backends import coreai, coreml, executorch, onnxruntime, tensorrt, tensorrt_rtx
+    from runtimes.backends import coreai, coreml, executorch, onnxruntime, openvino, tensorrt, tensorrt_rtx
     from runtimes.backends.capabilities import DeclaresConcurrency, ProvidesEntryPoints, SwitchesAdapters
 
-    _backends: tuple[Backend, ...] = (coreai, coreml, executorch, onnxruntime, tensorrt, tensorrt_rtx)
+    _backends: tuple[Backend, ...] = (
+        coreai, coreml, executorch, onnxruntime, openvino, tensorrt, tensorrt_rtx,
+    )  # fmt: skip
     _provide_entry_points: tuple[ProvidesEntryPoints, ...] = (coreai, coreml, executorch, onnxruntime)
-    _declare_concurrency: tuple[DeclaresConcurrency, ...] = (onnxruntime,)
+    _declare_concurrency: tuple[DeclaresConcurrency, ...] = (onnxruntime, openvino)
     _switch_adapters: tuple[SwitchesAdapters, ...] = (onnxruntime,)
 
 

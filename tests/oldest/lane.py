@@ -52,6 +52,7 @@ GROUPS = {
     "export": Group(("export", "onnxruntime"), ("export", "plan"), True),
     "executorch": Group(("executorch", "onnxruntime"), ("export --backend executorch",), True),
     "coreml": Group(("coreml", "onnxruntime"), ("export --backend coreml",), True),
+    "openvino": Group(("export", "openvino"), ("export --backend openvino",), True),
 }
 DEFAULT = ("run", "serve", "report", "ray", "export")
 

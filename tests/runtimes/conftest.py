@@ -33,6 +33,7 @@ SESSIONS = (
     "coreml ane fp16",
     "coreai cpu fp32",
     "executorch cpu fp32",
+    "openvino cpu fp32",
     pytest.param("gpu engines fp16", marks=pytest.mark.gpu),
     pytest.param("onnxruntime-cuda ort fp16", marks=pytest.mark.gpu),
 )
@@ -53,9 +54,9 @@ def decoder(request: pytest.FixtureRequest, tiny_bundle: Bundle) -> DecoderSessi
         return load_backend("tensorrt").open_decoder(
             bundle.path(artifact.files[0]), contract, SessionOptions()
         )
-    if runner in ("coreml", "coreai", "executorch"):
-        kind = "executorch_bundle" if runner == "executorch" else "apple_bundle"
-        bundle = request.getfixturevalue(kind)
+    if runner in ("coreml", "coreai", "executorch", "openvino"):
+        kind = "apple" if runner in ("coreml", "coreai") else runner
+        bundle = request.getfixturevalue(f"{kind}_bundle")
         artifact = bundle.artifact("decoder", runner, precision)
         contract = bundle.manifest.contracts[precision]["decoder"]
         options = SessionOptions(device=dialect)

@@ -18,7 +18,7 @@ from dsvl_export.targets.machine import describe_machine, package_versions
 from dsvl_export.targets.options import CompileOptions
 from dsvl_export.targets.targets import load_targets
 from reference.checkpoint.checkpoint import open_checkpoint
-from runtimes.backends import coreai, coreml, executorch, onnxruntime
+from runtimes.backends import coreai, coreml, executorch, onnxruntime, openvino
 from runtimes.backends.onnxruntime_releases import FEATURES
 from runtimes.errors import UserError
 
@@ -97,7 +97,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(onnxruntime, "_import", no_runtime)
-    for backend in (coreai, coreml, executorch):
+    for backend in (coreai, coreml, executorch, openvino):
         monkeypatch.setattr(backend, "devices", no_runtime)
     monkeypatch.setattr(doctor, "load_compiler", no_compiler)
     found = doctor.diagnose()

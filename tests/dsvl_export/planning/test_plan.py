@@ -61,6 +61,17 @@ def assert_exact(planner: Planner, bundle: Bundle) -> None:
         assert plan.embedding_bytes == pytest.approx(table, rel=0.02)
 
 
+def test_bytes_of_openvino(planner: Planner, openvino_bundle: Bundle) -> None:
+    """Of tiny, a sixth is text that describes the graph, whose size is estimated."""
+    for backend, precision in openvino_bundle.choices():
+        plan = planner.plan(measure_target(find_target("cpu")), Request(backend, precision, 200))
+        artifacts = [
+            openvino_bundle.artifact(component, backend, precision) for component in TRACED_COMPONENTS
+        ]
+        written = sum(openvino_bundle.manifest.files[file].bytes for item in artifacts for file in item.files)
+        assert sum(plan.artifacts.values()) == pytest.approx(written, rel=0.04), precision
+
+
 def test_bytes_are_those_of_the_artifacts(planner: Planner, tiny_bundle: Bundle) -> None:
     assert_exact(planner, tiny_bundle)
 
@@ -166,12 +177,13 @@ def test_released_sizes_are_what_is_known_of_them() -> None:
 def test_every_target_is_complete() -> None:
     table = load_targets()
     assert {"jetson-orin-nano", "jetson-orin-nx", "jetson-agx-orin", "jetson-thor", "l4", "a100", "h100", "b200",
-            "rtx-4090", "iphone", "mac", "android", "cpu"} == set(table)  # fmt: skip
+            "rtx-4090", "iphone", "mac", "android", "xeon", "core-ultra", "arc-b580", "cpu"} == set(table)  # fmt: skip
     for name, target in table.items():
         assert target.backends
-        for precisions in target.backends.values():
+        for backend, precisions in target.backends.items():
             assert set(precisions) <= set(LISTED_BITS)
-            assert ("fp8" in precisions) == (name == "cpu" or (target.sm or 0) >= 89)
+            has_fp8 = (name, backend) == ("cpu", "onnxruntime") or (target.sm or 0) >= 89
+            assert ("fp8" in precisions) == has_fp8
             assert len(set(precisions)) == len(precisions)
         if name != "cpu":
             assert target.sources

@@ -1,0 +1,1 @@
+"""OpenVINO IR: debug builds, and single layers."""

@@ -1,0 +1,204 @@
+"""Backend ``openvino``: IR files (``.xml``, ``.bin``) in OpenVINO, on a CPU or an Intel GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtimes.backends.openvino_cache import GrowingCache
+from runtimes.bundle.contracts import Contract, TensorSpec, appended_state
+from runtimes.cache import KVCache
+from runtimes.decode_call import UNLIMITED, validated_call
+from runtimes.errors import UserError
+from runtimes.installation import install_command
+from runtimes.session import Execution, SessionOptions
+
+if TYPE_CHECKING:
+    from runtimes.bundle.manifest import Artifact
+
+DIALECT = "openvino"
+CPU = "cpu"
+# Key of the model's ``rt_info``: OpenVINO's name of the type in which floats are computed.
+INFERENCE_PRECISION = ["dsvl_export", "inference_precision"]
+FLOAT16, BFLOAT16 = "f16", "bf16"
+CAPABILITIES = {FLOAT16: "FP16", BFLOAT16: "BF16"}  # OpenVINO's names of products in a type
+CONCURRENT = True  # sessions may run at the same time in different threads
+
+
+def _import() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise UserError(
+            f"The backend openvino is not installed; run: {install_command('openvino')}."
+        ) from error
+    return openvino
+
+
+def devices() -> list[str]:
+    """List the devices that this machine supports; see ``Backend.devices``."""
+    available = {name.partition(".")[0].lower() for name in _import().Core().available_devices}
+    return [device for device in (CPU, "gpu") if device in available]
+
+
+def execution(artifact: Artifact, device: str | None = None) -> Execution:
+    """Determine whether an artifact can run here; see ``Backend.execution``."""
+    device = device or CPU
+    try:
+        available = devices()
+    except UserError as error:
+        return Execution("not run", str(error).rstrip("."))
+    if artifact.dialect != DIALECT:
+        return Execution("not run", f"its dialect is {artifact.dialect}, but this release runs {DIALECT}")
+    if device not in available:
+        return Execution("not run", f"OpenVINO finds no {device} here, only {', '.join(available)}")
+    if problem := _release_problem(artifact, release()):
+        return Execution("not run", problem)
+    if artifact.base == BFLOAT16 and not _computes(device, BFLOAT16):
+        return Execution("not run", f"this {device} does not compute in bf16; use fp32 or fp16")
+    return Execution("ran", f"{device} with openvino {release()}", device=device)
+
+
+def release() -> str:
+    """Return the version of the installed OpenVINO, such as ``2026.4.1``.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    return str(_import().__version__).partition("-")[0]
+
+
+def _release_problem(artifact: Artifact, installed: str) -> str:
+    """Explain why this release cannot read an IR; empty if it can: older IRs are always read."""
+    built = artifact.tools.get("openvino", "0")
+    if _parts(built)[:2] > _parts(installed)[:2]:
+        return f"it was built by OpenVINO {built}, but {installed} is installed; run: pip install -U openvino"
+    return ""
+
+
+def _parts(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
+
+
+def _computes(device: str, element: str) -> bool:
+    """Return whether a device has products in f16 or bf16."""
+    properties = _import().Core().get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
+    return CAPABILITIES[element] in properties
+
+
+def reason(error: Exception) -> str:
+    """Return the last line of OpenVINO's message; the lines before it name its source files."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].rstrip(".!") if lines else type(error).__name__
+
+
+def open_component(file: Path, contract: Contract, options: SessionOptions) -> OpenVinoComponent:
+    """Open a component; see ``Backend.open_component``."""
+    return OpenVinoComponent(_compile(file, contract, options), contract)
+
+
+def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> OpenVinoDecoder:
+    """Open the decoder; see ``Backend.open_decoder``."""
+    return OpenVinoDecoder(_compile(file, contract, options), contract)
+
+
+def _compile(file: Path, contract: Contract, options: SessionOptions) -> Any:
+    """Read an IR and compile it for a device, which computes floats in the type of the file.
+
+    A device without products in f16 computes halves in f32.
+    """
+    openvino, device = _import(), options.device or CPU
+    if device not in devices():
+        raise UserError(f"OpenVINO finds no {device} here, only {', '.join(devices())}; choose one of them.")
+    core = openvino.Core()
+    try:
+        model = core.read_model(file)
+        element = model.get_rt_info(INFERENCE_PRECISION).astype(str)
+        if element == BFLOAT16 and not _computes(device, element):
+            raise UserError(
+                f"This {device} does not compute in bf16, which {file} asks for; use fp32 or fp16."
+            )
+        if element == FLOAT16 and not _computes(device, element):
+            element = "f32"
+        # By default, OpenVINO computes everything in the fastest type of the device.
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": element}
+        supported = core.get_property(device.upper(), "SUPPORTED_PROPERTIES")
+        if "DYNAMIC_QUANTIZATION_GROUP_SIZE" in supported:
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"  # activations stay floats
+        if device == CPU and options.threads:
+            settings["INFERENCE_NUM_THREADS"] = str(options.threads)
+        compiled = core.compile_model(model, device.upper(), settings)
+    except UserError:
+        raise
+    except Exception as error:  # OpenVINO raises RuntimeError and its own classes
+        raise UserError(f"OpenVINO cannot load {file}: {reason(error)}.") from error
+    expected = {spec.name for spec in (*contract.inputs, *contract.states)}
+    if {port.any_name for port in compiled.inputs} != expected:
+        raise UserError(f"The inputs of {file} differ from its contract; export it again.")
+    return compiled
+
+
+class OpenVinoComponent:
+    """Session of a stateless component in OpenVINO."""
+
+    def __init__(self, compiled: Any, contract: Contract) -> None:
+        """Run a ``CompiledModel`` under its contract."""
+        self.contract, self._request = contract, compiled.create_infer_request()
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute the outputs by name; see ``ComponentSession.run``."""
+        for spec in self.contract.inputs:
+            spec.check(inputs[spec.name])
+        arrays = {spec.name: np.ascontiguousarray(inputs[spec.name]) for spec in self.contract.inputs}
+        _infer(self._request, arrays, self.contract)
+        return {spec.name: self._request.get_tensor(spec.name).data.copy() for spec in self.contract.outputs}
+
+
+class OpenVinoDecoder:
+    """Session of the decoder in OpenVINO.
+
+    The graph reads the cache and returns the new rows of a step, which are copied into it.
+    """
+
+    max_logit_rows = max_batch = UNLIMITED
+
+    def __init__(self, compiled: Any, contract: Contract) -> None:
+        """Run a ``CompiledModel`` under its contract."""
+        self.contract, self._request = contract, compiled.create_infer_request()
+        self.tapped: Mapping[str, np.ndarray] = {}
+
+    def new_cache(self, batch: int, capacity: int) -> GrowingCache:
+        """Create an empty cache."""
+        return GrowingCache(self.contract.states, batch, capacity)
+
+    def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
+        """Append tokens to the cache and compute logits; see ``DecoderSession.decode``."""
+        embeds = np.ascontiguousarray(inputs_embeds)
+        with validated_call(self.contract, GrowingCache, embeds, logit_rows, cache) as (
+            own, rows, positions,
+        ):  # fmt: skip
+            tensors = dict(
+                zip((spec.name for spec in self.contract.inputs), (embeds, positions, rows), strict=True)
+            )
+            states = zip(self.contract.states, own.states(), strict=True)
+            _infer(self._request, tensors | {spec.name: array for spec, array in states}, self.contract)
+            own.write([self._output(appended_state(spec)) for spec in self.contract.states], positions)
+        outputs = {spec.name: self._output(spec).copy() for spec in self.contract.outputs}
+        logits = outputs.pop("logits")
+        self.tapped = outputs
+        return logits
+
+    def _output(self, spec: TensorSpec) -> np.ndarray:
+        """Return an output of the last run, in memory that the next run overwrites."""
+        return self._request.get_tensor(spec.name).data  # type: ignore[no-any-return]
+
+
+def _infer(request: Any, tensors: Mapping[str, Any], contract: Contract) -> None:
+    """Run a request; numpy arrays are read where they are."""
+    try:
+        request.infer(tensors, share_inputs=True)
+    except Exception as error:  # OpenVINO raises RuntimeError and its own classes
+        raise UserError(f"OpenVINO failed in the {contract.component}: {reason(error)}.") from error

@@ -1,0 +1,256 @@
+"""OpenVINO on a CPU: every precision, planted faults, and files and devices that it cannot use."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsvl_export import export
+from dsvl_export.audit import audit
+from dsvl_export.parity_check import parity
+from reference.checkpoint.checkpoint import open_checkpoint
+from reference.tiny import HELDOUT
+from runtimes.backends import openvino as backend
+from runtimes.bundle.bundle import Bundle
+from runtimes.errors import UserError
+from runtimes.goldens.task import load_task
+from runtimes.pipeline import Pipeline
+from runtimes.session import SessionOptions
+from tests.conftest import OraclePair
+from tests.dsvl_export.parity_check.faults import rehash, scaled, swapped_halves, zeroed
+from tests.grids import variants_by_precision
+from tests.shared import shared_bundle
+
+openvino = pytest.importorskip("openvino", reason="openvino is not installed here")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int8-weights")
+
+
+@pytest.fixture(scope="module")
+def bundle(openvino_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """Tiny in every precision; tests must not change it."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(openvino_bundle.folder, folder)
+        export("tiny", folder, "openvino", PRECISIONS)
+
+    yield from shared_bundle(tmp_path_factory, "openvino-all", make)
+
+
+@pytest.fixture
+def copy(openvino_bundle: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(openvino_bundle.folder, tmp_path / "bundle"))
+
+
+def needs(precision: str) -> None:
+    """Skip a test where the processor does not compute in bf16."""
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision == "bf16" and "BF16" not in capabilities:
+        pytest.skip("it would prove the numbers of bf16, which this processor does not compute in")
+
+
+@pytest.mark.parametrize(
+    ("fixture", "precision"),
+    [
+        ("openvino_bundle", "fp32"),
+        ("openvino_bundle", "bf16"),
+        *(pytest.param("bundle", name, marks=pytest.mark.full) for name in PRECISIONS[2:]),
+    ],
+)
+def test_every_precision_passes_parity(request: pytest.FixtureRequest, fixture: str, precision: str) -> None:
+    needs(precision)
+    found = request.getfixturevalue(fixture)
+    result = parity(found, "openvino", precision, task=load_task(HELDOUT)[::4], taps=True)
+    assert str(result.execution) == f"ran on cpu with openvino {backend.release()}"
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+    assert all(localization.first is None for localization in result.localizations)
+    if precision == "fp32":
+        assert all(stage.errors.relative_rms < 1e-5 for stage in result.stages if stage.errors)
+
+
+@variants_by_precision({"siglip": ("int4",), "hybrid": ("int8",)}, "fp32", "fp16", "bf16")
+def test_random_checkpoints_of_both_variants(pair: OraclePair, precision: str, tmp_path: Path) -> None:
+    """Grouped queries and both vision towers; groups that divide their small widths."""
+    needs(precision)
+    if precision == "int4":
+        rule = "layers: 'decoder.layers.*', kind: linear, precision: int4-g4"
+        (tmp_path / "four.yaml").write_text("base: fp32\nrules: [{" + rule + "}]")
+        precision = str(tmp_path / "four.yaml")
+    made = export(pair.checkpoint.folder, tmp_path / "b", "openvino", [precision], capacity=256)
+    result = parity(made, taps=True)
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+
+
+def test_the_audit_converts_again(copy: Path) -> None:
+    source = open_checkpoint("tiny")
+    assert audit(Bundle.open(copy), source, "openvino", "fp32").verdict == "passed"
+    file = copy / "openvino/fp32/decoder/decoder.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    result = audit(Bundle.open(copy), source, "openvino", "fp32")
+    assert [part.name for part in result.parts if part.differences] == ["openvino/fp32/decoder"]
+
+
+def test_a_long_conversation_equals_a_fresh_one(openvino_bundle: Bundle) -> None:
+    """The states move within their buffers where they get longer: in prefill, in steps, and of rows."""
+    decoder = Pipeline.open(openvino_bundle, "openvino", "fp32", threads=1).chain.decoder
+    embeds = np.random.default_rng(0).standard_normal((1, 600, 128)).astype(np.float32)
+    whole = decoder.new_cache(1, 600)
+    expected = decoder.decode(embeds, np.arange(600), whole)
+    parts = decoder.new_cache(3, 1000)
+    found = []
+    for start, stop in ((0, 250), (250, 259), (259, 520), (520, 600)):
+        decoder.decode(embeds[:, :5], np.array([4]), parts.row(2))
+        parts.row(2).rewind(5)
+        found.append(decoder.decode(embeds[:, start:stop], np.arange(stop - start), parts.row(1)))
+    assert np.allclose(np.concatenate(found, 1), expected, rtol=0, atol=1e-3)
+    parts.copy_prefix(1, 0, 300)
+    again = decoder.decode(embeds[:, 300:320], np.arange(20), parts.row(0))
+    assert np.allclose(again, expected[:, 300:320], rtol=0, atol=1e-3)
+    for array, other in zip(parts.arrays, whole.arrays, strict=True):
+        assert array.shape[2] == 1000
+        assert np.allclose(array[1, :, :600], other[0], rtol=0, atol=1e-3)
+
+
+# Faults, by the names of the operators, which are those of the ONNX files.
+
+
+@dataclass(frozen=True)
+class IrFault:
+    """What is done to the values of a constant of a component, and the tap that must be named for it."""
+
+    component: str
+    tap: str
+    constant: str
+    change: Callable[[np.ndarray], np.ndarray]
+
+
+FAULTS = [
+    IrFault("vision_encoder", "high.blocks.2", "high.blocks.2.mlp.fc1.weight_transposed", zeroed(3)),
+    IrFault("vision_encoder", "low.blocks.0", "low.blocks.0.attn.proj.weight_transposed", zeroed(7)),
+    IrFault("vision_encoder", "high.patch_embed", "high.patch_embed.proj.weight", scaled(2)),
+    IrFault("vision_encoder", "low.blocks.1", "low.blocks.1.norm2.weight", scaled(2)),
+    IrFault("adaptor", "layers.1", "layers.1.weight_transposed", zeroed(5)),
+    IrFault("decoder", "layers.1", "layers.1.self_attn.v_proj.weight_transposed", zeroed(3)),
+    IrFault("decoder", "layers.2", "layers.2.self_attn.q_proj.weight_transposed", swapped_halves(32)),
+    IrFault("decoder", "layers.0", "layers.0.post_attention_layernorm.weight", scaled(2)),
+    IrFault("decoder", "norm", "norm.weight", scaled(0.5)),
+    IrFault("decoder", "head", "head.weight_transposed", zeroed(40)),
+]
+
+
+def plant(folder: Path, precision: str, fault: IrFault) -> Bundle:
+    """Change a constant of an IR and give the files their new hashes, so that only parity can notice."""
+    path = f"openvino/{precision}/{fault.component}/{fault.component}"
+    model = openvino.Core().read_model(folder / f"{path}.xml")
+    (constant,) = (op for op in model.get_ops() if op.get_friendly_name() == fault.constant)
+    changed = openvino.op.Constant(np.ascontiguousarray(fault.change(constant.data.copy())))
+    for reader in constant.output(0).get_target_inputs():
+        reader.replace_source_output(changed.output(0))
+    openvino.save_model(model, folder / "spoiled.xml", compress_to_fp16=False)
+    del model, constant, changed, reader  # they map the files
+    for suffix in (".xml", ".bin"):
+        (folder / f"spoiled{suffix}").replace(folder / f"{path}{suffix}")
+        rehash(folder, f"{path}{suffix}")
+    return Bundle.open(folder)
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, id=fault.constant, marks=pytest.mark.full if place % 3 else ())
+        for place, fault in enumerate(FAULTS)
+    ],
+)
+def test_every_planted_fault_is_located(copy: Path, fault: IrFault, precision: str) -> None:
+    needs(precision)
+    result = parity(plant(copy, precision, fault), "openvino", precision)
+    assert result.verdict == "failed"
+    assert [localization.component for localization in result.localizations] == [fault.component]
+    assert result.localizations[0].first == fault.tap, str(result.localizations[0])
+
+
+# What cannot be used.
+
+
+def test_a_device_that_is_not_there(openvino_bundle: Bundle, run) -> None:
+    available = backend.devices()
+    device = next((name for name in ("gpu",) if name not in available), None)
+    if device is None:
+        pytest.skip("it would prove the sentence for a missing device, but this machine has them all")
+    done = run("run", openvino_bundle.folder, "-p", "Hello", "--device", device)
+    assert done.code == 2 and f"OpenVINO finds no {device} here, only cpu" in done.err
+    result = parity(openvino_bundle, device=device)
+    assert str(result.execution) == f"not run: OpenVINO finds no {device} here, only {', '.join(available)}"
+
+
+def test_a_processor_without_bfloat16(openvino_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not computed in another precision instead."""
+    monkeypatch.setattr(backend, "_computes", lambda device, element: False)
+    result = parity(openvino_bundle, "openvino", "bf16")
+    assert str(result.execution) == "not run: this cpu does not compute in bf16; use fp32 or fp16"
+    artifact = openvino_bundle.artifact("adaptor", "openvino", "bf16")
+    contract = openvino_bundle.manifest.contracts["bf16"]["adaptor"]
+    with pytest.raises(UserError, match="does not compute in bf16, which .*adaptor.xml asks for; use fp32"):
+        backend.open_component(openvino_bundle.path(artifact.files[0]), contract, SessionOptions())
+
+
+@pytest.mark.parametrize(
+    ("built", "runs"), [("2026.4.1", True), ("2026.4.9", True), ("2025.1.0", True), ("2026.5.0", False), ("2027.0.0", False)]
+)  # fmt: skip
+def test_files_of_a_newer_release(
+    openvino_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, built: str, runs: bool
+) -> None:
+    monkeypatch.setattr(backend, "release", lambda: "2026.4.1")
+    artifact = openvino_bundle.artifact("adaptor", "openvino", "fp32")
+    monkeypatch.setitem(artifact.tools, "openvino", built)
+    found = backend.execution(artifact)
+    assert found.runnable == runs
+    if not runs:
+        assert found.by == (
+            f"it was built by OpenVINO {built}, but 2026.4.1 is installed; run: pip install -U openvino"
+        )
+
+
+@pytest.mark.parametrize(
+    ("suffix", "keep"), [(".bin", 0.5), (".bin", 0.0), (".xml", 0.5), (".xml", 0.0)], ids=str
+)
+def test_damaged_files(copy: Path, suffix: str, keep: float, run) -> None:
+    file = copy / f"openvino/fp32/decoder/decoder{suffix}"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content))])
+    done = run("run", copy, "-p", "Hello", "--precision", "fp32")
+    assert done.code == 2 and f"decoder{suffix} has {int(keep * len(content))} bytes, expected" in done.err
+    done = run("run", copy, "-p", "Hello", "--precision", "fp32", "--no-verify")
+    assert done.code == 2, done.out
+    assert "OpenVINO cannot load" in done.err and "Traceback" not in done.err
+
+
+def test_activations_stay_floats(openvino_bundle: Bundle) -> None:
+    """OpenVINO rounds the activations of layers with 4-bit weights to int8, unless it is told not to."""
+    contract = openvino_bundle.manifest.contracts["int4"]["decoder"]
+    file = openvino_bundle.path(openvino_bundle.artifact("decoder", "openvino", "int4").files[0])
+    compiled = backend._compile(file, contract, SessionOptions(threads=1))
+    properties = {
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32",
+    }  # fmt: skip
+    for name, value in properties.items():
+        found = compiled.get_property(name)
+        assert (found.to_string() if hasattr(found, "to_string") else found) == value
+
+
+def test_it_is_not_installed(openvino_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Any:
+        raise UserError("The backend openvino is not installed; run: pip install 'dsvl-export[openvino]'.")
+
+    monkeypatch.setattr(backend, "_import", missing)
+    artifact = SimpleNamespace(dialect="openvino", base="fp32", tools={})
+    assert backend.execution(artifact).by.endswith("pip install 'dsvl-export[openvino]'")  # type: ignore[arg-type]
