@@ -20,7 +20,7 @@ FAST := tests/dsvl_export/lint tests/dsvl_export/targets tests/oracles/test_conf
 demo: $(VENV)/cpu.installed
 	$(BIN)/dsvl-export demo --output demo
 
-# Style, types, layers, and the tests that `pytest` without arguments runs; 20 minutes on 2 cores.
+# Style, types, layers, and the tests that `pytest` without arguments runs; 12 minutes on 2 cores.
 test: style
 	$(PYTEST) --durations=20
 

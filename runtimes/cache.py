@@ -1,7 +1,8 @@
 """The KV cache: allocated once, written in place by the backend.
 
 ``KVCache`` counts the tokens of each row; a subclass defines where the states are stored. No step
-copies or moves them. Rows of a batch may have different lengths.
+copies or moves them, except that OpenVINO's get longer now and then (``openvino_cache``). Rows of a
+batch may have different lengths.
 """
 
 from __future__ import annotations

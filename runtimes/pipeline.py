@@ -92,8 +92,9 @@ class Pipeline:
 
         Args:
             bundle: the bundle or its folder.
-            backend: which of the bundle's backends; None selects the first that has the adapter.
-            precision: which of the bundle's precisions; None selects likewise.
+            backend: which of the bundle's backends; None selects the first, or the first that has
+                the adapter.
+            precision: which of the bundle's precisions; None selects like ``backend``.
             threads: number of CPU threads; None lets the backend choose.
             device: one of the backend's ``devices()``; None is the backend's default. ``cpu`` runs
                 the ONNX files that TensorRT engines are built from, in ONNX Runtime.

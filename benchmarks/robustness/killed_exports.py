@@ -25,6 +25,7 @@ from runtimes.bundle.manifest import STAGING
 # Backend → what is exported. Core AI's own writer makes other bytes each time.
 PRECISIONS = {
     "onnxruntime": ("fp32", "int8"), "tensorrt": ("fp16",), "coreml": ("fp16",), "executorch": ("fp32",),
+    "openvino": ("fp32",),
 }  # fmt: skip
 
 

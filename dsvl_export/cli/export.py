@@ -231,9 +231,14 @@ def export(
             raise
     for item in earlier:
         if item.file not in bundle.manifest.files:
-            decoder = bundle.artifact("decoder", item.backend, item.precision)
             remedy = "add it again with 'dsvl-export add-adapter'"
-            if not takes_adapters(decoder):
+            decoders = [
+                artifact
+                for artifact in bundle.manifest.artifacts
+                if (artifact.component, artifact.backend, artifact.precision)
+                == ("decoder", item.backend, item.precision)
+            ]
+            if not any(map(takes_adapters, decoders)):
                 remedy = "export again with --switchable, then add it again with 'dsvl-export add-adapter'"
             display.err.print(
                 f"[yellow]Removed the adapter {escape(item.file)}:[/] the decoder was exported anew;"

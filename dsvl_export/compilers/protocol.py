@@ -191,6 +191,15 @@ class CompilesProgram(Protocol):
 
 
 @runtime_checkable
+class NeedsScratch(Protocol):
+    """A compiler that has further files on the disk while it writes an artifact."""
+
+    def scratch_bytes(self, artifact_bytes: int) -> int:
+        """Return their bytes for an artifact of a size."""
+        ...
+
+
+@runtime_checkable
 class DeclaresOptions(Protocol):
     """A compiler that declares the options of ``registry.FLAGS`` that it takes; others are refused.
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # mypy compares the modules with the protocols
         ChecksPlans,
         CompilesComponents,
         CompilesProgram,
+        NeedsScratch,
         RunsLayers,
         WritesListing,
     )
@@ -66,6 +67,7 @@ if TYPE_CHECKING:  # mypy compares the modules with the protocols
     _check_plans: tuple[ChecksPlans, ...] = (executorch, onnxruntime)
     _build_graphs: tuple[BuildsGraphs, ...] = (onnxruntime, tensorrt, tensorrt_rtx)
     _run_layers: tuple[RunsLayers, ...] = (coreml, onnxruntime, openvino, tensorrt, tensorrt_rtx)
+    _need_scratch: tuple[NeedsScratch, ...] = (openvino,)
     _write_listings: tuple[WritesListing, ...] = (coreml,)
 
 

@@ -205,8 +205,9 @@ def add_adapters(
     """
     with _changing(folder) as (bundle, staging):
         decoders = _switchable_decoders(bundle)
+        names = [*(item.name for item in bundle.manifest.adapters), *(choice.name for choice in named)]
         for choice in named:
-            refuse_similar_name(choice.name, [adapter.name for adapter in bundle.manifest.adapters])
+            refuse_similar_name(choice.name, names)
         config = ModelConfig.from_dict(bundle.manifest.model)
         adapters = [NamedAdapter.open(item, config) for item in named]
         for adapter in adapters:

@@ -20,6 +20,7 @@ from dsvl_export.compilers.precisions import precision_folder
 from dsvl_export.compilers.protocol import (
     App,
     CompilesProgram,
+    NeedsScratch,
     Parts,
     WritesListing,
     compile_parts,
@@ -103,6 +104,7 @@ class ArtifactStages:
                 partial(self._artifact_inputs, plan),
                 partial(self._compile, name, plan, components),
                 bytes=partial(self._artifact_bytes, plan, components),
+                scratch=partial(self._scratch_bytes, plan, components),
             )
             for name, components in stages.items()
         ]
@@ -130,6 +132,13 @@ class ArtifactStages:
                 self._bytes[component, plan.name] = size
         self._job.report(ExportProgress(name, 1, 1, "finished"))
         return sum(self._bytes[component, plan.name] for component in components)
+
+    def _scratch_bytes(self, plan: PrecisionPlan, components: Sequence[str]) -> int:
+        """Return the bytes of files that are on the disk while artifacts are compiled."""
+        compiler = self._job.compiler
+        if not isinstance(compiler, NeedsScratch):
+            return 0
+        return compiler.scratch_bytes(self._artifact_bytes(plan, components))
 
     def _trace(self, component: str, plan: PrecisionPlan) -> TracedComponent:
         return trace_with_plan(self._job.source.config, component, plan)

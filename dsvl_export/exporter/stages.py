@@ -72,6 +72,7 @@ class Stage:
         build: writes the files into a folder, and returns what the manifest needs to know of them.
         bytes: returns the size of the files, from shapes alone; None for files of at most some
             megabytes, which are not planned.
+        scratch: returns the size of further files that are there while the files are written.
         extends: name of a finished stage that the one file of this stage is added to; its inputs
             are kept in that stage's result.
         optional_for: a precision of an earlier export. If it overflows, the stage and the later
@@ -82,6 +83,7 @@ class Stage:
     inputs: Callable[[], dict[str, Any] | None]
     build: Callable[[Path, StageProgress], dict[str, Any]]
     bytes: Callable[[], int] | None = None
+    scratch: Callable[[], int] | None = None
     extends: str | None = None
     optional_for: str | None = None
 
@@ -112,7 +114,8 @@ class StageRunner:
         for stage in stages:
             if stage.bytes:
                 new, old = self._staging.remaining_bytes(stage.name, stage.inputs, stage.bytes)
-                needed, written = max(needed, written + new), written + new - old
+                scratch = stage.scratch() if stage.scratch and new else 0
+                needed, written = max(needed, written + new + scratch), written + new - old
         free = shutil.disk_usage(self._staging.folder).free
         if needed > free:
             raise UserError(

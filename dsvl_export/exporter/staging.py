@@ -112,7 +112,7 @@ class Staging:
         for path, entry in bundle.manifest.files.items():
             file = self.folder / path
             same_size = file.is_file() and file.stat().st_size == entry.bytes
-            # A bundle that was copied without its record has no entries of some files.
+            # Of files without a record, as in a bundle that was copied, only the size is compared.
             if not added(path) and (recorded.get(path, entry) != entry or not same_size):
                 changed.append(path)
         if changed and manifest_file(bundle.folder).name != MANIFEST:

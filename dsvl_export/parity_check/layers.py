@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 STAGE = "layers"
 OUTPUTS, COMPONENTS = "outputs", "components"  # tables of the files: of layers, and of components
 INPUTS = "layers/inputs/inputs.safetensors"
+SEPARABLE = ("onnxruntime", "openvino", "coreml")  # backends that run the files of single layers
 ARTIFACTS = (".onnx", ".xml", Path(SPECIFICATION).name)  # endings of files that hold a program
 
 
@@ -150,12 +151,9 @@ def _layer_compiler(result: ParityResult) -> tuple[RunsLayers | None, str]:
         compiler = load_compiler(result.backend)
     except UserError as error:
         return None, str(error).rstrip(".")
-    simulated = result.execution.kind == "simulated" or result.backend in (
-        "onnxruntime",
-        "coreml",
-        "openvino",
-    )
-    if not isinstance(compiler, RunsLayers) or not simulated:
+    # Engines run as a whole.
+    separable = result.execution.kind == "simulated" or result.backend in SEPARABLE
+    if not isinstance(compiler, RunsLayers) or not separable:
         return None, f"layers of {result.backend} cannot be run one by one here"
     return compiler, ""
 

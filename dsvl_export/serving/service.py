@@ -222,15 +222,15 @@ class Service(ABC):
             RequestError: there is no such model, or the bundle has changed.
         """
         found = self.find_model(name)
-        base, adapter = split_model(found or self.default, self.default)
-        file = self.bundle.adapters(*base.split("/"))[adapter].file if adapter else None
-        if (reason := self.watch.changed(file)) is not None:
-            raise unavailable(reason)
         if found is None:
             raise RequestError(
                 404, f"There is no model {quoted(name)}; use one of {', '.join(self.names)}.",
                 code="model_not_found", param="model",
             )  # fmt: skip
+        base, adapter = split_model(found, self.default)
+        file = self.bundle.adapters(*base.split("/"))[adapter].file if adapter else None
+        if (reason := self.watch.changed(file)) is not None:
+            raise unavailable(reason)
         return found
 
     def find_model(self, name: str) -> str | None:

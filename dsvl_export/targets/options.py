@@ -23,7 +23,7 @@ class OnnxRuntimeOptions:
         prefill: add a second decoder graph for prompts, with 8-bit weights, if the decoder has
             4-bit weights and quantizes activations per token.
         switchable: add a decoder graph that takes LoRA adapters as inputs; it shares the weights.
-            None does so if there are switchable adapters.
+            None adds none, unless an ``ExportConfig`` has switchable adapters.
     """
 
     prefill: bool = True

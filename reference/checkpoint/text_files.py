@@ -68,8 +68,8 @@ def find_chat_template(folder: Path, optional: bool = False) -> tuple[str, str] 
             return name, default
         if not optional:
             raise UserError(
-                f"{file} has a chat_template that is neither a template nor several, one of them named"
-                f" 'default'; name one so, or {BUILT_IN_HINT}."
+                f"The chat_template in {file} must be a text, or have an entry named 'default'; name an entry"
+                f" so, or {BUILT_IN_HINT}."
             )
     return None
 

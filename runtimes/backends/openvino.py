@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     from runtimes.bundle.manifest import Artifact
 
 DIALECT = "openvino"
-CPU = "cpu"
+CPU, GPU = "cpu", "gpu"
 # Key of the model's ``rt_info``: OpenVINO's name of the type in which floats are computed.
 INFERENCE_PRECISION = ["dsvl_export", "inference_precision"]
-FLOAT16, BFLOAT16 = "f16", "bf16"
-CAPABILITIES = {FLOAT16: "FP16", BFLOAT16: "BF16"}  # OpenVINO's names of products in a type
+FLOAT32, FLOAT16, BFLOAT16 = "f32", "f16", "bf16"
+CAPABILITIES = {FLOAT16: "FP16", BFLOAT16: "BF16"}  # OpenVINO's names of them
 CONCURRENT = True  # sessions may run at the same time in different threads
 
 
@@ -38,10 +39,15 @@ def _import() -> Any:
     return openvino
 
 
+@cache
+def _core() -> Any:
+    return _import().Core()
+
+
 def devices() -> list[str]:
     """List the devices that this machine supports; see ``Backend.devices``."""
-    available = {name.partition(".")[0].lower() for name in _import().Core().available_devices}
-    return [device for device in (CPU, "gpu") if device in available]
+    available = {name.partition(".")[0].lower() for name in _core().available_devices}
+    return [device for device in (CPU, GPU) if device in available]
 
 
 def execution(artifact: Artifact, device: str | None = None) -> Execution:
@@ -51,6 +57,8 @@ def execution(artifact: Artifact, device: str | None = None) -> Execution:
         available = devices()
     except UserError as error:
         return Execution("not run", str(error).rstrip("."))
+    except RuntimeError as error:
+        return Execution("not run", f"OpenVINO does not start: {reason(error)}")
     if artifact.dialect != DIALECT:
         return Execution("not run", f"its dialect is {artifact.dialect}, but this release runs {DIALECT}")
     if device not in available:
@@ -84,9 +92,8 @@ def _parts(version: str) -> list[int]:
 
 
 def _computes(device: str, element: str) -> bool:
-    """Return whether a device has products in f16 or bf16."""
-    properties = _import().Core().get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
-    return CAPABILITIES[element] in properties
+    """Return whether a device computes in f16 or bf16."""
+    return CAPABILITIES[element] in _core().get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
 
 
 def reason(error: Exception) -> str:
@@ -108,32 +115,29 @@ def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> Ope
 def _compile(file: Path, contract: Contract, options: SessionOptions) -> Any:
     """Read an IR and compile it for a device, which computes floats in the type of the file.
 
-    A device without products in f16 computes halves in f32.
+    A device that does not compute in f16 computes these files in f32.
     """
-    openvino, device = _import(), options.device or CPU
+    core, device = _core(), options.device or CPU
     if device not in devices():
         raise UserError(f"OpenVINO finds no {device} here, only {', '.join(devices())}; choose one of them.")
-    core = openvino.Core()
     try:
         model = core.read_model(file)
         element = model.get_rt_info(INFERENCE_PRECISION).astype(str)
-        if element == BFLOAT16 and not _computes(device, element):
-            raise UserError(
-                f"This {device} does not compute in bf16, which {file} asks for; use fp32 or fp16."
-            )
-        if element == FLOAT16 and not _computes(device, element):
-            element = "f32"
-        # By default, OpenVINO computes everything in the fastest type of the device.
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": element}
-        supported = core.get_property(device.upper(), "SUPPORTED_PROPERTIES")
-        if "DYNAMIC_QUANTIZATION_GROUP_SIZE" in supported:
-            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"  # activations stay floats
-        if device == CPU and options.threads:
-            settings["INFERENCE_NUM_THREADS"] = str(options.threads)
+    except RuntimeError as error:
+        raise UserError(f"OpenVINO cannot load {file}: {reason(error)}.") from error
+    if element == BFLOAT16 and not _computes(device, element):
+        raise UserError(f"This {device} does not compute in bf16, which {file} asks for; use fp32 or fp16.")
+    if element == FLOAT16 and not _computes(device, element):
+        element = FLOAT32
+    # By default, OpenVINO computes everything in the fastest type of the device.
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": element}
+    if "DYNAMIC_QUANTIZATION_GROUP_SIZE" in core.get_property(device.upper(), "SUPPORTED_PROPERTIES"):
+        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"  # activations stay floats
+    if device == CPU and options.threads:
+        settings["INFERENCE_NUM_THREADS"] = str(options.threads)
+    try:
         compiled = core.compile_model(model, device.upper(), settings)
-    except UserError:
-        raise
-    except Exception as error:  # OpenVINO raises RuntimeError and its own classes
+    except RuntimeError as error:
         raise UserError(f"OpenVINO cannot load {file}: {reason(error)}.") from error
     expected = {spec.name for spec in (*contract.inputs, *contract.states)}
     if {port.any_name for port in compiled.inputs} != expected:
@@ -183,10 +187,10 @@ class OpenVinoDecoder:
             tensors = dict(
                 zip((spec.name for spec in self.contract.inputs), (embeds, positions, rows), strict=True)
             )
-            states = zip(self.contract.states, own.states(), strict=True)
+            states = zip(self.contract.states, own.states(begins=not positions[0, 0]), strict=True)
             _infer(self._request, tensors | {spec.name: array for spec, array in states}, self.contract)
             own.write([self._output(appended_state(spec)) for spec in self.contract.states], positions)
-        outputs = {spec.name: self._output(spec).copy() for spec in self.contract.outputs}
+            outputs = {spec.name: self._output(spec).copy() for spec in self.contract.outputs}
         logits = outputs.pop("logits")
         self.tapped = outputs
         return logits
@@ -197,8 +201,8 @@ class OpenVinoDecoder:
 
 
 def _infer(request: Any, tensors: Mapping[str, Any], contract: Contract) -> None:
-    """Run a request; numpy arrays are read where they are."""
+    """Run a request; numpy arrays are read where they are, and outputs stay in its memory."""
     try:
-        request.infer(tensors, share_inputs=True)
-    except Exception as error:  # OpenVINO raises RuntimeError and its own classes
+        request.infer(tensors, share_inputs=True, share_outputs=True)
+    except RuntimeError as error:
         raise UserError(f"OpenVINO failed in the {contract.component}: {reason(error)}.") from error

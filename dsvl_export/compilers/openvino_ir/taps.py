@@ -11,6 +11,8 @@ import numpy as np
 import openvino
 from openvino import opset13 as opset
 
+from dsvl_export.compilers.openvino_ir.files import write_ir
+from runtimes.backends.openvino import reason
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.contracts import Contract, TensorSpec
 from runtimes.bundle.files import parse_json
@@ -23,10 +25,11 @@ GIVEN = "given/"  # before the name of a tap: the input that layers read in its 
 
 def debug_build(artifact: Path, contract: Contract, folder: Path) -> Path:
     """Write the IR with the contract's taps as further outputs; see ``Compiler.debug_build``."""
-    model = openvino.Core().read_model(artifact)
+    model = _read(artifact)
     ports = _tap_ports(model, artifact, contract)
     model.add_results([_result(port, spec) for port, spec in zip(ports, contract.taps, strict=True)])
-    return _save(model, artifact, folder)
+    write_ir(model, folder / artifact.name)
+    return folder / artifact.name
 
 
 def run_layers(
@@ -38,7 +41,7 @@ def run_layers(
     options: SessionOptions,
 ) -> dict[str, np.ndarray]:
     """See ``RunsLayers.run_layers``."""
-    model = openvino.Core().read_model(artifact)
+    model = _read(artifact)
     given, results = [], []
     for port, spec in zip(_tap_ports(model, artifact, contract), contract.taps, strict=True):
         handed = _parameter(port, replace(spec, name=f"{GIVEN}{spec.name}"))
@@ -52,9 +55,18 @@ def run_layers(
     specs = tuple(replace(spec, name=f"{GIVEN}{spec.name}") for spec in contract.taps)
     cut_contract = Contract(contract.component, contract.inputs + contract.states + specs, contract.taps)
     cut.set_rt_info(model.get_rt_info(["dsvl_export"]), ["dsvl_export"])
-    session = load_backend("openvino").open_component(_save(cut, artifact, folder), cut_contract, options)
+    file = folder / artifact.name
+    write_ir(cut, file)
+    session = load_backend("openvino").open_component(file, cut_contract, options)
     arrays = {**inputs, **{f"{GIVEN}{name}": array for name, array in taps.items()}}
     return session.run({spec.name: arrays[spec.name].astype(spec.dtype) for spec in cut_contract.inputs})
+
+
+def _read(artifact: Path) -> Any:
+    try:
+        return openvino.Core().read_model(artifact)
+    except RuntimeError as error:
+        raise UserError(f"OpenVINO cannot load {artifact}: {reason(error)}.") from error
 
 
 def _tap_ports(model: Any, artifact: Path, contract: Contract) -> list[Any]:
@@ -83,9 +95,3 @@ def _parameter(port: Any, spec: TensorSpec) -> Any:
     parameter = opset.parameter(port.get_partial_shape(), openvino.Type(np.dtype(spec.dtype)), name=spec.name)
     parameter.output(0).set_names({spec.name})
     return parameter
-
-
-def _save(model: Any, artifact: Path, folder: Path) -> Path:
-    file = folder / artifact.name
-    openvino.save_model(model, file, compress_to_fp16=False)
-    return file

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from dsvl_export.parity_check import parity
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from runtimes.backends import openvino as backend
+from runtimes.backends.openvino_cache import GrowingCache
 from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
 from runtimes.goldens.task import load_task
 from runtimes.pipeline import Pipeline
@@ -182,14 +184,13 @@ def test_every_planted_fault_is_located(copy: Path, fault: IrFault, precision: s
 
 
 def test_a_device_that_is_not_there(openvino_bundle: Bundle, run) -> None:
-    available = backend.devices()
-    device = next((name for name in ("gpu",) if name not in available), None)
-    if device is None:
-        pytest.skip("it would prove the sentence for a missing device, but this machine has them all")
-    done = run("run", openvino_bundle.folder, "-p", "Hello", "--device", device)
-    assert done.code == 2 and f"OpenVINO finds no {device} here, only cpu" in done.err
-    result = parity(openvino_bundle, device=device)
-    assert str(result.execution) == f"not run: OpenVINO finds no {device} here, only {', '.join(available)}"
+    """OpenVINO's own choice, AUTO, is no device either."""
+    available = ", ".join(backend.devices())
+    for device in ("npu", "auto"):
+        done = run("run", openvino_bundle.folder, "-p", "Hello", "--device", device)
+        assert done.code == 2 and f"OpenVINO finds no {device} here, only {available}" in done.err
+        result = parity(openvino_bundle, device=device)
+        assert str(result.execution) == f"not run: OpenVINO finds no {device} here, only {available}"
 
 
 def test_a_processor_without_bfloat16(openvino_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,9 +249,58 @@ def test_activations_stay_floats(openvino_bundle: Bundle) -> None:
 
 
 def test_it_is_not_installed(openvino_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> Any:
-        raise UserError("The backend openvino is not installed; run: pip install 'dsvl-export[openvino]'.")
+    backend._core.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    found = backend.execution(openvino_bundle.artifact("adaptor", "openvino", "fp32"))
+    assert str(found) == (
+        "not run: The backend openvino is not installed; run: pip install 'dsvl-export[openvino]'"
+    )
 
-    monkeypatch.setattr(backend, "_import", missing)
-    artifact = SimpleNamespace(dialect="openvino", base="fp32", tools={})
-    assert backend.execution(artifact).by.endswith("pip install 'dsvl-export[openvino]'")  # type: ignore[arg-type]
+
+def test_a_full_disk_and_an_export_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO does not notice a full disk by itself: the written file is read again."""
+    whole = openvino.save_model
+
+    def cut(model: Any, file: Path, **options: Any) -> None:
+        whole(model, file, **options)
+        content = file.with_suffix(".bin").read_bytes()
+        file.with_suffix(".bin").write_bytes(content[: len(content) // 2])
+
+    def full(model: Any, file: Path, **options: Any) -> None:
+        raise RuntimeError("Exception from src/core.cpp:1:\nCan't open bin file")
+
+    for save, sentence in (
+        (cut, "cannot read vision_encoder.xml: Incorrect weights"),
+        (full, "Can't open bin file"),
+    ):
+        monkeypatch.setattr(openvino, "save_model", save)
+        with pytest.raises(UserError, match=sentence):
+            export("tiny", tmp_path / "b", "openvino", goldens=False)
+        assert not (tmp_path / "b" / MANIFEST).exists()
+    monkeypatch.setattr(openvino, "save_model", whole)
+    made = export("tiny", tmp_path / "b", "openvino", goldens=False)
+    assert made.problems() == []
+    assert {Path(file).suffix for file in made.manifest.files if file.startswith("openvino/")} == {
+        ".xml",
+        ".bin",
+    }
+
+
+def test_states_get_shorter_and_an_interruption_keeps_them(openvino_bundle: Bundle) -> None:
+    cache = GrowingCache(openvino_bundle.manifest.contracts["fp32"]["decoder"].states, 2, 2000)
+    cache.lengths[:] = 1500, 0
+    for array in cache.states():
+        array[:] = 1
+    assert {array.shape[2] for array in cache.states()} == {1536}
+    cache.row(1).append(10)
+    cache.row(0).rewind(1400)
+    assert {array.shape[2] for array in cache.row(1).states()} == {1536}
+    assert {array.shape[2] for array in cache.row(1).states(begins=True)} == {256}
+    assert all(array[0, :, :256].all() for array in cache.states())
+    cache._memory.arrays[3] = np.zeros_like(cache._memory.arrays[3][:, :, :0])  # interrupted before this one
+    cache.row(0).append(300)
+    assert {array.shape[2] for array in cache.states()} == {512}
+    assert not cache.states()[0][0, :, 256:].any()  # nothing of other rows is in new slots
+    cache.reset()
+    assert {array.shape[2] for array in cache.states(begins=True)} == {0}
+    assert {array.shape[2] for array in cache.arrays} == {2000}

@@ -17,6 +17,7 @@ from dsvl_export.compilers.protocol import (
     CompilesComponents,
     CompilesProgram,
     DeclaresOptions,
+    NeedsScratch,
     RunsLayers,
     WritesListing,
     compile_parts,
@@ -31,6 +32,7 @@ CAPABILITIES: dict[str, set[Any]] = {
     "coreml": {CompilesComponents, DeclaresOptions, RunsLayers, WritesListing},
     "executorch": {CompilesProgram, DeclaresOptions, ChecksPlans},
     "onnxruntime": {*ONNX, ChecksPlans},
+    "openvino": {CompilesComponents, DeclaresOptions, NeedsScratch, RunsLayers},
     "tensorrt": ONNX,
     "tensorrt_rtx": ONNX,
 }

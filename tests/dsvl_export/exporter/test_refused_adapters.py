@@ -161,7 +161,9 @@ def test_the_same_adapter_twice(decoder_adapters: dict[str, Path], tmp_path: Pat
     assert refused(done, f"The adapter {folder} is given twice")
 
 
-@pytest.mark.parametrize("backend", ["coreml", "coreai", "executorch", "tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize(
+    "backend", ["coreml", "coreai", "executorch", "openvino", "tensorrt", "tensorrt_rtx"]
+)
 def test_other_backends_are_refused(
     tiny_bundle: Bundle, decoder_adapters: dict[str, Path], tmp_path: Path, run, backend: str
 ) -> None:

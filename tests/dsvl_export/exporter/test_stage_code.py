@@ -24,7 +24,15 @@ CALLS = {
     "ARTIFACTS": (
         *(
             f"dsvl_export.compilers.{name}"
-            for name in ("coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx")
+            for name in (
+                "coreai",
+                "coreml",
+                "executorch",
+                "onnxruntime",
+                "openvino",
+                "tensorrt",
+                "tensorrt_rtx",
+            )
         ),
         "dsvl_export.planning.workload",
     ),

@@ -359,7 +359,9 @@ def test_several_templates(tmp_path: Path, templates: object, found: bool) -> No
     (tmp_path / "chat_template.jinja").unlink()
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": templates}))
     if not found:
-        with pytest.raises(UserError, match="one of them named 'default'; name one so, or use the option"):
+        with pytest.raises(
+            UserError, match="must be a text, or have an entry named 'default'; name an entry so, or use"
+        ):
             spec_of(tmp_path)
     assert spec_of(tmp_path, built_in=not found) == spec_of(TINY)
 

@@ -12,7 +12,7 @@ from runtimes.errors import UserError
 
 def test_backends_register_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real distribution on the path: its entry point is a backend like ours."""
-    ours = ["coreai", "coreml", "executorch", "onnxruntime", "tensorrt", "tensorrt_rtx"]
+    ours = ["coreai", "coreml", "executorch", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
     assert backend_names() == ours
     (tmp_path / "quantum_backend.py").write_text("SUFFIX = '.qubits'\n")
     information = tmp_path / "quantum-1.0.dist-info"

@@ -20,7 +20,8 @@ class DeepSeekVLExportCommand(BaseOptimumCLICommand):
     """Takes every option of ``dsvl-export export``; the checkpoint is ``--model``, as optimum names it."""
 
     COMMAND = CommandInfo(
-        "dsvl", "Export DeepSeek-VL and Janus to ONNX Runtime, TensorRT, Core ML, Core AI, ExecuTorch."
+        "dsvl",
+        "Export DeepSeek-VL and Janus to ONNX Runtime, OpenVINO, TensorRT, Core ML, Core AI, ExecuTorch.",
     )
 
     @staticmethod
