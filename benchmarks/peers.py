@@ -17,7 +17,7 @@ from measuring import made_once
 
 from reference.model.config import DecoderConfig
 
-# What each environment holds.
+# What each environment holds; ``environments/<peer>.txt`` has the version of every package in it.
 PEERS: dict[str, tuple[str, ...]] = {
     "llama": ("llama-cpp-python==0.3.36", "gguf"),
     "transformers": ("torch==2.13.0", "transformers==5.5.4"),
@@ -49,16 +49,52 @@ FORMS: dict[str, tuple[str, ...]] = {
 }
 
 
+# What each environment must be able to import, by package.
+IMPORTS: dict[str, dict[str, str]] = {
+    "llama": {"llama-cpp-python": "llama_cpp", "gguf": "gguf"},
+    "transformers": {"torch": "torch", "transformers": "transformers.models.llama.modeling_llama"},
+    "genai": {"onnxruntime-genai": "onnxruntime_genai.models.builder", "transformers": "transformers"},
+    "vision": {"transformers": "transformers.models.siglip.modeling_siglip", "openvino": "openvino"},
+    "openvino": {
+        "transformers": "transformers.models.auto.processing_auto",
+        "nncf": "nncf",
+        "optimum-intel": "optimum.intel.openvino",
+    },
+}
+# Packages that others bring and nothing here uses. torchvision must be built for the same torch, which
+# an index with a CPU build of torch alone does not give.
+UNWANTED: dict[str, tuple[str, ...]] = {"openvino": ("torchvision",)}
+
+
 def python_of(peer: str, work: Path) -> Path:
-    """The interpreter of a peer's environment."""
+    """The interpreter of a peer's environment, which is made and checked when it is first asked for."""
     folder = work / "environments" / peer
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
-        print(f"Installing {', '.join(PEERS[peer])} (llama.cpp is compiled, some minutes)", flush=True)
+        compiled = " (it is compiled, some minutes)" if peer == "llama" else ""
+        print(f"Installing {', '.join(PEERS[peer])}{compiled}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEERS[peer]], check=True)
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+        pins = Path(__file__).parent / "environments" / f"{peer}.txt"
+        subprocess.run([*pip, "install", "--quiet", "--constraint", str(pins), *PEERS[peer]], check=True)
+        for package in UNWANTED.get(peer, ()):
+            subprocess.run([*pip, "uninstall", "--quiet", "--yes", package], check=True)
+        check_imports(peer, python)
         (folder / "complete").touch()
     return python
+
+
+def check_imports(peer: str, python: Path) -> None:
+    """Import what a peer needs, each in a process of its own.
+
+    Raises:
+        SystemExit: names the package that cannot be imported.
+    """
+    for package, module in IMPORTS[peer].items():
+        done = subprocess.run([str(python), "-c", f"import {module}"], capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise SystemExit(f"{package} cannot be imported in the environment of {peer}: {reason}")
 
 
 def run(peer: str, work: Path, *arguments: object) -> str:
