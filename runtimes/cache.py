@@ -121,8 +121,12 @@ class KVCache(ABC):
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Set row ``target`` to the first ``length`` tokens of row ``source``."""
-        self.row(target)._write([array[:, :, :length] for array in self.row(source).arrays])
+        self.row(target)._write(self.row(source)._read(length))
         self.lengths[target] = length
+
+    def _read(self, length: int) -> list[np.ndarray]:
+        """Return the first tokens of each state, ``[batch, Hkv, length, Dh]``."""
+        return [array[:, :, :length] for array in self.arrays]
 
 
 class HostCache(KVCache):

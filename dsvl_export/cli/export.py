@@ -232,13 +232,8 @@ def export(
     for item in earlier:
         if item.file not in bundle.manifest.files:
             remedy = "add it again with 'dsvl-export add-adapter'"
-            decoders = [
-                artifact
-                for artifact in bundle.manifest.artifacts
-                if (artifact.component, artifact.backend, artifact.precision)
-                == ("decoder", item.backend, item.precision)
-            ]
-            if not any(map(takes_adapters, decoders)):
+            pair = (item.backend, item.precision)
+            if pair not in bundle.choices() or not takes_adapters(bundle.artifact("decoder", *pair)):
                 remedy = "export again with --switchable, then add it again with 'dsvl-export add-adapter'"
             display.err.print(
                 f"[yellow]Removed the adapter {escape(item.file)}:[/] the decoder was exported anew;"

@@ -72,14 +72,6 @@ class Model:
         self.leases, self.used = 0, monotonic()
         self.chains: dict[str | None, Chain] = {None: pipeline.chain}  # by open adapter
 
-    def open_adapter(self, adapter: str) -> None:
-        """Open an adapter of the bundle for the requests of the scheduler.
-
-        Raises:
-            UserError: it cannot be opened.
-        """
-        self.chains[adapter] = self.pipeline.with_adapter(adapter).chain
-
 
 def runnable_models(bundle: Bundle, device: str | None) -> list[str]:
     """Return the names of the models of a bundle that this machine can run."""
@@ -160,7 +152,11 @@ class Models:
                     self._reopen(closed)
 
     def _open_adapter(self, model: Model, adapter: str) -> None:
-        """Open an adapter; the first one loads the decoder's weights once more."""
+        """Open an adapter; the first one loads the decoder's weights once more.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
         backend, precision = model.name.split("/")
         if self.options.verify:
             check_adapter(self.bundle, self.bundle.adapters(backend, precision)[adapter])
@@ -169,7 +165,7 @@ class Models:
             self._check_memory(
                 f"{model.name} with adapters", decoder_weights(self.bundle, backend, precision)
             )
-        model.open_adapter(adapter)
+        model.chains[adapter] = model.pipeline.with_adapter(adapter).chain
 
     def _check_memory(self, name: str, needed: int) -> None:
         """Check that bytes are free beside the KV caches of the open models, which fill later.

@@ -158,7 +158,7 @@ class OpenVinoComponent:
             spec.check(inputs[spec.name])
         arrays = {spec.name: np.ascontiguousarray(inputs[spec.name]) for spec in self.contract.inputs}
         _infer(self._request, arrays, self.contract)
-        return {spec.name: self._request.get_tensor(spec.name).data.copy() for spec in self.contract.outputs}
+        return {spec.name: _output(self._request, spec).copy() for spec in self.contract.outputs}
 
 
 class OpenVinoDecoder:
@@ -189,15 +189,12 @@ class OpenVinoDecoder:
             )
             states = zip(self.contract.states, own.states(begins=not positions[0, 0]), strict=True)
             _infer(self._request, tensors | {spec.name: array for spec, array in states}, self.contract)
-            own.write([self._output(appended_state(spec)) for spec in self.contract.states], positions)
-            outputs = {spec.name: self._output(spec).copy() for spec in self.contract.outputs}
+            new = [_output(self._request, appended_state(spec)) for spec in self.contract.states]
+            own.write(new, positions)
+            outputs = {spec.name: _output(self._request, spec).copy() for spec in self.contract.outputs}
         logits = outputs.pop("logits")
         self.tapped = outputs
         return logits
-
-    def _output(self, spec: TensorSpec) -> np.ndarray:
-        """Return an output of the last run, in memory that the next run overwrites."""
-        return self._request.get_tensor(spec.name).data  # type: ignore[no-any-return]
 
 
 def _infer(request: Any, tensors: Mapping[str, Any], contract: Contract) -> None:
@@ -206,3 +203,8 @@ def _infer(request: Any, tensors: Mapping[str, Any], contract: Contract) -> None
         request.infer(tensors, share_inputs=True, share_outputs=True)
     except RuntimeError as error:
         raise UserError(f"OpenVINO failed in the {contract.component}: {reason(error)}.") from error
+
+
+def _output(request: Any, spec: TensorSpec) -> np.ndarray:
+    """Return an output of the last run, in memory that the next run overwrites."""
+    return np.asarray(request.get_tensor(spec.name).data)

@@ -104,13 +104,6 @@ class GrowingCache(KVCache):
         """Host address of each state."""
         return [array.ctypes.data for array in self.arrays]
 
-    def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Set row ``target`` to the first ``length`` tokens of row ``source``."""
-        self._memory.resize(length)
-        for array in self._rows():
-            array[target, :, :length] = array[source, :, :length]
-        self.lengths[target] = length
-
     def _rows(self) -> list[np.ndarray]:
         rows = slice(self._first_row, self._first_row + self.batch)
         return [array[rows] for array in self._memory.arrays]
@@ -118,6 +111,10 @@ class GrowingCache(KVCache):
     def _view(self, start: int, stop: int) -> GrowingCache:
         first = self._first_row + start
         return GrowingCache(self.specs, stop - start, self.capacity, self._memory, first)
+
+    def _read(self, length: int) -> list[np.ndarray]:
+        self._memory.resize(length)
+        return [array[:, :, :length] for array in self._rows()]
 
     def _write(self, states: Sequence[np.ndarray]) -> None:
         length = states[0].shape[2]
