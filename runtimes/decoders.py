@@ -9,7 +9,7 @@ from runtimes.backends.capabilities import AdaptableDecoder, SwitchesAdapters
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract
-from runtimes.bundle.manifest import SwitchableAdapter
+from runtimes.bundle.manifest import Artifact, SwitchableAdapter
 from runtimes.errors import UserError
 from runtimes.session import DecoderSession, SessionOptions
 
@@ -22,19 +22,17 @@ class Decoders:
     """
 
     def __init__(
-        self, bundle: Bundle, backend: str, precision: str, options: SessionOptions, verify: bool = True
+        self, bundle: Bundle, artifact: Artifact, options: SessionOptions, verify: bool = True
     ) -> None:
         """Open nothing yet.
 
         Args:
             bundle: the bundle.
-            backend: one of its backends.
-            precision: one of its precisions.
+            artifact: the decoder's.
             options: of the sessions.
             verify: whether to check the SHA-256 of an adapter's file.
         """
-        self._bundle, self._backend, self._precision = bundle, backend, precision
-        self._options, self._verify = options, verify
+        self._bundle, self._artifact, self._options, self._verify = bundle, artifact, options, verify
         self._lock = Lock()
         self._sessions: dict[str | None, DecoderSession] = {}
         self._adaptable: AdaptableDecoder | None = None
@@ -51,23 +49,22 @@ class Decoders:
             return self._sessions[adapter]
 
     def _open_base(self) -> DecoderSession:
-        return load_backend(self._backend).open_decoder(*self._decoder())
+        return load_backend(self._artifact.backend).open_decoder(*self._decoder())
 
     def _open_adapter(self, name: str) -> DecoderSession:
-        entry = find_adapter(self._bundle, self._backend, self._precision, name)
+        entry = find_adapter(self._bundle, self._artifact, name)
         if self._verify:
             check_adapter(self._bundle, entry)
         if self._adaptable is None:
-            module = load_backend(self._backend)
+            module = load_backend(self._artifact.backend)
             assert isinstance(module, SwitchesAdapters)  # ``find_adapter`` checked it
             self._adaptable = module.open_adaptable_decoder(*self._decoder())
         return self._adaptable.with_adapter(self._bundle.path(entry.file))
 
     def _decoder(self) -> tuple[Path, Contract, SessionOptions]:
         """Return what a backend opens: the main file, its contract, and the options."""
-        artifact = self._bundle.artifact("decoder", self._backend, self._precision)
-        contract = self._bundle.manifest.contracts[self._precision]["decoder"]
-        return self._bundle.path(artifact.files[0]), contract, self._options
+        contract = self._bundle.manifest.contracts[self._artifact.precision]["decoder"]
+        return self._bundle.path(self._artifact.files[0]), contract, self._options
 
 
 def check_adapter(bundle: Bundle, entry: SwitchableAdapter) -> None:
@@ -83,28 +80,29 @@ def check_adapter(bundle: Bundle, entry: SwitchableAdapter) -> None:
         )
 
 
-def find_adapter(bundle: Bundle, backend: str, precision: str, name: str) -> SwitchableAdapter:
+def find_adapter(bundle: Bundle, decoder: Artifact, name: str) -> SwitchableAdapter:
     """Return an adapter of a decoder.
 
     Raises:
         UserError: the backend cannot switch adapters, or the bundle has no such adapter.
     """
-    module = load_backend(backend)
+    module = load_backend(decoder.backend)
     if not isinstance(module, SwitchesAdapters):
         raise UserError(
-            f"The backend {backend} cannot switch adapters, so {name} cannot be selected; merge it into the"
-            " weights with 'dsvl-export export --adapter'."
+            f"The backend {decoder.backend} cannot switch adapters, so {name} cannot be selected; merge it"
+            " into the weights with 'dsvl-export export --adapter'."
         )
-    if not module.is_switchable(bundle.artifact("decoder", backend, precision).files):
+    pair = (decoder.backend, decoder.precision)
+    if not module.is_switchable(decoder.files):
         raise UserError(
-            f"{backend} {precision} of the bundle {bundle.folder} was exported without switchable adapters,"
+            f"{' '.join(pair)} of the bundle {bundle.folder} was exported without switchable adapters,"
             f" so {name} cannot be selected; export it again with --switchable."
         )
-    known = bundle.adapters(backend, precision)
+    known = bundle.adapters(*pair)
     if name not in known:
         names = f"it has {', '.join(known)}" if known else "it has none"
         raise UserError(
-            f"The bundle {bundle.folder} has no adapter {name!r} for {backend} {precision}, {names}; add one"
+            f"The bundle {bundle.folder} has no adapter {name!r} for {' '.join(pair)}, {names}; add one"
             f" with 'dsvl-export add-adapter {bundle.folder} NAME=FOLDER'."
         )
     return known[name]

@@ -12,22 +12,23 @@ from typing import Any, Union
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import Artifact
+from runtimes.bundle.mixes import device_of
 from runtimes.cache import KVCache, cache_bytes
 from runtimes.chain import Chain, Key, Prompt
 from runtimes.decoders import Decoders, find_adapter
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
+from runtimes.execution import component_executions
 from runtimes.generation.decoding import Answer, SpeculativeSequence, generate
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import ImageSource
 from runtimes.memory import widening
-from runtimes.session import SessionOptions
+from runtimes.session import ComponentSession, SessionOptions
 from runtimes.text.prompt import Message, PromptText, format_chat, place_images
 from runtimes.text.tokenizer import Tokenizer
 
 AnyMessage = Union[Message, Mapping[str, Any]]
 GREEDY = GenerationOptions()
-SESSION_COMPONENTS = ("vision_encoder", "adaptor", "decoder")  # the token embedding is a table
 MAX_STREAMS = 16  # open at the same time; each has a KV cache
 
 
@@ -92,12 +93,14 @@ class Pipeline:
 
         Args:
             bundle: the bundle or its folder.
-            backend: which of the bundle's backends; None selects the first, or the first that has
-                the adapter.
-            precision: which of the bundle's precisions; None selects like ``backend``.
+            backend: which of the bundle's backends, or ``mixed``; None selects the first, or the
+                first that has the adapter.
+            precision: which of the bundle's precisions, or the name of a mix; None selects like
+                ``backend``.
             threads: number of CPU threads; None lets the backend choose.
             device: one of the backend's ``devices()``; None is the backend's default. ``cpu`` runs
-                the ONNX files that TensorRT engines are built from, in ONNX Runtime.
+                the ONNX files that TensorRT engines are built from, in ONNX Runtime. Components can
+                have devices of their own: ``vision_encoder=gpu,decoder=cpu``.
             capacity: tokens of the KV cache; None is the bundle's default.
             verify: whether to check the SHA-256 of each file that is loaded.
             adapter: the LoRA adapter of the bundle to answer with; None answers without one.
@@ -110,35 +113,39 @@ class Pipeline:
             bundle = Bundle.open(bundle)
         manifest = bundle.manifest
         backend, precision = bundle.select(backend, precision, adapter)
-        artifacts = {name: bundle.artifact(name, backend, precision) for name in SESSION_COMPONENTS}
+        artifacts = bundle.artifacts(backend, precision)
         positions = int(manifest.model["decoder"]["max_positions"])
         if capacity is not None and not 1 <= capacity <= positions:
             raise UserError(f"The capacity must be between 1 and the model's {positions}, got {capacity}.")
         if adapter is not None:
-            find_adapter(bundle, backend, precision, adapter)
+            find_adapter(bundle, artifacts["decoder"], adapter)
         if verify:
             check_files(bundle, backend, precision)
         for artifact in artifacts.values():
             for path in artifact.files:
                 bundle.path(path)  # rejects links that lead outside the bundle
-        module, options = load_backend(backend), SessionOptions(threads, device)
-        for artifact in artifacts.values():
-            state = module.execution(artifact, device)
+        for state in component_executions(bundle, backend, precision, device).values():
             if state.kind == "not run":
                 raise UserError(f"{backend} {precision} of {bundle.folder} cannot run here: {state.by}.")
-        contracts = manifest.contracts[precision]
-        decoders = Decoders(bundle, backend, precision, options, verify)
-        files = {name: bundle.path(artifact.files[0]) for name, artifact in artifacts.items()}
+
+        def open_component(component: str) -> ComponentSession:
+            options = SessionOptions(threads, device_of(device, component))
+            item, contract = artifacts[component], bundle.contract(component, backend, precision)
+            return load_backend(item.backend).open_component(bundle.path(item.files[0]), contract, options)
+
+        decoders = Decoders(
+            bundle, artifacts["decoder"], SessionOptions(threads, device_of(device, "decoder")), verify
+        )
         chain = Chain(
             Tokenizer(bundle.path("tokenizer/tokenizer.json"), manifest.prompt),
             manifest.preprocessing,
             TokenEmbedding(bundle.path(manifest.token_embedding)),
-            module.open_component(files["vision_encoder"], contracts["vision_encoder"], options),
-            module.open_component(files["adaptor"], contracts["adaptor"], options),
+            open_component("vision_encoder"),
+            open_component("adaptor"),
             decoders.open(adapter),
             exact_rows=artifacts["decoder"].exact_rows,
         )
-        max_capacity = compiled_capacity(artifacts["decoder"], device)
+        max_capacity = compiled_capacity(artifacts["decoder"], device_of(device, "decoder"))
         default = min(manifest.default_capacity, max_capacity or manifest.default_capacity)
         return cls(chain, manifest.prompt.system_prompt, capacity or default, max_capacity, decoders)
 
@@ -325,7 +332,7 @@ def check_files(bundle: Bundle, backend: str, precision: str) -> None:
     Raises:
         UserError: a file differs from the manifest.
     """
-    paths = [path for name in SESSION_COMPONENTS for path in bundle.artifact(name, backend, precision).files]
+    paths = [path for item in bundle.artifacts(backend, precision).values() for path in item.files]
     bundle.check([*paths, bundle.manifest.token_embedding, "tokenizer/tokenizer.json"])
 
 
@@ -346,24 +353,25 @@ def required_memory(bundle: Bundle, backend: str, precision: str, capacity: int 
         precision: one of its precisions.
         capacity: tokens of the KV cache; None is the bundle's default.
     """
-    contract = bundle.manifest.contracts[precision]["decoder"]
-    artifacts = [bundle.artifact(name, backend, precision) for name in SESSION_COMPONENTS]
-    engines = {artifact.engine.file for artifact in artifacts if artifact.engine}
-    files = {file for artifact in artifacts for file in artifact.files} - engines
-    weights = sum(bundle.manifest.files[file].bytes for file in files)
+    artifacts = bundle.artifacts(backend, precision)
+    states = bundle.contract("decoder", backend, precision).states
     default = bundle.manifest.default_capacity
-    tokens = capacity or min(default, artifacts[-1].capacity or default)
-    cache = cache_bytes(contract.states, 1, tokens)
-    active = max(item.activation_bytes + tokens * item.activation_bytes_per_token for item in artifacts)
-    return widening(backend, contract) * (weights + active) + cache
+    tokens = capacity or min(default, artifacts["decoder"].capacity or default)
+    engines = {item.engine.file for item in artifacts.values() if item.engine}
+    widened: dict[str, int] = {}  # by file; components may share one
+    active = []
+    for component, item in artifacts.items():
+        factor = widening(item.backend, bundle.contract(component, backend, precision))
+        widened |= {file: factor * bundle.manifest.files[file].bytes for file in {*item.files} - engines}
+        active.append(factor * (item.activation_bytes + tokens * item.activation_bytes_per_token))
+    return sum(widened.values()) + max(active) + cache_bytes(states, 1, tokens)
 
 
 def decoder_weights(bundle: Bundle, backend: str, precision: str) -> int:
     """Return the bytes of a decoder's weights while it runs on a CPU."""
-    stored = sum(
-        bundle.manifest.files[file].bytes for file in bundle.artifact("decoder", backend, precision).files
-    )
-    return widening(backend, bundle.manifest.contracts[precision]["decoder"]) * stored
+    decoder = bundle.artifact("decoder", backend, precision)
+    stored = sum(bundle.manifest.files[file].bytes for file in decoder.files)
+    return widening(decoder.backend, bundle.contract("decoder", backend, precision)) * stored
 
 
 def _as_list(images: Sequence[ImageSource] | ImageSource) -> Sequence[ImageSource]:

@@ -39,6 +39,7 @@ from runtimes.backends.onnxruntime import prefill_file
 from runtimes.backends.onnxruntime_adapters import adapted_file
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import TOKENIZER, Artifact
+from runtimes.bundle.mixes import Pair
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 
@@ -84,11 +85,13 @@ def audit(
         _audit_tokenizer(bundle, source),
         _audit_token_embedding(bundle, source, partial(on_bytes, "token_embedding")),
     ]
-    pairs = bundle.choices() if backend is None and precision is None else bundle.matching(backend, precision)
-    if not pairs:
-        bundle.select(backend, precision)  # raises an error that lists what the bundle has
-    for pair in pairs:
-        result.parts += _audit_pair(bundle, source, *pair, on_bytes)
+    bundle.select(backend, precision)  # raises an error that lists what the bundle has
+    groups: dict[Pair, dict[str, Artifact]] = {}  # a mix takes its artifacts from several
+    for choice in bundle.matching(backend, precision):
+        for component, item in bundle.artifacts(*choice).items():
+            groups.setdefault((item.backend, item.precision), {})[component] = item
+    for pair, artifacts in groups.items():
+        result.parts += _audit_group(bundle, source, pair, list(artifacts.values()), on_bytes)
     return result
 
 
@@ -170,13 +173,11 @@ def _audit_token_embedding(
     return part
 
 
-def _audit_pair(
-    bundle: Bundle, source: Checkpoint, backend: str, precision: str, on_bytes: OnBytes
+def _audit_group(
+    bundle: Bundle, source: Checkpoint, pair: Pair, artifacts: Sequence[Artifact], on_bytes: OnBytes
 ) -> list[AuditedPart]:
-    """Audit the artifacts of a backend and precision, and the Swift listing if there is one."""
-    artifacts = [
-        item for item in bundle.manifest.artifacts if (item.backend, item.precision) == (backend, precision)
-    ]
+    """Audit artifacts of one backend and precision, and the Swift listing if there is one."""
+    backend, precision = pair
     stages: dict[str, list[Artifact]] = {}
     for item in artifacts:
         stages.setdefault(item.stage, []).append(item)
@@ -208,7 +209,7 @@ def _audit_pair(
             audit_artifacts(compiler, bundle, items, traced_parts(items), app, options, part, on_part)
         except UserError as error:
             part.add(Difference(part.name, f"cannot be compared: {error}"))
-    if isinstance(compiler, WritesListing):
+    if isinstance(compiler, WritesListing) and pair in bundle.choices():
         write = partial(compiler.write_listing, app=app)
         parts.append(_audit_listing(bundle, f"{backend}/{precision}/listing", write))
     return parts

@@ -25,8 +25,10 @@ from dsvl_export.targets.machine import describe_machine, measure_seconds, packa
 from runtimes.backends.onnxruntime import prefill_file
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.mixes import device_of
 from runtimes.cache import cache_bytes
 from runtimes.errors import UserError
+from runtimes.execution import execution
 from runtimes.images import ImageSource
 from runtimes.installation import install_command
 from runtimes.memory import widening
@@ -173,11 +175,10 @@ def bench(
         steps_of[context] = _decode(pipeline, context, options)
     peak = _peak()
     on_step("memory bandwidth", steps - 1, steps)
-    artifact = bundle.artifact("decoder", backend, precision)
-    execution = load_backend(backend).execution(artifact, options.device)
-    on_cpu = execution.device == "cpu" and execution.kind == "ran"
+    executed = execution(bundle, backend, precision, options.device)
+    on_cpu = executed.device == "cpu" and executed.kind == "ran"
     bandwidth = read_bandwidth(options.threads) if on_cpu else None
-    weights = _decode_weights(bundle, backend, precision, execution)
+    weights = _decode_weights(bundle, backend, precision, options.device)
     states = pipeline.chain.decoder.contract.states
     decoding = []
     for context, seconds in steps_of.items():
@@ -188,7 +189,7 @@ def bench(
         bundle=str(folder),
         backend=backend,
         precision=precision,
-        execution=execution,
+        execution=executed,
         threads=options.threads,
         prompt_tokens=prompt,
         opened=opened,
@@ -202,14 +203,14 @@ def bench(
         decoding=decoding,
         predicted=_predicted(bundle, backend, precision, contexts[-1], prompt)
         if on_cpu
-        else f"'plan' predicts for the CPU of this machine, but the bundle {execution}",
+        else f"'plan' predicts for the CPU of this machine, but the bundle {executed}",
         machine={**describe_machine(), "packages": package_versions()},
     )
 
 
 def _longest(bundle: Bundle, backend: str, precision: str, device: str | None) -> int:
     """Return the number of tokens that the KV cache can hold."""
-    built = compiled_capacity(bundle.artifact("decoder", backend, precision), device)
+    built = compiled_capacity(bundle.artifact("decoder", backend, precision), device_of(device, "decoder"))
     positions = int(bundle.manifest.model["decoder"]["max_positions"])
     return min(positions, built or positions)
 
@@ -283,26 +284,26 @@ def _decode(pipeline: Pipeline, context: int, options: BenchOptions) -> list[flo
     return medians
 
 
-def _decode_weights(bundle: Bundle, backend: str, precision: str, execution: Execution) -> int | None:
+def _decode_weights(bundle: Bundle, backend: str, precision: str, device: str | None) -> int | None:
     """Return the bytes of the decoder's weights that a decode step reads, as they are in memory.
 
     None if the file of the decoder contains other components too.
     """
-    artifact = bundle.artifact("decoder", backend, precision)
+    artifacts = bundle.artifacts(backend, precision)
+    artifact = artifacts.pop("decoder")
+    executed = load_backend(artifact.backend).execution(artifact, device_of(device, "decoder"))
     engine = artifact.engine.file if artifact.engine else None
-    if engine and execution.device != "cpu":
+    if engine and executed.device != "cpu":
         return bundle.manifest.files[engine].bytes
     files = [file for file in artifact.files if file != engine]
-    encoders = [bundle.artifact(name, backend, precision) for name in ("vision_encoder", "adaptor")]
-    others = {file for encoder in encoders for file in encoder.files}
-    if others & set(files):
+    if {file for encoder in artifacts.values() for file in encoder.files} & set(files):
         return None
     prompts = prefill_file(Path(files[0])).name
     stored = sum(
         bundle.manifest.files[file].bytes for file in files if not Path(file).name.startswith(prompts)
     )
-    on_cpu = execution.device == "cpu"
-    return stored * (widening(backend, bundle.manifest.contracts[precision]["decoder"]) if on_cpu else 1)
+    contract = bundle.contract("decoder", backend, precision)
+    return stored * (widening(artifact.backend, contract) if executed.device == "cpu" else 1)
 
 
 def _predicted(

@@ -10,7 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from dsvl_export.targets.targets import Target
-    from runtimes.bundle.manifest import Artifact, Manifest
+    from runtimes.bundle.bundle import Bundle
+    from runtimes.bundle.mixes import Pair
 
 Complete = Callable[[typer.Context], list[str]]
 
@@ -54,7 +55,7 @@ def bundle_backends(bundle: str = "bundle") -> Complete:
     """Complete a backend of the bundle that an argument names."""
 
     def complete(context: typer.Context) -> list[str]:
-        return list(dict.fromkeys(artifact.backend for artifact in _artifacts(context, bundle)))
+        return list(dict.fromkeys(backend for backend, _ in _choices(context, bundle)))
 
     return complete
 
@@ -64,17 +65,16 @@ def bundle_precisions(bundle: str = "bundle", option: str = "backend") -> Comple
 
     def complete(context: typer.Context) -> list[str]:
         backend = context.params.get(option)
-        artifacts = _artifacts(context, bundle)
-        precisions = (item.precision for item in artifacts if backend in (None, item.backend))
-        return list(dict.fromkeys(precisions))
+        pairs = _choices(context, bundle)
+        return list(dict.fromkeys(precision for name, precision in pairs if backend in (None, name)))
 
     return complete
 
 
 def bundle_adapters(context: typer.Context) -> list[str]:
     """Complete an adapter of the bundle that the argument names."""
-    manifest = _manifest(context, "bundle")
-    return list(dict.fromkeys(item.name for item in manifest.adapters)) if manifest else []
+    opened = _bundle(context, "bundle")
+    return list(dict.fromkeys(item.name for item in opened.manifest.adapters)) if opened else []
 
 
 def _target(context: typer.Context) -> Target | None:
@@ -88,14 +88,14 @@ def _target(context: typer.Context) -> Target | None:
         return None
 
 
-def _artifacts(context: typer.Context, bundle: str) -> list[Artifact]:
-    """Return the artifacts of the bundle that the command line names so far."""
-    manifest = _manifest(context, bundle)
-    return list(manifest.artifacts) if manifest else []
+def _choices(context: typer.Context, bundle: str) -> list[Pair]:
+    """Return the backends and precisions of the bundle that the command line names so far."""
+    opened = _bundle(context, bundle)
+    return opened.choices() if opened else []
 
 
-def _manifest(context: typer.Context, bundle: str) -> Manifest | None:
-    """Return the manifest of the bundle that the command line names so far."""
+def _bundle(context: typer.Context, bundle: str) -> Bundle | None:
+    """Return the bundle that the command line names so far."""
     from runtimes.bundle.bundle import Bundle
     from runtimes.errors import UserError
 
@@ -103,6 +103,6 @@ def _manifest(context: typer.Context, bundle: str) -> Manifest | None:
     names = [param.name for param in context.command.params if param.param_type_name == "argument"]
     folder = context.params.get(bundle) or dict(zip(names, context.args, strict=False)).get(bundle)
     try:
-        return Bundle.open(Path(folder)).manifest if folder else None
+        return Bundle.open(Path(folder)) if folder else None
     except (UserError, OSError):
         return None

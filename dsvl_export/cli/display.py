@@ -27,6 +27,7 @@ from dsvl_export.cli.terminal import json_text, without_controls
 from dsvl_export.parity_check import ParityResult, StageResult
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import Manifest
+from runtimes.bundle.mixes import COMPONENTS, MIXED
 from runtimes.units import size
 
 if TYPE_CHECKING:
@@ -252,7 +253,20 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
             contracts.add_row(
                 escape(contract.component), f"⟳ and {len(contract.states) - 2} more states", "", "", ""
             )
-    return [model, artifacts, *([_adapter_table(manifest)] if manifest.adapters else []), contracts]
+    mixes = [_mix_table(manifest)] if manifest.mixes else []
+    adapters = [_adapter_table(manifest)] if manifest.adapters else []
+    return [model, artifacts, *mixes, *adapters, contracts]
+
+
+def _mix_table(manifest: Manifest) -> Table:
+    """Return the table of the mixes."""
+    table = Table(title=f"Mixes (--backend {MIXED} --precision NAME)")
+    for heading in ("name", *COMPONENTS, "parity"):
+        table.add_column(heading)
+    for mix in manifest.mixes:
+        verdict = describe_verdict(manifest.parity.get(f"{MIXED}/{mix.name}", {}))
+        table.add_row(*map(escape, (mix.name, *map(" ".join, mix.components.values()), verdict)))
+    return table
 
 
 def _adapter_table(manifest: Manifest) -> Table:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dsvl_export.parity_check import ParityResult
     from dsvl_export.parity_check.against_reference import OnStep
     from runtimes.bundle.bundle import Bundle
+    from runtimes.bundle.mixes import Pair
 
 # Panels of the help of ``export``.
 BACKEND_OPTIONS = "Options of one backend"
@@ -59,6 +60,15 @@ def export(
             " palette4, kv-int8, 8da4w, 8da4w-g128, 8da8w, or the YAML file of a precision plan. Default:"
             " fp32, or fp16 if the backend does not support fp32.",
             autocompletion=complete_precisions,
+        ),
+    ] = None,
+    component: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="COMPONENT=BACKEND:PRECISION",
+            help="Backend and precision of one component (vision_encoder, adaptor or decoder), repeatable:"
+            " the bundle becomes a mix. Components that are not named have --backend and --precision; without"
+            " these, the adaptor is like the vision encoder.",
         ),
     ] = None,
     scales: Annotated[
@@ -167,15 +177,17 @@ def export(
     Example: dsvl-export export tiny --precision fp16 --output tiny-bundle
 
     Example: dsvl-export export --config export.yaml --precision int8 --output my-bundle
+
+    Example: dsvl-export export tiny --component vision_encoder=openvino:bf16 --component
+    decoder=onnxruntime:8da4w-g128 --output tiny-mix
     """
     from rich.markup import escape
 
     from dsvl_export.cli import display
-    from dsvl_export.compilers.precisions import plan_for
-    from dsvl_export.compilers.registry import load_compiler
     from dsvl_export.exporter.config import ExportConfig
     from dsvl_export.exporter.export import export_bundle
     from dsvl_export.exporter.manifest import takes_adapters
+    from dsvl_export.exporter.variants import list_variants
     from dsvl_export.targets.defects import warnings_for
     from dsvl_export.targets.targets import find_target
     from runtimes.backends.executorch_tokenizer import RUNNER_TOKENIZER
@@ -196,6 +208,7 @@ def export(
             "chat_template": chat_template,
             "backend": backend,
             "precisions": tuple(precision or ()),
+            **_components(component or []),
             "target": target,
             "capacity": capacity,
             "scales": str(scales) if scales else None,
@@ -208,16 +221,16 @@ def export(
             "executorch.delegate": delegate,
         }
     ).with_defaults()
-    backend = str(settings.backend)
-    compiler = load_compiler(backend)
-    plans = [plan_for(compiler, name) for name in settings.precisions]
-    precisions = list(dict.fromkeys(plan.name for plan in plans))
+    variants = list_variants(settings)
+    parts = [part for variant in variants for part in variant.parts]
     device_name = find_target(settings.target).name if settings.target else None
-    defects = {str(row): None for name in precisions for row in warnings_for(backend, name, device_name)}
+    defects = {
+        str(row): None for part in parts for row in warnings_for(part.backend, part.plan.name, device_name)
+    }
     for text in defects:
         display.err.print(f"[yellow]Known defect:[/] {escape(text)}")
     uses_bundled_images = settings.scales is None and settings.checkpoint != "tiny"
-    if uses_bundled_images and any(plan.quantizes_activations for plan in plans):
+    if uses_bundled_images and any(part.plan.quantizes_activations for part in parts):
         display.err.print(
             "[yellow]Calibrating on the bundled images.[/] For better scales, run 'dsvl-export calibrate'"
             " on your own images and pass the result as --scales."
@@ -239,16 +252,17 @@ def export(
                 f"[yellow]Removed the adapter {escape(item.file)}:[/] the decoder was exported anew;"
                 f" {remedy}."
             )
-    for name in precisions:
-        tokenizer = bundle.artifact("decoder", backend, name).tools.get(RUNNER_TOKENIZER, "")
+    pairs = [(variant.backend, variant.precision) for variant in variants]
+    for pair in pairs:
+        tokenizer = bundle.artifact("decoder", *pair).tools.get(RUNNER_TOKENIZER, "")
         if tokenizer.startswith("none"):
             display.err.print(
-                f"[yellow]No tokenizer for ExecuTorch's runner ({name}):[/] {escape(tokenizer[6:])}."
+                f"[yellow]No tokenizer for ExecuTorch's runner ({pair[1]}):[/] {escape(tokenizer[6:])}."
                 " Apps must pass token ids to the runner instead of text; see docs/tutorials/executorch.md."
             )
     verdicts = [
-        run_and_record(output, f"{backend} {name}", partial(_run_parity, backend, name))
-        for name in precisions
+        run_and_record(output, " ".join(pair), partial(_run_parity, *pair))
+        for pair in pairs
         if check and settings.goldens
     ]
     results = [result for _, result in verdicts]
@@ -267,31 +281,57 @@ def export(
             say(f"Note: {remark}")
         if difference := bundle.manifest.prompt.template_difference:
             say(f"Warning: {difference}")
-        if needs := _needs(bundle, backend, precisions):
+        if needs := _needs(bundle, pairs):
             say(needs)
-        say(f"Next: {_next_step(bundle, backend)}")
+        say(f"Next: {_next_step(bundle, pairs[0])}")
     exit_with_verdict(results)
 
 
-def _needs(bundle: Bundle, backend: str, precisions: list[str]) -> str:
+def _components(texts: list[str]) -> dict[str, str]:
+    """Return the values of ``--component`` by the keys of the config.
+
+    Raises:
+        UserError: one is malformed, or two are of the same component.
+    """
+    from runtimes.bundle.mixes import COMPONENTS
+    from runtimes.errors import UserError
+
+    chosen: dict[str, str] = {}
+    for text in texts:
+        name, equals, choice = text.partition("=")
+        if name not in COMPONENTS or not (equals and choice):
+            raise UserError(
+                f"--component {text!r} is not COMPONENT=BACKEND:PRECISION; the components are"
+                f" {', '.join(COMPONENTS)}."
+            )
+        if f"components.{name}" in chosen:
+            raise UserError(f"--component names the {name} twice; give one.")
+        chosen[f"components.{name}"] = choice
+    return chosen
+
+
+def _needs(bundle: Bundle, pairs: list[Pair]) -> str:
     """Return the oldest ONNX Runtime for the artifacts as a sentence; empty if none runs them."""
     from runtimes.backends.onnxruntime_releases import NEEDED, newest_release
 
-    releases = [
-        item.tools[NEEDED]
-        for item in bundle.manifest.artifacts
-        if item.backend == backend and item.precision in precisions and NEEDED in item.tools
-    ]
-    where = "" if backend == "onnxruntime" else " to run without a GPU"
+    items = [item for pair in pairs for item in bundle.artifacts(*pair).values() if NEEDED in item.tools]
+    where = "" if any(item.backend == "onnxruntime" for item in items) else " to run without a GPU"
+    releases = [item.tools[NEEDED] for item in items]
     return f"Needs ONNX Runtime {newest_release(releases)} or later{where}." if releases else ""
 
 
-def _next_step(bundle: Bundle, backend: str) -> str:
+def _next_step(bundle: Bundle, pair: Pair) -> str:
     """Return the command to run after an export."""
-    ask = f'dsvl-export run {bundle.folder} --image IMAGE --prompt "Describe the picture."'
-    if backend == "tensorrt":
+    from runtimes.bundle.mixes import MIXED
+
+    backends = {item.backend for item in bundle.artifacts(*pair).values()}
+    choice = f" --backend {pair[0]}" if pair[0] == MIXED and bundle.choices()[0] != pair else ""
+    ask = f'dsvl-export run {bundle.folder}{choice} --image IMAGE --prompt "Describe the picture."'
+    if "tensorrt" in backends:
         return f"copy {bundle.folder} to the device and run: dsvl-export build-engine {bundle.folder.name}"
-    return ask if backend != "tensorrt_rtx" else f"{ask} (on a machine without a GPU: with --device cpu)"
+    if "tensorrt_rtx" in backends:
+        return f"{ask} (on a machine without a GPU: with --device cpu)"
+    return ask
 
 
 def _run_parity(backend: str, precision: str, bundle: Bundle, on_step: OnStep) -> ParityResult:

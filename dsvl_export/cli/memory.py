@@ -29,14 +29,13 @@ def warn_of_memory(
     from rich.markup import escape
 
     from dsvl_export.cli import display
-    from runtimes.backends.registry import load_backend
+    from runtimes.execution import execution
     from runtimes.memory import available_memory
     from runtimes.pipeline import required_memory
     from runtimes.units import size
 
-    decoder = bundle.artifact("decoder", backend, precision)
-    execution = load_backend(backend).execution(decoder, device)
-    if not execution.runnable or execution.device != "cpu":
+    executed = execution(bundle, backend, precision, device)
+    if not executed.runnable or executed.device != "cpu":
         return
     needed, free = required_memory(bundle, backend, precision, capacity), available_memory()
     if needed > free:

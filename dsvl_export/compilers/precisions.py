@@ -15,7 +15,6 @@ from calibration.precision_plan import (
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import TABLE_FILE, ScaleTable
 from dsvl_export.compilers.protocol import ChecksPlans, Compiler
-from dsvl_export.compilers.registry import check_options
 from dsvl_export.targets.options import CompileOptions
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.model.config import ModelConfig
@@ -95,7 +94,6 @@ def check_request(
         if options.target:
             for kind in required_precisions(plan, config):
                 options.target.check(backend, kind)
-    check_options(backend, compiler, options)
     compiler.settings(options)
     if isinstance(compiler, ChecksPlans):
         compiler.check(plans, config, options)

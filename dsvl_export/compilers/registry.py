@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from operator import attrgetter
@@ -102,18 +103,24 @@ def load_compiler(name: str, debug_build: bool = False) -> Compiler:
     raise UserError(f"There is no backend {name!r}; use one of {', '.join(compiler_names())}.")
 
 
-def check_options(backend: str, compiler: Compiler, options: CompileOptions) -> None:
-    """Refuse an option that the backend does not have.
+def check_options(compilers: Mapping[str, Compiler], options: CompileOptions) -> None:
+    """Refuse an option that none of the backends of an export has.
+
+    Args:
+        compilers: backend → compiler.
+        options: the options of the export.
 
     Raises:
         UserError: the option differs from its default.
     """
-    if not isinstance(compiler, DeclaresOptions):
-        return
     usual = CompileOptions()
     for name, flag in FLAGS.items():
         value_of = attrgetter(name)
-        if name not in compiler.OPTIONS and value_of(options) != value_of(usual):
+        has = any(
+            not isinstance(item, DeclaresOptions) or name in item.OPTIONS for item in compilers.values()
+        )
+        if not has and value_of(options) != value_of(usual):
             raise UserError(
-                f"{backend} has no {flag}; 'dsvl-export export --help' names the backends that have it."
+                f"{' and '.join(compilers)} has no {flag}; 'dsvl-export export --help' names the backends"
+                " that have it."
             )

@@ -27,25 +27,26 @@ from dsvl_export.compilers.protocol import (
     describe_app,
 )
 from dsvl_export.exporter import stage_code
-from dsvl_export.exporter.job import ExportJob
+from dsvl_export.exporter.job import ExportJob, Part, Variant
 from dsvl_export.exporter.manifest import TOKEN_EMBEDDING, checkpoint_name
 from dsvl_export.exporter.stages import CALIBRATION, ExportProgress, Stage, StageProgress
 from dsvl_export.planning.workload import Workload, activation_growth
 from dsvl_export.quantization.calibrate import SAMPLES, CalibrationOptions, calibrate
 from dsvl_export.version import __version__
-from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, TracedComponent
+from reference.trace import PRECISION_DTYPES, TracedComponent
 from runtimes.bundle.manifest import TOKENIZER, Artifact
 from runtimes.errors import UserError
 
 
 class ArtifactStages:
-    """Makes the stages of one export that depend on its backend and precisions."""
+    """Makes the stages of one export that depend on its backends and precisions."""
 
     def __init__(self, job: ExportJob) -> None:
         """Make stages for a job whose output folder is open."""
         self._job = job
         self._calibrated: ScaleTable | None = None
-        self._bytes: dict[tuple[str, str], int] = {}  # of artifacts, by component and precision
+        # Bytes of artifacts by backend, precision and component.
+        self._bytes: dict[tuple[str, str, str], int] = {}
 
     # Plans and scales.
 
@@ -92,53 +93,53 @@ class ArtifactStages:
 
     # Artifacts.
 
-    def artifacts(self, plan: PrecisionPlan) -> list[Stage]:
+    def artifacts(self, part: Part) -> list[Stage]:
         """Return the stages that compile: one for each component, or one if they share a file."""
-        folder = f"{self._job.backend}/{plan.name}"
-        stages: dict[str, tuple[str, ...]] = {f"{folder}/{name}": (name,) for name in TRACED_COMPONENTS}
-        if isinstance(self._job.compiler, CompilesProgram):
-            stages = {f"{folder}/program": TRACED_COMPONENTS}
+        folder = f"{part.backend}/{part.plan.name}"
+        stages: dict[str, tuple[str, ...]] = {f"{folder}/{name}": (name,) for name in part.components}
+        if isinstance(part.compiler, CompilesProgram):
+            stages = {f"{folder}/program": part.components}
         return [
             Stage(
                 name,
-                partial(self._artifact_inputs, plan),
-                partial(self._compile, name, plan, components),
-                bytes=partial(self._artifact_bytes, plan, components),
-                scratch=partial(self._scratch_bytes, plan, components),
+                partial(self._artifact_inputs, part),
+                partial(self._compile, name, part, components),
+                bytes=partial(self._artifact_bytes, part, components),
+                scratch=partial(self._scratch_bytes, part, components),
             )
             for name, components in stages.items()
         ]
 
-    def _artifact_inputs(self, plan: PrecisionPlan) -> dict[str, Any] | None:
+    def _artifact_inputs(self, part: Part) -> dict[str, Any] | None:
         """Return what artifacts depend on; None until the bundle has this plan and its scales."""
         if not all(
-            self._job.staging.is_current(stage.name, stage.inputs()) for stage in self.precision(plan)
+            self._job.staging.is_current(stage.name, stage.inputs()) for stage in self.precision(part.plan)
         ):
             return None
         return {
             **self._job.inputs(stage_code.ARTIFACTS),
-            **self._job.plan_inputs(plan.name),
-            **self._job.compiler.settings(self._job.options),
+            **self._job.plan_inputs(part.plan.name),
+            **part.compiler.settings(self._job.options),
             **({"audited": True} if self._job.config.goldens else {}),
         }
 
-    def _artifact_bytes(self, plan: PrecisionPlan, components: Sequence[str]) -> int:
+    def _artifact_bytes(self, part: Part, components: Sequence[str]) -> int:
         """Return the bytes of the artifacts of components, from shapes alone."""
-        name = f"sizes of {plan.name}"
+        name = f"sizes of {part.plan.name}"
         self._job.report(ExportProgress(name))
-        for component in components:
-            if (component, plan.name) not in self._bytes:
-                size = self._job.compiler.artifact_bytes(self._trace(component, plan), self._job.options)
-                self._bytes[component, plan.name] = size
+        keys = {component: (part.backend, part.plan.name, component) for component in components}
+        for component, key in keys.items():
+            if key not in self._bytes:
+                traced = self._trace(component, part.plan)
+                self._bytes[key] = part.compiler.artifact_bytes(traced, self._job.options)
         self._job.report(ExportProgress(name, 1, 1, "finished"))
-        return sum(self._bytes[component, plan.name] for component in components)
+        return sum(self._bytes[key] for key in keys.values())
 
-    def _scratch_bytes(self, plan: PrecisionPlan, components: Sequence[str]) -> int:
+    def _scratch_bytes(self, part: Part, components: Sequence[str]) -> int:
         """Return the bytes of files that are on the disk while artifacts are compiled."""
-        compiler = self._job.compiler
-        if not isinstance(compiler, NeedsScratch):
+        if not isinstance(part.compiler, NeedsScratch):
             return 0
-        return compiler.scratch_bytes(self._artifact_bytes(plan, components))
+        return part.compiler.scratch_bytes(self._artifact_bytes(part, components))
 
     def _trace(self, component: str, plan: PrecisionPlan) -> TracedComponent:
         return trace_with_plan(self._job.source.config, component, plan)
@@ -146,34 +147,34 @@ class ArtifactStages:
     def _compile(
         self,
         name: str,
-        plan: PrecisionPlan,
+        part: Part,
         components: Sequence[str],
         folder: Path,
         progress: StageProgress,
     ) -> dict[str, Any]:
         """Trace, lower and check components; their weights stream from the checkpoint."""
-        job = self._job
+        job, plan = self._job, part.plan
         weights = job.weights(plan.name)
         parts: Parts = {
             component: (self._trace(component, plan), partial(_load_parameter, weights, component))
             for component in components
         }
-        total = self._artifact_bytes(plan, components)
+        total = self._artifact_bytes(part, components)
         compiled = compile_parts(
-            job.compiler,
+            part.compiler,
             self._app(plan),
             parts,
             folder,
             lambda count: progress.write(count, total),
             job.options,
         )
-        audited = job.config.goldens and audit_written(job.compiler, name, compiled, parts, job.options)
+        audited = job.config.goldens and audit_written(part.compiler, name, compiled, parts, job.options)
         engine = compiled.engine
         longest = job.source.config.decoder.max_positions
         artifacts = [
             Artifact(
                 component=component,
-                backend=job.backend,
+                backend=part.backend,
                 precision=plan.name,
                 target=compiled.target,
                 dialect=compiled.dialect,
@@ -188,7 +189,7 @@ class ArtifactStages:
             )
             for component, (traced, _) in parts.items()
             for activation_bytes, bytes_per_token in [
-                activation_growth(Workload(traced), job.backend, longest)
+                activation_growth(Workload(traced), part.backend, longest)
             ]
         ]
         return {
@@ -199,13 +200,16 @@ class ArtifactStages:
 
     # Source code for apps.
 
-    def listing(self, plan: PrecisionPlan) -> list[Stage]:
-        """Return the stage that writes source code for apps, if the compiler has any."""
-        compiler = self._job.compiler
-        if not isinstance(compiler, WritesListing):
+    def listing(self, variant: Variant) -> list[Stage]:
+        """Return the stage that writes source code for apps, if the compiler has any.
+
+        A mix has none.
+        """
+        part = variant.decoder
+        if variant.mix or not isinstance(part.compiler, WritesListing):
             return []
-        name = f"{self._job.backend}/{plan.name}/listing"
-        return [Stage(name, self._listing_inputs, partial(self._write_listing, plan, compiler))]
+        name = f"{part.backend}/{part.plan.name}/listing"
+        return [Stage(name, self._listing_inputs, partial(self._write_listing, part.plan, part.compiler))]
 
     def _listing_inputs(self) -> dict[str, Any]:
         return {**self._job.inputs(stage_code.ARTIFACTS), "capacity": self._job.options.capacity}

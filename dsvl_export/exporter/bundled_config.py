@@ -3,54 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calibration.precision_plan import PrecisionPlan
 from dsvl_export.compilers.precisions import precision_folder
 from dsvl_export.exporter.adapters import parse_named
-from dsvl_export.exporter.config import ExportConfig, is_plan_file
-from dsvl_export.exporter.job import ExportJob
+from dsvl_export.exporter.config import ComponentChoices, ExportConfig, is_plan_file
+from dsvl_export.exporter.job import ExportJob, Part, Variant
 from dsvl_export.exporter.manifest import config_folder
 from reference.checkpoint.lora_adapter import AdapterChoice, parse_adapters
 from reference.trace import PRECISION_DTYPES
+from runtimes.bundle.mixes import Mix
 
 CONFIG_FILE = "export.yaml"
 TO_BUNDLE = "../../.."  # from a config's folder
 
 
-def write_configs(job: ExportJob, compiled: Sequence[PrecisionPlan]) -> None:
-    """Write the config of each precision of an export.
+def write_configs(job: ExportJob, compiled: Sequence[Variant]) -> None:
+    """Write the config of each variant of an export.
 
     The file is ``configs/<backend>/<precision>/export.yaml``. A later export of the same backend
     and precision replaces it; exports of others leave it alone.
 
     Args:
         job: the export.
-        compiled: its plans whose artifacts are current; the others get no config.
+        compiled: its variants whose artifacts are current; the others get no config.
     """
-    for plan, precision in zip(job.plans, job.config.precisions, strict=True):
-        if plan in compiled:
-            config = bundled_config(job, plan, precision)
-            stage = config_folder(job.backend, plan.name)
-            job.staging.stage(stage, config.to_dict(), partial(_write_config, config))
+    for variant in compiled:
+        config = bundled_config(job, variant)
+        stage = config_folder(variant.backend, variant.precision)
+        job.staging.stage(stage, config.to_dict(), partial(_write_config, config, variant.mix))
 
 
-def bundled_config(job: ExportJob, plan: PrecisionPlan, precision: str) -> ExportConfig:
-    """Return the config that makes one precision of a bundle again.
+def bundled_config(job: ExportJob, variant: Variant) -> ExportConfig:
+    """Return the config that makes one variant of a bundle again.
 
-    It names the bundle's copies of a plan and of given scales, and has the capacity that was used.
+    It names the bundle's copies of plans and of given scales, and has the capacity that was used.
     Folders of the checkpoint and of adapters are absolute.
-
-    Args:
-        job: the export.
-        plan: the precision's.
-        precision: as the export's config names it.
     """
-    folder = f"{TO_BUNDLE}/{precision_folder(plan.name)}"
-    given_scales = job.scales is not None and plan.name not in PRECISION_DTYPES
+    folders = {part.plan.name: f"{TO_BUNDLE}/{precision_folder(part.plan.name)}" for part in variant.parts}
+    quantized = [folder for name, folder in folders.items() if name not in PRECISION_DTYPES]
+
+    def named(part: Part) -> str:
+        plan = part.plan.name
+        return f"{folders[plan]}/{plan}.yaml" if is_plan_file(part.precision) else part.precision
+
+    chosen = {name: f"{part.backend}:{named(part)}" for part in variant.parts for name in part.components}
     return replace(
         job.config,
         checkpoint=_absolute(job.config.checkpoint),
@@ -59,8 +59,10 @@ def bundled_config(job: ExportJob, plan: PrecisionPlan, precision: str) -> Expor
             str(replace(named, choice=_absolute_choice(named.choice)))
             for named in parse_named(job.config.switchable_adapters)
         ),
-        precisions=(f"{folder}/{plan.name}.yaml" if is_plan_file(precision) else precision,),
-        scales=folder if given_scales else None,
+        backend=None if variant.mix else variant.backend,
+        precisions=() if variant.mix else tuple(map(named, variant.parts)),
+        components=ComponentChoices(**chosen) if variant.mix else ComponentChoices(),
+        scales=quantized[0] if job.scales and quantized else None,
         capacity=job.options.capacity,
     )
 
@@ -76,6 +78,6 @@ def _absolute(name: str) -> str:
     return str(folder.absolute()) if name != "tiny" and folder.is_dir() else name
 
 
-def _write_config(config: ExportConfig, folder: Path) -> dict[str, Any]:
+def _write_config(config: ExportConfig, mix: Mix | None, folder: Path) -> dict[str, Any]:
     config.save(folder / CONFIG_FILE)
-    return {}
+    return {"mix": asdict(mix)} if mix else {}

@@ -24,6 +24,7 @@ from dsvl_export.targets.options import (
 from dsvl_export.targets.targets import find_target
 from reference.checkpoint.chat_template import CHAT_TEMPLATES
 from reference.checkpoint.lora_adapter import AdapterChoice
+from runtimes.bundle.mixes import COMPONENTS
 from runtimes.bundle.yaml_files import read_yaml
 from runtimes.errors import UserError
 
@@ -34,17 +35,46 @@ Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
+class ComponentChoices:
+    """Backend and precision of components, each ``BACKEND:PRECISION``; None is not chosen."""
+
+    vision_encoder: str | None = None
+    adaptor: str | None = None
+    decoder: str | None = None
+
+    def chosen(self) -> dict[str, str]:
+        """Return the chosen ones by component."""
+        return {name: text for name in COMPONENTS if (text := getattr(self, name)) is not None}
+
+
+def parse_choice(component: str, text: str) -> tuple[str, str]:
+    """Return the backend and the precision of ``BACKEND:PRECISION``.
+
+    Raises:
+        UserError: it is something else.
+    """
+    backend, _, precision = text.partition(":")
+    if not (backend and precision):
+        raise UserError(f"The {component} {text!r} is not BACKEND:PRECISION, such as onnxruntime:fp32.")
+    return backend, precision
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """Everything that decides what an export writes.
 
-    In the YAML file, ``onnxruntime``, ``tensorrt`` and ``executorch`` are mappings, and all keys
-    but ``checkpoint`` may be left out. Relative paths are relative to the file's folder.
+    In the YAML file, ``components``, ``onnxruntime``, ``tensorrt`` and ``executorch`` are mappings,
+    and all keys but ``checkpoint`` may be left out. Relative paths are relative to the file's
+    folder.
 
     Args:
         checkpoint: ``tiny``, a checkpoint folder, or a hub id.
         backend: name of the backend; None selects the target's first, or ``onnxruntime``.
         precisions: names, recipes, or YAML files of precision plans; each becomes a set of
             artifacts. Empty selects fp32, or the backend's first if it does not support fp32.
+        components: components of a mix, whose backends or precisions differ. Those that it leaves
+            out have ``backend`` and the one precision of ``precisions``; without these, the adaptor
+            is like the vision encoder.
         target: a device of ``targets``; what it cannot run is refused before any work.
         capacity: tokens of the KV cache; fixed at export in engines and packages, and the bundle's
             default. None selects that of the bundle that is extended, or 2048, or the model's
@@ -67,6 +97,7 @@ class ExportConfig:
     checkpoint: str
     backend: str | None = None
     precisions: tuple[str, ...] = ()
+    components: ComponentChoices = field(default_factory=ComponentChoices)
     target: str | None = None
     capacity: int | None = None
     scales: str | None = None
@@ -104,6 +135,9 @@ class ExportConfig:
             adapters=tuple(str(AdapterChoice.parse(text, folder)) for text in config.adapters),
             switchable_adapters=tuple(map(str, parse_named(config.switchable_adapters, folder))),
             precisions=tuple(_resolve_precision(precision, folder) for precision in config.precisions),
+            components=ComponentChoices(
+                **{name: _resolve_choice(text, folder) for name, text in config.components.chosen().items()}
+            ),
             scales=str(folder / Path(config.scales).expanduser()) if config.scales else None,
         )
 
@@ -134,7 +168,7 @@ class ExportConfig:
         return config
 
     def with_defaults(self) -> ExportConfig:
-        """Return the config with its backend and precisions filled in.
+        """Return the config with its backend and precisions, or all components of a mix, filled in.
 
         Raises:
             UserError: a value is empty, two values contradict each other, there is no such target
@@ -148,12 +182,37 @@ class ExportConfig:
                 f"The export is not switchable, but has the switchable adapter {self.switchable_adapters[0]};"
                 " leave one of them out."
             )
+        if self.components.chosen():
+            return self._with_all_components()
         device = find_target(self.target) if self.target else None
         backend = self.backend or (next(iter(device.backends)) if device else DEFAULT_BACKEND)
         supported = load_compiler(backend).PRECISIONS
         default = "fp32" if "fp32" in supported else supported[0]
         precisions = tuple(dict.fromkeys(self.precisions)) or (default,)
         return replace(self, backend=backend, precisions=precisions)
+
+    def _with_all_components(self) -> ExportConfig:
+        """Return the config of a mix with all its components.
+
+        Raises:
+            UserError: a component is missing, or the precision of the others is not clear.
+        """
+        if len(self.precisions) > 1:
+            raise UserError("A mix has one precision for all components that it does not name; give one.")
+        chosen = self.components.chosen()
+        for component, text in chosen.items():
+            parse_choice(component, text)
+        if (self.backend or self.precisions) and len(chosen) < len(COMPONENTS):
+            others = replace(self, components=ComponentChoices()).with_defaults()
+            chosen = dict.fromkeys(COMPONENTS, f"{others.backend}:{others.precisions[0]}") | chosen
+        if "vision_encoder" in chosen:
+            chosen.setdefault("adaptor", chosen["vision_encoder"])
+        if missing := next((name for name in COMPONENTS if name not in chosen), None):
+            raise UserError(
+                f"The mix has no {missing}; add --component {missing}=BACKEND:PRECISION, or --backend and"
+                " --precision for all components that are not named."
+            )
+        return replace(self, backend=None, precisions=(), components=ComponentChoices(**chosen))
 
     def compile_options(self, capacity: int) -> CompileOptions:
         """Return the options for the compiler.
@@ -189,6 +248,12 @@ def _resolve_checkpoint(checkpoint: str, folder: Path) -> str:
 
 def _resolve_precision(precision: str, folder: Path) -> str:
     return str(folder / Path(precision).expanduser()) if is_plan_file(precision) else precision
+
+
+def _resolve_choice(text: str, folder: Path) -> str:
+    """Return ``BACKEND:PRECISION`` with the file of a plan beside the config file."""
+    backend, colon, precision = text.partition(":")
+    return f"{backend}{colon}{_resolve_precision(precision, folder)}"
 
 
 def _is_required(item: Field[Any]) -> bool:
@@ -279,6 +344,10 @@ def _check_values(config: ExportConfig, file: Path) -> None:
         for precision in config.precisions
         if not is_plan_file(precision)
     ]
+    checks += [
+        (f"components.{component}", partial(_check_choice, component, text))
+        for component, text in config.components.chosen().items()
+    ]
     if config.target:
         checks.append(("target", partial(find_target, config.target)))
     if config.tensorrt.version:
@@ -288,3 +357,16 @@ def _check_values(config: ExportConfig, file: Path) -> None:
             check()
         except UserError as error:
             raise UserError(f"{file}: the key {key!r} has a wrong value. {error}") from error
+
+
+def _check_choice(component: str, text: str) -> None:
+    """Check the backend and the precision of a component.
+
+    Raises:
+        UserError: there is no such backend or precision.
+    """
+    backend, precision = parse_choice(component, text)
+    if backend not in compiler_names():
+        raise UserError(f"There is no backend {backend!r}; use one of {', '.join(compiler_names())}.")
+    if not is_plan_file(precision):
+        load_precision(precision)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from calibration.precision_plan import PrecisionPlan
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
-from dsvl_export.compilers.precisions import check_request, plan_for
-from dsvl_export.compilers.protocol import Compiler
-from dsvl_export.compilers.registry import load_compiler
+from dsvl_export.compilers.precisions import check_request
+from dsvl_export.compilers.registry import check_options
 from dsvl_export.exporter.adapters import (
     NamedAdapter,
     parse_named,
@@ -24,17 +21,25 @@ from dsvl_export.exporter.adapters import (
 from dsvl_export.exporter.artifact_stages import ArtifactStages
 from dsvl_export.exporter.bundled_config import write_configs
 from dsvl_export.exporter.config import ExportConfig
-from dsvl_export.exporter.job import ExportJob, identify
-from dsvl_export.exporter.manifest import build_manifest
+from dsvl_export.exporter.job import ExportJob, Variant, identify
+from dsvl_export.exporter.manifest import build_manifest, earlier_variants
 from dsvl_export.exporter.overflow import check_ranges, overflow_remedy
 from dsvl_export.exporter.reference_stages import ReferenceStages
 from dsvl_export.exporter.stages import ExportProgress, Report, Stage, StageRunner
 from dsvl_export.exporter.staging import Staging
-from dsvl_export.targets.options import ExecuTorchOptions, OnnxRuntimeOptions, TensorRTOptions
+from dsvl_export.exporter.variants import list_variants
+from dsvl_export.targets.options import (
+    CompileOptions,
+    ExecuTorchOptions,
+    OnnxRuntimeOptions,
+    TensorRTOptions,
+)
 from reference.checkpoint.chat_template import wants_built_in
 from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.checkpoint.lora_adapter import parse_adapters
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
+from reference.model.config import ModelConfig
+from reference.trace import component_contract
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import PrecisionOverflowError, UserError
 
@@ -124,12 +129,7 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
         PrecisionOverflowError: weights or activations exceed the range of a precision's base.
     """
     config = config.with_defaults()
-    backend = str(config.backend)
-    compiler = load_compiler(backend)
-    config, plans = _distinct_plans(config, compiler)
-    for one, other in combinations(plans, 2):
-        if one.name == other.name and one != other:
-            raise UserError(f"Two precision plans are called {one.name!r}; rename one of the files.")
+    variants = list_variants(config)
     source = open_checkpoint(
         config.checkpoint,
         adapters=parse_adapters(config.adapters),
@@ -140,19 +140,20 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
         raise UserError(f"The capacity must lie between 1 and the model's {longest}, got {config.capacity}.")
     options = config.compile_options(capacity=min(longest, MAX_DEFAULT_CAPACITY))
     if options.onnxruntime.switchable:
-        refuse_backend(backend)
+        for variant in variants:
+            refuse_backend(variant.decoder.backend)
     switchable = [
         NamedAdapter.open(named, source.config) for named in parse_named(config.switchable_adapters)
     ]
     for adapter in switchable:
-        for plan in plans:
+        for plan in (variant.decoder.plan for variant in variants):
             adapter.check_range(source.config, Path(output).expanduser(), plan.name, plan.base)
-    check_request(backend, compiler, plans, source.config, options)
+    _check_variants(variants, source.config, options)
     scales = ScaleTable.load(Path(config.scales).expanduser()) if config.scales else None
     if scales:
         identify(source, report)
-        for plan in plans:
-            QuantizedWeights(source, plan, scales).check()
+        for part in (part for variant in variants for part in variant.parts):
+            QuantizedWeights(source, part.plan, scales).check()
     prompt = prompt_spec(source)
     options = replace(options, preprocessing=preprocess_spec(source))
     staging = Staging(Path(output).expanduser())
@@ -164,9 +165,7 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
             refuse_similar_name(adapter.name, [item.name for item in kept])
         if config.capacity is None and staging.previous:
             options = replace(options, capacity=staging.previous.default_capacity)
-        job = ExportJob(
-            config, source, compiler, options, plans, scales, prompt, staging, report, tuple(switchable)
-        )
+        job = ExportJob(config, source, variants, options, scales, prompt, staging, report, tuple(switchable))
         _run(job)
     except (OSError, SafetensorError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "there is no memory left"
@@ -179,16 +178,26 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
     return Bundle.open(staging.folder)
 
 
-def _distinct_plans(
-    config: ExportConfig, compiler: Compiler
-) -> tuple[ExportConfig, tuple[PrecisionPlan, ...]]:
-    """Return the config without precisions that have the plan of another, and the plans."""
-    plans: dict[str, PrecisionPlan] = {}
-    for precision in config.precisions:
-        plan = plan_for(compiler, precision)
-        if plan not in plans.values():
-            plans[precision] = plan
-    return replace(config, precisions=tuple(plans)), tuple(plans.values())
+def _check_variants(variants: Sequence[Variant], config: ModelConfig, options: CompileOptions) -> None:
+    """Refuse what a backend or its target does not support, before any work.
+
+    Raises:
+        UserError: names the closest alternative.
+    """
+    parts = [part for variant in variants for part in variant.parts]
+    compilers = {part.backend: part.compiler for part in parts}
+    check_options(compilers, options)
+    for backend, compiler in compilers.items():
+        plans = [part.plan for part in parts if part.backend == backend]
+        check_request(backend, compiler, plans, config, options)
+    for variant in variants:
+        if variant.mix:
+            dtypes = {
+                component: component_contract(config, component, part.plan.base).inputs[0].dtype
+                for part in variant.parts
+                for component in part.components
+            }
+            variant.mix.check_borders(dtypes)
 
 
 def _run(job: ExportJob) -> None:
@@ -201,19 +210,27 @@ def _run(job: ExportJob) -> None:
     try:
         runner.make_room(stages)
         identify(job.source, job.report)
-        compiled = _compiled_plans(job, runner, artifacts)
-        check_ranges(job, [plan for plan in job.plans if plan not in compiled])
+        compiled = _compiled_variants(job, runner, artifacts)
+        check_ranges(job, [variant for variant in job.variants if variant not in compiled])
         runner.run(stages)
     except PrecisionOverflowError:
         if job.staging.previous:
-            _finish(job, _compiled_plans(job, runner, artifacts))
+            _finish(job, _compiled_variants(job, runner, artifacts))
         raise
-    _finish(job, job.plans)
+    _finish(job, job.variants)
 
 
-def _compiled_plans(job: ExportJob, runner: StageRunner, artifacts: ArtifactStages) -> list[PrecisionPlan]:
-    """Return the plans whose artifacts are current."""
-    return [plan for plan in job.plans if all(map(runner.is_current, artifacts.artifacts(plan)))]
+def _compiled_variants(job: ExportJob, runner: StageRunner, artifacts: ArtifactStages) -> list[Variant]:
+    """Return the variants whose artifacts are current."""
+    return [
+        variant
+        for variant in job.variants
+        if all(map(runner.is_current, _artifact_stages(variant, artifacts)))
+    ]
+
+
+def _artifact_stages(variant: Variant, artifacts: ArtifactStages) -> list[Stage]:
+    return [stage for part in variant.parts for stage in artifacts.artifacts(part)]
 
 
 def _list_stages(job: ExportJob, artifacts: ArtifactStages) -> list[Stage]:
@@ -224,28 +241,30 @@ def _list_stages(job: ExportJob, artifacts: ArtifactStages) -> list[Stage]:
         stages.append(reference.goldens())
     if job.has_goldens:
         stages.append(reference.long_golden())
-    for plan in job.plans:
-        stages += artifacts.precision(plan)
-        if job.has_goldens and plan.name != "fp32":
-            remedy = overflow_remedy(job.backend, job.compiler, plan)
-            stages += reference.quantization_errors(plan.name, remedy)
-        stages += artifacts.artifacts(plan)
+    for variant in job.variants:
+        for part in variant.parts:
+            stages += artifacts.precision(part.plan)
+        if job.has_goldens:
+            remedy = overflow_remedy(variant)
+            stages += reference.quantization_errors(variant.precision, variant.precisions, remedy)
+        stages += _artifact_stages(variant, artifacts)
+        plan = variant.decoder.plan
         stages += [
-            adapter.stage(job.staging, job.source.config, job.backend, plan.name, plan.base)
+            adapter.stage(job.staging, job.source.config, variant.decoder.backend, plan.name, plan.base)
             for adapter in job.switchable
         ]
-        stages += artifacts.listing(plan)
+        stages += artifacts.listing(variant)
     if job.has_goldens:
-        exported = {plan.name for plan in job.plans}
-        for precision in job.precisions():
-            if precision not in {"fp32", *exported}:
-                stages += reference.quantization_errors(precision, remedy="", optional=True)
+        exported = {variant.precision for variant in job.variants}
+        for name, precisions in earlier_variants(job.staging).items():
+            if name not in exported:
+                stages += reference.quantization_errors(name, precisions, remedy="", optional=True)
         stages += reference.layers(job.precisions())
     return stages
 
 
-def _finish(job: ExportJob, compiled: Sequence[PrecisionPlan]) -> None:
-    """Write the manifest, and the configs of the plans whose artifacts are current."""
+def _finish(job: ExportJob, compiled: Sequence[Variant]) -> None:
+    """Write the manifest, and the configs of the variants whose artifacts are current."""
     write_configs(job, compiled)
     capacity, preprocessing = job.options.capacity, job.options.preprocessing
     job.staging.finish(

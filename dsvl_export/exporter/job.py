@@ -20,7 +20,54 @@ from dsvl_export.targets.options import CompileOptions
 from dsvl_export.version import __version__, code_digest
 from reference.checkpoint.checkpoint import Checkpoint
 from runtimes.bundle.files import sha256_of_text
+from runtimes.bundle.mixes import COMPONENTS, Mix
 from runtimes.text.tokenizer import PromptSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """Components that an export compiles for one backend with one precision plan.
+
+    Args:
+        backend: name of the backend.
+        compiler: of the backend.
+        plan: the precision plan.
+        precision: the plan as the export's config names it.
+        components: what is compiled; all components, but for a mix.
+    """
+
+    backend: str
+    compiler: Compiler
+    plan: PrecisionPlan
+    precision: str
+    components: tuple[str, ...] = COMPONENTS
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What an export adds to a bundle: a backend and precision, or a mix.
+
+    Args:
+        backend: name of the backend, or ``mixed``.
+        precision: name of the precision plan, or of the mix.
+        parts: what is compiled.
+        mix: of its components, if it is one.
+    """
+
+    backend: str
+    precision: str
+    parts: tuple[Part, ...]
+    mix: Mix | None = None
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """The precision of each component."""
+        return {component: part.plan.name for part in self.parts for component in part.components}
+
+    @property
+    def decoder(self) -> Part:
+        """The part that has the decoder."""
+        return next(part for part in self.parts if "decoder" in part.components)
 
 
 @dataclass(frozen=True)
@@ -30,9 +77,8 @@ class ExportJob:
     Args:
         config: with the backend, precisions and capacity that it is run with.
         source: the checkpoint.
-        compiler: of the backend.
-        options: for the compiler.
-        plans: one for each of the config's precisions.
+        variants: what the export adds to the bundle.
+        options: for the compilers.
         scales: the given scale table.
         prompt: the checkpoint's prompt format.
         staging: the output folder.
@@ -42,19 +88,13 @@ class ExportJob:
 
     config: ExportConfig
     source: Checkpoint
-    compiler: Compiler
+    variants: tuple[Variant, ...]
     options: CompileOptions
-    plans: tuple[PrecisionPlan, ...]
     scales: ScaleTable | None
     prompt: PromptSpec
     staging: Staging
     report: Report
     switchable: tuple[NamedAdapter, ...] = ()
-
-    @property
-    def backend(self) -> str:
-        """Name of the backend."""
-        return str(self.config.backend)
 
     @property
     def has_goldens(self) -> bool:
@@ -87,7 +127,8 @@ class ExportJob:
     def precisions(self) -> list[str]:
         """Return the precisions that the bundle has after this export, earlier ones first."""
         earlier = (artifact.precision for artifact in finished_artifacts(self.staging))
-        return list(dict.fromkeys([*earlier, *(plan.name for plan in self.plans)]))
+        new = (part.plan.name for variant in self.variants for part in variant.parts)
+        return list(dict.fromkeys([*earlier, *new]))
 
 
 def identify(source: Checkpoint, report: Report) -> str:

@@ -13,7 +13,8 @@ from reference.trace import TRACED_COMPONENTS, component_contract
 from runtimes.backends.capabilities import SwitchesAdapters
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.files import sha256_of_file
-from runtimes.bundle.manifest import JUDGED_WITH, Artifact, Manifest, SwitchableAdapter
+from runtimes.bundle.manifest import Artifact, Manifest, SwitchableAdapter, list_choices
+from runtimes.bundle.mixes import Mix
 
 TOKEN_EMBEDDING = "token_embedding/token_embedding.safetensors"
 CONFIGS = "configs"  # folder of the configs that a bundle keeps
@@ -39,10 +40,12 @@ def build_manifest(
         now: the manifest of the bundle that is extended, with verdicts that ``parity`` recorded
             meanwhile.
     """
-    artifacts, adapters = complete_artifacts(staging), finished_adapters(staging)
+    artifacts, adapters, mixes = (
+        complete_artifacts(staging), finished_adapters(staging), finished_mixes(staging),
+    )  # fmt: skip
     others = (artifact for artifact in finished_artifacts(staging) if artifact not in artifacts)
     unfinished = {path for artifact in others for path in artifact.files}
-    folders = {config_folder(artifact.backend, artifact.precision) for artifact in artifacts}
+    folders = {config_folder(*pair) for pair in list_choices(artifacts, mixes)}
     kept = {adapter.file for adapter in adapters}
     unfinished |= {path for path in staging.files() if path.startswith(f"{ADAPTERS}/") and path not in kept}
     unfinished |= {
@@ -76,6 +79,7 @@ def build_manifest(
         files={path: entry for path, entry in staging.files().items() if path not in unfinished},
         parity=_kept_verdicts(staging, now),
         adapters=adapters,
+        mixes=mixes,
     )
 
 
@@ -130,15 +134,32 @@ def takes_adapters(artifact: Artifact) -> bool:
     return isinstance(module, SwitchesAdapters) and module.is_switchable(artifact.files)
 
 
-def complete_artifacts(staging: Staging) -> tuple[Artifact, ...]:
-    """Return the artifacts of the backends and precisions that have all components."""
-    artifacts = finished_artifacts(staging)
-    finished = {(item.backend, item.precision, item.component) for item in artifacts}
+def finished_mixes(staging: Staging) -> tuple[Mix, ...]:
+    """Return the mixes that have all their artifacts."""
+    finished = {(item.component, item.backend, item.precision) for item in finished_artifacts(staging)}
+    mixes = [Mix.from_dict(result["mix"]) for result in staging.results() if "mix" in result]
     return tuple(
-        item
-        for item in artifacts
-        if all((item.backend, item.precision, component) in finished for component in TRACED_COMPONENTS)
+        mix
+        for mix in mixes
+        if all((component, *pair) in finished for component, pair in mix.components.items())
     )
+
+
+def complete_artifacts(staging: Staging) -> tuple[Artifact, ...]:
+    """Return the artifacts of mixes, and of backends and precisions that have all components."""
+    artifacts, mixes = finished_artifacts(staging), finished_mixes(staging)
+    used = {(name, *pair) for mix in mixes for name, pair in mix.components.items()}
+    used |= {(name, *pair) for pair in list_choices(artifacts, ()) for name in TRACED_COMPONENTS}
+    return tuple(item for item in artifacts if (item.component, item.backend, item.precision) in used)
+
+
+def earlier_variants(staging: Staging) -> dict[str, dict[str, str]]:
+    """Return the precision of each component of what earlier exports made, by precision or mix."""
+    artifacts, mixes = finished_artifacts(staging), finished_mixes(staging)
+    variants = {pair[1]: dict.fromkeys(TRACED_COMPONENTS, pair[1]) for pair in list_choices(artifacts, ())}
+    for mix in mixes:
+        variants[mix.name] = {component: precision for component, (_, precision) in mix.components.items()}
+    return variants
 
 
 def _kept_verdicts(staging: Staging, old: Manifest | None) -> dict[str, Any]:
@@ -149,9 +170,5 @@ def _kept_verdicts(staging: Staging, old: Manifest | None) -> dict[str, Any]:
     return {
         pair: verdict
         for pair, verdict in old.parity.items()
-        if all(
-            files.get(path) == entry
-            for path, entry in old.files.items()
-            if path.startswith((f"{pair}/", *JUDGED_WITH))
-        )
+        if all(files.get(path) == entry for path, entry in old.judged_files(*pair.split("/", 1)).items())
     }

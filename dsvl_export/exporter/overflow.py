@@ -8,21 +8,24 @@ import torch
 
 from calibration.precision_plan import PrecisionPlan
 from calibration.quantized_weights import QuantizedWeights
-from dsvl_export.compilers.protocol import Compiler
-from dsvl_export.exporter.job import ExportJob
+from dsvl_export.exporter.job import ExportJob, Variant
 from dsvl_export.exporter.stages import ExportProgress
 from reference.checkpoint.checkpoint import parameter_shapes
-from reference.trace import PRECISION_DTYPES
+from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS
 from runtimes.errors import PrecisionOverflowError, UserError
 
 WIDER = {"fp16": ("bf16", "fp32")}  # by base: those with a larger range, the smallest first
 
 
-def overflow_remedy(backend: str, compiler: Compiler, plan: PrecisionPlan) -> str:
-    """Return what to export if a plan's base cannot hold a checkpoint's numbers."""
-    bases = [base for base in WIDER.get(plan.base, ()) if base in compiler.PRECISIONS]
+def overflow_remedy(variant: Variant) -> str:
+    """Return what to export if a variant's base cannot hold a checkpoint's numbers."""
+    if variant.mix:
+        return "give the components precisions with another base"
+    (part,) = variant.parts
+    plan = part.plan
+    bases = [base for base in WIDER.get(plan.base, ()) if base in part.compiler.PRECISIONS]
     if not bases:
-        return f"{backend} has no wider base than {plan.base}: export for onnxruntime in fp32"
+        return f"{part.backend} has no wider base than {plan.base}: export for onnxruntime in fp32"
     name = plan.name.removesuffix(f"-{plan.base}")
     names = [base if plan.name == plan.base else f"{name}-{base}" for base in bases]
     if plan.quantizes and name == plan.name:  # a plan of the user's own
@@ -30,26 +33,36 @@ def overflow_remedy(backend: str, compiler: Compiler, plan: PrecisionPlan) -> st
     return f"export with --precision {' or '.join(names)}"
 
 
-def check_ranges(job: ExportJob, plans: Sequence[PrecisionPlan]) -> None:
+def check_ranges(job: ExportJob, variants: Sequence[Variant]) -> None:
     """Check that the base of each plan can hold the checkpoint's weights.
 
     Raises:
         PrecisionOverflowError: names the tensor.
         UserError: the checkpoint holds NaN or infinity.
     """
-    bases: dict[str, PrecisionPlan] = {}  # plans of one base round the same numbers
-    for plan in plans:
-        bases.setdefault(plan.base, plan)
-    for base, plan in bases.items():
-        name = f"range of {base}"
-        job.report(ExportProgress(name))
-        weights = QuantizedWeights(job.source, PrecisionPlan(plan.name, base))
-        check_weights(weights, overflow_remedy(job.backend, job.compiler, plan))
-        job.report(ExportProgress(name, 1, 1, "finished"))
+    checked: set[tuple[str, tuple[str, ...]]] = set()  # plans of one base round the same numbers
+    for variant in variants:
+        for part in variant.parts:
+            base, components = part.plan.base, part.components
+            if (base, components) in checked:
+                continue
+            checked.add((base, components))
+            name = f"range of {base}"
+            job.report(ExportProgress(name))
+            weights = QuantizedWeights(job.source, PrecisionPlan(part.plan.name, base))
+            check_weights(weights, overflow_remedy(variant), components)
+            job.report(ExportProgress(name, 1, 1, "finished"))
 
 
-def check_weights(weights: QuantizedWeights, remedy: str) -> None:
+def check_weights(
+    weights: QuantizedWeights, remedy: str, components: Sequence[str] = TRACED_COMPONENTS
+) -> None:
     """Read every parameter of a precision and compare it with the range of the plan's base.
+
+    Args:
+        weights: the parameters.
+        remedy: what the user can do if one overflows, for the message.
+        components: whose parameters are read; the token embedding belongs to all.
 
     Raises:
         PrecisionOverflowError: the base cannot hold one; it is named.
@@ -57,7 +70,8 @@ def check_weights(weights: QuantizedWeights, remedy: str) -> None:
     """
     plan, source = weights.plan, weights.source
     dtype = PRECISION_DTYPES[plan.base]
-    for name in parameter_shapes(source.config):
+    others = tuple(f"{name}." for name in TRACED_COMPONENTS if name not in components)
+    for name in (name for name in parameter_shapes(source.config) if not name.startswith(others)):
         low, high = weights.load(name).aminmax()
         largest = float(torch.maximum(high, -low))
         if not torch.isfinite(low + high):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from calibration.planned_model import planned_chain
 from dsvl_export.exporter import stage_code
 from dsvl_export.exporter.job import ExportJob
 from dsvl_export.exporter.manifest import TOKEN_EMBEDDING
@@ -34,9 +36,11 @@ from reference.goldens.record import (
 )
 from reference.session import write_token_embedding
 from runtimes.bundle.files import JOURNAL, sha256_of_file, write_json, write_text
+from runtimes.bundle.mixes import COMPONENTS
 from runtimes.goldens.golden import SETTINGS
 from runtimes.goldens.long_context import LONG_GOLDEN, LongGolden
 
+FP32 = "fp32"  # the reference's own precision
 LONG_GOLDEN_FILE = f"{GOLDENS}/{LONG_GOLDEN}"
 
 
@@ -112,69 +116,84 @@ class ReferenceStages:
 
     # What a precision costs the reference.
 
-    def quantization_errors(self, precision: str, remedy: str, optional: bool = False) -> list[Stage]:
+    def quantization_errors(
+        self, name: str, precisions: Mapping[str, str], remedy: str, optional: bool = False
+    ) -> list[Stage]:
         """Return the stages that measure the quantization error of a precision on the goldens.
 
         They raise PrecisionOverflowError if the precision computes NaN or infinity.
 
         Args:
-            precision: of the bundle.
-            remedy: what to export if the precision overflows.
+            name: of the precision, or of a mix.
+            precisions: precision of each component.
+            remedy: what to export if a precision overflows.
             optional: the precision is of an earlier export. If it overflows, the bundle has no
                 quantization error of it, and ``parity`` finds the NaN or infinity in its artifacts.
         """
-        optional_for = precision if optional else None
-        return [
-            Stage(
-                _folder(quantization_error_file(precision)),
-                partial(self._error_inputs, precision),
-                partial(self._measure_error, precision, remedy),
-                optional_for=optional_for,
-            ),
-            Stage(
-                _folder(planned_file(precision)),
-                partial(self._long_error_inputs, precision),
-                partial(self._measure_long_golden, precision, remedy),
-                optional_for=optional_for,
-            ),
-        ]
+        optional_for, decoder = name if optional else None, precisions["decoder"]
+        errors = Stage(
+            _folder(quantization_error_file(name)),
+            partial(self._error_inputs, precisions),
+            partial(self._measure_error, name, precisions, remedy),
+            optional_for=optional_for,
+        )
+        long_golden = Stage(
+            _folder(planned_file(decoder)),
+            partial(self._long_error_inputs, decoder),
+            partial(self._measure_long_golden, decoder, remedy),
+            optional_for=optional_for,
+        )
+        if set(precisions.values()) == {FP32}:
+            return []
+        return [errors] if decoder == FP32 else [errors, long_golden]
 
-    def _error_inputs(self, precision: str) -> dict[str, Any]:
+    def _error_inputs(self, precisions: Mapping[str, str]) -> dict[str, Any]:
         hashes = {
             path: entry.sha256
             for path, entry in self._job.staging.files().items()
             if path.startswith(f"{GOLDENS}/") and path != LONG_GOLDEN_FILE  # which follows the capacity
         }
-        return {**self._inputs_with_plan(stage_code.QUANTIZATION_ERROR, precision), "goldens": hashes}
+        inputs = {**self._job.inputs(stage_code.QUANTIZATION_ERROR), "goldens": hashes}
+        if len(set(precisions.values())) == 1:
+            return {**inputs, **self._job.plan_inputs(precisions["decoder"])}
+        plans = {component: self._job.plan_inputs(item) for component, item in precisions.items()}
+        return {**inputs, "precisions": dict(precisions), "plans": plans}
 
     def _long_error_inputs(self, precision: str) -> dict[str, Any]:
         golden = self._job.staging.files().get(LONG_GOLDEN_FILE)
         digest = golden.sha256 if golden else None
-        return {**self._inputs_with_plan(stage_code.QUANTIZATION_ERROR, precision), "golden": digest}
-
-    def _inputs_with_plan(self, code: tuple[str, ...], precision: str) -> dict[str, Any]:
-        return {**self._job.inputs(code), **self._job.plan_inputs(precision)}
+        inputs = self._job.inputs(stage_code.QUANTIZATION_ERROR)
+        return {**inputs, **self._job.plan_inputs(precision), "golden": digest}
 
     def _measure_error(
-        self, precision: str, remedy: str, folder: Path, progress: StageProgress
+        self,
+        name: str,
+        precisions: Mapping[str, str],
+        remedy: str,
+        folder: Path,
+        progress: StageProgress,
     ) -> dict[str, Any]:
-        self._job.staging.forget(_folder(old_quantization_error_file(precision)))
+        self._job.staging.forget(_folder(old_quantization_error_file(name)))
+        weights = {component: self._job.weights(item) for component, item in precisions.items()}
         error = measure_quantization_error(
-            self._job.weights(precision),
-            self._embedding,
+            planned_chain(weights, self._embedding, tapped=True),
+            self._job.source.digest,
+            name,
             Goldens.recorded_into(self._folder / GOLDENS),
             progress.step,
             folder / f"quantization_error{JOURNAL}",
             remedy,
         )
-        write_json(folder / Path(quantization_error_file(precision)).name, error)
+        write_json(folder / Path(quantization_error_file(name)).name, error)
         return {}
 
     def _measure_long_golden(
         self, precision: str, remedy: str, folder: Path, progress: StageProgress
     ) -> dict[str, Any]:
         exact = LongGolden.load(self._folder / LONG_GOLDEN_FILE)
-        planned = measure_long_golden(self._job.weights(precision), self._embedding, exact, remedy)
+        weights = dict.fromkeys(COMPONENTS, self._job.weights(precision))
+        chain = planned_chain(weights, self._embedding)
+        planned = measure_long_golden(chain, precision, exact, remedy)
         planned.save(folder / LONG_GOLDEN)
         return {}
 
@@ -197,7 +216,7 @@ class ReferenceStages:
                 bytes=lambda: output_bytes,
             )
             for precision in precisions
-            if precision != "fp32"
+            if precision != FP32
         ]
         return [inputs, *outputs]
 

@@ -20,6 +20,7 @@ from runtimes.bundle.files import (
 )
 from runtimes.bundle.locks import PREVIOUS, FileLock, manifest_file, manifest_lock, refuse_link
 from runtimes.bundle.manifest import DEBUG_PREFIX, MANIFEST, STAGING, FileEntry, Manifest, stays_inside
+from runtimes.bundle.mixes import MIXED
 from runtimes.errors import UserError
 
 # A bundle that lost its record keeps these: nothing else writes plans, scales and configs again.
@@ -141,6 +142,9 @@ class Staging:
                     "result": {"adapter": asdict(adapter), "depends_on": depends},
                     "files": {adapter.file: files[adapter.file]},
                 }
+            for mix in self.previous.mixes:
+                stage = f"configs/{MIXED}/{mix.name}"
+                record[stage] = {"key": "", "result": {"mix": asdict(mix)}, "files": {}}
             for path in files:
                 if path.startswith(KEPT_FOLDERS):
                     stage = path.rpartition("/")[0]

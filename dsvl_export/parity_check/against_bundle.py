@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from dsvl_export.parity_check.against_reference import OnStep, execution, silent, weakest
+from dsvl_export.parity_check.against_reference import OnStep, silent
 from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.localization import (
     components_to_localize,
@@ -23,10 +23,12 @@ from dsvl_export.parity_check.result import Localization, ParityResult
 from dsvl_export.parity_check.run_stages import run_stages
 from dsvl_export.parity_check.task import judge_task, score_with_progress
 from dsvl_export.parity_check.text import bundled_texts, judge_text
-from dsvl_export.parity_check.tolerances import Tolerance, load_tolerances, tolerance_for, tolerance_of_base
+from dsvl_export.parity_check.tolerances import Tolerance, component_tolerances, load_tolerances
 from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.mixes import Pair, device_of
 from runtimes.chain import Chain
 from runtimes.errors import UserError
+from runtimes.execution import execution, weakest
 from runtimes.goldens.golden import load_golden, save_golden
 from runtimes.goldens.long_context import record_long_golden
 from runtimes.goldens.recording import GoldenRequest, record_goldens
@@ -35,8 +37,6 @@ from runtimes.goldens.task import TaskItem
 from runtimes.goldens.texts import rerecord_texts
 from runtimes.pipeline import Pipeline
 from runtimes.session import SessionOptions
-
-Pair = tuple[str, str]  # backend, precision
 
 
 def compare(
@@ -83,15 +83,10 @@ def compare(
     run = weakest(runs)
     result = ParityResult(*second_pair, run, name)
     shipped = load_tolerances()
-    pairs = ((first, first_pair[1]), (second, second_pair[1]))
-    bounds = [tolerance_for(tolerances or shipped, *pair) for pair in pairs]
-    if bounds[0] is None or bounds[1] is None:
-        raise UserError(
-            f"There is no tolerance for {first_pair[1]} or {second_pair[1]}; pass a file"
-            " with one as --tolerances."
-        )
-    result.tolerance = bounds[0].plus(bounds[1])
-    result.overridden = bounds != [tolerance_for(shipped, *pair) for pair in pairs]
+    sides = ((first, first_pair), (second, second_pair))
+    rows = [component_tolerances(tolerances or shipped, bundle, *pair) for bundle, pair in sides]
+    result.tolerances = {component: row.plus(rows[1][component]) for component, row in rows[0].items()}
+    result.overridden = tolerances is not None and tolerances != shipped
     if not run.runnable:
         return result
     first_pipeline = Pipeline.open(first, *first_pair, threads=threads, device=runs[0].device)
@@ -112,19 +107,20 @@ def compare(
         if task:
             score = score_with_progress(first_pipeline, task, f"task by {name}", on_step)
             baseline = (name, score)
-        errors = [read_quantization_error(bundle, precision) for bundle, precision in pairs]
+        errors = [read_quantization_error(bundle, precision) for bundle, (_, precision) in sides]
         quantization_error = errors[0].plus(errors[1])
         texts = bundled_texts(first)
         texts = rerecord_texts(texts, first_pipeline.chain.tokenizer) if texts else None
         judge_text(second_pipeline.chain.tokenizer, texts, result)
         run_stages(second_pipeline.chain, goldens, checkpoint, result, quantization_error, on_step)
         pipelines = (first_pipeline, second_pipeline)
-        _compare_long_context(pairs, pipelines, checkpoint, tolerances or shipped, result)
+        bounds = [row["decoder"].long_bound for row in rows]
+        _compare_long_context(sides, pipelines, checkpoint, bounds, result)
         if task:
             judge_task(score_with_progress(second_pipeline, task, "task", on_step), result, baseline)
-        options = [SessionOptions(threads, run.device) for run in runs]
         for component in TAPPED_COMPONENTS if taps else components_to_localize(result):
             on_step(f"taps of the {component}", 0, 1)
+            options = [SessionOptions(threads, device_of(run.device, component)) for run in runs]
             note = _tap_first(first, first_pipeline.chain, goldens, component, first_pair, options[0])
             localization = Localization(component, (), None, note)
             if not note:
@@ -137,26 +133,24 @@ def compare(
 
 
 def _compare_long_context(
-    pairs: Sequence[tuple[Bundle, str]],
+    sides: Sequence[tuple[Bundle, Pair]],
     pipelines: Sequence[Pipeline],
     checkpoint: str,
-    table: Mapping[str, Tolerance],
+    long_bounds: Sequence[Callable[[float], float]],
     result: ParityResult,
 ) -> None:
     """Judge the stage ``long_context``, with what the first bundle computes as the reference."""
-    recorded = [bundled_long_goldens(bundle, precision) for bundle, precision in pairs]
+    decoders = [(bundle, bundle.artifact("decoder", *pair).precision) for bundle, pair in sides]
+    recorded = [bundled_long_goldens(*decoder) for decoder in decoders]
     if recorded[0] is None:
         judge_long_context(pipelines[1].chain, None, None, 0, lambda error: 0.0, result)
         return
     lengths = [pipeline.max_capacity for pipeline in pipelines if pipeline.max_capacity]
     golden = recorded[0].exact.truncate(min(lengths, default=None))
     bounds = []
-    for (bundle, precision), long in zip(pairs, recorded, strict=True):
-        own = tolerance_for(table, bundle, precision)
-        assert own
-        base = tolerance_of_base(table, bundle, precision, own)
+    for bound, long in zip(long_bounds, recorded, strict=True):
         error = float(np.max((long or recorded[0]).errors()))
-        bounds.append(own.long_bound(base, error) + error)
+        bounds.append(bound(error) + error)
     capacity = golden.capacity
     first = record_long_golden(pipelines[0].chain, golden.tokens, checkpoint, capacity)
     goldens = LongGoldens(first, first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -27,15 +27,16 @@ from dsvl_export.parity_check.result import ParityResult
 from dsvl_export.parity_check.run_stages import run_stages
 from dsvl_export.parity_check.task import judge_task, score_on_cluster, score_with_progress
 from dsvl_export.parity_check.text import bundled_texts, judge_text
-from dsvl_export.parity_check.tolerances import Tolerance, load_tolerances, tolerance_for, tolerance_of_base
-from runtimes.backends.registry import load_backend
+from dsvl_export.parity_check.tolerances import Tolerance, component_tolerances, load_tolerances
 from runtimes.bundle.bundle import Bundle
+from runtimes.bundle.mixes import Pair, device_of
 from runtimes.errors import UserError
+from runtimes.execution import execution
 from runtimes.goldens.taps import TAPPED_COMPONENTS
 from runtimes.goldens.task import TaskItem, TaskScore, recorded_score
 from runtimes.goldens.texts import TextGoldens
 from runtimes.pipeline import Pipeline
-from runtimes.session import Execution, SessionOptions
+from runtimes.session import SessionOptions
 
 if TYPE_CHECKING:
     from reference.checkpoint.checkpoint import Checkpoint
@@ -101,32 +102,26 @@ def parity(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     backend, precision = bundle.select(backend, precision)
     shipped = load_tolerances()
-    tolerance = tolerance_for(tolerances or shipped, bundle, precision)
-    if tolerance is None:
-        raise UserError(
-            f"There is no tolerance for the precision {precision!r}; pass a file with one as --tolerances."
-        )
     reference = f"torch fp32, live from {live}" if live else "torch fp32, recorded in the bundle"
     result = ParityResult(backend, precision, execution(bundle, backend, precision, device), reference)
-    result.tolerance, result.overridden = tolerance, tolerance != tolerance_for(shipped, bundle, precision)
+    result.tolerances = component_tolerances(tolerances or shipped, bundle, backend, precision)
+    result.overridden = tolerances is not None and tolerances != shipped
     if not result.execution.runnable:
         return result
     device = result.execution.device
     pipeline = Pipeline.open(bundle, backend, precision, threads=threads, device=device)
     checkpoint = bundle.manifest.checkpoint["sha256"]
     source = _open_source(bundle, live, adapters) if live else None
-    table = tolerances or shipped
-    base = tolerance_of_base(table, bundle, precision, tolerance)
     with ExitStack() as stack:
         if source:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            recorded = _record_live(bundle, source, precision, folder, on_step)
+            recorded = _record_live(bundle, source, (backend, precision), folder, on_step)
         else:
             recorded = Recorded(
                 Goldens.of_bundle(bundle),
                 read_quantization_error(bundle, precision),
                 bundled_texts(bundle),
-                bundled_long_goldens(bundle, precision),
+                bundled_long_goldens(bundle, bundle.artifact("decoder", backend, precision).precision),
             )
         goldens, quantization_error = recorded.goldens, recorded.quantization_error
         judge_audit(bundle, result)
@@ -135,12 +130,12 @@ def parity(
         result.left_out, goldens = len(goldens.files) - len(fitting.files), fitting
         run_stages(pipeline.chain, goldens, checkpoint, result, quantization_error, on_step)
         on_step("long context", 0, 1)
-        bound = partial(tolerance.long_bound, base)
+        bound = result.tolerances["decoder"].long_bound
         capacity = bundle.manifest.default_capacity
         judge_long_context(pipeline.chain, recorded.long, pipeline.max_capacity, capacity, bound, result)
         on_step("entry points", 0, 1)
         judge_entry_points(bundle, pipeline.chain, goldens, checkpoint, result, quantization_error, source)
-        if base is not table["fp32"]:
+        if any(item.base != "fp32" for item in bundle.artifacts(backend, precision).values()):
             result.advise_on_overflow()
         if task:
             baseline = _baseline(bundle, task, source, result, threads, on_step)
@@ -150,32 +145,15 @@ def parity(
             else:
                 score = score_with_progress(pipeline, task, "task", on_step)
             judge_task(score, result, baseline)
-        row = table.get(bundle.artifact("decoder", backend, precision).base, tolerance)
-        judge_layers(bundle, pipeline.chain, row, result, SessionOptions(threads, device), on_step)
+        judge_layers(bundle, pipeline.chain, result, threads, on_step)
         for component in TAPPED_COMPONENTS if taps else components_to_localize(result):
             on_step(f"taps of the {component}", 0, 1)
-            options = SessionOptions(threads, device)
+            options = SessionOptions(threads, device_of(device, component))
             localization = localize(
                 bundle, pipeline.chain, goldens, checkpoint, component, result, quantization_error, options
             )
             result.localizations.append(localization)
     return result
-
-
-def execution(bundle: Bundle, backend: str, precision: str, device: str | None = None) -> Execution:
-    """Return how this machine can execute the artifacts of a backend.
-
-    It is the weakest kind of execution of all components.
-    """
-    module = load_backend(backend)
-    artifacts = [a for a in bundle.manifest.artifacts if (a.backend, a.precision) == (backend, precision)]
-    return weakest(module.execution(artifact, device) for artifact in artifacts)
-
-
-def weakest(executions: Iterable[Execution]) -> Execution:
-    """Return the execution that proves least."""
-    order = ("not run", "built only", "simulated", "ran")
-    return min(executions, key=lambda execution: order.index(execution.kind))
 
 
 def _open_source(bundle: Bundle, live: str, adapters: Sequence[str]) -> Checkpoint:
@@ -197,10 +175,9 @@ def _open_source(bundle: Bundle, live: str, adapters: Sequence[str]) -> Checkpoi
     return source
 
 
-def _record_live(
-    bundle: Bundle, source: Checkpoint, precision: str, folder: Path, on_step: OnStep
-) -> Recorded:
+def _record_live(bundle: Bundle, source: Checkpoint, choice: Pair, folder: Path, on_step: OnStep) -> Recorded:
     """Compute goldens, token embeddings and quantization errors from the checkpoint."""
+    from calibration.planned_model import planned_chain
     from dsvl_export.compilers.precisions import planned_weights
     from reference.goldens.record import (
         record_reference_goldens,
@@ -214,13 +191,18 @@ def _record_live(
     record_reference_goldens(source, table, folder / "goldens", partial(on_step, "reference"))
     goldens, texts = Goldens.recorded_into(folder / "goldens"), record_reference_texts(source)
     long = record_reference_long_golden(source, table, bundle.manifest.default_capacity)
-    if precision == "fp32":
+    artifacts = bundle.artifacts(*choice)
+    if all(item.precision == "fp32" for item in artifacts.values()):
         return Recorded(goldens, QuantizationError(), texts, LongGoldens(long, long))
-    weights = planned_weights(source, bundle.folder, precision)
+    weights = {
+        name: planned_weights(source, bundle.folder, item.precision) for name, item in artifacts.items()
+    }
+    tapped = planned_chain(weights, table, tapped=True)
     on_measured = partial(on_step, "quantization error")
-    measured = measure_quantization_error(weights, table, goldens, on_measured)
+    measured = measure_quantization_error(tapped, source.digest, choice[1], goldens, on_measured)
     errors = QuantizationError(tuple(measured["goldens"]), measured["taps"])
-    return Recorded(goldens, errors, texts, LongGoldens(long, measure_long_golden(weights, table, long)))
+    planned = measure_long_golden(planned_chain(weights, table), choice[1], long)
+    return Recorded(goldens, errors, texts, LongGoldens(long, planned))
 
 
 def _baseline(

@@ -16,9 +16,7 @@ def judge_audit(bundle: Bundle, result: ParityResult) -> None:
     """
     stage, manifest = result.stage(STAGE), bundle.manifest
     not_audited = []
-    for artifact in manifest.artifacts:
-        if (artifact.backend, artifact.precision) != (result.backend, result.precision):
-            continue
+    for artifact in bundle.artifacts(result.backend, result.precision).values():
         for path in artifact.files:
             if path not in artifact.audited:
                 not_audited.append(path)

@@ -86,11 +86,6 @@ def judge_entry_points(
     stage.passed()
     for fault in settings_faults(bundle, source):
         stage.fail(fault)
-    backend = load_backend(result.backend)
-    capacity = bundle.artifact("decoder", result.backend, result.precision).capacity
-    points = EntryPoints()
-    if isinstance(backend, ProvidesEntryPoints):
-        points = backend.entry_points(chain, capacity or bundle.manifest.default_capacity)
     golden, index = goldens.load(0, checkpoint), goldens.numbers[0]
 
     def judge(
@@ -104,22 +99,34 @@ def judge_entry_points(
             reason = stage.detail or f"error {stage.errors.relative_rms:.1e}, bound {stage.errors.bound:.1e}"
             stage.detail = f"{name}: {reason}"
 
-    for name, (value, wanted) in points.values.items():
-        if value != wanted or type(value) is not type(wanted):
-            stage.fail(f"{name} says {value!r}, the bundle says {wanted!r}")
-    _judge_encoders(points, chain, golden, judge)
-    _judge_decoders(points, chain, golden, judge)
-    for name, embed in points.token_embeddings.items():
-        _judge_token_embeddings(name, embed, points.max_tokens, chain, result)
-    for name, file in points.tokenizers.items():
-        different, _ = tokenizer_differences(file, bundle.path(TOKENIZER), thorough=False)
-        if different:
-            stage.fail(
-                f"{name} tokenizes {describe_differences(different)} differently from the tokenizer of the"
-                " checkpoint"
-            )
+    for points in _entry_points(bundle, chain, result):
+        for name, (value, wanted) in points.values.items():
+            if value != wanted or type(value) is not type(wanted):
+                stage.fail(f"{name} says {value!r}, the bundle says {wanted!r}")
+        _judge_encoders(points, chain, golden, judge)
+        _judge_decoders(points, chain, golden, judge)
+        for name, embed in points.token_embeddings.items():
+            _judge_token_embeddings(name, embed, points.max_tokens, chain, result)
+        for name, file in points.tokenizers.items():
+            different, _ = tokenizer_differences(file, bundle.path(TOKENIZER), thorough=False)
+            if different:
+                stage.fail(
+                    f"{name} tokenizes {describe_differences(different)} differently from the tokenizer of"
+                    " the checkpoint"
+                )
     for fault in _listing_faults(bundle, result):
         stage.fail(fault)
+
+
+def _entry_points(bundle: Bundle, chain: Chain, result: ParityResult) -> Iterator[EntryPoints]:
+    """Open the entry points of each backend of the artifacts."""
+    artifacts = bundle.artifacts(result.backend, result.precision)
+    capacity = artifacts["decoder"].capacity or bundle.manifest.default_capacity
+    for backend in dict.fromkeys(item.backend for item in artifacts.values()):
+        module = load_backend(backend)
+        if isinstance(module, ProvidesEntryPoints):
+            own = {component for component, item in artifacts.items() if item.backend == backend}
+            yield module.entry_points(chain, own, capacity)
 
 
 def _judge_encoders(points: EntryPoints, chain: Chain, golden: Golden, judge: Judge) -> None:

@@ -6,7 +6,7 @@ the bound covers only the rounding of one layer, and the layer that fails is the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,11 @@ from dsvl_export.parity_check.tolerances import Tolerance
 from runtimes.backends.mil.package import SPECIFICATION
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract
+from runtimes.bundle.manifest import Artifact
+from runtimes.bundle.mixes import device_of
 from runtimes.chain import Chain
 from runtimes.errors import UserError
+from runtimes.execution import component_executions
 from runtimes.goldens.golden import load_golden, relative_rms
 from runtimes.goldens.layers import (
     STATELESS,
@@ -31,8 +34,7 @@ from runtimes.goldens.layers import (
     sample_rows,
     save_tables,
 )
-from runtimes.goldens.taps import TAPPED_COMPONENTS
-from runtimes.session import SessionOptions
+from runtimes.session import Execution, SessionOptions
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +47,7 @@ STAGE = "layers"
 OUTPUTS, COMPONENTS = "outputs", "components"  # tables of the files: of layers, and of components
 INPUTS = "layers/inputs/inputs.safetensors"
 SEPARABLE = ("onnxruntime", "openvino", "coreml")  # backends that run the files of single layers
-ARTIFACTS = (".onnx", ".xml", Path(SPECIFICATION).name)  # endings of files that hold a program
+PROGRAMS = (".onnx", ".xml", Path(SPECIFICATION).name)  # endings of files that hold a program
 
 
 def outputs_file(precision: str) -> str:
@@ -100,121 +102,125 @@ def _read_inputs(file: Path, checkpoint: str) -> tuple[LayerInputs, dict[str, Ta
 def judge_layers(
     bundle: Bundle,
     chain: Chain,
-    base: Tolerance,
     result: ParityResult,
-    options: SessionOptions,
+    threads: int | None,
     on_step: Callable[[str, int, int], None],
 ) -> None:
     """Fill in the stage ``layers``; its detail says why if the layers cannot be judged.
 
-    If a backend cannot run single layers, components are judged as a whole; the stage
+    If a backend cannot run single layers, its components are judged as a whole; the stage
     ``long_context`` does this for the decoder. The chain closes its sessions.
 
     Args:
         bundle: the bundle that is judged.
         chain: the sessions that are judged.
-        base: tolerance of the float precision that the precision is based on.
         result: the result to fill in.
-        options: device and threads of the sessions of single layers.
+        threads: number of CPU threads of the sessions of single layers.
         on_step: called with the name of the step, the parts done and all parts.
 
     Raises:
         UserError: the layer goldens are damaged or do not fit the contracts.
     """
     stage, manifest = result.stage(STAGE), bundle.manifest
-    path = outputs_file(result.precision)
-    if INPUTS not in manifest.files or (path not in manifest.files and result.precision != "fp32"):
+    artifacts = bundle.artifacts(result.backend, result.precision)
+    precisions = {item.precision for item in artifacts.values()} - {"fp32"}
+    paths = {precision: outputs_file(precision) for precision in precisions}
+    if not manifest.files.keys() >= {INPUTS, *paths.values()}:
         stage.detail = "the bundle has no layer goldens"
         return
     digest = manifest.checkpoint["sha256"]
-    bundle.check([path for path in (INPUTS, path) if path in manifest.files])
+    bundle.check({INPUTS, *paths.values()})
     inputs, exact = _read_inputs(bundle.path(INPUTS), digest)
-    expected = load_tables(bundle.path(path), digest) if path in manifest.files else exact
+    planned = {precision: load_tables(bundle.path(path), digest) for precision, path in paths.items()}
+    problems: list[str] = []
+    runs = component_executions(bundle, result.backend, result.precision, result.execution.device)
     try:
-        compiler, reason = _layer_compiler(result)
-        if compiler is None:
-            _judge_components(chain, inputs, expected[COMPONENTS], exact[COMPONENTS], base, result)
-            stage.detail = stage.detail or f"components as a whole: {reason}"
-        else:
-            tables = (expected[OUTPUTS], exact[OUTPUTS])
-            _judge_single_layers(bundle, chain, compiler, inputs, *tables, base, result, options, on_step)
+        for component, artifact in artifacts.items():
+            on_step(f"layers of the {component}", 0, 1)
+            expected = planned.get(artifact.precision, exact)
+            compiler, reason = _layer_compiler(artifact, runs[component])
+            if compiler is None:
+                stage.detail = stage.detail or f"components as a whole: {reason}"
+                if component in STATELESS:
+                    tables = (expected[COMPONENTS][component], exact[COMPONENTS][component])
+                    _judge_component(chain, component, inputs, *tables, result)
+            else:
+                setattr(chain, component, None)
+                tables = (expected[OUTPUTS][component], exact[OUTPUTS][component])
+                options = SessionOptions(threads, device_of(result.execution.device, component))
+                skipped = _judge_single_layers(bundle, artifact, compiler, inputs, *tables, result, options)
+                problems += [skipped] if skipped else []
     except KeyError as error:
         raise UserError(
             f"The layer goldens of {bundle.folder} do not fit its contracts: {error} is missing;"
             " export it again."
         ) from error
+    if problems and stage.state != "failed":
+        stage.state, stage.detail = "not run", problems[0]
 
 
-def _layer_compiler(result: ParityResult) -> tuple[RunsLayers | None, str]:
-    """Return the compiler that runs single layers of a backend, or None and the reason."""
+def _layer_compiler(artifact: Artifact, run: Execution) -> tuple[RunsLayers | None, str]:
+    """Return the compiler that runs single layers of an artifact, or None and the reason."""
+    backend = artifact.backend
     try:
-        compiler = load_compiler(result.backend)
+        compiler = load_compiler(backend)
     except UserError as error:
         return None, str(error).rstrip(".")
-    # Engines run as a whole.
-    separable = result.execution.kind == "simulated" or result.backend in SEPARABLE
+    separable = run.kind == "simulated" or backend in SEPARABLE  # engines run as a whole
     if not isinstance(compiler, RunsLayers) or not separable:
-        return None, f"layers of {result.backend} cannot be run one by one here"
+        return None, f"layers of {backend} cannot be run one by one here"
     return compiler, ""
 
 
-def _judge_components(
+def _judge_component(
     chain: Chain,
+    component: str,
     recorded: LayerInputs,
-    expected: Table,
-    exact: Table,
-    base: Tolerance,
+    expected: Mapping[str, np.ndarray],
+    exact: Mapping[str, np.ndarray],
     result: ParityResult,
 ) -> None:
-    """Judge components as a whole, on the recorded inputs."""
-    stage, tolerance = result.stage(STAGE), result.tolerance
-    assert tolerance
-    for component in STATELESS:
-        session = getattr(chain, component)
-        inputs = {
-            spec.name: recorded.inputs[component][spec.name].astype(spec.dtype)
-            for spec in session.contract.inputs
-        }
-        outputs = session.run(inputs)
-        for name, array in expected[component].items():
-            error = relative_rms(array, exact[component][name])
-            failed = stage.state == "failed"
-            tensor, actual = f"{component}: {name}", sample_rows(outputs[name])
-            stage.compare(0, tensor, actual, array, tolerance.plan_bound(base, error), error)
-            if stage.state == "failed" and not failed:
-                stage.detail = f"{tensor} is not what the precision plan computes on the recorded input"
+    """Judge a component as a whole, on its recorded inputs."""
+    stage, session = result.stage(STAGE), getattr(chain, component)
+    inputs = {
+        spec.name: recorded.inputs[component][spec.name].astype(spec.dtype)
+        for spec in session.contract.inputs
+    }
+    outputs = session.run(inputs)
+    for name, array in expected.items():
+        error = relative_rms(array, exact[name])
+        failed = stage.state == "failed"
+        tensor, actual = f"{component}: {name}", sample_rows(outputs[name])
+        bound = result.tolerances[component].plan_bound(error)
+        stage.compare(0, tensor, actual, array, bound, error)
+        if stage.state == "failed" and not failed:
+            stage.detail = f"{tensor} is not what the precision plan computes on the recorded input"
 
 
 def _judge_single_layers(
     bundle: Bundle,
-    chain: Chain,
+    artifact: Artifact,
     compiler: RunsLayers,
     recorded: LayerInputs,
-    expected: Table,
-    exact: Table,
-    base: Tolerance,
+    expected: Mapping[str, np.ndarray],
+    exact: Mapping[str, np.ndarray],
     result: ParityResult,
     options: SessionOptions,
-    on_step: Callable[[str, int, int], None],
-) -> None:
-    """Judge layers one by one; the detail says why if one cannot be cut out of its file."""
-    stage, contracts = result.stage(STAGE), bundle.manifest.contracts[result.precision]
-    skipped: list[str] = []
-    for component in TAPPED_COMPONENTS:
-        on_step(f"layers of the {component}", 0, 1)
-        setattr(chain, component, None)
-        files = bundle.artifact(component, result.backend, result.precision).files
-        for artifact in (bundle.path(file) for file in files if file.endswith(ARTIFACTS)):
-            try:
-                outputs = _run_layers(bundle, compiler, artifact, contracts[component], recorded, options)
-            except (UserError, OSError) as error:
-                skipped.append(f"no build of single layers: {str(error).rstrip('.')}")
-                continue
-            with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity fail the stage
-                for name, array in expected[component].items():
-                    _judge(f"{component}: {name}", outputs[name], array, exact[component][name], base, stage)
-    if skipped and stage.state != "failed":
-        stage.state, stage.detail = "not run", skipped[0]
+) -> str:
+    """Judge layers one by one; return why if they cannot be cut out of a file, else nothing."""
+    stage, component, problem = result.stage(STAGE), artifact.component, ""
+    contract = bundle.manifest.contracts[artifact.precision][component]
+    for file in (bundle.path(path) for path in artifact.files if path.endswith(PROGRAMS)):
+        try:
+            outputs = _run_layers(bundle, compiler, file, contract, recorded, options)
+        except (UserError, OSError) as error:
+            problem = problem or f"no build of single layers: {str(error).rstrip('.')}"
+            continue
+        base = result.tolerances[component].base
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity fail the stage
+            for name, array in expected.items():
+                _judge(f"{component}: {name}", outputs[name], array, exact[name], base, stage)
+    return problem
 
 
 def _judge(

@@ -12,7 +12,7 @@ import numpy as np
 from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.parity_check.goldens import Goldens
 from dsvl_export.parity_check.quantization_error import QuantizationError
-from dsvl_export.parity_check.result import Localization, ParityResult, TapError
+from dsvl_export.parity_check.result import STAGES_OF, Localization, ParityResult, TapError
 from dsvl_export.parity_check.tolerances import Tolerance
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
@@ -22,12 +22,6 @@ from runtimes.errors import UserError
 from runtimes.goldens.golden import Golden, relative_rms
 from runtimes.goldens.taps import TAPPED_COMPONENTS, Taps, record_taps
 from runtimes.session import SessionOptions
-
-STAGES_OF = {
-    "vision_encoder": ("vision_encoder",),
-    "adaptor": ("adaptor",),
-    "decoder": ("prefill_logits", "teacher_forced_logits"),
-}
 
 
 def components_to_localize(result: ParityResult) -> list[str]:
@@ -63,13 +57,12 @@ def take_from_debug_build(
     Raises:
         UserError: the debug build cannot be made or run here.
     """
-    backend, precision = pair
     setattr(chain, component, None)
-    contract = bundle.manifest.contracts[precision][component]
-    artifact = bundle.path(bundle.artifact(component, backend, precision).files[0])
-    debug, module = copy.copy(chain), load_backend(backend)
+    item, contract = bundle.artifact(component, *pair), bundle.contract(component, *pair)
+    debug, module = copy.copy(chain), load_backend(item.backend)
+    compiler = load_compiler(item.backend, debug_build=True)
     with debug_folder(bundle) as folder:
-        file = load_compiler(backend, debug_build=True).debug_build(artifact, contract, Path(folder))
+        file = compiler.debug_build(bundle.path(item.files[0]), contract, Path(folder))
         start = module.open_decoder if component == "decoder" else module.open_component
         setattr(debug, component, start(file, contract.with_taps(), options))
         return record_taps(debug, golden, component)
@@ -101,7 +94,6 @@ def localize(
     cannot be made here, or an error that shows in no tap. The chain closes its session of the
     component.
     """
-    assert result.tolerance
     try:
         golden = goldens.load(0, checkpoint)
         expected = golden.taps.get(component, {})
@@ -115,7 +107,7 @@ def localize(
         return Localization(component, (), None, "the goldens have other taps; export the bundle again")
     measured = quantization_error.taps.get(component, {})
     taps = tuple(
-        _tap_error(name, array, expected[name], measured.get(name), result.tolerance)
+        _tap_error(name, array, expected[name], measured.get(name), result.tolerances[component].own)
         for name, array in actual.items()
     )
     first = next((tap.name for tap in taps if not tap.relative_rms <= tap.bound), None)

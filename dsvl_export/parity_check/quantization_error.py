@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +25,6 @@ from runtimes.errors import PrecisionOverflowError, UserError
 from runtimes.goldens.golden import Golden, relative_rms
 from runtimes.goldens.long_context import LongGolden, record_long_golden
 from runtimes.goldens.taps import TAPPED_COMPONENTS, record_taps
-
-if TYPE_CHECKING:
-    from calibration.quantized_weights import QuantizedWeights
 
 TOP1, CHAIN = "choices", "chain_logits"  # keys of the file beside the stages
 WORST_ROW = "prefill_logits"  # the stage whose error is that of the worst row of logits
@@ -113,8 +110,9 @@ def _errors(row: Mapping[str, float]) -> Errors:
 
 
 def measure_quantization_error(
-    weights: QuantizedWeights,
-    embedding_file: Path,
+    chain: Chain,
+    checkpoint: str,
+    precision: str,
     goldens: Goldens,
     on_step: Callable[[int, int], None],
     journal: Path | None = None,
@@ -123,8 +121,9 @@ def measure_quantization_error(
     """Run the stages with what a precision plan computes in PyTorch.
 
     Args:
-        weights: the weights under the precision plan.
-        embedding_file: the token embeddings.
+        chain: of ``planned_chain``, with taps.
+        checkpoint: SHA-256 of the checkpoint.
+        precision: name of the precision or of the mix, for the message.
         goldens: recorded outputs of the fp32 reference.
         on_step: called with the goldens done and all goldens.
         journal: a file with the results of an interrupted call, a line for each golden; this call
@@ -138,26 +137,23 @@ def measure_quantization_error(
         PrecisionOverflowError: the plan computes NaN or infinity; the message names the layer and
             the golden.
     """
-    from calibration.planned_model import planned_chain  # deferred: imports torch
-
-    chain = planned_chain(weights, embedding_file, tapped=True)
     rows = _read_journal(journal) if journal else []
     for index in range(len(rows), len(goldens.files)):
         on_step(index, len(goldens.files))
-        golden = goldens.load(index, weights.source.digest)
+        golden = goldens.load(index, checkpoint)
         features: dict[str, np.ndarray] = {}
         row: Errors = {}
         for tensor in vision_tensors(chain, golden):
             component = tensor.stage
             if not np.isfinite(tensor.actual).all():
-                raise _overflow(chain, golden, component, weights.plan.name, remedy)
+                raise _overflow(chain, golden, component, precision, remedy)
             if component == "vision_encoder":
                 features[tensor.name] = tensor.actual
             _keep_largest(row, tensor.stage, relative_rms(tensor.actual, tensor.expected))
         # Logits after the reference's image embeddings, and after those of the precision.
         decoder_logits, chain_logits = _logits(chain, golden, (golden.image_embeds, chain.adapt(features)))
         if not (np.isfinite(decoder_logits).all() and np.isfinite(chain_logits).all()):
-            raise _overflow(chain, golden, "decoder", weights.plan.name, remedy)
+            raise _overflow(chain, golden, "decoder", precision, remedy)
         _keep_largest(row, WORST_ROW, max(map(relative_rms, decoder_logits, golden.logits)))
         # The parity check also judges single decode steps by themselves.
         for part in (slice(None), slice(1, STEPS + 1)):
@@ -179,22 +175,21 @@ def measure_quantization_error(
     return {"goldens": [row for row, _ in rows], "taps": tap_errors}
 
 
-def measure_long_golden(
-    weights: QuantizedWeights, embedding_file: Path, golden: LongGolden, remedy: str = REMEDY
-) -> LongGolden:
+def measure_long_golden(chain: Chain, precision: str, golden: LongGolden, remedy: str = REMEDY) -> LongGolden:
     """Compute the long golden with a precision plan in PyTorch.
+
+    Args:
+        chain: of ``planned_chain``, without taps.
+        precision: name of the precision, for the message.
+        golden: of the fp32 reference.
+        remedy: what the user can do if the plan overflows, for the message.
 
     Raises:
         PrecisionOverflowError: the plan computes NaN or infinity; the message names the layer.
     """
-    from calibration.planned_model import planned_chain  # deferred: imports torch
-
-    chain = planned_chain(weights, embedding_file)
     planned = record_long_golden(chain, golden.tokens, golden.checkpoint, golden.capacity)
     if layer := planned.first_nonfinite_part():
-        raise PrecisionOverflowError(
-            f"{layer} overflows in {weights.plan.name} on the long golden; {remedy}."
-        )
+        raise PrecisionOverflowError(f"{layer} overflows in {precision} on the long golden; {remedy}.")
     return planned
 
 

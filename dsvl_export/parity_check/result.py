@@ -9,13 +9,20 @@ from typing import Any, Literal
 import numpy as np
 
 from dsvl_export.parity_check.metrics import Errors, LogitAgreement
-from dsvl_export.parity_check.tolerances import Tolerance
+from dsvl_export.parity_check.tolerances import ComponentTolerance
+from runtimes.bundle.mixes import COMPONENTS
 from runtimes.session import Execution
 
 STAGES = (
     "text", "preprocess", "vision_encoder", "adaptor", "prefill_logits", "teacher_forced_logits",
     "long_context", "greedy_tokens", "entry_points", "task_accuracy", "layers", "audit",
 )  # fmt: skip
+# The stages that judge a component by itself.
+STAGES_OF = {
+    "vision_encoder": ("vision_encoder",),
+    "adaptor": ("adaptor",),
+    "decoder": ("prefill_logits", "teacher_forced_logits"),
+}
 # Stages that need what not every bundle has: questions, entry points of the format, layers that run
 # one by one, or files that ``export`` can audit.
 OPTIONAL = ("entry_points", "task_accuracy", "layers", "audit")
@@ -179,8 +186,8 @@ class ParityResult:
     """The verdict on one backend and precision, with everything that it depends on.
 
     ``reference`` names what the artifacts were compared with. ``left_out`` counts the goldens that
-    the decoder's KV cache is too short for. ``overridden`` says that the tolerance is not the
-    shipped one.
+    the decoder's KV cache is too short for. ``tolerances`` are those of each component, empty if
+    nothing is judged. ``overridden`` says that they are not the shipped ones.
     """
 
     backend: str
@@ -189,7 +196,7 @@ class ParityResult:
     reference: str
     goldens: int = 0
     left_out: int = 0
-    tolerance: Tolerance | None = None
+    tolerances: dict[str, ComponentTolerance] = field(default_factory=dict)
     overridden: bool = False
     stages: list[StageResult] = field(default_factory=lambda: [StageResult(name) for name in STAGES])
     tokens: list[TokenComparison] = field(default_factory=list)
@@ -202,13 +209,19 @@ class ParityResult:
 
     def bound(self, stage: str, measured: float | None) -> float:
         """Return the largest relative RMS error of a stage; see ``Tolerance.bound``."""
-        assert self.tolerance
-        return self.tolerance.bound(stage, measured)
+        return self.tolerances[_component_of(stage) or COMPONENTS[0]].own.bound(stage, measured)
 
-    def tie_error(self, measured: float) -> float:
-        """Return the relative error of logits up to which a changed top-1 token is a near tie."""
-        assert self.tolerance
-        return self.tolerance.tie_factor * max(self.tolerance.quantization_error, measured)
+    def tie_error(self, stage: str, measured: float) -> float:
+        """Return the relative error of logits up to which a changed top-1 token is a near tie.
+
+        Args:
+            stage: the stage that judges the logits.
+            measured: the error of the reference at this precision.
+        """
+        component = _component_of(stage)
+        judged = [self.tolerances[component]] if component else self.tolerances.values()
+        rows = [tolerance.own for tolerance in judged]
+        return max(row.tie_factor * max(row.quantization_error, measured) for row in rows)
 
     def advise_on_overflow(self) -> None:
         """Add what to do to each stage in which half precision gives NaN or infinity."""
@@ -240,6 +253,7 @@ class ParityResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON; NaN and infinity, which JSON does not have, become null."""
         raw = asdict(self)
+        raw["tolerances"] = {name: row["own"] for name, row in raw["tolerances"].items()}
         for stage, row in zip(self.stages, raw["stages"], strict=True):
             if stage.errors:
                 row["errors"]["snr_db"] = stage.errors.snr_db
@@ -247,6 +261,11 @@ class ParityResult:
             for name in ("exact_match", "accuracy_ratio", "length_ratio"):
                 raw["task"][name] = getattr(self.task, name)
         return {"verdict": self.verdict, **_finite(raw)}
+
+
+def _component_of(stage: str) -> str | None:
+    """Return the component that a stage judges by itself; None if it judges several."""
+    return next((component for component, stages in STAGES_OF.items() if stage in stages), None)
 
 
 def _finite(value: Any) -> Any:

@@ -55,9 +55,10 @@ def run_stages(
             stage = result.stage(tensor.stage)
             stage.compare(index, tensor.name, tensor.actual, tensor.expected, bound, measured)
             if tensor.stage.endswith("logits"):
-                tie_error = result.tie_error(quantization_error.tie_error(index, tensor.stage))
+                measured = quantization_error.tie_error(index, tensor.stage)
+                tie_error = result.tie_error(tensor.stage, measured)
                 stage.compare_top1(index, tensor.actual, tensor.expected, tie_error)
-        tie_error = result.tie_error(quantization_error.tie_error(index, CHAIN))
+        tie_error = result.tie_error("greedy_tokens", quantization_error.tie_error(index, CHAIN))
         _compare_tokens(chain, golden, images, index, result, tie_error)
     on_step("goldens", result.goldens, result.goldens)
 

@@ -67,10 +67,6 @@ class Tolerance:
         share = self.plan_share + (base.plan_share if base is not self else 0)
         return PLAN_MARGIN * base.quantization_error * base.factor + share * error
 
-    def long_bound(self, base: Tolerance, error: float) -> float:
-        """Return the bound of the long golden: ``plan_bound``, unless its stage has one."""
-        return self.stages[LONG_STAGE] if LONG_STAGE in self.stages else self.plan_bound(base, error)
-
     def tap_bound(self, measured: float | None) -> float:
         """Return the largest relative RMS error of a tap, given its measured quantization error."""
         return self.tap_factor * max(measured or 0.0, self.floor)
@@ -102,19 +98,59 @@ class Tolerance:
         )
 
 
-def tolerance_for(table: Mapping[str, Tolerance], bundle: Bundle, precision: str) -> Tolerance | None:
-    """Return the row of a precision, or of all quantized precisions; None if it has neither."""
-    plan = f"precisions/{precision}/{precision}.yaml"
-    return table.get(precision) or (table.get("quantized") if plan in bundle.manifest.files else None)
+@dataclass(frozen=True)
+class ComponentTolerance:
+    """The tolerances of a component: of its precision, and of the precision's base.
+
+    The base is the float precision of the layers that are not quantized. A float precision is its
+    own base.
+    """
+
+    own: Tolerance
+    base: Tolerance
+
+    def plan_bound(self, error: float) -> float:
+        """Return the largest relative RMS error from what the plan computes in PyTorch.
+
+        Args:
+            error: relative RMS error of the plan from fp32.
+        """
+        return self.own.plan_bound(self.base, error)
+
+    def long_bound(self, error: float) -> float:
+        """Return the bound of the long golden: ``plan_bound``, unless its stage has one."""
+        return self.own.stages[LONG_STAGE] if LONG_STAGE in self.own.stages else self.plan_bound(error)
+
+    def plus(self, other: ComponentTolerance) -> ComponentTolerance:
+        """Return the tolerances for comparing two artifacts."""
+        return ComponentTolerance(self.own.plus(other.own), self.base.plus(other.base))
 
 
-def tolerance_of_base(
-    table: Mapping[str, Tolerance], bundle: Bundle, precision: str, own: Tolerance
-) -> Tolerance:
-    """Return the row of the float precision that a precision is based on, or is itself."""
-    dtype = bundle.manifest.contracts[precision]["decoder"].inputs[0].dtype
-    base = {"float16": "fp16", "bfloat16": "bf16"}.get(dtype, "fp32")
-    return own if precision in (base, *FLOATS) else table.get(base, own)
+def component_tolerances(
+    table: Mapping[str, Tolerance], bundle: Bundle, backend: str, precision: str
+) -> dict[str, ComponentTolerance]:
+    """Return the tolerances of each component of a backend and precision, or of a mix.
+
+    Raises:
+        UserError: the table has no row for a precision.
+    """
+    return {
+        component: _tolerances_of(table, bundle, artifact.precision, artifact.base)
+        for component, artifact in bundle.artifacts(backend, precision).items()
+    }
+
+
+def _tolerances_of(
+    table: Mapping[str, Tolerance], bundle: Bundle, precision: str, base: str
+) -> ComponentTolerance:
+    """Return the rows of a precision, or of all quantized precisions, and of its base."""
+    is_plan = f"precisions/{precision}/{precision}.yaml" in bundle.manifest.files
+    own = table.get(precision) or (table.get("quantized") if is_plan else None)
+    if own is None:
+        raise UserError(
+            f"There is no tolerance for the precision {precision!r}; pass a file with one as --tolerances."
+        )
+    return ComponentTolerance(own, own if precision in FLOATS else table.get(base, own))
 
 
 def load_tolerances(override: Path | None = None) -> dict[str, Tolerance]:

@@ -16,7 +16,7 @@ from calibration.precision_plan import FLOAT, PrecisionPlan, component_layers, l
 from calibration.quantized_program import trace_with_plan
 from calibration.sensitivity import weight_bytes
 from dsvl_export.compilers.precisions import check_request, plan_for, required_precisions
-from dsvl_export.compilers.registry import load_compiler
+from dsvl_export.compilers.registry import check_options, load_compiler
 from dsvl_export.planning.workload import Workload, activation_bytes
 from dsvl_export.targets.options import CompileOptions, OnnxRuntimeOptions
 from dsvl_export.targets.targets import LISTED_BITS, WEIGHT_BITS, Target
@@ -163,6 +163,7 @@ class Planner:
             return
         plans = [plan_for(compiler, request.precision)]
         options = CompileOptions(target, request.context)
+        check_options({request.backend: compiler}, options)
         check_request(request.backend, compiler, plans, self.config, options)
 
     def _planned_bytes(self, component: str, plan: PrecisionPlan) -> int:

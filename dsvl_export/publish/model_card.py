@@ -48,7 +48,8 @@ def model_card(bundle: Bundle, repository: str, options: CardOptions) -> str:
     if not bundle.choices():
         raise UserError(f"The bundle {bundle.folder} holds no artifacts; export it first.")
     backend, precision = bundle.choices()[0]
-    extra = EXTRAS.get(backend, backend)
+    backends = dict.fromkeys(item.backend for item in bundle.artifacts(backend, precision).values())
+    extras = ", ".join(f"`{EXTRAS.get(name, name)}`" for name in backends)
     vision = "SigLIP and SAM" if manifest.model["vision"]["sam"] else "SigLIP"
     lines = [
         "---",
@@ -70,7 +71,7 @@ def model_card(bundle: Bundle, repository: str, options: CardOptions) -> str:
         "",
         "## Run",
         "",
-        f"Install `dsvl-export` with the extras `{extra}` and `hub`.",
+        f"Install `dsvl-export` with the extras {extras} and `hub`.",
         "",
         "```",
         f"dsvl-export run {repository} --backend {backend} --precision {precision} --image photo.jpg"
@@ -101,20 +102,17 @@ def _table(bundle: Bundle) -> list[str]:
     headings = ("backend", "precision", "target", "size", "parity", "prefill logits", "teacher-forced logits")
     rows = [headings, ("---",) * len(headings)]
     for backend, precision in bundle.choices():
-        parts = [
-            item
-            for item in bundle.manifest.artifacts
-            if (item.backend, item.precision) == (backend, precision)
-        ]
+        parts = bundle.artifacts(backend, precision).values()
         paths = {path for item in parts for path in item.files}
         total = size(sum(bundle.manifest.files[path].bytes for path in paths))
+        targets = ", ".join(dict.fromkeys(item.target for item in parts))
         verdict = bundle.manifest.parity.get(f"{backend}/{precision}", {})
         judged = str(verdict.get("verdict", "not run"))
         if "execution" in verdict:
             judged = f"{judged} ({verdict['execution']})"
         errors = _errors(bundle, verdict)
         rows.append(
-            (backend, precision, parts[0].target, total, judged, *(errors.get(stage, "") for stage in STAGES))
+            (backend, precision, targets, total, judged, *(errors.get(stage, "") for stage in STAGES))
         )
     return ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
 

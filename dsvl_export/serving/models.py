@@ -7,7 +7,6 @@ import threading
 from dataclasses import dataclass
 from time import monotonic
 
-from dsvl_export.parity_check.against_reference import execution
 from dsvl_export.serving.errors import RequestError, unavailable
 from dsvl_export.serving.service import adapter_model, split_model
 from runtimes.backends.capabilities import DeclaresConcurrency
@@ -17,6 +16,7 @@ from runtimes.cache import cache_bytes
 from runtimes.chain import Chain
 from runtimes.decoders import check_adapter
 from runtimes.errors import UserError
+from runtimes.execution import execution
 from runtimes.memory import available_memory
 from runtimes.pipeline import Pipeline, check_files, decoder_weights, required_memory
 from runtimes.scheduler import Scheduler
@@ -247,7 +247,7 @@ class Models:
             bundle, backend, precision, threads=options.threads, device=device,
             capacity=options.capacity, verify=verify,
         )  # fmt: skip
-        states = bundle.manifest.contracts[precision]["decoder"].states
+        states = bundle.contract("decoder", backend, precision).states
         slot_bytes = cache_bytes(states, 1, pipeline.capacity)
         fitting = (available_memory() - reserved) // CACHE_FRACTION // slot_bytes
         max_batch = pipeline.chain.decoder.max_batch
@@ -256,8 +256,8 @@ class Models:
             raise UserError(
                 f"The decoder answers at most {max_batch} requests at a time; pass --slots {max_batch}."
             )
-        module = load_backend(backend)
-        concurrent = isinstance(module, DeclaresConcurrency) and module.CONCURRENT
+        modules = [load_backend(item.backend) for item in bundle.artifacts(backend, precision).values()]
+        concurrent = all(isinstance(item, DeclaresConcurrency) and item.CONCURRENT for item in modules)
         scheduler = Scheduler(pipeline.chain, pipeline.capacity, slots, options.queue, concurrent=concurrent)
         log.info("opened %s with %d slots of %d tokens", name, slots, pipeline.capacity)
         return Model(name, pipeline, scheduler, slots * slot_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 class ProvidesEntryPoints(Protocol):
     """A backend whose artifacts have more that apps call than what the sessions run."""
 
-    def entry_points(self, chain: Chain, capacity: int) -> EntryPoints:
+    def entry_points(self, chain: Chain, own: Collection[str], capacity: int) -> EntryPoints:
         """Open the entry points of the artifacts that a chain has open.
 
         Args:
             chain: the sessions of the artifacts.
+            own: the components whose sessions are of this backend.
             capacity: tokens of the decoder's KV cache.
         """
         ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import platform
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,9 +79,11 @@ def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> Dec
     return StaticShapeDecoder(open_asset(file, contract), contract, sizes)
 
 
-def entry_points(chain: Chain, capacity: int) -> EntryPoints:
+def entry_points(chain: Chain, own: Collection[str], capacity: int) -> EntryPoints:
     """Return the capacity of the asset; the sessions call all its functions."""
     decoder = chain.decoder
+    if "decoder" not in own:
+        return EntryPoints()
     assert isinstance(decoder, StaticShapeDecoder)
     return EntryPoints(values={"capacity of the decoder's asset": (decoder.sizes.capacity, capacity)})
 

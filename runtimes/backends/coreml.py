@@ -8,6 +8,8 @@ that each can be tested.
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,17 +64,19 @@ def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> Dec
     return StaticShapeDecoder(_asset(package, contract, options), contract, sizes)
 
 
-def entry_points(chain: Chain, capacity: int) -> EntryPoints:
+def entry_points(chain: Chain, own: Collection[str], capacity: int) -> EntryPoints:
     """Return the encoder's image function and the decoder's functions for other devices."""
-    encoder, decoder = chain.vision_encoder, chain.decoder
-    assert isinstance(encoder, CoreMLComponent) and isinstance(decoder, StaticShapeDecoder)
-    name = PREFILL if decoder.sizes.flexible else EXTEND
-    other = StaticShapeDecoder(decoder.asset, decoder.contract, _sizes(capacity, name == EXTEND))
-    return EntryPoints(
-        images={f"function {IMAGE} of the vision encoder": encoder.run_image},
-        decoders={f"function {name} of the decoder": other},
-        values={"capacity of the decoder's package": (decoder.sizes.capacity, capacity)},
-    )
+    points, encoder, decoder = EntryPoints(), chain.vision_encoder, chain.decoder
+    if "vision_encoder" in own:
+        assert isinstance(encoder, CoreMLComponent)
+        points = replace(points, images={f"function {IMAGE} of the vision encoder": encoder.run_image})
+    if "decoder" in own:
+        assert isinstance(decoder, StaticShapeDecoder)
+        name = PREFILL if decoder.sizes.flexible else EXTEND
+        other = StaticShapeDecoder(decoder.asset, decoder.contract, _sizes(capacity, name == EXTEND))
+        values = {"capacity of the decoder's package": (decoder.sizes.capacity, capacity)}
+        points = replace(points, decoders={f"function {name} of the decoder": other}, values=values)
+    return points
 
 
 def _sizes(capacity: int, flexible: bool) -> DecoderSizes:

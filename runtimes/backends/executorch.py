@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -102,8 +102,11 @@ def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> Dec
     return StaticShapeDecoder(asset, contract, sizes)
 
 
-def entry_points(chain: Chain, capacity: int) -> EntryPoints:
-    """Return what the stock runner uses: encoder, token embeddings, tokenizer and constants."""
+def entry_points(chain: Chain, own: Collection[str], capacity: int) -> EntryPoints:
+    """Return what the stock runner uses: encoder, token embeddings, tokenizer and constants.
+
+    A program has all components.
+    """
     encoder, decoder = chain.vision_encoder, chain.decoder
     assert isinstance(encoder, StaticShapeComponent) and isinstance(decoder, StaticShapeDecoder)
     asset, program = encoder.asset, decoder.asset

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +177,7 @@ def open_adaptable_decoder(file: Path, contract: Contract, options: SessionOptio
     return open_decoder(adapted_file(file), contract, options)
 
 
-def entry_points(chain: Chain, capacity: int) -> EntryPoints:
+def entry_points(chain: Chain, own: Collection[str], capacity: int) -> EntryPoints:
     """Return the main graph of a decoder with a prefill graph: it also runs short prompts."""
     decoder = chain.decoder
     if isinstance(decoder, OrtDecoder) and decoder.has_prefill:

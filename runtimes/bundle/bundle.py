@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from runtimes.bundle.contracts import Contract
 from runtimes.bundle.files import read_json, sha256_of_file
 from runtimes.bundle.manifest import (
     MANIFEST,
@@ -12,8 +13,10 @@ from runtimes.bundle.manifest import (
     Artifact,
     Manifest,
     SwitchableAdapter,
+    list_choices,
     stays_inside,
 )
+from runtimes.bundle.mixes import COMPONENTS, MIXED, Pair
 from runtimes.errors import UserError
 from runtimes.hub import HubId, download
 
@@ -115,30 +118,31 @@ class Bundle:
         if problems:
             raise UserError(f"The bundle {self.folder} is damaged: {'; '.join(problems)}; export it again.")
 
-    def choices(self) -> list[tuple[str, str]]:
-        """Return the (backend, precision) pairs in the bundle, in order of export."""
-        return list(dict.fromkeys((item.backend, item.precision) for item in self.manifest.artifacts))
+    def choices(self) -> list[Pair]:
+        """Return what the bundle can run: backend and precision, in order of export; mixes last."""
+        return list_choices(self.manifest.artifacts, self.manifest.mixes)
 
-    def matching(self, backend: str | None, precision: str | None) -> list[tuple[str, str]]:
-        """Return the pairs that match; None matches any.
+    def matching(self, backend: str | None, precision: str | None) -> list[Pair]:
+        """Return the choices that match; None matches any.
 
         A precision without its base is accepted: ``int8`` matches ``int8-fp16`` if there is no
         ``int8``.
         """
-        items = [item for item in self.manifest.artifacts if backend in (None, item.backend)]
-        exact = [item for item in items if precision in (None, item.precision)]
-        matches = exact or [item for item in items if item.precision == f"{precision}-{item.base}"]
-        return list(dict.fromkeys((item.backend, item.precision) for item in matches))
+        pairs = [pair for pair in self.choices() if backend in (None, pair[0])]
+        exact = [pair for pair in pairs if precision in (None, pair[1])]
+        return exact or [
+            pair
+            for pair in pairs
+            if pair[0] != MIXED and pair[1] == f"{precision}-{self.artifact('decoder', *pair).base}"
+        ]
 
-    def select(
-        self, backend: str | None, precision: str | None, adapter: str | None = None
-    ) -> tuple[str, str]:
-        """Return the first pair that matches, as in ``matching``.
+    def select(self, backend: str | None, precision: str | None, adapter: str | None = None) -> Pair:
+        """Return the first choice that matches, as in ``matching``.
 
-        Of several pairs, the first that has the adapter is taken, if one has it.
+        Of several choices, the first that has the adapter is taken, if one has it.
 
         Raises:
-            UserError: no pair matches; the message lists the bundle's pairs.
+            UserError: no choice matches; the message lists the bundle's choices.
         """
         matches = self.matching(backend, precision)
         if matches:
@@ -150,18 +154,36 @@ class Bundle:
     def artifact(self, component: str, backend: str, precision: str) -> Artifact:
         """Return the artifact of a component.
 
+        Args:
+            component: the component.
+            backend: of the artifact, or ``mixed``.
+            precision: of the artifact, or the name of a mix.
+
         Raises:
             UserError: the bundle does not have it.
         """
+        pair = (backend, precision)
+        if backend == MIXED:
+            mixes = {mix.name: mix for mix in self.manifest.mixes}
+            if precision not in mixes:
+                names = ", ".join(mixes) or "none"
+                raise UserError(f"The bundle {self.folder} has no mix {precision!r}; it has {names}.")
+            pair = mixes[precision].components[component]
         for item in self.manifest.artifacts:
-            if (item.component, item.backend, item.precision) == (component, backend, precision):
+            if (item.component, item.backend, item.precision) == (component, *pair):
                 return item
-        raise UserError(f"The bundle {self.folder} has no {component} for {backend} {precision}.")
+        raise UserError(f"The bundle {self.folder} has no {component} for {' '.join(pair)}.")
+
+    def artifacts(self, backend: str, precision: str) -> dict[str, Artifact]:
+        """Return the artifacts of a choice by component; see ``artifact``."""
+        return {component: self.artifact(component, backend, precision) for component in COMPONENTS}
+
+    def contract(self, component: str, backend: str, precision: str) -> Contract:
+        """Return the contract of a component; see ``artifact``."""
+        return self.manifest.contracts[self.artifact(component, backend, precision).precision][component]
 
     def adapters(self, backend: str, precision: str) -> dict[str, SwitchableAdapter]:
-        """Return the adapters of a decoder by their names."""
-        return {
-            item.name: item
-            for item in self.manifest.adapters
-            if (item.backend, item.precision) == (backend, precision)
-        }
+        """Return the adapters of the decoder of a choice by their names."""
+        decoder = self.artifact("decoder", backend, precision)
+        pair = (decoder.backend, decoder.precision)
+        return {item.name: item for item in self.manifest.adapters if (item.backend, item.precision) == pair}

@@ -12,6 +12,7 @@ from typing import Any
 import fastjsonschema
 
 from runtimes.bundle.contracts import Contract, check_contracts
+from runtimes.bundle.mixes import COMPONENTS, MIXED, Mix, Pair
 from runtimes.errors import UserError
 from runtimes.preprocess import PreprocessSpec
 from runtimes.text.tokenizer import PromptSpec
@@ -183,12 +184,13 @@ class Manifest:
     files: dict[str, FileEntry]  # path → entry, for every file but the manifest and the reports
     parity: dict[str, Any] = field(default_factory=dict)  # backend/precision → verdict
     adapters: tuple[SwitchableAdapter, ...] = ()
+    mixes: tuple[Mix, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object; without adapters, older releases can read it."""
+        """Return the JSON object; without adapters and mixes, older releases can read it."""
         raw = asdict(self)
-        return raw if self.adapters else {key: raw[key] for key in raw if key != "adapters"}
+        return {key: value for key, value in raw.items() if value or key not in ("adapters", "mixes")}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str) -> Manifest:
@@ -226,6 +228,7 @@ class Manifest:
             files={path: FileEntry(**entry) for path, entry in raw["files"].items()},
             parity=raw["parity"],
             adapters=tuple(map(SwitchableAdapter.from_dict, raw.get("adapters", []))),
+            mixes=tuple(map(Mix.from_dict, raw.get("mixes", []))),
         )
         for precision, table in manifest.contracts.items():
             try:
@@ -256,12 +259,39 @@ class Manifest:
                     f"{where} has the file {adapter.file!r} for the adapter {adapter.name!r}, expected one in"
                     f" {folder}; export the bundle again."
                 )
+        for mix in manifest.mixes:
+            manifest._check_mix(mix, where)
         for path in manifest.paths():
             if not stays_inside(path):
                 raise UserError(f"{where} names {path!r}, which lies outside the bundle.")
             if path not in manifest.files:
                 raise UserError(f"{where} names {path!r} but has no size and hash for it.")
         return manifest
+
+    def judged_files(self, backend: str, precision: str) -> dict[str, FileEntry]:
+        """Return the files that the parity verdict on a choice of ``list_choices`` is about."""
+        pairs = {(backend, precision)}
+        if backend == MIXED:
+            pairs = {pair for mix in self.mixes if mix.name == precision for pair in mix.components.values()}
+        stages = {f"{item.stage}/" for item in self.artifacts if (item.backend, item.precision) in pairs}
+        judged = (*stages, f"{backend}/{precision}/", *JUDGED_WITH)
+        return {path: entry for path, entry in self.files.items() if path.startswith(judged)}
+
+    def _check_mix(self, mix: Mix, where: str) -> None:
+        """Check that a mix has all its artifacts, and that they fit to each other.
+
+        Raises:
+            UserError: an artifact is missing, or two neighbors have tensors of different dtypes.
+        """
+        present = {(item.component, item.backend, item.precision) for item in self.artifacts}
+        for component, pair in mix.components.items():
+            if (component, *pair) not in present:
+                raise UserError(
+                    f"{where} has the mix {mix.name} without its {component} ({' '.join(pair)}); export it"
+                    " again."
+                )
+        contracts = {name: self.contracts[pair[1]][name] for name, pair in mix.components.items()}
+        mix.check_borders({name: item.inputs[0].dtype for name, item in contracts.items()}, f"{where}: ")
 
     def paths(self) -> Iterable[str]:
         """Yield every path that the manifest names."""
@@ -273,6 +303,15 @@ class Manifest:
                 yield artifact.engine.file
         for adapter in self.adapters:
             yield adapter.file
+
+
+def list_choices(artifacts: Iterable[Artifact], mixes: Iterable[Mix]) -> list[Pair]:
+    """Return what can run: pairs that have all components, in their order, then mixes."""
+    present: dict[Pair, set[str]] = {}
+    for item in artifacts:
+        present.setdefault((item.backend, item.precision), set()).add(item.component)
+    complete = [pair for pair, components in present.items() if components.issuperset(COMPONENTS)]
+    return [*complete, *((MIXED, mix.name) for mix in mixes)]
 
 
 def stays_inside(path: str) -> bool:

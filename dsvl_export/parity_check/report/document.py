@@ -20,12 +20,12 @@ def make_document(bundle: Bundle, result: ParityResult) -> dict[str, Any]:
     manifest = bundle.manifest
     artifacts = [
         {
-            "component": item.component, "target": item.target, "dialect": item.dialect, "tools": item.tools,
+            "component": item.component, "backend": item.backend, "precision": item.precision,
+            "target": item.target, "dialect": item.dialect, "tools": item.tools,
             "bytes": sum(manifest.files[path].bytes for path in item.files),
             "audit": "passed" if item.audited else "not audited",
         }
-        for item in manifest.artifacts
-        if (item.backend, item.precision) == (result.backend, result.precision)
+        for item in bundle.artifacts(result.backend, result.precision).values()
     ]  # fmt: skip
     return {
         "schema_version": SCHEMA_VERSION,

@@ -10,7 +10,7 @@ from dsvl_export.parity_check.result import ParityResult
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.files import read_json, write_json, write_text
 from runtimes.bundle.locks import manifest_file, manifest_lock, refuse_link
-from runtimes.bundle.manifest import JUDGED_WITH, Manifest
+from runtimes.bundle.manifest import Manifest
 from runtimes.errors import UserError
 
 REPORTS = "reports"
@@ -69,11 +69,7 @@ def _record(bundle: Bundle, result: ParityResult) -> Path:
     # The bundle may have been extended during the parity check.
     file = manifest_file(bundle.folder)
     current = Manifest.from_dict(read_json(file), str(file))
-    judged = {
-        path: entry
-        for path, entry in bundle.manifest.files.items()
-        if path.startswith((f"{pair}/", *JUDGED_WITH))
-    }
+    judged = bundle.manifest.judged_files(result.backend, result.precision)
     if any(current.files.get(path) != entry for path, entry in judged.items()):
         raise UserError(f"The bundle {bundle.folder} has changed while it was judged; run parity again.")
     name = f"parity-{result.backend}-{result.precision}"

@@ -60,10 +60,10 @@ def test_a_member_that_is_none_is_no_capability() -> None:
 
 def test_a_compiler_without_options_takes_all_options() -> None:
     options = CompileOptions(executorch=ExecuTorchOptions("mine"), tensorrt=TensorRTOptions("10.3"))
-    check_options("mine", third_party(), options)
-    check_options("mine", third_party(OPTIONS=("executorch.delegate", "tensorrt.version")), options)
+    check_options({"mine": third_party()}, options)
+    check_options({"mine": third_party(OPTIONS=("executorch.delegate", "tensorrt.version"))}, options)
     with pytest.raises(UserError, match="mine has no --delegate"):
-        check_options("mine", third_party(OPTIONS=("tensorrt.version",)), options)
+        check_options({"mine": third_party(OPTIONS=("tensorrt.version",))}, options)
 
 
 def test_compile_parts_calls_what_the_compiler_has(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from calibration.precision_plan import PrecisionPlan, load_precision
 from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.exporter.export import export
+from dsvl_export.exporter.job import Part, Variant
 from dsvl_export.exporter.overflow import overflow_remedy
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import PrecisionOverflowError, UserError
@@ -107,4 +108,5 @@ def test_activations_beyond_half_precision(tiny_copy: Path, tmp_path: Path, run)
     ],
 )  # fmt: skip
 def test_the_remedy_is_what_the_backend_has(backend: str, plan: PrecisionPlan, remedy: str) -> None:
-    assert overflow_remedy(backend, load_compiler(backend), plan) == remedy
+    part = Part(backend, load_compiler(backend), plan, plan.name)
+    assert overflow_remedy(Variant(backend, plan.name, (part,))) == remedy
