@@ -317,7 +317,9 @@ def _predicted(
     except ImportError as error:
         return f"a prediction needs {error.name}; run: {install_command(error.name or 'torch')}"
     tokens = prompt - bundle.manifest.prompt.image_tokens
-    request = Request(backend, precision, max(context, prompt), 1, tokens)
+    artifacts = bundle.artifacts(backend, precision)
+    components = {name: (item.backend, item.precision) for name, item in artifacts.items()}
+    request = Request(backend, precision, max(context, prompt), 1, tokens, components)
     try:
         plan = Planner(ModelConfig.from_dict(bundle.manifest.model)).plan(
             measure_target(find_target("cpu")), request

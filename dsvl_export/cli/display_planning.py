@@ -1,10 +1,11 @@
-"""The output of ``doctor``, ``targets`` and ``plan``."""
+"""The output of ``doctor``, ``targets`` and ``plan``, and of ``export --backend auto``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -12,9 +13,11 @@ from dsvl_export.cli.display import out
 from dsvl_export.targets.defects import Defect
 from dsvl_export.targets.targets import Target
 from runtimes.backends.onnxruntime_releases import release_for_precision
+from runtimes.bundle.mixes import COMPONENTS, MIXED
 from runtimes.units import size
 
 if TYPE_CHECKING:
+    from dsvl_export.exporter.fastest import Fastest
     from dsvl_export.planning.plan import Plan
 
 
@@ -93,7 +96,10 @@ def target_table(targets: dict[str, Target]) -> Table:
 def print_plan(plan: Plan, nearest: str | None, defects: Sequence[Defect]) -> None:
     """Print the prediction, whether it fits, and the known defects."""
     request, target = plan.request, plan.target
-    what = f"{request.precision} with {request.backend} on {target.device}, context {request.context}"
+    pair = f"{request.precision} with {request.backend}"
+    if request.backend == MIXED:
+        pair = f"the mix {request.precision}"
+    what = f"{pair} on {target.device}, context {request.context}"
     table = Table(title=escape(what), show_header=False)
     stored = size(plan.artifact_bytes) + ("" if plan.exact else " (estimate)")
     rows = {
@@ -117,6 +123,28 @@ def print_plan(plan: Plan, nearest: str | None, defects: Sequence[Defect]) -> No
         out.print(f"Needs ONNX Runtime {release_for_precision(request.precision)} or later.")
     for defect in defects:
         out.print(f"[yellow]Known defect:[/] {escape(str(defect))}")
+
+
+def print_candidates(fastest: Fastest, console: Console) -> None:
+    """Print the seconds of the candidates of ``--backend auto``, the chosen ones marked."""
+    from dsvl_export.exporter.fastest import ANSWER_TOKENS  # deferred: imports torch
+
+    chosen = fastest.config.components.chosen()
+    how = "measured on this machine" if fastest.measured else "roofline bounds of the target"
+    table = Table(title=f"Seconds for one image, and for a prompt and {ANSWER_TOKENS} tokens, {how}")
+    for heading in ("backend", "precision", *COMPONENTS):
+        table.add_column(heading)
+    for item in fastest.candidates:
+        texts = []
+        for component in COMPONENTS:
+            text = f"{item.seconds[component]:.4g}" if item.seconds else ""
+            mark = chosen[component] == f"{item.backend}:{item.precision}"
+            texts.append(f"[bold green]{text} ✓[/]" if mark else text)
+        table.add_row(escape(item.backend), escape(item.precision), *texts)
+    console.print(table)
+    for item in fastest.candidates:
+        if item.problem:
+            console.print(f"Not chosen: {escape(f'{item.backend} {item.precision}: {item.problem}')}")
 
 
 def _time(seconds: float) -> str:

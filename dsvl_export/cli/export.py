@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -11,7 +13,14 @@ import typer
 from dsvl_export.cli.app import command
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets, values
 from dsvl_export.cli.memory import warn_of_memory
-from dsvl_export.cli.options import Adapters, ChatTemplate, Json, OptionalCheckpoint
+from dsvl_export.cli.options import (
+    Adapters,
+    ChatTemplate,
+    Components,
+    Json,
+    OptionalCheckpoint,
+    component_values,
+)
 from dsvl_export.cli.parity import exit_with_verdict, run_and_record
 from dsvl_export.cli.terminal import say
 
@@ -48,8 +57,10 @@ def export(
     backend: Annotated[
         Optional[str],
         typer.Option(
-            help="onnxruntime, openvino, tensorrt, tensorrt_rtx, coreml, coreai or executorch. Default: the"
-            " first backend of the target, or onnxruntime.",
+            help="onnxruntime, openvino, tensorrt, tensorrt_rtx, coreml, coreai or executorch; auto selects"
+            " the fastest one for each component, of those that pass the parity check on this machine, or by"
+            " the bounds of 'plan' for another --target. Default: the first backend of the target, or"
+            " onnxruntime.",
             autocompletion=complete_backends,
         ),
     ] = None,
@@ -57,20 +68,13 @@ def export(
         Optional[list[str]],
         typer.Option(
             help="Precision, repeatable: fp32, fp16, bf16, int8, fp8, int4, int8-int4, int8-weights,"
-            " palette4, kv-int8, 8da4w, 8da4w-g128, 8da8w, or the YAML file of a precision plan. Default:"
+            " palette4, kv-int8, 8da4w, 8da4w-g128, 8da8w, or the YAML file of a precision plan. With"
+            " --backend auto, these are the ones to choose from, by default the float precisions. Default:"
             " fp32, or fp16 if the backend does not support fp32.",
             autocompletion=complete_precisions,
         ),
     ] = None,
-    component: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            metavar="COMPONENT=BACKEND:PRECISION",
-            help="Backend and precision of one component (vision_encoder, adaptor or decoder), repeatable:"
-            " the bundle becomes a mix. Components that are not named have --backend and --precision; without"
-            " these, the adaptor is like the vision encoder.",
-        ),
-    ] = None,
+    component: Components = None,
     scales: Annotated[
         Optional[Path],
         typer.Option(
@@ -184,8 +188,10 @@ def export(
     from rich.markup import escape
 
     from dsvl_export.cli import display
-    from dsvl_export.exporter.config import ExportConfig
+    from dsvl_export.cli.display_planning import print_candidates
+    from dsvl_export.exporter.config import AUTO, ExportConfig
     from dsvl_export.exporter.export import export_bundle
+    from dsvl_export.exporter.fastest import export_fastest
     from dsvl_export.exporter.manifest import takes_adapters
     from dsvl_export.exporter.variants import list_variants
     from dsvl_export.targets.defects import warnings_for
@@ -208,7 +214,7 @@ def export(
             "chat_template": chat_template,
             "backend": backend,
             "precisions": tuple(precision or ()),
-            **_components(component or []),
+            **component_values(component),
             "target": target,
             "capacity": capacity,
             "scales": str(scales) if scales else None,
@@ -220,7 +226,14 @@ def export(
             "tensorrt.capabilities": tuple(sm or ()),
             "executorch.delegate": delegate,
         }
-    ).with_defaults()
+    )
+    bundle = None
+    if settings.backend == AUTO:
+        with display.export_progress() as report, _hint_of_resuming():
+            fastest = export_fastest(settings, output, report)
+        print_candidates(fastest, display.err)
+        bundle, settings = fastest.bundle, fastest.config
+    settings = settings.with_defaults()
     variants = list_variants(settings)
     parts = [part for variant in variants for part in variant.parts]
     device_name = find_target(settings.target).name if settings.target else None
@@ -236,12 +249,9 @@ def export(
             " on your own images and pass the result as --scales."
         )
     earlier = Bundle.open(output).manifest.adapters if (output / MANIFEST).exists() else ()
-    with display.export_progress() as report:
-        try:
+    if bundle is None:
+        with display.export_progress() as report, _hint_of_resuming():
             bundle = export_bundle(settings, output, report)
-        except KeyboardInterrupt:
-            display.err.print("Run the same command again: the export resumes.")
-            raise
     for item in earlier:
         if item.file not in bundle.manifest.files:
             remedy = "add it again with 'dsvl-export add-adapter'"
@@ -287,27 +297,16 @@ def export(
     exit_with_verdict(results)
 
 
-def _components(texts: list[str]) -> dict[str, str]:
-    """Return the values of ``--component`` by the keys of the config.
+@contextmanager
+def _hint_of_resuming() -> Iterator[None]:
+    """Say that an export resumes if the user interrupts it."""
+    from dsvl_export.cli import display
 
-    Raises:
-        UserError: one is malformed, or two are of the same component.
-    """
-    from runtimes.bundle.mixes import COMPONENTS
-    from runtimes.errors import UserError
-
-    chosen: dict[str, str] = {}
-    for text in texts:
-        name, equals, choice = text.partition("=")
-        if name not in COMPONENTS or not (equals and choice):
-            raise UserError(
-                f"--component {text!r} is not COMPONENT=BACKEND:PRECISION; the components are"
-                f" {', '.join(COMPONENTS)}."
-            )
-        if f"components.{name}" in chosen:
-            raise UserError(f"--component names the {name} twice; give one.")
-        chosen[f"components.{name}"] = choice
-    return chosen
+    try:
+        yield
+    except KeyboardInterrupt:
+        display.err.print("Run the same command again: the export resumes.")
+        raise
 
 
 def _needs(bundle: Bundle, pairs: list[Pair]) -> str:

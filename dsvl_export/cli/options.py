@@ -47,6 +47,16 @@ Adapter = Annotated[
         autocompletion=bundle_adapters,
     ),
 ]
+Components = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--component",
+        metavar="COMPONENT=BACKEND:PRECISION",
+        help="Backend and precision of one component (vision_encoder, adaptor or decoder), repeatable: the"
+        " bundle becomes a mix. Components that are not named have --backend and --precision; without these,"
+        " the adaptor is like the vision encoder.",
+    ),
+]
 ChatTemplate = Annotated[
     Optional[str],
     typer.Option(
@@ -194,3 +204,26 @@ Ray = Annotated[
         autocompletion=values("auto"),
     ),
 ]
+
+
+def component_values(texts: Optional[list[str]]) -> dict[str, str]:
+    """Return the values of ``--component`` by the keys of an export config.
+
+    Raises:
+        UserError: one is malformed, or two are of the same component.
+    """
+    from runtimes.bundle.mixes import COMPONENTS
+    from runtimes.errors import UserError
+
+    chosen: dict[str, str] = {}
+    for text in texts or ():
+        name, equals, choice = text.partition("=")
+        if name not in COMPONENTS or not (equals and choice):
+            raise UserError(
+                f"--component {text!r} is not COMPONENT=BACKEND:PRECISION; the components are"
+                f" {', '.join(COMPONENTS)}."
+            )
+        if f"components.{name}" in chosen:
+            raise UserError(f"--component names the {name} twice; give one.")
+        chosen[f"components.{name}"] = choice
+    return chosen

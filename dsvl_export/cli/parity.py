@@ -213,14 +213,14 @@ def run_and_record(
     """
     from dsvl_export.cli import display
     from dsvl_export.parity_check.report.document import make_document
-    from dsvl_export.parity_check.report.record import record_verdict, write_report
+    from dsvl_export.parity_check.report.record import record_verdict, report_name, write_report
     from runtimes.bundle.bundle import Bundle
 
     opened = Bundle.open(folder)
     with display.step_bar(label) as on_step:
         result = run(opened, on_step)
     if report:
-        name = f"parity-{result.backend}-{result.precision}"
+        name = report_name(result.backend, result.precision)
         _announce(write_report(opened, result, report, name, opened.folder / "goldens" / "images"))
     elif opened.downloaded:
         say(

@@ -8,7 +8,7 @@ import typer
 
 from dsvl_export.cli.app import command
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets
-from dsvl_export.cli.options import Checkpoint, Json
+from dsvl_export.cli.options import Checkpoint, Components, Json, component_values
 
 
 @command("doctor")
@@ -62,12 +62,13 @@ def plan(
         ),
     ] = None,
     precision: Annotated[
-        str,
+        Optional[str],
         typer.Option(
-            help="Precision, as for 'export': a name, or the YAML file of a precision plan.",
+            help="Precision, as for 'export': a name, or the YAML file of a precision plan. Default: fp16.",
             autocompletion=complete_precisions,
         ),
-    ] = "fp16",
+    ] = None,
+    component: Components = None,
     context: Annotated[
         Optional[int], typer.Option(min=1, help="Capacity of the KV cache, in tokens. Default: 2048.")
     ] = None,
@@ -87,17 +88,25 @@ def plan(
     """
     from dsvl_export.cli import display
     from dsvl_export.cli.display_planning import print_plan
+    from dsvl_export.exporter.config import ExportConfig, parse_choice
     from dsvl_export.exporter.export import MAX_DEFAULT_CAPACITY
     from dsvl_export.planning.plan import Planner, Request
     from dsvl_export.targets.defects import warnings_for
     from dsvl_export.targets.targets import find_target, measure_target
     from reference.checkpoint.checkpoint import open_checkpoint
+    from runtimes.bundle.mixes import MIXED, Mix
 
     device = find_target(target)
-    backend = backend or next(iter(device.backends))
+    settings = ExportConfig(checkpoint, backend, (precision,) if precision else (), target=target)
+    chosen = settings.override(component_values(component)).with_defaults().components.chosen()
+    components = {name: parse_choice(name, text) for name, text in chosen.items()}
+    if components:
+        backend, precision = MIXED, Mix(**components).name
+    else:
+        backend, precision = backend or next(iter(device.backends)), precision or "fp16"
     source = open_checkpoint(checkpoint, weights=False)
     context = context or min(MAX_DEFAULT_CAPACITY, source.config.decoder.max_positions)
-    request = Request(backend, precision, context, images, text_tokens)
+    request = Request(backend, precision, context, images, text_tokens, components)
     with display.progress_bar() as bars:
         bar = bars.add_task("measuring", total=None)
         device = measure_target(device)
@@ -108,7 +117,8 @@ def plan(
         )
         predicted = planner.plan(device, request)
         nearest = None if predicted.fits else planner.nearest_fit(device, request)
-    defects = warnings_for(backend, precision, target, context)
+    pairs = dict.fromkeys(components.values()) or [(backend, precision)]
+    defects = [defect for pair in pairs for defect in warnings_for(*pair, target, context)]
     if as_json:
         rows = [{"id": d.id, "what": d.what, "do": d.do, "link": d.link} for d in defects]
         display.print_json({**predicted.to_dict(), "nearest_precision_that_fits": nearest, "warnings": rows})

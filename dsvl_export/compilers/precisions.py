@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from calibration.precision_plan import (
@@ -18,7 +18,8 @@ from dsvl_export.compilers.protocol import ChecksPlans, Compiler
 from dsvl_export.targets.options import CompileOptions
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.model.config import ModelConfig
-from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS
+from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, component_contract
+from runtimes.bundle.mixes import Mix
 from runtimes.errors import UserError
 
 
@@ -97,6 +98,21 @@ def check_request(
     compiler.settings(options)
     if isinstance(compiler, ChecksPlans):
         compiler.check(plans, config, options)
+
+
+def check_mix(mix: Mix, plans: Mapping[str, PrecisionPlan], config: ModelConfig) -> None:
+    """Refuse a mix whose components do not fit each other.
+
+    Args:
+        mix: the mix.
+        plans: component → its plan.
+        config: of the model.
+
+    Raises:
+        UserError: names two neighbors.
+    """
+    contracts = {name: component_contract(config, name, plan.base) for name, plan in plans.items()}
+    mix.check_borders({name: contract.inputs[0].dtype for name, contract in contracts.items()})
 
 
 def precision_folder(precision: str) -> str:

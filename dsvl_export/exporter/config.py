@@ -29,6 +29,7 @@ from runtimes.bundle.yaml_files import read_yaml
 from runtimes.errors import UserError
 
 DEFAULT_BACKEND = "onnxruntime"
+AUTO = "auto"  # as a backend: the fastest for each component
 PLAN_SUFFIXES = (".yaml", ".yml")
 TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number"}
 Config = TypeVar("Config")
@@ -69,7 +70,8 @@ class ExportConfig:
 
     Args:
         checkpoint: ``tiny``, a checkpoint folder, or a hub id.
-        backend: name of the backend; None selects the target's first, or ``onnxruntime``.
+        backend: name of the backend; None selects the target's first, or ``onnxruntime``. ``auto``
+            selects the fastest backend and precision for each component; see ``export_fastest``.
         precisions: names, recipes, or YAML files of precision plans; each becomes a set of
             artifacts. Empty selects fp32, or the backend's first if it does not support fp32.
         components: components of a mix, whose backends or precisions differ. Those that it leaves
@@ -333,7 +335,7 @@ def _check_values(config: ExportConfig, file: Path) -> None:
         if sm < 1:
             raise UserError(f"{file}: the key 'tensorrt.capabilities' must hold positive numbers, got {sm}.")
     for key, value, choices in (
-        ("backend", config.backend, compiler_names()),
+        ("backend", config.backend, [*compiler_names(), AUTO]),
         ("chat_template", config.chat_template, CHAT_TEMPLATES),
         ("executorch.delegate", config.executorch.delegate, DELEGATES),
     ):

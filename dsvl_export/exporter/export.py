@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import ScaleTable
-from dsvl_export.compilers.precisions import check_request
+from dsvl_export.compilers.precisions import check_mix, check_request
 from dsvl_export.compilers.registry import check_options
 from dsvl_export.exporter.adapters import (
     NamedAdapter,
@@ -20,7 +20,7 @@ from dsvl_export.exporter.adapters import (
 )
 from dsvl_export.exporter.artifact_stages import ArtifactStages
 from dsvl_export.exporter.bundled_config import write_configs
-from dsvl_export.exporter.config import ExportConfig
+from dsvl_export.exporter.config import AUTO, ComponentChoices, ExportConfig
 from dsvl_export.exporter.job import ExportJob, Variant, identify
 from dsvl_export.exporter.manifest import build_manifest, earlier_variants
 from dsvl_export.exporter.overflow import check_ranges, overflow_remedy
@@ -39,7 +39,6 @@ from reference.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from reference.checkpoint.lora_adapter import parse_adapters
 from reference.checkpoint.specs import preprocess_spec, prompt_spec
 from reference.model.config import ModelConfig
-from reference.trace import component_contract
 from runtimes.bundle.bundle import Bundle
 from runtimes.errors import PrecisionOverflowError, UserError
 
@@ -68,6 +67,7 @@ def export(
     switchable: bool | None = None,
     switchable_adapters: Sequence[str] = (),
     chat_template: str | None = None,
+    components: Mapping[str, str] | None = None,
 ) -> Bundle:
     """Export a checkpoint into a bundle, or add to a bundle of the same checkpoint.
 
@@ -91,6 +91,7 @@ def export(
         switchable: add a decoder for adapters that are switched at run time.
         switchable_adapters: such adapters, each ``NAME=FOLDER`` or ``NAME=FOLDER=WEIGHT``.
         chat_template: ``checkpoint`` or ``built-in``.
+        components: component → ``BACKEND:PRECISION``, for a mix.
 
     Raises:
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
@@ -103,6 +104,7 @@ def export(
         chat_template=chat_template,
         backend=backend,
         precisions=tuple(precisions),
+        components=ComponentChoices(**(components or {})),
         target=target,
         capacity=capacity,
         scales=str(scales) if scales else None,
@@ -128,6 +130,10 @@ def export_bundle(config: ExportConfig, output: str | Path, report: Report = _si
         UserError: bad checkpoint, backend, precision or output folder, or a full disk.
         PrecisionOverflowError: weights or activations exceed the range of a precision's base.
     """
+    if config.backend == AUTO:
+        from dsvl_export.exporter.fastest import export_fastest  # which exports by this function
+
+        return export_fastest(config, output, report).bundle
     config = config.with_defaults()
     variants = list_variants(config)
     source = open_checkpoint(
@@ -192,12 +198,7 @@ def _check_variants(variants: Sequence[Variant], config: ModelConfig, options: C
         check_request(backend, compiler, plans, config, options)
     for variant in variants:
         if variant.mix:
-            dtypes = {
-                component: component_contract(config, component, part.plan.base).inputs[0].dtype
-                for part in variant.parts
-                for component in part.components
-            }
-            variant.mix.check_borders(dtypes)
+            check_mix(variant.mix, variant.plans, config)
 
 
 def _run(job: ExportJob) -> None:

@@ -60,9 +60,14 @@ class Variant:
     mix: Mix | None = None
 
     @property
+    def plans(self) -> dict[str, PrecisionPlan]:
+        """The precision plan of each component."""
+        return {component: part.plan for part in self.parts for component in part.components}
+
+    @property
     def precisions(self) -> dict[str, str]:
-        """The precision of each component."""
-        return {component: part.plan.name for part in self.parts for component in part.components}
+        """The name of each component's precision."""
+        return {component: plan.name for component, plan in self.plans.items()}
 
     @property
     def decoder(self) -> Part:

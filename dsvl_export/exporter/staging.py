@@ -266,12 +266,16 @@ class Staging:
         write_json(self._record_file, self._stages)
 
     def forget(self, name: str) -> None:
-        """Delete a finished stage and its files."""
+        """Delete a finished stage, its files, and folders that are empty then."""
         if name in self._stages:
             self._withdraw()
             del self._stages[name]
             write_json(self._record_file, self._stages)
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            folder = self.folder / name
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in folder.parents[: len(Path(name).parts) - 1]:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
 
     @property
     def work(self) -> Path:

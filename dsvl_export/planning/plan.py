@@ -7,21 +7,22 @@ at best reach them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any
 
 from calibration.precision_plan import FLOAT, PrecisionPlan, component_layers, load_precision
 from calibration.quantized_program import trace_with_plan
 from calibration.sensitivity import weight_bytes
-from dsvl_export.compilers.precisions import check_request, plan_for, required_precisions
-from dsvl_export.compilers.registry import check_options, load_compiler
+from dsvl_export.compilers.precisions import check_mix, check_request, plan_for, required_precisions
+from dsvl_export.compilers.registry import load_compiler
 from dsvl_export.planning.workload import Workload, activation_bytes
 from dsvl_export.targets.options import CompileOptions, OnnxRuntimeOptions
 from dsvl_export.targets.targets import LISTED_BITS, WEIGHT_BITS, Target
 from reference.model.config import ModelConfig
 from reference.trace import TRACED_COMPONENTS
+from runtimes.bundle.mixes import Mix, Pair
 from runtimes.chain import PREFILL_CHUNK
 from runtimes.errors import UserError
 
@@ -31,13 +32,22 @@ EMBEDDING_ITEM_BYTES = 2  # released checkpoints are stored in half precision
 
 @dataclass(frozen=True)
 class Request:
-    """What will run: the capacity ``context`` of the KV cache in tokens, and the prompt."""
+    """What will run: the capacity ``context`` of the KV cache in tokens, and the prompt.
+
+    ``components`` has the backend and precision of each component of a mix; ``backend`` and
+    ``precision`` name it then.
+    """
 
     backend: str
     precision: str
     context: int
     images: int = 1
     text_tokens: int = 100
+    components: Mapping[str, Pair] = field(default_factory=dict)
+
+    def pair(self, component: str) -> Pair:
+        """Return the backend and the precision of a component."""
+        return self.components.get(component, (self.backend, self.precision))
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,8 @@ class Plan:
     """The prediction, in bytes, seconds and tokens per second.
 
     ``artifacts`` are the sizes of the component files: ``exact`` if the compiler is installed, else
-    estimates. ``embedding_bytes`` is the token table, which is memory-mapped and not part of
+    estimates. ``encoder_seconds`` are those of the vision encoder and the adaptor for one image.
+    ``embedding_bytes`` is the token table, which is memory-mapped and not part of
     ``peak_bytes``. ``largest_context`` is the largest context that fits into the usable memory, or
     0 if the prompt does not fit.
     """
@@ -62,7 +73,7 @@ class Plan:
     usable_bytes: int
     largest_context: int
     prompt_tokens: int
-    vision_seconds: float
+    encoder_seconds: dict[str, float]
     prefill_seconds: float
     tokens_per_second: float
 
@@ -82,6 +93,11 @@ class Plan:
         return self.peak_bytes <= self.usable_bytes
 
     @property
+    def vision_seconds(self) -> float:
+        """Seconds to encode all images of the prompt, at least."""
+        return self.request.images * sum(self.encoder_seconds.values())
+
+    @property
     def first_token_seconds(self) -> float:
         """Seconds to the first token, at least."""
         return self.vision_seconds + self.prefill_seconds
@@ -90,14 +106,42 @@ class Plan:
         """Return the prediction as JSON values; of the target, its name and device."""
         raw = asdict(self)
         del raw["target"], raw["request"]
-        derived = ("artifact_bytes", "peak_bytes", "fits", "first_token_seconds")
+        request = asdict(self.request)
+        if not self.request.components:
+            del request["components"]
+        derived = ("artifact_bytes", "peak_bytes", "fits", "vision_seconds", "first_token_seconds")
         return {
             "target": self.target.name,
             "device": self.target.device,
-            **asdict(self.request),
+            **request,
             **raw,
             **{name: getattr(self, name) for name in derived},
         }
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A component as it is exported; times are computed from it.
+
+    Args:
+        workload: its operations.
+        backend: its backend.
+        artifact: bytes of its files, or their estimate.
+        exact: whether the compiler computed them.
+        widening: bytes in memory for each byte of an activation.
+        weights: bytes of weights in memory.
+        only_prefill: bytes of weights that only prefill reads.
+        operations: per second, at the peak.
+    """
+
+    workload: Workload
+    backend: str
+    artifact: int
+    exact: bool
+    widening: int
+    weights: int
+    only_prefill: int
+    operations: float
 
 
 class Planner:
@@ -135,10 +179,11 @@ class Planner:
 
     def kv_bytes(self, request: Request, context: int) -> int:
         """Return the bytes of keys and values of one sequence; fp32 only if that is the base."""
-        decoder, plan = self.config.decoder, self._exportable(request)
-        if plan is None and request.precision not in WEIGHT_BITS:
-            plan = load_precision(request.precision)
-        size = 4 if (plan.base if plan else request.precision) == "fp32" else 2
+        decoder, (backend, precision) = self.config.decoder, request.pair("decoder")
+        plan = _exportable(backend, precision)
+        if plan is None and precision not in WEIGHT_BITS:
+            plan = load_precision(precision)
+        size = 4 if (plan.base if plan else precision) == "fp32" else 2
         size = 1 if plan and plan.kv_cache != "float" else size
         return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * context * size
 
@@ -152,19 +197,22 @@ class Planner:
             UserError: the target or its backend does not support the request, or the precision is
                 unknown or does not fit the model.
         """
-        try:
-            compiler = load_compiler(request.backend)
-        except UserError:
-            plan = load_precision(request.precision)
-            plan.check(self.config)
-            is_listed = request.precision in LISTED_BITS
-            for kind in [request.precision] if is_listed else required_precisions(plan, self.config)[1:]:
-                target.check(request.backend, kind)
-            return
-        plans = [plan_for(compiler, request.precision)]
-        options = CompileOptions(target, request.context)
-        check_options({request.backend: compiler}, options)
-        check_request(request.backend, compiler, plans, self.config, options)
+        for backend, precision in dict.fromkeys(map(request.pair, TRACED_COMPONENTS)):
+            try:
+                compiler = load_compiler(backend)
+            except UserError:
+                plan = load_precision(precision)
+                plan.check(self.config)
+                is_listed = precision in LISTED_BITS
+                for kind in [precision] if is_listed else required_precisions(plan, self.config)[1:]:
+                    target.check(backend, kind)
+                continue
+            plans, options = [plan_for(compiler, precision)], CompileOptions(target, request.context)
+            check_request(backend, compiler, plans, self.config, options)
+        if request.components:
+            pairs = {name: request.pair(name) for name in TRACED_COMPONENTS}
+            planned = {name: _exportable(*pair) or load_precision(pair[1]) for name, pair in pairs.items()}
+            check_mix(Mix(**pairs), planned, self.config)
 
     def _planned_bytes(self, component: str, plan: PrecisionPlan) -> int:
         """Return the bytes of a component's weights under a precision plan, for any backend."""
@@ -199,98 +247,96 @@ class Planner:
         return self._predict(target, request, prompt)
 
     def _predict(self, target: Target, request: Request, prompt: int) -> Plan:
-        context, precision, plan = request.context, request.precision, None
-        exported = self._exportable(request)
-        if precision not in WEIGHT_BITS:
-            plan = exported or load_precision(precision)
-            quantized = [name for name in required_precisions(plan, self.config) if name in ("int8", "fp8")]
-            precision = quantized[0] if quantized and plan.quantizes_activations else plan.base
-        workloads = {component: self.workload(component, precision) for component in TRACED_COMPONENTS}
-        artifacts = self._artifact_bytes(target, request, exported, workloads) if exported else {}
-        stored = {name: workload.weight_bytes(precision) for name, workload in workloads.items()}
-        if exported and exported.quantizes:
-            stored = artifacts
-        elif plan:
-            stored = {component: self._planned_bytes(component, plan) for component in workloads}
-        factor = 2 if precision in target.widens else 1
-        weights = {component: factor * count for component, count in stored.items()}
-        decoder = workloads["decoder"]
-        encoders = {
-            name: workload for name, workload in workloads.items() if name != "decoder" and request.images
-        }
-        running = [decoder, *encoders.values()]
+        parts = {component: self._part(target, request, component) for component in TRACED_COMPONENTS}
+        weights = sum(part.weights for part in parts.values())
+        decoder = parts["decoder"]
+        encoders = {name: part for name, part in parts.items() if name != "decoder" and request.images}
 
         def needed(tokens: int) -> int:
             """Return the bytes of KV cache and activations for a context."""
-            largest = max(activation_bytes(workload, request.backend, prompt, tokens) for workload in running)
-            return self.kv_bytes(request, tokens) + factor * largest
+            active = [
+                part.widening * activation_bytes(part.workload, part.backend, prompt, tokens)
+                for part in (decoder, *encoders.values())
+            ]
+            return self.kv_bytes(request, tokens) + max(active)
 
         runtime, usable = round(target.runtime_gb * GIGA), round(target.usable_gb * GIGA)
-        free = usable - runtime - sum(weights.values())
-        in_integers = plan is not None and any(rule.precision.dynamic for rule in plan.rules)
-        operations_per_second = target.operations("int8" if in_integers else precision)
+        free = usable - runtime - weights
         bandwidth = target.bandwidth_gbs * GIGA
 
-        def seconds(operations: int, bytes_read: int) -> float:
+        def seconds(part: _Part, operations: int, bytes_read: int) -> float:
             """Return the roofline bound."""
-            return max(operations / operations_per_second, bytes_read / bandwidth)
+            return max(operations / part.operations, bytes_read / bandwidth)
 
         # A token of the prompt attends to itself and the tokens before it: on average half of them.
-        prefill = decoder.operations(batch=1, sequence=prompt, rows=1, capacity=(prompt + 1) // 2)
-        step = decoder.operations(batch=1, sequence=1, rows=1, capacity=context)
-        kv = self.kv_bytes(request, context)
-        read = weights["decoder"] - (self._prefill_bytes(target, request, exported) if exported else 0)
-        per_image = sum(
-            seconds(workload.operations(batch=1), weights[name]) for name, workload in encoders.items()
-        )
+        half = (prompt + 1) // 2
+        prefill = decoder.workload.operations(batch=1, sequence=prompt, rows=1, capacity=half)
+        step = decoder.workload.operations(batch=1, sequence=1, rows=1, capacity=request.context)
+        kv = self.kv_bytes(request, request.context)
+        read = decoder.weights - decoder.only_prefill
         return Plan(
             target=target,
             request=request,
-            artifacts=artifacts or stored,
-            exact=exported is not None,
+            artifacts={component: part.artifact for component, part in parts.items()},
+            exact=all(part.exact for part in parts.values()),
             embedding_bytes=self.embedding_bytes,
-            weight_bytes=sum(weights.values()),
+            weight_bytes=weights,
             kv_bytes=kv,
-            activation_bytes=needed(context) - kv,
+            activation_bytes=needed(request.context) - kv,
             runtime_bytes=runtime,
             usable_bytes=usable,
             largest_context=_largest(
                 lambda tokens: needed(tokens) <= free, prompt, self.config.decoder.max_positions
             ),
             prompt_tokens=prompt,
-            vision_seconds=request.images * per_image,
-            prefill_seconds=seconds(prefill, ceil(prompt / PREFILL_CHUNK) * weights["decoder"]),
-            tokens_per_second=1 / seconds(step, read + kv),
+            encoder_seconds={
+                name: seconds(part, part.workload.operations(batch=1), part.weights)
+                for name, part in encoders.items()
+            },
+            prefill_seconds=seconds(decoder, prefill, ceil(prompt / PREFILL_CHUNK) * decoder.weights),
+            tokens_per_second=1 / seconds(decoder, step, read + kv),
         )
 
-    def _exportable(self, request: Request) -> PrecisionPlan | None:
-        """Return the plan of a precision, or None if the compiler is not installed here."""
-        try:
-            compiler = load_compiler(request.backend)
-        except UserError:
-            return None
-        return plan_for(compiler, request.precision)
+    def _part(self, target: Target, request: Request, component: str) -> _Part:
+        """Return a component as a request exports it."""
+        backend, precision = request.pair(component)
+        exported = _exportable(backend, precision)
+        plan = None
+        if precision not in WEIGHT_BITS:
+            plan = exported or load_precision(precision)
+            quantized = [name for name in required_precisions(plan, self.config) if name in ("int8", "fp8")]
+            precision = quantized[0] if quantized and plan.quantizes_activations else plan.base
+        workload = self.workload(component, precision)
+        stored = workload.weight_bytes(precision)
+        if plan and not (exported and exported.quantizes):
+            stored = self._planned_bytes(component, plan)
+        artifact, only_prefill = stored, 0
+        if exported:
+            artifact = self._compiled_bytes(backend, exported, workload, CompileOptions(target))
+            stored = artifact if exported.quantizes else stored
+            if component == "decoder":
+                only_prefill = self._prefill_bytes(target, backend, exported)
+        widening = 2 if precision in target.widens else 1
+        in_integers = plan is not None and any(rule.precision.dynamic for rule in plan.rules)
+        return _Part(
+            workload=workload,
+            backend=backend,
+            artifact=artifact,
+            exact=exported is not None,
+            widening=widening,
+            weights=widening * stored,
+            only_prefill=only_prefill,
+            operations=target.operations("int8" if in_integers else precision),
+        )
 
-    def _artifact_bytes(
-        self, target: Target, request: Request, plan: PrecisionPlan, workloads: dict[str, Workload]
-    ) -> dict[str, int]:
-        """Return the bytes that the compiler would write for each component."""
-        return {
-            component: self._compiled_bytes(request.backend, plan, workload, CompileOptions(target))
-            for component, workload in workloads.items()
-        }
-
-    def _prefill_bytes(self, target: Target, request: Request, plan: PrecisionPlan) -> int:
+    def _prefill_bytes(self, target: Target, backend: str, plan: PrecisionPlan) -> int:
         """Return the bytes of the decoder that only prefill reads."""
         if not any(rule.precision.dynamic for rule in plan.rules):
             return 0
         decoder = self.workload("decoder", plan.base)
         with_prefill, without_prefill = (
             self._compiled_bytes(
-                request.backend,
-                plan,
-                decoder,
-                CompileOptions(target, onnxruntime=OnnxRuntimeOptions(prefill)),
+                backend, plan, decoder, CompileOptions(target, onnxruntime=OnnxRuntimeOptions(prefill))
             )
             for prefill in (True, False)
         )
@@ -309,8 +355,8 @@ class Planner:
         return self._artifacts[key]
 
     def nearest_fit(self, target: Target, request: Request) -> str | None:
-        """Return the largest smaller precision that fits into the target, or None."""
-        for precision in target.backends[request.backend]:
+        """Return the largest smaller precision that fits, or None. There is none for a mix."""
+        for precision in target.backends.get(request.backend, []):
             if LISTED_BITS[precision] >= LISTED_BITS.get(request.precision, 32):
                 continue
             try:
@@ -319,6 +365,15 @@ class Planner:
             except UserError:  # the installed compiler cannot export it
                 continue
         return None
+
+
+def _exportable(backend: str, precision: str) -> PrecisionPlan | None:
+    """Return the plan of a precision, or None if the compiler is not installed here."""
+    try:
+        compiler = load_compiler(backend)
+    except UserError:
+        return None
+    return plan_for(compiler, precision)
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int) -> int:

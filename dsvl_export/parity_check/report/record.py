@@ -50,6 +50,11 @@ def write_report(bundle: Bundle, result: ParityResult, folder: Path, name: str, 
         raise UserError(f"The report cannot be written to {folder}: {error.strerror}.") from error
 
 
+def report_name(backend: str, precision: str) -> str:
+    """Return the name of the files of a report, without the ending."""
+    return f"parity-{backend}-{precision}"
+
+
 def record_verdict(bundle: Bundle, result: ParityResult) -> Path:
     """Write the report into the bundle and the verdict into its manifest; return the report's file.
 
@@ -72,7 +77,7 @@ def _record(bundle: Bundle, result: ParityResult) -> Path:
     judged = bundle.manifest.judged_files(result.backend, result.precision)
     if any(current.files.get(path) != entry for path, entry in judged.items()):
         raise UserError(f"The bundle {bundle.folder} has changed while it was judged; run parity again.")
-    name = f"parity-{result.backend}-{result.precision}"
+    name = report_name(result.backend, result.precision)
     report = write_report(bundle, result, bundle.folder / REPORTS, name, bundle.folder / "goldens/images")
     if result.verdict == "not judged" and pair in current.parity:
         return report

@@ -298,7 +298,7 @@ def test_a_second_decoder_is_left_out_where_there_is_one(tmp_path: Path) -> None
 
 def test_a_third_partys_compiler_may_know_no_options() -> None:
     unknown: Any = SimpleNamespace()
-    check_options("theirs", unknown, CompileOptions(executorch=ExecuTorchOptions("coreml")))
+    check_options({"theirs": unknown}, CompileOptions(executorch=ExecuTorchOptions("coreml")))
 
 
 @pytest.fixture(params=[1, 6])

@@ -66,7 +66,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("raw", "sentence"), [
-    ({"precision": "fp16"}, "has the unknown key 'precision'; the keys are checkpoint, backend, precisions, target"),
+    ({"precision": "fp16"}, "has the unknown key 'precision'; the keys are checkpoint, backend, precisions, components"),
     ({"tensorrt": {"sm": [89]}}, r"has the unknown key 'tensorrt\.sm'; the keys are version, capabilities\."),
     ({1: 2}, "has the unknown key '1'"),
     ({"capacity": "many"}, "the key 'capacity' must be a whole number, got 'many'"),

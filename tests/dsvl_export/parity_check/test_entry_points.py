@@ -19,7 +19,7 @@ from dsvl_export.parity_check.quantization_error import QuantizationError
 from dsvl_export.parity_check.result import ParityResult, StageResult
 from dsvl_export.parity_check.settings import settings_faults
 from dsvl_export.parity_check.text import bundled_texts
-from dsvl_export.parity_check.tolerances import load_tolerances
+from dsvl_export.parity_check.tolerances import component_tolerances, load_tolerances
 from reference.tiny import HELDOUT
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
@@ -48,7 +48,7 @@ def judged(bundle: Bundle, backend: str, precision: str) -> StageResult:
     """The stage of the entry points alone, on the first golden."""
     pipeline = Pipeline.open(bundle, backend, precision)
     result = ParityResult(backend, precision, Execution("ran"), "")
-    result.tolerance = load_tolerances()[precision]
+    result.tolerances = component_tolerances(load_tolerances(), bundle, backend, precision)
     checkpoint = bundle.manifest.checkpoint["sha256"]
     judge_entry_points(
         bundle, pipeline.chain, Goldens.of_bundle(bundle), checkpoint, result, QuantizationError()
@@ -201,11 +201,11 @@ def test_a_default_capacity_that_holds_no_golden_is_refused(tiny_bundle: Bundle,
 def test_the_graph_without_prompts_is_an_entry_point(tiny_bundle: Bundle) -> None:
     """Only a decoder with a second graph has one; see ``PREFILL_FROM``."""
     chain = Pipeline.open(tiny_bundle, "onnxruntime", "fp32").chain
-    found = load_backend("onnxruntime").entry_points(chain, 1024)  # type: ignore[attr-defined]
+    found = load_backend("onnxruntime").entry_points(chain, {"decoder"}, 1024)  # type: ignore[attr-defined]
     assert not found.decoders
     decoder: Any = chain.decoder
     decoder._prefill = object()
-    found = load_backend("onnxruntime").entry_points(chain, 1024)  # type: ignore[attr-defined]
+    found = load_backend("onnxruntime").entry_points(chain, {"decoder"}, 1024)  # type: ignore[attr-defined]
     (name, other), *_ = found.decoders.items()
     assert name == "decoder without its graph for prompts" and other._prefill is decoder._session
     cache = other.new_cache(1, 64)
