@@ -76,13 +76,15 @@ BundleFolder = Annotated[
 Backend = Annotated[
     Optional[str],
     typer.Option(
-        help="Backend of the bundle. Default: the first in the bundle.", autocompletion=bundle_backends()
+        help="Backend of the bundle, or mixed. Default: the first in the bundle.",
+        autocompletion=bundle_backends(),
     ),
 ]
 Precision = Annotated[
     Optional[str],
     typer.Option(
-        help="Precision of the bundle. Default: the first in the bundle.", autocompletion=bundle_precisions()
+        help="Precision of the bundle, or name of a mix. Default: the first in the bundle.",
+        autocompletion=bundle_precisions(),
     ),
 ]
 Device = Annotated[
@@ -90,7 +92,7 @@ Device = Annotated[
     typer.Option(
         help="cpu, cuda or tensorrt (with onnxruntime); cpu or gpu (with openvino); gpu, ane (fixed-length"
         " functions only) or cpu (with coreml). cpu also runs the ONNX files of the TensorRT backends in ONNX"
-        " Runtime. Default: the backend's own.",
+        " Runtime. For a mix also COMPONENT=DEVICE,… for some components. Default: the backend's own.",
         rich_help_panel=RUNTIME,
         autocompletion=values("cpu", "cuda", "tensorrt", "gpu", "ane"),
     ),
