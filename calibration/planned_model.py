@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -32,27 +33,29 @@ def planned_model(weights: QuantizedWeights) -> DeepSeekVL:
     return model
 
 
-def planned_chain(
-    weights: Mapping[str, QuantizedWeights], embedding_file: Path, tapped: bool = False
-) -> Chain:
+def planned_chain(weights: QuantizedWeights, embedding_file: Path, tapped: bool = False) -> Chain:
     """Build the runtime's chain on ``planned_model``.
 
     Args:
-        weights: component → the checkpoint's weights under the component's plan. A plan of several
-            components is built once.
+        weights: the checkpoint's weights under the plan.
         embedding_file: the table that ``write_token_embedding`` wrote.
         tapped: return taps, as the sessions of a debug build do.
     """
-    models: dict[str, DeepSeekVL] = {}
-    for item in weights.values():
-        if item.plan.name not in models:
-            models[item.plan.name] = planned_model(item)
-    decoder = weights["decoder"]
-    chain = reference_chain(
-        decoder.source, embedding_file, models[decoder.plan.name], tapped, decoder.plan.kv_cache
-    )
+    model = planned_model(weights)
+    return reference_chain(weights.source, embedding_file, model, tapped, weights.plan.kv_cache)
+
+
+def mixed_chain(weights: Mapping[str, QuantizedWeights], embedding_file: Path, tapped: bool = False) -> Chain:
+    """Build a chain whose components have plans of their own.
+
+    Args:
+        weights: component → the checkpoint's weights under the component's plan.
+        embedding_file: as in ``planned_chain``.
+        tapped: as in ``planned_chain``.
+    """
+    plans = {item.plan.name: item for item in weights.values()}
+    chains = {name: planned_chain(item, embedding_file, tapped) for name, item in plans.items()}
+    chain = copy.copy(chains[weights["decoder"].plan.name])
     for component, item in weights.items():
-        if item.plan.name != decoder.plan.name:
-            other = reference_chain(item.source, embedding_file, models[item.plan.name], tapped)
-            setattr(chain, component, getattr(other, component))
+        setattr(chain, component, getattr(chains[item.plan.name], component))
     return chain

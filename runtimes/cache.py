@@ -124,6 +124,24 @@ class KVCache(ABC):
         self.row(target)._write(self.row(source)._read(length))
         self.lengths[target] = length
 
+    def load_prefix(self, states: Sequence[np.ndarray]) -> None:
+        """Set all rows to tokens whose keys and values were computed before.
+
+        Args:
+            states: ``[batch, Hkv, length, Dh]`` for each state, in its dtype.
+
+        Raises:
+            CapacityError: they do not fit; the cache is unchanged.
+        """
+        self.reset()
+        length = states[0].shape[2]
+        self.append(length)
+        self._write(states)
+
+    def save_prefix(self, length: int) -> list[np.ndarray]:
+        """Return what ``load_prefix`` takes: the first tokens of each state."""
+        return [np.array(array) for array in self._read(length)]
+
     def _read(self, length: int) -> list[np.ndarray]:
         """Return the first tokens of each state, ``[batch, Hkv, length, Dh]``."""
         return [array[:, :, :length] for array in self.arrays]

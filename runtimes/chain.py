@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 
@@ -15,6 +16,7 @@ from runtimes.cache import KVCache
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 from runtimes.images import ImageSource
+from runtimes.prefix import StoredPrefix
 from runtimes.preprocess import PreprocessSpec, preprocess
 from runtimes.session import ComponentSession, DecoderSession
 from runtimes.text.tokenizer import Tokenizer, expand_images
@@ -123,6 +125,8 @@ class Chain:
         prefill_chunk: int = PREFILL_CHUNK,
         max_cached_images: int = 16,
         exact_rows: bool = True,
+        concurrent: bool = False,
+        prefix: StoredPrefix | None = None,
     ) -> None:
         """Chain sessions of one bundle.
 
@@ -137,6 +141,9 @@ class Chain:
             max_cached_images: number of images whose embeddings are kept, by content.
             exact_rows: whether logits of a multi-token call equal those of single-token calls
                 except for float rounding; otherwise there are no speculative tokens.
+            concurrent: whether the vision encoder may run in parallel with the decoder, in another
+                thread.
+            prefix: the KV prefix of the system prompt, for this decoder.
         """
         self.tokenizer, self.preprocessing, self.embedding = tokenizer, preprocessing, embedding
         self.vision_encoder, self.adaptor, self.decoder = vision_encoder, adaptor, decoder
@@ -145,15 +152,18 @@ class Chain:
             max_cached_images,
             exact_rows,
         )
-        self.images_encoded = 0
+        self.concurrent, self.prefix, self.images_encoded = concurrent, prefix, 0
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = Lock()  # an encoder may run in parallel with the decoder
         self._embeds_dtype = np.dtype(decoder.contract.inputs[0].dtype)
 
     def with_decoder(self, decoder: DecoderSession) -> Chain:
-        """Return a chain with another decoder; they share the cache of image embeddings."""
+        """Return a chain with another decoder; they share the cache of image embeddings.
+
+        The stored prefix is not that of the other decoder.
+        """
         other = copy.copy(self)
-        other.decoder, other.images_encoded = decoder, 0
+        other.decoder, other.prefix, other.images_encoded = decoder, None, 0
         return other
 
     def encode_pixels(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -264,6 +274,45 @@ class Chain:
     def embed_prompt(self, text: str, images: Sequence[ImageSource]) -> np.ndarray:
         """Prepare and embed a prompt: ``[S, D]``."""
         return self.embed(self.prepare(text, images))
+
+    def load_prefix(self, prompt: Prompt, cache: KVCache, held: int) -> int:
+        """Load the stored prefix into a one-row cache if the prompt begins with it.
+
+        Args:
+            prompt: the prompt.
+            cache: a cache of one row; it is left alone if it holds as much already.
+            held: tokens of the prompt that it holds.
+
+        Returns:
+            tokens of the prompt that it holds now; at least one is left to prefill.
+        """
+        if self.prefix is None:
+            return held
+        tokens = self.prefix.tokens.tolist()
+        if not held < len(tokens) < len(prompt.tokens) or prompt.tokens[: len(tokens)] != tokens:
+            return held
+        self.prefix.write(cache)
+        return len(tokens)
+
+    def prefill_prompt(self, prompt: Prompt, start: int, cache: KVCache) -> np.ndarray:
+        """Prefill a prompt from position ``start`` on, and encode its images.
+
+        If sessions may run in parallel, the text before the first image is prefilled while that
+        image is encoded.
+
+        Returns:
+            logits ``[V]`` of the last token.
+        """
+        first = next(iter(self.images_from(prompt, start)), None)
+        if self.concurrent and first and not self.is_encoded(first):
+            place = start + [digest for digest, _ in prompt.keys[start:]].index(first.digest)
+            if place > start:
+                with ThreadPoolExecutor(1) as pool:
+                    encoding = pool.submit(self.encode_image, first)
+                    self.prefill(self.embed_tokens(prompt.tokens[start:place]), cache)
+                    encoding.result()
+                start = place
+        return self.prefill(self.embed(prompt, start), cache)
 
     def prefill(self, embeds: np.ndarray, cache: KVCache) -> np.ndarray:
         """Prefill a one-row cache in chunks.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
 from time import perf_counter
 from typing import Any, Union
 
+from runtimes.backends.capabilities import DeclaresConcurrency
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import Artifact
@@ -23,6 +24,7 @@ from runtimes.generation.decoding import Answer, SpeculativeSequence, generate
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import ImageSource
 from runtimes.memory import widening
+from runtimes.prefix import StoredPrefix, prefix_file
 from runtimes.session import ComponentSession, SessionOptions
 from runtimes.text.prompt import Message, PromptText, format_chat, place_images
 from runtimes.text.tokenizer import Tokenizer
@@ -144,6 +146,8 @@ class Pipeline:
             open_component("adaptor"),
             decoders.open(adapter),
             exact_rows=artifacts["decoder"].exact_rows,
+            concurrent=_may_run_in_parallel(artifacts.values()),
+            prefix=None if adapter else _stored_prefix(bundle, artifacts["decoder"], verify),
         )
         max_capacity = compiled_capacity(artifacts["decoder"], device_of(device, "decoder"))
         default = min(manifest.default_capacity, max_capacity or manifest.default_capacity)
@@ -268,7 +272,9 @@ class Pipeline:
         cache.rewind(cache.length - shared)
         # If prefill fails, only the shared prefix is known to be in the cache.
         conversation.keys = prompt.keys[:shared]
-        logits = self.chain.prefill(self.chain.embed(prompt, shared), cache)
+        shared = self.chain.load_prefix(prompt, cache, shared)
+        conversation.keys = prompt.keys[:shared]
+        logits = self.chain.prefill_prompt(prompt, shared, cache)
         conversation.keys = list(prompt.keys)
         sequence = SpeculativeSequence(self.chain, prompt.tokens, options, started)
         answer = sequence.answer
@@ -295,9 +301,10 @@ class Pipeline:
 
     def _batch(self, prompts: Sequence[Prompt], options: GenerationOptions, started: float) -> list[Answer]:
         cache = self.chain.decoder.new_cache(len(prompts), self.capacity)
-        logits = [
-            self.chain.prefill(self.chain.embed(prompt), cache.row(row)) for row, prompt in enumerate(prompts)
-        ]
+        logits = []
+        for row, prompt in enumerate(prompts):
+            start = self.chain.load_prefix(prompt, cache.row(row), 0)
+            logits.append(self.chain.prefill_prompt(prompt, start, cache.row(row)))
         sequences = [SpeculativeSequence(self.chain, prompt.tokens, options, started) for prompt in prompts]
         for _ in generate(self.chain, logits, cache, sequences):
             pass
@@ -334,6 +341,26 @@ def check_files(bundle: Bundle, backend: str, precision: str) -> None:
     """
     paths = [path for item in bundle.artifacts(backend, precision).values() for path in item.files]
     bundle.check([*paths, bundle.manifest.token_embedding, "tokenizer/tokenizer.json"])
+
+
+def _may_run_in_parallel(artifacts: Iterable[Artifact]) -> bool:
+    """Whether the sessions of artifacts may run at the same time, in several threads."""
+    modules = [load_backend(item.backend) for item in artifacts]
+    return all(isinstance(module, DeclaresConcurrency) and module.CONCURRENT for module in modules)
+
+
+def _stored_prefix(bundle: Bundle, decoder: Artifact, verify: bool) -> StoredPrefix | None:
+    """Load the KV prefix of the system prompt for a decoder; None if the bundle has none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path, contract = prefix_file(decoder.precision), bundle.manifest.contracts[decoder.precision]["decoder"]
+    if path not in bundle.manifest.files:
+        return None
+    if verify:
+        bundle.check([path])
+    return StoredPrefix.load(bundle.path(path), bundle.manifest.checkpoint["sha256"], contract)
 
 
 def compiled_capacity(decoder: Artifact, device: str | None) -> int | None:

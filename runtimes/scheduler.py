@@ -34,8 +34,8 @@ class Scheduler:
     A thread runs the sessions. It alternates between one decode step of all answers, in one call,
     and one piece of prefill (an image, or some tokens of a prompt) of one request. So a new request
     does not wait for a long answer, and a long prompt does not stop the other answers. A second
-    thread decodes image files and, if ``concurrent``, encodes the images. A free row keeps its
-    content: a prompt with the same prefix prefills only the rest, also in another row.
+    thread decodes image files and, if the chain is ``concurrent``, encodes the images. A free row
+    keeps its content: a prompt with the same prefix prefills only the rest, also in another row.
 
     Requests may have different adapters, each with a ``Chain`` of its own. Those of one adapter are
     decoded in one call, and prefixes are only reused with the same adapter.
@@ -48,7 +48,6 @@ class Scheduler:
         slots: int = 8,
         queue: int = 64,
         chunk: int = CHUNK,
-        concurrent: bool = False,
     ) -> None:
         """Allocate the rows and start the threads.
 
@@ -58,14 +57,12 @@ class Scheduler:
             slots: number of rows, which is the number of answers that are decoded together.
             queue: number of requests that may wait for a row.
             chunk: tokens of a prompt that are prefilled between two decode steps of the others.
-            concurrent: whether the vision encoder may run in parallel with the decoder, in a
-                second thread.
 
         Raises:
             UserError: the decoder supports fewer rows than ``slots``.
         """
         self.chain, self.capacity, self.slots, self.queue, self.chunk = chain, capacity, slots, queue, chunk
-        self._vision, self._concurrent = ThreadPoolExecutor(1, "vision"), concurrent
+        self._vision = ThreadPoolExecutor(1, "vision")
         self._cache = chain.decoder.new_cache(slots, capacity)
         self._keys: list[list[Key]] = [[] for _ in range(slots)]  # content of each row, by position
         self._chains = [chain] * slots  # which computed that content
@@ -229,8 +226,9 @@ class Scheduler:
         elif shared[best] >= shared[row] + MIN_COPY_TOKENS:
             self._cache.copy_prefix(best, row, shared[best])
             shared[row] = shared[best]
-        self._keys[row], self._chains[row] = prompt.keys[: shared[row]], chain
-        self._cache.lengths[row] = shared[row]
+        held = chain.load_prefix(prompt, self._cache.row(row), shared[row])
+        self._keys[row], self._chains[row] = prompt.keys[:held], chain
+        self._cache.lengths[row] = held
         return row
 
     def _prefill(self, job: Job) -> Iterator[None]:
@@ -256,7 +254,7 @@ class Scheduler:
         steps = self.chain.embed_stepwise(job.prompt, start)
         embeds = next(steps)
         for image in self.chain.images_from(job.prompt, start):
-            if self._concurrent and not self.chain.is_encoded(image):
+            if self.chain.concurrent and not self.chain.is_encoded(image):
                 embeds = yield from self._run_aside(job, partial(next, steps))
             else:
                 if not (image.decoded or self.chain.is_encoded(image)):

@@ -16,6 +16,7 @@ from dsvl_export.parity_check.report.record import REPORTS, report_name
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import Manifest, list_choices
 from runtimes.bundle.mixes import Pair
+from runtimes.prefix import prefix_file
 
 
 def drop_choices(folder: Path, pairs: Sequence[Pair]) -> Bundle:
@@ -92,6 +93,7 @@ def _stages(manifest: Manifest) -> set[str]:
         stages |= {precision_folder(item.precision), _folder(outputs_file(item.precision))}
         if item.component == "decoder":
             stages.add(_folder(planned_file(item.precision)))
+            stages.add(_folder(prefix_file(item.precision)))
     return stages
 
 

@@ -248,6 +248,8 @@ def _list_stages(job: ExportJob, artifacts: ArtifactStages) -> list[Stage]:
         if job.has_goldens:
             remedy = overflow_remedy(variant)
             stages += reference.quantization_errors(variant.precision, variant.precisions, remedy)
+            if variant.decoder.plan.kv_cache == "float":
+                stages.append(reference.prefix(variant.decoder.plan.name))
         stages += _artifact_stages(variant, artifacts)
         plan = variant.decoder.plan
         stages += [

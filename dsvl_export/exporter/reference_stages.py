@@ -9,9 +9,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 
-from calibration.planned_model import planned_chain
+from calibration.planned_model import mixed_chain, planned_chain
+from calibration.precision_plan import PrecisionPlan
+from calibration.quantized_weights import QuantizedWeights
 from dsvl_export.exporter import stage_code
 from dsvl_export.exporter.job import ExportJob
 from dsvl_export.exporter.manifest import TOKEN_EMBEDDING
@@ -36,9 +39,10 @@ from reference.goldens.record import (
 )
 from reference.session import write_token_embedding
 from runtimes.bundle.files import JOURNAL, sha256_of_file, write_json, write_text
-from runtimes.bundle.mixes import COMPONENTS
-from runtimes.goldens.golden import SETTINGS
+from runtimes.goldens.golden import SETTINGS, relative_rms
 from runtimes.goldens.long_context import LONG_GOLDEN, LongGolden
+from runtimes.prefix import MIN_TOKENS, StoredPrefix, compute_states, prefix_file, prefix_tokens
+from runtimes.text.tokenizer import Tokenizer
 
 FP32 = "fp32"  # the reference's own precision
 LONG_GOLDEN_FILE = f"{GOLDENS}/{LONG_GOLDEN}"
@@ -114,6 +118,36 @@ class ReferenceStages:
         golden.save(folder / LONG_GOLDEN)
         return {}
 
+    def prefix(self, precision: str) -> Stage:
+        """Return the stage that records the KV prefix of the system prompt for a precision.
+
+        Its cache must hold floats: codes need scales, which are in the program.
+        """
+        return Stage(
+            _folder(prefix_file(precision)),
+            partial(self._prefix_inputs, precision),
+            partial(self._record_prefix, precision),
+        )
+
+    def _prefix_inputs(self, precision: str) -> dict[str, Any]:
+        return {**self._job.inputs(stage_code.PREFIX), **self._job.plan_inputs(precision)}
+
+    def _record_prefix(self, precision: str, folder: Path, progress: StageProgress) -> dict[str, Any]:
+        """Run the reference in fp32, with the factors that smoothing folded into its weights."""
+        source, planned = self._job.source, self._job.weights(precision)
+        exact = QuantizedWeights(source, PrecisionPlan(FP32), planned.table)
+        tokens = np.array(prefix_tokens(Tokenizer(source.tokenizer_files[0], self._job.prompt)), np.int64)
+        if len(tokens) < MIN_TOKENS:
+            return {}
+        states = [
+            compute_states(planned_chain(weights, self._embedding), tokens)
+            for weights in ((exact, planned) if precision != FP32 else (exact,))
+        ]
+        errors = np.array(list(map(relative_rms, states[-1], states[0])), np.float32)
+        prefix = StoredPrefix(source.digest, tokens, states[0], errors)
+        prefix.save(folder / Path(prefix_file(precision)).name)
+        return {}
+
     # What a precision costs the reference.
 
     def quantization_errors(
@@ -176,7 +210,7 @@ class ReferenceStages:
         self._job.staging.forget(_folder(old_quantization_error_file(name)))
         weights = {component: self._job.weights(item) for component, item in precisions.items()}
         error = measure_quantization_error(
-            planned_chain(weights, self._embedding, tapped=True),
+            mixed_chain(weights, self._embedding, tapped=True),
             self._job.source.digest,
             name,
             Goldens.recorded_into(self._folder / GOLDENS),
@@ -191,8 +225,7 @@ class ReferenceStages:
         self, precision: str, remedy: str, folder: Path, progress: StageProgress
     ) -> dict[str, Any]:
         exact = LongGolden.load(self._folder / LONG_GOLDEN_FILE)
-        weights = dict.fromkeys(COMPONENTS, self._job.weights(precision))
-        chain = planned_chain(weights, self._embedding)
+        chain = planned_chain(self._job.weights(precision), self._embedding)
         planned = measure_long_golden(chain, precision, exact, remedy)
         planned.save(folder / LONG_GOLDEN)
         return {}

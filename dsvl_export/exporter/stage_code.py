@@ -25,6 +25,7 @@ REFERENCE = (
     "runtimes/errors.py",
     "runtimes/goldens",
     "runtimes/images.py",
+    "runtimes/prefix.py",
     "runtimes/preprocess.py",
     "runtimes/session.py",
     "runtimes/text",
@@ -56,6 +57,7 @@ ARTIFACTS = (
     "dsvl_export/targets",
     "runtimes/backends",
 )
+PREFIX = (*RECORDING, "calibration")
 ADAPTERS = (
     *REFERENCE,
     "calibration",

@@ -177,7 +177,7 @@ def _open_source(bundle: Bundle, live: str, adapters: Sequence[str]) -> Checkpoi
 
 def _record_live(bundle: Bundle, source: Checkpoint, choice: Pair, folder: Path, on_step: OnStep) -> Recorded:
     """Compute goldens, token embeddings and quantization errors from the checkpoint."""
-    from calibration.planned_model import planned_chain
+    from calibration.planned_model import mixed_chain, planned_chain
     from dsvl_export.compilers.precisions import planned_weights
     from reference.goldens.record import (
         record_reference_goldens,
@@ -197,11 +197,11 @@ def _record_live(bundle: Bundle, source: Checkpoint, choice: Pair, folder: Path,
     weights = {
         name: planned_weights(source, bundle.folder, item.precision) for name, item in artifacts.items()
     }
-    tapped = planned_chain(weights, table, tapped=True)
+    tapped = mixed_chain(weights, table, tapped=True)
     on_measured = partial(on_step, "quantization error")
     measured = measure_quantization_error(tapped, source.digest, choice[1], goldens, on_measured)
     errors = QuantizationError(tuple(measured["goldens"]), measured["taps"])
-    planned = measure_long_golden(planned_chain(weights, table), choice[1], long)
+    planned = measure_long_golden(planned_chain(weights["decoder"], table), choice[1], long)
     return Recorded(goldens, errors, texts, LongGoldens(long, planned))
 
 

@@ -27,6 +27,7 @@ from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import TOKENIZER
 from runtimes.chain import Chain
 from runtimes.goldens.golden import Golden
+from runtimes.prefix import StoredPrefix, compute_states, prefix_file, prefix_tokens
 from runtimes.preprocess import to_pixel_values
 from runtimes.session import EntryPoints
 
@@ -92,12 +93,7 @@ def judge_entry_points(
         name: str, stage_name: str, array: np.ndarray, expected: np.ndarray, same: bool = False
     ) -> None:
         measured = None if same else quantization_error.at(index, stage_name)
-        failed = stage.state == "failed"
-        stage.compare(index, name, array, expected, result.bound(stage_name, measured), measured)
-        if stage.state == "failed" and not failed:
-            assert stage.errors
-            reason = stage.detail or f"error {stage.errors.relative_rms:.1e}, bound {stage.errors.bound:.1e}"
-            stage.detail = f"{name}: {reason}"
+        _compare(result, name, stage_name, array, expected, measured, index)
 
     for points in _entry_points(bundle, chain, result):
         for name, (value, wanted) in points.values.items():
@@ -114,6 +110,7 @@ def judge_entry_points(
                     f"{name} tokenizes {describe_differences(different)} differently from the tokenizer of"
                     " the checkpoint"
                 )
+    _judge_prefix(bundle, chain, result)
     for fault in _listing_faults(bundle, result):
         stage.fail(fault)
 
@@ -127,6 +124,25 @@ def _entry_points(bundle: Bundle, chain: Chain, result: ParityResult) -> Iterato
         if isinstance(module, ProvidesEntryPoints):
             own = {component for component, item in artifacts.items() if item.backend == backend}
             yield module.entry_points(chain, own, capacity)
+
+
+def _compare(
+    result: ParityResult,
+    name: str,
+    stage_name: str,
+    array: np.ndarray,
+    expected: np.ndarray,
+    measured: float | None,
+    golden: int = 0,
+) -> None:
+    """Judge one array with the bound of a stage; the detail names the first that fails."""
+    stage = result.stage(STAGE)
+    failed = stage.state == "failed"
+    stage.compare(golden, name, array, expected, result.bound(stage_name, measured), measured)
+    if stage.state == "failed" and not failed:
+        assert stage.errors
+        reason = stage.detail or f"error {stage.errors.relative_rms:.1e}, bound {stage.errors.bound:.1e}"
+        stage.detail = f"{name}: {reason}"
 
 
 def _judge_encoders(points: EntryPoints, chain: Chain, golden: Golden, judge: Judge) -> None:
@@ -178,6 +194,25 @@ def _judge_token_embeddings(
         if wrong.any():
             stage.fail(f"{name} gives another embedding for token {part[wrong][0]} than the bundle's table")
             return
+
+
+def _judge_prefix(bundle: Bundle, chain: Chain, result: ParityResult) -> None:
+    """Compare the stored prefix of the system prompt with what the decoder computes."""
+    decoder = bundle.artifact("decoder", result.backend, result.precision)
+    path = prefix_file(decoder.precision)
+    if path not in bundle.manifest.files:
+        return
+    bundle.check([path])
+    checkpoint = bundle.manifest.checkpoint["sha256"]
+    stored = StoredPrefix.load(bundle.path(path), checkpoint, chain.decoder.contract)
+    if stored.tokens.tolist() != prefix_tokens(chain.tokenizer):
+        result.stage(STAGE).fail("the stored prefix is not that of the system prompt")
+        return
+    computed = compute_states(chain, stored.tokens)
+    for number, (actual, expected) in enumerate(zip(computed, stored.states, strict=True)):
+        name = f"{('keys', 'values')[number % 2]} of layer {number // 2} of the stored prefix"
+        error = float(stored.errors[number])
+        _compare(result, name, "teacher_forced_logits", actual, expected, error)
 
 
 def _listing_faults(bundle: Bundle, result: ParityResult) -> Iterator[str]:

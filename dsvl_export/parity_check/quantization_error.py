@@ -121,7 +121,7 @@ def measure_quantization_error(
     """Run the stages with what a precision plan computes in PyTorch.
 
     Args:
-        chain: of ``planned_chain``, with taps.
+        chain: of ``mixed_chain``, with taps.
         checkpoint: SHA-256 of the checkpoint.
         precision: name of the precision or of the mix, for the message.
         goldens: recorded outputs of the fp32 reference.

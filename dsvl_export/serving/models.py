@@ -9,8 +9,6 @@ from time import monotonic
 
 from dsvl_export.serving.errors import RequestError, unavailable
 from dsvl_export.serving.service import adapter_model, split_model
-from runtimes.backends.capabilities import DeclaresConcurrency
-from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
 from runtimes.cache import cache_bytes
 from runtimes.chain import Chain
@@ -256,8 +254,6 @@ class Models:
             raise UserError(
                 f"The decoder answers at most {max_batch} requests at a time; pass --slots {max_batch}."
             )
-        modules = [load_backend(item.backend) for item in bundle.artifacts(backend, precision).values()]
-        concurrent = all(isinstance(item, DeclaresConcurrency) and item.CONCURRENT for item in modules)
-        scheduler = Scheduler(pipeline.chain, pipeline.capacity, slots, options.queue, concurrent=concurrent)
+        scheduler = Scheduler(pipeline.chain, pipeline.capacity, slots, options.queue)
         log.info("opened %s with %d slots of %d tokens", name, slots, pipeline.capacity)
         return Model(name, pipeline, scheduler, slots * slot_bytes)

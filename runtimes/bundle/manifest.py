@@ -30,6 +30,7 @@ JUDGED_WITH = (
     "long/",
     "noise/",  # until 0.4, for quantization_error/
     "precisions/",
+    "prefix/",
     "quantization_error/",
     "token_embedding/",
     "tokenizer/",

@@ -136,7 +136,7 @@ def test_parity_options(run, bundle_copy: Path, tmp_path: Path) -> None:
     done = run(*ask, "--tolerances", tmp_path / "t.yaml", "--taps", "--threads", "1")
     assert done.code == 1
     (document,) = json.loads(done.out)
-    assert document["tolerance"]["stages"] == {"vision_encoder": 1e-9}
+    assert document["tolerances"]["vision_encoder"]["stages"] == {"vision_encoder": 1e-9}
     assert [row["component"] for row in document["localizations"]] == ["vision_encoder", "adaptor", "decoder"]
     assert (bundle_copy / MANIFEST).read_text() == before
     assert not (bundle_copy / "reports").exists()

@@ -202,6 +202,23 @@ def test_some_rows_of_a_cache(decoder: DecoderSession) -> None:
     assert all(np.array_equal(a[:1, :, :4], b) for a, b in zip(cache.arrays, first, strict=True))
 
 
+def test_a_prefix_is_saved_and_loaded(decoder: DecoderSession) -> None:
+    """Also into a cache of another capacity, and into a row that held something else."""
+    x, last = embeds(decoder, 1, 9), np.array([0])
+    first, second = decoder.new_cache(1, CAPACITY), decoder.new_cache(2, CAPACITY - 2)
+    decoder.decode(x[:, :7], np.array([6]), first)
+    states = first.save_prefix(6)
+    assert {array.shape[2] for array in states} == {6}
+    decoder.decode(embeds(decoder, 1, 4, seed=1), np.array([0]), second.row(1))
+    second.row(1).load_prefix(states)
+    assert second.lengths.tolist() == [0, 6] and first.length == 7
+    first.rewind(1)
+    for place in (6, 7):
+        token = x[:, place : place + 1]
+        expected = decoder.decode(token, last, first)
+        assert close(decoder, decoder.decode(token, last, second.row(1)), expected)
+
+
 def test_batch_rows_of_different_lengths(decoder: DecoderSession) -> None:
     """Prefill row by row, decode together: as each sequence alone."""
     lengths, steps = (7, 3, 11), 4
