@@ -210,7 +210,7 @@ def test_export_command(run, tmp_path: Path) -> None:
     assert "Wrote" in done.out
     again = run("export", "tiny", "--output", tmp_path / "b", "--no-parity", "--json")
     assert json.loads(again.out)["parity"] == []
-    assert again.err.count("unchanged, reused") == 7
+    assert again.err.count("unchanged, reused") == 8
 
 
 @pytest.mark.full
