@@ -5,7 +5,7 @@
         --size 7b --peers transformers
 
 Weights are random, threads are 2, the prompt is a question about one image. Every turn measures the bundle
-and each peer, in processes of their own. A peer is the sum of its stages: its vision towers, and its decoder's
+and each peer, in processes of their own. A peer is the sum of its stages: vision towers, and its decoder's
 prefill of as many tokens; the image file is read and resized by our code for all of them, and the adaptor of
 the peers is not counted. The stored prefix of the system prompt, which exports with goldens record, is
 computed here.

@@ -45,6 +45,7 @@ from runtimes.text.prompt import Message
 
 PRECISIONS = {
     "onnxruntime": ["fp32", "fp16", "int8", "int8-int4", "8da4w"],
+    "openvino": ["fp32", "bf16", "int8", "int4"],
     "coreml": ["fp16", "int8", "int4"],
     "executorch": ["fp32", "8da4w"],
 }

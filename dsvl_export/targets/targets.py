@@ -104,8 +104,8 @@ def find_target(name: str) -> Target:
 def measure_target(target: Target) -> Target:
     """Return the target; for this machine, with its free memory, bandwidth and throughput.
 
-    The measurement reads memory on all cores, and multiplies matrices in fp32 and in 8-bit
-    integers; the fastest of four runs counts.
+    The measurement reads memory on all cores, and multiplies matrices in fp32, in 8-bit integers
+    and, if the processor has it, in bf16; the fastest of four runs counts.
     """
     import torch
 
@@ -116,5 +116,8 @@ def measure_target(target: Target) -> Target:
     floats = torch.ones(MATRIX_SIZE, MATRIX_SIZE)
     codes = floats.to(torch.int8)
     products = {"fp32": lambda: torch.mm(floats, floats), "int8": lambda: torch._int_mm(codes, codes)}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        halves = floats.bfloat16()
+        products["bf16"] = lambda: torch.mm(halves, halves)
     tops = {name: 2 * MATRIX_SIZE**3 / shortest_seconds(product) / 1e12 for name, product in products.items()}
     return replace(target, memory_gb=free, usable_gb=free, bandwidth_gbs=bandwidth, tops=tops)

@@ -9,14 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from benchmarks.robustness.faults import mil_packages, onnx_files, programs, shared
+from benchmarks.robustness.faults import ir_files, mil_packages, onnx_files, programs, shared
 from runtimes.bundle.files import read_json, sha256_of_file, write_json
 from runtimes.bundle.manifest import MANIFEST, FileEntry
 
 # Folders of artifacts, and how often each is chosen; a program of ExecuTorch has all components.
 COMPONENTS = {"decoder": 5, "vision_encoder": 4, "adaptor": 1, "program": 10}
 SHARED_SHARE = 0.15  # of all faults
-BACKENDS = {"onnxruntime": onnx_files.plant, "coreml": mil_packages.plant, "executorch": programs.plant}
+BACKENDS = {
+    "onnxruntime": onnx_files.plant, "openvino": ir_files.plant, "coreml": mil_packages.plant,
+    "executorch": programs.plant,
+}  # fmt: skip
 
 
 def plant(bundle: Path, backend: str, precision: str, seed: int) -> tuple[str, list[Path]]:

@@ -1,4 +1,4 @@
-"""Faults of what all backends of a bundle share: token table, tokenizer and manifest."""
+"""Faults of what all backends of a bundle share: token table, tokenizer, manifest and stored prefixes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.robustness.faults.values import change_values
@@ -19,7 +20,7 @@ TOKEN_TABLE, TOKENIZER = "token_embedding/token_embedding.safetensors", "tokeniz
 
 def plant(bundle: Path, random: Random) -> tuple[str, list[Path]]:
     """Change one of the shared files."""
-    return random.choice([_token_table, _tokenizer, _manifest])(bundle, random)
+    return random.choice([_token_table, _tokenizer, _manifest, _prefix])(bundle, random)
 
 
 def _token_table(bundle: Path, random: Random) -> tuple[str, list[Path]]:
@@ -30,6 +31,19 @@ def _token_table(bundle: Path, random: Random) -> tuple[str, list[Path]]:
         changed = change_values(table, random)
     save_file({"token_embedding": np.ascontiguousarray(changed[1].astype(table.dtype))}, file)
     return f"token table: {changed[0]}", [file]
+
+
+def _prefix(bundle: Path, random: Random) -> tuple[str, list[Path]]:
+    """Of a random precision, which may be another than the one that is judged."""
+    file = random.choice(sorted(bundle.glob("prefix/*/*.safetensors")))
+    with safe_open(file, framework="np") as handle:
+        texts = handle.metadata()
+    arrays = load_file(file)
+    changed = None
+    while changed is None:
+        changed = change_values(arrays["states"], random)
+    save_file({**arrays, "states": np.ascontiguousarray(changed[1])}, file, texts)
+    return f"{file.parent.name} prefix: {changed[0]}", [file]
 
 
 def _tokenizer(bundle: Path, random: Random) -> tuple[str, list[Path]]:
