@@ -56,7 +56,7 @@ def first_token(bundle: Path, choice: list[str], image: Path) -> dict[str, Any]:
     chain, options = pipeline.chain, GenerationOptions(max_new_tokens=1, ignore_eos=True)
     tokens = np.array(prefix_tokens(chain.tokenizer), np.int64)
     states = compute_states(chain, tokens)
-    prefix = StoredPrefix("", tokens, states, np.zeros(len(states), np.float32))
+    prefix = StoredPrefix("", tokens, states, np.zeros(len(states))).cast(chain.decoder.contract)
     concurrent, found = chain.concurrent, {}
 
     def ask() -> float:
@@ -97,7 +97,7 @@ def of_peer(peer: str, work: Path, size: str, prompt: int) -> dict[str, float]:
         for tower in towers
     ]
     decode = peers.decoder(peer, form, released_config(size).decoder, work, size)
-    return {"vision encoder": sum(seconds), "prefill": decode(THREADS, prompt, prompt, 1)["prefill"]}
+    return {"vision encoder": sum(seconds), "prefill": decode(THREADS, prompt, prompt + 1, 1)["prefill"]}
 
 
 def main() -> None:

@@ -32,7 +32,14 @@ def cache_bytes(specs: tuple[TensorSpec, ...], batch: int, capacity: int) -> int
 
 
 class KVCache(ABC):
-    """Keys and values of all layers for ``batch`` sequences of at most ``capacity`` tokens."""
+    """Keys and values of all layers for ``batch`` sequences of at most ``capacity`` tokens.
+
+    Attributes:
+        writes_parts: whether writing the first tokens of a row leaves the rest of the memory alone;
+            otherwise it copies all states, which takes longer than computing a short prefix.
+    """
+
+    writes_parts: bool = True
 
     def __init__(self, specs: tuple[TensorSpec, ...], batch: int, capacity: int) -> None:
         """Start with empty rows.

@@ -280,13 +280,14 @@ class Chain:
 
         Args:
             prompt: the prompt.
-            cache: a cache of one row; it is left alone if it holds as much already.
+            cache: a cache of one row; it is left alone if it holds as much already, or would have
+                to copy all of its memory.
             held: tokens of the prompt that it holds.
 
         Returns:
             tokens of the prompt that it holds now; at least one is left to prefill.
         """
-        if self.prefix is None:
+        if self.prefix is None or not cache.writes_parts:
             return held
         tokens = self.prefix.tokens.tolist()
         if not held < len(tokens) < len(prompt.tokens) or prompt.tokens[: len(tokens)] != tokens:
@@ -303,10 +304,11 @@ class Chain:
         Returns:
             logits ``[V]`` of the last token.
         """
-        first = next(iter(self.images_from(prompt, start)), None)
-        if self.concurrent and first and not self.is_encoded(first):
-            place = start + [digest for digest, _ in prompt.keys[start:]].index(first.digest)
-            if place > start:
+        places = (place for place in range(start, len(prompt.keys)) if prompt.keys[place][0])
+        place = next(places, start)
+        if self.concurrent and place > start:
+            first = prompt.images[prompt.keys[place][0]]
+            if not self.is_encoded(first):
                 with ThreadPoolExecutor(1) as pool:
                     encoding = pool.submit(self.encode_image, first)
                     self.prefill(self.embed_tokens(prompt.tokens[start:place]), cache)

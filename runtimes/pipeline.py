@@ -75,6 +75,7 @@ class Pipeline:
         """
         self.chain, self.system_prompt, self.capacity = chain, system_prompt, capacity
         self.max_capacity, self._decoders = max_capacity, decoders
+        self._prefix = chain.prefix  # of the decoder without an adapter
         self._conversations: list[_Conversation] = []  # of open streams, and the last one
         self._turn = RLock()  # sessions run one call at a time
 
@@ -138,6 +139,7 @@ class Pipeline:
         decoders = Decoders(
             bundle, artifacts["decoder"], SessionOptions(threads, device_of(device, "decoder")), verify
         )
+        prefix = _stored_prefix(bundle, artifacts["decoder"], verify)
         chain = Chain(
             Tokenizer(bundle.path("tokenizer/tokenizer.json"), manifest.prompt),
             manifest.preprocessing,
@@ -147,11 +149,13 @@ class Pipeline:
             decoders.open(adapter),
             exact_rows=artifacts["decoder"].exact_rows,
             concurrent=_may_run_in_parallel(artifacts.values()),
-            prefix=None if adapter else _stored_prefix(bundle, artifacts["decoder"], verify),
+            prefix=None if adapter else prefix,
         )
         max_capacity = compiled_capacity(artifacts["decoder"], device_of(device, "decoder"))
         default = min(manifest.default_capacity, max_capacity or manifest.default_capacity)
-        return cls(chain, manifest.prompt.system_prompt, capacity or default, max_capacity, decoders)
+        pipeline = cls(chain, manifest.prompt.system_prompt, capacity or default, max_capacity, decoders)
+        pipeline._prefix = prefix
+        return pipeline
 
     def with_adapter(self, name: str | None) -> Pipeline:
         """Return a pipeline that answers with another adapter of the bundle; None is without one.
@@ -165,8 +169,9 @@ class Pipeline:
         if self._decoders is None:
             raise UserError("This pipeline has no bundle with adapters; use Pipeline.open.")
         chain = self.chain.with_decoder(self._decoders.open(name))
+        chain.prefix = None if name else self._prefix
         other = Pipeline(chain, self.system_prompt, self.capacity, self.max_capacity, self._decoders)
-        other._turn = self._turn
+        other._turn, other._prefix = self._turn, self._prefix
         return other
 
     def chat(
@@ -360,7 +365,8 @@ def _stored_prefix(bundle: Bundle, decoder: Artifact, verify: bool) -> StoredPre
         return None
     if verify:
         bundle.check([path])
-    return StoredPrefix.load(bundle.path(path), bundle.manifest.checkpoint["sha256"], contract)
+    prefix = StoredPrefix.load(bundle.path(path), bundle.manifest.checkpoint["sha256"], contract)
+    return prefix.cast(contract)
 
 
 def compiled_capacity(decoder: Artifact, device: str | None) -> int | None:

@@ -5,7 +5,7 @@ The keys and values come from the reference in fp32, and are as exact as the cac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from runtimes.bundle.contracts import Contract
+from runtimes.bundle.contracts import FLOATS, Contract
 from runtimes.bundle.tensor_files import save_tensors
 from runtimes.cache import KVCache
 from runtimes.errors import UserError
@@ -52,7 +52,7 @@ class StoredPrefix:
     Args:
         checkpoint: SHA-256 of the checkpoint.
         tokens: ids ``[P]`` int64.
-        states: ``[2 * L, Hkv, P, Dh]`` float32: keys and values of each layer.
+        states: ``[2 * L, Hkv, P, Dh]``: keys and values of each layer; float32 in the file.
         errors: ``[2 * L]`` float32: relative RMS error of each state where the precision plan
             computes it, for the parity check.
     """
@@ -80,6 +80,8 @@ class StoredPrefix:
                 prefix = cls(recorded, *map(handle.get_tensor, ARRAYS))
             _, heads, _, head_dim = decoder.states[0].shape
             shape = (len(decoder.states), heads, len(prefix.tokens), head_dim)
+            if decoder.states[0].dtype not in FLOATS:
+                raise ValueError(f"the cache holds {decoder.states[0].dtype}")
             if recorded != checkpoint or prefix.states.shape != shape or prefix.tokens.dtype != np.int64:
                 raise ValueError(f"it is of {recorded[:12]} and {list(prefix.states.shape)}")
             if prefix.errors.shape != (len(decoder.states),) or not np.isfinite(prefix.states).all():
@@ -90,10 +92,13 @@ class StoredPrefix:
             ) from error
         return prefix
 
+    def cast(self, decoder: Contract) -> StoredPrefix:
+        """Return the prefix in the dtype of a decoder's cache."""
+        return replace(self, states=self.states.astype(decoder.states[0].dtype))
+
     def write(self, cache: KVCache) -> None:
-        """Set a cache of one row to the prefix."""
-        pairs = zip(self.states, cache.specs, strict=True)
-        cache.load_prefix([state[None].astype(spec.dtype) for state, spec in pairs])
+        """Set a cache of one row to the prefix, which has been cast."""
+        cache.load_prefix([state[None] for state in self.states])
 
 
 def compute_states(chain: Chain, tokens: np.ndarray) -> np.ndarray:

@@ -226,15 +226,15 @@ class Scheduler:
         elif shared[best] >= shared[row] + MIN_COPY_TOKENS:
             self._cache.copy_prefix(best, row, shared[best])
             shared[row] = shared[best]
-        held = chain.load_prefix(prompt, self._cache.row(row), shared[row])
-        self._keys[row], self._chains[row] = prompt.keys[:held], chain
-        self._cache.lengths[row] = held
+        self._keys[row], self._chains[row] = prompt.keys[: shared[row]], chain
+        self._cache.lengths[row] = shared[row]
         return row
 
     def _prefill(self, job: Job) -> Iterator[None]:
         """Prefill a prompt piece by piece, and sample the first token."""
         row, keys = self._cache.row(job.row), job.prompt.keys
-        reused = row.length
+        reused = job.chain.load_prefix(job.prompt, row, row.length)
+        self._keys[job.row] = keys[:reused]
         embeds = yield from self._embed(job, reused)
         job.prompt = replace(job.prompt, images={})  # frees their memory
         while True:

@@ -227,9 +227,11 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
     artifacts = Table(title="Artifacts")
     for heading in ("backend", "precision", "component", "size", "audit", "parity"):
         artifacts.add_column(heading)
+    choices = bundle.choices()
     for item in manifest.artifacts:
         weight = size(sum(manifest.files[path].bytes for path in item.files))
-        verdict = describe_verdict(manifest.parity.get(f"{item.backend}/{item.precision}", {}))
+        pair = (item.backend, item.precision)
+        verdict = describe_verdict(manifest.parity.get("/".join(pair), {})) if pair in choices else ""
         cells = (
             item.backend,
             item.precision,

@@ -214,7 +214,7 @@ def export(
             "chat_template": chat_template,
             "backend": backend,
             "precisions": tuple(precision or ()),
-            **component_values(component),
+            **{f"components.{name}": text for name, text in component_values(component).items()},
             "target": target,
             "capacity": capacity,
             "scales": str(scales) if scales else None,
@@ -248,7 +248,8 @@ def export(
             "[yellow]Calibrating on the bundled images.[/] For better scales, run 'dsvl-export calibrate'"
             " on your own images and pass the result as --scales."
         )
-    earlier = Bundle.open(output).manifest.adapters if (output / MANIFEST).exists() else ()
+    before = Bundle.open(output).manifest if (output / MANIFEST).exists() else None
+    earlier, mixes = (before.adapters, before.mixes) if before else ((), ())
     if bundle is None:
         with display.export_progress() as report, _hint_of_resuming():
             bundle = export_bundle(settings, output, report)
@@ -261,6 +262,12 @@ def export(
             display.err.print(
                 f"[yellow]Removed the adapter {escape(item.file)}:[/] the decoder was exported anew;"
                 f" {remedy}."
+            )
+    for mix in mixes:
+        if mix not in bundle.manifest.mixes:
+            display.err.print(
+                f"[yellow]Removed the mix {escape(mix.name)}:[/] its components do not fit each other any"
+                " more."
             )
     pairs = [(variant.backend, variant.precision) for variant in variants]
     for pair in pairs:
@@ -321,10 +328,8 @@ def _needs(bundle: Bundle, pairs: list[Pair]) -> str:
 
 def _next_step(bundle: Bundle, pair: Pair) -> str:
     """Return the command to run after an export."""
-    from runtimes.bundle.mixes import MIXED
-
     backends = {item.backend for item in bundle.artifacts(*pair).values()}
-    choice = f" --backend {pair[0]}" if pair[0] == MIXED and bundle.choices()[0] != pair else ""
+    choice = " --backend {} --precision {}".format(*pair) if bundle.choices()[0] != pair else ""
     ask = f'dsvl-export run {bundle.folder}{choice} --image IMAGE --prompt "Describe the picture."'
     if "tensorrt" in backends:
         return f"copy {bundle.folder} to the device and run: dsvl-export build-engine {bundle.folder.name}"

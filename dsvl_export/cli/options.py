@@ -209,7 +209,7 @@ Ray = Annotated[
 
 
 def component_values(texts: Optional[list[str]]) -> dict[str, str]:
-    """Return the values of ``--component`` by the keys of an export config.
+    """Return the values of ``--component`` by component.
 
     Raises:
         UserError: one is malformed, or two are of the same component.
@@ -225,7 +225,7 @@ def component_values(texts: Optional[list[str]]) -> dict[str, str]:
                 f"--component {text!r} is not COMPONENT=BACKEND:PRECISION; the components are"
                 f" {', '.join(COMPONENTS)}."
             )
-        if f"components.{name}" in chosen:
+        if name in chosen:
             raise UserError(f"--component names the {name} twice; give one.")
-        chosen[f"components.{name}"] = choice
+        chosen[name] = choice
     return chosen

@@ -10,6 +10,8 @@ from dsvl_export.cli.app import command
 from dsvl_export.cli.completion import complete_backends, complete_precisions, complete_targets
 from dsvl_export.cli.options import Checkpoint, Components, Json, component_values
 
+DEFAULT_PRECISION = "fp16"
+
 
 @command("doctor")
 def doctor(as_json: Json = False) -> None:
@@ -88,22 +90,23 @@ def plan(
     """
     from dsvl_export.cli import display
     from dsvl_export.cli.display_planning import print_plan
-    from dsvl_export.exporter.config import ExportConfig, parse_choice
+    from dsvl_export.exporter.config import ComponentChoices, parse_choice
     from dsvl_export.exporter.export import MAX_DEFAULT_CAPACITY
     from dsvl_export.planning.plan import Planner, Request
     from dsvl_export.targets.defects import warnings_for
     from dsvl_export.targets.targets import find_target, measure_target
     from reference.checkpoint.checkpoint import open_checkpoint
-    from runtimes.bundle.mixes import MIXED, Mix
+    from runtimes.bundle.mixes import MIXED, Mix, Pair
 
     device = find_target(target)
-    settings = ExportConfig(checkpoint, backend, (precision,) if precision else (), target=target)
-    chosen = settings.override(component_values(component)).with_defaults().components.chosen()
-    components = {name: parse_choice(name, text) for name, text in chosen.items()}
-    if components:
+    given = bool(backend or precision)
+    backend, precision = backend or next(iter(device.backends)), precision or DEFAULT_PRECISION
+    components: dict[str, Pair] = {}
+    if component:
+        choices = ComponentChoices(**component_values(component))
+        chosen = choices.filled(f"{backend}:{precision}" if given else None).chosen()
+        components = {name: parse_choice(name, text) for name, text in chosen.items()}
         backend, precision = MIXED, Mix(**components).name
-    else:
-        backend, precision = backend or next(iter(device.backends)), precision or "fp16"
     source = open_checkpoint(checkpoint, weights=False)
     context = context or min(MAX_DEFAULT_CAPACITY, source.config.decoder.max_positions)
     request = Request(backend, precision, context, images, text_tokens, components)

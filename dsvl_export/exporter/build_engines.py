@@ -107,14 +107,15 @@ def build_engines(
 
 def _artifacts(bundle: Bundle, precision: str | None, version: Version) -> list[Artifact]:
     """Return the artifacts to build, after a check of their hashes and of the TensorRT version."""
-    pairs = bundle.matching(BACKEND, precision)
-    if not pairs:
+    items = [item for item in bundle.manifest.artifacts if item.backend == BACKEND]
+    exact = [item for item in items if precision in (None, item.precision)]
+    artifacts = exact or [item for item in items if item.precision == f"{precision}-{item.base}"]
+    if not artifacts:
         of_precision = f" in {precision}" if precision else ""
         raise UserError(
             f"The bundle {bundle.folder} holds no ONNX for TensorRT{of_precision};"
             " export it with --backend tensorrt."
         )
-    artifacts = [item for item in bundle.manifest.artifacts if (item.backend, item.precision) in pairs]
     for item in artifacts:
         _check_version(item, version)
     engines = {item.engine.file for item in artifacts if item.engine}
@@ -185,8 +186,12 @@ def _publish(bundle: Bundle, staging: Staging, old: Artifact, new: Artifact) -> 
             new if (item.component, item.backend, item.precision) == replaced else item
             for item in manifest.artifacts
         )
-        pair = f"{new.backend}/{new.precision}"
-        parity = {name: verdict for name, verdict in manifest.parity.items() if name != pair}
+        pair = (new.backend, new.precision)
+        parity = {
+            name: verdict
+            for name, verdict in manifest.parity.items()
+            if pair not in manifest.pairs_of(*name.split("/", 1))
+        }
         files = {**manifest.files, new.files[-1]: entry}
         return replace(manifest, artifacts=artifacts, files=files, parity=parity)
 

@@ -24,8 +24,8 @@ TO_BUNDLE = "../../.."  # from a config's folder
 def write_configs(job: ExportJob, compiled: Sequence[Variant]) -> None:
     """Write the config of each variant of an export.
 
-    The file is ``configs/<backend>/<precision>/export.yaml``. A later export of the same backend
-    and precision replaces it; exports of others leave it alone.
+    The file is ``configs/<backend>/<precision>/export.yaml``, or ``configs/mixed/<name>/`` for a
+    mix. A later export of the same variant replaces it; exports of others leave it alone.
 
     Args:
         job: the export.

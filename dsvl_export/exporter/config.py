@@ -47,6 +47,30 @@ class ComponentChoices:
         """Return the chosen ones by component."""
         return {name: text for name in COMPONENTS if (text := getattr(self, name)) is not None}
 
+    def filled(self, others: str | None) -> ComponentChoices:
+        """Return the choices for all components of a mix.
+
+        Args:
+            others: for those that are not chosen. None is that of the vision encoder for the
+                adaptor, and none for the other two.
+
+        Raises:
+            UserError: a component is missing, or one is not ``BACKEND:PRECISION``.
+        """
+        chosen = self.chosen()
+        for component, text in chosen.items():
+            parse_choice(component, text)
+        if others:
+            chosen = dict.fromkeys(COMPONENTS, others) | chosen
+        if "vision_encoder" in chosen:
+            chosen.setdefault("adaptor", chosen["vision_encoder"])
+        if missing := next((name for name in COMPONENTS if name not in chosen), None):
+            raise UserError(
+                f"The mix has no {missing}; add --component {missing}=BACKEND:PRECISION, or --backend and"
+                " --precision for all components that are not named."
+            )
+        return ComponentChoices(**chosen)
+
 
 def parse_choice(component: str, text: str) -> tuple[str, str]:
     """Return the backend and the precision of ``BACKEND:PRECISION``.
@@ -201,20 +225,11 @@ class ExportConfig:
         """
         if len(self.precisions) > 1:
             raise UserError("A mix has one precision for all components that it does not name; give one.")
-        chosen = self.components.chosen()
-        for component, text in chosen.items():
-            parse_choice(component, text)
-        if (self.backend or self.precisions) and len(chosen) < len(COMPONENTS):
-            others = replace(self, components=ComponentChoices()).with_defaults()
-            chosen = dict.fromkeys(COMPONENTS, f"{others.backend}:{others.precisions[0]}") | chosen
-        if "vision_encoder" in chosen:
-            chosen.setdefault("adaptor", chosen["vision_encoder"])
-        if missing := next((name for name in COMPONENTS if name not in chosen), None):
-            raise UserError(
-                f"The mix has no {missing}; add --component {missing}=BACKEND:PRECISION, or --backend and"
-                " --precision for all components that are not named."
-            )
-        return replace(self, backend=None, precisions=(), components=ComponentChoices(**chosen))
+        others = None
+        if (self.backend or self.precisions) and len(self.components.chosen()) < len(COMPONENTS):
+            rest = replace(self, components=ComponentChoices()).with_defaults()
+            others = f"{rest.backend}:{rest.precisions[0]}"
+        return replace(self, backend=None, precisions=(), components=self.components.filled(others))
 
     def compile_options(self, capacity: int) -> CompileOptions:
         """Return the options for the compiler.

@@ -16,6 +16,7 @@ from dsvl_export.parity_check.report.record import REPORTS, report_name
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import Manifest, list_choices
 from runtimes.bundle.mixes import Pair
+from runtimes.errors import UserError
 from runtimes.prefix import prefix_file
 
 
@@ -32,16 +33,19 @@ def drop_choices(folder: Path, pairs: Sequence[Pair]) -> Bundle:
         The smaller bundle.
 
     Raises:
-        UserError: the folder is not a bundle, or another export writes to it.
+        UserError: the folder is not a bundle, nothing would be left of it, or another export writes
+            to it.
     """
     staging = Staging(folder)
     try:
-        bundle = staging.bundle()
         staging.open()
-        smaller = _without(bundle.manifest, pairs)
-        for stage in _unused_stages(bundle.manifest, smaller):
+        manifest = staging.bundle().manifest
+        smaller = _without(manifest, pairs)
+        if not list_choices(smaller.artifacts, smaller.mixes):
+            raise UserError(f"Nothing would be left of the bundle {folder}; delete the folder instead.")
+        for stage in _unused_stages(manifest, smaller):
             staging.forget(stage)
-        staging.finish(lambda now: smaller)
+        staging.finish(lambda now: _without(now or manifest, pairs))
         for pair in pairs:
             for file in (folder / REPORTS).glob(f"{report_name(*pair)}.*"):
                 file.unlink()

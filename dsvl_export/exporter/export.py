@@ -248,8 +248,6 @@ def _list_stages(job: ExportJob, artifacts: ArtifactStages) -> list[Stage]:
         if job.has_goldens:
             remedy = overflow_remedy(variant)
             stages += reference.quantization_errors(variant.precision, variant.precisions, remedy)
-            if variant.decoder.plan.kv_cache == "float":
-                stages.append(reference.prefix(variant.decoder.plan.name))
         stages += _artifact_stages(variant, artifacts)
         plan = variant.decoder.plan
         stages += [
@@ -262,6 +260,7 @@ def _list_stages(job: ExportJob, artifacts: ArtifactStages) -> list[Stage]:
         for name, precisions in earlier_variants(job.staging).items():
             if name not in exported:
                 stages += reference.quantization_errors(name, precisions, remedy="", optional=True)
+        stages += [reference.prefix(precision) for precision in job.decoder_precisions()]
         stages += reference.layers(job.precisions())
     return stages
 

@@ -6,6 +6,7 @@ the roofline bounds of ``plan`` decide.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,21 +14,21 @@ from pathlib import Path
 from dsvl_export.bench.bench import BenchOptions, bench
 from dsvl_export.compilers.precisions import check_request, plan_for
 from dsvl_export.compilers.protocol import CompilesProgram
-from dsvl_export.compilers.registry import load_compiler
+from dsvl_export.compilers.registry import check_options, load_compiler
+from dsvl_export.exporter.adapters import refuse_backend
 from dsvl_export.exporter.config import ComponentChoices, ExportConfig, parse_choice
 from dsvl_export.exporter.drop import drop_choices
 from dsvl_export.exporter.export import MAX_DEFAULT_CAPACITY, export_bundle
 from dsvl_export.exporter.stages import ExportProgress, Report
+from dsvl_export.exporter.variants import list_variants
 from dsvl_export.parity_check import parity
 from dsvl_export.parity_check.report.record import record_verdict
 from dsvl_export.planning.plan import Planner, Request
-from dsvl_export.targets.options import CompileOptions
 from dsvl_export.targets.targets import Target, find_target
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.model.config import ModelConfig
 from reference.trace import component_contract
 from runtimes.bundle.bundle import Bundle
-from runtimes.bundle.manifest import MANIFEST
 from runtimes.bundle.mixes import COMPONENTS, Pair
 from runtimes.errors import PrecisionOverflowError, UserError
 from runtimes.execution import execution
@@ -88,9 +89,9 @@ def export_fastest(config: ExportConfig, output: str | Path, report: Report) -> 
 
     Candidates are the backends of the target that are installed, each in the precisions of the
     config, or in fp32, bf16 and, for another device, fp16. Components that the config names stay as
-    they are. On this machine, only candidates that pass the parity check count; their artifacts are
-    deleted unless they are chosen or were in the bundle before. If the export is interrupted, the
-    same call resumes it.
+    they are. On this machine, only candidates that pass the parity check count. They are exported
+    into a folder beside the output, ``OUTPUT.auto``, which is renamed to the output, or deleted if
+    a bundle is extended. If the export is interrupted, the same call resumes it.
 
     Args:
         config: what to export, with the backend ``auto``.
@@ -101,45 +102,79 @@ def export_fastest(config: ExportConfig, output: str | Path, report: Report) -> 
         UserError: no candidate can be exported, or none passes the parity check; see
             ``export_bundle`` for others.
     """
-    folder = Path(output).expanduser()
+    output = Path(output).expanduser()
     target = find_target(config.target or THIS_MACHINE)
+    measured = target.name == THIS_MACHINE
+    if measured and not config.goldens:
+        raise UserError(
+            "The backend auto chooses among what passes the parity check, which needs goldens; leave out"
+            " --no-goldens."
+        )
     model = open_checkpoint(config.checkpoint, weights=False).config
     candidates = _list_candidates(config, target, model)
-    measured = target.name == THIS_MACHINE
-    earlier = Bundle.open(folder).choices() if (folder / MANIFEST).exists() else []
-    found = []
-    for candidate in candidates:
-        if not candidate.problem and measured:
-            candidate = _measure(config, candidate, folder, report)
-        elif not candidate.problem:
-            candidate = _estimate(model, target, candidate)
-        found.append(candidate)
-    chosen = _choose(config, model, found)
-    config = replace(config, backend=None, precisions=(), components=ComponentChoices(**chosen))
-    bundle = export_bundle(config, folder, report)
     if measured:
-        bundle = drop_choices(folder, [item.pair for item in found if item.pair not in earlier])
+        scratch = output.absolute().with_name(f"{output.absolute().name}.auto")
+        found = [item if item.problem else _measure(config, item, scratch, report) for item in candidates]
+    else:
+        found = [item if item.problem else _estimate(config, model, target, item) for item in candidates]
+    chosen = _choose(config, found)
+    config = replace(config, backend=None, precisions=(), components=ComponentChoices(**chosen))
+    if not measured or output.exists():
+        bundle = export_bundle(config, output, report)
+    else:
+        bundle = export_bundle(config, scratch, report)
+        (variant,) = list_variants(config.with_defaults())
+        kept = (variant.backend, variant.precision)
+        drop_choices(scratch, [pair for pair in bundle.choices() if pair != kept])
+        scratch.rename(output)
+        bundle = Bundle.open(output)
+    if measured and scratch.exists():
+        shutil.rmtree(scratch)
     return Fastest(bundle, config, tuple(found), measured)
 
 
 def _list_candidates(config: ExportConfig, target: Target, model: ModelConfig) -> list[Candidate]:
-    """Return the candidates; those that cannot be exported have a problem."""
+    """Return the candidates; those that cannot be exported, or do not fit, have a problem.
+
+    Raises:
+        UserError: a component that the config names cannot be exported.
+    """
+    named: dict[str, str] = {}  # component → dtype
+    for component, text in config.components.chosen().items():
+        named[component] = _dtype(*parse_choice(component, text), model)
     candidates = []
     precisions = MEASURED_PRECISIONS if target.name == THIS_MACHINE else ESTIMATED_PRECISIONS
-    options = CompileOptions(target, config.capacity or MAX_DEFAULT_CAPACITY)
+    options = config.compile_options(_capacity(config, model))
     for backend in target.backends:
         for precision in config.precisions or precisions:
+            candidate = Candidate(backend, precision)
             try:
                 compiler = load_compiler(backend)
                 if isinstance(compiler, CompilesProgram):
                     raise UserError(f"{backend} writes all components into one file.")
+                if options.onnxruntime.switchable:
+                    refuse_backend(backend)
                 plan = plan_for(compiler, precision)
-                check_request(backend, compiler, [plan], model, options)
-                dtype = component_contract(model, "decoder", plan.base).inputs[0].dtype
-                candidates.append(Candidate(backend, precision, plan.name, dtype))
+                check_options({backend: compiler}, options)
+                check_request(backend, compiler, [plan], model, replace(options, target=target))
+                candidate = replace(candidate, name=plan.name, dtype=_dtype(backend, precision, model))
+                for component, dtype in named.items():
+                    if dtype != candidate.dtype:
+                        raise UserError(f"It does not fit the {component}, which reads and returns {dtype}.")
             except UserError as error:
-                candidates.append(Candidate(backend, precision, problem=str(error)))
+                candidate = replace(candidate, problem=str(error))
+            candidates.append(candidate)
     return candidates
+
+
+def _dtype(backend: str, precision: str, model: ModelConfig) -> str:
+    """Return the dtype of the tensors between components in a precision."""
+    plan = plan_for(load_compiler(backend), precision)
+    return component_contract(model, "decoder", plan.base).inputs[0].dtype
+
+
+def _capacity(config: ExportConfig, model: ModelConfig) -> int:
+    return config.capacity or min(MAX_DEFAULT_CAPACITY, model.decoder.max_positions)
 
 
 def _measure(config: ExportConfig, candidate: Candidate, folder: Path, report: Report) -> Candidate:
@@ -157,7 +192,7 @@ def _measure(config: ExportConfig, candidate: Candidate, folder: Path, report: R
     run = execution(bundle, *candidate.pair)
     if run.kind != "ran":
         return replace(candidate, problem=f"it cannot be measured here: {run}.")
-    if config.goldens and (verdict := _verdict(bundle, candidate.pair)) != "passed":
+    if (verdict := _verdict(bundle, candidate.pair)) != "passed":
         return replace(candidate, problem=f"The parity check says: {verdict}.")
     report(ExportProgress(name, 2, 3))
     context = min(CONTEXT, bundle.manifest.default_capacity // 2)
@@ -178,12 +213,11 @@ def _verdict(bundle: Bundle, pair: Pair) -> str:
     return result.verdict
 
 
-def _estimate(model: ModelConfig, target: Target, candidate: Candidate) -> Candidate:
+def _estimate(config: ExportConfig, model: ModelConfig, target: Target, candidate: Candidate) -> Candidate:
     """Predict the seconds of a candidate."""
-    planner = Planner(model)
-    context = min(MAX_DEFAULT_CAPACITY, model.decoder.max_positions)
+    request = Request(candidate.backend, candidate.precision, _capacity(config, model))
     try:
-        plan = planner.plan(target, Request(*candidate.pair, context))
+        plan = Planner(model).plan(target, request)
     except UserError as error:
         return replace(candidate, problem=str(error))
     if not plan.fits:
@@ -192,7 +226,7 @@ def _estimate(model: ModelConfig, target: Target, candidate: Candidate) -> Candi
     return replace(candidate, seconds={**plan.encoder_seconds, "decoder": decoder})
 
 
-def _choose(config: ExportConfig, model: ModelConfig, candidates: Sequence[Candidate]) -> dict[str, str]:
+def _choose(config: ExportConfig, candidates: Sequence[Candidate]) -> dict[str, str]:
     """Return the fastest candidate of each component as ``BACKEND:PRECISION``.
 
     All components have the same dtype between them: the one with the smallest sum.
@@ -200,15 +234,8 @@ def _choose(config: ExportConfig, model: ModelConfig, candidates: Sequence[Candi
     Raises:
         UserError: there is none.
     """
-    named = config.components.chosen()
-    dtypes = list(dict.fromkeys(item.dtype for item in candidates if item.seconds))
-    for component, text in named.items():
-        backend, precision = parse_choice(component, text)
-        plan = plan_for(load_compiler(backend), precision)
-        fits = component_contract(model, component, plan.base).inputs[0].dtype
-        dtypes = [dtype for dtype in dtypes if dtype == fits]
-    choices = []
-    for dtype in dtypes:
+    named, choices = config.components.chosen(), []
+    for dtype in dict.fromkeys(item.dtype for item in candidates if item.seconds):
         able = [item for item in candidates if item.seconds and item.dtype == dtype]
         fastest = {
             name: min(able, key=lambda item: _rounded(item.seconds[name]))

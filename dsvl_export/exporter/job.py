@@ -135,6 +135,12 @@ class ExportJob:
         new = (part.plan.name for variant in self.variants for part in variant.parts)
         return list(dict.fromkeys([*earlier, *new]))
 
+    def decoder_precisions(self) -> list[str]:
+        """Return the precisions of the decoders that the bundle has after this export."""
+        items = finished_artifacts(self.staging)
+        earlier = (artifact.precision for artifact in items if artifact.component == "decoder")
+        return list(dict.fromkeys([*earlier, *(variant.decoder.plan.name for variant in self.variants)]))
+
 
 def identify(source: Checkpoint, report: Report) -> str:
     """Hash the checkpoint, once, and return its SHA-256."""

@@ -135,14 +135,18 @@ def takes_adapters(artifact: Artifact) -> bool:
 
 
 def finished_mixes(staging: Staging) -> tuple[Mix, ...]:
-    """Return the mixes that have all their artifacts."""
-    finished = {(item.component, item.backend, item.precision) for item in finished_artifacts(staging)}
+    """Return the mixes that have all their artifacts, and whose artifacts still fit each other."""
+    finished = {
+        (item.component, item.backend, item.precision): item.base == "fp16"
+        for item in finished_artifacts(staging)
+    }
     mixes = [Mix.from_dict(result["mix"]) for result in staging.results() if "mix" in result]
-    return tuple(
-        mix
-        for mix in mixes
-        if all((component, *pair) in finished for component, pair in mix.components.items())
-    )
+
+    def fits(mix: Mix) -> bool:
+        in_halves = {finished.get((name, *pair)) for name, pair in mix.components.items()}
+        return len(in_halves) == 1 and None not in in_halves
+
+    return tuple(filter(fits, mixes))
 
 
 def complete_artifacts(staging: Staging) -> tuple[Artifact, ...]:
@@ -171,4 +175,9 @@ def _kept_verdicts(staging: Staging, old: Manifest | None) -> dict[str, Any]:
         pair: verdict
         for pair, verdict in old.parity.items()
         if all(files.get(path) == entry for path, entry in old.judged_files(*pair.split("/", 1)).items())
+        and not any(
+            path.startswith(f"prefix/{precision}/") and path not in old.files
+            for _, precision in old.pairs_of(*pair.split("/", 1))
+            for path in files
+        )
     }

@@ -38,7 +38,9 @@ from reference.goldens.record import (
     record_reference_long_golden,
 )
 from reference.session import write_token_embedding
+from reference.trace import component_contract
 from runtimes.bundle.files import JOURNAL, sha256_of_file, write_json, write_text
+from runtimes.cache import cache_bytes
 from runtimes.goldens.golden import SETTINGS, relative_rms
 from runtimes.goldens.long_context import LONG_GOLDEN, LongGolden
 from runtimes.prefix import MIN_TOKENS, StoredPrefix, compute_states, prefix_file, prefix_tokens
@@ -121,13 +123,24 @@ class ReferenceStages:
     def prefix(self, precision: str) -> Stage:
         """Return the stage that records the KV prefix of the system prompt for a precision.
 
-        Its cache must hold floats: codes need scales, which are in the program.
+        It writes nothing if the cache holds codes: they need scales, which are in the program.
         """
         return Stage(
             _folder(prefix_file(precision)),
             partial(self._prefix_inputs, precision),
             partial(self._record_prefix, precision),
+            bytes=self._prefix_bytes,
         )
+
+    def _prefix_tokens(self) -> np.ndarray:
+        """Return the tokens of the system prompt; none if they are too few."""
+        tokenizer = Tokenizer(self._job.source.tokenizer_files[0], self._job.prompt)
+        tokens = np.array(prefix_tokens(tokenizer), np.int64)
+        return tokens if len(tokens) >= MIN_TOKENS else tokens[:0]
+
+    def _prefix_bytes(self) -> int:
+        decoder = component_contract(self._job.source.config, "decoder", FP32)
+        return cache_bytes(decoder.states, 1, len(self._prefix_tokens()))
 
     def _prefix_inputs(self, precision: str) -> dict[str, Any]:
         return {**self._job.inputs(stage_code.PREFIX), **self._job.plan_inputs(precision)}
@@ -135,16 +148,16 @@ class ReferenceStages:
     def _record_prefix(self, precision: str, folder: Path, progress: StageProgress) -> dict[str, Any]:
         """Run the reference in fp32, with the factors that smoothing folded into its weights."""
         source, planned = self._job.source, self._job.weights(precision)
-        exact = QuantizedWeights(source, PrecisionPlan(FP32), planned.table)
-        tokens = np.array(prefix_tokens(Tokenizer(source.tokenizer_files[0], self._job.prompt)), np.int64)
-        if len(tokens) < MIN_TOKENS:
+        exact, tokens = QuantizedWeights(source, PrecisionPlan(FP32), planned.table), self._prefix_tokens()
+        if planned.plan.kv_cache != "float" or not len(tokens):
             return {}
         states = [
             compute_states(planned_chain(weights, self._embedding), tokens)
             for weights in ((exact, planned) if precision != FP32 else (exact,))
         ]
-        errors = np.array(list(map(relative_rms, states[-1], states[0])), np.float32)
-        prefix = StoredPrefix(source.digest, tokens, states[0], errors)
+        # Where the plan overflows, the artifact fails in the other stages of the parity check.
+        errors = np.nan_to_num(list(map(relative_rms, states[-1], states[0])), nan=0, posinf=0)
+        prefix = StoredPrefix(source.digest, tokens, states[0], errors.astype(np.float32))
         prefix.save(folder / Path(prefix_file(precision)).name)
         return {}
 

@@ -13,6 +13,8 @@ from dsvl_export.exporter.job import Part, Variant
 from runtimes.bundle.mixes import MIXED, Mix
 from runtimes.errors import UserError
 
+SAME_NAME = "Two precision plans are called {!r}; rename one of the files."
+
 
 def list_variants(config: ExportConfig) -> tuple[Variant, ...]:
     """Return what a config with its defaults describes; equal plans are listed once.
@@ -26,7 +28,7 @@ def list_variants(config: ExportConfig) -> tuple[Variant, ...]:
     plans = [part.plan for variant in variants for part in variant.parts]
     for one, other in combinations(plans, 2):
         if one.name == other.name and one != other:
-            raise UserError(f"Two precision plans are called {one.name!r}; rename one of the files.")
+            raise UserError(SAME_NAME.format(one.name))
     return variants
 
 
@@ -50,6 +52,8 @@ def _mix(chosen: dict[str, str]) -> Variant:
         compiler = load_compiler(backend)
         plan = plan_for(compiler, precision)
         part = parts.get((backend, plan.name), Part(backend, compiler, plan, precision, ()))
+        if part.plan != plan:
+            raise UserError(SAME_NAME.format(plan.name))
         parts[backend, plan.name] = replace(part, components=(*part.components, component))
     if len(parts) == 1:
         ((pair, part),) = parts.items()

@@ -104,6 +104,8 @@ def parity(
     shipped = load_tolerances()
     reference = f"torch fp32, live from {live}" if live else "torch fp32, recorded in the bundle"
     result = ParityResult(backend, precision, execution(bundle, backend, precision, device), reference)
+    precisions = {item.precision for item in bundle.artifacts(backend, precision).values()}
+    result.is_fp32 = precisions == {"fp32"}
     result.tolerances = component_tolerances(tolerances or shipped, bundle, backend, precision)
     result.overridden = tolerances is not None and tolerances != shipped
     if not result.execution.runnable:
@@ -224,7 +226,7 @@ def _baseline(
     recorded = recorded_score(task)
     if recorded:
         return "the recorded reference", recorded
-    if result.precision == "fp32":
+    if result.is_fp32:
         return None
     for backend, precision in bundle.choices():
         failed = bundle.manifest.parity.get(f"{backend}/fp32", {}).get("verdict") == "failed"

@@ -187,7 +187,8 @@ class ParityResult:
 
     ``reference`` names what the artifacts were compared with. ``left_out`` counts the goldens that
     the decoder's KV cache is too short for. ``tolerances`` are those of each component, empty if
-    nothing is judged. ``overridden`` says that they are not the shipped ones.
+    nothing is judged. ``overridden`` says that they are not the shipped ones. ``is_fp32`` says that
+    all components are in fp32.
     """
 
     backend: str
@@ -196,6 +197,7 @@ class ParityResult:
     reference: str
     goldens: int = 0
     left_out: int = 0
+    is_fp32: bool = False
     tolerances: dict[str, ComponentTolerance] = field(default_factory=dict)
     overridden: bool = False
     stages: list[StageResult] = field(default_factory=lambda: [StageResult(name) for name in STAGES])
@@ -253,6 +255,7 @@ class ParityResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON; NaN and infinity, which JSON does not have, become null."""
         raw = asdict(self)
+        del raw["is_fp32"]
         raw["tolerances"] = {name: row["own"] for name, row in raw["tolerances"].items()}
         for stage, row in zip(self.stages, raw["stages"], strict=True):
             if stage.errors:

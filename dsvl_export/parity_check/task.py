@@ -62,7 +62,7 @@ def judge_task(
     elif reference:
         stage.state = "not judged"
         stage.detail = f"{name} answers no question correctly, so there is no accuracy to compare with"
-    elif result.precision == "fp32":
+    elif result.is_fp32:
         stage.state, stage.detail = "measured", "fp32 is the baseline of the other precisions"
     else:
         stage.state = "not judged"

@@ -121,6 +121,7 @@ class BundleWatch:
                 TOKENIZER,
                 *(path for item in manifest.artifacts for path in item.files),
                 *(item.file for item in manifest.adapters),
+                *(path for path in manifest.files if path.startswith("prefix/")),
             }
         )
         self._adapters = {item.file for item in manifest.adapters}

@@ -218,6 +218,8 @@ class OrtCache(HostCache):
 class OrtDeviceCache(OrtCache):
     """A KV cache in device memory, with the I/O bindings of its decoders."""
 
+    writes_parts = False
+
     def __init__(
         self,
         specs: tuple[TensorSpec, ...],

@@ -46,6 +46,8 @@ class Asset(Protocol):
 class AssetCache(KVCache):
     """A KV cache whose states stay with the asset, in the capacity that it was compiled for."""
 
+    writes_parts = False
+
     def __init__(
         self, specs: tuple[TensorSpec, ...], batch: int, capacity: int, asset: Asset, states: list[Any]
     ) -> None:

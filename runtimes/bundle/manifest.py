@@ -269,11 +269,15 @@ class Manifest:
                 raise UserError(f"{where} names {path!r} but has no size and hash for it.")
         return manifest
 
+    def pairs_of(self, backend: str, precision: str) -> set[Pair]:
+        """Return the backends and precisions of a choice; several of a mix."""
+        if backend != MIXED:
+            return {(backend, precision)}
+        return {pair for mix in self.mixes if mix.name == precision for pair in mix.components.values()}
+
     def judged_files(self, backend: str, precision: str) -> dict[str, FileEntry]:
         """Return the files that the parity verdict on a choice of ``list_choices`` is about."""
-        pairs = {(backend, precision)}
-        if backend == MIXED:
-            pairs = {pair for mix in self.mixes if mix.name == precision for pair in mix.components.values()}
+        pairs = self.pairs_of(backend, precision)
         stages = {f"{item.stage}/" for item in self.artifacts if (item.backend, item.precision) in pairs}
         judged = (*stages, f"{backend}/{precision}/", *JUDGED_WITH)
         return {path: entry for path, entry in self.files.items() if path.startswith(judged)}

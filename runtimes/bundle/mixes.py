@@ -80,13 +80,13 @@ def device_of(device: str | None, component: str) -> str | None:
     """
     if device is None or "=" not in device:
         return device
-    devices = dict(item.partition("=")[::2] for item in device.split(","))
-    for name, value in devices.items():
-        if name not in COMPONENTS or not value:
-            raise UserError(
-                f"The device {device!r} is not a device, or COMPONENT=DEVICE for some of"
-                f" {', '.join(COMPONENTS)}, separated by commas."
-            )
+    pairs = [item.partition("=")[::2] for item in device.split(",")]
+    devices = dict(pairs)
+    if not set(devices) <= set(COMPONENTS) or not all(devices.values()) or len(devices) < len(pairs):
+        raise UserError(
+            f"The device {device!r} is not a device, or COMPONENT=DEVICE for some of"
+            f" {', '.join(COMPONENTS)}, separated by commas."
+        )
     return devices.get(component)
 
 

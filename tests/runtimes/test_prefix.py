@@ -26,7 +26,7 @@ from runtimes.text.prompt import Message
 from tests.calibration.calibrated import Calibrated
 from tests.dsvl_export.parity_check.faults import rehash
 
-QUESTION = "How many objects are there?"
+QUESTION, MARK = "How many objects are there?", "<image_placeholder>"
 
 
 def without_prefix(bundle: Bundle, *choice: str) -> Pipeline:
@@ -92,6 +92,7 @@ def test_another_system_prompt_and_an_adapter_do_not_take_it(
     assert answer.reused_tokens < 3
     assert Pipeline.open(switchable_bundle, adapter="all").chain.prefix is None
     assert pipeline.chain.with_decoder(pipeline.chain.decoder).prefix is None
+    assert pipeline.with_adapter(None).chain.prefix is pipeline.chain.prefix
 
 
 def test_smoothed_values_have_a_prefix_of_their_own(tiny_calibrated: Calibrated, tmp_path: Path) -> None:
@@ -123,8 +124,15 @@ def test_it_is_recorded_with_the_goldens(tmp_path: Path) -> None:
     assert not any(path.startswith("prefix/") for path in bundle.manifest.files)
     assert Pipeline.open(bundle).chain.prefix is None
     assert Pipeline.open(bundle).chat(QUESTION).reused_tokens == 0
-    with_goldens = export("tiny", tmp_path / "b", precisions=["kv-int8"])
-    assert prefix_file("kv-int8") not in with_goldens.manifest.files  # its cache holds codes
+    plan = tmp_path / "mine.yaml"
+    plan.write_text("rules: []\n")
+    with_goldens = export("tiny", tmp_path / "b", precisions=[str(plan)])
+    assert prefix_file("mine") in with_goldens.manifest.files
+    assert prefix_file("fp32") in with_goldens.manifest.files  # of the earlier decoder
+    plan.write_text("kv_cache: int8\n")
+    quantized = export("tiny", tmp_path / "b", precisions=[str(plan)])
+    assert prefix_file("mine") not in quantized.manifest.files  # its cache holds codes
+    assert parity(quantized, precision="mine").stage("entry_points").state == "passed"
 
 
 @pytest.fixture
@@ -206,6 +214,23 @@ def test_text_is_prefilled_while_the_image_is_encoded(tiny_bundle: Bundle, pictu
     again = pipeline.chat([Message("system", "Be brief."), Message("user", QUESTION)], pictures[:1])
     assert len(order) == 2 and "encode" in order[0]  # it was encoded before
     assert again.tokens
+
+
+def test_the_first_new_image_is_the_first_in_the_prompt(tiny_bundle: Bundle, pictures: list[Path]) -> None:
+    """Not the first that the conversation showed: that one may be shown again later."""
+    pipeline, plain = (without_prefix(tiny_bundle, "onnxruntime", "fp32") for _ in range(2))
+    plain.chain.concurrent = False
+    turns = [Message("user", QUESTION)]
+    shown = [pictures[0]]
+    for opened in (pipeline, plain):
+        answer = opened.chat(turns, shown)
+        opened.chain._images.clear()  # as after many other images
+    later = [*turns, Message("assistant", answer.text), Message("user", f"{MARK} and {MARK}?")]
+    later[0] = Message("user", f"{MARK}{QUESTION}")
+    images = [pictures[0], pictures[1], pictures[0]]
+    assert pipeline.chat(later, images).tokens == plain.chat(later, images).tokens
+    order = [digest for digest, _ in pipeline._conversations[-1].keys if digest]
+    assert len(set(order)) == 2
 
 
 def test_an_error_of_the_encoder_reaches_the_caller(tiny_bundle: Bundle, pictures: list[Path]) -> None:

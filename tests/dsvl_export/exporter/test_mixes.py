@@ -18,7 +18,9 @@ from dsvl_export.exporter.config import ComponentChoices
 from dsvl_export.exporter.drop import drop_choices
 from dsvl_export.exporter.fastest import Candidate, export_fastest
 from dsvl_export.parity_check import compare, parity
+from dsvl_export.parity_check.report.record import record_verdict
 from dsvl_export.serving.models import ModelOptions, Models, runnable_models
+from dsvl_export.targets.targets import find_target
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from runtimes.bundle.bundle import Bundle
@@ -66,6 +68,26 @@ def test_a_mix_is_judged_as_one(copy: Path, run) -> None:
     assert tolerances["vision_encoder"]["factor"] == 100  # of fp32
     assert Bundle.open(copy).manifest.parity[f"mixed/{NAME}"]["verdict"] == "passed"
     assert (copy / f"reports/parity-mixed-{NAME}.html").exists()
+
+
+def test_a_new_file_of_a_component_drops_its_verdict(copy: Path) -> None:
+    """Also where the verdict is that of a mix; and a mix that does not fit any more is left out."""
+    plan = copy.parent / "mine.yaml"
+    plan.write_text("rules: [{layers: 'decoder.*', kind: linear, precision: int8-weights}]\n")
+    chosen = {"vision_encoder": "openvino:fp32", "decoder": f"onnxruntime:{plan}"}
+    export("tiny", copy, components=chosen)
+    name = "openvino-fp32+onnxruntime-mine"
+    bundle = Bundle.open(copy)
+    record_verdict(bundle, parity(bundle, "mixed", name))
+    assert Bundle.open(copy).manifest.parity[f"mixed/{name}"]["verdict"] == "passed"
+    plan.write_text("rules: [{layers: 'decoder.layers.1.*', kind: linear, precision: int8-weights}]\n")
+    export("tiny", copy, precisions=[str(plan)])
+    bundle = Bundle.open(copy)
+    assert f"mixed/{name}" not in bundle.manifest.parity and ("mixed", name) in bundle.choices()
+    assert parity(bundle, "mixed", name).passed
+    plan.write_text("base: fp16\nrules: [{layers: 'decoder.*', kind: linear, precision: int8-weights}]\n")
+    export("tiny", copy, precisions=[str(plan)])
+    assert Bundle.open(copy).choices() == [("onnxruntime", "mine"), MIX]
 
 
 def test_its_files_are_those_of_whole_exports(
@@ -266,30 +288,64 @@ def test_auto_takes_the_fastest_of_each(tmp_path: Path, monkeypatch: pytest.Monk
     assert {file.name for file in (folder / "reports").iterdir()} == {
         f"parity-mixed-{name}.json", f"parity-mixed-{name}.html",
     }  # fmt: skip
+    assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_auto_keeps_what_was_there_and_what_is_named(
+def test_auto_with_one_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"onnxruntime:fp32": (2.0, 2.0, 2.0), "openvino:fp32": (1.0, 1.0, 1.0)}
+    monkeypatch.setattr(fastest, "bench", timed(times))
+    made = export_fastest(ExportConfig("tiny", "auto", ("fp32",)), tmp_path / "b", lambda progress: None)
+    assert made.bundle.choices() == [("openvino", "fp32")] and not made.bundle.problems()
+    assert not list((tmp_path / "b").glob("onnxruntime*"))
+
+
+def test_an_interrupted_auto_goes_on_and_extends_a_bundle(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What was judged is not judged again, and the bundle of the user is left alone until the end."""
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
+    before = (folder / MANIFEST).read_text()
+    components = ComponentChoices(vision_encoder="openvino:fp32")
+    config = ExportConfig("tiny", "auto", ("fp32",), components)
+
+    def interrupted(folder: Path, backend: str, *arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fastest, "bench", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_fastest(config, folder, lambda progress: None)
+    assert (folder / MANIFEST).read_text() == before
+    judged: list[tuple[str, str]] = []
+    monkeypatch.setattr(fastest, "parity", lambda bundle, *pair: judged.append(pair) or parity(bundle, *pair))
     times = {"onnxruntime:fp32": (1.0, 1.0, 1.0), "openvino:fp32": (2.0, 2.0, 2.0)}
     monkeypatch.setattr(fastest, "bench", timed(times))
-    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
-    components = ComponentChoices(vision_encoder="openvino:fp32")
-    config = ExportConfig("tiny", "auto", ("fp32", "bf16"), components)
-    monkeypatch.setattr(fastest, "parity", lambda *arguments: pytest.fail("it was not needed"))
-    for pair in (("openvino", "fp32"), ("onnxruntime", "fp32")):  # as if an earlier call had judged them
-        export("tiny", folder, pair[0], [pair[1]])
-        raw = read_json(folder / MANIFEST)
-        raw["parity"]["/".join(pair)] = {
-            "verdict": "passed", "tolerances": "shipped", "goldens": 10, "report": "reports/x.json",
-        }  # fmt: skip
-        write_json(folder / MANIFEST, raw)
-    monkeypatch.setattr(fastest, "MEASURED_PRECISIONS", ("fp32",))
-    made = export_fastest(replace(config, precisions=()), folder, lambda progress: None)
+    made = export_fastest(config, folder, lambda progress: None)
+    assert judged == [("openvino", "fp32")]  # ONNX Runtime was judged before the interruption
     assert made.bundle.choices() == [
-        ("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("openvino", "fp32"),
+        ("onnxruntime", "fp32"), ("onnxruntime", "fp16"),
         ("mixed", "openvino-fp32+onnxruntime-fp32+onnxruntime-fp32"),
     ]  # fmt: skip
+    assert [file.name for file in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"goldens": False}, "auto chooses among what passes the parity check, which needs goldens"),
+        ({"components": ComponentChoices(decoder="openvno:fp32")}, "There is no backend 'openvno'"),
+        ({"components": ComponentChoices(decoder="openvino:fp16")}, "It does not fit the decoder, which reads"),
+        ({"precisions": ("fp8",), "switchable_adapters": ("a=b",)}, "openvino cannot switch adapters"),
+    ],
+)  # fmt: skip
+def test_auto_refuses_before_any_work(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    config = replace(ExportConfig("tiny", "auto"), **settings)
+    if "switchable_adapters" in settings:
+        found = fastest._list_candidates(config, find_target("cpu"), open_checkpoint("tiny").config)
+        assert any(message in item.problem.replace("The backend ", "") for item in found)
+        return
+    with pytest.raises(UserError, match=message):
+        export_fastest(config, tmp_path / "b", lambda progress: None)
+    assert not list(tmp_path.iterdir())
 
 
 def candidate(backend: str, precision: str, dtype: str, *seconds: float) -> Candidate:
@@ -297,21 +353,21 @@ def candidate(backend: str, precision: str, dtype: str, *seconds: float) -> Cand
 
 
 def test_all_chosen_components_have_one_dtype_between_them() -> None:
-    model, config = open_checkpoint("tiny").config, ExportConfig("tiny", "auto")
+    config = ExportConfig("tiny", "auto")
     found = [
         candidate("onnxruntime", "fp32", "float32", 3, 1, 3),
         candidate("openvino", "bf16", "float32", 2, 2, 4),
         candidate("openvino", "fp16", "float16", 1, 1, 9),
         replace(candidate("openvino", "int4", "float32"), problem="it differs"),
     ]
-    chosen = fastest._choose(config, model, found)
+    chosen = fastest._choose(config, found)
     assert chosen == {
         "vision_encoder": "openvino:bf16", "adaptor": "onnxruntime:fp32", "decoder": "onnxruntime:fp32",
     }  # fmt: skip
     named = replace(config, components=ComponentChoices(decoder="openvino:fp16"))
-    assert set(fastest._choose(named, model, found).values()) == {"openvino:fp16"}
+    assert set(fastest._choose(named, found[2:]).values()) == {"openvino:fp16"}
     with pytest.raises(UserError, match=r"no backend to choose from \(openvino int4: it differs\)"):
-        fastest._choose(config, model, found[3:])
+        fastest._choose(config, found[3:])
 
 
 @pytest.mark.parametrize(
@@ -319,7 +375,7 @@ def test_all_chosen_components_have_one_dtype_between_them() -> None:
     [("h100", "tensorrt:bf16"), ("iphone", "coreml:fp16"), ("arc-b580", "openvino:fp16")],
 )
 def test_the_bounds_decide_for_another_device(tmp_path: Path, target: str, chosen: str) -> None:
-    config = ExportConfig("tiny", "auto", target=target, goldens=False, capacity=64)
+    config = ExportConfig("tiny", "auto", target=target, goldens=False, capacity=256)
     made = export_fastest(config, tmp_path / "b", lambda progress: None)
     assert not made.measured and set(made.config.components.chosen().values()) == {chosen}
 
@@ -350,6 +406,15 @@ def test_mistakes_are_refused_before_any_work(
     assert done.code == 2 and not (tmp_path / "b").exists()
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(" ".join(done.err.split()))
+
+
+def test_two_plans_of_one_name(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "my.yaml").write_text(f"base: {'fp32' if folder == 'a' else 'bf16'}\n")
+    chosen = {"vision_encoder": f"openvino:{tmp_path}/a/my.yaml", "decoder": f"openvino:{tmp_path}/b/my.yaml"}
+    with pytest.raises(UserError, match="Two precision plans are called 'my'; rename one of the files"):
+        export("tiny", tmp_path / "bundle", components=chosen)
 
 
 def test_a_mix_has_one_precision_for_the_rest(tmp_path: Path) -> None:
@@ -394,7 +459,7 @@ def test_devices_of_components() -> None:
     assert device_of(None, "decoder") is None and device_of("gpu", "adaptor") == "gpu"
     assert device_of("vision_encoder=gpu,decoder=cpu", "decoder") == "cpu"
     assert device_of("vision_encoder=gpu", "adaptor") is None
-    for wrong in ("decoder=", "head=cpu", "decoder=cpu,gpu"):
+    for wrong in ("decoder=", "head=cpu", "decoder=cpu,gpu", "decoder=cpu,decoder=gpu"):
         with pytest.raises(UserError, match="is not a device, or COMPONENT=DEVICE for some of"):
             device_of(wrong, "decoder")
 
