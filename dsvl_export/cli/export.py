@@ -256,8 +256,8 @@ def export(
     for item in earlier:
         if item.file not in bundle.manifest.files:
             remedy = "add it again with 'dsvl-export add-adapter'"
-            pair = (item.backend, item.precision)
-            if pair not in bundle.choices() or not takes_adapters(bundle.artifact("decoder", *pair)):
+            able = {(a.backend, a.precision) for a in bundle.manifest.artifacts if takes_adapters(a)}
+            if (item.backend, item.precision) not in able:
                 remedy = "export again with --switchable, then add it again with 'dsvl-export add-adapter'"
             display.err.print(
                 f"[yellow]Removed the adapter {escape(item.file)}:[/] the decoder was exported anew;"
