@@ -57,7 +57,7 @@ def first_token(bundle: Path, choice: list[str], image: Path) -> dict[str, Any]:
     tokens = np.array(prefix_tokens(chain.tokenizer), np.int64)
     states = compute_states(chain, tokens)
     prefix = StoredPrefix("", tokens, states, np.zeros(len(states))).cast(chain.decoder.contract)
-    concurrent, found = chain.concurrent, {}
+    found = {}
 
     def ask() -> float:
         pipeline.reset()
@@ -65,10 +65,10 @@ def first_token(bundle: Path, choice: list[str], image: Path) -> dict[str, Any]:
         return float(pipeline.chat(QUESTION, [image], options).first_token_seconds)
 
     for name, parallel, stored in (
-        ("one after the other", False, None), ("text while the image is encoded", concurrent, None),
-        ("stored prefix", concurrent, prefix),
+        ("one after the other", False, None), ("text while the image is encoded", True, None),
+        ("stored prefix", False, prefix),
     ):  # fmt: skip
-        chain.concurrent, chain.prefix = parallel, stored
+        chain.separate_devices, chain.prefix = parallel, stored
         ask()
         found[name] = min(ask() for _ in range(REPEATS))
     pixels = preprocess(image, chain.preprocessing)

@@ -126,6 +126,7 @@ class Chain:
         max_cached_images: int = 16,
         exact_rows: bool = True,
         concurrent: bool = False,
+        separate_devices: bool = False,
         prefix: StoredPrefix | None = None,
     ) -> None:
         """Chain sessions of one bundle.
@@ -143,6 +144,8 @@ class Chain:
                 except for float rounding; otherwise there are no speculative tokens.
             concurrent: whether the vision encoder may run in parallel with the decoder, in another
                 thread.
+            separate_devices: whether the vision encoder and the decoder run on different devices;
+                on one, working at the same time takes longer than one after the other.
             prefix: the KV prefix of the system prompt, for this decoder.
         """
         self.tokenizer, self.preprocessing, self.embedding = tokenizer, preprocessing, embedding
@@ -152,7 +155,8 @@ class Chain:
             max_cached_images,
             exact_rows,
         )
-        self.concurrent, self.prefix, self.images_encoded = concurrent, prefix, 0
+        self.concurrent, self.separate_devices = concurrent, separate_devices
+        self.prefix, self.images_encoded = prefix, 0
         self._images: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = Lock()  # an encoder may run in parallel with the decoder
         self._embeds_dtype = np.dtype(decoder.contract.inputs[0].dtype)
@@ -298,15 +302,15 @@ class Chain:
     def prefill_prompt(self, prompt: Prompt, start: int, cache: KVCache) -> np.ndarray:
         """Prefill a prompt from position ``start`` on, and encode its images.
 
-        If sessions may run in parallel, the text before the first image is prefilled while that
-        image is encoded.
+        If sessions may run in parallel, on different devices, the text before the first image is
+        prefilled while that image is encoded.
 
         Returns:
             logits ``[V]`` of the last token.
         """
         places = (place for place in range(start, len(prompt.keys)) if prompt.keys[place][0])
         place = next(places, start)
-        if self.concurrent and place > start:
+        if self.concurrent and self.separate_devices and place > start:
             first = prompt.images[prompt.keys[place][0]]
             if not self.is_encoded(first):
                 with ThreadPoolExecutor(1) as pool:

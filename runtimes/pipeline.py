@@ -127,7 +127,8 @@ class Pipeline:
         for artifact in artifacts.values():
             for path in artifact.files:
                 bundle.path(path)  # rejects links that lead outside the bundle
-        for state in component_executions(bundle, backend, precision, device).values():
+        executions = component_executions(bundle, backend, precision, device)
+        for state in executions.values():
             if state.kind == "not run":
                 raise UserError(f"{backend} {precision} of {bundle.folder} cannot run here: {state.by}.")
 
@@ -149,6 +150,7 @@ class Pipeline:
             decoders.open(adapter),
             exact_rows=artifacts["decoder"].exact_rows,
             concurrent=_may_run_in_parallel(artifacts.values()),
+            separate_devices=executions["vision_encoder"].device != executions["decoder"].device,
             prefix=None if adapter else prefix,
         )
         max_capacity = compiled_capacity(artifacts["decoder"], device_of(device, "decoder"))

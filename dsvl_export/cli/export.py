@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -227,12 +228,12 @@ def export(
             "executorch.delegate": delegate,
         }
     )
-    bundle = None
+    fastest = None
     if settings.backend == AUTO:
         with display.export_progress() as report, _hint_of_resuming():
             fastest = export_fastest(settings, output, report)
         print_candidates(fastest, display.err)
-        bundle, settings = fastest.bundle, fastest.config
+        settings = fastest.config
     settings = settings.with_defaults()
     variants = list_variants(settings)
     parts = [part for variant in variants for part in variant.parts]
@@ -250,7 +251,9 @@ def export(
         )
     before = Bundle.open(output).manifest if (output / MANIFEST).exists() else None
     earlier, mixes = (before.adapters, before.mixes) if before else ((), ())
-    if bundle is None:
+    if fastest:
+        bundle = fastest.bundle
+    else:
         with display.export_progress() as report, _hint_of_resuming():
             bundle = export_bundle(settings, output, report)
     for item in earlier:
@@ -286,9 +289,9 @@ def export(
     if as_json:
         bundle = Bundle.open(output)  # with the verdicts
         documents = [document for document, _ in verdicts]
-        display.print_json(
-            {"bundle": str(bundle.folder), "manifest": bundle.manifest.to_dict(), "parity": documents}
-        )
+        row = {"bundle": str(bundle.folder), "manifest": bundle.manifest.to_dict(), "parity": documents}
+        candidates = {"candidates": list(map(asdict, fastest.candidates))} if fastest else {}
+        display.print_json({**row, **candidates})
     else:
         for result in results:
             display.print_parity(result)

@@ -43,6 +43,25 @@ class ComponentChoices:
     adaptor: str | None = None
     decoder: str | None = None
 
+    @classmethod
+    def from_dict(cls, raw: Any) -> ComponentChoices:
+        """Build the choices from component → ``BACKEND:PRECISION``.
+
+        Raises:
+            UserError: it is something else.
+        """
+        if not isinstance(raw, Mapping) or not all(isinstance(text, str) for text in raw.values()):
+            raise UserError(
+                "The components of a mix must map a component to 'BACKEND:PRECISION', such as {'decoder':"
+                f" 'onnxruntime:fp32'}}; got {raw!r}."
+            )
+        for name in raw:
+            if name not in COMPONENTS:
+                raise UserError(
+                    f"There is no component {name!r}; the components are {', '.join(COMPONENTS)}."
+                )
+        return cls(**raw)
+
     def chosen(self) -> dict[str, str]:
         """Return the chosen ones by component."""
         return {name: text for name in COMPONENTS if (text := getattr(self, name)) is not None}
@@ -55,11 +74,11 @@ class ComponentChoices:
                 adaptor, and none for the other two.
 
         Raises:
-            UserError: a component is missing, or one is not ``BACKEND:PRECISION``.
+            UserError: a component is missing, or has a backend or precision that does not exist.
         """
         chosen = self.chosen()
         for component, text in chosen.items():
-            parse_choice(component, text)
+            _check_choice(component, text)
         if others:
             chosen = dict.fromkeys(COMPONENTS, others) | chosen
         if "vision_encoder" in chosen:
@@ -226,7 +245,12 @@ class ExportConfig:
         if len(self.precisions) > 1:
             raise UserError("A mix has one precision for all components that it does not name; give one.")
         others = None
-        if (self.backend or self.precisions) and len(self.components.chosen()) < len(COMPONENTS):
+        if self.backend or self.precisions:
+            if len(self.components.chosen()) == len(COMPONENTS):
+                raise UserError(
+                    "The mix names all components, so that a backend or precision for the others has no"
+                    " effect; leave it out, or leave a component out."
+                )
             rest = replace(self, components=ComponentChoices()).with_defaults()
             others = f"{rest.backend}:{rest.precisions[0]}"
         return replace(self, backend=None, precisions=(), components=self.components.filled(others))

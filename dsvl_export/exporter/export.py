@@ -104,7 +104,7 @@ def export(
         chat_template=chat_template,
         backend=backend,
         precisions=tuple(precisions),
-        components=ComponentChoices(**(components or {})),
+        components=ComponentChoices.from_dict(components or {}),
         target=target,
         capacity=capacity,
         scales=str(scales) if scales else None,

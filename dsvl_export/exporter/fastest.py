@@ -20,6 +20,7 @@ from dsvl_export.exporter.config import ComponentChoices, ExportConfig, parse_ch
 from dsvl_export.exporter.drop import drop_choices
 from dsvl_export.exporter.export import MAX_DEFAULT_CAPACITY, export_bundle
 from dsvl_export.exporter.stages import ExportProgress, Report
+from dsvl_export.exporter.staging import check_output
 from dsvl_export.exporter.variants import list_variants
 from dsvl_export.parity_check import parity
 from dsvl_export.parity_check.report.record import record_verdict
@@ -103,6 +104,7 @@ def export_fastest(config: ExportConfig, output: str | Path, report: Report) -> 
             ``export_bundle`` for others.
     """
     output = Path(output).expanduser()
+    check_output(output)
     target = find_target(config.target or THIS_MACHINE)
     measured = target.name == THIS_MACHINE
     if measured and not config.goldens:
@@ -245,6 +247,8 @@ def _choose(config: ExportConfig, candidates: Sequence[Candidate]) -> dict[str, 
         total = sum(item.seconds[name] for name, item in fastest.items())
         choices.append((total, {name: f"{item.backend}:{item.precision}" for name, item in fastest.items()}))
     if not choices:
+        if len({item.problem for item in candidates}) == 1:
+            raise UserError(candidates[0].problem)
         problems = [f"{item.backend} {item.precision}: {item.problem.rstrip('.')}" for item in candidates]
         raise UserError(f"There is no backend to choose from ({'; '.join(problems)}).")
     _, chosen = min(choices, key=lambda choice: choice[0])

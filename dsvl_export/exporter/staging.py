@@ -31,6 +31,19 @@ INVALID = (ValueError, NotImplementedError)  # the result breaks a rule: a secon
 OnHashed = Callable[[int, int], None]  # gets the number of hashed bytes, and of all bytes
 
 
+def check_output(folder: Path) -> None:
+    """Check that a folder is new, empty, a bundle or an unfinished export.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder for the bundle.")
+    known = (folder / MANIFEST).exists() or (folder / STAGING).is_dir()
+    if folder.exists() and not known and any(folder.iterdir()):
+        raise UserError(f"The folder {folder} is not empty and holds no bundle; give a new one.")
+
+
 class Staging:
     """The output folder of an export while one process writes it.
 
@@ -56,13 +69,9 @@ class Staging:
             UserError: the folder holds other files than a bundle or an unfinished export, or
                 another export writes to it.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file; give a folder for the bundle.")
-        manifest = self.folder / MANIFEST
-        if manifest.exists():
+        check_output(self.folder)
+        if (self.folder / MANIFEST).exists():
             self.previous = Bundle.open(self.folder).manifest
-        elif self.folder.exists() and any(self.folder.iterdir()) and not self._work.is_dir():
-            raise UserError(f"The folder {self.folder} is not empty and holds no bundle; give a new one.")
         refuse_link(self.folder, STAGING)
         self._made = [path for path in (self._work, self.folder) if not path.exists()]
         if not self._lock.acquire(wait=False):

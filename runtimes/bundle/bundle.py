@@ -148,8 +148,10 @@ class Bundle:
         if matches:
             return next((pair for pair in matches if adapter in self.adapters(*pair)), matches[0])
         available = ", ".join(f"{name} {kind}" for name, kind in self.choices())
+        if not available:
+            raise UserError(f"The bundle {self.folder} has no artifacts of all components; export it again.")
         wanted = " ".join(part for part in (backend, precision) if part)
-        raise UserError(f"The bundle {self.folder} holds no {wanted}; it has {available or 'no artifacts'}.")
+        raise UserError(f"The bundle {self.folder} holds no {wanted}; it has {available}.")
 
     def artifact(self, component: str, backend: str, precision: str) -> Artifact:
         """Return the artifact of a component.

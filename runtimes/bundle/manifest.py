@@ -262,6 +262,8 @@ class Manifest:
                 )
         for mix in manifest.mixes:
             manifest._check_mix(mix, where)
+        if len({mix.name for mix in manifest.mixes}) < len(manifest.mixes):
+            raise UserError(f"{where} has a mix twice; export the bundle again.")
         for path in manifest.paths():
             if not stays_inside(path):
                 raise UserError(f"{where} names {path!r}, which lies outside the bundle.")

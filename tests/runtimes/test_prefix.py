@@ -188,9 +188,9 @@ def test_it_is_what_the_reference_computes(tiny_bundle: Bundle) -> None:
 
 def test_text_is_prefilled_while_the_image_is_encoded(tiny_bundle: Bundle, pictures: list[Path]) -> None:
     pipeline, plain = (without_prefix(tiny_bundle, "onnxruntime", "fp32") for _ in range(2))
-    plain.chain.concurrent = False
+    pipeline.chain.separate_devices = True
     chain, reached, order = pipeline.chain, threading.Event(), []
-    assert chain.concurrent
+    assert chain.concurrent and not plain.chain.separate_devices  # both are on the CPU
     encode, prefill = chain.encode_image, chain.prefill
 
     def encode_image(image: Any) -> np.ndarray:
@@ -219,7 +219,7 @@ def test_text_is_prefilled_while_the_image_is_encoded(tiny_bundle: Bundle, pictu
 def test_the_first_new_image_is_the_first_in_the_prompt(tiny_bundle: Bundle, pictures: list[Path]) -> None:
     """Not the first that the conversation showed: that one may be shown again later."""
     pipeline, plain = (without_prefix(tiny_bundle, "onnxruntime", "fp32") for _ in range(2))
-    plain.chain.concurrent = False
+    pipeline.chain.separate_devices = True
     turns = [Message("user", QUESTION)]
     shown = [pictures[0]]
     for opened in (pipeline, plain):
@@ -235,6 +235,7 @@ def test_the_first_new_image_is_the_first_in_the_prompt(tiny_bundle: Bundle, pic
 
 def test_an_error_of_the_encoder_reaches_the_caller(tiny_bundle: Bundle, pictures: list[Path]) -> None:
     pipeline = without_prefix(tiny_bundle, "onnxruntime", "fp32")
+    pipeline.chain.separate_devices = True
     encode = pipeline.chain.encode_image
     pipeline.chain.encode_image = lambda image: (_ for _ in ()).throw(UserError("broken"))  # type: ignore[method-assign]
     with pytest.raises(UserError, match="broken"):

@@ -331,6 +331,7 @@ def test_an_interrupted_auto_goes_on_and_extends_a_bundle(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"precisions": ("zzz",)}, "^There is no precision 'zzz'"),
         ({"goldens": False}, "auto chooses among what passes the parity check, which needs goldens"),
         ({"components": ComponentChoices(decoder="openvno:fp32")}, "There is no backend 'openvno'"),
         ({"components": ComponentChoices(decoder="openvino:fp16")}, "It does not fit the decoder, which reads"),
@@ -346,6 +347,13 @@ def test_auto_refuses_before_any_work(tmp_path: Path, settings: dict[str, Any], 
     with pytest.raises(UserError, match=message):
         export_fastest(config, tmp_path / "b", lambda progress: None)
     assert not list(tmp_path.iterdir())
+
+
+def test_auto_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "b").write_text("hi")
+    with pytest.raises(UserError, match="b is a file; give a folder for the bundle"):
+        export_fastest(ExportConfig("tiny", "auto"), tmp_path / "b", lambda progress: None)
+    assert [file.name for file in tmp_path.iterdir()] == ["b"]
 
 
 def candidate(backend: str, precision: str, dtype: str, *seconds: float) -> Candidate:
@@ -366,8 +374,11 @@ def test_all_chosen_components_have_one_dtype_between_them() -> None:
     }  # fmt: skip
     named = replace(config, components=ComponentChoices(decoder="openvino:fp16"))
     assert set(fastest._choose(named, found[2:]).values()) == {"openvino:fp16"}
-    with pytest.raises(UserError, match=r"no backend to choose from \(openvino int4: it differs\)"):
+    with pytest.raises(UserError, match="^it differs$"):
         fastest._choose(config, found[3:])
+    other = replace(found[3], backend="onnxruntime", problem="it is slow")
+    with pytest.raises(UserError, match=r"from \(openvino int4: it differs; onnxruntime int4: it is slow\)"):
+        fastest._choose(config, [found[3], other])
 
 
 @pytest.mark.parametrize(
@@ -408,6 +419,29 @@ def test_mistakes_are_refused_before_any_work(
         raise AssertionError(" ".join(done.err.split()))
 
 
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        ({"head": "openvino:fp32"}, "There is no component 'head'; the components are vision_encoder"),
+        ({"decoder": ("openvino", "fp32")}, r"must map a component to 'BACKEND:PRECISION', such as"),
+        ("decoder=openvino:fp32", r"must map a component to 'BACKEND:PRECISION', such as"),
+        ({"decoder": "openvino:zzz"}, "There is no precision 'zzz'"),
+        ({"decoder": "openvino:none.yaml"}, "none.yaml"),
+    ],
+)
+def test_mistakes_in_python(tmp_path: Path, components: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        export("tiny", tmp_path / "b", components=components)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backend_beside_all_components_is_refused(mixed_bundle: Bundle, tmp_path: Path, run) -> None:
+    """The kept config names all of them, so that the option would have no effect."""
+    config = mixed_bundle.folder / f"configs/mixed/{NAME}/export.yaml"
+    done = run("export", "--config", config, "--precision", "int8", "-o", tmp_path / "b")
+    assert done.code == 2 and "The mix names all components" in done.err
+
+
 def test_two_plans_of_one_name(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -441,6 +475,18 @@ def test_a_manifest_without_a_component(copy: Path, run, command: str) -> None:
     done = run(command, copy, *(["-p", "Hello"] if command == "run" else []))
     assert done.code == 2
     assert f"the mix {NAME} without its decoder (onnxruntime 8da4w-g128); export it again" in done.err
+
+
+def test_a_manifest_without_the_mix(copy: Path, run) -> None:
+    raw = read_json(copy / MANIFEST)
+    write_json(copy / MANIFEST, {**raw, "mixes": raw["mixes"] * 2})
+    done = run("inspect", copy)
+    assert done.code == 2 and "has a mix twice" in done.err
+    write_json(copy / MANIFEST, {**raw, "mixes": []})
+    done = run("run", copy, "-p", "Hello")
+    assert done.code == 2 and "has no artifacts of all components; export it again" in " ".join(
+        done.err.split()
+    )
 
 
 def test_a_manifest_with_borders_that_do_not_fit(copy: Path, run) -> None:
