@@ -426,7 +426,6 @@ def test_mistakes_are_refused_before_any_work(
         ({"decoder": ("openvino", "fp32")}, r"must map a component to 'BACKEND:PRECISION', such as"),
         ("decoder=openvino:fp32", r"must map a component to 'BACKEND:PRECISION', such as"),
         ({"decoder": "openvino:zzz"}, "There is no precision 'zzz'"),
-        ({"decoder": "openvino:none.yaml"}, "none.yaml"),
     ],
 )
 def test_mistakes_in_python(tmp_path: Path, components: Any, message: str) -> None:
