@@ -66,7 +66,8 @@ def program(executorch_bundle: Bundle, tmp_path: Path) -> Path:
 def test_sound_entry_points_pass(program: Path) -> None:
     stage = judged(Bundle.open(program), "executorch", "fp32")
     assert (stage.state, stage.detail) == ("passed", "")
-    assert stage.errors and "vision_encoder, with the adaptor" in stage.errors.tensor
+    names = ("vision_encoder, with the adaptor", "of the stored prefix")
+    assert stage.errors and any(name in stage.errors.tensor for name in names)  # the largest error's
 
 
 def test_the_runners_token_embeddings_are_judged(program: Path) -> None:
