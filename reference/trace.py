@@ -22,8 +22,9 @@ from reference.model.decoder import Decoder
 from reference.model.vision import Adaptor, VisionEncoder
 from reference.taps import Tap, component_taps
 from runtimes.bundle.contracts import Contract, TensorSpec
+from runtimes.bundle.mixes import COMPONENTS
 
-TRACED_COMPONENTS = ("vision_encoder", "adaptor", "decoder")
+TRACED_COMPONENTS = COMPONENTS
 PRECISION_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # numpy has no bfloat16: components that compute in it take and return float32, and store keys and
 # values in float16, which has more precision and enough range for them.

@@ -138,7 +138,7 @@ class KVCache(ABC):
             states: ``[batch, Hkv, length, Dh]`` for each state, in its dtype.
 
         Raises:
-            CapacityError: they do not fit; the cache is unchanged.
+            CapacityError: they do not fit; the cache is empty then.
         """
         self.reset()
         length = states[0].shape[2]

@@ -161,13 +161,15 @@ class Chain:
         self._lock = Lock()  # an encoder may run in parallel with the decoder
         self._embeds_dtype = np.dtype(decoder.contract.inputs[0].dtype)
 
-    def with_decoder(self, decoder: DecoderSession) -> Chain:
+    def with_decoder(self, decoder: DecoderSession, prefix: StoredPrefix | None = None) -> Chain:
         """Return a chain with another decoder; they share the cache of image embeddings.
 
-        The stored prefix is not that of the other decoder.
+        Args:
+            decoder: the other decoder.
+            prefix: the KV prefix of the system prompt, for that decoder.
         """
         other = copy.copy(self)
-        other.decoder, other.prefix, other.images_encoded = decoder, None, 0
+        other.decoder, other.prefix, other.images_encoded = decoder, prefix, 0
         return other
 
     def encode_pixels(self, pixels: np.ndarray) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
@@ -11,6 +12,7 @@ from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract
 from runtimes.bundle.manifest import Artifact, SwitchableAdapter
 from runtimes.errors import UserError
+from runtimes.prefix import StoredPrefix, prefix_file
 from runtimes.session import DecoderSession, SessionOptions
 
 
@@ -30,7 +32,7 @@ class Decoders:
             bundle: the bundle.
             artifact: the decoder's.
             options: of the sessions.
-            verify: whether to check the SHA-256 of an adapter's file.
+            verify: whether to check the SHA-256 of the files of adapters and of the stored prefix.
         """
         self._bundle, self._artifact, self._options, self._verify = bundle, artifact, options, verify
         self._lock = Lock()
@@ -47,6 +49,27 @@ class Decoders:
             if adapter not in self._sessions:
                 self._sessions[adapter] = self._open_adapter(adapter) if adapter else self._open_base()
             return self._sessions[adapter]
+
+    def prefix(self, adapter: str | None) -> StoredPrefix | None:
+        """Return the stored KV prefix of the system prompt for the session with an adapter.
+
+        Only the decoder without an adapter has one; None if the bundle has none.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return None if adapter else self._prefix
+
+    @cached_property
+    def _prefix(self) -> StoredPrefix | None:
+        path, manifest = prefix_file(self._artifact.precision), self._bundle.manifest
+        if path not in manifest.files:
+            return None
+        if self._verify:
+            self._bundle.check([path])
+        _, contract, _ = self._decoder()
+        file = self._bundle.path(path)
+        return StoredPrefix.load(file, manifest.checkpoint["sha256"], contract).cast(contract)
 
     def _open_base(self) -> DecoderSession:
         return load_backend(self._artifact.backend).open_decoder(*self._decoder())

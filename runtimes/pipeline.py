@@ -24,7 +24,6 @@ from runtimes.generation.decoding import Answer, SpeculativeSequence, generate
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import ImageSource
 from runtimes.memory import widening
-from runtimes.prefix import StoredPrefix, prefix_file
 from runtimes.session import ComponentSession, SessionOptions
 from runtimes.text.prompt import Message, PromptText, format_chat, place_images
 from runtimes.text.tokenizer import Tokenizer
@@ -75,7 +74,6 @@ class Pipeline:
         """
         self.chain, self.system_prompt, self.capacity = chain, system_prompt, capacity
         self.max_capacity, self._decoders = max_capacity, decoders
-        self._prefix = chain.prefix  # of the decoder without an adapter
         self._conversations: list[_Conversation] = []  # of open streams, and the last one
         self._turn = RLock()  # sessions run one call at a time
 
@@ -140,7 +138,6 @@ class Pipeline:
         decoders = Decoders(
             bundle, artifacts["decoder"], SessionOptions(threads, device_of(device, "decoder")), verify
         )
-        prefix = _stored_prefix(bundle, artifacts["decoder"], verify)
         chain = Chain(
             Tokenizer(bundle.path("tokenizer/tokenizer.json"), manifest.prompt),
             manifest.preprocessing,
@@ -151,13 +148,11 @@ class Pipeline:
             exact_rows=artifacts["decoder"].exact_rows,
             concurrent=_may_run_in_parallel(artifacts.values()),
             separate_devices=executions["vision_encoder"].device != executions["decoder"].device,
-            prefix=None if adapter else prefix,
+            prefix=decoders.prefix(adapter),
         )
         max_capacity = compiled_capacity(artifacts["decoder"], device_of(device, "decoder"))
         default = min(manifest.default_capacity, max_capacity or manifest.default_capacity)
-        pipeline = cls(chain, manifest.prompt.system_prompt, capacity or default, max_capacity, decoders)
-        pipeline._prefix = prefix
-        return pipeline
+        return cls(chain, manifest.prompt.system_prompt, capacity or default, max_capacity, decoders)
 
     def with_adapter(self, name: str | None) -> Pipeline:
         """Return a pipeline that answers with another adapter of the bundle; None is without one.
@@ -170,10 +165,9 @@ class Pipeline:
         """
         if self._decoders is None:
             raise UserError("This pipeline has no bundle with adapters; use Pipeline.open.")
-        chain = self.chain.with_decoder(self._decoders.open(name))
-        chain.prefix = None if name else self._prefix
+        chain = self.chain.with_decoder(self._decoders.open(name), self._decoders.prefix(name))
         other = Pipeline(chain, self.system_prompt, self.capacity, self.max_capacity, self._decoders)
-        other._turn, other._prefix = self._turn, self._prefix
+        other._turn = self._turn
         return other
 
     def chat(
@@ -354,21 +348,6 @@ def _may_run_in_parallel(artifacts: Iterable[Artifact]) -> bool:
     """Whether the sessions of artifacts may run at the same time, in several threads."""
     modules = [load_backend(item.backend) for item in artifacts]
     return all(isinstance(module, DeclaresConcurrency) and module.CONCURRENT for module in modules)
-
-
-def _stored_prefix(bundle: Bundle, decoder: Artifact, verify: bool) -> StoredPrefix | None:
-    """Load the KV prefix of the system prompt for a decoder; None if the bundle has none.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    path, contract = prefix_file(decoder.precision), bundle.manifest.contracts[decoder.precision]["decoder"]
-    if path not in bundle.manifest.files:
-        return None
-    if verify:
-        bundle.check([path])
-    prefix = StoredPrefix.load(bundle.path(path), bundle.manifest.checkpoint["sha256"], contract)
-    return prefix.cast(contract)
 
 
 def compiled_capacity(decoder: Artifact, device: str | None) -> int | None:

@@ -25,7 +25,7 @@ from dsvl_export.targets.machine import describe_machine, measure_seconds, packa
 from runtimes.backends.onnxruntime import prefill_file
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
-from runtimes.bundle.mixes import device_of
+from runtimes.bundle.mixes import MIXED, device_of
 from runtimes.cache import cache_bytes
 from runtimes.errors import UserError
 from runtimes.execution import execution
@@ -317,7 +317,7 @@ def _predicted(
     except ImportError as error:
         return f"a prediction needs {error.name}; run: {install_command(error.name or 'torch')}"
     tokens = prompt - bundle.manifest.prompt.image_tokens
-    artifacts = bundle.artifacts(backend, precision)
+    artifacts = bundle.artifacts(backend, precision) if backend == MIXED else {}
     components = {name: (item.backend, item.precision) for name, item in artifacts.items()}
     request = Request(backend, precision, max(context, prompt), 1, tokens, components)
     try:

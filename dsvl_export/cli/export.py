@@ -189,10 +189,8 @@ def export(
     from rich.markup import escape
 
     from dsvl_export.cli import display
-    from dsvl_export.cli.display_planning import print_candidates
     from dsvl_export.exporter.config import AUTO, ExportConfig
     from dsvl_export.exporter.export import export_bundle
-    from dsvl_export.exporter.fastest import export_fastest
     from dsvl_export.exporter.manifest import takes_adapters
     from dsvl_export.exporter.variants import list_variants
     from dsvl_export.targets.defects import warnings_for
@@ -230,6 +228,9 @@ def export(
     )
     fastest = None
     if settings.backend == AUTO:
+        from dsvl_export.cli.display_planning import print_candidates
+        from dsvl_export.exporter.fastest import export_fastest
+
         with display.export_progress() as report, _hint_of_resuming():
             fastest = export_fastest(settings, output, report)
         print_candidates(fastest, display.err)

@@ -23,7 +23,12 @@ from dsvl_export.parity_check.result import Localization, ParityResult
 from dsvl_export.parity_check.run_stages import run_stages
 from dsvl_export.parity_check.task import judge_task, score_with_progress
 from dsvl_export.parity_check.text import bundled_texts, judge_text
-from dsvl_export.parity_check.tolerances import Tolerance, component_tolerances, load_tolerances
+from dsvl_export.parity_check.tolerances import (
+    Tolerance,
+    are_overridden,
+    component_tolerances,
+    load_tolerances,
+)
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.mixes import Pair, device_of
 from runtimes.chain import Chain
@@ -86,7 +91,7 @@ def compare(
     sides = ((first, first_pair), (second, second_pair))
     rows = [component_tolerances(tolerances or shipped, bundle, *pair) for bundle, pair in sides]
     result.tolerances = {component: row.plus(rows[1][component]) for component, row in rows[0].items()}
-    result.overridden = tolerances is not None and tolerances != shipped
+    result.overridden = are_overridden([row for side in rows for row in side.values()], shipped)
     if not run.runnable:
         return result
     first_pipeline = Pipeline.open(first, *first_pair, threads=threads, device=runs[0].device)

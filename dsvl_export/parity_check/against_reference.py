@@ -27,7 +27,12 @@ from dsvl_export.parity_check.result import ParityResult
 from dsvl_export.parity_check.run_stages import run_stages
 from dsvl_export.parity_check.task import judge_task, score_on_cluster, score_with_progress
 from dsvl_export.parity_check.text import bundled_texts, judge_text
-from dsvl_export.parity_check.tolerances import Tolerance, component_tolerances, load_tolerances
+from dsvl_export.parity_check.tolerances import (
+    Tolerance,
+    are_overridden,
+    component_tolerances,
+    load_tolerances,
+)
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.mixes import Pair, device_of
 from runtimes.errors import UserError
@@ -107,7 +112,7 @@ def parity(
     precisions = {item.precision for item in bundle.artifacts(backend, precision).values()}
     result.is_fp32 = precisions == {"fp32"}
     result.tolerances = component_tolerances(tolerances or shipped, bundle, backend, precision)
-    result.overridden = tolerances is not None and tolerances != shipped
+    result.overridden = are_overridden(result.tolerances.values(), shipped)
     if not result.execution.runnable:
         return result
     device = result.execution.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,12 @@ def component_tolerances(
         component: _tolerances_of(table, bundle, artifact.precision, artifact.base)
         for component, artifact in bundle.artifacts(backend, precision).items()
     }
+
+
+def are_overridden(tolerances: Iterable[ComponentTolerance], shipped: Mapping[str, Tolerance]) -> bool:
+    """Return whether a row that counts is not one of the shipped table."""
+    rows = [row for tolerance in tolerances for row in (tolerance.own, tolerance.base)]
+    return any(row not in shipped.values() for row in rows)
 
 
 def _tolerances_of(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from runtimes.bundle.mixes import COMPONENTS
 from runtimes.chain import PREFILL_CHUNK, Chain
 from runtimes.goldens.golden import Golden
 from runtimes.preprocess import to_pixel_values
 
-TAPPED_COMPONENTS = ("vision_encoder", "adaptor", "decoder")
+TAPPED_COMPONENTS = COMPONENTS
 SAMPLES = 1 << 16
 Taps = dict[str, np.ndarray]  # name → sampled values
 

@@ -237,7 +237,11 @@ def test_an_error_of_the_encoder_reaches_the_caller(tiny_bundle: Bundle, picture
     pipeline = without_prefix(tiny_bundle, "onnxruntime", "fp32")
     pipeline.chain.separate_devices = True
     encode = pipeline.chain.encode_image
-    pipeline.chain.encode_image = lambda image: (_ for _ in ()).throw(UserError("broken"))  # type: ignore[method-assign]
+
+    def broken(image: Any) -> np.ndarray:
+        raise UserError("broken")
+
+    pipeline.chain.encode_image = broken  # type: ignore[method-assign]
     with pytest.raises(UserError, match="broken"):
         pipeline.chat(QUESTION, pictures[:1])
     pipeline.chain.encode_image = encode  # type: ignore[method-assign]

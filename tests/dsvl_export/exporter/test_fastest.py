@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,9 +30,9 @@ def timed(seconds: dict[str, tuple[float, float, float]]) -> Any:
 
     def bench(folder: Path, backend: str, precision: str, options: Any) -> Any:
         vision, adaptor, prefill = seconds[f"{backend}:{precision}"]
-        low = lambda value: type("Timing", (), {"low": value})()  # noqa: E731
-        stages = {"vision_encoder": low(vision), "adaptor": low(adaptor), "prefill": low(prefill)}
-        return type("Result", (), {"stages": stages, "decoding": [type("Speed", (), {"step": low(0.0)})()]})()
+        lowest = {"vision_encoder": vision, "adaptor": adaptor, "prefill": prefill}
+        stages = {name: SimpleNamespace(low=value) for name, value in lowest.items()}
+        return SimpleNamespace(stages=stages, decoding=[SimpleNamespace(step=SimpleNamespace(low=0.0))])
 
     return bench
 

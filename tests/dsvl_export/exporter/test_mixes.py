@@ -250,6 +250,12 @@ def test_apples_backends_feed_each_other(pair: OraclePair, tmp_path: Path) -> No
     chosen = {"vision_encoder": "coreml:fp16", "decoder": "coreai:fp16"}
     bundle = export(pair.checkpoint.folder, tmp_path / "b", components=chosen, capacity=256, goldens=False)
     assert {item.backend for item in bundle.artifacts(*bundle.choices()[0]).values()} == {"coreml", "coreai"}
+    chain = Pipeline.open(bundle).chain
+    (spec,) = chain.vision_encoder.contract.inputs
+    pixels = np.random.default_rng(0).random((1, *map(int, spec.shape[1:])), dtype=np.float32)
+    embeds = chain.adapt(chain.encode_pixels(pixels))
+    logits = chain.decoder.decode(embeds[:, :1], np.array([0]), chain.decoder.new_cache(1, 8))
+    assert np.isfinite(logits).all() and logits.std() > 0
 
 
 # What cannot be mixed.

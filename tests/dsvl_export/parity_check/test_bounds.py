@@ -184,5 +184,7 @@ def test_overridden_tolerances_leave_a_mark(bundle_copy: Path) -> None:
     assert result.overridden
     record_verdict(bundle, result)
     assert Bundle.open(bundle_copy).manifest.parity["onnxruntime/fp32"]["tolerances"] == "overridden"
+    others = {**load_tolerances(), "fp16": loose["fp16"]}
+    assert not parity(bundle, precision="fp32", tolerances=others).overridden  # no row that counts
     none = {name: replace(row, quantization_error=0.0) for name, row in load_tolerances().items()}
     record_verdict(bundle, parity(bundle, precision="fp32", tolerances=none))  # a report without any bound
