@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 LAYER_PRECISIONS: tuple[str, ...] = ("int8", "int8-weights", "int4")
-CACHE_PRECISIONS: tuple[str, ...] = ()
+CACHE_PRECISIONS: tuple[str, ...] = ("int8",)
 RECIPE_BASE = "fp32"
 OPTIONS: tuple[str, ...] = ()
 XML_PER_ONNX = 6.5  # bytes of an IR's graph for each byte of the ONNX graph; 4.7 to 8.5 were measured

@@ -7,35 +7,35 @@ from torch.fx import Node
 
 from dsvl_export.compilers.lowering import fake_tensor, numpy_dtype, to_numpy
 from dsvl_export.compilers.onnx.context import Lowering
+from dsvl_export.compilers.onnx.dialect_standard import Heads
 
 
-def split_heads(context: Lowering, source: Node, cache: Node, name: str) -> str:
-    """Split heads in the cache's dtype: ``[B, S, H * Dh]`` → ``[B, H, S, Dh]``."""
-    graph, head_dim = context.graph, int(fake_tensor(cache).shape[-1])
-    x, dtype = context.value(source), numpy_dtype(fake_tensor(cache).dtype)
-    if numpy_dtype(fake_tensor(source).dtype) != dtype:
-        x = context.cast(x, dtype, f"{name}_cast")
-    heads = int(fake_tensor(source).shape[-1]) // head_dim
-    apart = graph.node("Reshape", [x, graph.ints(0, 0, heads, head_dim)], f"{name}_heads")
+def split_heads(context: Lowering, source: Node, heads: Heads, name: str) -> str:
+    """Split heads in the dtype of attention: ``[B, S, H * Dh]`` → ``[B, H, S, Dh]``."""
+    graph, x = context.graph, context.value(source)
+    if numpy_dtype(fake_tensor(source).dtype) != heads.dtype:
+        x = context.cast(x, heads.dtype, f"{name}_cast")
+    count = int(fake_tensor(source).shape[-1]) // heads.size
+    apart = graph.node("Reshape", [x, graph.ints(0, 0, count, heads.size)], f"{name}_heads")
     return graph.node("Transpose", [apart], name, {"perm": [0, 2, 1, 3]})
 
 
-def merge_heads(context: Lowering, x: str, node: Node, cache: Node) -> str:
+def merge_heads(context: Lowering, x: str, node: Node, heads: Heads) -> str:
     """Merge heads into the value of ``node``: ``[B, H, S, Dh]`` → ``[B, S, H * Dh]``."""
     graph, name, dtype = context.graph, context.name(node), numpy_dtype(fake_tensor(node).dtype)
     turned = graph.node("Transpose", [x], f"{name}_tokens", {"perm": [0, 2, 1, 3]})
     out = context.emit(node, "Reshape", [turned, graph.ints(0, 0, int(fake_tensor(node).shape[-1]))])
-    return out if numpy_dtype(fake_tensor(cache).dtype) == dtype else context.cast(out, dtype, f"{name}_cast")
+    return out if heads.dtype == dtype else context.cast(out, dtype, f"{name}_cast")
 
 
-def rotation_table(context: Lowering, table: Node, cache: Node) -> str:
-    """Add the table of cosines or sines ``[P, Dh / 2]`` in the cache's dtype."""
-    constant, dtype = context.constant(table), fake_tensor(cache).dtype
+def rotation_table(context: Lowering, table: Node, heads: Heads) -> str:
+    """Add the table of cosines or sines ``[P, Dh / 2]`` in the dtype of attention."""
+    constant = context.constant(table)
     return context.graph.initializer(
         f"{constant.name}_table",
-        numpy_dtype(dtype),
+        heads.dtype,
         fake_tensor(table).shape,
-        lambda: to_numpy(constant.load().to(dtype)),
+        lambda: to_numpy(constant.load().float()).astype(heads.dtype),
     )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from ml_dtypes import finfo
 from torch.fx import Node
 
 from dsvl_export.compilers.lowering import QuantizedWeight, arguments, fake_tensor, numpy_dtype
@@ -12,6 +15,32 @@ from dsvl_export.compilers.onnx.builder import Graph
 from dsvl_export.compilers.onnx.context import Lowering
 from dsvl_export.compilers.onnx.quantization import dequantize_weight
 from runtimes.bundle.contracts import TensorSpec, updated_state
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of keys and values, and the dtype in which attention computes.
+
+    Args:
+        count: number of heads.
+        size: channels of a head.
+        dtype: of queries, keys, values and scores.
+    """
+
+    count: int
+    size: int
+    dtype: np.dtype[Any]
+
+    @property
+    def scale(self) -> float:
+        """The factor of the scores, ``size ** -0.5``."""
+        return float(self.size**-0.5)
+
+
+def heads_of(source: Node) -> Heads:
+    """Return the heads of a node ``[B, H, T, Dh]`` of the program."""
+    tensor = fake_tensor(source)
+    return Heads(int(tensor.shape[1]), int(tensor.shape[-1]), numpy_dtype(tensor.dtype))
 
 
 class StandardDialect:
@@ -37,7 +66,7 @@ class StandardDialect:
         """Lower the softmax attention of the vision towers, with or without an additive bias."""
         (query, key, value), bias = attention_inputs(node)
         name, (q, k, v) = context.name(node), map(context.value, (query, key, value))
-        scores = _scores(context, q, k, query, name)
+        scores = _scores(context, q, k, heads_of(query), name)
         for addend in bias:
             scores = context.graph.node("Add", [scores, context.value(addend)], f"{name}_bias")
         weights = context.graph.node("Softmax", [scores], f"{name}_softmax", {"axis": -1})
@@ -78,16 +107,11 @@ def primitive_rms_norm(context: Lowering, x: str, weight: str, epsilon: float, n
     return graph.node("Mul", [scaled, weight], name)
 
 
-def head_scale(source: Node) -> float:
-    """Return the scale of attention scores for heads ``[..., Dh]``."""
-    return float(int(fake_tensor(source).shape[-1]) ** -0.5)
-
-
 def softmax_attention(
     context: Lowering,
     query: str,
     blocks: Sequence[tuple[str, str, str]],
-    source: Node,
+    heads: Heads,
     groups: int,
     name: str,
 ) -> str:
@@ -98,24 +122,23 @@ def softmax_attention(
         query: ``[B, H, S, Dh]``.
         blocks: keys and values ``[B, Hkv, T, Dh]``, and a bool mask that broadcasts to ``[B, H, S,
             T]``.
-        source: a node of the program with the head size and the dtype.
+        heads: the heads of keys and values.
         groups: query heads per head of keys and values.
         name: prefix of the nodes' names.
     """
-    graph, dtype = context.graph, numpy_dtype(fake_tensor(source).dtype)
-    heads, head_dim = int(fake_tensor(source).shape[1]), int(fake_tensor(source).shape[-1])
-    lowest = graph.constant(np.array(np.finfo(dtype).min, dtype), "lowest")
+    graph = context.graph
+    lowest = graph.constant(np.array(finfo(heads.dtype).min, heads.dtype), "lowest")
 
     def grouped(x: str, what: str) -> str:
         """An axis for the groups of query heads, where there are any."""
         return graph.node("Unsqueeze", [x, graph.ints(2)], f"{name}_{what}") if groups > 1 else x
 
     if groups > 1:
-        shape = graph.ints(0, heads, groups, -1, head_dim)
+        shape = graph.ints(0, heads.count, groups, -1, heads.size)
         query = graph.node("Reshape", [query, shape], f"{name}_grouped")
     masked = []
     for keys, _, mask in blocks:
-        scores = _scores(context, query, grouped(keys, "keys"), source, name, groups > 1)
+        scores = _scores(context, query, grouped(keys, "keys"), heads, name, groups > 1)
         masked.append(graph.node("Where", [grouped(mask, "mask"), scores, lowest], f"{name}_masked"))
     joined = graph.node("Concat", masked, f"{name}_joined", {"axis": -1}) if len(blocks) > 1 else masked[0]
     weights = [graph.node("Softmax", [joined], f"{name}_softmax", {"axis": -1})]
@@ -127,14 +150,15 @@ def softmax_attention(
     ]
     out = parts[0] if len(parts) == 1 else graph.node("Add", parts, f"{name}_sum")
     if groups > 1:
-        out = graph.node("Reshape", [out, graph.ints(0, heads * groups, -1, head_dim)], f"{name}_ungrouped")
+        shape = graph.ints(0, heads.count * groups, -1, heads.size)
+        out = graph.node("Reshape", [out, shape], f"{name}_ungrouped")
     return out
 
 
-def _scores(context: Lowering, query: str, keys: str, source: Node, name: str, grouped: bool = False) -> str:
+def _scores(context: Lowering, query: str, keys: str, heads: Heads, name: str, grouped: bool = False) -> str:
     """Add ``q · kᵀ · scale``; scales the queries first, to avoid overflow in half precision."""
     graph = context.graph
-    factor = graph.constant(np.array(head_scale(source), numpy_dtype(fake_tensor(source).dtype)), "scale")
+    factor = graph.constant(np.array(heads.scale, heads.dtype), "scale")
     scaled = graph.node("Mul", [query, factor], f"{name}_scale")
     order = [0, 1, 2, 4, 3] if grouped else [0, 1, 3, 2]
     swapped = graph.node("Transpose", [keys], f"{name}_keys", {"perm": order})

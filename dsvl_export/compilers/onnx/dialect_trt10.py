@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from torch.fx import Node
 
-from dsvl_export.compilers.lowering import arguments, fake_tensor
+from dsvl_export.compilers.lowering import arguments, fake_tensor, numpy_dtype, to_numpy
 from dsvl_export.compilers.onnx.context import Lowering
 from dsvl_export.compilers.onnx.decoder_parts import cache_slots, merge_heads, rotation_table, split_heads
-from dsvl_export.compilers.onnx.dialect_standard import StandardDialect, softmax_attention
+from dsvl_export.compilers.onnx.dialect_standard import (
+    Heads,
+    StandardDialect,
+    heads_of,
+    softmax_attention,
+)
 from dsvl_export.compilers.onnx.quantization import FOUR_BIT
 from reference.trace import TracedComponent
 from runtimes.bundle.contracts import TensorSpec, appended_state
@@ -45,34 +52,65 @@ class Trt10Dialect(StandardDialect):
         return graph.node("Mul", [scaled, weight], name)
 
     def cached_attention(self, context: Lowering, node: Node) -> str:
-        """Lower to primitives over the cache and the new tokens."""
-        query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
-        graph, name = context.graph, context.name(node)
-        head_dim = int(fake_tensor(keys).shape[-1])
-        angles = [self._angles(context, table, keys, context.value(positions)) for table in (cos, sin)]
-        heads = {
-            part: split_heads(context, source, keys, f"{name}_{part}")
-            for part, source in (("query", query), ("key", key), ("value", value))
-        }
-        rotated_query, rotated_key = (
-            self._rotate(context, heads[part], angles, f"{name}_rotated_{part}") for part in ("query", "key")
-        )
-        for rows, output in zip(
-            (rotated_key, heads["value"]), context.state_outputs(keys, values), strict=True
-        ):
-            graph.node("Identity", [rows], f"{name}_{output}", outputs=[output])
-        past, new = self._masks(context, context.value(positions), context.value(keys))
-        groups = int(fake_tensor(query).shape[-1]) // head_dim // int(fake_tensor(keys).shape[1])
-        blocks = [
-            (context.value(keys), context.value(values), past),
-            (rotated_key, heads["value"], new),
-        ]
-        out = softmax_attention(context, rotated_query, blocks, keys, groups, name)
-        return merge_heads(context, out, node, keys)
+        """Lower to primitives over the cache and the new tokens.
 
-    def _angles(self, context: Lowering, table: Node, cache: Node, positions: str) -> str:
+        The codes of an int8 cache are multiplied without their scales. The keys' scales multiply
+        the queries instead, and those of the values the result.
+        """
+        query, key, value, positions, cos, sin, keys, values, *scales = arguments(node)
+        graph, name, heads = context.graph, context.name(node), heads_of(keys)
+        quantized = any(scale is not None for scale in scales)
+        if quantized:
+            heads = replace(heads, dtype=numpy_dtype(fake_tensor(query).dtype))
+        angles = [self._angles(context, table, heads, context.value(positions)) for table in (cos, sin)]
+        query_heads, key_heads, value_heads = (
+            split_heads(context, source, heads, f"{name}_{part}")
+            for part, source in (("query", query), ("key", key), ("value", value))
+        )
+        rotated, new_keys = (
+            self._rotate(context, x, angles, f"{name}_rotated_{part}")
+            for part, x in (("query", query_heads), ("key", key_heads))
+        )
+        past, new = [context.value(keys), context.value(values)], [new_keys, value_heads]
+        groups = int(fake_tensor(query).shape[-1]) // heads.size // heads.count
+        if quantized:
+            new = [
+                self._codes(context, rows, scale, heads, f"{name}_codes")
+                for rows, scale in zip(new, scales, strict=True)
+            ]
+        for rows, output in zip(new, context.state_outputs(keys, values), strict=True):
+            graph.node("Identity", [rows], f"{name}_{output}", outputs=[output])
+        if quantized:
+            past, new = (
+                [context.cast(codes, heads.dtype, f"{name}_float") for codes in block]
+                for block in (past, new)
+            )
+            key_scale, value_scale = (_head_scales(context, scale, heads, groups) for scale in scales)
+            rotated = graph.node("Mul", [rotated, key_scale], f"{name}_key_scale")
+        past_mask, new_mask = self._masks(context, context.value(positions), context.value(keys))
+        blocks = [(past[0], past[1], past_mask), (new[0], new[1], new_mask)]
+        out = softmax_attention(context, rotated, blocks, heads, groups, name)
+        if quantized:
+            out = graph.node("Mul", [out, value_scale], f"{name}_value_scale")
+        return merge_heads(context, out, node, heads)
+
+    def _codes(self, context: Lowering, rows: str, scale: Node, heads: Heads, name: str) -> str:
+        """Quantize new rows ``[B, Hkv, S, Dh]`` to int8 with a scale per head.
+
+        QuantizeLinear itself gets the scale 1: TensorRT's rules allow activations no other scale
+        per head.
+        """
+        graph = context.graph
+        one, zero = (
+            graph.constant(np.array(1, heads.dtype), "one"),
+            graph.constant(np.array(0, np.int8), "zero"),
+        )
+        scaled = graph.node("Div", [rows, _head_scales(context, scale, heads)], f"{name}_scaled")
+        return graph.node("QuantizeLinear", [scaled, one, zero], name)
+
+    def _angles(self, context: Lowering, table: Node, heads: Heads, positions: str) -> str:
         """Gather rows ``[B, 1, S, Dh / 2]`` of a RoPE table, once for all layers."""
-        graph, scratch, source = context.graph, context.scratch, rotation_table(context, table, cache)
+        graph, scratch, source = context.graph, context.scratch, rotation_table(context, table, heads)
         if source not in scratch:
             rows = graph.node("Gather", [source, positions], f"{source}_rows", {"axis": 0})
             scratch[source] = graph.node("Unsqueeze", [rows, graph.ints(1)], f"{source}_of_heads")
@@ -100,3 +138,14 @@ class Trt10Dialect(StandardDialect):
             first = graph.node("Slice", [down, *(graph.ints(v) for v in (0, 1, 2))], "positions_first")
             scratch["mask_past"] = graph.node("Less", [cache_slots(context, cache), first], "mask_past")
         return scratch["mask_past"], scratch["mask_new"]
+
+
+def _head_scales(context: Lowering, source: Node, heads: Heads, groups: int = 1) -> str:
+    """Add scales ``[Hkv]`` of a cache as ``[1, Hkv * groups, 1, 1]``, for heads or query heads."""
+    scale = context.constant(source)
+    return context.graph.initializer(
+        f"{scale.name}_of_{'heads' if groups == 1 else 'query_heads'}",
+        heads.dtype,
+        (1, heads.count * groups, 1, 1),
+        lambda: to_numpy(scale.load().float()).repeat(groups).astype(heads.dtype).reshape(1, -1, 1, 1),
+    )

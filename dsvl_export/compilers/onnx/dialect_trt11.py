@@ -11,7 +11,7 @@ from dsvl_export.compilers.onnx.decoder_parts import merge_heads, rotation_table
 from dsvl_export.compilers.onnx.dialect_standard import (
     StandardDialect,
     attention_inputs,
-    head_scale,
+    heads_of,
     softmax_attention,
 )
 
@@ -37,24 +37,24 @@ class Trt11Dialect(StandardDialect):
         if not _fused(sources[0]):
             return super().attention(context, node)
         inputs = [context.value(source) for source in (*sources, *bias)]
-        return context.emit(node, "Attention", inputs, {"scale": head_scale(sources[0])})
+        return context.emit(node, "Attention", inputs, {"scale": heads_of(sources[0]).scale})
 
     def cached_attention(self, context: Lowering, node: Node) -> str:
         """Lower to RotaryEmbedding, TensorScatter and Attention."""
         query, key, value, positions, cos, sin, keys, values, *_ = arguments(node)
         graph, name = context.graph, context.name(node)
-        head_dim = int(fake_tensor(keys).shape[-1])
-        tables = [rotation_table(context, table, keys) for table in (cos, sin)]
+        heads = heads_of(keys)
+        tables = [rotation_table(context, table, heads) for table in (cos, sin)]
         rotated = [
             graph.node(
                 "RotaryEmbedding",
-                [split_heads(context, source, keys, f"{name}_{part}"), *tables, context.value(positions)],
+                [split_heads(context, source, heads, f"{name}_{part}"), *tables, context.value(positions)],
                 f"{name}_rotated_{part}",
             )
             for source, part in ((query, "query"), (key, "key"))
         ]
         start = self._start(context, context.value(positions))
-        new = (rotated[1], split_heads(context, value, keys, f"{name}_value"))
+        new = (rotated[1], split_heads(context, value, heads, f"{name}_value"))
         cache = [
             graph.node(
                 "TensorScatter", [context.value(state), rows, start], f"{name}_{output}", {"axis": -2},
@@ -66,12 +66,12 @@ class Trt11Dialect(StandardDialect):
         ]  # fmt: skip
         mask = visible_slots(context, context.value(positions), context.value(keys))
         if not _fused(keys):
-            groups = int(fake_tensor(query).shape[-1]) // head_dim // int(fake_tensor(keys).shape[1])
-            out = softmax_attention(context, rotated[0], [(cache[0], cache[1], mask)], keys, groups, name)
+            groups = int(fake_tensor(query).shape[-1]) // heads.size // heads.count
+            out = softmax_attention(context, rotated[0], [(cache[0], cache[1], mask)], heads, groups, name)
         else:
-            scale = {"scale": head_scale(keys)}
+            scale = {"scale": heads.scale}
             out = graph.node("Attention", [rotated[0], *cache, mask], f"{name}_attention", scale)
-        return merge_heads(context, out, node, keys)
+        return merge_heads(context, out, node, heads)
 
     def _start(self, context: Lowering, positions: str) -> str:
         """Return the slot ``[B]`` of each row's first new token.

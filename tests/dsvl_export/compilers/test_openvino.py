@@ -31,7 +31,11 @@ from tests.grids import variants_by_precision
 from tests.shared import shared_bundle
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed here")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int8-weights")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int8-weights", "kv-int8")
+PLANS = {
+    "int4": "rules: [{layers: 'decoder.layers.*', kind: linear, precision: int4-g4}]",
+    "kv-int8-bf16": "base: bf16\nkv_cache: int8",
+}
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +80,15 @@ def test_every_precision_passes_parity(request: pytest.FixtureRequest, fixture: 
         assert all(stage.errors.relative_rms < 1e-5 for stage in result.stages if stage.errors)
 
 
-@variants_by_precision({"siglip": ("int4",), "hybrid": ("int8",)}, "fp32", "fp16", "bf16")
+@variants_by_precision(
+    {"siglip": ("int4",), "hybrid": ("int8", "kv-int8")}, "fp32", "fp16", "bf16", "kv-int8-bf16"
+)
 def test_random_checkpoints_of_both_variants(pair: OraclePair, precision: str, tmp_path: Path) -> None:
     """Grouped queries and both vision towers; groups that divide their small widths."""
-    needs(precision)
-    if precision == "int4":
-        rule = "layers: 'decoder.layers.*', kind: linear, precision: int4-g4"
-        (tmp_path / "four.yaml").write_text("base: fp32\nrules: [{" + rule + "}]")
-        precision = str(tmp_path / "four.yaml")
+    needs(precision.rpartition("-")[2])
+    if text := PLANS.get(precision):
+        (tmp_path / "plan.yaml").write_text(text)
+        precision = str(tmp_path / "plan.yaml")
     made = export(pair.checkpoint.folder, tmp_path / "b", "openvino", [precision], capacity=256)
     result = parity(made, taps=True)
     assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
