@@ -176,7 +176,7 @@ def _example_tensor(
     spec: TensorSpec, sizes: dict[str, int], computes_in: torch.dtype | None = None
 ) -> Tensor:
     """Build zeros of a spec; floats have the dtype ``computes_in`` if there is one."""
-    shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
+    shape = spec.sized(sizes)
     dtype: torch.dtype = getattr(torch, spec.dtype)
     return torch.zeros(shape, dtype=computes_in if computes_in and dtype.is_floating_point else dtype)
 

@@ -24,11 +24,7 @@ class CapacityError(UserError):
 def cache_bytes(specs: tuple[TensorSpec, ...], batch: int, capacity: int) -> int:
     """Return the bytes of the states of a cache."""
     sizes = {"batch": batch, "capacity": capacity}
-    total = 0
-    for spec in specs:
-        shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
-        total += prod(shape) * np.dtype(spec.dtype).itemsize
-    return total
+    return sum(prod(spec.sized(sizes)) * np.dtype(spec.dtype).itemsize for spec in specs)
 
 
 class KVCache(ABC):

@@ -66,7 +66,7 @@ class AtenLowering(ProgramLowering):
 
     def example(self, spec: TensorSpec) -> Tensor:
         """Create zeros with the shape and dtype of a spec."""
-        shape = [dim if isinstance(dim, int) else self._sizes[dim] for dim in spec.shape]
+        shape = spec.sized(self._sizes)
         return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 
     def sanitize_name(self, name: str) -> str:

@@ -19,9 +19,9 @@ from runtimes.backends.openvino import (
     FLOAT16,
     FLOAT32,
     INFERENCE_PRECISION,
-    reason,
     release,
 )
+from runtimes.backends.openvino_requests import reason
 from runtimes.bundle.contracts import Contract, appended_state
 from runtimes.errors import UserError
 

@@ -16,6 +16,7 @@ from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import TABLE_FILE, ScaleTable
 from dsvl_export.compilers.protocol import ChecksPlans, Compiler
 from dsvl_export.targets.options import CompileOptions
+from dsvl_export.targets.targets import Target, nearest_precision
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.model.config import ModelConfig
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, component_contract
@@ -94,10 +95,26 @@ def check_request(
         check_plan(backend, compiler, plan, config)
         if options.target:
             for kind in required_precisions(plan, config):
-                options.target.check(backend, kind)
+                _check_target(options.target, backend, plan, kind)
     compiler.settings(options)
     if isinstance(compiler, ChecksPlans):
         compiler.check(plans, config, options)
+
+
+def _check_target(target: Target, backend: str, plan: PrecisionPlan, kind: str) -> None:
+    """Check that a target supports one of the precisions that a plan requires.
+
+    Raises:
+        UserError: it does not.
+    """
+    supported = target.backends.get(backend)
+    if supported and kind == plan.base != plan.name and kind not in supported:
+        base = nearest_precision(kind, supported)
+        raise UserError(
+            f"{target.device} does not compute in {kind}, the base of {plan.name}; use a precision with"
+            f" the base {base}, such as int8-{base}."
+        )
+    target.check(backend, kind)
 
 
 def check_mix(mix: Mix, plans: Mapping[str, PrecisionPlan], config: ModelConfig) -> None:

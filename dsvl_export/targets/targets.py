@@ -75,8 +75,11 @@ class Target:
 
 
 def nearest_precision(precision: str, choices: list[str]) -> str:
-    """Return the precision of the same size, else the next larger one, else the largest."""
-    bits = LISTED_BITS[precision]
+    """Return the precision of the same size, else the next larger one, else the largest.
+
+    A precision of the KV cache takes the place of no other.
+    """
+    bits, choices = LISTED_BITS[precision], [name for name in choices if not name.startswith("kv-")]
     larger = [choice for choice in choices if LISTED_BITS[choice] >= bits]
     return min(larger, key=lambda choice: LISTED_BITS[choice]) if larger else choices[0]
 

@@ -155,19 +155,11 @@ def layer_golden_bytes(config: ModelConfig) -> tuple[int, int]:
     """
     sizes = {"batch": 1, "sequence": TOKENS, "rows": TOKENS}
     contracts = [component_contract(config, component, "fp32") for component in TAPPED_COMPONENTS]
-    shapes = [
-        [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
-        for contract in contracts
-        for spec in contract.taps
-    ]
+    shapes = [spec.sized(sizes) for contract in contracts for spec in contract.taps]
     tap_bytes = 2 * sum(map(math.prod, shapes))
-    input_bytes = 2 * sum(
-        math.prod(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)
-        for contract in contracts
-        for spec in contract.inputs
-    )
+    input_bytes = 2 * sum(math.prod(spec.sized(sizes)) for contract in contracts for spec in contract.inputs)
     shapes += [
-        [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
+        spec.sized(sizes)
         for contract in contracts
         if contract.component in STATELESS
         for spec in contract.outputs

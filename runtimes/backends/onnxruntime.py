@@ -370,7 +370,7 @@ class OrtDecoder:
             binding.bind_ortvalue_input(name, value)
         sizes = {"batch": cache.batch, "capacity": cache.capacity}
         for spec, address in zip(self.contract.states, cache.addresses, strict=True):
-            shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
+            shape = spec.sized(sizes)
             place = (cache.memory, 0, np.dtype(spec.dtype), shape, address)
             binding.bind_input(spec.name, *place)
             if not self._appended:

@@ -1,31 +1,35 @@
-"""Backend ``openvino``: IR files (``.xml``, ``.bin``) in OpenVINO, on a CPU or an Intel GPU."""
+"""Backend ``openvino``: IR files (``.xml``, ``.bin``) in OpenVINO, on a CPU, Intel GPU or NPU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtimes.backends.openvino_cache import GrowingCache
-from runtimes.bundle.contracts import Contract, TensorSpec, appended_state
+from runtimes.backends.openvino_fixed import FixedShapeComponent, FixedShapeDecoder
+from runtimes.backends.openvino_requests import Request, reason
+from runtimes.bundle.contracts import Contract, appended_state
 from runtimes.cache import KVCache
 from runtimes.decode_call import UNLIMITED, validated_call
 from runtimes.errors import UserError
 from runtimes.installation import install_command
-from runtimes.session import Execution, SessionOptions
+from runtimes.session import ComponentSession, DecoderSession, Execution, SessionOptions
 
 if TYPE_CHECKING:
     from runtimes.bundle.manifest import Artifact
 
 DIALECT = "openvino"
-CPU, GPU = "cpu", "gpu"
+CPU, GPU, NPU = "cpu", "gpu", "npu"
+FIXED_SHAPES: tuple[str, ...] = (NPU,)  # devices whose compilers need fixed shapes
 # Key of the model's ``rt_info``: OpenVINO's name of the type in which floats are computed.
 INFERENCE_PRECISION = ["dsvl_export", "inference_precision"]
 FLOAT32, FLOAT16, BFLOAT16 = "f32", "f16", "bf16"
-CAPABILITIES = {FLOAT16: "FP16", BFLOAT16: "BF16"}  # OpenVINO's names of them
+CAPABILITIES = {FLOAT32: "FP32", FLOAT16: "FP16", BFLOAT16: "BF16"}  # of devices
+BASES = {FLOAT32: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16"}
 CONCURRENT = True  # sessions may run at the same time in different threads
 
 
@@ -47,7 +51,7 @@ def _core() -> Any:
 def devices() -> list[str]:
     """List the devices that this machine supports; see ``Backend.devices``."""
     available = {name.partition(".")[0].lower() for name in _core().available_devices}
-    return [device for device in (CPU, GPU) if device in available]
+    return [device for device in (CPU, GPU, NPU) if device in available]
 
 
 def execution(artifact: Artifact, device: str | None = None) -> Execution:
@@ -65,8 +69,8 @@ def execution(artifact: Artifact, device: str | None = None) -> Execution:
         return Execution("not run", f"OpenVINO finds no {device} here, only {', '.join(available)}")
     if problem := _release_problem(artifact, release()):
         return Execution("not run", problem)
-    if artifact.base == BFLOAT16 and not _computes(device, BFLOAT16):
-        return Execution("not run", f"this {device} does not compute in bf16; use fp32 or fp16")
+    if problem := _base_problem(artifact.base, device):
+        return Execution("not run", problem)
     return Execution("ran", f"{device} with openvino {release()}", device=device)
 
 
@@ -92,30 +96,52 @@ def _parts(version: str) -> list[int]:
 
 
 def _computes(device: str, element: str) -> bool:
-    """Return whether a device computes in f16 or bf16."""
+    """Return whether a device computes in f32, f16 or bf16."""
     return CAPABILITIES[element] in _core().get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
 
 
-def reason(error: Exception) -> str:
-    """Return the last line of OpenVINO's message; the lines before it name its source files."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].rstrip(".!") if lines else type(error).__name__
+def _base_problem(base: str, device: str) -> str:
+    """Explain why a device cannot compute a precision with a base; empty if it can.
+
+    Files with the base fp16 can be computed in f32 as well.
+    """
+    usable = [name for element, name in BASES.items() if _computes(device, element)]
+    if "fp32" in usable and "fp16" not in usable:
+        usable.insert(1, "fp16")
+    if base in usable:
+        return ""
+    return f"this {device} does not compute in {base}; use a precision with the base {' or '.join(usable)}"
 
 
-def open_component(file: Path, contract: Contract, options: SessionOptions) -> OpenVinoComponent:
+def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
     """Open a component; see ``Backend.open_component``."""
-    return OpenVinoComponent(_compile(file, contract, options), contract)
+    if options.device in FIXED_SHAPES:
+        return FixedShapeComponent(partial(compile_file, file, contract, options), contract)
+    return OpenVinoComponent(compile_file(file, contract, options), contract)
 
 
-def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> OpenVinoDecoder:
+def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
     """Open the decoder; see ``Backend.open_decoder``."""
-    return OpenVinoDecoder(_compile(file, contract, options), contract)
+    if options.device in FIXED_SHAPES:
+        return FixedShapeDecoder(partial(compile_file, file, contract, options), contract)
+    return OpenVinoDecoder(compile_file(file, contract, options), contract)
 
 
-def _compile(file: Path, contract: Contract, options: SessionOptions) -> Any:
+def compile_file(
+    file: Path, contract: Contract, options: SessionOptions, sizes: Mapping[str, int] | None = None
+) -> Any:
     """Read an IR and compile it for a device, which computes floats in the type of the file.
 
-    A device that does not compute in f16 computes these files in f32.
+    A device that computes in f32, but not in f16, computes files of f16 in f32.
+
+    Args:
+        file: the ``.xml`` file.
+        contract: the component's contract.
+        options: of the session.
+        sizes: sizes of the named dimensions, for devices that need fixed shapes.
+
+    Raises:
+        UserError: the file or the device cannot be used.
     """
     core, device = _core(), options.device or CPU
     if device not in devices():
@@ -125,8 +151,11 @@ def _compile(file: Path, contract: Contract, options: SessionOptions) -> Any:
         element = model.get_rt_info(INFERENCE_PRECISION).astype(str)
     except RuntimeError as error:
         raise UserError(f"OpenVINO cannot load {file}: {reason(error)}.") from error
-    if element == BFLOAT16 and not _computes(device, element):
-        raise UserError(f"This {device} does not compute in bf16, which {file} asks for; use fp32 or fp16.")
+    specs = {spec.name: spec for spec in (*contract.inputs, *contract.states)}
+    if {port.any_name for port in model.inputs} != specs.keys():
+        raise UserError(f"The inputs of {file} differ from its contract; export it again.")
+    if problem := _base_problem(BASES[element], device):
+        raise UserError(f"{file} cannot run: {problem}.")
     if element == FLOAT16 and not _computes(device, element):
         element = FLOAT32
     # By default, OpenVINO computes everything in the fastest type of the device.
@@ -136,13 +165,11 @@ def _compile(file: Path, contract: Contract, options: SessionOptions) -> Any:
     if device == CPU and options.threads:
         settings["INFERENCE_NUM_THREADS"] = str(options.threads)
     try:
-        compiled = core.compile_model(model, device.upper(), settings)
+        if sizes is not None:
+            model.reshape({name: spec.sized(sizes) for name, spec in specs.items()})
+        return core.compile_model(model, device.upper(), settings)
     except RuntimeError as error:
         raise UserError(f"OpenVINO cannot load {file}: {reason(error)}.") from error
-    expected = {spec.name for spec in (*contract.inputs, *contract.states)}
-    if {port.any_name for port in compiled.inputs} != expected:
-        raise UserError(f"The inputs of {file} differ from its contract; export it again.")
-    return compiled
 
 
 class OpenVinoComponent:
@@ -150,15 +177,15 @@ class OpenVinoComponent:
 
     def __init__(self, compiled: Any, contract: Contract) -> None:
         """Run a ``CompiledModel`` under its contract."""
-        self.contract, self._request = contract, compiled.create_infer_request()
+        self.contract, self._request = contract, Request(compiled, contract)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Compute the outputs by name; see ``ComponentSession.run``."""
         for spec in self.contract.inputs:
             spec.check(inputs[spec.name])
         arrays = {spec.name: np.ascontiguousarray(inputs[spec.name]) for spec in self.contract.inputs}
-        _infer(self._request, arrays, self.contract)
-        return {spec.name: _output(self._request, spec).copy() for spec in self.contract.outputs}
+        self._request.infer(arrays)
+        return {spec.name: self._request.output(spec).copy() for spec in self.contract.outputs}
 
 
 class OpenVinoDecoder:
@@ -171,7 +198,7 @@ class OpenVinoDecoder:
 
     def __init__(self, compiled: Any, contract: Contract) -> None:
         """Run a ``CompiledModel`` under its contract."""
-        self.contract, self._request = contract, compiled.create_infer_request()
+        self.contract, self._request = contract, Request(compiled, contract)
         self.tapped: Mapping[str, np.ndarray] = {}
 
     def new_cache(self, batch: int, capacity: int) -> GrowingCache:
@@ -188,23 +215,10 @@ class OpenVinoDecoder:
                 zip((spec.name for spec in self.contract.inputs), (embeds, positions, rows), strict=True)
             )
             states = zip(self.contract.states, own.states(begins=not positions[0, 0]), strict=True)
-            _infer(self._request, tensors | {spec.name: array for spec, array in states}, self.contract)
-            new = [_output(self._request, appended_state(spec)) for spec in self.contract.states]
+            self._request.infer(tensors | {spec.name: array for spec, array in states})
+            new = [self._request.output(appended_state(spec)) for spec in self.contract.states]
             own.write(new, positions)
-            outputs = {spec.name: _output(self._request, spec).copy() for spec in self.contract.outputs}
+            outputs = {spec.name: self._request.output(spec).copy() for spec in self.contract.outputs}
         logits = outputs.pop("logits")
         self.tapped = outputs
         return logits
-
-
-def _infer(request: Any, tensors: Mapping[str, Any], contract: Contract) -> None:
-    """Run a request; numpy arrays are read where they are, and outputs stay in its memory."""
-    try:
-        request.infer(tensors, share_inputs=True, share_outputs=True)
-    except RuntimeError as error:
-        raise UserError(f"OpenVINO failed in the {contract.component}: {reason(error)}.") from error
-
-
-def _output(request: Any, spec: TensorSpec) -> np.ndarray:
-    """Return an output of the last run, in memory that the next run overwrites."""
-    return np.asarray(request.get_tensor(spec.name).data)

@@ -61,13 +61,13 @@ class AssetCache(KVCache):
             states: handles of the states, one per row.
         """
         super().__init__(specs, batch, capacity)
-        self.states, self._asset = states, asset
+        self.states, self.asset = states, asset
 
     @property
     def arrays(self) -> list[np.ndarray]:
         """Copies of the states, limited to ``capacity`` tokens."""
         return [
-            np.concatenate([self._asset.read_state(state, spec.name) for state in self.states])[
+            np.concatenate([self.asset.read_state(state, spec.name) for state in self.states])[
                 :, :, : self.capacity
             ]
             for spec in self.specs
@@ -80,14 +80,14 @@ class AssetCache(KVCache):
 
     def _view(self, start: int, stop: int) -> AssetCache:
         states = self.states[start:stop]
-        return AssetCache(self.specs, len(states), self.capacity, self._asset, states)
+        return AssetCache(self.specs, len(states), self.capacity, self.asset, states)
 
     def _write(self, states: Sequence[np.ndarray]) -> None:
         for spec, part in zip(self.specs, states, strict=True):
             for row, state in enumerate(self.states):
-                array = self._asset.read_state(state, spec.name).copy()
+                array = self.asset.read_state(state, spec.name).copy()
                 array[0, :, : part.shape[2]] = part[row]
-                self._asset.write_state(state, spec.name, array)
+                self.asset.write_state(state, spec.name, array)
 
 
 @dataclass(frozen=True)

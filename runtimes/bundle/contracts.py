@@ -24,9 +24,13 @@ class TensorSpec:
     shape: tuple[Dim, ...]
     meaning: str
 
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the shape with its named dimensions replaced by sizes."""
+        return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in self.shape)
+
     def allocate(self, sizes: Mapping[str, int]) -> np.ndarray:
         """Return zeros of this dtype and shape; ``sizes`` has the named dimensions."""
-        return np.zeros([dim if isinstance(dim, int) else sizes[dim] for dim in self.shape], self.dtype)
+        return np.zeros(self.sized(sizes), self.dtype)
 
     def check(self, array: np.ndarray) -> None:
         """Check the dtype and shape of an array; named dimensions accept any size.

@@ -9,8 +9,10 @@ import pytest
 from reference.checkpoint.checkpoint import open_checkpoint
 from reference.session import TorchDecoder
 from reference.trace import component_contract
+from runtimes.backends import openvino
 from runtimes.backends.engines.session import EngineDecoder
 from runtimes.backends.onnxruntime import OrtDeviceCache
+from runtimes.backends.openvino_fixed import FixedShapeDecoder
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
 from runtimes.session import DecoderSession, SessionOptions
@@ -34,6 +36,7 @@ SESSIONS = (
     "coreai cpu fp32",
     "executorch cpu fp32",
     "openvino cpu fp32",
+    "openvino-fixed-shapes cpu fp32",
     pytest.param("gpu engines fp16", marks=pytest.mark.gpu),
     pytest.param("onnxruntime-cuda ort fp16", marks=pytest.mark.gpu),
 )
@@ -54,6 +57,14 @@ def decoder(request: pytest.FixtureRequest, tiny_bundle: Bundle) -> DecoderSessi
         return load_backend("tensorrt").open_decoder(
             bundle.path(artifact.files[0]), contract, SessionOptions()
         )
+    if runner == "openvino-fixed-shapes":  # the session of an NPU, on a CPU
+        bundle = request.getfixturevalue("openvino_bundle")
+        artifact = bundle.artifact("decoder", "openvino", precision)
+        contract = bundle.manifest.contracts[precision]["decoder"]
+        compile_for = partial(
+            openvino.compile_file, bundle.path(artifact.files[0]), contract, SessionOptions()
+        )
+        return FixedShapeDecoder(compile_for, contract)
     if runner in ("coreml", "coreai", "executorch", "openvino"):
         kind = "apple" if runner in ("coreml", "coreai") else runner
         bundle = request.getfixturevalue(f"{kind}_bundle")

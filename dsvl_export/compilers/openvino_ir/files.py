@@ -7,7 +7,7 @@ from typing import Any
 
 import openvino
 
-from runtimes.backends.openvino import reason
+from runtimes.backends.openvino_requests import reason
 
 
 def write_ir(model: Any, file: Path) -> None:

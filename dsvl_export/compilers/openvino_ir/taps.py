@@ -12,7 +12,7 @@ import openvino
 from openvino import opset13 as opset
 
 from dsvl_export.compilers.openvino_ir.files import write_ir
-from runtimes.backends.openvino import reason
+from runtimes.backends.openvino_requests import reason
 from runtimes.backends.registry import load_backend
 from runtimes.bundle.contracts import Contract, TensorSpec
 from runtimes.bundle.files import parse_json

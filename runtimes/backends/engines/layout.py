@@ -17,14 +17,9 @@ ALIGNMENT = 256  # bytes; TensorRT requires it for every address
 Sizes = Mapping[str, int]  # named dim of the contract → size
 
 
-def tensor_shape(spec: TensorSpec, sizes: Sizes) -> tuple[int, ...]:
-    """Return the shape of a tensor with its named dims replaced by sizes."""
-    return tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)
-
-
 def tensor_bytes(spec: TensorSpec, sizes: Sizes) -> int:
     """Return the bytes of a tensor."""
-    return prod(tensor_shape(spec, sizes)) * np.dtype(spec.dtype).itemsize
+    return prod(spec.sized(sizes)) * np.dtype(spec.dtype).itemsize
 
 
 def align(size: int) -> int:

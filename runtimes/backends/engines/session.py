@@ -18,7 +18,6 @@ from runtimes.backends.engines.layout import (
     buffer_bytes,
     profile_for_tokens,
     tensor_bytes,
-    tensor_shape,
 )
 from runtimes.backends.engines.library import get_logger
 from runtimes.backends.engines.load import LoadedEngine
@@ -106,7 +105,7 @@ class _Runner:
         context = self.contexts[profile]
         self._bound[profile] = None
         for spec in (*self.contract.inputs, *self.contract.states):
-            self._check_shape(context.set_input_shape(spec.name, tensor_shape(spec, sizes)), spec, sizes)
+            self._check_shape(context.set_input_shape(spec.name, spec.sized(sizes)), spec, sizes)
         addresses = {name: memory.address for name, memory in self.device.items()}
         if cache:
             names = [spec.name for spec in self.contract.states]
@@ -121,7 +120,7 @@ class _Runner:
     def _check_shape(self, accepted: bool, spec: TensorSpec, sizes: Sizes) -> None:
         if not accepted:
             raise UserError(
-                f"{spec.name} {list(tensor_shape(spec, sizes))} is outside the profiles of"
+                f"{spec.name} {list(spec.sized(sizes))} is outside the profiles of"
                 f" {self.loaded.file}; build the engine for a larger capacity or batch."
             )
 
@@ -149,7 +148,7 @@ class _Runner:
         """Wait for the stream and return copies of the outputs."""
         self.loaded.cuda.call("cudaStreamSynchronize", self.loaded.stream, what=self.contract.component)
         return {
-            spec.name: self.host[spec.name].view(spec.dtype, tensor_shape(spec, sizes)).copy()
+            spec.name: self.host[spec.name].view(spec.dtype, spec.sized(sizes)).copy()
             for spec in self.contract.outputs
         }
 

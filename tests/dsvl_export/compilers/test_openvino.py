@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,42 @@ def test_a_long_conversation_equals_a_fresh_one(openvino_bundle: Bundle) -> None
         assert np.allclose(array[1, :, :600], other[0], rtol=0, atol=1e-3)
 
 
+# Fixed shapes, which an NPU needs; a CPU runs them as well.
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("kv-int8", marks=pytest.mark.full)])
+def test_fixed_shapes_pass_parity(
+    request: pytest.FixtureRequest, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With taps and single layers; this proves an NPU's sessions, but not its kernels."""
+    monkeypatch.setattr(backend, "FIXED_SHAPES", ("cpu",))
+    found = request.getfixturevalue("openvino_bundle" if precision == "fp32" else "bundle")
+    result = parity(found, "openvino", precision, device="cpu", taps=True)
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+
+
+def test_no_shape_is_left_open(openvino_bundle: Bundle) -> None:
+    """Of any operator, in a decoder that is compiled for fixed shapes."""
+    contract = openvino_bundle.manifest.contracts["fp32"]["decoder"]
+    file = openvino_bundle.path(openvino_bundle.artifact("decoder", "openvino", "fp32").files[0])
+    sizes = {"batch": 1, "rows": 1, "capacity": 1024, "sequence": 256}
+    fixed = backend.compile_file(file, contract, SessionOptions(), sizes)
+    assert not fixed.get_runtime_model().is_dynamic()
+    assert fixed.input("positions").shape == [1, 256]
+    assert backend.compile_file(file, contract, SessionOptions()).get_runtime_model().is_dynamic()
+
+
+def test_an_npu_needs_half_precision(openvino_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no other floats; the capabilities are those that OpenVINO's plugin gives for an NPU."""
+    monkeypatch.setattr(backend, "devices", lambda: ["cpu", "npu"])
+    monkeypatch.setattr(backend, "_computes", lambda device, element: element == backend.FLOAT16)
+    artifact = openvino_bundle.artifact("decoder", "openvino", "int4")
+    found = backend.execution(artifact, "npu")
+    assert str(found) == "not run: this npu does not compute in fp32; use a precision with the base fp16"
+    half = backend.execution(replace(artifact, base="fp16"), "npu")
+    assert half.runnable and half.device == "npu"
+
+
 # Faults, by the names of the operators, which are those of the ONNX files.
 
 
@@ -214,12 +250,13 @@ def test_a_device_that_is_not_there(openvino_bundle: Bundle, run) -> None:
 
 def test_a_processor_without_bfloat16(openvino_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not computed in another precision instead."""
-    monkeypatch.setattr(backend, "_computes", lambda device, element: False)
+    monkeypatch.setattr(backend, "_computes", lambda device, element: element == backend.FLOAT32)
     result = parity(openvino_bundle, "openvino", "bf16")
-    assert str(result.execution) == "not run: this cpu does not compute in bf16; use fp32 or fp16"
+    sentence = "this cpu does not compute in bf16; use a precision with the base fp32 or fp16"
+    assert str(result.execution) == f"not run: {sentence}"
     artifact = openvino_bundle.artifact("adaptor", "openvino", "bf16")
     contract = openvino_bundle.manifest.contracts["bf16"]["adaptor"]
-    with pytest.raises(UserError, match="does not compute in bf16, which .*adaptor.xml asks for; use fp32"):
+    with pytest.raises(UserError, match=f"adaptor.xml cannot run: {sentence}"):
         backend.open_component(openvino_bundle.path(artifact.files[0]), contract, SessionOptions())
 
 
@@ -258,7 +295,7 @@ def test_activations_stay_floats(openvino_bundle: Bundle) -> None:
     """OpenVINO rounds the activations of layers with 4-bit weights to int8, unless it is told not to."""
     contract = openvino_bundle.manifest.contracts["int4"]["decoder"]
     file = openvino_bundle.path(openvino_bundle.artifact("decoder", "openvino", "int4").files[0])
-    compiled = backend._compile(file, contract, SessionOptions(threads=1))
+    compiled = backend.compile_file(file, contract, SessionOptions(threads=1))
     properties = {
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32",
     }  # fmt: skip

@@ -177,7 +177,8 @@ def test_released_sizes_are_what_is_known_of_them() -> None:
 def test_every_target_is_complete() -> None:
     table = load_targets()
     assert {"jetson-orin-nano", "jetson-orin-nx", "jetson-agx-orin", "jetson-thor", "l4", "a100", "h100", "b200",
-            "rtx-4090", "iphone", "mac", "android", "xeon", "core-ultra", "arc-b580", "cpu"} == set(table)  # fmt: skip
+            "rtx-4090", "iphone", "mac", "android", "xeon", "core-ultra", "core-ultra-npu", "arc-b580",
+            "cpu"} == set(table)  # fmt: skip
     for name, target in table.items():
         assert target.backends
         for backend, precisions in target.backends.items():
@@ -216,9 +217,20 @@ def test_impossible_requests_name_the_nearest(
         find_target(target).check(backend, precision)
 
 
+def test_a_base_that_the_target_does_not_compute(run) -> None:
+    for precision, sentence in (
+        ("fp32", "cannot run fp32 with openvino. The nearest precision is fp16, of"),
+        ("int8", "does not compute in fp32, the base of int8; use a precision with the base fp16, such as int8-fp16."),
+    ):  # fmt: skip
+        done = run("plan", "tiny", "--target", "core-ultra-npu", "--precision", precision)
+        assert done.code == 2 and sentence in done.err
+    assert run("plan", "tiny", "--target", "core-ultra-npu", "--precision", "kv-int8-fp16").code == 0
+
+
 def test_nearest() -> None:
     assert nearest_precision("int4", ["fp32", "fp16"]) == "fp16"
     assert nearest_precision("fp32", ["fp16", "int8"]) == "fp16"
+    assert nearest_precision("fp32", ["fp16", "kv-int8", "int8"]) == "fp16"
     assert nearest_precision("fp8", ["fp32", "int8", "int4"]) == "int8"
 
 
