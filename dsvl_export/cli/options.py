@@ -92,7 +92,8 @@ Device = Annotated[
     typer.Option(
         help="cpu, cuda or tensorrt (with onnxruntime); cpu, gpu or npu (with openvino); gpu, ane"
         " (fixed-length functions only) or cpu (with coreml). cpu also runs the ONNX files of the TensorRT"
-        " backends in ONNX Runtime. For a mix also COMPONENT=DEVICE,… for some components. Default: the backend's own.",
+        " backends in ONNX Runtime. For a mix also COMPONENT=DEVICE,… for some components. Default: the"
+        " backend's own.",
         rich_help_panel=RUNTIME,
         autocompletion=values("cpu", "cuda", "tensorrt", "gpu", "npu", "ane"),
     ),
