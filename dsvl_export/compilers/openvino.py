@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dsvl_export.compilers.onnx.builder import Graph
-    from dsvl_export.compilers.onnx.dialect_trt10 import Trt10Dialect
+    from dsvl_export.compilers.openvino_ir.dialect import OpenVinoDialect
     from reference.trace import TracedComponent
 
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
@@ -107,17 +107,13 @@ def scratch_bytes(artifact_bytes: int) -> int:
     return artifact_bytes
 
 
-def _lower(traced: TracedComponent, load: Callable[[str], Tensor]) -> tuple[Graph, Trt10Dialect]:
-    """Return the ONNX graph of a component, and its dialect.
-
-    The dialect for TensorRT 10 is made of primitive operators, which OpenVINO fuses; the decoder's
-    graph reads the cache and returns the new rows.
-    """
+def _lower(traced: TracedComponent, load: Callable[[str], Tensor]) -> tuple[Graph, OpenVinoDialect]:
+    """Return the ONNX graph of a component, and its dialect."""
     # Deferred: imports torch, which a debug build does without.
-    from dsvl_export.compilers.onnx.dialect_trt10 import Trt10Dialect
     from dsvl_export.compilers.onnx.lower import lower
+    from dsvl_export.compilers.openvino_ir.dialect import OpenVinoDialect
 
-    dialect = Trt10Dialect(traced)
+    dialect = OpenVinoDialect(traced)
     return lower(traced, load, dialect), dialect
 
 

@@ -16,7 +16,7 @@ from calibration.quantized_weights import QuantizedWeights
 from calibration.scale_table import TABLE_FILE, ScaleTable
 from dsvl_export.compilers.protocol import ChecksPlans, Compiler
 from dsvl_export.targets.options import CompileOptions
-from dsvl_export.targets.targets import Target, nearest_precision
+from dsvl_export.targets.targets import BASES, Target
 from reference.checkpoint.checkpoint import Checkpoint
 from reference.model.config import ModelConfig
 from reference.trace import PRECISION_DTYPES, TRACED_COMPONENTS, component_contract
@@ -109,10 +109,10 @@ def _check_target(target: Target, backend: str, plan: PrecisionPlan, kind: str) 
     """
     supported = target.backends.get(backend)
     if supported and kind == plan.base != plan.name and kind not in supported:
-        base = nearest_precision(kind, supported)
+        bases = " or ".join(base for base in BASES if base in supported)
         raise UserError(
             f"{target.device} does not compute in {kind}, the base of {plan.name}; use a precision with"
-            f" the base {base}, such as int8-{base}."
+            f" the base {bases}."
         )
     target.check(backend, kind)
 

@@ -116,7 +116,7 @@ class ExportConfig:
         backend: name of the backend; None selects the target's first, or ``onnxruntime``. ``auto``
             selects the fastest backend and precision for each component; see ``export_fastest``.
         precisions: names, recipes, or YAML files of precision plans; each becomes a set of
-            artifacts. Empty selects fp32, or the backend's first if it does not support fp32.
+            artifacts. Empty selects fp32, or the first that the backend and the target support.
         components: components of a mix, whose backends or precisions differ. Those that it leaves
             out have ``backend`` and the one precision of ``precisions``; without these, the adaptor
             is like the vision encoder.
@@ -232,8 +232,12 @@ class ExportConfig:
         device = find_target(self.target) if self.target else None
         backend = self.backend or (next(iter(device.backends)) if device else DEFAULT_BACKEND)
         supported = load_compiler(backend).PRECISIONS
+        if device:
+            supported = tuple(name for name in supported if name in device.backends.get(backend, supported))
         default = "fp32" if "fp32" in supported else supported[0]
         precisions = tuple(dict.fromkeys(self.precisions)) or (default,)
+        if device:
+            precisions = tuple(map(device.full_precision, precisions))
         return replace(self, backend=backend, precisions=precisions)
 
     def _with_all_components(self) -> ExportConfig:

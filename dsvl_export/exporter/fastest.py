@@ -149,6 +149,7 @@ def _list_candidates(config: ExportConfig, target: Target, model: ModelConfig) -
     options = config.compile_options(_capacity(config, model))
     for backend in target.backends:
         for precision in config.precisions or precisions:
+            precision = target.full_precision(precision)
             candidate = Candidate(backend, precision)
             try:
                 compiler = load_compiler(backend)

@@ -45,6 +45,10 @@ class Request:
     text_tokens: int = 100
     components: Mapping[str, Pair] = field(default_factory=dict)
 
+    def on(self, target: Target) -> Request:
+        """Return the request with the full name of its precision on a target."""
+        return replace(self, precision=target.full_precision(self.precision))
+
     def pair(self, component: str) -> Pair:
         """Return the backend and the precision of a component."""
         return self.components.get(component, (self.backend, self.precision))
@@ -197,6 +201,7 @@ class Planner:
             UserError: the target or its backend does not support the request, or the precision is
                 unknown or does not fit the model.
         """
+        request = request.on(target)
         for backend, precision in dict.fromkeys(map(request.pair, TRACED_COMPONENTS)):
             try:
                 compiler = load_compiler(backend)
@@ -227,6 +232,7 @@ class Planner:
         Raises:
             UserError: the target cannot run it, or the prompt or context is too long for the model.
         """
+        request = request.on(target)
         self.check(target, request)
         longest = self.config.decoder.max_positions
         prompt = request.images * self.config.vision.image_tokens + request.text_tokens

@@ -20,6 +20,7 @@ LISTED_BITS = {
     **WEIGHT_BITS, "kv-int8": 32, "int8-weights": 8, "8da8w": 8, "int8-int4": 4, "palette4": 4, "8da4w": 4,
     "8da4w-g128": 4,
 }  # fmt: skip
+BASES = ("fp32", "fp16", "bf16")
 COMPUTES_IN = {"int4": "fp16"}  # precision of the products, if it is not that of the weights
 MATRIX_SIZE = 1536  # rows and columns of the matrices whose product is measured
 
@@ -34,6 +35,7 @@ class Target:
     runtime: str
     backends: Mapping[str, list[str]]
     notes: str
+    recipe_base: str = ""
     memory_gb: float = 0.0
     usable_gb: float = 0.0
     bandwidth_gbs: float = 0.0
@@ -43,6 +45,11 @@ class Target:
     widens: list[str] = field(default_factory=list)
     tensorrt: list[str] = field(default_factory=list)
     aliases: list[str] = field(default_factory=list)
+
+    def full_precision(self, name: str) -> str:
+        """Return a precision with the base that this target needs: ``int8`` is ``int8-fp16``."""
+        is_recipe = name in LISTED_BITS and name not in BASES
+        return f"{name}-{self.recipe_base}" if self.recipe_base and is_recipe else name
 
     def operations(self, precision: str) -> float:
         """Return the peak dense operations per second with weights of a precision."""

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 DIALECT = "openvino"
 CPU, GPU, NPU = "cpu", "gpu", "npu"
-FIXED_SHAPES: tuple[str, ...] = (NPU,)  # devices whose compilers need fixed shapes
+FIXED_SHAPE_DEVICES: tuple[str, ...] = (NPU,)  # devices whose compilers need fixed shapes
 # Key of the model's ``rt_info``: OpenVINO's name of the type in which floats are computed.
 INFERENCE_PRECISION = ["dsvl_export", "inference_precision"]
 FLOAT32, FLOAT16, BFLOAT16 = "f32", "f16", "bf16"
 CAPABILITIES = {FLOAT32: "FP32", FLOAT16: "FP16", BFLOAT16: "BF16"}  # of devices
-BASES = {FLOAT32: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16"}
+BASE_OF = {FLOAT32: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16"}
 CONCURRENT = True  # sessions may run at the same time in different threads
 
 
@@ -57,8 +57,11 @@ def devices() -> list[str]:
 def execution(artifact: Artifact, device: str | None = None) -> Execution:
     """Determine whether an artifact can run here; see ``Backend.execution``."""
     device = device or CPU
+    problem = ""
     try:
         available = devices()
+        if device in available:
+            problem = _base_problem(artifact.base, device)
     except UserError as error:
         return Execution("not run", str(error).rstrip("."))
     except RuntimeError as error:
@@ -67,9 +70,9 @@ def execution(artifact: Artifact, device: str | None = None) -> Execution:
         return Execution("not run", f"its dialect is {artifact.dialect}, but this release runs {DIALECT}")
     if device not in available:
         return Execution("not run", f"OpenVINO finds no {device} here, only {', '.join(available)}")
-    if problem := _release_problem(artifact, release()):
-        return Execution("not run", problem)
-    if problem := _base_problem(artifact.base, device):
+    if newer := _release_problem(artifact, release()):
+        return Execution("not run", newer)
+    if problem:
         return Execution("not run", problem)
     return Execution("ran", f"{device} with openvino {release()}", device=device)
 
@@ -105,9 +108,11 @@ def _base_problem(base: str, device: str) -> str:
 
     Files with the base fp16 can be computed in f32 as well.
     """
-    usable = [name for element, name in BASES.items() if _computes(device, element)]
-    if "fp32" in usable and "fp16" not in usable:
-        usable.insert(1, "fp16")
+    usable = [
+        name
+        for element, name in BASE_OF.items()
+        if _computes(device, element) or (element == FLOAT16 and _computes(device, FLOAT32))
+    ]
     if base in usable:
         return ""
     return f"this {device} does not compute in {base}; use a precision with the base {' or '.join(usable)}"
@@ -115,14 +120,14 @@ def _base_problem(base: str, device: str) -> str:
 
 def open_component(file: Path, contract: Contract, options: SessionOptions) -> ComponentSession:
     """Open a component; see ``Backend.open_component``."""
-    if options.device in FIXED_SHAPES:
+    if (options.device or CPU) in FIXED_SHAPE_DEVICES:
         return FixedShapeComponent(partial(compile_file, file, contract, options), contract)
     return OpenVinoComponent(compile_file(file, contract, options), contract)
 
 
 def open_decoder(file: Path, contract: Contract, options: SessionOptions) -> DecoderSession:
     """Open the decoder; see ``Backend.open_decoder``."""
-    if options.device in FIXED_SHAPES:
+    if (options.device or CPU) in FIXED_SHAPE_DEVICES:
         return FixedShapeDecoder(partial(compile_file, file, contract, options), contract)
     return OpenVinoDecoder(compile_file(file, contract, options), contract)
 
@@ -146,29 +151,26 @@ def compile_file(
     core, device = _core(), options.device or CPU
     if device not in devices():
         raise UserError(f"OpenVINO finds no {device} here, only {', '.join(devices())}; choose one of them.")
+    specs = {spec.name: spec for spec in (*contract.inputs, *contract.states)}
     try:
         model = core.read_model(file)
         element = model.get_rt_info(INFERENCE_PRECISION).astype(str)
-    except RuntimeError as error:
-        raise UserError(f"OpenVINO cannot load {file}: {reason(error)}.") from error
-    specs = {spec.name: spec for spec in (*contract.inputs, *contract.states)}
-    if {port.any_name for port in model.inputs} != specs.keys():
-        raise UserError(f"The inputs of {file} differ from its contract; export it again.")
-    if problem := _base_problem(BASES[element], device):
-        raise UserError(f"{file} cannot run: {problem}.")
-    if element == FLOAT16 and not _computes(device, element):
-        element = FLOAT32
-    # By default, OpenVINO computes everything in the fastest type of the device.
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": element}
-    if "DYNAMIC_QUANTIZATION_GROUP_SIZE" in core.get_property(device.upper(), "SUPPORTED_PROPERTIES"):
-        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"  # activations stay floats
-    if device == CPU and options.threads:
-        settings["INFERENCE_NUM_THREADS"] = str(options.threads)
-    try:
+        if {port.any_name for port in model.inputs} != specs.keys():
+            raise UserError(f"The inputs of {file} differ from its contract; export it again.")
+        if problem := _base_problem(BASE_OF[element], device):
+            raise UserError(f"{file} cannot run: {problem}.")
+        if element == FLOAT16 and not _computes(device, element):
+            element = FLOAT32
+        # By default, OpenVINO computes everything in the fastest type of the device.
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": element}
+        if "DYNAMIC_QUANTIZATION_GROUP_SIZE" in core.get_property(device.upper(), "SUPPORTED_PROPERTIES"):
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"  # activations stay floats
+        if device == CPU and options.threads:
+            settings["INFERENCE_NUM_THREADS"] = str(options.threads)
         if sizes is not None:
             model.reshape({name: spec.sized(sizes) for name, spec in specs.items()})
         return core.compile_model(model, device.upper(), settings)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:
         raise UserError(f"OpenVINO cannot load {file}: {reason(error)}.") from error
 
 
@@ -185,7 +187,7 @@ class OpenVinoComponent:
             spec.check(inputs[spec.name])
         arrays = {spec.name: np.ascontiguousarray(inputs[spec.name]) for spec in self.contract.inputs}
         self._request.infer(arrays)
-        return {spec.name: self._request.output(spec).copy() for spec in self.contract.outputs}
+        return self._request.outputs()
 
 
 class OpenVinoDecoder:
@@ -218,7 +220,7 @@ class OpenVinoDecoder:
             self._request.infer(tensors | {spec.name: array for spec, array in states})
             new = [self._request.output(appended_state(spec)) for spec in self.contract.states]
             own.write(new, positions)
-            outputs = {spec.name: self._request.output(spec).copy() for spec in self.contract.outputs}
+            outputs = self._request.outputs()
         logits = outputs.pop("logits")
         self.tapped = outputs
         return logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from runtimes.decode_call import UNLIMITED
 
 PREFILL = "prefill"  # the function for CHUNK tokens
 CHUNK = 256  # tokens of a prefill call
-CAPACITY_STEP = 1024  # tokens; a decoder is compiled for multiples of it
+CAPACITY_STEP = 1024  # tokens; a decoder is compiled for multiples of it, and padding of a chunk
 
 # Compiles a component for sizes of its named dimensions, and returns a ``CompiledModel``.
 Compile = Callable[[Mapping[str, int]], Any]
@@ -30,7 +31,11 @@ class FixedShapeComponent:
     """Session of a stateless component; it runs images one by one."""
 
     def __init__(self, compile_for: Compile, contract: Contract) -> None:
-        """Compile the component for one image; one with other dimensions, when it has inputs."""
+        """Compile the component for one image; one with other named dimensions, when it first runs.
+
+        Raises:
+            UserError: OpenVINO cannot compile it.
+        """
         self.contract, self._compile_for = contract, compile_for
         self._requests: dict[tuple[tuple[str, int], ...], Request] = {}
         named = {dim for spec in contract.inputs for dim in spec.shape if isinstance(dim, str)}
@@ -62,7 +67,7 @@ class FixedShapeComponent:
             }
         )
         request.infer(arrays)
-        return {spec.name: request.output(spec).copy() for spec in self.contract.outputs}
+        return request.outputs()
 
     def _request(self, sizes: Mapping[str, int]) -> Request:
         key = tuple(sorted(sizes.items()))
@@ -75,8 +80,15 @@ class FixedShapeAsset:
     """A decoder compiled for one token and for ``CHUNK`` tokens; see ``static_shape.Asset``."""
 
     def __init__(self, compile_for: Compile, contract: Contract, capacity: int) -> None:
-        """Compile the decoder for states of a capacity."""
-        self._contract, self._sizes = contract, {"batch": 1, "rows": 1, "capacity": capacity}
+        """Compile the decoder for states of a capacity.
+
+        The states have room for the padding of a chunk after the last token.
+
+        Raises:
+            UserError: OpenVINO cannot compile it.
+        """
+        self.capacity, self._contract = capacity, contract
+        self._sizes = {"batch": 1, "rows": 1, "capacity": capacity + CHUNK}
         self._requests = {
             function: Request(compile_for(self._sizes | {"sequence": tokens}), contract)
             for function, tokens in ((DECODE, 1), (PREFILL, CHUNK))
@@ -92,7 +104,7 @@ class FixedShapeAsset:
         for spec in contract.states:
             new = request.output(appended_state(spec))
             state[spec.name][:, :, first : first + new.shape[2]] = new
-        return {spec.name: request.output(spec).copy() for spec in contract.outputs}
+        return request.outputs()
 
     def new_state(self) -> dict[str, np.ndarray]:
         """Create zeroed states of one sequence."""
@@ -110,7 +122,8 @@ class FixedShapeAsset:
 class FixedShapeDecoder:
     """Session of the decoder.
 
-    It is compiled for a capacity when a cache needs it, for one token and for ``CHUNK`` tokens.
+    It is compiled for a capacity when a cache needs it. A compiled decoder is kept while a cache
+    uses it, and until another capacity is compiled.
     """
 
     max_logit_rows, max_batch = 1, UNLIMITED
@@ -118,7 +131,8 @@ class FixedShapeDecoder:
     def __init__(self, compile_for: Compile, contract: Contract) -> None:
         """Compile nothing yet."""
         self.contract, self._compile_for = contract, compile_for
-        self._decoders: dict[int, StaticShapeDecoder] = {}  # by capacity
+        self._assets: WeakValueDictionary[int, FixedShapeAsset] = WeakValueDictionary()  # by capacity
+        self._last: FixedShapeAsset | None = None
         self.tapped: Mapping[str, np.ndarray] = {}
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -127,22 +141,24 @@ class FixedShapeDecoder:
         Raises:
             UserError: OpenVINO cannot compile it.
         """
-        enough = min((compiled for compiled in self._decoders if compiled >= capacity), default=None)
-        if enough is None:
-            enough = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-            self._decoders[enough] = self._compile(enough)
-        return self._decoders[enough].new_cache(batch, capacity)
+        compiled = [asset for asset in self._assets.values() if asset.capacity >= capacity]
+        asset = min(compiled, key=lambda each: each.capacity, default=None)
+        if asset is None:
+            rounded = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+            self._last = asset = FixedShapeAsset(self._compile_for, self.contract, rounded)
+            self._assets[rounded] = asset
+        return self._on(asset).new_cache(batch, capacity)
 
     def decode(self, inputs_embeds: np.ndarray, logit_rows: np.ndarray, cache: KVCache) -> np.ndarray:
         """Append tokens to the cache and compute logits; see ``DecoderSession.decode``."""
-        if not isinstance(cache, AssetCache):
+        asset = cache.asset if isinstance(cache, AssetCache) else None
+        if not isinstance(asset, FixedShapeAsset) or asset not in self._assets.values():
             raise TypeError(f"the session needs a cache from its own new_cache, got a {type(cache).__name__}")
-        (decoder,) = (each for each in self._decoders.values() if each.asset is cache.asset)
+        decoder = self._on(asset)
         logits = decoder.decode(inputs_embeds, logit_rows, cache)
         self.tapped = decoder.tapped
         return logits
 
-    def _compile(self, capacity: int) -> StaticShapeDecoder:
-        asset = FixedShapeAsset(self._compile_for, self.contract, capacity)
-        sizes = DecoderSizes(capacity, PREFILL, CHUNK, flexible=False, any_rows=False)
+    def _on(self, asset: FixedShapeAsset) -> StaticShapeDecoder:
+        sizes = DecoderSizes(asset.capacity + CHUNK, PREFILL, CHUNK, flexible=False, any_rows=False)
         return StaticShapeDecoder(asset, self.contract, sizes)

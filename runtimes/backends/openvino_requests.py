@@ -21,8 +21,16 @@ class Request:
     """Runs a compiled model; its outputs stay in memory that the next run overwrites."""
 
     def __init__(self, compiled: Any, contract: Contract) -> None:
-        """Run a ``CompiledModel`` of the component of a contract."""
-        self._request, self._contract = compiled.create_infer_request(), contract
+        """Run a ``CompiledModel`` of the component of a contract.
+
+        Raises:
+            UserError: the device has too little memory, or fails.
+        """
+        self._contract = contract
+        try:
+            self._request = compiled.create_infer_request()
+        except RuntimeError as error:
+            raise UserError(f"OpenVINO cannot run the {contract.component}: {reason(error)}.") from error
 
     def infer(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Run the model on contiguous arrays, which are read where they are.
@@ -34,6 +42,10 @@ class Request:
             self._request.infer(dict(tensors), share_inputs=True, share_outputs=True)
         except RuntimeError as error:
             raise UserError(f"OpenVINO failed in the {self._contract.component}: {reason(error)}.") from error
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Return copies of the contract's outputs of the last run."""
+        return {spec.name: self.output(spec).copy() for spec in self._contract.outputs}
 
     def output(self, spec: TensorSpec) -> np.ndarray:
         """Return an output of the last run, without a copy."""

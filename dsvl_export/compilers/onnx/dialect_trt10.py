@@ -20,6 +20,8 @@ from dsvl_export.compilers.onnx.quantization import FOUR_BIT
 from reference.trace import TracedComponent
 from runtimes.bundle.contracts import TensorSpec, appended_state
 
+FLOAT32 = np.dtype(np.float32)
+
 
 class Trt10Dialect(StandardDialect):
     """RoPE, RMSNorm and attention in primitives; the graph reads the cache, the session writes it.
@@ -62,7 +64,7 @@ class Trt10Dialect(StandardDialect):
         quantized = any(scale is not None for scale in scales)
         if quantized:
             heads = replace(heads, dtype=numpy_dtype(fake_tensor(query).dtype))
-        angles = [self._angles(context, table, heads, context.value(positions)) for table in (cos, sin)]
+        angles = [self.angles(context, table, heads, context.value(positions)) for table in (cos, sin)]
         query_heads, key_heads, value_heads = (
             split_heads(context, source, heads, f"{name}_{part}")
             for part, source in (("query", query), ("key", key), ("value", value))
@@ -95,20 +97,19 @@ class Trt10Dialect(StandardDialect):
         return merge_heads(context, out, node, heads)
 
     def _codes(self, context: Lowering, rows: str, scale: Node, heads: Heads, name: str) -> str:
-        """Quantize new rows ``[B, Hkv, S, Dh]`` to int8 with a scale per head.
+        """Quantize new rows ``[B, Hkv, S, Dh]`` to int8 with a scale per head, in float32.
 
         QuantizeLinear itself gets the scale 1: TensorRT's rules allow activations no other scale
         per head.
         """
         graph = context.graph
-        one, zero = (
-            graph.constant(np.array(1, heads.dtype), "one"),
-            graph.constant(np.array(0, np.int8), "zero"),
-        )
+        one, zero = graph.constant(np.array(1, FLOAT32), "one"), graph.constant(np.array(0, np.int8), "zero")
+        if heads.dtype != FLOAT32:
+            rows, heads = context.cast(rows, FLOAT32, f"{name}_float32"), replace(heads, dtype=FLOAT32)
         scaled = graph.node("Div", [rows, _head_scales(context, scale, heads)], f"{name}_scaled")
         return graph.node("QuantizeLinear", [scaled, one, zero], name)
 
-    def _angles(self, context: Lowering, table: Node, heads: Heads, positions: str) -> str:
+    def angles(self, context: Lowering, table: Node, heads: Heads, positions: str) -> str:
         """Gather rows ``[B, 1, S, Dh / 2]`` of a RoPE table, once for all layers."""
         graph, scratch, source = context.graph, context.scratch, rotation_table(context, table, heads)
         if source not in scratch:
@@ -144,7 +145,7 @@ def _head_scales(context: Lowering, source: Node, heads: Heads, groups: int = 1)
     """Add scales ``[Hkv]`` of a cache as ``[1, Hkv * groups, 1, 1]``, for heads or query heads."""
     scale = context.constant(source)
     return context.graph.initializer(
-        f"{scale.name}_of_{'heads' if groups == 1 else 'query_heads'}",
+        f"{scale.name}_of_{'heads' if groups == 1 else 'query_heads'}_{heads.dtype.name}",
         heads.dtype,
         (1, heads.count * groups, 1, 1),
         lambda: to_numpy(scale.load().float()).repeat(groups).astype(heads.dtype).reshape(1, -1, 1, 1),

@@ -19,6 +19,7 @@ from reference.checkpoint.checkpoint import open_checkpoint
 from reference.tiny import HELDOUT
 from runtimes.backends import openvino as backend
 from runtimes.backends.openvino_cache import GrowingCache
+from runtimes.backends.openvino_fixed import FixedShapeAsset
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import MANIFEST
 from runtimes.errors import UserError
@@ -134,10 +135,57 @@ def test_fixed_shapes_pass_parity(
     request: pytest.FixtureRequest, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With taps and single layers; this proves an NPU's sessions, but not its kernels."""
-    monkeypatch.setattr(backend, "FIXED_SHAPES", ("cpu",))
+    monkeypatch.setattr(backend, "FIXED_SHAPE_DEVICES", ("cpu",))
+    monkeypatch.delattr(backend, "OpenVinoDecoder")
     found = request.getfixturevalue("openvino_bundle" if precision == "fp32" else "bundle")
     result = parity(found, "openvino", precision, device="cpu", taps=True)
     assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+
+
+@variants_by_precision({"siglip": ("kv-int8-fp16",), "hybrid": ()})
+def test_fixed_shapes_of_a_model_with_few_positions(
+    pair: OraclePair, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The padding of a chunk is longer than the model's table of positions."""
+    made = export(pair.checkpoint.folder, tmp_path / "b", "openvino", [precision], capacity=256)
+    assert made.manifest.model["decoder"]["max_positions"] < 512
+    monkeypatch.setattr(backend, "FIXED_SHAPE_DEVICES", ("cpu",))
+    result = parity(made, taps=True, device="cpu")
+    assert result.passed, [stage for stage in result.stages if stage.state != "passed"]
+
+
+def test_compiled_capacities(openvino_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger one serves smaller caches; prefill is padded up to the end; others are refused."""
+    monkeypatch.setattr(backend, "FIXED_SHAPE_DEVICES", ("cpu",))
+    fixed = Pipeline.open(openvino_bundle, "openvino", "fp32", threads=1).chain.decoder
+    monkeypatch.undo()
+    plain = Pipeline.open(openvino_bundle, "openvino", "fp32", threads=1).chain.decoder
+    embeds = np.random.default_rng(0).standard_normal((1, 1000, 128)).astype(np.float32)
+    small, large = fixed.new_cache(1, 1000), fixed.new_cache(1, 1500)
+    assert (small.asset.capacity, large.asset.capacity) == (1024, 2048)
+    assert fixed.new_cache(1, 500).asset is small.asset
+    calls: list[str] = []
+    plain_call = FixedShapeAsset.call
+
+    def call(self: FixedShapeAsset, function: str, *rest: Any) -> Any:
+        calls.append(function)
+        return plain_call(self, function, *rest)
+
+    monkeypatch.setattr(FixedShapeAsset, "call", call)
+    expected = plain.decode(embeds, np.array([999]), plain.new_cache(1, 1000))
+    for cache in (small, large):
+        fixed.decode(embeds[:, :800], np.array([799]), cache)
+        fixed.decode(embeds[:, 800:850] * 2, np.array([49]), cache)
+        cache.rewind(50)  # its rows are overwritten, padding included
+        found = fixed.decode(embeds[:, 800:], np.array([199]), cache)
+        assert np.allclose(found, expected, rtol=0, atol=1e-3)
+    assert set(calls) == {"prefill"} and len(calls) == 2 * (4 + 1 + 1)
+    del small, cache
+    again = fixed.new_cache(1, 600)
+    assert again.asset.capacity == 2048  # the other one was freed
+    other = Pipeline.open(openvino_bundle, "openvino", "fp32", threads=1).chain.decoder
+    with pytest.raises(TypeError, match="a cache from its own new_cache, got a GrowingCache"):
+        fixed.decode(embeds[:, :1], np.array([0]), other.new_cache(1, 10))
 
 
 def test_no_shape_is_left_open(openvino_bundle: Bundle) -> None:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from calibration.precision_plan import load_precision
 from calibration.quantized_program import trace_with_plan
+from dsvl_export.exporter.config import ExportConfig
 from dsvl_export.planning.plan import Planner, Request
 from dsvl_export.planning.workload import Workload, activation_bytes, activation_growth
 from dsvl_export.targets.defects import load_defects, warnings_for
@@ -218,13 +219,21 @@ def test_impossible_requests_name_the_nearest(
 
 
 def test_a_base_that_the_target_does_not_compute(run) -> None:
+    """Recipes get a base that it computes; other plans are refused."""
     for precision, sentence in (
         ("fp32", "cannot run fp32 with openvino. The nearest precision is fp16, of"),
-        ("int8", "does not compute in fp32, the base of int8; use a precision with the base fp16, such as int8-fp16."),
-    ):  # fmt: skip
+        ("int4-fp32", "does not compute in fp32, the base of int4; use a precision with the base fp16."),
+    ):
         done = run("plan", "tiny", "--target", "core-ultra-npu", "--precision", precision)
-        assert done.code == 2 and sentence in done.err
-    assert run("plan", "tiny", "--target", "core-ultra-npu", "--precision", "kv-int8-fp16").code == 0
+        assert done.code == 2 and sentence in done.err, done.err
+    for precision in ("kv-int8", "int4"):
+        done = run("plan", "tiny", "--target", "core-ultra-npu", "--precision", precision)
+        assert done.code == 0 and f"{precision}-fp16 with openvino" in done.out
+
+
+def test_the_default_precision_of_a_target() -> None:
+    config = ExportConfig("tiny", target="core-ultra-npu").with_defaults()
+    assert (config.backend, config.precisions) == ("openvino", ("fp16",))
 
 
 def test_nearest() -> None:
