@@ -93,7 +93,7 @@ def main() -> None:
                 cache = chain.decoder.new_cache(1, pipeline.capacity)
                 logits = chain.prefill(chain.embed_tokens(prompt), cache)
                 sequence = SpeculativeSequence(
-                    chain, prompt, GenerationOptions(ANSWER, drafts=speculate), 0.0
+                    chain, prompt, GenerationOptions(ANSWER, drafts=speculate), 0.0, pipeline.capacity
                 )
                 for _ in generate(chain, [logits], cache, [sequence]):
                     pass

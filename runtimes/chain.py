@@ -161,6 +161,12 @@ class Chain:
         self._lock = Lock()  # an encoder may run in parallel with the decoder
         self._embeds_dtype = np.dtype(decoder.contract.inputs[0].dtype)
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits of a token."""
+        (logits,) = (spec for spec in self.decoder.contract.outputs if spec.name == "logits")
+        return int(logits.shape[-1])
+
     def with_decoder(self, decoder: DecoderSession, prefix: StoredPrefix | None = None) -> Chain:
         """Return a chain with another decoder; they share the cache of image embeddings.
 
@@ -338,7 +344,16 @@ class Chain:
             logits = self.decoder.decode(chunk, np.array([chunk.shape[1] - 1]), cache)[0, 0]
         return logits
 
-    def decode(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
-        """Append ``tokens [B, S]`` to the cache and return their logits ``[B, S, V]``."""
+    def decode(self, tokens: np.ndarray, cache: KVCache, first: int = 0) -> np.ndarray:
+        """Append tokens to the cache.
+
+        Args:
+            tokens: ids ``[B, S]``.
+            cache: a cache of B rows.
+            first: the first token whose logits are needed.
+
+        Returns:
+            logits ``[B, S - first, V]``.
+        """
         embeds = self.embed_tokens(tokens)  # [B, S, D]
-        return self.decoder.decode(embeds, np.arange(embeds.shape[1]), cache)
+        return self.decoder.decode(embeds, np.arange(first, embeds.shape[1]), cache)

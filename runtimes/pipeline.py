@@ -25,6 +25,7 @@ from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import ImageSource
 from runtimes.memory import widening
 from runtimes.session import ComponentSession, SessionOptions
+from runtimes.structured.grammars import Grammars
 from runtimes.text.prompt import Message, PromptText, format_chat, place_images
 from runtimes.text.tokenizer import Tokenizer
 
@@ -62,6 +63,7 @@ class Pipeline:
         capacity: int,
         max_capacity: int | None = None,
         decoders: Decoders | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """Use a chain of open sessions; ``Pipeline.open`` opens those of a bundle.
 
@@ -71,9 +73,11 @@ class Pipeline:
             capacity: tokens of the KV cache.
             max_capacity: the capacity that the decoder was compiled for; None if any is possible.
             decoders: opens decoders for ``with_adapter``.
+            grammars: compiles response formats; None makes it.
         """
         self.chain, self.system_prompt, self.capacity = chain, system_prompt, capacity
         self.max_capacity, self._decoders = max_capacity, decoders
+        self.grammars = grammars or Grammars(chain.tokenizer, chain.vocabulary)
         self._conversations: list[_Conversation] = []  # of open streams, and the last one
         self._turn = RLock()  # sessions run one call at a time
 
@@ -166,7 +170,9 @@ class Pipeline:
         if self._decoders is None:
             raise UserError("This pipeline has no bundle with adapters; use Pipeline.open.")
         chain = self.chain.with_decoder(self._decoders.open(name), self._decoders.prefix(name))
-        other = Pipeline(chain, self.system_prompt, self.capacity, self.max_capacity, self._decoders)
+        other = Pipeline(
+            chain, self.system_prompt, self.capacity, self.max_capacity, self._decoders, self.grammars
+        )
         other._turn = self._turn
         return other
 
@@ -251,7 +257,7 @@ class Pipeline:
         """
         started = perf_counter()
         prepared = self.chain.prepare(prompt, _as_list(images))
-        prepared.check_fits(self.capacity)
+        self._check_fits(prepared, options)
         with self._turn:
             conversation = self._conversation()
             conversation.open = True
@@ -266,6 +272,11 @@ class Pipeline:
         finally:
             conversation.open = False
 
+    def _check_fits(self, prompt: Prompt, options: GenerationOptions) -> None:
+        """Check that a prompt, and an answer in its response format, fit into the KV cache."""
+        prompt.check_fits(self.capacity)
+        self.grammars.check_fits(options.format, len(prompt.keys), self.capacity)
+
     def _steps(
         self, prompt: Prompt, conversation: _Conversation, options: GenerationOptions, started: float
     ) -> Iterator[tuple[str, Answer]]:
@@ -277,13 +288,17 @@ class Pipeline:
         conversation.keys = prompt.keys[:shared]
         logits = self.chain.prefill_prompt(prompt, shared, cache)
         conversation.keys = list(prompt.keys)
-        sequence = SpeculativeSequence(self.chain, prompt.tokens, options, started)
+        sequence = self._sequence(prompt, options, started)
         answer = sequence.answer
         answer.reused_tokens = shared
         for (text,) in generate(self.chain, [logits], cache, [sequence]):
             written = answer.tokens[: cache.length - len(prompt.keys)]
             conversation.keys = prompt.keys + [("", token) for token in written]
             yield text, answer
+
+    def _sequence(self, prompt: Prompt, options: GenerationOptions, started: float) -> SpeculativeSequence:
+        constraint = self.grammars.constraint(options.format)
+        return SpeculativeSequence(self.chain, prompt.tokens, options, started, self.capacity, constraint)
 
     def generate_batch(
         self,
@@ -296,7 +311,7 @@ class Pipeline:
         started = perf_counter()
         prompts = [self.chain.prepare(text, _as_list(images)) for text, images in requests]
         for prompt in prompts:
-            prompt.check_fits(self.capacity)
+            self._check_fits(prompt, options)
         with self._turn:
             return self._batch(prompts, options, started)
 
@@ -306,7 +321,7 @@ class Pipeline:
         for row, prompt in enumerate(prompts):
             start = self.chain.load_prefix(prompt, cache.row(row), 0)
             logits.append(self.chain.prefill_prompt(prompt, start, cache.row(row)))
-        sequences = [SpeculativeSequence(self.chain, prompt.tokens, options, started) for prompt in prompts]
+        sequences = [self._sequence(prompt, options, started) for prompt in prompts]
         for _ in generate(self.chain, logits, cache, sequences):
             pass
         return [sequence.answer for sequence in sequences]

@@ -19,6 +19,7 @@ from runtimes.chain import Chain, Key, Prompt
 from runtimes.generation.decoding import SpeculativeSequence, decode_step
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.job import BusyError, ClosedError, DeadlineError, Deliver, Job, Step
+from runtimes.structured.grammars import Grammars
 
 CHUNK = 128  # tokens of a prompt that are prefilled between two decode steps of the others
 SWEEP_SECONDS = 0.2  # between two checks of deadlines while only images are encoded
@@ -48,6 +49,7 @@ class Scheduler:
         slots: int = 8,
         queue: int = 64,
         chunk: int = CHUNK,
+        grammars: Grammars | None = None,
     ) -> None:
         """Allocate the rows and start the threads.
 
@@ -57,11 +59,13 @@ class Scheduler:
             slots: number of rows, which is the number of answers that are decoded together.
             queue: number of requests that may wait for a row.
             chunk: tokens of a prompt that are prefilled between two decode steps of the others.
+            grammars: compiles response formats; None makes it.
 
         Raises:
             UserError: the decoder supports fewer rows than ``slots``.
         """
         self.chain, self.capacity, self.slots, self.queue, self.chunk = chain, capacity, slots, queue, chunk
+        self.grammars = grammars or Grammars(chain.tokenizer, chain.vocabulary)
         self._vision = ThreadPoolExecutor(1, "vision")
         self._cache = chain.decoder.new_cache(slots, capacity)
         self._keys: list[list[Key]] = [[] for _ in range(slots)]  # content of each row, by position
@@ -110,12 +114,15 @@ class Scheduler:
             the job, which can be canceled.
 
         Raises:
-            UserError: the prompt exceeds the capacity.
+            UserError: the prompt exceeds the capacity, or the response format cannot be used; see
+                ``Grammars.check_fits``.
             BusyError: the queue is full.
             ClosedError: the scheduler is closing.
         """
         prompt.check_fits(self.capacity)
-        job = Job(prompt, options, deliver, seconds, every_step, chain or self.chain)
+        chain = chain or self.chain
+        self.grammars.check_fits(options.format, len(prompt.keys), self.capacity)
+        job = Job(prompt, options, deliver, seconds, every_step, chain)
         with self._changed:
             if self._closing:
                 raise ClosedError("The server is stopping and accepts no more requests.")
@@ -245,7 +252,10 @@ class Scheduler:
             if row.length == len(keys):
                 break
             yield
-        job.sequence = SpeculativeSequence(job.chain, job.prompt.tokens, job.options, job.started)
+        constraint = self.grammars.constraint(job.options.format)
+        job.sequence = SpeculativeSequence(
+            job.chain, job.prompt.tokens, job.options, job.started, self.capacity, constraint
+        )
         job.sequence.answer.reused_tokens = reused
         self._accept_logits(job, logits)
 

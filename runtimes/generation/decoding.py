@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from time import perf_counter
 
 import numpy as np
 
 from runtimes.cache import KVCache
 from runtimes.chain import Chain
-from runtimes.generation.sampling import GenerationOptions, Sampler, TokenLogprobs
+from runtimes.decode_call import UNLIMITED
+from runtimes.generation.sampling import NOT_ALLOWED, GenerationOptions, Sampler, TokenLogprobs
 from runtimes.generation.speculation import PromptLookup
+from runtimes.structured.grammars import Constraint
 from runtimes.text.tokenizer import Tokenizer
+
+MASKS = ThreadPoolExecutor(1, "masks")  # computes masks of response formats while a decoder runs
 
 
 @dataclass
@@ -22,12 +28,14 @@ class Answer:
     Args:
         text: the answer so far.
         tokens: its token ids.
-        finish_reason: ``eos``, ``stop`` (a stop string), ``length`` (``max_new_tokens``) or
-            ``capacity`` (the KV cache is full); empty while the answer is not complete.
+        finish_reason: ``eos`` (also if the response format allows nothing more), ``stop`` (a stop
+            string), ``length`` (``max_new_tokens``) or ``capacity`` (the KV cache is full); empty
+            while the answer is not complete.
         prompt_tokens: length of the prompt.
         reused_tokens: tokens of the prompt that the KV cache already held.
         drafted_tokens: speculative tokens that were verified.
         accepted_tokens: speculative tokens that are part of the answer.
+        forced_tokens: tokens that the response format forced, without a choice.
         logprobs: one entry per token if ``GenerationOptions.logprobs`` is set, else empty.
         first_token_seconds: time from the request to the first token.
         seconds: time from the request to the last token.
@@ -40,6 +48,7 @@ class Answer:
     reused_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    forced_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     first_token_seconds: float = 0.0
     seconds: float = 0.0
@@ -54,13 +63,30 @@ class Answer:
 class SequenceDecoder:
     """Sampling and detokenization of one sequence, until its answer ends."""
 
-    def __init__(self, tokenizer: Tokenizer, options: GenerationOptions, prompt: Sequence[int]) -> None:
-        """Start an empty answer to the tokens of a prompt."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        options: GenerationOptions,
+        prompt: Sequence[int],
+        capacity: int = UNLIMITED,
+        constraint: Constraint | None = None,
+    ) -> None:
+        """Start an empty answer.
+
+        Args:
+            tokenizer: the bundle's tokenizer.
+            options: how to sample.
+            prompt: token ids of the prompt.
+            capacity: tokens of the KV cache; an answer of which all tokens but the last fill it
+                ends.
+            constraint: the state of an answer in a response format.
+        """
         self.answer = Answer(prompt_tokens=len(prompt))
         self._stream, self._eos_ids = tokenizer.stream(), tokenizer.spec.eos_ids
-        self._options = options
+        self._options, self._capacity, self._constraint = options, capacity, constraint
         self._sampler, self._seen = Sampler(options), list(prompt)
         self._held = ""  # text that may turn out to be the start of a stop string
+        self._skips_space = constraint is None or constraint.skips_space
 
     @property
     def finished(self) -> bool:
@@ -68,35 +94,83 @@ class SequenceDecoder:
         return bool(self.answer.finish_reason)
 
     @property
+    def constrained(self) -> bool:
+        """Whether the answer has a response format."""
+        return self._constraint is not None
+
+    @property
     def remaining_tokens(self) -> int:
         """Number of tokens that the answer may still have."""
         return self._options.max_new_tokens - len(self.answer.tokens)
 
     def append_token(self, logits: np.ndarray) -> str:
-        """Sample a token from ``logits [V]`` and return the text that is now certain."""
-        return self._append(self._sampler.pick(logits, self._seen), logits)
+        """Sample a token from ``logits [V]`` and return the text that is now certain.
 
-    def _append(self, token: int, logits: np.ndarray) -> str:
-        self._seen.append(token)
-        answer = self.answer
-        answer.tokens.append(token)
+        The tokens that the response format forces after it are appended too. If an answer begins
+        with forced tokens, none is sampled.
+        """
+        if not self.answer.tokens and (text := self._append_forced()) is not None:
+            return text
+        allowed = self._constraint.allowed() if self._constraint else None
+        return self._append(self._sampler.pick(logits, self._seen, allowed), logits, allowed)
+
+    def _append(self, token: int, logits: np.ndarray, allowed: np.ndarray | None) -> str:
+        """Append a sampled token and the tokens that are forced after it."""
         if self._options.logprobs is not None:
-            entry = TokenLogprobs.from_logits(token, logits, self._options.logprobs)
-            answer.logprobs.append(entry)
-        if token in self._eos_ids and not self._options.ignore_eos:
+            shown = logits if allowed is None else np.where(allowed, logits, NOT_ALLOWED)
+            entry = TokenLogprobs.from_logits(token, shown, self._options.logprobs)
+            self.answer.logprobs.append(entry)
+        if self._constraint is None or token in self._eos_ids:
+            return self._take(token)
+        self._constraint.consume([token])
+        text = self._take(token, self._constraint.finished)
+        return text if self.finished else text + (self._append_forced() or "")
+
+    def _append_forced(self) -> str | None:
+        """Append the tokens that the response format forces next; None if there are none."""
+        tokens = self._constraint.forced() if self._constraint else []
+        if not self._constraint or not tokens:
+            return None
+        self._constraint.consume(tokens)
+        text = ""
+        for place, token in enumerate(tokens, 1):
+            self.answer.forced_tokens += 1
+            if self._options.logprobs is not None:
+                top = ((token, 0.0),) if self._options.logprobs else ()
+                self.answer.logprobs.append(TokenLogprobs(token, 0.0, top))
+            text += self._take(token, place == len(tokens) and self._constraint.finished)
+            if self.finished:
+                break
+        return text
+
+    def _take(self, token: int, complete: bool = False) -> str:
+        """Add a token to the answer and return the text that is now certain.
+
+        Args:
+            token: the token.
+            complete: whether the response format allows nothing after it.
+        """
+        answer, options = self.answer, self._options
+        self._seen.append(token)
+        answer.tokens.append(token)
+        if token in self._eos_ids and (self._constraint or not options.ignore_eos):
             return self.finish("eos")
         self._held += self._stream.push(token)
         if self._cut_at_stop():
             return self.finish("stop")
-        if len(answer.tokens) >= self._options.max_new_tokens:
+        if complete:
+            return self.finish("eos")
+        if len(answer.tokens) >= options.max_new_tokens:
             return self.finish("length")
+        if answer.prompt_tokens + len(answer.tokens) > self._capacity:
+            return self.finish("capacity")
         return self._release(len(self._held) - self._stop_prefix())
 
     def accept_speculative(self, rows: np.ndarray, proposed: Sequence[int], deviation: float) -> str:
         """Sample a token from each of ``rows [K, V]`` until one differs from ``proposed [K - 1]``.
 
         Stops before the first row for which logits of a single-token call could give another
-        token.
+        token. Proposed tokens that the response format forces need no row.
 
         Args:
             rows: logits of a call that decoded the last token and the proposed ones.
@@ -106,15 +180,26 @@ class SequenceDecoder:
         Returns:
             the text that is now certain.
         """
-        text = ""
-        for row, speculative in zip(rows, [*proposed, None], strict=True):
-            token = self._sampler.pick_if_certain(row, self._seen, deviation)
+        text, tokens, before = "", self.answer.tokens, len(self.answer.tokens)
+        while not self.finished:
+            done = len(tokens) - before
+            if tokens[before:] != list(proposed[:done]):
+                break
+            allowed = self._constraint.allowed() if self._constraint else None
+            token = self._sampler.pick_if_certain(rows[done], self._seen, deviation, allowed)
             if token is None:
                 break
-            text += self._append(token, row)
-            if self.finished or token != speculative:
-                break
+            text += self._append(token, rows[done], allowed)
         return text
+
+    def accepted_prefix(self, proposed: list[int]) -> list[int]:
+        """Return the first of some proposed tokens that the response format allows."""
+        return proposed[: self._constraint.accepted_prefix(proposed)] if self._constraint else proposed
+
+    def compute_mask(self) -> None:
+        """Compute which tokens may come next; any thread may call this while the decoder runs."""
+        if self._constraint:
+            self._constraint.compute_mask()
 
     def finish(self, reason: str) -> str:
         """End the answer and return the text that was held back."""
@@ -134,7 +219,7 @@ class SequenceDecoder:
 
     def _release(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]
-        if not self.answer.text:
+        if not self.answer.text and self._skips_space:
             text = text.lstrip()  # the space between "Assistant:" and the answer
         self.answer.text += text
         return text
@@ -166,11 +251,21 @@ class SpeculativeSequence:
     deviation is too large, or activations are quantized (``Chain.exact_rows``), no tokens are
     proposed.
 
-    Between two calls, the cache holds the prompt and all tokens of the answer but the last.
+    Tokens that a response format forces are not decoded one by one: the next call has all of them,
+    and computes only the logits after the last.
+
+    Between two calls, the cache holds the prompt and all tokens of the answer but the last, or but
+    the last and the forced ones after it.
     """
 
     def __init__(
-        self, chain: Chain, prompt: Sequence[int], options: GenerationOptions, started: float
+        self,
+        chain: Chain,
+        prompt: Sequence[int],
+        options: GenerationOptions,
+        started: float,
+        capacity: int,
+        constraint: Constraint | None = None,
     ) -> None:
         """Start an answer.
 
@@ -179,9 +274,11 @@ class SpeculativeSequence:
             prompt: token ids of the prompt.
             options: how to sample.
             started: ``perf_counter()`` when the request began.
+            capacity: tokens of the KV cache.
+            constraint: the state of an answer in the response format of the options.
         """
-        self._decoder = SequenceDecoder(chain.tokenizer, options, prompt)
-        self._started = started
+        self._decoder = SequenceDecoder(chain.tokenizer, options, prompt, capacity, constraint)
+        self._started, self._pending = started, 1
         # top_k and top_p select by rank, and rounding may change the rank: no choice is certain.
         certain = options.temperature == 0 or not (options.top_k or options.top_p < 1)
         speculate = options.drafts and certain and chain.exact_rows
@@ -203,8 +300,26 @@ class SpeculativeSequence:
         """Whether the answer is complete."""
         return self._decoder.finished
 
+    @property
+    def constrained(self) -> bool:
+        """Whether the answer has a response format."""
+        return self._decoder.constrained
+
+    @property
+    def pending_tokens(self) -> int:
+        """Number of tokens of the last call that are part of the answer already."""
+        return self._pending
+
+    def compute_mask(self) -> None:
+        """Compute which tokens may come next; any thread may call this while the decoder runs."""
+        self._decoder.compute_mask()
+
     def input_tokens(self, cache: KVCache, speculate: bool = True) -> list[int]:
-        """Return the tokens to decode next: the last one and, if they save time, speculative ones.
+        """Return the tokens to decode next.
+
+        They are the last token, the tokens that the response format forced after it and, if they
+        save time, speculative ones. Logits are needed from the last token that is not speculative
+        on (``pending_tokens``).
 
         Args:
             cache: the KV cache of this sequence.
@@ -213,17 +328,19 @@ class SpeculativeSequence:
         answer = self.answer
         self._lookup.extend(answer.tokens[self._lookup_length :])
         self._lookup_length = len(answer.tokens)
-        self._proposed = []
+        pending = answer.tokens[cache.length - answer.prompt_tokens :]
+        self._pending, self._proposed = len(pending), []
         if speculate and self._uncertain is None:
-            free = min(cache.capacity - cache.length, self._decoder.remaining_tokens) - 1
-            self._proposed = self._lookup.propose(free)
-        return [answer.tokens[-1], *self._proposed]
+            room = cache.capacity - cache.length - len(pending) + 1
+            free = min(room, self._decoder.remaining_tokens) - 1
+            self._proposed = self._decoder.accepted_prefix(self._lookup.propose(free))
+        return [*pending, *self._proposed]
 
     def accept_logits(self, rows: np.ndarray, cache: KVCache, seconds: float | None = None) -> str:
         """Sample from the logits of ``input_tokens`` or of the prompt; return the new text.
 
         Args:
-            rows: logits ``[K, V]``.
+            rows: logits ``[K, V]`` from the last token on that is not speculative.
             cache: the KV cache of this sequence; rejected tokens are rewound.
             seconds: duration of the call, from which follows whether speculation saves time.
         """
@@ -234,11 +351,9 @@ class SpeculativeSequence:
             text, measuring = self._decoder.append_token(rows[0]), False
             if self._uncertain is not None:
                 self._measure(rows[0])
-        if not self.finished and cache.length >= cache.capacity:
-            text += self._decoder.finish("capacity")
         answer.seconds = perf_counter() - self._started
         answer.first_token_seconds = answer.first_token_seconds or answer.seconds
-        if seconds is not None and not measuring:
+        if seconds is not None and not measuring and self._pending == 1:
             self._lookup.record_call(len(self._proposed), self._accepted, seconds)
         return text
 
@@ -249,9 +364,9 @@ class SpeculativeSequence:
             deviation = max(SAFETY_FACTOR * self._deviation, MIN_DEVIATION)
             text = self._decoder.accept_speculative(rows, self._proposed, deviation)
         new = answer.tokens[before:]
-        cache.rewind(len(rows) - len(new))
         pairs = zip(new, self._proposed, strict=False)
-        self._accepted = sum(token == speculative for token, speculative in pairs)
+        self._accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        cache.rewind(len(self._proposed) - min(self._accepted, len(new) - 1))
         answer.drafted_tokens += len(self._proposed)
         answer.accepted_tokens += self._accepted
         if not self.finished and new == self._proposed[: len(new)]:
@@ -272,8 +387,9 @@ def decode_step(
 ) -> tuple[list[np.ndarray], float | None]:
     """Decode the last token of the sequences in some rows of a cache, in one call.
 
-    Only a single sequence is decoded with speculative tokens. The idle rows between the active ones
-    are decoded too and then rewound. An idle row that is full loses its last token.
+    Only a single sequence is decoded with speculative tokens. Sequences with forced tokens are
+    decoded by themselves. The idle rows between the others are decoded too and then rewound. An
+    idle row that is full loses its last token.
 
     Args:
         chain: the components that decode.
@@ -284,21 +400,42 @@ def decode_step(
         the logits ``[K, V]`` of each sequence and, if there is only one sequence, the seconds of
         the call: the arguments of ``SpeculativeSequence.accept_logits``.
     """
-    first, last = min(active), max(active)
-    span = cache.rows(first, last + 1)
-    if len(active) == 1:
-        tokens = np.array([active[first].input_tokens(span)])
+    alone = len(active) == 1
+    inputs = {row: each.input_tokens(cache.row(row), speculate=alone) for row, each in active.items()}
+    constrained = [sequence for sequence in active.values() if sequence.constrained]
+    masks = MASKS.submit(_compute_masks, constrained) if constrained else None
+    try:
         begun = perf_counter()
-        return [chain.decode(tokens, span)[0]], perf_counter() - begun
-    tokens = np.zeros((span.batch, 1), np.int64)
+        together = {row: tokens[0] for row, tokens in inputs.items() if len(tokens) == 1 and not alone}
+        logits = _decode_together(chain, cache, together) if together else {}
+        for row in inputs.keys() - together.keys():
+            tokens, first = np.array([inputs[row]]), active[row].pending_tokens - 1
+            logits[row] = chain.decode(tokens, cache.row(row), first)[0]
+        return [logits[row] for row in active], perf_counter() - begun if alone else None
+    finally:
+        if masks:
+            masks.result()
+
+
+def _compute_masks(sequences: Sequence[SpeculativeSequence]) -> None:
+    for sequence in sequences:
+        sequence.compute_mask()
+
+
+def _decode_together(chain: Chain, cache: KVCache, tokens: Mapping[int, int]) -> dict[int, np.ndarray]:
+    """Decode one token in some rows of a cache, in one call; return their logits ``[1, V]``."""
+    first, last = min(tokens), max(tokens)
+    span = cache.rows(first, last + 1)
+    inputs = np.zeros((span.batch, 1), np.int64)
     idle = np.ones(span.batch, bool)
-    for row, sequence in active.items():
-        tokens[row - first] = sequence.input_tokens(cache.row(row), speculate=False)
+    for row, token in tokens.items():
+        inputs[row - first] = token
         idle[row - first] = False
     span.lengths[idle] = np.minimum(span.lengths[idle], span.capacity - 1)
     kept = span.lengths.copy()
     try:
-        return list(chain.decode(tokens, span)[~idle]), None
+        logits = chain.decode(inputs, span)
+        return {row: logits[row - first] for row in tokens}
     finally:
         span.lengths[idle] = kept[idle]
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtimes.errors import UserError
+from runtimes.structured.response_format import AnyFormat, ResponseFormat, to_response_format
 
+NOT_ALLOWED = np.float32(-np.inf)  # the logit of a token that the response format excludes
 TOP_P_CANDIDATES = 256  # tokens among which the top-p set is searched first
 
 
@@ -31,6 +33,9 @@ class GenerationOptions:
         drafts: use speculative tokens, proposed from repeated text and verified several per call.
             A token is accepted only if the rounding of such a call cannot change it, so the answer
             stays the same.
+        response_format: the form that the answer must have: a ``ResponseFormat``, or a JSON Schema
+            as a dictionary, a pydantic model, or the Path of a file. Other tokens get the
+            probability 0 before the other options apply.
 
     Raises:
         UserError: a value is outside its range.
@@ -46,9 +51,17 @@ class GenerationOptions:
     drafts: bool = True
     ignore_eos: bool = False
     logprobs: int | None = None
+    response_format: AnyFormat = None
+
+    @property
+    def format(self) -> ResponseFormat | None:
+        """The response format, which ``__post_init__`` has converted."""
+        assert self.response_format is None or isinstance(self.response_format, ResponseFormat)
+        return self.response_format
 
     def __post_init__(self) -> None:
-        """Validate the values."""
+        """Convert the response format, and validate the values."""
+        object.__setattr__(self, "response_format", to_response_format(self.response_format))
         checks = [
             (self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
             (self.temperature >= 0, "temperature must not be negative"),
@@ -69,6 +82,8 @@ class GenerationOptions:
 class TokenLogprobs:
     """Natural logarithms of probabilities before the sampling options apply.
 
+    With a response format, they are those of the allowed tokens; a forced token has 0.
+
     Args:
         token: the token of the answer.
         logprob: its log probability.
@@ -81,11 +96,18 @@ class TokenLogprobs:
 
     @classmethod
     def from_logits(cls, token: int, logits: np.ndarray, count: int) -> TokenLogprobs:
-        """Compute the entry of ``token`` and the ``count`` most likely tokens of ``logits [V]``."""
+        """Compute the entry of ``token`` and the ``count`` most likely tokens of ``logits [V]``.
+
+        A token whose logit is minus infinity is not allowed and not listed.
+        """
         scores = logits.astype(np.float64)
         scores -= scores.max()
         scores -= np.log(np.exp(scores).sum())
-        best = top_k_indices(scores, count).tolist() if count else []
+        best = (
+            [item for item in top_k_indices(scores, count).tolist() if scores[item] > -np.inf]
+            if count
+            else []
+        )
         return cls(token, float(scores[token]), tuple((item, float(scores[item])) for item in best))
 
 
@@ -126,21 +148,24 @@ class Sampler:
         self._random = np.random.default_rng(options.seed)
         self._drawn: float | None = None  # a random number that no token has used yet
 
-    def pick(self, logits: np.ndarray, seen: Sequence[int]) -> int:
+    def pick(self, logits: np.ndarray, seen: Sequence[int], allowed: np.ndarray | None = None) -> int:
         """Sample the next token.
 
         Args:
             logits: ``[V]`` float32.
             seen: tokens of the prompt and the answer, for the repetition penalty.
+            allowed: which tokens are allowed, ``[V]`` bool; None allows all.
 
         Raises:
             UserError: the logits hold NaN or infinity.
         """
-        token, _ = self._choose(logits, seen)
+        token, _ = self._choose(logits, seen, allowed)
         self._drawn = None
         return token
 
-    def pick_if_certain(self, logits: np.ndarray, seen: Sequence[int], deviation: float) -> int | None:
+    def pick_if_certain(
+        self, logits: np.ndarray, seen: Sequence[int], deviation: float, allowed: np.ndarray | None = None
+    ) -> int | None:
         """Sample like ``pick``, or return None if slightly different logits could change the token.
 
         The random state does not advance if the result is None.
@@ -149,8 +174,9 @@ class Sampler:
             logits: ``[V]`` float32.
             seen: tokens of the prompt and the answer, for the repetition penalty.
             deviation: largest difference of the other logits from these.
+            allowed: which tokens are allowed, ``[V]`` bool; None allows all.
         """
-        token, margin = self._choose(logits, seen)
+        token, margin = self._choose(logits, seen, allowed)
         if margin <= 2 * deviation * max(
             self.options.repetition_penalty, 1 / self.options.repetition_penalty
         ):
@@ -158,11 +184,15 @@ class Sampler:
         self._drawn = None
         return token
 
-    def _choose(self, logits: np.ndarray, seen: Sequence[int]) -> tuple[int, float]:
+    def _choose(
+        self, logits: np.ndarray, seen: Sequence[int], allowed: np.ndarray | None
+    ) -> tuple[int, float]:
         """Return a token, and how much the difference of two logits must change for another one."""
         if not np.isfinite(logits).all():
             raise UserError("The decoder gave NaN or infinite logits; run parity to see which stage fails.")
         options = self.options
+        if allowed is not None:
+            logits = np.where(allowed, logits, NOT_ALLOWED)
         if options.repetition_penalty != 1 and len(seen):
             logits = logits.copy()
             ids = np.unique(np.asarray(seen, dtype=np.int64))

@@ -185,6 +185,16 @@ class Tokenizer:
                 " the checkpoint's tokenizer.json."
             ) from error
 
+    @property
+    def json_text(self) -> str:
+        """The content of ``tokenizer.json``."""
+        return str(self._tokenizer.to_str())
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._tokenizer.get_vocab_size())
+
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Return the text of each token, also of special ones; a part of a character is U+FFFD."""
         return [str(self._tokenizer.decode([token], skip_special_tokens=False)) for token in tokens]

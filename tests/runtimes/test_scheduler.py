@@ -238,8 +238,8 @@ def test_one_answers_fault_is_its_own(
     scheduler, plain = start(slots=2), pipeline.chain.decode
     broken: list[str] = ["row"]
 
-    def decode(tokens: np.ndarray, cache: Any) -> np.ndarray:
-        logits = plain(tokens, cache)
+    def decode(tokens: np.ndarray, cache: Any, first: int = 0) -> np.ndarray:
+        logits = plain(tokens, cache, first)
         if broken == ["row"] and len(tokens) == 2:
             logits[1] = np.nan
             broken.clear()

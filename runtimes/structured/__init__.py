@@ -1,0 +1,1 @@
+"""Structured answers: formats, their grammars, and checks of JSON Schemas."""
