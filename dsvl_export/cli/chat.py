@@ -8,17 +8,21 @@ from dsvl_export.cli.options import (
     Backend,
     BundleFolder,
     Capacity,
+    Choices,
     Device,
     Drafts,
     Images,
     JsonLines,
+    JsonSchema,
     MaxNewTokens,
     Precision,
+    Regex,
     Seed,
     Temperature,
     Threads,
     TrustEngine,
     Verify,
+    response_format,
 )
 from dsvl_export.cli.run import open_pipeline
 
@@ -33,6 +37,9 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choices: Choices = None,
     drafts: Drafts = True,
     device: Device = None,
     threads: Threads = None,
@@ -49,7 +56,10 @@ def chat(
     from dsvl_export.cli.conversation import converse
     from runtimes.generation.sampling import GenerationOptions
 
-    options = GenerationOptions(max_new_tokens, temperature, seed=seed, drafts=drafts)
+    options = GenerationOptions(
+        max_new_tokens, temperature, seed=seed, drafts=drafts,
+        response_format=response_format(json_schema, regex, choices),
+    )  # fmt: skip
     pipeline = open_pipeline(
         bundle, backend, precision, threads, device, capacity, verify, trust_engine, adapter
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from dsvl_export.cli.completion import bundle_adapters, bundle_backends, bundle_precisions, values
+
+if TYPE_CHECKING:
+    from runtimes.structured.response_format import ResponseFormat
 
 # Panels of the help.
 GENERATION = "Generation"
@@ -165,6 +168,24 @@ Stop = Annotated[
     Optional[list[str]],
     typer.Option(help="String that ends the answer, repeatable.", rich_help_panel=GENERATION),
 ]
+JsonSchema = Annotated[
+    Optional[Path],
+    typer.Option(
+        help="File with a JSON Schema that the answer must follow.", exists=True, dir_okay=False,
+        rich_help_panel=GENERATION,
+    ),
+]  # fmt: skip
+Regex = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Regular expression (Rust's syntax) that the whole answer must match.",
+        rich_help_panel=GENERATION,
+    ),
+]
+Choices = Annotated[
+    Optional[list[str]],
+    typer.Option(help="A text that the answer may be; repeat for others.", rich_help_panel=GENERATION),
+]
 Drafts = Annotated[
     bool,
     typer.Option(
@@ -230,3 +251,23 @@ def component_values(texts: Optional[list[str]]) -> dict[str, str]:
             raise UserError(f"--component names the {name} twice; give one.")
         chosen[name] = choice
     return chosen
+
+
+def response_format(
+    json_schema: Path | None, regex: str | None, choices: list[str] | None
+) -> ResponseFormat | None:
+    """Return the response format of the options of a command; at most one may be given.
+
+    Raises:
+        UserError: there are two, or one is wrong.
+    """
+    from runtimes.errors import UserError
+    from runtimes.structured.response_format import ResponseFormat
+
+    if sum(value is not None for value in (json_schema, regex, choices or None)) > 1:
+        raise UserError("Give one of --json-schema, --regex and --choices.")
+    if json_schema:
+        return ResponseFormat.json_schema(json_schema)
+    if regex is not None:
+        return ResponseFormat.regex(regex)
+    return ResponseFormat.choices(choices) if choices else None

@@ -14,13 +14,16 @@ from dsvl_export.cli.options import (
     Backend,
     BundleFolder,
     Capacity,
+    Choices,
     Device,
     Drafts,
     Images,
     Json,
+    JsonSchema,
     MaxNewTokens,
     Penalty,
     Precision,
+    Regex,
     Seed,
     Stop,
     Temperature,
@@ -29,6 +32,7 @@ from dsvl_export.cli.options import (
     TopP,
     TrustEngine,
     Verify,
+    response_format,
 )
 
 if TYPE_CHECKING:
@@ -86,6 +90,9 @@ def run(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     stop: Stop = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choices: Choices = None,
     drafts: Drafts = True,
     device: Device = None,
     threads: Threads = None,
@@ -104,8 +111,9 @@ def run(
     from runtimes.generation.sampling import GenerationOptions
 
     options = GenerationOptions(
-        max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()), drafts
-    )
+        max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, tuple(stop or ()), drafts,
+        response_format=response_format(json_schema, regex, choices),
+    )  # fmt: skip
     pipeline = open_pipeline(
         bundle, backend, precision, threads, device, capacity, verify, trust_engine, adapter
     )

@@ -114,9 +114,10 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
         body = b"".join([part async for part in request.stream()])
         chat_request = await run_in_threadpool(read_request, body)
         del body
+        tools = chat_request.callable_tools
         model_request = ModelRequest(
             chat_request.model,
-            parse_conversation(chat_request.messages, options.images.images),
+            parse_conversation(chat_request.messages, options.images.images, tools),
             chat_request.options(options.max_new_tokens, options.drafts),
             bool(chat_request.stream),
             options.seconds,
@@ -129,7 +130,7 @@ def create_app(service: Service, options: ServeOptions) -> FastAPI:
         if step is None:
             steps.close()  # the first step may have been made at that moment
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        completion = Completion(steps.model, service.tokenizer)
+        completion = Completion(steps.model, service.tokenizer, bool(tools))
         if model_request.stream:
             events = _events(wants_usage, completion, step, steps, metrics)
             return EventStreamResponse(events, steps)

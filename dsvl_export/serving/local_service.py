@@ -37,7 +37,8 @@ from dsvl_export.serving.text import TextEncoder
 from runtimes.bundle.bundle import Bundle
 from runtimes.chain import Chain, EncodedImage, Prompt
 from runtimes.job import BusyError, DeadlineError, Job, Step
-from runtimes.text.prompt import format_chat
+from runtimes.structured.response_format import FormatError
+from runtimes.text.prompt import Message, format_chat
 
 DECODED_AT_ONCE = 2  # images that are decoded at a time
 DOWNLOADED_AT_ONCE = 8  # images that are downloaded at a time
@@ -74,6 +75,7 @@ class LocalService(Service):
         self.decoders = ThreadPoolExecutor(DECODED_AT_ONCE, "images")
         self.downloaders = ThreadPoolExecutor(DOWNLOADED_AT_ONCE, "downloads")
         self.opener = ThreadPoolExecutor(1, "opener")  # opens one model at a time
+        self.compilers = ThreadPoolExecutor(1, "formats")  # compiles one response format at a time
         self.held = 0  # bytes of the image files of all requests
 
     @property
@@ -98,7 +100,7 @@ class LocalService(Service):
         """Finish all requests; end the tokenizer and the threads."""
         self.models.close()
         self.text.close()
-        for threads in (self.decoders, self.downloaders, self.opener):
+        for threads in (self.decoders, self.downloaders, self.opener, self.compilers):
             threads.shutdown()
 
 
@@ -139,7 +141,7 @@ class LocalAnswerStream(AnswerStream):
     async def next(self) -> Step:
         """Return all that was generated since the last call, as one step."""
         step = await self._steps.get()
-        if isinstance(step, DeadlineError):
+        if isinstance(step, (DeadlineError, FormatError)):
             raise step
         if isinstance(step, Exception):
             log.error("an answer failed", exc_info=step)
@@ -172,7 +174,7 @@ class LocalAnswerStream(AnswerStream):
         chain, capacity = model.pipeline.chain, model.scheduler.capacity
         conversation = self._request.conversation
         spec = chain.tokenizer.spec
-        text = format_chat(conversation.turns, model.pipeline.system_prompt, spec.template)
+        text = format_chat(*with_tools(conversation, model.pipeline.system_prompt), spec.template)
         min_tokens = len(text) // MAX_TOKEN_CHARACTERS + len(conversation.urls) * spec.image_tokens
         if min_tokens > capacity:
             raise RequestError(
@@ -184,7 +186,13 @@ class LocalAnswerStream(AnswerStream):
             await self._read_image(chain, url, f"image {number}")
             for number, url in enumerate(conversation.urls, 1)
         ]
-        return chain.prepare_tokens(await service.text.encode(text), images)
+        prompt = chain.prepare_tokens(await service.text.encode(text), images)
+        if self._request.generation.format:
+            await asyncio.get_running_loop().run_in_executor(
+                service.compilers, model.scheduler.grammars.check_fits, self._request.generation.format,
+                len(prompt.keys), capacity,
+            )  # fmt: skip
+        return prompt
 
     async def _read_image(self, chain: Chain, url: str, where: str) -> EncodedImage:
         """Read and check the file of an image; the images of all requests share the threads."""
@@ -221,6 +229,20 @@ class LocalAnswerStream(AnswerStream):
         self._job = self._leased.scheduler.submit(
             prompt, self._request.generation, deliver, seconds, self._request.stream, chain
         )
+
+
+def with_tools(conversation: Conversation, system: str) -> tuple[tuple[Message, ...], str]:
+    """Return the messages and the default system prompt, with what is said of the tools.
+
+    It follows the system prompt, or the system message that a conversation begins with.
+    """
+    turns, text = conversation.turns, conversation.tools
+    if not text:
+        return turns, system
+    if turns and turns[0].role == "system":
+        first = Message("system", "\n\n".join([*map(str, turns[0].parts), text]))
+        return (first, *turns[1:]), system
+    return turns, f"{system}\n\n{text}" if system.strip() else text
 
 
 def validate_image(chain: Chain, file: bytes, limits: ImageLimits, where: str) -> EncodedImage:

@@ -18,6 +18,7 @@ from runtimes.execution import execution
 from runtimes.memory import available_memory
 from runtimes.pipeline import Pipeline, check_files, decoder_weights, required_memory
 from runtimes.scheduler import Scheduler
+from runtimes.structured.grammars import Grammars
 from runtimes.units import size
 
 MAX_SLOTS = 8
@@ -88,6 +89,7 @@ class Models:
         self.bundle, self.options = bundle, options
         self._open: dict[str, Model] = {}
         self._checked: dict[str, str | None] = {}  # model → what is wrong with its files
+        self._grammars: Grammars | None = None  # of all models, which have the bundle's tokenizer
         self._lock = threading.Lock()  # guards the open models and their leases
         self._opening = threading.Lock()  # held while a model is opened
         self.default = "/".join(bundle.select(options.backend, options.precision))
@@ -245,6 +247,7 @@ class Models:
             bundle, backend, precision, threads=options.threads, device=device,
             capacity=options.capacity, verify=verify,
         )  # fmt: skip
+        self._grammars = pipeline.grammars = self._grammars or pipeline.grammars
         states = bundle.contract("decoder", backend, precision).states
         slot_bytes = cache_bytes(states, 1, pipeline.capacity)
         fitting = (available_memory() - reserved) // CACHE_FRACTION // slot_bytes
@@ -254,6 +257,8 @@ class Models:
             raise UserError(
                 f"The decoder answers at most {max_batch} requests at a time; pass --slots {max_batch}."
             )
-        scheduler = Scheduler(pipeline.chain, pipeline.capacity, slots, options.queue)
+        scheduler = Scheduler(
+            pipeline.chain, pipeline.capacity, slots, options.queue, grammars=pipeline.grammars
+        )
         log.info("opened %s with %d slots of %d tokens", name, slots, pipeline.capacity)
         return Model(name, pipeline, scheduler, slots * slot_bytes)

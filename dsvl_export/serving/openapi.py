@@ -119,10 +119,12 @@ def _answer_schemas() -> Schema:
     logprobs = _object(
         content=_array(_object(**entry, top_logprobs=_array(_object(**entry)))), refusal=_or_null(STRING)
     )
-    message = _object(role={"const": "assistant"}, content=STRING, refusal={"type": "null"})
-    choice = _object(
-        index=COUNT, message=message, logprobs=_or_null(logprobs), finish_reason={"enum": ["stop", "length"]}
-    )
+    message = _object(role={"const": "assistant"}, content=_or_null(STRING), refusal={"type": "null"})
+    function = _object(name=STRING, arguments=STRING)
+    call = _object(id=STRING, type={"const": "function"}, function=function)
+    message["properties"]["tool_calls"] = _array(call)  # only if a tool is called
+    reasons = {"enum": ["stop", "length", "tool_calls"]}
+    choice = _object(index=COUNT, message=message, logprobs=_or_null(logprobs), finish_reason=reasons)
     usage = _object(
         prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT,
         prompt_tokens_details=_object(cached_tokens=COUNT),

@@ -12,6 +12,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dsvl_export.serving.errors import RequestError
 from dsvl_export.serving.parameters import check_unsupported
+from dsvl_export.serving.response_formats import (
+    MAX_TOOLS,
+    AnyFormat,
+    StructuredOutputs,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    callable_tools,
+    read_format,
+    tools_format,
+    tools_text,
+)
 from runtimes.bundle.files import parse_json
 from runtimes.errors import UserError
 from runtimes.generation.sampling import GenerationOptions
@@ -21,6 +33,10 @@ MAX_STOPS, MAX_STOP_CHARACTERS, MAX_TOP_LOGPROBS = 16, 1_000, 20
 MAX_ITEMS = 16_384  # messages of a request, and parts of a message
 MAX_VALUES = 500_000  # of a body: the number of its brackets and commas, those in strings included
 MAX_MESSAGE = 300  # characters of an error of pydantic
+Role = Literal["system", "user", "assistant"]
+ROLES: dict[str, Role] = {  # of the protocol → of the prompt format
+    "system": "system", "developer": "system", "user": "user", "tool": "user", "assistant": "assistant",
+}  # fmt: skip
 MIN_TOP_P = 1e-9  # keeps only the most probable token, as 0 does in the protocol
 
 
@@ -114,11 +130,12 @@ Parts = Annotated[
 
 
 class ChatMessage(_Fields):
-    """A message; clients may send ``tool_calls`` and ``function_call`` without a value."""
+    """A message; clients may send ``function_call`` and ``audio`` without a value."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Union[str, Parts, None] = None
-    tool_calls: Annotated[Optional[list[Any]], Field(max_length=0)] = None
+    tool_calls: Annotated[Optional[list[ToolCall]], Field(max_length=MAX_TOOLS)] = None
+    tool_call_id: Optional[str] = None
     function_call: None = None
     audio: None = None
 
@@ -152,6 +169,19 @@ class ChatRequest(_Fields):
     stop: Union[StopText, Annotated[list[StopText], Field(max_length=MAX_STOPS)], None] = None
     logprobs: Optional[bool] = None
     top_logprobs: Optional[TopLogprobs] = None
+    response_format: Optional[AnyFormat] = None
+    structured_outputs: Optional[StructuredOutputs] = None
+    tools: Annotated[Optional[list[Tool]], Field(max_length=MAX_TOOLS)] = None
+    tool_choice: Optional[ToolChoice] = None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call.
+
+        Raises:
+            RequestError: see ``response_formats.callable_tools``.
+        """
+        return callable_tools(self.tools or [], self.tool_choice)
 
     @property
     def wants_usage(self) -> bool:
@@ -186,8 +216,16 @@ class ChatRequest(_Fields):
         if "top_k" in sampling:
             sampling["top_k"] = max(sampling["top_k"], 0)  # -1 samples from all tokens, as in vLLM
         sampling["seed"] = secrets.randbits(63) if self.seed is None else self.seed % (1 << 63)
-        tokens = limits[0] if limits else max_new_tokens
-        options = GenerationOptions(tokens, stop=tuple(stop), drafts=drafts, **sampling)
+        tokens, tools = limits[0] if limits else max_new_tokens, self.callable_tools
+        wanted = read_format(self.response_format, self.structured_outputs)
+        if tools and wanted and self.tool_choice in (None, "auto"):
+            raise RequestError(
+                400,
+                "A response format and tools exclude each other, unless tool_choice is none.",
+                param="tools",
+            )
+        form = tools_format(tools, self.tool_choice) if tools else wanted
+        options = GenerationOptions(tokens, stop=tuple(stop), drafts=drafts, response_format=form, **sampling)
         return replace(options, logprobs=self.top_logprobs or 0) if self.logprobs else options
 
 
@@ -245,27 +283,44 @@ def _path(raw: Any, location: Sequence[int | str], missing: bool) -> str | None:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of a request, system messages included, and the URLs of its images in order."""
+    """The messages of a request, system messages included.
+
+    Args:
+        turns: the messages.
+        urls: the URLs of the images, in order.
+        tools: what the prompt says of the tools that the answer may call; empty without tools.
+    """
 
     turns: tuple[Message, ...] = ()
     urls: tuple[str, ...] = ()
+    tools: str = ""
 
 
-def parse_conversation(messages: Sequence[ChatMessage], max_images: int) -> Conversation:
+def parse_conversation(
+    messages: Sequence[ChatMessage], max_images: int, tools: Sequence[Tool] = ()
+) -> Conversation:
     """Convert the messages of a request to those of the prompt format.
+
+    The results of tools become messages of the user.
+
+    Args:
+        messages: of the request.
+        max_images: largest number of images.
+        tools: tools that the answer may call.
 
     Raises:
         RequestError: the prompt format does not support the messages.
     """
     turns: list[Message] = []
     urls: list[str] = []
+    called: dict[str, str] = {}  # id of a tool call → name of its function
     for index, message in enumerate(messages):
         where = f"messages.{index}"
         content = message.content
         if content is None:
             if message.role != "assistant":
                 raise RequestError(400, f"{where}.content: the content is missing.", param=f"{where}.content")
-            content = ""  # an answer that was interrupted
+            content = [] if message.tool_calls else ""  # an answer that was interrupted
         parts: list[Part] = []
         ordered = [TextPart(type="text", text=content)] if isinstance(content, str) else images_first(content)
         for part in ordered:
@@ -276,15 +331,20 @@ def parse_conversation(messages: Sequence[ChatMessage], max_images: int) -> Conv
                 parts.append(IMAGE)
             else:
                 parts.append(part.text if isinstance(part, TextPart) else part.refusal)
-        role = "system" if message.role == "developer" else message.role
-        turns.append(Message.from_parts(role, parts))
+        for call in message.tool_calls or []:
+            called[call.id] = call.function.name
+            parts.append(call.text)
+        if message.role == "tool":
+            name = called.get(message.tool_call_id or "", "the function")
+            parts = [f"Result of {name}: " + "\n".join(map(str, parts))]
+        turns.append(Message.from_parts(ROLES[message.role], parts))
     if len(urls) > max_images:
         raise RequestError(
             400, f"The request has {len(urls)} images; the limit is {max_images}.", param="messages"
         )
     if not turns or turns[-1].role != "user":
         raise RequestError(400, "The last message must be the user's.", param="messages")
-    return Conversation(tuple(turns), tuple(urls))
+    return Conversation(tuple(turns), tuple(urls), tools_text(tools) if tools else "")
 
 
 def images_first(parts: Sequence[AnyPart]) -> list[AnyPart]:

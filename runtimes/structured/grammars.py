@@ -21,11 +21,11 @@ from runtimes.installation import install_command
 from runtimes.structured.json_schemas import ShortestAnswer, check_schema, pointer_to
 from runtimes.structured.response_format import (
     CHOICES,
-    ITEM_SEPARATOR,
+    JSON_OPTIONS,
     JSON_SCHEMA,
-    KEY_SEPARATOR,
     LARK,
     REGEX,
+    FormatError,
     ResponseFormat,
 )
 from runtimes.text.tokenizer import Tokenizer
@@ -39,11 +39,6 @@ LIMITS: dict[str, Any] = {  # of llguidance's parser
     "max_lexer_states": 50_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
-}
-JSON_OPTIONS = {
-    "whitespace_flexible": False,
-    "item_separator": ITEM_SEPARATOR,
-    "key_separator": KEY_SEPARATOR,
 }
 BODY = 'start: " "? @body'  # a space comes before most answers in training
 
@@ -92,7 +87,7 @@ class Grammars:
         """Compile a format; the last ones are kept.
 
         Raises:
-            UserError: the format is wrong, too complex, or has no finite answer, or llguidance is
+            FormatError: the format is wrong, too complex, or has no finite answer, or llguidance is
                 not installed.
         """
         with self._lock:
@@ -116,13 +111,13 @@ class Grammars:
             capacity: tokens of the KV cache.
 
         Raises:
-            UserError: the shortest answer is too long; see also ``compile``.
+            FormatError: the shortest answer is too long; see also ``compile``.
         """
         if response_format is None:
             return
         needed = self.compile(response_format).min_tokens
         if needed > capacity - prompt_tokens:
-            raise UserError(
+            raise FormatError(
                 f"The shortest answer that the response format allows has {needed} tokens or more, but the"
                 f" KV cache holds {capacity}, {prompt_tokens} of them for the prompt; shorten the format, or"
                 " open the bundle with a larger capacity."
@@ -145,7 +140,7 @@ class Grammars:
                         eos_token=list(self._source.spec.eos_ids),
                     )
                 except ValueError as error:
-                    raise UserError(
+                    raise FormatError(
                         f"This tokenizer cannot be used with response formats: {error}."
                     ) from error
             return self._tokenizer
@@ -160,11 +155,11 @@ class Grammars:
             made = LLMatcher(tokenizer, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
             made.compute_bitmask()  # some errors show up here only
             if len(made.compute_ff_tokens()) > MAX_FORCED:
-                raise UserError(
+                raise FormatError(
                     f"The response format is endless or too long: it forces more than {MAX_FORCED} tokens."
                 )
             if made.is_error():
-                raise UserError(_problem(made.get_error(), response_format))
+                raise FormatError(_problem(made.get_error(), response_format))
             return made
 
         made = matcher(body)
@@ -180,7 +175,7 @@ def _body(response_format: ResponseFormat, tokenizer: Any) -> tuple[dict[str, An
     """Return a format as a grammar of llguidance, and the tokens of its shortest answer.
 
     Raises:
-        UserError: it is not a JSON Schema, or allows no finite answer.
+        FormatError: it is not a JSON Schema, or allows no finite answer.
     """
     from llguidance import LLMatcher
 
@@ -190,7 +185,7 @@ def _body(response_format: ResponseFormat, tokenizer: Any) -> tuple[dict[str, An
         check_schema(schema)
         shortest = ShortestAnswer(schema, MAX_ANSWER_CHARACTERS).text()
         if shortest is None:
-            raise UserError("The JSON Schema allows no finite answer.")
+            raise FormatError("The JSON Schema allows no finite answer.")
         if isinstance(schema, dict):
             schema = {**schema, "x-guidance": JSON_OPTIONS}
         return {"json_schema": schema}, len(tokenizer.tokenize_str(shortest))
@@ -248,7 +243,7 @@ class Constraint:
         An end-of-sentence token is among them only where the answer may end.
 
         Raises:
-            UserError: the format has become too complex.
+            FormatError: the format has become too complex.
         """
         self.compute_mask()
         self._check()
@@ -259,7 +254,7 @@ class Constraint:
         """Append tokens to the answer.
 
         Raises:
-            UserError: the format has become too complex.
+            FormatError: the format has become too complex.
         """
         self._allowed = None
         self._matcher.consume_tokens(list(tokens))
@@ -280,7 +275,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise UserError(
+            raise FormatError(
                 "The response format has become too complex"
                 f" ({self._matcher.get_error().strip().splitlines()[0][:120]}); simplify it."
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtimes.errors import UserError
 from runtimes.installation import install_command
-from runtimes.structured.response_format import ITEM_SEPARATOR, KEY_SEPARATOR
+from runtimes.structured.response_format import ITEM_SEPARATOR, KEY_SEPARATOR, FormatError
 
 MAX_STEPS = 10_000  # of the search for the shortest answer
 SHORTEST = {"integer": "0", "number": "0", "boolean": "true", "null": "null"}
@@ -18,7 +18,7 @@ def check_schema(schema: Any) -> None:
     """Check that a value is a JSON Schema (draft 2020-12).
 
     Raises:
-        UserError: it is not; the message has a JSON pointer to the place.
+        FormatError: it is not; the message has a JSON pointer to the place.
     """
     try:
         from jsonschema import Draft202012Validator
@@ -29,7 +29,7 @@ def check_schema(schema: Any) -> None:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         pointer = "".join(f"/{part}" for part in error.absolute_path)
-        raise UserError(
+        raise FormatError(
             f"The JSON Schema is wrong at {pointer or 'its root'}: {error.message[:200]}."
         ) from error
 

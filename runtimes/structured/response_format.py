@@ -17,6 +17,15 @@ MAX_CHOICES = 10_000
 # Between the items and after the keys of JSON answers; with fixed separators, most tokens of keys
 # are forced.
 ITEM_SEPARATOR, KEY_SEPARATOR = ", ", ": "
+JSON_OPTIONS = {  # of llguidance's JSON compiler
+    "whitespace_flexible": False,
+    "item_separator": ITEM_SEPARATOR,
+    "key_separator": KEY_SEPARATOR,
+}
+
+
+class FormatError(UserError):
+    """A response format cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class ResponseFormat:
         text: the schema or the choices as JSON, the expression, or the grammar.
 
     Raises:
-        UserError: the format is too long.
+        FormatError: the format is too long.
     """
 
     kind: str
@@ -40,7 +49,7 @@ class ResponseFormat:
     def __post_init__(self) -> None:
         """Check the length."""
         if len(self.text) > MAX_CHARACTERS:
-            raise UserError(
+            raise FormatError(
                 f"The response format has {len(self.text)} characters, but at most {MAX_CHARACTERS} are"
                 " allowed."
             )
@@ -53,19 +62,19 @@ class ResponseFormat:
             schema: the schema, a pydantic model, or a file with a schema.
 
         Raises:
-            UserError: the file cannot be read, or is not JSON.
+            FormatError: the file cannot be read, or is not JSON.
         """
         if isinstance(schema, Path):
             try:
                 schema = parse_json(schema.read_bytes(), str(schema))
             except OSError as error:
-                raise UserError(f"{schema} cannot be read: {error.strerror}.") from error
+                raise FormatError(f"{schema} cannot be read: {error.strerror}.") from error
         elif hasattr(schema, "model_json_schema"):
             schema = schema.model_json_schema()
         try:
             return cls(JSON_SCHEMA, json.dumps(schema, ensure_ascii=False, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"The JSON Schema is not JSON: {error}.") from error
+            raise FormatError(f"The JSON Schema is not JSON: {error}.") from error
 
     @classmethod
     def json_object(cls) -> ResponseFormat:
@@ -87,10 +96,10 @@ class ResponseFormat:
         """Answers are one of some texts.
 
         Raises:
-            UserError: there are none, too many, or an empty one.
+            FormatError: there are none, too many, or an empty one.
         """
         if not texts or len(texts) > MAX_CHOICES or not all(texts):
-            raise UserError(f"Choices must be 1 to {MAX_CHOICES} texts that are not empty.")
+            raise FormatError(f"Choices must be 1 to {MAX_CHOICES} texts that are not empty.")
         return cls(CHOICES, json.dumps(list(texts), ensure_ascii=False))
 
 
@@ -101,13 +110,13 @@ def to_response_format(value: AnyFormat) -> ResponseFormat | None:
     """Return the format that ``GenerationOptions(response_format=…)`` describes.
 
     Raises:
-        UserError: it is none.
+        FormatError: it is none.
     """
     if value is None or isinstance(value, ResponseFormat):
         return value
     if isinstance(value, (Mapping, Path)) or hasattr(value, "model_json_schema"):
         return ResponseFormat.json_schema(value)
-    raise UserError(
+    raise FormatError(
         "response_format must be a ResponseFormat, a JSON Schema as a dictionary, a pydantic model, or"
         f" the Path of a schema, not {type(value).__name__}."
     )
