@@ -335,8 +335,10 @@ def parse_conversation(
             called[call.id] = call.function.name
             parts.append(call.text)
         if message.role == "tool":
-            name = called.get(message.tool_call_id or "", "the function")
-            parts = [f"Result of {name}: " + "\n".join(map(str, parts))]
+            if message.tool_call_id not in called:
+                param = f"{where}.tool_call_id"
+                raise RequestError(400, f"{param}: no earlier message has a call with this id.", param=param)
+            parts = [f"Result of {called[message.tool_call_id]}: " + "\n".join(map(str, parts))]
         turns.append(Message.from_parts(ROLES[message.role], parts))
     if len(urls) > max_images:
         raise RequestError(

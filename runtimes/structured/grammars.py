@@ -154,12 +154,15 @@ class Grammars:
         def matcher(*grammars: dict[str, Any]) -> Any:
             made = LLMatcher(tokenizer, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
             made.compute_bitmask()  # some errors show up here only
-            if len(made.compute_ff_tokens()) > MAX_FORCED:
+            if made.is_error():
+                raise FormatError(_problem(made.get_error(), response_format))
+            forced, ahead = made.compute_ff_tokens(), made.deep_copy()
+            ahead.consume_tokens(forced)
+            ahead.compute_ff_tokens()
+            if len(forced) > MAX_FORCED or ahead.is_error():
                 raise FormatError(
                     f"The response format is endless or too long: it forces more than {MAX_FORCED} tokens."
                 )
-            if made.is_error():
-                raise FormatError(_problem(made.get_error(), response_format))
             return made
 
         made = matcher(body)

@@ -259,7 +259,7 @@ def test_the_openapi_document(served: Served, with_origins: Served) -> None:
         ({}, True), ({"n": 1}, True), ({"n": 2}, False), ({"n": None, "stream": None}, True),
         ({"unknown": 1}, False), ({"user": "me"}, True), ({"temperature": 3}, False), ({"max_tokens": 0}, False),
         ({"seed": 2**64}, False), ({"top_k": -2}, False), ({"top_logprobs": 21}, False), ({"seed": 3.0}, True),
-        ({"messages": [{"role": "tool", "content": "x"}]}, False),
+        ({"messages": [{"role": "robot", "content": "x"}]}, False),
     ):  # fmt: skip
         body = {"model": MODEL, "messages": ask("Hello.", data_url(b"x")), **more}
         assert checker.is_valid(body) == valid, more
