@@ -12,10 +12,9 @@ import numpy as np
 
 from runtimes.bundle.files import read_json_lines
 from runtimes.errors import UserError
-from runtimes.images import load_image
+from runtimes.images import image_files, load_image
 
 BUNDLED_DATA = Path(__file__).parent / "bundled" / "questions.jsonl"
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Questions about a folder's images; they alternate.
 PROMPTS = (
     "Describe the picture.",
@@ -94,10 +93,7 @@ def _read_error(image: Path, origin: str) -> str | None:
 
 
 def _read_folder(folder: Path) -> list[Sample]:
-    files = sorted(
-        file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-    )
-    return [Sample((file,), PROMPTS[index % len(PROMPTS)]) for index, file in enumerate(files)]
+    return [Sample((file,), PROMPTS[index % len(PROMPTS)]) for index, file in enumerate(image_files(folder))]
 
 
 def _read_lines(file: Path) -> Iterator[Sample]:

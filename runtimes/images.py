@@ -20,6 +20,7 @@ ImageSource = Union[str, Path, bytes, Image.Image, np.ndarray]
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 PLUGIN_FORMATS = ("AVIF", "HEIF")  # if Pillow was built with them, or a plug-in is registered
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # in folders of images
 MAX_DARK_VALUE = 15  # of 255: the brightest pixel of 12-bit values in a 16-bit file
 _TURNS: dict[Any, Image.Transpose] = {  # EXIF orientation → transposition
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -45,6 +46,11 @@ _BAD_TAGS = (
 
 class ImageWarning(UserWarning):
     """An image was loaded, but probably does not look as intended to the model."""
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the images in a folder and its subfolders, by their suffixes, in order."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def load_image(source: ImageSource, on_white: bool = False) -> Image.Image:

@@ -31,7 +31,7 @@ USER_ERROR, INTERNAL_ERROR = 2, 70  # exit codes; 70 is EX_SOFTWARE of sysexits.
 READER_GONE = 141  # as shells report SIGPIPE
 # Help lists the commands in this order: panel → commands.
 PANELS = {
-    "Export, run and check": ("export", "run", "parity", "chat", "serve", "inspect", "demo"),
+    "Export, run and check": ("export", "run", "parity", "chat", "extract", "serve", "inspect", "demo"),
     "Plan a deployment": ("doctor", "targets", "plan"),
     "Verify, compare, measure and publish bundles": ("verify", "compare", "bench", "push"),
     "Switchable adapters": ("add-adapter", "remove-adapter"),

@@ -1,0 +1,1 @@
+"""Fields from images of documents."""
