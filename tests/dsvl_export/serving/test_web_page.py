@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,6 +148,45 @@ def test_pictures_can_be_dropped_and_removed(visit: Open, pictures: list[Path]) 
 
 
 @needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (390, "dark")])
+def test_fields_as_a_table(visit: Open, pictures: list[Path], width: int, scheme: str) -> None:
+    """A schema in the panel gives a table; one that is not JSON, or refused, gives a sentence."""
+    page = visit(width=width, scheme=scheme, expected=1)
+    page.wait_for_selector("#model option", state="attached")
+    assert not page.locator("#schema").is_visible()
+    page.locator("#fields").click()
+    page.locator("#schema").fill('{"type": ')
+    ask(page, DESCRIBE, pictures[0])
+    assert "The JSON Schema is not JSON" in page.locator(".error").inner_text()
+    assert page.locator("#question").input_value() == DESCRIBE
+    row = {
+        "type": "object",
+        "properties": {"n": {"const": 7}, "ok": {"type": "boolean"}},
+        "required": ["n", "ok"],
+    }
+    schema = {"type": "object", "properties": {"color": {"enum": ["red", "green"]}, "rows": {
+        "type": "array", "items": {**row, "additionalProperties": False}, "minItems": 2, "maxItems": 2}},
+        "required": ["color", "rows"], "additionalProperties": False}  # fmt: skip
+    page.locator("#schema").fill(json.dumps(schema))
+    page.locator("#question").press("Enter")
+    page.wait_for_selector(".figures")
+    cells = page.locator(".answer > table > tr > *").all_inner_texts()
+    assert cells[0] == "color" and cells[1] in ("red", "green") and cells[2] == "rows"
+    inner = page.locator(".answer table table tr").all_inner_texts()
+    assert inner[0].split() == ["n", "ok"] and len(inner) == 3
+    assert all(text.split()[0] == "7" and text.split()[1] in ("true", "false") for text in inner[1:])
+    assert page.evaluate(OVERFLOWING) == {"page": False, "found": []}
+    assert page.evaluate(CONTRAST) >= 4.5
+    page.locator("#schema").fill('{"type": "foo"}')
+    ask(page, "Again")
+    page.wait_for_selector(".error >> nth=1")
+    assert "The JSON Schema is wrong at /type" in page.locator(".error").last.inner_text()
+    page.locator("#fields").click()
+    ask(page, DESCRIBE)
+    page.wait_for_selector(".turn.assistant p")
+
+
+@needs_browser
 def test_by_keyboard_alone(visit: Open) -> None:
     page = visit()
     page.wait_for_selector("#model option", state="attached")
@@ -163,6 +203,8 @@ def test_by_keyboard_alone(visit: Open) -> None:
     page.locator("#question").focus()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "add"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "fields"
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")  # on "Ask"
     answers(page, 1)
