@@ -1,6 +1,6 @@
 """Speed of structured answers beside free text at a released variant's full shape, and the cost of masks.
 
-    python benchmarks/structured.py WORK onnxruntime:8da4w-g128 executorch:8da4w-g128 [--size 1.3b] [--turns 3]
+    python benchmarks/structured.py WORK onnxruntime:8da4w-g128 executorch:8da4w-g128 [--turns 3]
 
 Weights are random, threads are 2, the tokenizer is DeepSeek's. Each turn decodes free text and an object with
 many fixed keys after a prompt of 640 tokens, without speculation. The cost of a mask is that of computing and
@@ -143,7 +143,7 @@ def main() -> None:
         for decoder in given.decoders:
             bundle = given.work / f"{checkpoint.name}-{decoder.replace(':', '-')}"
             found = measured(speeds, bundle, *decoder.split(":"))
-            rows.setdefault(decoder, []).append(found)
+            rows.setdefault(decoder, []).append(found["result"])
     print(
         "\n| | free text, tokens/s | object, tokens/s | ratio | tokens | forced |\n|---|---|---|---|---|---|"
     )

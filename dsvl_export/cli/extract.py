@@ -29,9 +29,7 @@ FAILED = 1  # exit code if some images have no fields
 @command("extract")
 def extract(
     bundle: BundleFolder,
-    schema: Annotated[
-        Path, typer.Option(help="File with the JSON Schema of the fields.", exists=True, dir_okay=False)
-    ],
+    schema: Annotated[Path, typer.Option(help="File with the JSON Schema of the fields.")],
     images: Annotated[Path, typer.Option(help="Folder of the images; subfolders count.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON Lines file: a line for each image.")],
     prompt: Annotated[

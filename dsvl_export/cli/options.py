@@ -170,11 +170,8 @@ Stop = Annotated[
 ]
 JsonSchema = Annotated[
     Optional[Path],
-    typer.Option(
-        help="File with a JSON Schema that the answer must follow.", exists=True, dir_okay=False,
-        rich_help_panel=GENERATION,
-    ),
-]  # fmt: skip
+    typer.Option(help="File with a JSON Schema that the answer must follow.", rich_help_panel=GENERATION),
+]
 Regex = Annotated[
     Optional[str],
     typer.Option(

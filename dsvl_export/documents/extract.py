@@ -95,6 +95,8 @@ def extract(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if not images.is_dir():
         raise UserError(f"{images} is not a folder of images.")
+    if not output.parent.is_dir():
+        raise UserError(f"The folder {output.parent} does not exist.")
     files = [(file, _name(file, images)) for file in image_files(images)]
     if not files:
         raise UserError(f"There are no images in {images}.")
@@ -136,8 +138,6 @@ def _resume(output: Path, run: str) -> set[str]:
         UserError: the output has lines of another extraction, or cannot be read or written.
     """
     if not output.exists():
-        if not output.parent.is_dir():
-            raise UserError(f"The folder {output.parent} does not exist.")
         return set()
     content = output.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
