@@ -87,8 +87,8 @@ class Grammars:
         """Compile a format; the last ones are kept.
 
         Raises:
-            FormatError: the format is wrong, too complex, or has no finite answer, or llguidance is
-                not installed.
+            FormatError: the format is wrong, too complex, or has no finite answer.
+            UserError: llguidance or jsonschema is not installed.
         """
         with self._lock:
             if response_format in self._compiled:
