@@ -25,7 +25,7 @@ from measuring import CAPACITY, checkpoint_of, cost, export_to, measured, spread
 
 from runtimes.generation.decoding import SpeculativeSequence, generate
 from runtimes.generation.sampling import NOT_ALLOWED, GenerationOptions
-from runtimes.structured.grammars import Grammars
+from runtimes.structured.grammars import Constraint, Grammars
 from runtimes.structured.response_format import ResponseFormat
 from runtimes.text.tokenizer import PromptSpec, Tokenizer
 
@@ -82,8 +82,14 @@ def speeds(bundle: Path, backend: str, precision: str) -> dict[str, Any]:
     ):
         cache.reset()
         logits = chain.prefill(chain.embed_tokens(prompt), cache)
+        grammar = grammars.compile(options.format) if options.format else None
         sequence = SpeculativeSequence(
-            chain, prompt, options, time.perf_counter(), CAPACITY, grammars.constraint(options.format)
+            chain,
+            prompt,
+            options,
+            time.perf_counter(),
+            CAPACITY,
+            grammar,
         )
         for _ in generate(chain, [logits], cache, [sequence]):
             pass
@@ -100,8 +106,7 @@ def mask_times(answers: int = 20) -> list[float]:
     grammars = Grammars(tokenizer(), VOCABULARY)
     wanted, noise, times = ResponseFormat.json_schema(INVOICE), np.random.default_rng(0), []
     for _ in range(answers):
-        constraint = grammars.constraint(wanted)
-        assert constraint
+        constraint = Constraint(grammars.compile(wanted))
         while not constraint.finished:
             logits = noise.standard_normal(VOCABULARY).astype(np.float32)
             started = time.perf_counter()

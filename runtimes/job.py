@@ -10,8 +10,10 @@ from typing import Any, Union
 
 from runtimes.chain import Chain, Prompt
 from runtimes.errors import UserError
-from runtimes.generation.decoding import Answer, SpeculativeSequence
+from runtimes.generation.answer import Answer
+from runtimes.generation.decoding import SpeculativeSequence
 from runtimes.generation.sampling import GenerationOptions, TokenLogprobs
+from runtimes.structured.grammars import Grammar
 
 
 class BusyError(UserError):
@@ -55,9 +57,10 @@ class Job:
         seconds: float | None,
         every_step: bool,
         chain: Chain,
+        grammar: Grammar | None = None,
     ) -> None:
         """Create a job; see ``Scheduler.submit`` for the arguments."""
-        self.chain = chain
+        self.chain, self.grammar = chain, grammar
         self.prompt, self.options, self.deliver, self.every_step = prompt, options, deliver, every_step
         self.started = perf_counter()
         self.deadline = None if seconds is None else self.started + seconds

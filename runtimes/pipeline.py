@@ -20,12 +20,13 @@ from runtimes.decoders import Decoders, find_adapter
 from runtimes.embedding import TokenEmbedding
 from runtimes.errors import UserError
 from runtimes.execution import component_executions
-from runtimes.generation.decoding import Answer, SpeculativeSequence, generate
+from runtimes.generation.answer import Answer
+from runtimes.generation.decoding import SpeculativeSequence, generate
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import ImageSource
 from runtimes.memory import widening
 from runtimes.session import ComponentSession, SessionOptions
-from runtimes.structured.grammars import Grammars
+from runtimes.structured.grammars import Grammar, Grammars
 from runtimes.text.prompt import Message, PromptText, format_chat, place_images
 from runtimes.text.tokenizer import Tokenizer
 
@@ -272,10 +273,10 @@ class Pipeline:
         finally:
             conversation.open = False
 
-    def _check_fits(self, prompt: Prompt, options: GenerationOptions) -> None:
-        """Check that a prompt, and an answer in its response format, fit into the KV cache."""
+    def _check_fits(self, prompt: Prompt, options: GenerationOptions) -> Grammar | None:
+        """Check that a prompt and its answer fit into the KV cache; return the compiled format."""
         prompt.check_fits(self.capacity)
-        self.grammars.check_fits(options.format, len(prompt.keys), self.capacity)
+        return self.grammars.fitting(options.format, len(prompt.keys), self.capacity)
 
     def _steps(
         self, prompt: Prompt, conversation: _Conversation, options: GenerationOptions, started: float
@@ -297,8 +298,8 @@ class Pipeline:
             yield text, answer
 
     def _sequence(self, prompt: Prompt, options: GenerationOptions, started: float) -> SpeculativeSequence:
-        constraint = self.grammars.constraint(options.format)
-        return SpeculativeSequence(self.chain, prompt.tokens, options, started, self.capacity, constraint)
+        grammar = self._check_fits(prompt, options)
+        return SpeculativeSequence(self.chain, prompt.tokens, options, started, self.capacity, grammar)
 
     def generate_batch(
         self,

@@ -19,7 +19,7 @@ from runtimes.chain import Chain, Key, Prompt
 from runtimes.generation.decoding import SpeculativeSequence, decode_step
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.job import BusyError, ClosedError, DeadlineError, Deliver, Job, Step
-from runtimes.structured.grammars import Grammars
+from runtimes.structured.grammars import Grammar, Grammars
 
 CHUNK = 128  # tokens of a prompt that are prefilled between two decode steps of the others
 SWEEP_SECONDS = 0.2  # between two checks of deadlines while only images are encoded
@@ -97,6 +97,7 @@ class Scheduler:
         seconds: float | None = None,
         every_step: bool = True,
         chain: Chain | None = None,
+        grammar: Grammar | None = None,
     ) -> Job:
         """Queue a request.
 
@@ -109,20 +110,21 @@ class Scheduler:
             every_step: whether to deliver every step, or only the last one.
             chain: the components, with an adapter; None uses those of the scheduler. Equal adapters
                 must have the same object.
+            grammar: the compiled response format of the options; None compiles it.
 
         Returns:
             the job, which can be canceled.
 
         Raises:
             UserError: the prompt exceeds the capacity, or the response format cannot be used; see
-                ``Grammars.check_fits``.
+                ``Grammars.fitting``.
             BusyError: the queue is full.
             ClosedError: the scheduler is closing.
         """
         prompt.check_fits(self.capacity)
-        chain = chain or self.chain
-        self.grammars.check_fits(options.format, len(prompt.keys), self.capacity)
-        job = Job(prompt, options, deliver, seconds, every_step, chain)
+        if grammar is None:
+            grammar = self.grammars.fitting(options.format, len(prompt.keys), self.capacity)
+        job = Job(prompt, options, deliver, seconds, every_step, chain or self.chain, grammar)
         with self._changed:
             if self._closing:
                 raise ClosedError("The server is stopping and accepts no more requests.")
@@ -252,9 +254,8 @@ class Scheduler:
             if row.length == len(keys):
                 break
             yield
-        constraint = self.grammars.constraint(job.options.format)
         job.sequence = SpeculativeSequence(
-            job.chain, job.prompt.tokens, job.options, job.started, self.capacity, constraint
+            job.chain, job.prompt.tokens, job.options, job.started, self.capacity, job.grammar
         )
         job.sequence.answer.reused_tokens = reused
         self._accept_logits(job, logits)

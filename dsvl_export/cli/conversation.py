@@ -9,7 +9,7 @@ from pathlib import Path
 from dsvl_export.cli.display import err
 from dsvl_export.cli.terminal import answer_text, json_text, say_error
 from runtimes.errors import UserError
-from runtimes.generation.decoding import Answer
+from runtimes.generation.answer import Answer
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import load_image
 from runtimes.pipeline import Pipeline

@@ -23,6 +23,7 @@ from dsvl_export.cli.options import (
 )
 from dsvl_export.cli.terminal import say
 
+PROMPT = "Extract the fields from the picture as JSON."
 FAILED = 1  # exit code if some images have no fields
 
 
@@ -32,9 +33,7 @@ def extract(
     schema: Annotated[Path, typer.Option(help="File with the JSON Schema of the fields.")],
     images: Annotated[Path, typer.Option(help="Folder of the images; subfolders count.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON Lines file: a line for each image.")],
-    prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="The question about each image.")
-    ] = "Extract the fields from the picture as JSON.",
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question about each image.")] = PROMPT,
     backend: Backend = None,
     precision: Precision = None,
     max_new_tokens: MaxNewTokens = 512,

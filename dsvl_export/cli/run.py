@@ -107,7 +107,7 @@ def run(
     """
     from dsvl_export.cli import display
     from dsvl_export.cli.terminal import answer_text
-    from runtimes.generation.decoding import Answer
+    from runtimes.generation.answer import Answer
     from runtimes.generation.sampling import GenerationOptions
 
     options = GenerationOptions(

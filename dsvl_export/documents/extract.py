@@ -11,7 +11,7 @@ from typing import Any
 
 from dsvl_export.cluster.ray_cluster import Spread
 from runtimes.bundle.bundle import Bundle
-from runtimes.bundle.files import read_json_lines, sha256_of_text, write_bytes
+from runtimes.bundle.files import parse_json, sha256_of_text, write_bytes
 from runtimes.bundle.locks import locked
 from runtimes.errors import UserError
 from runtimes.generation.sampling import GenerationOptions
@@ -19,7 +19,6 @@ from runtimes.images import image_files
 from runtimes.pipeline import Pipeline
 from runtimes.structured.response_format import ResponseFormat
 
-PROMPT = "Extract the fields from the picture as JSON."
 FILES_PER_CALL = 8  # of a cluster
 OnStep = Callable[[str, int, int], None]
 File = tuple[Path, str]  # an image, and its name in the output
@@ -41,7 +40,7 @@ class ExtractOptions:
     """
 
     schema: ResponseFormat
-    prompt: str = PROMPT
+    prompt: str
     generation: GenerationOptions = field(default_factory=lambda: GenerationOptions(512))
     backend: str | None = None
     precision: str | None = None
@@ -91,7 +90,7 @@ def extract(
         UserError: there are no images, the output belongs to another extraction, or the bundle or
             the schema cannot be used.
     """
-    images, output = Path(images).expanduser(), Path(output).expanduser()
+    images, output = Path(images).expanduser().resolve(), Path(output).expanduser()
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     if not images.is_dir():
         raise UserError(f"{images} is not a folder of images.")
@@ -106,6 +105,8 @@ def extract(
     with locked(output.with_name(f".{output.name}.lock"), busy):
         done = _resume(output, run)
         waiting = [file for file in files if file[1] not in done]
+        if waiting and spread is None:
+            _pipeline(bundle.folder, options)  # what it cannot do is said before anything is written
         failed, count = 0, len(files) - len(waiting)
         resumed = count
         on_step("", count, len(files))
@@ -121,40 +122,50 @@ def extract(
 
 def _name(file: Path, folder: Path) -> str:
     """Return the path of an image relative to its folder, as UTF-8 can write it."""
-    return file.relative_to(folder).as_posix().encode("utf-8", "replace").decode()
+    return file.relative_to(folder).as_posix().encode("utf-8", "backslashreplace").decode()
 
 
 def _run_id(bundle: Bundle, options: ExtractOptions) -> str:
     """Return a short hash of all that the answers depend on."""
     manifest = bundle.manifest
-    asked = [manifest.checkpoint["sha256"], options.prompt, repr(options.generation), options.precision]
+    choice = bundle.select(options.backend, options.precision)
+    artifacts = bundle.artifacts(*choice).values()
+    files = sorted({manifest.files[file].sha256 for item in artifacts for file in item.files})
+    asked = [manifest.checkpoint["sha256"], files, options.prompt, repr(options.generation), options.capacity]
     return sha256_of_text(json.dumps(asked))[:12]
 
 
 def _resume(output: Path, run: str) -> set[str]:
-    """Remove torn and failed lines from an earlier output; return the files that it has.
+    """Remove the torn line and the errors of an earlier run; return the images that it has done.
 
     Raises:
-        UserError: the output has lines of another extraction, or cannot be read or written.
+        UserError: the output is not of this extraction, or cannot be read or written.
     """
     if not output.exists():
         return set()
-    content = output.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_bytes(output, whole)
-    kept: dict[str, bytes] = {}
-    for number, row in read_json_lines(output, "output of an extraction"):
+    try:
+        content = output.read_bytes()
+    except OSError as error:
+        raise UserError(f"{output} cannot be read: {error.strerror}.") from error
+    *lines, torn = content.split(b"\n")
+    done: dict[str, bytes] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
         if not isinstance(row, dict) or row.get("run") != run or "file" not in row:
             raise UserError(
-                f"Line {number} of {output} is of an extraction with another bundle, schema, prompt or"
-                " options; choose another output, or delete the file."
+                f"Line {number} of {output} is not of this extraction, but of another bundle, schema, prompt"
+                " or options, or something else; choose another output, or delete the file."
             )
         if "error" not in row:
-            kept[row["file"]] = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    if (lines := b"".join(kept.values())) != whole:
-        write_bytes(output, lines)
-    return set(kept)
+            done[row["file"]] = line + b"\n"
+    if torn and not torn.startswith(b'{"file": '):
+        raise UserError(f"{output} is not the output of an extraction; choose another output.")
+    if (kept := b"".join(done.values())) != content:
+        write_bytes(output, kept)
+    return set(done)
 
 
 def _rows(
@@ -189,18 +200,19 @@ def _pipeline(folder: Path, options: ExtractOptions) -> Pipeline:
         folder, options.backend, options.precision, threads=options.threads, device=options.device,
         capacity=options.capacity,
     )  # fmt: skip
-    pipeline.grammars.check_fits(options.generation.format, 0, pipeline.capacity)
+    pipeline.grammars.fitting(options.generation.format, 0, pipeline.capacity)
     return pipeline
 
 
 def _row(pipeline: Pipeline, file: File, options: ExtractOptions) -> dict[str, Any]:
     """Return the row of one image; what is wrong with it is its error."""
     path, name = file
+    text = ""
     try:
         answer = pipeline.chat(options.prompt, [path], options.generation)
-    except UserError as error:
-        return {"file": name, "error": str(error)}
-    if answer.finish_reason != "eos":
-        reason = f"The answer was not complete after {len(answer.tokens)} tokens."
-        return {"file": name, "error": reason, "text": answer.text}
-    return {"file": name, "data": json.loads(answer.text)}
+        text = answer.text
+        if answer.finish_reason != "eos":
+            raise UserError(f"The answer was not complete after {len(answer.tokens)} tokens.")
+        return {"file": name, "data": parse_json(text, "The answer")}
+    except (UserError, OSError) as error:
+        return {"file": name, "error": str(error), **({"text": text} if text else {})}

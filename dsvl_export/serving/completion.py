@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from runtimes.generation.decoding import Answer
+from runtimes.generation.answer import Answer
 from runtimes.generation.sampling import TokenLogprobs
 from runtimes.text.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ class Completion:
     def completion(self, answer: Answer) -> dict[str, Any]:
         """Return the answer as a ``chat.completion``."""
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-        if self._call and (call := self._call.parse(answer.text)):
+        if self._call and (call := self._call.parse(answer.text, answer.finish_reason == "eos")):
             message |= {"content": None, "tool_calls": [call]}
         choice = {
             "index": 0,
@@ -65,7 +65,7 @@ class Completion:
         """
         delta: dict[str, Any] = {"role": "assistant"} if first else {}
         if self._call:
-            text, calls = self._call.feed(text, reason is not None)
+            text, calls = self._call.feed(text, reason is not None, reason == "eos")
             if calls:
                 delta["tool_calls"] = calls
         if text or (first and not self._call):
@@ -84,7 +84,7 @@ class Completion:
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(answer)}
 
     def _reason(self, reason: str) -> str:
-        called = self._call is not None and self._call.complete and reason == "eos"
+        called = self._call is not None and self._call.complete
         return "tool_calls" if called else FINISH_REASONS[reason]
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -122,19 +122,20 @@ class ToolCallParser:
         self._id = f"call_{uuid.uuid4().hex[:24]}"
         self._text, self._named, self._is_text = "", False, False
 
-    def parse(self, text: str) -> dict[str, Any] | None:
-        """Return the call of a whole answer; None if it is text."""
-        beginning, calls = self.feed(text, True)
+    def parse(self, text: str, complete: bool) -> dict[str, Any] | None:
+        """Return the call of an answer; None if it is text. ``feed`` has the arguments."""
+        beginning, calls = self.feed(text, True, complete)
         if beginning or not calls:
             return None
         return {key: value for key, value in calls[0].items() if key != "index"}
 
-    def feed(self, text: str, last: bool) -> tuple[str, list[dict[str, Any]]]:
+    def feed(self, text: str, last: bool, complete: bool) -> tuple[str, list[dict[str, Any]]]:
         """Return the new content and the new parts of the call, of which one is empty.
 
         Args:
             text: new text of the answer.
             last: whether the answer ends with it.
+            complete: whether the answer is complete, and not cut at a limit or a stop string.
         """
         self._text += text
         if self._is_text or (not self._named and self._text and not self._text.startswith("{")):
@@ -150,7 +151,7 @@ class ToolCallParser:
             part |= {"id": self._id, "type": "function"}
             arguments = {"name": match[1], "arguments": ""}
         # The last brace closes the call itself.
-        self.complete = last and self._text.endswith("}")
+        self.complete = complete
         end = len(self._text) - (1 if self.complete or not last else 0)
         arguments["arguments"], self._text = self._text[:end], self._text[end:]
         new = arguments["arguments"] or "name" in arguments

@@ -23,6 +23,7 @@ from dsvl_export.serving.models import (
     runnable_models,
 )
 from dsvl_export.serving.protocol import Conversation
+from dsvl_export.serving.response_formats import name_parameters
 from dsvl_export.serving.service import (
     TOKENIZER,
     AnswerStream,
@@ -37,6 +38,7 @@ from dsvl_export.serving.text import TextEncoder
 from runtimes.bundle.bundle import Bundle
 from runtimes.chain import Chain, EncodedImage, Prompt
 from runtimes.job import BusyError, DeadlineError, Job, Step
+from runtimes.structured.grammars import Grammar
 from runtimes.structured.response_format import FormatError
 from runtimes.text.prompt import Message, format_chat
 
@@ -118,6 +120,7 @@ class LocalAnswerStream(AnswerStream):
         self._leased: Model | None = None
         self._job: Job | None = None
         self._held = 0  # bytes of its image files
+        self._grammar: Grammar | None = None  # of its response format
         self._steps: asyncio.Queue[Step | Exception] = asyncio.Queue()
 
     async def _begin(self) -> Step:
@@ -188,10 +191,15 @@ class LocalAnswerStream(AnswerStream):
         ]
         prompt = chain.prepare_tokens(await service.text.encode(text), images)
         if self._request.generation.format:
-            await asyncio.get_running_loop().run_in_executor(
-                service.compilers, model.scheduler.grammars.check_fits, self._request.generation.format,
-                len(prompt.keys), capacity,
-            )  # fmt: skip
+            try:
+                self._grammar = await asyncio.get_running_loop().run_in_executor(
+                    service.compilers, model.scheduler.grammars.fitting, self._request.generation.format,
+                    len(prompt.keys), capacity,
+                )  # fmt: skip
+            except FormatError as error:
+                if conversation.tools:
+                    raise RequestError(400, name_parameters(str(error)), param="tools") from error
+                raise
         return prompt
 
     async def _read_image(self, chain: Chain, url: str, where: str) -> EncodedImage:
@@ -227,7 +235,7 @@ class LocalAnswerStream(AnswerStream):
         _, adapter = split_model(self.model, self._service.default)
         chain = self._leased.chains[adapter]
         self._job = self._leased.scheduler.submit(
-            prompt, self._request.generation, deliver, seconds, self._request.stream, chain
+            prompt, self._request.generation, deliver, seconds, self._request.stream, chain, self._grammar
         )
 
 

@@ -218,7 +218,7 @@ class ChatRequest(_Fields):
         sampling["seed"] = secrets.randbits(63) if self.seed is None else self.seed % (1 << 63)
         tokens, tools = limits[0] if limits else max_new_tokens, self.callable_tools
         wanted = read_format(self.response_format, self.structured_outputs)
-        if tools and wanted and self.tool_choice in (None, "auto"):
+        if tools and wanted:
             raise RequestError(
                 400,
                 "A response format and tools exclude each other, unless tool_choice is none.",

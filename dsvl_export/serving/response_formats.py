@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Optional, Union
 
@@ -10,12 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dsvl_export.serving.errors import RequestError
 from runtimes.errors import UserError
-from runtimes.structured.response_format import JSON_OPTIONS, ResponseFormat
+from runtimes.structured.response_format import ResponseFormat
 
 MAX_TOOLS = 64
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-# A text that is no call, or a call: the answer of a model that may choose.
-TEXT_OR_CALL = "start: TEXT | call\nTEXT: /[^{{\\s](.|\\n)*/\ncall: %json {schema}"
+CALL_PLACE = re.compile(r"/anyOf/(\d+)/properties/arguments")
 INSTRUCTION = (
     "You can call functions. To call one, answer only with JSON of this form:"
     ' {"name": "NAME", "arguments": {…}}. The functions, one in each line:'
@@ -133,6 +133,8 @@ def read_format(response_format: Any, outputs: StructuredOutputs | None) -> Resp
         RequestError: there are two formats, or one is too large.
     """
     given = outputs.model_dump(by_alias=True, exclude_none=True) if outputs else {}
+    if isinstance(response_format, TextFormat):
+        response_format = None
     if len(given) + (response_format is not None) > 1:
         raise RequestError(
             400, "The request has more than one response format; pass one.", param="response_format"
@@ -203,8 +205,7 @@ def tools_format(tools: Sequence[Tool], choice: ToolChoice | None) -> ResponseFo
     schema = {"anyOf": calls}
     try:
         if choice in (None, "auto"):
-            text = json.dumps({**schema, "x-guidance": JSON_OPTIONS}, ensure_ascii=False)
-            return ResponseFormat.lark(TEXT_OR_CALL.format(schema=text))
+            return ResponseFormat.text_or_json(schema)
         return ResponseFormat.json_schema(schema)
     except UserError as error:
         raise RequestError(400, str(error), param="tools") from error
@@ -215,11 +216,18 @@ def _moved(schema: Any, place: str) -> Any:
     if isinstance(schema, Mapping):
         return {
             key: place + value[1:]
-            if key == "$ref" and isinstance(value, str) and value.startswith("#")
+            if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/"))
+            else value
+            if key in ("const", "enum", "default", "examples")
             else _moved(value, place)
             for key, value in schema.items()
         }
     return [_moved(item, place) for item in schema] if isinstance(schema, list) else schema
+
+
+def name_parameters(message: str) -> str:
+    """Return an error of a format with the client's names of the places in its tools."""
+    return CALL_PLACE.sub(r"tools.\1.function.parameters", message)
 
 
 def tools_text(tools: Sequence[Tool]) -> str:

@@ -8,23 +8,26 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
-from typing import Any
+from math import inf
+from threading import Lock, stack_size
+from typing import Any, TypeVar
 
 import numpy as np
 
 from runtimes.bundle.files import parse_json
 from runtimes.errors import UserError
 from runtimes.installation import install_command
-from runtimes.structured.json_schemas import ShortestAnswer, check_schema, pointer_to
+from runtimes.structured.json_schemas import check_schema, keyword_place, shortest_answer
 from runtimes.structured.response_format import (
     CHOICES,
     JSON_OPTIONS,
     JSON_SCHEMA,
     LARK,
     REGEX,
+    TEXT_OR_JSON,
     FormatError,
     ResponseFormat,
 )
@@ -32,7 +35,11 @@ from runtimes.text.tokenizer import Tokenizer
 
 MAX_GRAMMARS = 64  # compiled grammars that are kept, of the last formats
 MAX_FORCED = 4096  # tokens in a row that a grammar may force; more is taken for endless
-MAX_ANSWER_CHARACTERS = 200_000  # of the shortest answer, which is built to count its tokens
+MAX_RULES = 500  # of a grammar
+STACK_BYTES = 256 << 20  # of the thread that compiles: llguidance follows rules by recursion
+RULE = re.compile(r"^\s*[?!]?[A-Za-z_][^:\n]*:", re.MULTILINE)
+# A text that does not begin like JSON, or JSON.
+TEXT_OR_JSON_RULES = "start: TEXT | json\nTEXT: /[^{{\\s](.|\\n)*/\njson: %json {schema}"
 LIMITS: dict[str, Any] = {  # of llguidance's parser
     "max_grammar_size": 100_000,
     "max_items_in_row": 2_000,
@@ -40,6 +47,8 @@ LIMITS: dict[str, Any] = {  # of llguidance's parser
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
 }
+STACK_SIZE_LOCK = Lock()  # the size is one of the process
+Result = TypeVar("Result")
 BODY = 'start: " "? @body'  # a space comes before most answers in training
 
 
@@ -50,7 +59,7 @@ class Grammar:
     Args:
         matcher: llguidance's matcher at the beginning of an answer.
         vocabulary: number of logits.
-        skips_space: whether white space before the answer is not part of it.
+        skips_space: whether a space before the answer is not part of it.
         min_tokens: tokens of the shortest answer, about; 0 if it is not known.
     """
 
@@ -75,14 +84,6 @@ class Grammars:
         self._tokenizer: Any = None
         self._compiled: OrderedDict[ResponseFormat, Grammar] = OrderedDict()
 
-    def constraint(self, response_format: ResponseFormat | None) -> Constraint | None:
-        """Start an answer in a format; None if it has none.
-
-        Raises:
-            UserError: see ``compile``.
-        """
-        return Constraint(self.compile(response_format)) if response_format else None
-
     def compile(self, response_format: ResponseFormat) -> Grammar:
         """Compile a format; the last ones are kept.
 
@@ -95,18 +96,20 @@ class Grammars:
                 self._compiled.move_to_end(response_format)
                 return self._compiled[response_format]
         tokenizer = self._ll_tokenizer()
-        grammar = self._compile(tokenizer, response_format)
+        grammar = _with_large_stack(lambda: self._compile(tokenizer, response_format))
         with self._lock:
             self._compiled[response_format] = grammar
             if len(self._compiled) > MAX_GRAMMARS:
                 self._compiled.popitem(last=False)
         return grammar
 
-    def check_fits(self, response_format: ResponseFormat | None, prompt_tokens: int, capacity: int) -> None:
+    def fitting(
+        self, response_format: ResponseFormat | None, prompt_tokens: int, capacity: int
+    ) -> Grammar | None:
         """Compile a format, and check that an answer can fit into a KV cache.
 
         Args:
-            response_format: the format; None fits always.
+            response_format: the format; None gives None.
             prompt_tokens: tokens of the prompt.
             capacity: tokens of the KV cache.
 
@@ -114,14 +117,15 @@ class Grammars:
             FormatError: the shortest answer is too long; see also ``compile``.
         """
         if response_format is None:
-            return
-        needed = self.compile(response_format).min_tokens
-        if needed > capacity - prompt_tokens:
+            return None
+        grammar = self.compile(response_format)
+        if (needed := grammar.min_tokens) > capacity - prompt_tokens:
             raise FormatError(
                 f"The shortest answer that the response format allows has {needed} tokens or more, but the"
                 f" KV cache holds {capacity}, {prompt_tokens} of them for the prompt; shorten the format, or"
                 " open the bundle with a larger capacity."
             )
+        return grammar
 
     def _ll_tokenizer(self) -> Any:
         """Return llguidance's form of the tokenizer, made on first use."""
@@ -174,29 +178,48 @@ class Grammars:
         return Grammar(made, self._vocabulary, skips_space, min_tokens)
 
 
+def _with_large_stack(work: Callable[[], Result]) -> Result:
+    """Run a function in a thread of its own with a large stack, and return its result."""
+    with ThreadPoolExecutor(1, "grammar") as threads:
+        with STACK_SIZE_LOCK:
+            before = stack_size(STACK_BYTES)
+            try:
+                running = threads.submit(work)  # starts the thread
+            finally:
+                stack_size(before)
+        return running.result()
+
+
 def _body(response_format: ResponseFormat, tokenizer: Any) -> tuple[dict[str, Any], int]:
     """Return a format as a grammar of llguidance, and the tokens of its shortest answer.
 
     Raises:
-        FormatError: it is not a JSON Schema, or allows no finite answer.
+        FormatError: it is not a JSON Schema, allows no finite answer, or is too large.
     """
     from llguidance import LLMatcher
 
+    def count(text: str) -> int:
+        return len(tokenizer.tokenize_str(text))
+
     kind, text = response_format.kind, response_format.text
-    if kind == JSON_SCHEMA:
+    if kind in (JSON_SCHEMA, TEXT_OR_JSON):
         schema = parse_json(text, "The JSON Schema")
         check_schema(schema)
-        shortest = ShortestAnswer(schema, MAX_ANSWER_CHARACTERS).text()
-        if shortest is None:
+        shortest = shortest_answer(schema, count)
+        if shortest == inf:
             raise FormatError("The JSON Schema allows no finite answer.")
         if isinstance(schema, dict):
             schema = {**schema, "x-guidance": JSON_OPTIONS}
-        return {"json_schema": schema}, len(tokenizer.tokenize_str(shortest))
+        if kind == TEXT_OR_JSON:
+            return {"lark_grammar": TEXT_OR_JSON_RULES.format(schema=json.dumps(schema))}, 0
+        return {"json_schema": schema}, int(shortest)
     if kind == CHOICES:
         choices = parse_json(text, "The choices")
         texts = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-        return {"lark_grammar": f"start: {texts}"}, min(len(tokenizer.tokenize_str(item)) for item in choices)
+        return {"lark_grammar": f"start: {texts}"}, min(map(count, choices))
     if kind == LARK:
+        if len(RULE.findall(text)) > MAX_RULES:
+            raise FormatError(f"The grammar of the response format has more than {MAX_RULES} rules.")
         return {"lark_grammar": text}, 0
     (grammar,) = json.loads(LLMatcher.grammar_from_regex(text))["grammars"]
     return {"lark_grammar": grammar["lark_grammar"]}, 0
@@ -207,17 +230,20 @@ def _problem(error: str, response_format: ResponseFormat) -> str:
     first = error.strip().partition("\n<state>")[0].partition("\n")[0]
     if keys := re.search(r"Unimplemented keys: (\[.*\])", first):
         names = json.loads(keys[1])
-        schema = json.loads(response_format.text)
-        places = ", ".join(f"{name} (at {pointer_to(schema, name)})" for name in names)
+        if response_format.kind in (JSON_SCHEMA, TEXT_OR_JSON):
+            schema = json.loads(response_format.text)
+            names = [f"{name} (at {keyword_place(schema, name)})" for name in names]
+        places = ", ".join(names)
         return f"The JSON Schema uses keywords that are not supported: {places}; remove them."
-    kind = {JSON_SCHEMA: "JSON Schema", REGEX: "regular expression", LARK: "grammar", CHOICES: "choices"}
+    names_of_kinds = {REGEX: "regular expression", LARK: "grammar", CHOICES: "choices"}
+    kind = names_of_kinds.get(response_format.kind, "JSON Schema")
     if "NoExtension" in first:
-        return f"The {kind[response_format.kind]} of the response format allows no answer."
+        return f"The {kind} of the response format allows no answer."
     if any(word in first for word in ("Too many", "too many", "too large", "limit", "fuel")):
-        return f"The {kind[response_format.kind]} of the response format is too complex ({first[:120]})."
+        return f"The {kind} of the response format is too complex ({first[:120]})."
     details = [line.strip() for line in error.splitlines() if line.strip().startswith("error:")]
     reason = details[0].removeprefix("error:").strip() if details else first
-    return f"The {kind[response_format.kind]} of the response format is wrong: {reason[:200].rstrip('.')}."
+    return f"The {kind} of the response format is wrong: {reason[:200].rstrip('.')}."
 
 
 class Constraint:

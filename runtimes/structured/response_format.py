@@ -11,7 +11,8 @@ from typing import Any, Union
 from runtimes.bundle.files import parse_json
 from runtimes.errors import UserError
 
-JSON_SCHEMA, REGEX, LARK, CHOICES = "json_schema", "regex", "lark", "choices"
+JSON_SCHEMA, TEXT_OR_JSON = "json_schema", "text_or_json_schema"
+REGEX, LARK, CHOICES = "regex", "lark", "choices"
 MAX_CHARACTERS = 100_000  # of a format
 MAX_CHOICES = 10_000
 # Between the items and after the keys of JSON answers; with fixed separators, most tokens of keys
@@ -37,7 +38,7 @@ class ResponseFormat:
     Schema itself: a dictionary, a pydantic model or the path of a file.
 
     Args:
-        kind: ``json_schema``, ``regex``, ``lark`` or ``choices``.
+        kind: ``json_schema``, ``text_or_json_schema``, ``regex``, ``lark`` or ``choices``.
         text: the schema or the choices as JSON, the expression, or the grammar.
 
     Raises:
@@ -76,6 +77,11 @@ class ResponseFormat:
             return cls(JSON_SCHEMA, json.dumps(schema, ensure_ascii=False, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:
             raise FormatError(f"The JSON Schema is not JSON: {error}.") from error
+
+    @classmethod
+    def text_or_json(cls, schema: Mapping[str, Any]) -> ResponseFormat:
+        """Answers are text that does not begin with a brace, or JSON under a schema."""
+        return cls(TEXT_OR_JSON, cls.json_schema(schema).text)
 
     @classmethod
     def json_object(cls) -> ResponseFormat:

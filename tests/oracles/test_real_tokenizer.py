@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 
-from runtimes.generation.decoding import SequenceDecoder
+from runtimes.generation.answer import SequenceDecoder
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.text.prompt import BOS, EOS, IMAGE, IMAGE_PLACEHOLDER, SYSTEM_PROMPT, Message, format_chat
 from runtimes.text.tokenizer import PromptSpec, Tokenizer, expand_images

@@ -14,7 +14,7 @@ from runtimes import chain
 from runtimes.bundle.bundle import Bundle
 from runtimes.chain import EncodedImage, Prompt
 from runtimes.errors import UserError
-from runtimes.generation.decoding import Answer
+from runtimes.generation.answer import Answer
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.job import BusyError, ClosedError, DeadlineError, Job, Step
 from runtimes.pipeline import Pipeline

@@ -103,7 +103,7 @@ def test_an_interrupted_run_resumes(
 
 
 def test_what_is_not_complete_is_an_error(tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
-    short = ExtractOptions(OPTIONS.schema, generation=GenerationOptions(5), threads=1)
+    short = ExtractOptions(OPTIONS.schema, OPTIONS.prompt, generation=GenerationOptions(5), threads=1)
     assert extract(tiny_bundle, folder, tmp_path / "o.jsonl", short).failed == 5
     row = rows(tmp_path / "o.jsonl")["a.png"]
     assert row["error"] == "The answer was not complete after 5 tokens." and row["text"].startswith("{")
@@ -123,18 +123,28 @@ def test_outputs_of_something_else_are_left_alone(tiny_bundle: Bundle, folder: P
     output = tmp_path / "o.jsonl"
     extract(tiny_bundle, folder, output, OPTIONS)
     content = output.read_bytes()
-    other = ExtractOptions(ResponseFormat.json_object(), threads=1)
+    other = ExtractOptions(ResponseFormat.json_object(), OPTIONS.prompt, threads=1)
     with pytest.raises(
-        UserError, match="Line 1 of .* is of an extraction with another bundle, schema, prompt"
+        UserError, match="Line 1 of .* is not of this extraction, but of another bundle, schema, prompt"
     ):
         extract(tiny_bundle, folder, output, other)
     assert output.read_bytes() == content
     with locked(tmp_path / ".o.jsonl.lock"), pytest.raises(UserError, match="Another extraction is writing"):
         extract(tiny_bundle, folder, output, OPTIONS)
-    (tmp_path / "text").write_text("a user's notes\n")
-    with pytest.raises(UserError, match="Line 1 of .*text"):
-        extract(tiny_bundle, folder, tmp_path / "text", OPTIONS)
-    assert (tmp_path / "text").read_text() == "a user's notes\n"
+    line = content.splitlines(keepends=True)[0]
+    for own in (
+        b"a user's notes\n",
+        b"notes without an end",
+        b"\x89PNG\r\n\x1a\n\0",
+        line + b"notes",
+        b"[1]\n",
+    ):
+        (tmp_path / "own").write_bytes(own)
+        with pytest.raises(UserError, match="is not of this extraction|is not the output of an extraction"):
+            extract(tiny_bundle, folder, tmp_path / "own", OPTIONS)
+        assert (tmp_path / "own").read_bytes() == own
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        extract(tiny_bundle, folder, folder, OPTIONS)
 
 
 def test_what_cannot_be_extracted(tiny_bundle: Bundle, folder: Path, tmp_path: Path, run: Any) -> None:
@@ -147,9 +157,12 @@ def test_what_cannot_be_extracted(tiny_bundle: Bundle, folder: Path, tmp_path: P
         with pytest.raises(UserError, match=sentence):
             extract(tiny_bundle, images, tmp_path / output, OPTIONS)
         assert not (tmp_path / output).exists()
-    impossible = ExtractOptions(ResponseFormat.json_schema({"type": "array", "minItems": 9999}), threads=1)
+    impossible = ExtractOptions(
+        ResponseFormat.json_schema({"type": "array", "minItems": 9999}), "?", threads=1
+    )
     with pytest.raises(FormatError, match="tokens or more, but the KV cache holds"):
         extract(tiny_bundle, folder, tmp_path / "o", impossible)
+    assert not (tmp_path / "o").exists()
     schema = tmp_path / "s.json"
     schema.write_text(json.dumps(SCHEMA))
     command = [

