@@ -143,6 +143,8 @@ def _resume(output: Path, run: str) -> set[str]:
     """
     if not output.exists():
         return set()
+    if not output.is_file():
+        raise UserError(f"{output} is not a regular file; choose another output.")
     try:
         content = output.read_bytes()
     except OSError as error:

@@ -62,6 +62,8 @@ AnyFormat = Annotated[Union[TextFormat, JsonObjectFormat, JsonSchemaFormat], Fie
 class StructuredOutputs(_Fields):
     """vLLM's form of a response format: one of the fields."""
 
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
     json_: Union[bool, dict[str, Any], None] = Field(None, alias="json")
     regex: Optional[str] = None
     choice: Optional[list[str]] = None

@@ -163,6 +163,8 @@ class Grammars:
             forced, ahead = made.compute_ff_tokens(), made.deep_copy()
             ahead.consume_tokens(forced)
             ahead.compute_ff_tokens()
+            if not forced and ahead.is_error():
+                raise FormatError(_problem(ahead.get_error(), response_format))
             if len(forced) > MAX_FORCED or ahead.is_error():
                 raise FormatError(
                     f"The response format is endless or too long: it forces more than {MAX_FORCED} tokens."

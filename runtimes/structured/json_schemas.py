@@ -15,6 +15,7 @@ from runtimes.structured.response_format import ITEM_SEPARATOR, KEY_SEPARATOR, F
 MAX_SCHEMAS = 5_000  # in a schema
 MAX_DEPTH = 200  # of schemas in schemas, references included
 MAX_PAIRS = 20_000  # of branches of ``oneOf`` that are compared
+MAX_MULTIPLE = 1_000  # the time to compile a ``multipleOf`` grows with it
 MAX_ROUNDS = 50  # of the search for the shortest answer
 # Keywords whose values are a schema, a list of schemas, or schemas by name (draft 2020-12).
 SINGLE = (
@@ -54,6 +55,7 @@ def check_schema(schema: Any) -> None:
     _check_depth(schema, found)
     pairs = 0
     for place, part in found:
+        _check_numbers(place, part)
         branches = part.get("oneOf", []) if isinstance(part, dict) else []
         pairs += len(branches) ** 2 // 2
         if pairs > MAX_PAIRS:
@@ -64,6 +66,23 @@ def check_schema(schema: Any) -> None:
                 f"The JSON Schema's oneOf at {place or 'its root'} has branches that may overlap; give each a"
                 " required field with a constant of its own, or use anyOf."
             )
+
+
+def _check_numbers(place: str, part: Any) -> None:
+    """Refuse what a grammar cannot count, or only in a time that grows with the number.
+
+    Raises:
+        FormatError: names the keyword and its place.
+    """
+    if not isinstance(part, dict):
+        return
+    if part.get("multipleOf", 0) > MAX_MULTIPLE:
+        raise FormatError(f"The JSON Schema's multipleOf at {place}/multipleOf is above {MAX_MULTIPLE}.")
+    if part.get("minProperties", 0) > len(part.get("required", [])):
+        raise FormatError(
+            f"The JSON Schema's minProperties at {place}/minProperties is above the number of required"
+            " fields, which is not supported."
+        )
 
 
 def keyword_place(schema: Any, keyword: str) -> str:
@@ -254,7 +273,7 @@ def _length_of(kind: str, part: dict[str, Any], of: LengthOf, tokens: Count) -> 
     if kind == "string":
         return float(1 + part.get("minLength", 0) // CHARACTERS_PER_TOKEN)
     if kind == "array":
-        count, first = part.get("minItems", 0), part.get("prefixItems", [])
+        count, first = int(part.get("minItems", 0)), part.get("prefixItems", [])
         items = sum(map(of, first[:count]))
         if count > len(first):
             items += (count - len(first)) * of(part.get("items", True))

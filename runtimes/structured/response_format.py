@@ -42,14 +42,18 @@ class ResponseFormat:
         text: the schema or the choices as JSON, the expression, or the grammar.
 
     Raises:
-        FormatError: the format is too long.
+        FormatError: the format is too long, or not valid Unicode.
     """
 
     kind: str
     text: str
 
     def __post_init__(self) -> None:
-        """Check the length."""
+        """Check the length and the characters."""
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise FormatError("The response format has half a surrogate pair, which is no text.") from error
         if len(self.text) > MAX_CHARACTERS:
             raise FormatError(
                 f"The response format has {len(self.text)} characters, but at most {MAX_CHARACTERS} are"

@@ -187,6 +187,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "xml"}}, "response_format: Input tag 'xml'"),
     ({"structured_outputs": {"regex": "(a{1000}){1000}"}}, "endless or too long"),
     ({"structured_outputs": {"regex": "("}}, "unclosed group"),
+    ({"structured_outputs": {"regexp": "a"}}, "structured_outputs.regexp: Extra inputs are not permitted."),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"multipleOf": 99999999}}}}, "is above 1000"),
     ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "more than one response format"),
     ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "exclude each other"),
     ({"tools": [*TOOLS, *TOOLS]}, "Two tools have the same name."),

