@@ -81,31 +81,29 @@ def test_the_next_turn_continues_with_what_the_cache_holds(pipeline: Pipeline, p
     assert pipeline.chat(turns, pictures[:1]).tokens == again.tokens
 
 
-@pytest.mark.parametrize(
-    ("fixture", "backend", "one_row"),
-    [
-        ("openvino_bundle", "openvino", True),  # a session that gives one logit row in a call
-        ("openvino_bundle", "openvino", False),
-        pytest.param("executorch_bundle", "executorch", False, marks=pytest.mark.full),
-    ],
-)
-def test_other_backends(
-    request: pytest.FixtureRequest,
-    pictures: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-    fixture: str,
-    backend: str,
-    one_row: bool,
-) -> None:
-    if one_row:
-        monkeypatch.setattr("runtimes.backends.openvino.FIXED_SHAPE_DEVICES", ("cpu",))
-    opened = Pipeline.open(request.getfixturevalue(fixture), backend, "fp32", threads=1)
-    assert (opened.chain.decoder.max_logit_rows == 1) == one_row
+def check_records(opened: Pipeline, pictures: list[Path]) -> None:
     for seed in range(3):
         options = GenerationOptions(100, temperature=1, seed=seed, response_format=RECORD)
         found = opened.chat(QUESTION, pictures[:1], options)
         jsonschema.validate(json.loads(found.text), RECORD)
         assert found.finish_reason == "eos" and found.forced_tokens > 20
+
+
+@pytest.mark.parametrize("one_row", [True, False])
+def test_openvino(
+    openvino_bundle: Bundle, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, one_row: bool
+) -> None:
+    """Also with the session of an NPU, which gives one logit row in a call."""
+    if one_row:
+        monkeypatch.setattr("runtimes.backends.openvino.FIXED_SHAPE_DEVICES", ("cpu",))
+    opened = Pipeline.open(openvino_bundle, "openvino", "fp32", threads=1)
+    assert (opened.chain.decoder.max_logit_rows == 1) == one_row
+    check_records(opened, pictures)
+
+
+@pytest.mark.full
+def test_executorch(executorch_bundle: Bundle, pictures: list[Path]) -> None:
+    check_records(Pipeline.open(executorch_bundle, "executorch", "fp32", threads=1), pictures)
 
 
 def test_eight_clients_with_different_schemas(pipeline: Pipeline, pictures: list[Path]) -> None:
