@@ -40,22 +40,20 @@ LINE = {
     "required": ["description", "quantity", "unit_price"],
     "additionalProperties": False,
 }
-INVOICE = {
-    "type": "object",
-    "properties": {
-        "invoice_number": {"type": "string", "pattern": "^[0-9]{6}$"},
-        "invoice_date": {"type": "string", "format": "date"},
-        "customer_name": {"type": "string", "maxLength": 8},
-        "customer_country": {"enum": ["Germany", "France", "Italy", "Spain"]},
-        "line_items": {"type": "array", "items": LINE, "minItems": 2, "maxItems": 2},
-        "total_without_tax": {"type": "integer", "minimum": 0, "maximum": 99999},
-        "tax_percentage": {"enum": [7, 19, 20]},
-        "total_amount": {"type": "integer", "minimum": 0, "maximum": 99999},
-        "payment_method": {"enum": ["cash", "card", "transfer"]},
-    },
-    "additionalProperties": False,
+FIELDS = {
+    "invoice_number": {"type": "string", "pattern": "^[0-9]{6}$"},
+    "invoice_date": {"type": "string", "format": "date"},
+    "customer_name": {"type": "string", "maxLength": 8},
+    "customer_country": {"enum": ["Germany", "France", "Italy", "Spain"]},
+    "line_items": {"type": "array", "items": LINE, "minItems": 2, "maxItems": 2},
+    "total_without_tax": {"type": "integer", "minimum": 0, "maximum": 99999},
+    "tax_percentage": {"enum": [7, 19, 20]},
+    "total_amount": {"type": "integer", "minimum": 0, "maximum": 99999},
+    "payment_method": {"enum": ["cash", "card", "transfer"]},
 }
-INVOICE["required"] = list(INVOICE["properties"])  # type: ignore[call-overload]
+INVOICE = {
+    "type": "object", "properties": FIELDS, "required": list(FIELDS), "additionalProperties": False,
+}  # fmt: skip
 
 
 def tokenizer() -> Tokenizer:

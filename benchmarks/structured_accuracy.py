@@ -4,7 +4,7 @@
 
 The bundled tiny model has never seen JSON. This trains its adaptor and decoder further on conversations
 whose answers are ``{"answer": …}``, exports both checkpoints, and asks the 500 held-out questions: the
-bundled model in free text, the trained one in free text and with the schema. About ten minutes on two cores.
+bundled model in free text, the trained one in free text and with the schema.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import psutil
 
+from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.contracts import Contract
+from runtimes.cache import cache_bytes
 
 MEMBERSHIP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # Version of control groups → files of the limit and of the usage, and the rows of memory.stat that
@@ -56,3 +58,33 @@ def _available_in_group(folder: Path, limit: str, usage: str, cached: tuple[str,
 def widening(backend: str, contract: Contract) -> int:
     """Return the most memory on a CPU, as a multiple of a component's stored bytes (1 or 2)."""
     return 2 if backend in WIDENED and contract.inputs[0].dtype == "float16" else 1
+
+
+def required_memory(bundle: Bundle, backend: str, precision: str, capacity: int | None) -> int:
+    """Return the bytes of weights, KV cache and activations while a bundle runs on a CPU.
+
+    Args:
+        bundle: the bundle.
+        backend: one of its backends.
+        precision: one of its precisions.
+        capacity: tokens of the KV cache; None is the bundle's default.
+    """
+    artifacts = bundle.artifacts(backend, precision)
+    states = bundle.contract("decoder", backend, precision).states
+    default = bundle.manifest.default_capacity
+    tokens = capacity or min(default, artifacts["decoder"].capacity or default)
+    engines = {item.engine.file for item in artifacts.values() if item.engine}
+    widened: dict[str, int] = {}  # by file; components may share one
+    active = []
+    for component, item in artifacts.items():
+        factor = widening(item.backend, bundle.contract(component, backend, precision))
+        widened |= {file: factor * bundle.manifest.files[file].bytes for file in {*item.files} - engines}
+        active.append(factor * (item.activation_bytes + tokens * item.activation_bytes_per_token))
+    return sum(widened.values()) + max(active) + cache_bytes(states, 1, tokens)
+
+
+def decoder_weights(bundle: Bundle, backend: str, precision: str) -> int:
+    """Return the bytes of a decoder's weights while it runs on a CPU."""
+    decoder = bundle.artifact("decoder", backend, precision)
+    stored = sum(bundle.manifest.files[file].bytes for file in decoder.files)
+    return widening(decoder.backend, bundle.contract("decoder", backend, precision)) * stored

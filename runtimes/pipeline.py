@@ -14,7 +14,7 @@ from runtimes.backends.registry import load_backend
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import Artifact
 from runtimes.bundle.mixes import device_of
-from runtimes.cache import KVCache, cache_bytes
+from runtimes.cache import KVCache
 from runtimes.chain import Chain, Key, Prompt
 from runtimes.decoders import Decoders, find_adapter
 from runtimes.embedding import TokenEmbedding
@@ -24,7 +24,6 @@ from runtimes.generation.answer import Answer
 from runtimes.generation.decoding import SpeculativeSequence, generate
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import ImageSource
-from runtimes.memory import widening
 from runtimes.session import ComponentSession, SessionOptions
 from runtimes.structured.grammars import Grammar, Grammars
 from runtimes.text.prompt import Message, PromptText, format_chat, place_images
@@ -258,11 +257,11 @@ class Pipeline:
         """
         started = perf_counter()
         prepared = self.chain.prepare(prompt, _as_list(images))
-        self._check_fits(prepared, options)
+        grammar = self._check_fits(prepared, options)
         with self._turn:
             conversation = self._conversation()
             conversation.open = True
-        steps = self._steps(prepared, conversation, options, started)
+        steps = self._steps(prepared, conversation, options, started, grammar)
         try:
             while True:
                 with self._turn:
@@ -279,7 +278,12 @@ class Pipeline:
         return self.grammars.fitting(options.format, len(prompt.keys), self.capacity)
 
     def _steps(
-        self, prompt: Prompt, conversation: _Conversation, options: GenerationOptions, started: float
+        self,
+        prompt: Prompt,
+        conversation: _Conversation,
+        options: GenerationOptions,
+        started: float,
+        grammar: Grammar | None,
     ) -> Iterator[tuple[str, Answer]]:
         cache, shared = conversation.cache, prompt.shared_prefix_length(conversation.keys)
         cache.rewind(cache.length - shared)
@@ -289,17 +293,13 @@ class Pipeline:
         conversation.keys = prompt.keys[:shared]
         logits = self.chain.prefill_prompt(prompt, shared, cache)
         conversation.keys = list(prompt.keys)
-        sequence = self._sequence(prompt, options, started)
+        sequence = SpeculativeSequence(self.chain, prompt.tokens, options, started, self.capacity, grammar)
         answer = sequence.answer
         answer.reused_tokens = shared
         for (text,) in generate(self.chain, [logits], cache, [sequence]):
             written = answer.tokens[: cache.length - len(prompt.keys)]
             conversation.keys = prompt.keys + [("", token) for token in written]
             yield text, answer
-
-    def _sequence(self, prompt: Prompt, options: GenerationOptions, started: float) -> SpeculativeSequence:
-        grammar = self._check_fits(prompt, options)
-        return SpeculativeSequence(self.chain, prompt.tokens, options, started, self.capacity, grammar)
 
     def generate_batch(
         self,
@@ -311,18 +311,26 @@ class Pipeline:
             return []
         started = perf_counter()
         prompts = [self.chain.prepare(text, _as_list(images)) for text, images in requests]
-        for prompt in prompts:
-            self._check_fits(prompt, options)
+        grammars = [self._check_fits(prompt, options) for prompt in prompts]
         with self._turn:
-            return self._batch(prompts, options, started)
+            return self._batch(prompts, options, started, grammars)
 
-    def _batch(self, prompts: Sequence[Prompt], options: GenerationOptions, started: float) -> list[Answer]:
+    def _batch(
+        self,
+        prompts: Sequence[Prompt],
+        options: GenerationOptions,
+        started: float,
+        grammars: Sequence[Grammar | None],
+    ) -> list[Answer]:
         cache = self.chain.decoder.new_cache(len(prompts), self.capacity)
         logits = []
         for row, prompt in enumerate(prompts):
             start = self.chain.load_prefix(prompt, cache.row(row), 0)
             logits.append(self.chain.prefill_prompt(prompt, start, cache.row(row)))
-        sequences = [self._sequence(prompt, options, started) for prompt in prompts]
+        sequences = [
+            SpeculativeSequence(self.chain, prompt.tokens, options, started, self.capacity, grammar)
+            for prompt, grammar in zip(prompts, grammars, strict=True)
+        ]
         for _ in generate(self.chain, logits, cache, sequences):
             pass
         return [sequence.answer for sequence in sequences]
@@ -372,36 +380,6 @@ def compiled_capacity(decoder: Artifact, device: str | None) -> int | None:
     A TensorRT engine has the capacity that it was built for; on ``cpu``, its ONNX file runs.
     """
     return decoder.engine.capacity if decoder.engine and device != "cpu" else decoder.capacity
-
-
-def required_memory(bundle: Bundle, backend: str, precision: str, capacity: int | None) -> int:
-    """Return the bytes of weights, KV cache and activations while a bundle runs on a CPU.
-
-    Args:
-        bundle: the bundle.
-        backend: one of its backends.
-        precision: one of its precisions.
-        capacity: tokens of the KV cache; None is the bundle's default.
-    """
-    artifacts = bundle.artifacts(backend, precision)
-    states = bundle.contract("decoder", backend, precision).states
-    default = bundle.manifest.default_capacity
-    tokens = capacity or min(default, artifacts["decoder"].capacity or default)
-    engines = {item.engine.file for item in artifacts.values() if item.engine}
-    widened: dict[str, int] = {}  # by file; components may share one
-    active = []
-    for component, item in artifacts.items():
-        factor = widening(item.backend, bundle.contract(component, backend, precision))
-        widened |= {file: factor * bundle.manifest.files[file].bytes for file in {*item.files} - engines}
-        active.append(factor * (item.activation_bytes + tokens * item.activation_bytes_per_token))
-    return sum(widened.values()) + max(active) + cache_bytes(states, 1, tokens)
-
-
-def decoder_weights(bundle: Bundle, backend: str, precision: str) -> int:
-    """Return the bytes of a decoder's weights while it runs on a CPU."""
-    decoder = bundle.artifact("decoder", backend, precision)
-    stored = sum(bundle.manifest.files[file].bytes for file in decoder.files)
-    return widening(decoder.backend, bundle.contract("decoder", backend, precision)) * stored
 
 
 def _as_list(images: Sequence[ImageSource] | ImageSource) -> Sequence[ImageSource]:

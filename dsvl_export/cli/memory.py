@@ -30,8 +30,7 @@ def warn_of_memory(
 
     from dsvl_export.cli import display
     from runtimes.execution import execution
-    from runtimes.memory import available_memory
-    from runtimes.pipeline import required_memory
+    from runtimes.memory import available_memory, required_memory
     from runtimes.units import size
 
     executed = execution(bundle, backend, precision, device)

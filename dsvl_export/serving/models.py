@@ -15,8 +15,8 @@ from runtimes.chain import Chain
 from runtimes.decoders import check_adapter
 from runtimes.errors import UserError
 from runtimes.execution import execution
-from runtimes.memory import available_memory
-from runtimes.pipeline import Pipeline, check_files, decoder_weights, required_memory
+from runtimes.memory import available_memory, decoder_weights, required_memory
+from runtimes.pipeline import Pipeline, check_files
 from runtimes.scheduler import Scheduler
 from runtimes.structured.grammars import Grammars
 from runtimes.units import size

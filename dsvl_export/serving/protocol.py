@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from dsvl_export.serving.errors import RequestError
 from dsvl_export.serving.parameters import check_unsupported
 from dsvl_export.serving.response_formats import (
     MAX_TOOLS,
     AnyFormat,
+    Fields,
     StructuredOutputs,
     Tool,
     ToolCall,
@@ -53,33 +54,27 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), BeforeValidator(_
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
-class _Fields(BaseModel):
-    """An object of a request; other fields are ignored."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class TextPart(_Fields):
+class TextPart(Fields):
     """A text of a message."""
 
     type: Literal["text", "input_text"]
     text: str
 
 
-class RefusalPart(_Fields):
+class RefusalPart(Fields):
     """A refusal in an earlier answer."""
 
     type: Literal["refusal"]
     refusal: str
 
 
-class ImageURL(_Fields):
+class ImageURL(Fields):
     """The URL of an image."""
 
     url: str
 
 
-class ImagePart(_Fields):
+class ImagePart(Fields):
     """An image of chat completions; ``input_image`` is its name in OpenAI's Responses API."""
 
     type: Literal["image_url", "input_image"]
@@ -91,14 +86,14 @@ class ImagePart(_Fields):
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
-class URLSource(_Fields):
+class URLSource(Fields):
     """A URL as the source of an image."""
 
     type: Literal["url"]
     url: str
 
 
-class Base64Source(_Fields):
+class Base64Source(Fields):
     """Base64 data as the source of an image."""
 
     type: Literal["base64"]
@@ -111,7 +106,7 @@ class Base64Source(_Fields):
         return f"data:{self.media_type};base64,{self.data}"
 
 
-class SourcePart(_Fields):
+class SourcePart(Fields):
     """An image in the form of Anthropic's API."""
 
     type: Literal["image"]
@@ -129,7 +124,7 @@ Parts = Annotated[
 ]
 
 
-class ChatMessage(_Fields):
+class ChatMessage(Fields):
     """A message; clients may send ``function_call`` and ``audio`` without a value."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -140,13 +135,13 @@ class ChatMessage(_Fields):
     audio: None = None
 
 
-class StreamOptions(_Fields):
+class StreamOptions(Fields):
     """Options of a stream."""
 
     include_usage: Optional[bool] = None
 
 
-class ChatRequest(_Fields):
+class ChatRequest(Fields):
     """A request; ``top_k``, ``repetition_penalty`` and ``ignore_eos`` extend the protocol.
 
     A parameter that is null has its default value.

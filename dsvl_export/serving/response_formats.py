@@ -22,25 +22,25 @@ INSTRUCTION = (
 )
 
 
-class _Fields(BaseModel):
+class Fields(BaseModel):
     """An object of a request; other fields are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class TextFormat(_Fields):
+class TextFormat(Fields):
     """Any text."""
 
     type: Literal["text"]
 
 
-class JsonObjectFormat(_Fields):
+class JsonObjectFormat(Fields):
     """A JSON object."""
 
     type: Literal["json_object"]
 
 
-class NamedSchema(_Fields):
+class NamedSchema(Fields):
     """A JSON Schema; answers follow it with and without ``strict``."""
 
     name: Optional[str] = None
@@ -49,7 +49,7 @@ class NamedSchema(_Fields):
     strict: Optional[bool] = None
 
 
-class JsonSchemaFormat(_Fields):
+class JsonSchemaFormat(Fields):
     """JSON that is valid under a schema."""
 
     type: Literal["json_schema"]
@@ -59,7 +59,7 @@ class JsonSchemaFormat(_Fields):
 AnyFormat = Annotated[Union[TextFormat, JsonObjectFormat, JsonSchemaFormat], Field(discriminator="type")]
 
 
-class StructuredOutputs(_Fields):
+class StructuredOutputs(Fields):
     """vLLM's form of a response format: one of the fields."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
@@ -71,7 +71,7 @@ class StructuredOutputs(_Fields):
     json_object: Optional[bool] = None
 
 
-class FunctionDescription(_Fields):
+class FunctionDescription(Fields):
     """A function that the model can call."""
 
     name: Name
@@ -80,20 +80,20 @@ class FunctionDescription(_Fields):
     strict: Optional[bool] = None
 
 
-class Tool(_Fields):
+class Tool(Fields):
     """A tool; only functions are supported."""
 
     type: Literal["function"]
     function: FunctionDescription
 
 
-class NamedFunction(_Fields):
+class NamedFunction(Fields):
     """The name of a function."""
 
     name: Name
 
 
-class NamedTool(_Fields):
+class NamedTool(Fields):
     """The tool that must be called."""
 
     type: Literal["function"]
@@ -103,14 +103,14 @@ class NamedTool(_Fields):
 ToolChoice = Union[Literal["none", "auto", "required"], NamedTool]
 
 
-class CalledFunction(_Fields):
+class CalledFunction(Fields):
     """A call of a function; the arguments are JSON text."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Fields):
+class ToolCall(Fields):
     """A call in an earlier answer."""
 
     id: str

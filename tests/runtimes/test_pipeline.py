@@ -18,7 +18,8 @@ from runtimes.bundle.manifest import Engine
 from runtimes.errors import UserError
 from runtimes.generation.sampling import GenerationOptions
 from runtimes.images import load_image
-from runtimes.pipeline import MAX_STREAMS, Pipeline, required_memory
+from runtimes.memory import required_memory
+from runtimes.pipeline import MAX_STREAMS, Pipeline
 from runtimes.preprocess import preprocess
 from runtimes.text.prompt import IMAGE_PLACEHOLDER, Message
 

@@ -20,8 +20,7 @@ from dsvl_export.cli.display import describe_verdict
 from dsvl_export.parity_check.tolerances import load_tolerances
 from runtimes.bundle.bundle import Bundle
 from runtimes.bundle.manifest import MANIFEST
-from runtimes.memory import available_memory
-from runtimes.pipeline import required_memory
+from runtimes.memory import available_memory, required_memory
 from runtimes.units import size
 from tests.dsvl_export.cli.command_line import refused
 from tests.dsvl_export.parity_check.faults import plant, scaled, weight

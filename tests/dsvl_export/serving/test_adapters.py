@@ -13,7 +13,8 @@ import pytest
 
 from dsvl_export.exporter.adapters import remove_adapters
 from runtimes.bundle.bundle import Bundle
-from runtimes.pipeline import Pipeline, decoder_weights
+from runtimes.memory import decoder_weights
+from runtimes.pipeline import Pipeline
 from tests.dsvl_export.serving.server import DESCRIBE, MODEL, Served, ask, sentence, serving
 
 ADAPTERS = (None, "all", "some")
